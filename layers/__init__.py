@@ -1,0 +1,1 @@
+"""Layers: mixers, channel mixers, norms, positions, and under them the array primitives of `layers.kernels`."""

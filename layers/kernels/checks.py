@@ -1,0 +1,61 @@
+"""Argument checks shared by the primitives: every error names the argument, what came and what would work."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+
+def check_shape(name: str, array: jax.Array, pattern: str, sizes: dict[str, int]) -> None:
+    """Checks `array` against a pattern such as "b t d", and records sizes of letters seen for the first time.
+
+    `b|1` accepts the size of `b` or 1; a number stands for itself.
+
+    Raises:
+      ValueError: the rank or a size differs; the message names the argument and the expected shape.
+    """
+    letters = pattern.split()
+    fits = array.ndim == len(letters)
+    seen: dict[str, int] = {}
+    for letter, size in zip(letters, array.shape) if fits else ():
+        base = letter.removesuffix("|1")
+        expected = int(base) if base.isdigit() else sizes.get(base, seen.get(base))
+        if expected is None and not (letter != base and size == 1):
+            seen[base] = size
+        elif expected is not None and size != expected and not (letter != base and size == 1):
+            fits = False
+    if not fits:
+        known = ", ".join(f"{letter}={size}" for letter, size in sizes.items())
+        raise ValueError(
+            f"{name} has shape {array.shape}; expected ({', '.join(letters)})"
+            + (f" with {known}" if known else "")
+        )
+    sizes.update(seen)
+
+
+def check_floating(**arrays: jax.Array | None) -> None:
+    """Raises TypeError for an array that is neither floating point nor complex."""
+    for name, array in arrays.items():
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.inexact):
+            raise TypeError(f"{name} has dtype {array.dtype}; expected a floating-point or complex type")
+
+
+def check_real(**arrays: jax.Array | None) -> None:
+    """Raises TypeError for an array that is not real floating point."""
+    for name, array in arrays.items():
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} has dtype {array.dtype}; expected a real floating-point type")
+
+
+def check_segment_ids(segment_ids: jax.Array | None, sizes: Mapping[str, int]) -> None:
+    """Checks that segment ids are integers of shape (b, t)."""
+    if segment_ids is None:
+        return
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise TypeError(f"segment_ids has dtype {segment_ids.dtype}; expected an integer type")
+    check_shape("segment_ids", segment_ids, "b t", dict(sizes))
+
+
+def accumulation_dtype(*arrays: jax.Array | None) -> jnp.dtype:
+    """The type that states and sums are held in: at least float32 (complex64 if any array is complex)."""
+    return jnp.result_type(jnp.float32, *(a.dtype for a in arrays if a is not None))

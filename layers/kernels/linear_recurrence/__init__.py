@@ -1,0 +1,115 @@
+"""h_t = a_t h_{t-1} + x_t, elementwise, real or complex: the core of S5, LRU, RG-LRU, HGRN and of every EMA."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from layers.kernels import checks
+from layers.kernels.dispatch import Implementation, dispatch
+from layers.kernels.linear_recurrence import reference, xla
+from layers.typing import Array, Int, Num
+
+__all__ = ["Piece", "compose", "linear_recurrence", "summarize"]
+
+IMPLEMENTATIONS = {
+    "xla": Implementation(xla.linear_recurrence),
+    "reference": Implementation(reference.linear_recurrence, automatic=lambda **_: False),
+}
+
+
+def linear_recurrence(
+    a: Num[Array, "#b #t d"],
+    x: Num[Array, "b t d"],
+    *,
+    initial_state: Num[Array, "b d"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    reverse: bool = False,
+    impl: str | None = None,
+) -> tuple[Num[Array, "b t d"], Num[Array, "b d"]]:
+    """Runs h_t = a_t h_{t-1} + x_t along time and returns every h_t and the last.
+
+    A diagonal linear recurrence: the core of S5 (Smith et al. 2023, arXiv:2208.04933), LRU (Orvieto et al. 2023,
+    arXiv:2303.06349) and RG-LRU (De et al. 2024, arXiv:2402.19427).
+
+    Args:
+      a: decay of every step; an axis of size 1 in place of b or t stands for all (a time-invariant system).
+      x: input of every step. a and x may each be real or complex.
+      initial_state: h_0, zero if absent. It belongs to the segment of the first real token in the running direction.
+      segment_ids: 0 is padding, which leaves the state as it is; a change of id forgets the state
+        (see `layers.kernels.segments`).
+      reverse: run from the last step to the first, h_t = a_t h_{t+1} + x_t.
+      impl: "xla", "reference", or None for the best.
+
+    Returns:
+      h: (b, t, d), in the type of x, or complex if a or x is.
+      final_state: (b, d), the state after the last step run, float32 or wider (complex64 if h is complex).
+
+    Raises:
+      ValueError, TypeError: a shape, type or `impl` does not fit; the message names the argument.
+    """
+    sizes: dict[str, int] = {}
+    checks.check_floating(a=a, x=x, initial_state=initial_state)
+    checks.check_shape("x", x, "b t d", sizes)
+    checks.check_shape("a", a, "b|1 t|1 d", sizes)
+    if initial_state is not None:
+        checks.check_shape("initial_state", initial_state, "b d", sizes)
+    checks.check_segment_ids(segment_ids, sizes)
+    if (
+        initial_state is not None
+        and jnp.iscomplexobj(initial_state)
+        and not (jnp.iscomplexobj(a) or jnp.iscomplexobj(x))
+    ):
+        raise TypeError("initial_state is complex but a and x are real; expected a real initial_state")
+    output = jnp.result_type(x.dtype, jnp.complex64) if jnp.iscomplexobj(a) else x.dtype
+    if x.shape[1] == 0:
+        dtype = checks.accumulation_dtype(a, x, initial_state)
+        state = (
+            jnp.zeros((x.shape[0], x.shape[2]), dtype)
+            if initial_state is None
+            else initial_state.astype(dtype)
+        )
+        return x.astype(output), state
+    h, final = dispatch(
+        "linear_recurrence",
+        IMPLEMENTATIONS,
+        impl,
+        a=a,
+        x=x,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        reverse=reverse,
+    )
+    return h.astype(output), final
+
+
+class Piece(NamedTuple):
+    """What a stretch of the sequence does to the state: h -> decay * h + state."""
+
+    decay: jax.Array
+    state: jax.Array
+
+
+def summarize(
+    a: Num[Array, "#b #t d"],
+    x: Num[Array, "b t d"],
+    *,
+    segment_ids: Int[Array, "b t"] | None = None,
+    reverse: bool = False,
+    impl: str | None = None,
+) -> Piece:
+    """The effect of a stretch on the state that enters it, as a `Piece` with leaves (b, d).
+
+    The segment ids must be those of the whole sequence's numbering only in that the first real token of the stretch
+    continues what came before; a reset at its very first token is expressed by a decay of zero there.
+    """
+    probe = jnp.ones((x.shape[0], x.shape[2]), checks.accumulation_dtype(a, x))
+    options = {"segment_ids": segment_ids, "reverse": reverse, "impl": impl}
+    _, state = linear_recurrence(a, x, **options)
+    _, decay = linear_recurrence(a, jnp.zeros_like(x), initial_state=probe, **options)
+    return Piece(decay, state)
+
+
+def compose(first: Piece, second: Piece) -> Piece:
+    """The effect of two neighbouring stretches, `first` run before `second`. Associative; identity Piece(1, 0)."""
+    return Piece(second.decay * first.decay, second.decay * first.state + second.state)

@@ -1,0 +1,80 @@
+"""The calls of `linear_recurrence` that tests and benchmarks share."""
+
+import numpy as np
+
+from layers.kernels.case import Benchmark, Case, Suite
+from layers.kernels.linear_recurrence import linear_recurrence
+
+WIDTH = 5
+
+
+def _real(rng, batch, time, width=WIDTH):
+    return {"a": rng.uniform(0.2, 1.0, (batch, time, width)), "x": rng.standard_normal((batch, time, width))}
+
+
+def _complex(rng, batch, time, width=WIDTH):
+    shape = (batch, time, width)
+    a = rng.uniform(0.5, 0.9999, shape) * np.exp(1j * rng.uniform(-np.pi, np.pi, shape))
+    return {"a": a, "x": _complex_normal(rng, *shape)}
+
+
+def _complex_normal(rng, *shape):
+    return rng.standard_normal(shape) + 1j * rng.standard_normal(shape)
+
+
+def _invariant(rng, batch, time):
+    arguments = _complex(rng, batch, time)
+    return {**arguments, "a": arguments["a"][:1, :1] if time else np.ones((1, 1, WIDTH), complex)}
+
+
+def _real_input(rng, batch, time):
+    return {"a": _invariant(rng, batch, time)["a"], "x": rng.standard_normal((batch, time, WIDTH))}
+
+
+def _strong(rng, batch, time):
+    log_decay = np.where(rng.random((batch, time, WIDTH)) < 0.5, -20.0, -0.01)
+    return {"a": np.exp(log_decay), "x": rng.standard_normal((batch, time, WIDTH))}
+
+
+def _large(rng, batch, time):
+    return {**_real(rng, batch, time), "x": 1e6 * rng.standard_normal((batch, time, WIDTH))}
+
+
+def _real_state(rng, batch):
+    return rng.standard_normal((batch, WIDTH))
+
+
+def _complex_state(rng, batch):
+    return _complex_normal(rng, batch, WIDTH)
+
+
+_ELEMENTS = 8 * 4096 * 2048
+
+SUITE = Suite(
+    function=linear_recurrence,
+    implementations=("xla",),
+    time_arguments=("a", "x"),
+    cases=(
+        Case("real", _real, state=_real_state),
+        Case("real_reverse", _real, {"reverse": True}, state=_real_state),
+        Case("complex", _complex, state=_complex_state),
+        Case("complex_reverse", _complex, {"reverse": True}, state=_complex_state),
+        Case("time_invariant", _invariant, state=_complex_state),
+        Case("time_invariant_real_input_reverse", _real_input, {"reverse": True}, state=_complex_state),
+        Case("strong_decay", _strong, state=_real_state),
+        Case("large_values", _large, state=_real_state),
+    ),
+    benchmarks=(
+        Benchmark(
+            "real_8x4096x2048_f32",
+            8,
+            4096,
+            lambda rng, batch, time: _real(rng, batch, time, 2048),
+            "float32",
+            forward_bytes=3 * 4 * _ELEMENTS,
+            backward_bytes=5 * 4 * _ELEMENTS,
+            forward_flops=2 * _ELEMENTS,
+            backward_flops=3 * _ELEMENTS,
+        ),
+    ),
+)

@@ -1,0 +1,11 @@
+"""The primitives under the shared suite: one line each."""
+
+from layers.kernels.linear_recurrence import cases as linear_recurrence
+
+SUITES = {
+    "linear_recurrence": linear_recurrence.SUITE,
+}
+
+CASES = [(name, case) for name, suite in SUITES.items() for case in suite.cases]
+CALLS = [(name, case, impl) for name, case in CASES for impl in SUITES[name].implementations]
+CALL_IDS = [f"{name}-{case.name}-{impl}" for name, case, impl in CALLS]
