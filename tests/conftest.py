@@ -1,0 +1,105 @@
+"""Settings that every test runs under; nothing here is imported by a test.
+
+- JAX runs on the CPU with eight emulated devices, so that tests of sharding need no special process. `-m gpu` leaves
+  the choice of device to JAX.
+- Silent rank promotion, (d,) + (t, d), is an error.
+- The annotations of `layers` and `seqmodels` are checked on every call by jaxtyping and beartype, where beartype is
+  installed, except inside `pytest.raises`: such a block is about the library's own errors, which are what a user sees.
+"""
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis
+import jaxtyping
+import pytest
+from _pytest.mark.expression import Expression
+
+CHECKED_PACKAGES = ["layers", "seqmodels"]
+EMULATED_DEVICES = 8
+
+
+def _wants_gpu(config: pytest.Config) -> bool:
+    """Whether the `-m` expression selects a test that is marked `gpu` and nothing else."""
+    expression = config.getoption("markexpr")
+    return not expression or Expression.compile(expression).evaluate(lambda name, **_: name == "gpu")
+
+
+def _prepare_jax(config: pytest.Config) -> None:
+    if "jax" in sys.modules:
+        raise pytest.UsageError("jax was imported before tests/conftest.py could choose its devices")
+    os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+    if _wants_gpu(config):
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={EMULATED_DEVICES}".strip()
+
+
+def _prepare_hypothesis() -> None:
+    # Compilation makes the first example of a shape slow, so time limits say nothing.
+    common = {
+        "deadline": None,
+        "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+        "print_blob": True,
+    }
+    hypothesis.settings.register_profile("default", max_examples=10, **common)
+    hypothesis.settings.register_profile("ci", max_examples=10, derandomize=True, database=None, **common)
+    hypothesis.settings.register_profile("thorough", max_examples=200, **common)
+    chosen = os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "default")
+    hypothesis.settings.load_profile(chosen)
+
+
+def _check_annotations() -> None:
+    if importlib.util.find_spec("beartype") is None:
+        return
+    jaxtyping.install_import_hook(CHECKED_PACKAGES, "beartype.beartype")
+    expect = pytest.raises
+
+    @contextlib.contextmanager
+    def raises(*args: Any, **kwargs: Any) -> Iterator[pytest.ExceptionInfo]:
+        before = jaxtyping.config.jaxtyping_disable
+        jaxtyping.config.update("jaxtyping_disable", True)
+        try:
+            with expect(*args, **kwargs) as info:
+                yield info
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", before)
+
+    pytest.raises = raises
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    _prepare_jax(config)
+    _prepare_hypothesis()
+    _check_annotations()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    checked = "checked" if importlib.util.find_spec("beartype") else "not checked (beartype is not installed)"
+    platforms = os.environ.get("JAX_PLATFORMS", "chosen by JAX")
+    return f"platform: {platforms}; annotations: {checked}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out GPU tests whenever JAX is held on the CPU, whatever else `-m` or a path selects."""
+    if _wants_gpu(config):
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(autouse=True)
+def _needs_gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu"):
+        import jax
+
+        if jax.default_backend() != "gpu":
+            pytest.fail(f"a GPU test was asked for, but JAX sees only {jax.default_backend()}", pytrace=False)
