@@ -1,0 +1,1 @@
+"""Convolution kernels of linear state space models."""
