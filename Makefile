@@ -1,0 +1,43 @@
+# The commands of the project. Each makes .venv first if it is missing or out of date; PYTHON=... chooses the Python.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+PYTHON_IN_VENV := .venv/bin/python
+
+.PHONY: help env run test check format notebooks clean
+
+help:
+	@echo "make run         train S5 and a Transformer on short ListOps and compare them (into runs/first-look)"
+	@echo "make test        run the tests; pass options to pytest with ARGS=..., say ARGS='-k s5'"
+	@echo "make check       formatting, lint, import direction, project files, notebooks"
+	@echo "make format      rewrite the sources in the project's format, and apply safe lint fixes"
+	@echo "make notebooks   run the notebooks"
+	@echo "make env         make the environment .venv only; PYTHON=/path/to/python chooses the Python"
+	@echo "make clean       remove .venv and caches"
+
+env:
+	@sh tools/environment.sh
+
+run: env
+	@$(PYTHON_IN_VENV) -m experiments.compare --config=configs/lra/listops_short.py --mixers=s5,attention \
+		--workdir=runs/first-look $(ARGS)
+
+test: env
+	@$(PYTHON_IN_VENV) -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal $(ARGS)
+
+check: env
+	@$(PYTHON_IN_VENV) -m ruff format --check .
+	@$(PYTHON_IN_VENV) -m ruff check .
+	@$(PYTHON_IN_VENV) -m pytest --quiet tests/test_imports.py tests/test_project.py
+	@$(PYTHON_IN_VENV) tools/run_notebooks.py
+
+format: env
+	@$(PYTHON_IN_VENV) -m ruff check --fix-only --quiet .
+	@$(PYTHON_IN_VENV) -m ruff format .
+
+notebooks: env
+	@$(PYTHON_IN_VENV) tools/run_notebooks.py
+
+clean:
+	rm -rf .venv .venv-latest .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,104 @@
+"""Installs the pinned requirements and the project into the environment whose Python runs this file.
+
+Called by tools/environment.sh. Exit codes: 0 the environment is ready, 1 an install failed, 3 it has to be made anew.
+
+A stamp in the environment says what was installed; it is written last. While installing, another file marks the
+environment as unfinished, so that an install killed half-way is never taken for a good one. An environment without
+either, made by hand say, is kept if it holds every pinned version whole.
+"""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+REQUIREMENTS = ROOT / "requirements.txt"
+STAMP = pathlib.Path(sys.prefix) / "installed"
+UNFINISHED = pathlib.Path(sys.prefix) / "unfinished"
+FAILED, REBUILD = 1, 3
+
+
+def expected_stamp() -> str:
+    """What the stamp must say: the place of the project, and what the two files that decide an install hold."""
+    digests = [
+        hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
+        for name in ("requirements.txt", "pyproject.toml")
+    ]
+    return "\n".join([str(ROOT), *digests])
+
+
+def wrong_packages(*, look_at_files: bool) -> list[str]:
+    """Names of pinned packages that are absent, of another version or, if asked for, lack a file."""
+    if importlib.util.find_spec("packaging") is None:
+        return ["packaging"]
+    from packaging.requirements import Requirement
+
+    wrong = []
+    lines = (line.split("#")[0].strip() for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines())
+    for requirement in (Requirement(line) for line in lines if line):
+        if requirement.marker and not requirement.marker.evaluate():
+            continue
+        try:
+            package = importlib.metadata.distribution(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(requirement.name)
+            continue
+        whole = not look_at_files or (
+            bool(package.files)
+            and all(file.locate().exists() for file in package.files if file.suffix != ".pyc")
+        )
+        if not whole or not requirement.specifier.contains(package.version, prereleases=True):
+            wrong.append(requirement.name)
+    return wrong
+
+
+def pip(*arguments: str) -> bool:
+    """Runs pip in this environment; says whether it succeeded."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+    return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode == 0
+
+
+def install() -> int:
+    """Brings the environment up to date; returns an exit code."""
+    if (
+        STAMP.exists()
+        and STAMP.read_text(encoding="utf-8") == expected_stamp()
+        and not wrong_packages(look_at_files=False)
+    ):
+        return 0
+    if UNFINISHED.exists() or importlib.util.find_spec("pip") is None:
+        return REBUILD
+    STAMP.unlink(missing_ok=True)
+    UNFINISHED.touch()
+    if wrong_packages(look_at_files=False):
+        print(
+            "Installing the packages of requirements.txt; the first time this takes some minutes.", flush=True
+        )
+        if not pip("install", "--requirement", str(REQUIREMENTS)):
+            UNFINISHED.unlink()
+            return FAILED
+    damaged = wrong_packages(look_at_files=True)
+    if damaged:
+        print(f"Not whole in .venv: {', '.join(damaged)}.", flush=True)
+        return REBUILD
+    if not pip("install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)):
+        UNFINISHED.unlink()
+        return FAILED
+    UNFINISHED.unlink()
+    STAMP.write_text(expected_stamp(), encoding="utf-8")
+    return 0
+
+
+def main() -> int:
+    """Installs under a lock, so that two calls of make at once do not disturb each other."""
+    with open(__file__, encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return install()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
