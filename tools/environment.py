@@ -78,7 +78,7 @@ def install() -> int:
         print(
             "Installing the packages of requirements.txt; the first time this takes some minutes.", flush=True
         )
-        if not pip("install", "--requirement", str(REQUIREMENTS)):
+        if not pip("install", "--quiet", "--requirement", str(REQUIREMENTS)):
             UNFINISHED.unlink()
             return FAILED
     damaged = wrong_packages(look_at_files=True)
