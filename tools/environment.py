@@ -7,6 +7,7 @@ environment as unfinished, so that an install killed half-way is never taken for
 either, made by hand say, is kept if it holds every pinned version whole.
 """
 
+import csv
 import fcntl
 import hashlib
 import importlib.metadata
@@ -31,6 +32,13 @@ def expected_stamp() -> str:
     return "\n".join([str(ROOT), *digests])
 
 
+def is_whole(package: importlib.metadata.Distribution) -> bool:
+    """Whether every file that the package's record lists is there; bytecode may come and go."""
+    record = package.read_text("RECORD")
+    paths = [row[0] for row in csv.reader(record.splitlines())] if record else []
+    return bool(paths) and all(path.endswith(".pyc") or package.locate_file(path).exists() for path in paths)
+
+
 def wrong_packages(*, look_at_files: bool) -> list[str]:
     """Names of pinned packages that are absent, of another version or, if asked for, lack a file."""
     if importlib.util.find_spec("packaging") is None:
@@ -47,11 +55,8 @@ def wrong_packages(*, look_at_files: bool) -> list[str]:
         except importlib.metadata.PackageNotFoundError:
             wrong.append(requirement.name)
             continue
-        whole = not look_at_files or (
-            bool(package.files)
-            and all(file.locate().exists() for file in package.files if file.suffix != ".pyc")
-        )
-        if not whole or not requirement.specifier.contains(package.version, prereleases=True):
+        fits = requirement.specifier.contains(package.version, prereleases=True)
+        if not fits or (look_at_files and not is_whole(package)):
             wrong.append(requirement.name)
     return wrong
 
