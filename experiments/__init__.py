@@ -1,0 +1,1 @@
+"""How to run: data, tasks, training, evaluation and benchmarks."""
