@@ -1,0 +1,67 @@
+"""The definition of `attention`: the whole matrix of logits, masked, in float32 or wider."""
+
+import jax
+import jax.numpy as jnp
+
+from layers.kernels.attention.options import places
+from layers.kernels.checks import accumulation_dtype
+
+
+def attention(q, k, v, options):
+    """The output (b, t, h, v) and the log-sum-exp of every row (b, t, h)."""
+    o = options
+    dtype = accumulation_dtype(q, k, v, o.bias, o.slopes, o.sink_logits)
+    repeats = q.shape[2] // k.shape[2]
+    q, k, v = (
+        q.astype(dtype),
+        jnp.repeat(k.astype(dtype), repeats, 2),
+        jnp.repeat(v.astype(dtype), repeats, 2),
+    )
+    exact = jax.lax.Precision.HIGHEST
+    at = places(q, k, o)
+    i, j = at.q_positions[:, None, :, None], at.kv_positions[:, None, None, :]
+
+    scale = q.shape[-1] ** -0.5 if o.scale is None else o.scale
+    logits = scale * jnp.einsum("bthk,bshk->bhts", q, k, precision=exact)
+    if o.logit_cap is not None:
+        logits = o.logit_cap * jnp.tanh(logits / o.logit_cap)
+    if o.bias is not None:
+        logits = logits + o.bias.astype(dtype)
+    if o.slopes is not None:
+        logits = logits - o.slopes.astype(dtype)[None, :, None, None] * jnp.abs(i - j).astype(dtype)
+
+    seen = jnp.ones_like(logits, bool)
+    if o.window is not None:
+        seen &= (i - j < o.window) if o.causal else (jnp.abs(i - j) <= o.window)
+    if o.block_indices is not None:
+        row = jnp.clip(i // o.block_size, 0, o.block_indices.shape[2] - 1)
+        shape = (*logits.shape[:3], o.block_indices.shape[3])
+        listed = jnp.broadcast_to(o.block_indices, (*shape[:2], *o.block_indices.shape[2:]))
+        listed = jnp.take_along_axis(listed, jnp.broadcast_to(row, (*shape[:3], 1)), axis=2)
+        seen &= (listed[..., None, :] == (j // o.block_size)[..., None]).any(-1)
+        seen &= row == i // o.block_size
+    if o.sink_tokens:
+        seen |= j < o.sink_tokens
+    if o.causal:
+        seen &= j <= i
+    if o.prefix_lengths is not None:
+        prefix = o.prefix_lengths[:, None, None, None]
+        seen |= (i < prefix) & (j < prefix)
+    if at.q_segments is not None:
+        q_segments, kv_segments = at.q_segments[:, None, :, None], at.kv_segments[:, None, None, :]
+        seen &= (q_segments == kv_segments) & (q_segments != 0)
+
+    logits = jnp.where(seen, logits, -jnp.inf)
+    if o.sink_logits is not None:
+        sink = jnp.broadcast_to(o.sink_logits.astype(dtype)[None, :, None, None], (*logits.shape[:3], 1))
+        logits = jnp.concatenate([logits, sink], axis=3)
+    top = jax.lax.stop_gradient(logits.max(3, keepdims=True))
+    top = jnp.where(top == -jnp.inf, 0, top)
+    weights = jnp.exp(logits - top)
+    total = weights.sum(3, keepdims=True)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    probabilities = (weights / total)[..., : k.shape[1]]
+    output = jnp.einsum("bhts,bshv->bthv", probabilities, v, precision=exact)
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
+    return output, jnp.swapaxes(lse, 1, 2)
