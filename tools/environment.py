@@ -1,6 +1,9 @@
-"""Installs the pinned requirements and the project into the environment whose Python runs this file.
+"""Makes `.venv` and installs the pinned requirements and the project into it; called by tools/environment.sh.
 
-Called by tools/environment.sh. Exit codes: 0 the environment is ready, 1 an install failed, 3 it has to be made anew.
+    .venv/bin/python tools/environment.py          bring .venv up to date
+    python3.12 tools/environment.py rebuild        make .venv anew with the Python that runs this
+
+Exit codes: 0 the environment is ready, 1 an install failed, 3 it has to be made anew.
 
 A stamp in the environment says what was installed; it is written last. While installing, another file marks the
 environment as unfinished, so that an install killed half-way is never taken for a good one. An environment without
@@ -13,23 +16,31 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import pathlib
+import platform
 import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / "requirements.txt"
-STAMP = pathlib.Path(sys.prefix) / "installed"
-UNFINISHED = pathlib.Path(sys.prefix) / "unfinished"
-FAILED, REBUILD = 1, 3
+VENV = ROOT / ".venv"
+VENV_PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "installed"
+UNFINISHED = VENV / "unfinished"
+READY, FAILED, REBUILD = 0, 1, 3
 
 
 def expected_stamp() -> str:
-    """What the stamp must say: the place of the project, and what the two files that decide an install hold."""
+    """What the stamp must say: the project's place, the Python, and what the files that decide an install hold."""
     digests = [
         hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
         for name in ("requirements.txt", "pyproject.toml")
     ]
-    return "\n".join([str(ROOT), *digests])
+    return "\n".join([str(ROOT), platform.python_version(), *digests])
+
+
+def stamp_is_current() -> bool:
+    """Whether what was installed last is what is asked for now."""
+    return STAMP.exists() and STAMP.read_text(encoding="utf-8") == expected_stamp()
 
 
 def is_whole(package: importlib.metadata.Distribution) -> bool:
@@ -68,20 +79,17 @@ def pip(*arguments: str) -> bool:
 
 
 def install() -> int:
-    """Brings the environment up to date; returns an exit code."""
-    if (
-        STAMP.exists()
-        and STAMP.read_text(encoding="utf-8") == expected_stamp()
-        and not wrong_packages(look_at_files=False)
-    ):
-        return 0
+    """Brings the environment that runs this up to date; returns an exit code."""
+    if stamp_is_current() and not wrong_packages(look_at_files=False):
+        return READY
     if UNFINISHED.exists() or importlib.util.find_spec("pip") is None:
         return REBUILD
     STAMP.unlink(missing_ok=True)
     UNFINISHED.touch()
     if wrong_packages(look_at_files=False):
         print(
-            "Installing the packages of requirements.txt; the first time this takes some minutes.", flush=True
+            "Installing the packages of requirements.txt (about 1.2 GB; some minutes the first time).",
+            flush=True,
         )
         if not pip("install", "--quiet", "--requirement", str(REQUIREMENTS)):
             UNFINISHED.unlink()
@@ -95,15 +103,30 @@ def install() -> int:
         return FAILED
     UNFINISHED.unlink()
     STAMP.write_text(expected_stamp(), encoding="utf-8")
-    return 0
+    return READY
 
 
-def main() -> int:
-    """Installs under a lock, so that two calls of make at once do not disturb each other."""
+def rebuild() -> int:
+    """Makes the environment anew, unless another call has just done so; returns an exit code."""
+    works = (
+        VENV_PYTHON.exists() and subprocess.run([VENV_PYTHON, "-c", ""], capture_output=True).returncode == 0
+    )
+    if works and stamp_is_current() and not UNFINISHED.exists():
+        return READY
+    print(f"Making .venv with Python {platform.python_version()} ({sys.executable}).", flush=True)
+    if subprocess.run([sys.executable, "-m", "venv", "--clear", VENV]).returncode != 0:
+        return FAILED
+    return subprocess.run([VENV_PYTHON, __file__, "install"]).returncode
+
+
+def main(mode: str | None = None) -> int:
+    """Runs one mode under a lock, so that two calls of make at once do not disturb each other."""
+    if mode == "install":  # called by rebuild, which holds the lock
+        return install()
     with open(__file__, encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return install()
+        return rebuild() if mode == "rebuild" else install()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

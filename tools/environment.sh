@@ -25,8 +25,7 @@ if [ "$status" -eq "$REBUILD" ]; then
     if [ -z "$python" ]; then
         python=$(sh tools/find_python.sh) || exit 1
     fi
-    echo "Making .venv with Python $(version "$python") ($python)."
-    "$python" -m venv --clear .venv && "$venv" tools/environment.py
+    "$python" tools/environment.py rebuild
     status=$?
 fi
 if [ "$status" -ne 0 ]; then
