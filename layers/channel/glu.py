@@ -1,0 +1,87 @@
+"""Channel mixers: maps of every token by itself, `y = channel(x, key=None)` with x (b t d).
+
+`key` is given only in training and draws the dropout inside.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.dropout import dropout
+from layers.parameters import linear
+from layers.registry import choose
+from layers.typing import Array, Float, Key
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+    "identity": lambda x: x,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+    """Options of `MLP` and `GLU`.
+
+    `hidden` is the inner width: by default 4 width for `MLP`, and for `GLU`, which has three matrices instead of two,
+    8/3 width rounded up to a multiple of `multiple_of`. `activation` names one of `ACTIVATIONS`.
+    """
+
+    width: int
+    hidden: int | None = None
+    activation: str | None = None
+    multiple_of: int = 8
+    bias: bool = False
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+
+class MLP(nnx.Module):
+    """y = W2 f(W1 x), f = gelu unless said."""
+
+    def __init__(self, config: MLPConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.activation = choose("activation", ACTIVATIONS, config.activation or "gelu")
+        hidden = config.hidden or 4 * config.width
+        options = {"bias": config.bias, "dtype": config.dtype, "rngs": rngs}
+        self.up = linear(config.width, hidden, **options)
+        self.down = linear(hidden, config.width, **options)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], *, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "b t d"]:
+        """Maps every token; dropout acts on the hidden features."""
+        return self.down(dropout(self.activation(self.up(x)), self.config.dropout, key))
+
+
+class GLU(nnx.Module):
+    """y = W2 (f(Wg x) * W1 x): SwiGLU with f = silu, GEGLU with gelu (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: MLPConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.activation = choose("activation", ACTIVATIONS, config.activation or "silu")
+        hidden = config.hidden or -(-(8 * config.width) // (3 * config.multiple_of)) * config.multiple_of
+        options = {"bias": config.bias, "dtype": config.dtype, "rngs": rngs}
+        self.gate = linear(config.width, hidden, **options)
+        self.up = linear(config.width, hidden, **options)
+        self.down = linear(hidden, config.width, **options)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], *, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "b t d"]:
+        """Maps every token; dropout acts on the hidden features."""
+        return self.down(dropout(self.activation(self.gate(x)) * self.up(x), self.config.dropout, key))
+
+
+class GEGLU(GLU):
+    """`GLU` with f = gelu."""
+
+    def __init__(self, config: MLPConfig, *, rngs: nnx.Rngs):
+        super().__init__(dataclasses.replace(config, activation=config.activation or "gelu"), rngs=rngs)

@@ -1,0 +1,89 @@
+"""The maps that S4, S5, LRU and their kin put behind the state space model, inside the same residual branch.
+
+With g = gelu(x), sigma the logistic function and dropout tied over time (one draw for all steps) after g and after y:
+
+    gelu        y = g
+    half_glu1   y = g * sigma(W g)
+    half_glu2   y = x * sigma(W g)
+    full_glu    y = (W1 g) * sigma(W2 g)
+
+(Smith et al. 2023, arXiv:2208.04933, and its code.)
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.dropout import dropout
+from layers.parameters import linear
+from layers.typing import Array, Float, Key
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputConfig:
+    """Options of the output maps."""
+
+    width: int
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+
+class Gelu(nnx.Module):
+    """y = gelu(x)."""
+
+    def __init__(self, config: OutputConfig, *, rngs: nnx.Rngs):
+        self.config = config
+
+    def __call__(
+        self, x: Float[Array, "b t d"], *, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "b t d"]:
+        """Maps every token."""
+        return dropout(jax.nn.gelu(x), self.config.dropout, key, shared_axes=(1,))
+
+
+class _Gated(nnx.Module):
+    """The gated maps: sigma(W g) times what `gated(x, g)` of the subclass says."""
+
+    def __init__(self, config: OutputConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.gate = linear(config.width, config.width, dtype=config.dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], *, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "b t d"]:
+        """Maps every token."""
+        inner, outer = (None, None) if key is None else jax.random.split(key)
+        g = dropout(jax.nn.gelu(x), self.config.dropout, inner, shared_axes=(1,))
+        y = self.gated(x, g) * jax.nn.sigmoid(self.gate(g))
+        return dropout(y, self.config.dropout, outer, shared_axes=(1,))
+
+
+class HalfGLU1(_Gated):
+    """y = g * sigma(W g)."""
+
+    def gated(self, x: jax.Array, g: jax.Array) -> jax.Array:
+        """The activation."""
+        return g
+
+
+class HalfGLU2(_Gated):
+    """y = x * sigma(W g)."""
+
+    def gated(self, x: jax.Array, g: jax.Array) -> jax.Array:
+        """The input itself, not activated."""
+        return x
+
+
+class FullGLU(_Gated):
+    """y = (W1 g) * sigma(W2 g)."""
+
+    def __init__(self, config: OutputConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        self.value = linear(config.width, config.width, dtype=config.dtype, rngs=rngs)
+
+    def gated(self, x: jax.Array, g: jax.Array) -> jax.Array:
+        """A second map of the activation."""
+        return self.value(g)

@@ -1,0 +1,30 @@
+"""Mixers by name: the layers that move information along time. CONTRIBUTING.md states their contract."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from layers.mixers.attention import Attention, AttentionConfig
+from layers.mixers.s5 import S5, S5Config
+from layers.registry import build
+
+MIXERS = {
+    "attention": (AttentionConfig, Attention),
+    "s5": (S5Config, S5),
+}
+
+
+def make_mixer(
+    name: str, options: Mapping[str, Any], *, given: Mapping[str, Any], rngs: nnx.Rngs
+) -> nnx.Module:
+    """The mixer called `name`; see `MIXERS`.
+
+    Args:
+      options: fields of its config.
+      given: fields that the surrounding model supplies, such as width and dtype.
+
+    Raises:
+      ValueError: unknown name or option (with a suggestion), or an impossible combination of options.
+    """
+    return build("mixer", MIXERS, name, options, given=given, rngs=rngs)

@@ -1,0 +1,124 @@
+"""Normalisation over features (LayerNorm, RMSNorm) or over batch and time (BatchNorm).
+
+A norm is called as `norm(x, mask=None, training=False)` with x (b t d) and a boolean mask (b t) of the real tokens.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.parameters import NO_DECAY, parameter
+from layers.registry import build
+from layers.typing import Array, Bool, Float
+
+_zeros, _ones = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
+
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+    """Options of `LayerNorm` and `RMSNorm`."""
+
+    width: int
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchNormConfig:
+    """Options of `BatchNorm`. `momentum` is the weight of the old running statistics in an update."""
+
+    width: int
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+    dtype: Any = jnp.float32
+
+
+class LayerNorm(nnx.Module):
+    """y = scale (x - mean) / sqrt(variance + epsilon) + bias over features (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, config: NormConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.scale = parameter(rngs, _ones, (config.width,), **NO_DECAY)
+        self.bias = parameter(rngs, _zeros, (config.width,), **NO_DECAY)
+
+    def __call__(
+        self, x: Float[Array, "*b d"], *, mask: Bool[Array, "*b"] | None = None, training: bool = False
+    ) -> Float[Array, "*b d"]:
+        """Normalises every token by itself: mask and training change nothing here."""
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.config.epsilon)
+        scale, bias = (v.reshape((1,) * (x.ndim - 1) + (-1,)) for v in (self.scale[...], self.bias[...]))
+        return (y * scale + bias).astype(self.config.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """y = scale x / sqrt(mean(x^2) + epsilon) over features (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, config: NormConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.scale = parameter(rngs, _ones, (config.width,), **NO_DECAY)
+
+    def __call__(
+        self, x: Float[Array, "*b d"], *, mask: Bool[Array, "*b"] | None = None, training: bool = False
+    ) -> Float[Array, "*b d"]:
+        """Normalises every token by itself: mask and training change nothing here."""
+        wide = x.astype(jnp.float32)
+        y = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.config.epsilon)
+        return (y * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.config.dtype)
+
+
+class BatchNorm(nnx.Module):
+    """y = scale (x - mean) / sqrt(variance + epsilon) + bias over batch and time (Ioffe and Szegedy 2015, 1502.03167).
+
+    In training mean and variance are those of the real tokens of the batch, and the running statistics move towards
+    them; otherwise the running statistics are used.
+    """
+
+    def __init__(self, config: BatchNormConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.scale = parameter(rngs, _ones, (config.width,), **NO_DECAY)
+        self.bias = parameter(rngs, _zeros, (config.width,), **NO_DECAY)
+        self.mean = nnx.BatchStat(jnp.zeros(config.width, jnp.float32))
+        self.variance = nnx.BatchStat(jnp.ones(config.width, jnp.float32))
+
+    def __call__(
+        self, x: Float[Array, "b t d"], *, mask: Bool[Array, "b t"] | None = None, training: bool = False
+    ) -> Float[Array, "b t d"]:
+        """Normalises with the statistics of the real tokens; in training, updates the running statistics in place."""
+        wide = x.astype(jnp.float32)
+        if training:
+            mean, variance = _moments(wide, mask)
+            keep = self.config.momentum
+            self.mean[...] = keep * self.mean[...] + (1 - keep) * jax.lax.stop_gradient(mean)
+            self.variance[...] = keep * self.variance[...] + (1 - keep) * jax.lax.stop_gradient(variance)
+        else:
+            mean, variance = self.mean[...], self.variance[...]
+        scale = self.scale[...] * jax.lax.rsqrt(variance + self.config.epsilon)
+        shift = self.bias[...] - mean * scale
+        return (wide * scale[None, None] + shift[None, None]).astype(self.config.dtype)
+
+
+def _moments(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Mean and (biased) variance over batch and time of the tokens that the mask keeps."""
+    if mask is None:
+        mean = x.mean((0, 1))
+        return mean, jnp.square(x - mean[None, None]).mean((0, 1))
+    weight = mask[..., None].astype(x.dtype) / jnp.maximum(mask.sum(), 1)
+    mean = (x * weight).sum((0, 1))
+    return mean, (jnp.square(x - mean[None, None]) * weight).sum((0, 1))
+
+
+NORMS = {
+    "layer_norm": (NormConfig, LayerNorm),
+    "rms_norm": (NormConfig, RMSNorm),
+    "batch_norm": (BatchNormConfig, BatchNorm),
+}
+
+
+def make_norm(name: str, options: dict[str, Any], *, width: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    """The norm called `name`; see `NORMS`."""
+    return build("norm", NORMS, name, options, given={"width": width, "dtype": dtype}, rngs=rngs)

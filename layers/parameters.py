@@ -1,0 +1,58 @@
+"""Parameters and the groups that optimizers treat differently.
+
+A parameter declares its group where it is created. A group is a path: an experiment that sets "ssm" sets "ssm/b" too,
+unless it sets that one itself. Parameters without a group are "default".
+
+    no_decay     biases and the scales of norms
+    ssm          what fixes the time scales of a state space model: eigenvalues, step sizes ("ssm/dt"), and its
+                 input matrix ("ssm/b"); usually a small learning rate and no weight decay
+    ssm_output   the output matrix and the skip of a state space model; usually as the rest
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+NO_DECAY = {"group": "no_decay"}
+
+_lecun_normal = nnx.initializers.lecun_normal()
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+
+def parameter(
+    rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], *, group: str = "default"
+) -> nnx.Param:
+    """A float32 parameter drawn from `init`, in an optimizer group."""
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), group=group)
+
+
+def group_of(variable: nnx.Variable) -> str:
+    """The group that a parameter declared."""
+    return variable.get_metadata().get("group", "default")
+
+
+def linear(
+    inputs: int,
+    outputs: int,
+    *,
+    bias: bool = True,
+    dtype: Any = jnp.float32,
+    init: Initializer = _lecun_normal,
+    group: str = "default",
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """The map y = x W + b with float32 parameters, computed in `dtype`; the bias starts at zero and is not decayed."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=bias,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        kernel_init=init,
+        kernel_metadata={"group": group},
+        bias_metadata=NO_DECAY,
+        rngs=rngs,
+    )

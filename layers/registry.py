@@ -1,0 +1,68 @@
+"""Building a layer from a name and options, with errors that say what would have worked."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+
+def choose(kind: str, registry: Mapping[str, Any], name: str) -> Any:
+    """The entry called `name`, or a ValueError that lists the names and suggests the nearest."""
+    if name in registry:
+        return registry[name]
+    raise ValueError(
+        f"unknown {kind} {name!r}{suggestion(name, registry)}; available: {', '.join(sorted(registry))}"
+    )
+
+
+def suggestion(name: str, names: Any) -> str:
+    """`; did you mean 'x'?` for the nearest of `names`, or nothing."""
+    close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def make_config(
+    kind: str, config_class: type, options: Mapping[str, Any], given: Mapping[str, Any] | None = None
+) -> Any:
+    """Makes the frozen dataclass `config_class` from options; of `given`, takes what the class has a field for.
+
+    Raises:
+      ValueError: an option that is no field, a field both given and an option, or a required field left out.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for option in options:
+        if option not in fields:
+            raise ValueError(
+                f"{kind} has no option {option!r}{suggestion(option, fields)}; options: {', '.join(fields)}"
+            )
+    values = {k: v for k, v in (given or {}).items() if k in fields}
+    values.update(options)
+    missing = [
+        n
+        for n, f in fields.items()
+        if f.default is f.default_factory is dataclasses.MISSING and n not in values
+    ]
+    if missing:
+        raise ValueError(f"{kind} needs the option{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+    return config_class(**values)
+
+
+def build(
+    kind: str,
+    registry: Mapping[str, tuple[type, type]],
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    given: Mapping[str, Any],
+    rngs: nnx.Rngs,
+) -> nnx.Module:
+    """Builds the layer that a registry of (config class, module class) knows as `name`.
+
+    Args:
+      options: fields of the config, as a user wrote them.
+      given: fields that the surrounding model supplies (width, dtype), taken where the config has them.
+    """
+    config_class, module_class = choose(kind, registry, name)
+    return module_class(make_config(f"{kind} {name!r}", config_class, options, given), rngs=rngs)

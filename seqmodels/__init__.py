@@ -1,0 +1,27 @@
+"""Whole models: a stack of blocks between an embedding and a head, built from a plain mapping."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from seqmodels.classifier import Classifier
+from seqmodels.config import ClassifierConfig, parse
+from seqmodels.language_model import LanguageModel
+
+__all__ = ["Classifier", "LanguageModel", "build_model"]
+
+
+def build_model(config: Mapping[str, Any], *, rngs: nnx.Rngs) -> Classifier | LanguageModel:
+    """Builds the model that a mapping describes.
+
+    Args:
+      config: "kind" ("classifier" or "language_model") and, flat, the fields of `InputConfig`, `StackConfig` and of
+        the config of that kind in `seqmodels.config`.
+      rngs: source of the keys that initialise parameters.
+
+    Raises:
+      ValueError: an unknown field or name (with the nearest one), or values that cannot go together.
+    """
+    parsed = parse(config)
+    return (Classifier if isinstance(parsed, ClassifierConfig) else LanguageModel)(parsed, rngs=rngs)

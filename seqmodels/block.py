@@ -1,0 +1,76 @@
+"""One layer of a stack: a mixer, a channel mixer, norms and residual connections."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.channel import make_channel_mixer
+from layers.dropout import dropout
+from layers.mixers import make_mixer
+from layers.norms import make_norm
+from layers.typing import Array, Float, Int, Key
+from seqmodels.config import StackConfig
+
+
+class Block(nnx.Module):
+    """Layer `layer` of a stack.
+
+    Separate residuals, pre-norm (post-norm normalises the sums instead):
+
+        x = x + dropout(mixer(norm(x)))
+        x = x + dropout(channel(norm(x)))
+
+    Joint residual: x = x + channel(mixer(norm(x))).
+    """
+
+    def __init__(self, config: StackConfig, layer: int, *, rngs: nnx.Rngs):
+        self.config = config
+        given = {"width": config.width, "dtype": jnp.dtype(config.dtype)}
+        mixer, options = config.mixer_of(layer)
+        self.mixer = make_mixer(mixer, options, given=given, rngs=rngs)
+        self.mixer_norm = self._norm(rngs)
+        channel = config.channel_of(layer)
+        if channel is None:
+            self.channel = self.channel_norm = None
+            return
+        inside = {"dropout": config.dropout} if config.residual == "joint" else {}
+        self.channel = make_channel_mixer(*channel, given=given | inside, rngs=rngs)
+        self.channel_norm = self._norm(rngs) if config.residual == "separate" else None
+
+    def _norm(self, rngs: nnx.Rngs) -> nnx.Module:
+        config = self.config
+        options = dict(config.norm_options)
+        return make_norm(config.norm, options, width=config.width, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: Any = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Any]:
+        """Runs the layer; the state is the mixer's. A key means training."""
+        norms = {"mask": None if segment_ids is None else segment_ids != 0, "training": key is not None}
+        keys = (None, None, None) if key is None else jax.random.split(key, 3)
+        pre = self.config.norm_position == "pre"
+
+        def residual(x, branch, norm):
+            y, out = branch(norm(x, **norms) if pre else x)
+            return (x + y if pre else norm(x + y, **norms)), out
+
+        def mix(u):
+            y, out = self.mixer(u, state, segment_ids=segment_ids)
+            if self.config.residual == "joint":
+                return self.channel(y, key=keys[0]), out
+            return dropout(y, self.config.dropout, keys[0]), out
+
+        def channel(u):
+            return dropout(self.channel(u, key=keys[1]), self.config.dropout, keys[2]), None
+
+        x, new_state = residual(x, mix, self.mixer_norm)
+        if self.channel_norm is not None:
+            x, _ = residual(x, channel, self.channel_norm)
+        return x, new_state

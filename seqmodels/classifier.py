@@ -1,0 +1,73 @@
+"""A classifier of sequences: embedding, stack, pooling, one linear map."""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.norms import make_norm
+from layers.parameters import linear
+from layers.typing import Array, Bool, Float, Int, Key, Num
+from seqmodels.config import ClassifierConfig
+from seqmodels.embedding import Embedding
+from seqmodels.stack import Stack
+
+
+class Classifier(nnx.Module):
+    """Logits of the class of every row; a row is one sequence with any padding."""
+
+    def __init__(self, config: ClassifierConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        stack = config.stack
+        dtype = jnp.dtype(stack.dtype)
+        self.embedding = Embedding(config.input, stack.width, dtype, rngs=rngs)
+        self.stack = Stack(stack, rngs=rngs)
+        norm = partial(
+            make_norm, stack.norm, dict(stack.norm_options), width=stack.width, dtype=dtype, rngs=rngs
+        )
+        self.norm = norm() if config.final_norm else None
+        self.head = linear(stack.width, config.num_classes, rngs=rngs)
+
+    def __call__(
+        self,
+        inputs: Num[Array, "b t *c"],
+        state: Any = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "b c"], None]:
+        """Classifies whole sequences.
+
+        Args:
+          inputs: token ids (b, t) or vectors (b, t, c).
+          state: must be None: the pooling needs the whole sequence.
+          segment_ids: 0 marks padding.
+          key: given in training only; draws dropout and makes BatchNorm use and update batch statistics.
+
+        Returns:
+          float32 logits (b, c), and None.
+        """
+        if state is not None:
+            raise ValueError(
+                "a classifier takes no state; call it on the whole sequence, or its .stack step by step"
+            )
+        x, _ = self.stack(self.embedding(inputs), segment_ids=segment_ids, key=key)
+        mask = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids != 0
+        if self.norm is not None:
+            x = self.norm(x, mask=mask, training=key is not None)
+        return self.head(pool(x.astype(jnp.float32), mask, self.config.pooling)), None
+
+
+def pool(x: Float[Array, "b t d"], mask: Bool[Array, "b t"], how: str) -> Float[Array, "b d"]:
+    """One vector a row: the mean of its real tokens, the last of them or the first; zero for a row without any."""
+    if how == "mean":
+        weight = mask / jnp.maximum(mask.sum(1, keepdims=True), 1)
+        return jnp.einsum("btd,bt->bd", x, weight.astype(x.dtype))
+    time = jnp.arange(x.shape[1])[None]
+    if how == "last":
+        index = jnp.where(mask, time, -1).max(1)
+    else:
+        index = jnp.where(mask, time, x.shape[1]).min(1)
+    picked = jnp.take_along_axis(x, jnp.clip(index, 0, x.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+    return jnp.where(mask.any(1)[:, None], picked, 0)

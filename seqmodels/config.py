@@ -1,0 +1,192 @@
+"""What a model is made of, as frozen dataclasses, and how they are read from plain mappings."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from layers.registry import make_config, suggestion
+
+REMAT = ("none", "full", "dots")
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig:
+    """The body of a model: `depth` blocks whose kinds cycle through `pattern`.
+
+    Attributes:
+      width: d, features of the residual stream.
+      depth: number of blocks.
+      pattern: kinds of blocks, cycled: "mixer", or "mixer+channel" to name the channel mixer of that block, or
+        "mixer+none" for a block without one. A mixer is a registered name or a key of `mixers`.
+      mixers: options of mixers by the name used in the pattern. With a key "mixer" the name is an alias, so that one
+        model can hold, say, two attentions with different windows.
+      channel: the channel mixer of blocks that name none; "none" for no channel mixer.
+      channels: options of channel mixers, likewise; an alias has a key "channel".
+      residual: "separate": x + mixer, then x + channel mixer; "joint": x + channel(mixer(x)), as in S4, S5 and LRU.
+      norm, norm_options: kind of norm and its options.
+      norm_position: "pre" normalises the input of every branch, "post" the sum.
+      dropout: of branch outputs if separate; passed to the channel mixer if joint.
+      scan: run repeats of the pattern under `jax.lax.scan`; compiles once instead of depth times.
+      remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products).
+      dtype: type of activations. Parameters are float32.
+    """
+
+    width: int
+    depth: int
+    pattern: tuple[str, ...]
+    mixers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    channel: str = "swiglu"
+    channels: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    residual: Literal["separate", "joint"] = "separate"
+    norm: str = "rms_norm"
+    norm_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    norm_position: Literal["pre", "post"] = "pre"
+    dropout: float = 0.0
+    scan: bool = True
+    remat: Literal["none", "full", "dots"] = "none"
+    dtype: Any = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}; expected a positive integer")
+        if isinstance(self.pattern, str) or not self.pattern:
+            raise ValueError(f"pattern={self.pattern!r}; expected a tuple of names such as ('s5',)")
+        _one_of("residual", self.residual, ("separate", "joint"))
+        _one_of("norm_position", self.norm_position, ("pre", "post"))
+        _one_of("remat", self.remat, REMAT)
+        _one_of("dtype", str(jnp.dtype(self.dtype)), ("float32", "bfloat16", "float16"))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}; expected 0 <= dropout < 1")
+        used = {entry.partition("+")[0] for entry in self.pattern}
+        _all_used("mixers", self.mixers, used)
+        _all_used(
+            "channels", self.channels, {entry.partition("+")[2] or self.channel for entry in self.pattern}
+        )
+        if self.residual == "joint" and any(self.channel_of(i) is None for i in range(len(self.pattern))):
+            raise ValueError(
+                "residual='joint' needs a channel mixer in every block; use residual='separate' with 'none'"
+            )
+
+    def mixer_of(self, layer: int) -> tuple[str, dict[str, Any]]:
+        """Registered name and options of the mixer of a layer."""
+        name = self.pattern[layer % len(self.pattern)].partition("+")[0]
+        options = dict(self.mixers.get(name, {}))
+        return options.pop("mixer", name), options
+
+    def channel_of(self, layer: int) -> tuple[str, dict[str, Any]] | None:
+        """Registered name and options of the channel mixer of a layer, or None."""
+        name = self.pattern[layer % len(self.pattern)].partition("+")[2] or self.channel
+        if name == "none":
+            return None
+        options = dict(self.channels.get(name, {}))
+        return options.pop("channel", name), options
+
+
+@dataclasses.dataclass(frozen=True)
+class InputConfig:
+    """How inputs become vectors.
+
+    Attributes:
+      vocab_size: inputs are token ids (b, t) below this.
+      input_size: inputs are vectors (b, t, input_size), mapped linearly. Exactly one of the two is set.
+      embedding_stddev: standard deviation of initial embeddings; 1 / sqrt(width) if None.
+    """
+
+    vocab_size: int | None = None
+    input_size: int | None = None
+    embedding_stddev: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.vocab_size is None) == (self.input_size is None):
+            raise ValueError(
+                f"vocab_size={self.vocab_size} and input_size={self.input_size}; "
+                "set vocab_size for tokens or input_size for vectors, and not both"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+    """A model that gives one label a sequence.
+
+    Attributes:
+      input, stack: see there.
+      num_classes: c.
+      pooling: "mean" over real tokens, the "last" real token, or the "first".
+      final_norm: normalise between stack and pooling.
+    """
+
+    input: InputConfig
+    stack: StackConfig
+    num_classes: int
+    pooling: Literal["mean", "last", "first"] = "mean"
+    final_norm: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("pooling", self.pooling, ("mean", "last", "first"))
+        if self.num_classes < 2:
+            raise ValueError(f"num_classes={self.num_classes}; expected at least 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+    """A model that gives the logits of the next token at every position.
+
+    Attributes:
+      input, stack: see there; inputs must be tokens.
+      tie_embeddings: use the embedding matrix for the output as well.
+      final_norm: normalise before the output matrix.
+    """
+
+    input: InputConfig
+    stack: StackConfig
+    tie_embeddings: bool = True
+    final_norm: bool = True
+
+    def __post_init__(self) -> None:
+        if self.input.vocab_size is None:
+            raise ValueError("a language model needs vocab_size; input_size is for classifiers of vectors")
+
+
+KINDS = {"classifier": ClassifierConfig, "language_model": LanguageModelConfig}
+
+
+def parse(config: Mapping[str, Any]) -> ClassifierConfig | LanguageModelConfig:
+    """Reads a flat mapping with a key "kind" into the config of that kind.
+
+    Raises:
+      ValueError: unknown kind or field (with the nearest name), or values that cannot go together.
+    """
+    values = dict(config)
+    kind = values.pop("kind", None)
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r}{suggestion(kind, KINDS)}; expected one of {sorted(KINDS)}")
+    parts = {"input": InputConfig, "stack": StackConfig}
+    owners = {field.name: part for part, cls in parts.items() for field in dataclasses.fields(cls)}
+    own = {field.name for field in dataclasses.fields(KINDS[kind])} - set(parts)
+    for name in values:
+        if name not in owners and name not in own:
+            raise ValueError(f"model has no field {name!r}{suggestion(name, [*owners, *own])}")
+    made = {
+        part: make_config("model", cls, {k: v for k, v in values.items() if owners.get(k) == part})
+        for part, cls in parts.items()
+    }
+    return make_config("model", KINDS[kind], {k: v for k, v in values.items() if k in own}, given=made)
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(
+            f"{name}={value!r}{suggestion(value, allowed)}; expected one of {', '.join(allowed)}"
+        )
+
+
+def _all_used(name: str, options: Mapping[str, Any], used: set[str]) -> None:
+    for key in options:
+        if key not in used:
+            raise ValueError(
+                f"{name} has options for {key!r}{suggestion(key, used)}, which the pattern does not use"
+            )

@@ -1,0 +1,70 @@
+"""A language model: embedding, stack, norm, output matrix."""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.norms import make_norm
+from layers.parameters import linear
+from layers.typing import Array, Float, Int, Key
+from seqmodels.config import LanguageModelConfig
+from seqmodels.embedding import Embedding
+from seqmodels.stack import Stack
+
+
+class LanguageModel(nnx.Module):
+    """Logits of the next token at every position.
+
+    Raises:
+      ValueError: a mixer of the pattern is not causal.
+    """
+
+    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        stack = config.stack
+        dtype = jnp.dtype(stack.dtype)
+        self.embedding = Embedding(config.input, stack.width, dtype, rngs=rngs)
+        self.stack = Stack(stack, rngs=rngs)
+        for layer, block in enumerate(self.stack.blocks):
+            if not block.mixer.causal:
+                raise ValueError(
+                    f"layer {layer} ({stack.mixer_of(layer)[0]}) is not causal; a language model must be"
+                )
+        norm = partial(
+            make_norm, stack.norm, dict(stack.norm_options), width=stack.width, dtype=dtype, rngs=rngs
+        )
+        self.norm = norm() if config.final_norm else None
+        head = partial(linear, stack.width, config.input.vocab_size, bias=False, dtype=dtype, rngs=rngs)
+        self.head = None if config.tie_embeddings else head()
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> tuple[Any, ...]:
+        """The state before the first token; `max_length` bounds the tokens that key-value caches must hold."""
+        return self.stack.init_state(batch_size, max_length=max_length)
+
+    def __call__(
+        self,
+        inputs: Int[Array, "b t"],
+        state: Any = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "b t v"], Any]:
+        """Scores the next token at every position.
+
+        Args:
+          inputs: token ids (b, t), any t: a whole text, a part of it or one token.
+          state: from `init_state` or an earlier call; None to carry nothing.
+          segment_ids: several texts in a row; 0 marks padding.
+          key: given in training only; draws dropout.
+
+        Returns:
+          float32 logits (b, t, v), and the state to go on with (None if none was given).
+        """
+        x, state = self.stack(self.embedding(inputs), state, segment_ids=segment_ids, key=key)
+        if self.norm is not None:
+            x = self.norm(x, mask=None if segment_ids is None else segment_ids != 0, training=key is not None)
+        if self.head is None:
+            return self.embedding.logits(x), state
+        return self.head(x).astype(jnp.float32), state
