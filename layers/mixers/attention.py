@@ -166,7 +166,7 @@ class Attention(nnx.Module):
             q, k = self._rotate(q, positions), self._rotate(k, positions)
             o, state = self._cached(q, k, v, numbers, positions, state)
             state = state._replace(segment=next_segment(state.segment, segment_ids, t))
-        return self.output(o.reshape(b, t, -1)), state
+        return self.output(o.reshape(b, t, config.heads * config.size)), state
 
     def _rotate(self, x, positions):
         return rotary(x, positions, self.config.rope_base) if self.config.position == "rope" else x

@@ -41,11 +41,11 @@ def mask_padding(x: Num[Array, "b t *f"], segment_ids: Int[Array, "b t"] | None)
 
 def continues(segment: Int[Array, "b"], segment_ids: Int[Array, "b t"] | None) -> Bool[Array, "b"]:
     """Whether the state of each row belongs to the first real token of this call."""
-    if segment_ids is None:
+    if segment_ids is None or segment_ids.shape[1] == 0:
         return jnp.ones(segment.shape, bool)
     index = jnp.argmax(segment_ids != 0, axis=1)
     first = (
-        jnp.take_along_axis(segment_ids, index[:, None], axis=1)[:, 0] if segment_ids.shape[1] else segment
+        jnp.take_along_axis(segment_ids, index[:, None], axis=1)[:, 0]
     )
     return (segment == 0) | (first == 0) | (first == segment)
 

@@ -1,0 +1,269 @@
+"""The contract of mixers, one suite for all. A mixer joins by a line in `table.py`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layers.mixers import make_mixer
+from layers.parameters import group_of
+from tests.layers.mixers.table import MIXERS
+
+WIDTH, BATCH, TIME = 8, 2, 24
+TOLERANCE = 2e-5
+GROUPS = {"default", "no_decay", "ssm", "ssm/b", "ssm/dt", "ssm_output"}
+
+every_mixer = pytest.mark.parametrize("entry", MIXERS)
+
+
+@functools.cache
+def build(entry, dtype="float32"):
+    name, options = MIXERS[entry]
+    given = {"width": WIDTH, "dtype": jnp.dtype(dtype)}
+    return make_mixer(name, options, given=given, rngs=nnx.Rngs(0))
+
+
+@functools.cache
+def runner(entry, dtype="float32"):
+    """The mixer as one jitted function: calls of one shape share a compilation."""
+    graph, variables = nnx.split(build(entry, dtype))
+
+    @jax.jit
+    def run(x, state=None, segment_ids=None):
+        return nnx.merge(graph, variables, copy=True)(x, state, segment_ids=segment_ids)
+
+    return run
+
+
+def inputs(time=TIME, seed=0, batch=BATCH):
+    return jnp.asarray(np.random.default_rng([seed, time]).standard_normal((batch, time, WIDTH)), jnp.float32)
+
+
+def causal(entry):
+    return build(entry).causal
+
+
+def run_in_pieces(entry, x, cuts, segment_ids=None):
+    state = build(entry).init_state(x.shape[0], max_length=x.shape[1])
+    outputs = []
+    for start, stop in zip([0, *cuts], [*cuts, x.shape[1]], strict=True):
+        ids = None if segment_ids is None else segment_ids[:, start:stop]
+        y, state = runner(entry)(x[:, start:stop], state, ids)
+        outputs.append(y)
+    return jnp.concatenate(outputs, axis=1), state
+
+
+def assert_close(got, want, tolerance=TOLERANCE, where=None):
+    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+    if where is not None:
+        got, want = got[where], want[where]
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(
+        got, want, atol=tolerance * max(1.0, float(np.abs(want).max(initial=0))), rtol=0
+    )
+
+
+# Cuts that share lengths of pieces (0, 1, 7, 8, 17, 24), so that few shapes compile.
+cuts_of_24 = st.sampled_from([[8, 16], [7], [0, 24], [1, 8, 16], [8, 9, 17], [17]])
+
+
+@every_mixer
+@settings(max_examples=6)
+@given(cuts=cuts_of_24)
+def test_cut_anywhere(entry, cuts):
+    if not causal(entry):
+        with pytest.raises(ValueError, match="state"):
+            build(entry).init_state(BATCH, max_length=TIME)
+        with pytest.raises(ValueError, match="state"):
+            build(entry)(inputs(), state=())
+        return
+    x = inputs()
+    whole, none = runner(entry)(x)
+    assert none is None
+    joined, _ = run_in_pieces(entry, x, cuts)
+    assert_close(joined, whole)
+
+
+@every_mixer
+def test_step_by_step(entry):
+    if not causal(entry):
+        assert not causal(entry)
+        return
+    x = inputs(12)
+    whole, _ = runner(entry)(x)
+    joined, _ = run_in_pieces(entry, x, list(range(1, 12)))
+    assert_close(joined, whole)
+
+
+@st.composite
+def packings(draw):
+    """Rows of segments with padding before, between, inside and after."""
+    rows = []
+    for _ in range(BATCH):
+        lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
+        ids = np.concatenate([np.full(n, draw(st.integers(0, 3))) for n in (3, *lengths)])[:TIME]
+        row = np.zeros(TIME, np.int32)
+        row[: len(ids)] = ids
+        row[draw(st.lists(st.integers(0, TIME - 1), max_size=3))] = 0
+        rows.append(row)
+    return np.stack(rows)
+
+
+def segments_of(row):
+    """Index lists of the maximal runs of equal ids among the real tokens."""
+    runs, before = [], None
+    for index in np.flatnonzero(row):
+        if row[index] != before:
+            runs.append([])
+        runs[-1].append(index)
+        before = row[index]
+    return runs
+
+
+@every_mixer
+@settings(max_examples=6)
+@given(ids=packings())
+def test_packed_equals_separate(entry, ids):
+    x = inputs()
+    packed, _ = runner(entry)(x, None, jnp.asarray(ids))
+    for row in range(BATCH):
+        for where in segments_of(ids[row]):
+            # Alone in a row of the same length, so that nothing new compiles.
+            alone = jnp.zeros_like(x[:1]).at[0, : len(where)].set(x[row, np.asarray(where)])
+            marks = jnp.zeros((1, TIME), jnp.int32).at[0, : len(where)].set(1)
+            separate, _ = runner(entry)(alone, None, marks)
+            assert_close(packed[row, np.asarray(where)], separate[0, : len(where)])
+
+
+@every_mixer
+@settings(max_examples=4)
+@given(ids=packings(), cuts=cuts_of_24)
+def test_packed_and_cut(entry, ids, cuts):
+    if not causal(entry):
+        assert build(entry).causal is False
+        return
+    x = inputs()
+    whole, _ = runner(entry)(x, None, jnp.asarray(ids))
+    joined, _ = run_in_pieces(entry, x, cuts, jnp.asarray(ids))
+    assert_close(joined, whole, where=ids != 0)
+
+
+@every_mixer
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_never_leaks(entry, side):
+    """Whatever stands in the padding, outputs and what follows the state are those of the tokens alone."""
+    left, right = {"left": (7, 0), "right": (0, 7), "both": (4, 3)}[side]
+    x = inputs(TIME - 7)
+    want, _ = runner(entry)(x)
+    outputs = []
+    for fill in (0.0, 1e3):
+        padded = jnp.pad(x, ((0, 0), (left, right), (0, 0)), constant_values=fill)
+        ids = jnp.pad(jnp.ones(x.shape[:2], jnp.int32), ((0, 0), (left, right)))
+        real = slice(left, TIME - right)
+        got, _ = runner(entry)(padded, None, ids)
+        assert_close(got[:, real], want)
+        if causal(entry):
+            got, state = runner(entry)(padded, build(entry).init_state(BATCH, max_length=2 * TIME), ids)
+            assert_close(got[:, real], want)
+            outputs.append(runner(entry)(inputs(5, seed=1), state)[0])
+    if causal(entry):
+        np.testing.assert_array_equal(outputs[0], outputs[1])
+        _, state = runner(entry)(x, build(entry).init_state(BATCH, max_length=2 * TIME))
+        assert_close(outputs[0], runner(entry)(inputs(5, seed=1), state)[0])
+
+
+@every_mixer
+def test_short_row_with_no_token_leaves_the_state(entry):
+    if not causal(entry):
+        y, _ = runner(entry)(inputs(), None, jnp.zeros((BATCH, TIME), jnp.int32))
+        assert np.isfinite(y).all()
+        return
+    x = inputs(8)
+    _, state = runner(entry)(x, build(entry).init_state(BATCH, max_length=2 * TIME))
+    _, same = runner(entry)(inputs(8, seed=3), state, jnp.zeros((BATCH, 8), jnp.int32))
+    jax.tree.map(np.testing.assert_array_equal, same, state)
+
+
+@every_mixer
+def test_causal_means_causal(entry):
+    x = inputs(12)
+    y, pullback = jax.vjp(lambda x: runner(entry)(x)[0], x)
+    for t in (0, 4, 10):
+        (reach,) = pullback(jnp.zeros_like(y).at[:, t].set(1.0))
+        later = np.abs(np.asarray(reach[:, t + 1 :]))
+        assert np.abs(np.asarray(reach[:, : t + 1])).max() > 0
+        if causal(entry):
+            assert (later == 0).all(), f"output {t} depends on a later input"
+        else:
+            assert later.max() > 0, "a mixer that says it is not causal should see later inputs"
+
+
+@every_mixer
+def test_gradients_are_finite_and_reach_every_parameter(entry):
+    graph, params, rest = nnx.split(build(entry), nnx.Param, ...)
+    ids = jnp.asarray(np.repeat([[0, 1, 2, 0]], BATCH, 0).repeat(TIME // 4, 1))
+    weights = inputs(seed=2)
+
+    @jax.jit
+    def gradients(params, x):
+        def loss(params, x):
+            y, _ = nnx.merge(graph, params, rest, copy=True)(x, segment_ids=ids)
+            return jnp.sum(y * weights * (ids != 0)[..., None])
+
+        return jax.grad(loss, argnums=(0, 1))(params, x)
+
+    by_parameter, by_input = gradients(params, inputs())
+    for path, gradient in jax.tree.leaves_with_path(by_parameter):
+        assert np.isfinite(gradient).all(), path
+        assert np.abs(gradient).max() > 1e-12, f"{jax.tree_util.keystr(path)} has no gradient"
+    assert np.isfinite(by_input).all()
+    padding = np.asarray(ids) == 0
+    assert (np.asarray(by_input)[padding] == 0).all(), "padding has a gradient"
+
+
+@every_mixer
+def test_bfloat16_activations(entry):
+    x = inputs()
+    want, _ = runner(entry)(x)
+    got, _ = runner(entry, "bfloat16")(x.astype(jnp.bfloat16))
+    assert got.dtype == jnp.bfloat16
+    error = np.linalg.norm(np.asarray(got, np.float32) - want) / np.linalg.norm(want)
+    assert error < 2e-2
+    for leaf in jax.tree.leaves(nnx.state(build(entry, "bfloat16"), nnx.Param)):
+        assert leaf.dtype == jnp.float32, "parameters are float32 whatever the activations"
+
+
+@every_mixer
+def test_parameters_declare_known_groups(entry):
+    for path, variable in nnx.to_flat_state(nnx.state(build(entry), nnx.Param)):
+        assert group_of(variable) in GROUPS, path
+
+
+@every_mixer
+def test_refuses_what_it_does_not_know(entry):
+    name, options = MIXERS[entry]
+    given = {"width": WIDTH}
+    with pytest.raises(ValueError, match="no option 'colour'"):
+        make_mixer(name, {**options, "colour": "red"}, given=given, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="decode"):
+        build(entry)(inputs(3), decode=True)
+    with pytest.raises(ValueError, match="x of"):
+        build(entry)(inputs(3)[..., :-1])
+    with pytest.raises(ValueError, match="segment_ids"):
+        build(entry)(inputs(3), segment_ids=jnp.ones((BATCH, 4), jnp.int32))
+
+
+def test_every_registered_mixer_is_under_the_suite():
+    from layers.mixers import MIXERS as registered
+
+    assert {name for name, _ in MIXERS.values()} == set(registered)
+
+
+def test_unknown_mixer_is_refused_with_the_nearest_name():
+    with pytest.raises(ValueError, match="did you mean 'attention'"):
+        make_mixer("atention", {}, given={"width": 8}, rngs=nnx.Rngs(0))
