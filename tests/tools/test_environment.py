@@ -72,6 +72,8 @@ def test_a_package_that_is_gone_is_seen(environment, monkeypatch):
 
 
 def test_a_failed_install_leaves_no_stamp_and_can_go_on(environment, monkeypatch):
+    environment.install()
+    (environment.ROOT / "pyproject.toml").write_text("changed")
     works = environment.pip
     monkeypatch.setattr(environment, "pip", lambda *_: False)
     assert environment.install() == environment.FAILED
