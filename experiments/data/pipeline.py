@@ -1,0 +1,149 @@
+"""Batches for training and evaluation, through Grain.
+
+A batch is a dict of inputs int32 (b, t), segment_ids int32 (b, t; 1 for tokens, 0 for padding), labels int32 (b,) and
+weight float32 (b,): 1, or 0 for a row that only fills the last batch of an evaluation. Such a row repeats a sequence
+of its batch, so that a model never sees a row without tokens.
+
+The batch of step n is computed from n (see `bucketing`), so the state of an iterator is one number, and setting it
+continues bit for bit without reading what came before.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import grain
+import numpy as np
+
+from experiments.data.bucketing import (
+    Plan,
+    check_bucket_bounds,
+    count_train_batches,
+    plan_epoch,
+    plan_evaluation,
+)
+
+Batch = dict[str, np.ndarray]
+
+
+class Source(Protocol):
+    """A split of a data set: `sequences.Sequences`, or anything with these members."""
+
+    lengths: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def gather(self, indices: np.ndarray, width: int) -> Batch:
+        """The examples at `indices`, padded to `width`: arrays with one row an example."""
+        ...
+
+
+def train_iterator(
+    source: Source,
+    *,
+    batch_size: int,
+    bucket_bounds: Sequence[int] | None = None,
+    seed: int,
+    epochs: int | None = None,
+    num_steps: int | None = None,
+    host_index: int = 0,
+    host_count: int = 1,
+    prefetch: int = 8,
+) -> grain.DatasetIterator:
+    """Batches of `epochs` epochs, or of `num_steps` steps: each full, the epochs shuffled (`bucketing.plan_epoch`).
+
+    Its `get_state()` is the number of the next batch, and `set_state` resumes exactly.
+
+    Args:
+      batch_size: sequences of one batch, over all hosts together.
+      bucket_bounds: the widths that batches are padded to, increasing; None pads all to the longest sequence.
+      seed: of the shuffles.
+      host_index: which of the `host_count` equal parts of each batch to yield: rows `host_index * b` to
+        `(host_index + 1) * b`, with b = batch_size / host_count. All hosts see the same widths.
+      prefetch: batches made ahead in a background thread; 0 makes them when they are asked for.
+
+    Raises:
+      ValueError: if both or neither of `epochs` and `num_steps` are given, a batch is larger than the data set, a
+        sequence is longer than the last bound, the bounds do not increase or `host_count` does not divide
+        `batch_size`.
+    """
+    if (epochs is None) == (num_steps is None):
+        raise ValueError(
+            f"give epochs or num_steps, one of them; got epochs={epochs} and num_steps={num_steps}"
+        )
+    per_epoch = count_train_batches(len(source), batch_size)
+    steps = num_steps if num_steps is not None else epochs * per_epoch
+    if steps < 0:
+        raise ValueError(
+            f"epochs and num_steps must not be negative, got epochs={epochs}, num_steps={num_steps}"
+        )
+    rows = _host_rows(batch_size, host_index, host_count)
+    check_bucket_bounds(source.lengths, bucket_bounds)
+
+    @functools.lru_cache(maxsize=2)  # at the turn of an epoch both are in use
+    def plan(epoch: int) -> Plan:
+        return plan_epoch(
+            source.lengths, batch_size=batch_size, bucket_bounds=bucket_bounds, seed=seed, epoch=epoch
+        )
+
+    def make(step: int) -> Batch:
+        epoch, number = divmod(step, per_epoch)
+        return _assemble(source, plan(epoch), number, rows)
+
+    return iter(_dataset(make, steps, prefetch))
+
+
+def eval_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    bucket_bounds: Sequence[int] | None = None,
+    host_index: int = 0,
+    host_count: int = 1,
+    prefetch: int = 8,
+) -> grain.IterDataset:
+    """Every sequence exactly once with weight 1, in ceil(n / batch_size) batches; can be iterated again and again.
+
+    The batches are the same every time. The last one is filled with rows of weight 0; all hosts get the same number of
+    batches. Arguments and errors are those of `train_iterator`, but a batch may be larger than the data set.
+    """
+    rows = _host_rows(batch_size, host_index, host_count)
+    plan = plan_evaluation(source.lengths, batch_size=batch_size, bucket_bounds=bucket_bounds)
+    return _dataset(lambda number: _assemble(source, plan, number, rows), len(plan), prefetch)
+
+
+def _host_rows(batch_size: int, host_index: int, host_count: int) -> slice:
+    if host_count < 1 or batch_size % host_count:
+        raise ValueError(f"host_count={host_count} must divide batch_size={batch_size}")
+    if not 0 <= host_index < host_count:
+        raise ValueError(f"host_index must be from 0 to {host_count - 1}, got {host_index}")
+    share = batch_size // host_count
+    return slice(host_index * share, (host_index + 1) * share)
+
+
+def _assemble(source: Source, plan: Plan, number: int, rows: slice) -> Batch:
+    indices = plan.indices[number]
+    mine = indices[rows]
+    batch = source.gather(np.where(mine >= 0, mine, indices[0]), int(plan.widths[number]))
+    return batch | {"weight": (mine >= 0).astype(np.float32)}
+
+
+class _Batches:
+    """Grain's random-access source over the numbers of batches."""
+
+    def __init__(self, make: Callable[[int], Batch], count: int):
+        self._make = make
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Batch:
+        return self._make(int(number))
+
+
+def _dataset(make: Callable[[int], Batch], count: int, prefetch: int) -> grain.IterDataset:
+    if prefetch < 0:
+        raise ValueError(f"prefetch must not be negative, got {prefetch}")
+    options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
+    return grain.MapDataset.source(_Batches(make, count)).to_iter_dataset(options)

@@ -1,0 +1,43 @@
+"""Loss and metrics of tasks with one label a sequence."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import optax
+
+from layers.typing import Array, Float
+
+
+def cross_entropy(
+    logits: Float[Array, "b c"], batch: Mapping[str, Array]
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Mean softmax cross-entropy in nats, and sums from which metrics over many batches follow.
+
+    loss = sum_i w_i (logsumexp(logits_i) - logits_i[label_i]) / sum_i w_i, in float32, with `batch["labels"]` (b,) and
+    `batch["weight"]` (b,). A row of weight 0 counts for nothing, even if its logits are not finite. Without any weight
+    the loss is 0.
+
+    Returns:
+      The loss, and the float32 sums {"loss": sum w_i loss_i, "accuracy": sum w_i [argmax logits_i = label_i],
+      "count": sum w_i}. Add them up over batches and hosts, then divide by "count".
+
+    Raises:
+      ValueError: if the shapes do not belong together.
+    """
+    labels, weight = batch["labels"], batch["weight"]
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or weight.shape != logits.shape[:1]:
+        raise ValueError(
+            "logits must be (b, classes), labels and weight (b,); "
+            f"got {logits.shape}, {labels.shape} and {weight.shape}"
+        )
+    counted = weight > 0
+    logits = jnp.where(counted[:, None], logits.astype(jnp.float32), 0.0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    weight = weight.astype(jnp.float32)
+    sums = {
+        "loss": jnp.sum(weight * losses),
+        "accuracy": jnp.sum(weight * (jnp.argmax(logits, axis=-1) == labels)),
+        "count": jnp.sum(weight),
+    }
+    mean = sums["loss"] / jnp.where(sums["count"] > 0, sums["count"], 1.0)
+    return mean, sums

@@ -1,0 +1,84 @@
+"""The ListOps task of Long Range Arena: evaluate a nested expression, an answer of one digit."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.data import listops, listops_datasets
+from experiments.data.sequences import Sequences
+from experiments.tasks.classification import cross_entropy
+from layers.typing import Array, Float
+
+
+class ListOps:
+    """Ten-way classification of ListOps expressions.
+
+    Published accuracy on the full task: Transformer 36.4% (what the root operator alone gives), S4 59.6%, S5 62.2%.
+
+    Attributes:
+      vocab_size: 16, padding (id 0) included.
+      num_classes: 10.
+      splits: "train", "validation" and "test".
+      manifest: of the data set (see `data.cache`).
+    """
+
+    vocab_size = len(listops.VOCABULARY)
+    num_classes = listops.NUM_CLASSES
+    splits: dict[str, Sequences]
+    manifest: dict[str, Any]
+
+    def __init__(
+        self,
+        *,
+        preset: str | None = None,
+        seed: int | None = None,
+        train: int | None = None,
+        validation: int | None = None,
+        test: int | None = None,
+        official_dir: str | os.PathLike | None = None,
+        data_dir: str | os.PathLike | None = None,
+        workers: int | None = None,
+    ):
+        """Loads the data, after generating it on first use.
+
+        Args:
+          preset: "full" (the default, Long Range Arena's) or "short" (the same grammar, short, for a CPU).
+          seed: of the generator, 0 by default.
+          train: sequences in that split, in place of the preset's; likewise `validation` and `test`.
+          official_dir: folder with Long Range Arena's TSV files, to use those instead of generating.
+          data_dir: folder of the cache; by default $SEQMODELS_DATA, else ~/.cache/seqmodels.
+          workers: processes that generate; by default one for each core.
+
+        Raises:
+          ValueError: if `official_dir` is given together with an argument about generating, or a value is impossible.
+          CorruptCacheError: if the cached data set is damaged.
+        """
+        overrides = dict(seed=seed, train=train, validation=validation, test=test)
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        if official_dir is None:
+            config = listops.preset_config("full" if preset is None else preset, **overrides)
+            dataset = listops_datasets.load_generated(config, data_dir=data_dir, workers=workers)
+        else:
+            generating = overrides | {
+                name: value
+                for name, value in dict(preset=preset, workers=workers).items()
+                if value is not None
+            }
+            if generating:
+                raise ValueError(
+                    f"official_dir={str(official_dir)!r} reads files, so {', '.join(generating)} would have no "
+                    "effect; leave out one or the other"
+                )
+            dataset = listops_datasets.load_official(official_dir, data_dir=data_dir)
+        self.splits = dataset.splits
+        self.manifest = dataset.manifest
+
+    def loss(
+        self, outputs: Float[Array, "b c"], batch: Mapping[str, Array]
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Mean loss and the sums {"loss", "accuracy", "count"} (see `classification.cross_entropy`)."""
+        return cross_entropy(outputs, batch)
+
+    def baselines(self, split: str = "test") -> dict[str, float]:
+        """Accuracies of the predictors {"majority", "root_operator"}, fitted on "train" (see `listops_datasets`)."""
+        return listops_datasets.split_baselines(self.splits, split)
