@@ -1,9 +1,11 @@
 """The primitives under the shared suite: one line each."""
 
 from layers.kernels.linear_recurrence import cases as linear_recurrence
+from layers.kernels.long_conv import cases as long_conv
 
 SUITES = {
     "linear_recurrence": linear_recurrence.SUITE,
+    "long_conv": long_conv.SUITE,
 }
 
 CASES = [(name, case) for name, suite in SUITES.items() for case in suite.cases]

@@ -1,0 +1,150 @@
+"""y = k * u, a convolution a channel with a kernel as long as the sequence: S4, S4D, DSS, SGConv, Hyena, H3, MEGA."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from layers.kernels import checks
+from layers.kernels.dispatch import Implementation, dispatch
+from layers.kernels.long_conv import reference, toeplitz, xla
+from layers.typing import Array, Num
+
+__all__ = ["Piece", "compose", "long_conv", "summarize"]
+
+# Up to these many taps, or these many outputs after a state, matrix products are faster than transforms.
+TOEPLITZ_TAPS = {"cpu": 32, "gpu": 256, "tpu": 256}
+TOEPLITZ_OUTPUTS = 4
+
+
+def _toeplitz_wins(*, x, kernel, initial_state, circular, **_):
+    time, taps = x.shape[1], kernel.shape[1]
+    if initial_state is None and not circular:
+        taps = min(taps, time)
+    few = TOEPLITZ_TAPS.get(jax.default_backend(), 0)
+    real = not (jnp.iscomplexobj(x) or jnp.iscomplexobj(kernel))
+    return real and (taps <= few or (initial_state is not None and time <= TOEPLITZ_OUTPUTS))
+
+
+IMPLEMENTATIONS = {
+    "toeplitz": Implementation(toeplitz.long_conv, automatic=_toeplitz_wins),
+    "xla": Implementation(xla.long_conv),
+    "reference": Implementation(reference.long_conv, automatic=lambda **_: False),
+}
+
+
+def long_conv(
+    x: Num[Array, "b t d"],
+    kernel: Num[Array, "d l"],
+    *,
+    skip: Num[Array, " d"] | None = None,
+    input_gate: Num[Array, "b t d"] | None = None,
+    output_gate: Num[Array, "b t d"] | None = None,
+    initial_state: Num[Array, "b s d"] | None = None,
+    circular: bool = False,
+    impl: str | None = None,
+) -> tuple[Num[Array, "b t d"], Num[Array, "b s d"] | None]:
+    """Convolves every channel with its own kernel, causally or around a circle, between two optional gates.
+
+        u_t = input_gate_t x_t
+        y_t = output_gate_t (sum_{j=0}^{l-1} kernel_j u_{t-j} + skip u_t)
+
+    The operator of S4 (Gu et al. 2022, arXiv:2111.00396), H3 (Fu et al. 2023, arXiv:2212.14052), Hyena (Poli et al. 2023,
+    arXiv:2302.10866) and FlashFFTConv (Fu et al. 2023, arXiv:2311.05908). The kernel may be shorter than the sequence, as
+    long, or longer. All arrays may be real or complex; complex numbers are passed as such, `jax.lax.complex(re, im)`.
+
+    There are no segments: a kernel that does not change with time cannot forget. A convolution with taps on both sides is
+    a circular one over x with zeros appended, with the taps that look ahead at the end of the kernel.
+
+    Args:
+      x: input.
+      kernel: taps; tap j acts at lag j. Sums are in float32 or wider and "xla" never rounds the kernel to less.
+      skip: weight of the input itself.
+      input_gate: multiplies the input.
+      output_gate: multiplies the output, the skip term included.
+      initial_state: the last l - 1 inputs before x, gated, the latest last; zeros if absent.
+      circular: u_{t-j} wraps around, t - j modulo t; there is no state then.
+      impl: "xla" (Fourier transforms), "toeplitz" (matrix products, with operands in the type of x), "reference", or
+        None for the best.
+
+    Returns:
+      y: (b, t, d), in the type of x, or complex if any argument is.
+      final_state: the last l - 1 gated inputs, (b, l-1, d), float32 or wider; None if circular.
+
+    Raises:
+      ValueError, TypeError: a shape, type or `impl` does not fit; the message names the argument.
+    """
+    sizes: dict[str, int] = {}
+    arrays = {"x": x, "kernel": kernel, "skip": skip, "input_gate": input_gate, "output_gate": output_gate}
+    checks.check_floating(**arrays, initial_state=initial_state)
+    for name, array in arrays.items():
+        pattern = {"kernel": "d l", "skip": "d"}.get(name, "b t d")
+        if array is not None:
+            checks.check_shape(name, array, pattern, sizes)
+    time, taps = x.shape[1], kernel.shape[1]
+    if taps == 0:
+        raise ValueError(f"kernel has shape {kernel.shape}; expected at least one tap")
+    if initial_state is not None:
+        if circular:
+            raise ValueError("initial_state is given with circular=True; a circular convolution has no state")
+        checks.check_shape("initial_state", initial_state, "b s d", sizes | {"s": taps - 1})
+    given = [array for array in (*arrays.values(), initial_state) if array is not None]
+    output = jnp.result_type(x.dtype, jnp.complex64) if any(map(jnp.iscomplexobj, given)) else x.dtype
+    final = None if circular else _final_state(x, taps, input_gate, initial_state)
+    if time == 0:
+        return x.astype(output), final
+    y = dispatch(
+        "long_conv",
+        IMPLEMENTATIONS,
+        impl,
+        x=x,
+        kernel=kernel,
+        skip=skip,
+        input_gate=input_gate,
+        output_gate=output_gate,
+        initial_state=initial_state,
+        circular=circular,
+    )
+    return y.astype(output), final
+
+
+def _final_state(x, taps, input_gate, initial_state):
+    """The last taps - 1 gated inputs."""
+    size, time = taps - 1, x.shape[1]
+    last = slice(max(0, time - size), None)
+    dtype = checks.accumulation_dtype(x, input_gate, initial_state)
+    inputs = x[:, last].astype(dtype)
+    if input_gate is not None:
+        inputs = inputs * input_gate[:, last]
+    missing = size - inputs.shape[1]
+    if initial_state is None:
+        return jnp.pad(inputs, ((0, 0), (missing, 0), (0, 0)))
+    return jnp.concatenate([initial_state[:, size - missing :].astype(dtype), inputs], axis=1)
+
+
+class Piece(NamedTuple):
+    """What a stretch of the sequence does to the state: it moves `steps` places back and `inputs` fills the end.
+
+    Attributes:
+      inputs: (b, l-1, d), the inputs of the stretch at the end, zeros before them.
+      steps: int32 scalar, the length of the stretch or l - 1 if that is less.
+    """
+
+    inputs: jax.Array
+    steps: jax.Array
+
+
+def summarize(
+    x: Num[Array, "b t d"], kernel: Num[Array, "d l"], *, input_gate: Num[Array, "b t d"] | None = None
+) -> Piece:
+    """The effect of a stretch on the state that enters it."""
+    state = _final_state(x, kernel.shape[1], input_gate, None)
+    return Piece(state, jnp.int32(min(x.shape[1], kernel.shape[1] - 1)))
+
+
+def compose(first: Piece, second: Piece) -> Piece:
+    """The effect of two neighbouring stretches. Associative; the identity is zeros and no steps."""
+    size = first.inputs.shape[1]
+    moved = jnp.roll(first.inputs, -second.steps, axis=1)
+    older = jnp.arange(size)[None, :, None] < size - second.steps
+    return Piece(jnp.where(older, moved, second.inputs), jnp.minimum(first.steps + second.steps, size))

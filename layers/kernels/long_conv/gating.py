@@ -1,0 +1,92 @@
+"""What surrounds a convolution, whichever way it is computed: gates, the skip term, and one backward pass.
+
+The backward pass needs only the arguments: with u = i x, z = k * u, y = o (z + s u) and g = o dy,
+
+    du = k correlated with g, plus s g,    dk = u correlated with g,    ds = sum of g u,
+    dx = i du,    di = x du,    do = (z + s u) dy,
+
+and z is computed again, when there is an output gate, rather than kept.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from layers.kernels.checks import accumulation_dtype
+
+
+class Convolution(NamedTuple):
+    """A way to convolve.
+
+    Attributes:
+      forward: `forward(u, past, kernel, circular, operand)` gives k * u, (b, t, d). `past` (b, l-1, d) or None comes
+        before u; `circular` puts the end of u there, and then l <= t. `operand` is the type that u may be rounded to.
+      transpose: `transpose(u, past, kernel, circular, operand, g)` gives the cotangents of u, past and kernel.
+    """
+
+    forward: Callable[..., jax.Array]
+    transpose: Callable[..., tuple[jax.Array, jax.Array | None, jax.Array]]
+
+
+def gated(convolution, circular, x, kernel, skip, input_gate, output_gate, past):
+    """y = output_gate (kernel * (input_gate x) + skip input_gate x), in the type of x, complex if anything is."""
+    time, taps = x.shape[1], kernel.shape[1]
+    if circular and taps > time:
+        turns = -(-taps // time)
+        kernel = jnp.pad(kernel, ((0, 0), (0, turns * time - taps)))
+        kernel = kernel.astype(accumulation_dtype(kernel)).reshape(-1, turns, time).sum(1)
+    return _gated(convolution, circular, x, kernel, skip, input_gate, output_gate, past)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gated(convolution, circular, x, kernel, skip, input_gate, output_gate, past):
+    u = _inputs(x, kernel, input_gate, past)
+    y = _before_output_gate(convolution, circular, x.dtype, u, kernel, skip, past)
+    y = y if output_gate is None else y * output_gate
+    return y.astype(jnp.result_type(x.dtype, jnp.complex64) if jnp.iscomplexobj(y) else x.dtype)
+
+
+def _forward(convolution, circular, *arguments):
+    return _gated(convolution, circular, *arguments), arguments
+
+
+def _backward(convolution, circular, arguments, dy):
+    x, kernel, skip, input_gate, output_gate, past = arguments
+    u = _inputs(x, kernel, input_gate, past)
+    dy = dy.astype(accumulation_dtype(dy))
+    dskip = dinput = doutput = None
+    if output_gate is not None:
+        y = _before_output_gate(convolution, circular, x.dtype, u, kernel, skip, past)
+        doutput = cast(dy * y, output_gate.dtype)
+        dy = dy * output_gate
+    du, dpast, dkernel = convolution.transpose(u, past, kernel, circular, x.dtype, cast(dy, u.dtype))
+    if skip is not None:
+        dskip = cast((dy * u).sum((0, 1)), skip.dtype)
+        du = du + cast(dy * skip[None, None], u.dtype)
+    if input_gate is not None:
+        dinput = cast(du * x, input_gate.dtype)
+        du = du * input_gate
+    dpast = None if past is None else cast(dpast, past.dtype)
+    return cast(du, x.dtype), cast(dkernel, kernel.dtype), dskip, dinput, doutput, dpast
+
+
+_gated.defvjp(_forward, _backward)
+
+
+def _inputs(x, kernel, input_gate, past):
+    """The input of the convolution, in the type that it is computed in."""
+    u = x.astype(accumulation_dtype(x, kernel, input_gate, past))
+    return u if input_gate is None else u * input_gate
+
+
+def _before_output_gate(convolution, circular, operand, u, kernel, skip, past):
+    y = convolution.forward(u, past, kernel, circular, operand)
+    return y if skip is None else y + skip[None, None] * u
+
+
+def cast(v, dtype):
+    """`v` in `dtype`; what belongs to a real number is the real part."""
+    return (v if jnp.issubdtype(dtype, jnp.complexfloating) else v.real).astype(dtype)
