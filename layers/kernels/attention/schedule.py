@@ -1,0 +1,172 @@
+"""Which blocks of keys each block of queries visits, and in how many steps.
+
+Two schedules. The general one visits pairs of large blocks, one pair a step, leaving out what can be told in advance
+that the mask hides; steps that only turn out to be hidden are skipped when they are reached. Where a query block sees
+few key blocks, in windows and lists of blocks, the other takes many small query blocks a step and fetches for each the
+key blocks on its own list.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# The memory that the logits of one step may take, and logits so few that a single step is best.
+STEP_BYTES = 1 << 27
+DENSE_BYTES = 1 << 24
+# Queries and keys in a block of the general schedule, at most and at least where STEP_BYTES allows no more.
+LARGEST, SMALLEST = 512, 128
+# Bounds on a block of the schedule for windows, and the keys that a step fetches for one query block.
+WINDOW_BLOCKS = 32, 128
+LISTED_KEYS = 2048
+
+
+class Steps(NamedTuple):
+    """One entry a step: row groups (n,) by their first query block; lists (n, b|1, h|1, rows, columns) of key blocks.
+
+    -1 in a list is no block. `listed` (same shape) tells blocks on the list from those visited for their sink tokens;
+    None: the mask looks that up.
+    """
+
+    row: jax.Array
+    blocks: jax.Array
+    listed: jax.Array | None
+
+
+class Schedule(NamedTuple):
+    """Sizes of blocks, number of query blocks (padding included), steps, and whether they may turn out to be hidden."""
+
+    q_block: int
+    kv_block: int
+    q_blocks: int
+    steps: Steps
+    uncertain: bool
+
+
+def schedule(q, k, options, at) -> Schedule:
+    """The schedule for arguments of these shapes; `at` are their places, in order if `uses_lists`."""
+    (b, t, h, _), s = q.shape, k.shape[1]
+    if uses_lists(q, k, options):
+        return _grouped(b * h, *_lists(t, s, options, at))
+    if _is_small(q, k):
+        return _pairs(t, s, t, s, options)
+    size = LARGEST
+    while size > SMALLEST and 4 * b * h * size * size > STEP_BYTES:
+        size //= 2
+    q_block = min(t, size)
+    return _pairs(t, s, q_block, min(s, size * size // q_block), options)
+
+
+def uses_lists(q, k, o) -> bool:
+    """Whether lists of small blocks save anything, and by index hold what the options mean by position."""
+    if (o.window is None and o.block_indices is None) or _is_small(q, k):
+        return False
+    if o.q_positions is not None or o.prefix_lengths is not None:
+        return False
+    if in_segments(o):
+        per_token = o.bias is not None and o.bias.shape[2:] != (1, 1)
+        if o.block_indices is not None or per_token or (o.sink_tokens and not o.causal):
+            return False
+    size, columns = _list_shape(o)
+    return size * columns <= k.shape[1] // 2
+
+
+def _is_small(q, k) -> bool:
+    return 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1] <= DENSE_BYTES
+
+
+def _list_shape(o) -> tuple[int, int]:
+    """Keys in a block, and blocks in a list."""
+    if o.block_indices is not None:
+        return o.block_size, o.block_indices.shape[3]
+    size = min(max(WINDOW_BLOCKS[0], 1 << max(o.window - 1, 0).bit_length()), WINDOW_BLOCKS[1])
+    reach = -(-(o.window - o.causal) // size)
+    return size, (1 if o.causal else 2) * reach + 1
+
+
+def in_segments(o) -> bool:
+    """Whether positions count within segments, and padding may stand between tokens that are neighbours."""
+    return o.q_positions is None and o.segment_ids is not None and o.kv_segment_ids is None
+
+
+def _pairs(t, s, q_block, kv_block, o) -> Schedule:
+    """Every pair of blocks that is not hidden whatever the data."""
+    i, j = np.meshgrid(np.arange(-(-t // q_block)), np.arange(-(-s // kv_block)), indexing="ij")
+    seen = np.ones(i.shape, bool)
+    if o.q_positions is None and o.prefix_lengths is None:
+        first_q, last_q = i * q_block, (i + 1) * q_block - 1
+        first_k, last_k = j * kv_block, (j + 1) * kv_block - 1
+        if o.causal:
+            seen &= first_k <= last_q
+        if o.window is not None and not in_segments(o):
+            near = (first_q - last_k < o.window + (not o.causal)) & (first_k - last_q <= o.window)
+            seen &= near | (first_k < o.sink_tokens)
+    row, block = (jnp.asarray(v[seen], jnp.int32) for v in (i, j))
+    known = o.q_positions is None and o.prefix_lengths is None and o.block_indices is None
+    known = known and o.segment_ids is None and o.kv_lengths is None
+    steps = Steps(row, block[:, None, None, None, None], None)
+    return Schedule(q_block, kv_block, i.shape[0], steps, uncertain=not known and row.size > 1)
+
+
+def _lists(t, s, o, at):
+    """Block size, lists (b|1, h|1, query blocks, columns) and their `listed`."""
+    size, columns = _list_shape(o)
+    q_blocks, kv_blocks = -(-t // size), -(-s // size)
+    if o.block_indices is not None:
+        lists = o.block_indices[:, :, :q_blocks].astype(jnp.int32)
+    else:
+        last = np.arange(q_blocks)[:, None] + (0 if o.causal else columns // 2)
+        lists = jnp.asarray(last + np.arange(1 - columns, 1), jnp.int32)[None, None]
+    lists = _sets(jnp.where(lists < kv_blocks, lists, -1))
+    sinks = _sink_blocks(o, at, q_blocks, size)
+    sinks = jnp.where((sinks[..., :, None] == lists[..., None, :]).any(-1) | (sinks >= kv_blocks), -1, sinks)
+    lists = jnp.broadcast_to(lists, (*sinks.shape[:3], columns))
+    listed = jnp.concatenate([jnp.ones(lists.shape, bool), jnp.zeros(sinks.shape, bool)], axis=3)
+    lists = jnp.concatenate([lists, sinks], axis=3)
+    return size, lists, None if o.block_indices is None else listed
+
+
+def _sets(lists):
+    """Each list in order, with what is listed again replaced by -1."""
+    lists = jnp.sort(jnp.maximum(lists, -1), axis=3)
+    again = jnp.pad(lists[..., 1:] == lists[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0)))
+    return jnp.where(again, -1, lists)
+
+
+def _sink_blocks(o, at, q_blocks, size):
+    """The blocks (b|1, 1, query blocks, columns) that hold the sink tokens of the queries of a block.
+
+    Of several segments in a causal block, only the first can have begun in an earlier one.
+    """
+    if not o.sink_tokens or not in_segments(o):
+        columns = jnp.arange(-(-o.sink_tokens // size), dtype=jnp.int32)
+        return jnp.broadcast_to(columns, (1, 1, q_blocks, columns.size))
+    first = (jnp.arange(q_blocks, dtype=jnp.int32) * size)[None]
+    start = first - at.q_positions[:, ::size]
+    columns = jnp.arange(1 + -(-(o.sink_tokens - 1) // size), dtype=jnp.int32)
+    return jnp.maximum(start // size, 0)[:, None, :, None] + columns[None, None, None]
+
+
+def _grouped(rows_per_token, size, lists, listed) -> Schedule:
+    """Cuts lists into steps of as many query blocks as memory allows."""
+    columns = max(1, min(lists.shape[3], LISTED_KEYS // size))
+    most = max(1, STEP_BYTES // (4 * rows_per_token * size * size * columns))
+    groups = -(-lists.shape[2] // most)
+    rows = -(-lists.shape[2] // groups)
+    padding = ((0, 0), (0, 0), (0, groups * rows - lists.shape[2]), (0, -lists.shape[3] % columns))
+
+    def cut(v, fill):
+        v = jnp.pad(v, padding, constant_values=fill)
+        v = v.reshape(*v.shape[:2], groups, rows, -1, columns)
+        return v.transpose(2, 4, 0, 1, 3, 5).reshape(-1, *v.shape[:2], rows, columns)
+
+    blocks = cut(lists, -1)
+    row = jnp.repeat(jnp.arange(groups, dtype=jnp.int32) * rows, blocks.shape[0] // groups)
+    return Schedule(
+        size,
+        size,
+        groups * rows,
+        Steps(row, blocks, None if listed is None else cut(listed, False)),
+        uncertain=False,
+    )

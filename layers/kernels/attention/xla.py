@@ -1,0 +1,239 @@
+"""`attention` in plain JAX, without the matrix of logits in memory.
+
+Queries and keys are cut into blocks, and steps of a `lax.scan` visit blocks of logits (see `schedule`). Every row keeps
+the running maximum m of its logits, the sum l of exp(a - m) and the output so far, rescaled whenever m grows; at the
+end the output is divided by l, and L = m + log l is its log-sum-exp. The backward pass goes through the same steps and
+computes the probabilities again from L,
+
+    p = exp(a - L),  da = p (do . v - D),  D = do . o - dL,  dv = p^T do,  dq = scale da k,  dk = scale da^T q,
+
+so that it needs only q, k, v, o and L. The sink logit is an outer step: it scales the output by sigmoid(L - sink).
+
+Memory: one step of logits (`STEP_BYTES`, a few times) beside the arguments, the output, and float32 sums of the size of
+the output (forward) or of q, k and v (backward). Traffic is mostly the logits': with bf16 inputs about 16 bytes for each
+logit visited forward (product, maximum, exponential and its sum, product) and about 40 backward.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from layers.kernels.attention import tiles
+from layers.kernels.attention.options import Places, places
+from layers.kernels.attention.schedule import Schedule, in_segments, schedule, uses_lists
+from layers.kernels.checks import accumulation_dtype
+
+
+def attention(q, k, v, options):
+    """The output (b, t, h, v) and log-sum-exp (b, t, h); the arguments are checked by the public function."""
+    o = options
+    at = places(q, k, o)
+    if uses_lists(q, k, o) and in_segments(o):
+        order = jnp.argsort(at.q_segments == 0, axis=1, stable=True)
+        back = jnp.argsort(order, axis=1)
+        q, k, v = (jnp.take_along_axis(x, order[:, :, None, None], axis=1) for x in (q, k, v))
+        at = Places(*(jnp.take_along_axis(x, order, axis=1) for x in at))
+        output, lse = _blocked(q, k, v, o, at)
+        output = jnp.take_along_axis(output, back[:, :, None, None], axis=1)
+        lse = jnp.take_along_axis(lse, back[:, :, None], axis=1)
+    else:
+        output, lse = _blocked(q, k, v, o, at)
+    if o.sink_logits is not None:
+        sink = o.sink_logits.astype(lse.dtype)[None, None]
+        excess = lse - sink
+        output = output * jax.nn.sigmoid(excess)[..., None]
+        lse = sink + jax.nn.softplus(excess)
+    return output, lse
+
+
+def _blocked(q, k, v, o, at):
+    """Cuts the arguments into blocks of the schedule, attends, and joins the outputs."""
+    (b, t, h, width), (s, g) = q.shape, k.shape[1:3]
+    plan = schedule(q, k, o, at)
+    dtype = jnp.result_type(q, k, v)
+    groups = h if plan.steps.blocks.shape[2] > 1 else g
+    q_length, kv_length = plan.q_blocks * plan.q_block, -(-s // plan.kv_block) * plan.kv_block
+
+    def keys(x):
+        x = _pad(x.astype(dtype), 1, kv_length)
+        return x.reshape(b, -1, plan.kv_block, *x.shape[2:]).transpose(0, 3, 1, 2, 4)
+
+    queries = _pad(q.astype(dtype), 1, q_length)
+    queries = queries.reshape(b, -1, plan.q_block, groups, h // groups, width).transpose(0, 3, 1, 4, 2, 5)
+    context = _context(t, s, o, at, plan, q_length, kv_length)
+    rules = tiles.Rules(
+        causal=o.causal,
+        window=o.window,
+        sink_tokens=o.sink_tokens,
+        block_size=o.block_size,
+        logit_cap=o.logit_cap,
+        scale=width**-0.5 if o.scale is None else o.scale,
+        precision=None if dtype in (jnp.bfloat16, jnp.float16) else jax.lax.Precision.HIGHEST,
+        uncertain=plan.uncertain,
+    )
+    output, lse = _attend(rules, queries, keys(k), keys(v), context, plan.steps)
+    output = output.transpose(0, 2, 4, 1, 3, 5).reshape(b, q_length, h, -1)[:, :t]
+    lse = lse.transpose(0, 2, 4, 1, 3).reshape(b, q_length, h)[:, :t]
+    return output, lse
+
+
+def _context(t, s, o, at, plan: Schedule, q_length, kv_length) -> tiles.Context:
+    """Places and bias in blocks; where keys had to be padded, the padding is in segment 0."""
+    q_segments, kv_segments = at.q_segments, at.kv_segments
+    if q_segments is None and kv_length > s:
+        q_segments, kv_segments = jnp.ones((1, t), jnp.int32), jnp.ones((1, s), jnp.int32)
+
+    def blocks(x, block, length):
+        return None if x is None else _pad(x, 1, length).reshape(x.shape[0], 1, -1, block)
+
+    bias = o.bias
+    if bias is not None:
+        for axis, (block, length) in ((2, (plan.q_block, q_length)), (4, (plan.kv_block, kv_length))):
+            whole = bias.shape[axis] == 1
+            bias = bias if whole else _pad(bias, axis, length)
+            bias = bias.reshape(*bias.shape[:axis], -1, 1 if whole else block, *bias.shape[axis + 1 :])
+    return tiles.Context(
+        Places(
+            blocks(at.q_positions, plan.q_block, q_length),
+            blocks(at.kv_positions, plan.kv_block, kv_length),
+            blocks(q_segments, plan.q_block, q_length),
+            blocks(kv_segments, plan.kv_block, kv_length),
+        ),
+        bias,
+        o.prefix_lengths,
+        o.block_indices,
+        o.slopes,
+    )
+
+
+def _pad(x, axis, length):
+    """`x` with zeros after it, to `length` along `axis`."""
+    if x.shape[axis] == length:
+        return x
+    return jnp.pad(x, [(0, length - x.shape[i] if i == axis else 0) for i in range(x.ndim)])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(rules, q, k, v, context, steps):
+    """Blocked output (b, g, blocks, r, block, v) and log-sum-exp (b, g, blocks, r, block), float32 or wider."""
+    dtype = accumulation_dtype(q)
+    rows = q.shape[:-1]
+
+    def step(carry, now):
+        old = tuple(tiles.rows(x, now) for x in carry)
+
+        def visit():
+            top, total, output = old
+            a, _ = tiles.logits(tiles.rows(q, now), tiles.columns(k, now), context, now, rules)
+            new_top = jnp.maximum(top, a.max(-1))
+            finite = jnp.where(new_top == -jnp.inf, 0, new_top)
+            p = jnp.exp(a - finite[..., None])
+            rescale = jnp.exp(top - finite)
+            output = rescale[..., None] * output + tiles.product(
+                "bgnrqk,bgnkv->bgnrqv", p.astype(v.dtype), tiles.columns(v, now), rules
+            )
+            return new_top, rescale * total + p.sum(-1), output
+
+        new = _unless_hidden(visit, lambda: old, context, now, rules)
+        return tuple(tiles.put_rows(x, now, y) for x, y in zip(carry, new, strict=True)), None
+
+    carry = (
+        jnp.full_like(q, -jnp.inf, dtype, shape=rows),
+        jnp.zeros_like(q, dtype, shape=rows),
+        jnp.zeros_like(q, dtype, shape=(*rows, v.shape[-1])),
+    )
+    (top, total, output), _ = jax.lax.scan(step, carry, steps)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    return output / total[..., None], jnp.where(empty, -jnp.inf, top + jnp.log(total))
+
+
+def _unless_hidden(visit, skip, context, step, rules):
+    """`visit()`, or `skip()` if no query of the step sees a key of it and that was not known before."""
+    if not rules.uncertain:
+        return visit()
+    return jax.lax.cond(tiles.visible(context, step, rules).any(), visit, skip)
+
+
+def _forward(rules, q, k, v, context, steps):
+    output, lse = _attend(rules, q, k, v, context, steps)
+    return (output, lse), (q, k, v, context, steps, output.astype(v.dtype), lse)
+
+
+def _backward(rules, residuals, cotangents):
+    q, k, v, context, steps, output, lse = residuals
+    doutput, dlse = cotangents
+    empty = lse == -jnp.inf
+    finite = jnp.where(empty, 0, lse)
+    delta = jnp.where(empty, 0, (doutput * output).sum(-1) - dlse)
+    doutput = doutput.astype(v.dtype)
+    dtype = finite.dtype
+    dslopes = None if context.slopes is None else jnp.zeros_like(q, dtype, shape=(q.shape[1], q.shape[3]))
+
+    def step(carry, now):
+        dq, dk, dv, dslopes = carry
+        old_dq = tiles.rows(dq, now)
+
+        def visit():
+            qs, ks, vs, do = (
+                tiles.rows(q, now),
+                tiles.columns(k, now),
+                tiles.columns(v, now),
+                tiles.rows(doutput, now),
+            )
+            a, capped = tiles.logits(qs, ks, context, now, rules)
+            p = jnp.exp(a - tiles.rows(finite, now)[..., None])
+            dp = tiles.product("bgnrqv,bgnkv->bgnrqk", do, vs, rules)
+            da = p * (dp - tiles.rows(delta, now)[..., None])
+            new_dv = tiles.product("bgnrqk,bgnrqv->bgnkv", p.astype(v.dtype), do, rules)
+            dbias, new_dslopes = _outside(da, context, now)
+            if rules.logit_cap is not None:
+                da = da * (1 - (capped / rules.logit_cap) ** 2)
+            da = (da * rules.scale).astype(q.dtype)
+            new_dq = old_dq + tiles.product("bgnrqk,bgnkd->bgnrqd", da, ks, rules)
+            new_dk = tiles.product("bgnrqk,bgnrqd->bgnkd", da, qs, rules)
+            return new_dq, new_dk, new_dv, dbias, new_dslopes
+
+        zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros_like(q, x.dtype, shape=x.shape))
+        skip = lambda: (old_dq, *zeros(jax.eval_shape(visit)[1:]))  # noqa: E731
+        new_dq, new_dk, new_dv, dbias, new_dslopes = _unless_hidden(visit, skip, context, now, rules)
+        dq, dk, dv = (
+            tiles.put_rows(dq, now, new_dq),
+            tiles.add_columns(dk, now, new_dk),
+            tiles.add_columns(dv, now, new_dv),
+        )
+        return (dq, dk, dv, None if dslopes is None else dslopes + new_dslopes), dbias
+
+    start = tuple(jnp.zeros_like(x, dtype) for x in (q, k, v))
+    (dq, dk, dv, dslopes), dbias = jax.lax.scan(step, (*start, dslopes), steps)
+    if context.bias is not None:
+        # The bias of all steps is a linear function of the bias: its transpose joins their gradients.
+        fetch = jax.linear_transpose(
+            lambda bias: jax.vmap(lambda now: tiles.bias_columns(bias, now))(steps),
+            context.bias.astype(dtype),
+        )
+        (dbias,) = fetch(dbias)
+        dbias = dbias.astype(context.bias.dtype)
+    if dslopes is not None:
+        dslopes = dslopes.reshape(context.slopes.shape).astype(context.slopes.dtype)
+    dcontext = context._replace(at=None, prefix_lengths=None, block_indices=None, bias=dbias, slopes=dslopes)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dcontext, None
+
+
+def _outside(da, context, now):
+    """Gradients of the bias of this step, as it was fetched, and of the slopes (g, r)."""
+    b, g, n, r, block, keys = da.shape
+    dbias = dslopes = None
+    if context.bias is not None:
+        shape = jax.eval_shape(tiles.bias_columns, context.bias, now).shape
+        dbias = jnp.moveaxis(da, 3, 2).reshape(b, g * r, n, block, keys)
+        summed = [axis for axis, size in enumerate(shape) if size != dbias.shape[axis]]
+        dbias = dbias.sum(summed, keepdims=True)
+    if context.slopes is not None:
+        distances = tiles.by_head(jnp.abs(tiles.distances(context, now)), g).astype(da.dtype)
+        dslopes = -(da * distances).sum((0, 2, 4, 5))
+    return dbias, dslopes
+
+
+_attend.defvjp(_forward, _backward)
