@@ -39,5 +39,5 @@ notebooks: env
 	@$(PYTHON_IN_VENV) tools/run_notebooks.py
 
 clean:
-	rm -rf .venv .venv-latest .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-latest .pytest_cache .ruff_cache .hypothesis .jax_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,6 +2,8 @@
 
 - JAX runs on the CPU with eight emulated devices, so that tests of sharding need no special process. `-m gpu` leaves
   the choice of device to JAX.
+- What XLA compiles is kept in .jax_cache: compiling takes most of the time, and a second run of the same tests a third
+  of the first.
 - Silent rank promotion, (d,) + (t, d), is an error.
 - The annotations of `layers` and `seqmodels` are checked on every call by jaxtyping and beartype, where beartype is
   installed, except inside `pytest.raises`: such a block is about the library's own errors, which are what a user sees.
@@ -10,6 +12,7 @@
 import contextlib
 import importlib.util
 import os
+import pathlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +24,7 @@ from _pytest.mark.expression import Expression
 
 CHECKED_PACKAGES = ["layers", "seqmodels"]
 EMULATED_DEVICES = 8
+COMPILED = pathlib.Path(__file__).resolve().parents[1] / ".jax_cache"
 
 
 def _wants_gpu(config: pytest.Config) -> bool:
@@ -33,6 +37,9 @@ def _prepare_jax(config: pytest.Config) -> None:
     if "jax" in sys.modules:
         raise pytest.UsageError("jax was imported before tests/conftest.py could choose its devices")
     os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     if _wants_gpu(config):
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
