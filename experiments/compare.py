@@ -1,0 +1,105 @@
+"""Trains several mixers on one config, one after the other, and sets their results side by side.
+
+    python -m experiments.compare --config=configs/lra/listops_short.py --mixers=s5,attention --workdir=runs/first-look
+
+The config must take an argument mixer=NAME. Each run is one of `experiments.train` in its own folder WORKDIR/NAME and
+may be interrupted and gone on with in the same way; further flags, such as --config.train.epochs=2, are passed on to
+it. At the end prints a table, and writes it to compare.json and the curves of all to curves.png in the work directory.
+"""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments.files import to_json_text, write_atomically
+from experiments.interrupts import SIGNALS
+from experiments.logs import read_lines
+from experiments.plots import draw_curves
+from experiments.results import total_seconds
+from experiments.run_directory import RunDirectory
+
+CONFIG = flags.DEFINE_string(
+    "config", None, "Path of a config that takes mixer=NAME, and other arguments of it."
+)
+MIXERS = flags.DEFINE_list("mixers", None, "Names of mixers, separated by commas.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory that holds the runs.")
+
+
+def main(argv: list[str]) -> int:
+    """Trains and compares; returns the exit code of the first run that does not finish, else 0."""
+    folder = Path(WORKDIR.value)
+    results = {}
+    for number, mixer in enumerate(MIXERS.value, start=1):
+        print(f"[{number}/{len(MIXERS.value)}] {mixer}", flush=True)
+        config = with_argument(CONFIG.value, f"mixer={mixer}")
+        code = run_training([f"--config={config}", f"--workdir={folder / mixer}", *argv[1:]])
+        if code:
+            return code
+        results[mixer] = RunDirectory(folder / mixer).results()
+    report(results, folder)
+    return 0
+
+
+def with_argument(config: str, argument: str) -> str:
+    """The config string with one more argument for its `get_config`."""
+    path, colon, arguments = config.partition(":")
+    return f"{path}:{arguments},{argument}" if colon and arguments else f"{path}:{argument}"
+
+
+def run_training(arguments: Sequence[str]) -> int:
+    """Runs `experiments.train` in a process of its own, hands signals on to it, and returns its exit code."""
+    # In a group of its own, so that Ctrl-C reaches it once, from here.
+    process = subprocess.Popen([sys.executable, "-m", "experiments.train", *arguments], process_group=0)
+    previous = {n: signal.signal(n, lambda n, _: process.send_signal(n)) for n in SIGNALS}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code  # as a shell names the death by a signal
+
+
+def report(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Prints the table, and writes it and the curves of all runs."""
+    first = next(iter(results.values()))
+    metric = first["selection"][0]
+    split = "validation" if first["test"] is None else "test"
+    rows = {
+        name: dict(
+            value=result[split][metric], seconds=total_seconds(result), parameters=result["parameters"]
+        )
+        for name, result in results.items()
+    }
+    print(table(f"{split} {metric}", rows, first["baselines"]))
+    record = dict(
+        split=split, metric=metric, runs=rows, baselines=first["baselines"], devices=first["devices"]
+    )
+    write_atomically(folder / "compare.json", to_json_text(record))
+    logs = {name: read_lines(RunDirectory(folder / name).metrics) for name in results}
+    draw_curves(logs, folder / "curves.png", metric=metric, baselines=first["baselines"])
+    print(f"curves: {folder / 'curves.png'}")
+
+
+def table(heading: str, rows: Mapping[str, Mapping[str, Any]], baselines: Mapping[str, float]) -> str:
+    """Value, seconds and parameters of every run, then the values of the baselines."""
+    lines = [("", heading, "seconds", "parameters")]
+    lines += [
+        (name, f"{row['value']:.4f}", f"{row['seconds']:.0f}", f"{row['parameters']:,}")
+        for name, row in rows.items()
+    ]
+    lines += [(name.replace("_", " "), f"{value:.4f}", "", "") for name, value in baselines.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]).rstrip()
+        for line in lines
+    )
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "mixers", "workdir"])
+    app.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))

@@ -1,0 +1,199 @@
+"""Experiment configs as plain data: their sections, the checks that need no compute, and their differences."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from layers.registry import make_config, suggestion
+
+SECTIONS = ("seed", "task", "model", "optimizer", "train", "data")
+
+# Fields that change what is shown, kept or where data lie, never what is computed: a run may go on with other values.
+# The content of data is compared by its manifest instead.
+FREE_FIELDS = (
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.tensorboard",
+    "train.wandb",
+    "data.prefetch",
+    "task.data_dir",
+    "task.official_dir",
+    "task.workers",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The section `train`.
+
+    Attributes:
+      batch_size: examples of one step, over all devices and micro-batches together.
+      epochs: length of training; or give `steps`.
+      steps: length of training in steps, in place of `epochs`.
+      accumulate: micro-batches that a step is computed in, one after the other, to save memory.
+      eval_every: epochs between evaluations on the validation split; there is always one after the last step.
+      eval_batch_size: examples of an evaluation batch; `batch_size` if None.
+      log_every: steps between lines of the log.
+      checkpoint_every: steps between checkpoints, besides those that every evaluation makes; None for only those.
+      keep_last: newest checkpoints kept besides the best.
+      tensorboard: write TensorBoard event files.
+      wandb: project at Weights & Biases to report to, or None.
+    """
+
+    batch_size: int
+    epochs: int | None = None
+    steps: int | None = None
+    accumulate: int = 1
+    eval_every: float = 1
+    eval_batch_size: int | None = None
+    log_every: int = 50
+    checkpoint_every: int | None = None
+    keep_last: int = 2
+    tensorboard: bool = True
+    wandb: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "log_every", "keep_last"):
+            _check_positive_integer(f"train.{name}", getattr(self, name))
+        for name in ("epochs", "steps", "eval_batch_size", "checkpoint_every"):
+            if getattr(self, name) is not None:
+                _check_positive_integer(f"train.{name}", getattr(self, name))
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(
+                f"train.epochs={self.epochs} and train.steps={self.steps}; set one of the two and leave the other None"
+            )
+        check_number("train.eval_every", self.eval_every, above=0.0)
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size}"
+            )
+        if not isinstance(self.tensorboard, bool):
+            raise TypeError(f"train.tensorboard={self.tensorboard!r}; expected True or False")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The section `data`.
+
+    Attributes:
+      bucket_bounds: widths that batches are padded to, increasing; None pads all to the longest sequence.
+      prefetch: batches made ahead of their use.
+    """
+
+    bucket_bounds: tuple[int, ...] | None = None
+    prefetch: int = 8
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prefetch, bool) or not isinstance(self.prefetch, int) or self.prefetch < 0:
+            raise ValueError(f"data.prefetch={self.prefetch!r}; expected an integer of at least 0")
+
+
+def check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
+    """Raises unless `value` is a finite number, more than `above` and at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r}; expected a number")
+    if (
+        not math.isfinite(value)
+        or (above is not None and value <= above)
+        or (least is not None and value < least)
+    ):
+        bound = f"above {above:g}" if above is not None else f"of at least {least or 0:g}"
+        raise ValueError(f"{name}={value!r}; expected a number {bound}")
+
+
+def _check_positive_integer(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}; expected an integer")
+    if value < 1:
+        raise ValueError(f"{name}={value}; expected at least 1")
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """The config (a ConfigDict or mapping) as nested dicts of tuples and JSON scalars.
+
+    Raises:
+      TypeError: naming a field whose value JSON cannot hold.
+      ValueError: an unknown or missing section.
+    """
+    plain = _plain(config.to_dict() if hasattr(config, "to_dict") else config, "config")
+    for section in plain:
+        if section not in SECTIONS:
+            raise ValueError(
+                f"config has an unknown section {section!r}{suggestion(section, SECTIONS)}; "
+                f"sections: {', '.join(SECTIONS)}"
+            )
+    plain.setdefault("data", {})
+    for section in SECTIONS:
+        if section not in plain:
+            raise ValueError(f"config has no {section!r}; sections: {', '.join(SECTIONS)}")
+        if section != "seed" and not isinstance(plain[section], dict):
+            raise TypeError(f"config.{section}={plain[section]!r}; expected a dict")
+    if (
+        isinstance(plain["seed"], bool)
+        or not isinstance(plain["seed"], int)
+        or not 0 <= plain["seed"] < 2**32
+    ):
+        raise ValueError(f"config.seed={plain['seed']!r}; expected an integer from 0 to 2**32 - 1")
+    return plain
+
+
+def _plain(value: Any, name: str) -> Any:
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{name} has the key {key!r}; keys must be strings")
+        return {key: _plain(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_plain(item, f"{name}[{i}]") for i, item in enumerate(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}={value}; numbers must be finite")
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(
+        f"{name}={value!r} is a {type(value).__name__}; "
+        "a config holds numbers, strings, booleans, None, tuples and dicts"
+    )
+
+
+def to_json(config: Mapping[str, Any]) -> str:
+    """The text of a plain config; `from_json` gives it back."""
+    return json.dumps(config, indent=2) + "\n"
+
+
+def from_json(text: str) -> dict[str, Any]:
+    """The plain config in a text that `to_json` made."""
+    return to_plain(json.loads(text))
+
+
+def section(config: Mapping[str, Any], name: str, config_class: type) -> Any:
+    """The section `name` as the dataclass `config_class`, with did-you-mean errors for its fields."""
+    return make_config(f"config.{name}", config_class, config[name])
+
+
+def differences(
+    run: Mapping[str, Any], given: Mapping[str, Any], *, ignore: tuple[str, ...] = FREE_FIELDS
+) -> list[str]:
+    """What differs between the config of a run and a given one, a line a field."""
+    old, new = dict(_flatten(run)), dict(_flatten(given))
+    names = [name for name in sorted(old.keys() | new.keys()) if name not in ignore]
+    absent = object()
+
+    def show(config: Mapping[str, Any], name: str) -> str:
+        return repr(config[name]) if name in config else "not set"
+
+    return [
+        f"config.{name}: {show(old, name)} in the run, {show(new, name)} given"
+        for name in names
+        if old.get(name, absent) != new.get(name, absent)
+    ]
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

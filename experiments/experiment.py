@@ -1,0 +1,191 @@
+"""What a config describes, put together: task, model, optimizer and the batches that they meet."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments import config_loading
+from experiments.config_loading import DataConfig, TrainConfig
+from experiments.data import bucketing, pipeline
+from experiments.devices import Devices
+from experiments.optimizers import Optimizer, OptimizerConfig, assign_groups, groups_table
+from experiments.split_model import Layout, SplitModel
+from experiments.tasks import make_task
+from experiments.train_state import Layouts
+from experiments.train_step import StepFunctions, metric_names_of
+from seqmodels import build_model
+
+GIVEN_BY_TASK = ("vocab_size", "input_size", "num_classes")
+STATISTICS = "statistics"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A task, a model and how to train it.
+
+    Attributes:
+      config: the plain config that all of it comes from.
+      train, data: its sections.
+      layouts: of the model's parameters and statistics.
+      steps_per_epoch: full batches in a pass over the training split.
+      eval_interval: steps between evaluations.
+      metric_names: of the sums that the task gives.
+      groups_table: the optimizer's groups for people.
+    """
+
+    config: Mapping[str, Any]
+    train: TrainConfig
+    data: DataConfig
+    task: Any
+    model: SplitModel
+    optimizer: Optimizer
+    layouts: Layouts
+    steps_per_epoch: int
+    metric_names: tuple[str, ...]
+    groups_table: str
+
+    @property
+    def total_steps(self) -> int:
+        return self.optimizer.total_steps
+
+    @property
+    def eval_interval(self) -> int:
+        return max(1, round(self.train.eval_every * self.steps_per_epoch))
+
+    @property
+    def eval_batch_size(self) -> int:
+        return self.train.eval_batch_size or self.train.batch_size
+
+    @property
+    def selection(self) -> tuple[str, str]:
+        """The validation metric that chooses the best checkpoint, and "max" or "min"."""
+        default = ("accuracy", "max") if "accuracy" in self.metric_names else ("loss", "min")
+        return getattr(self.task, "selection_metric", default)
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """The selection metric of a validation, turned so that higher is better."""
+        name, direction = self.selection
+        return metrics[name] if direction == "max" else -metrics[name]
+
+    def train_batches(self) -> Any:
+        """The iterator over all batches of training."""
+        return pipeline.train_iterator(
+            self.task.splits["train"],
+            batch_size=self.train.batch_size,
+            bucket_bounds=self.data.bucket_bounds,
+            seed=self.config["seed"],
+            num_steps=self.total_steps,
+            prefetch=self.data.prefetch,
+        )
+
+    def eval_batches(self, split: str) -> Iterable[Any]:
+        """The batches of one pass over a split.
+
+        Raises:
+          ValueError: if the task has no such split.
+        """
+        if split not in self.task.splits:
+            raise ValueError(f"the task has no split {split!r}; it has {', '.join(self.task.splits)}")
+        return pipeline.eval_batches(
+            self.task.splits[split],
+            batch_size=self.eval_batch_size,
+            bucket_bounds=self.data.bucket_bounds,
+            prefetch=self.data.prefetch,
+        )
+
+    def example_batches(self, split: str, batch_size: int) -> list[dict[str, np.ndarray]]:
+        """One batch of every width that batches of a split can have."""
+        source = self.task.splits[split]
+        bounds = bucketing.check_bucket_bounds(source.lengths, self.data.bucket_bounds)
+        widths = bounds[np.unique(np.searchsorted(bounds, source.lengths))]
+        shortest = np.full(batch_size, np.argmin(source.lengths))
+        weight = {"weight": np.ones(batch_size, np.float32)}
+        return [source.gather(shortest, int(width)) | weight for width in widths]
+
+    def baselines(self, split: str) -> dict[str, float]:
+        """Metrics of trivial predictors that the task knows; empty if it knows none."""
+        return self.task.baselines(split) if hasattr(self.task, "baselines") else {}
+
+    def check_devices(self, devices: Devices) -> None:
+        """Raises ValueError unless the devices divide the batches."""
+        devices.check_rows("train.batch_size", self.train.batch_size, self.train.accumulate)
+        devices.check_rows("train.eval_batch_size", self.eval_batch_size)
+
+    def step_functions(self, devices: Devices) -> StepFunctions:
+        """The jitted steps on these devices."""
+        self.check_devices(devices)
+        return StepFunctions(
+            self.model,
+            self.layouts,
+            self.optimizer,
+            self.task.loss,
+            metric_names=self.metric_names,
+            devices=devices,
+            accumulate=self.train.accumulate,
+        )
+
+
+def build(config: Mapping[str, Any]) -> Experiment:
+    """Puts together what a plain config (see `config_loading.to_plain`) describes.
+
+    Raises:
+      ValueError, TypeError: if a section does not make sense; the message names the field.
+    """
+    train = config_loading.section(config, "train", TrainConfig)
+    data = config_loading.section(config, "data", DataConfig)
+    optimizer_config = config_loading.section(config, "optimizer", OptimizerConfig)
+    task_options = dict(config["task"])
+    if "name" not in task_options:
+        raise ValueError("config.task has no 'name'")
+    task = make_task(task_options.pop("name"), **task_options)
+    model = _make_model(config, task)
+    chosen, groups = assign_groups(optimizer_config, model.declared_groups)
+    layouts = Layouts(
+        Layout.of(model.parameters, chosen),
+        Layout.of(model.statistics, dict.fromkeys(model.statistics, STATISTICS)),
+    )
+    source = task.splits["train"]
+    steps_per_epoch = bucketing.count_train_batches(len(source), train.batch_size)
+    warmup = optimizer_config.warmup_steps
+    if warmup is None:
+        warmup = round((optimizer_config.warmup_epochs or 0) * steps_per_epoch)
+    optimizer = Optimizer(
+        optimizer_config,
+        groups,
+        warmup_steps=warmup,
+        total_steps=train.steps or train.epochs * steps_per_epoch,
+    )
+    example = source.gather(np.array([np.argmin(source.lengths)]), int(source.lengths.min()))
+    return Experiment(
+        config=config,
+        train=train,
+        data=data,
+        task=task,
+        model=model,
+        optimizer=optimizer,
+        layouts=layouts,
+        steps_per_epoch=steps_per_epoch,
+        metric_names=metric_names_of(model, task.loss, example | {"weight": np.ones(1, np.float32)}),
+        groups_table=groups_table(layouts.parameters, groups, model.declared_groups),
+    )
+
+
+def _make_model(config: Mapping[str, Any], task: Any) -> SplitModel:
+    given = {name: getattr(task, name, None) for name in GIVEN_BY_TASK}
+    given = {name: value for name, value in given.items() if value is not None}
+    if clash := sorted(given.keys() & config["model"].keys()):
+        raise ValueError(f"config.model sets {', '.join(clash)}, which the task gives; leave it out")
+    # On the CPU whatever the device of training: faster for many small draws, and the same numbers everywhere.
+    with jax.default_device(_cpu()):
+        return SplitModel(build_model(config["model"] | given, rngs=nnx.Rngs(config["seed"])))
+
+
+def _cpu() -> jax.Device | None:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves out the CPU
+        return None

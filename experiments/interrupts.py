@@ -1,0 +1,57 @@
+"""Requests to leave training early: signals and a time limit."""
+
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(Exception):
+    """Training left after saving a checkpoint because it was asked to."""
+
+
+class Stop:
+    """Whether training was asked to leave.
+
+    As a context it catches SIGTERM and SIGINT: the first is a request, a second ends the process at once.
+
+    Attributes:
+      reason: why, or None so far.
+    """
+
+    def __init__(self, *, after_seconds: float | None = None):
+        """A request comes `after_seconds` from now, if that is given.
+
+        Raises:
+          ValueError: if `after_seconds` is not positive.
+        """
+        if after_seconds is not None and not after_seconds > 0:
+            raise ValueError(f"stop_after_seconds={after_seconds}; expected more than 0")
+        self._deadline = None if after_seconds is None else time.monotonic() + after_seconds
+        self._signal: str | None = None
+        self._previous: dict[int, object] = {}
+
+    @property
+    def reason(self) -> str | None:
+        if self._signal is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            return "the time limit"
+        return self._signal
+
+    def __enter__(self) -> "Stop":
+        self._previous = {number: signal.signal(number, self._catch) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, _: FrameType | None) -> None:
+        if self._signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self._signal = signal.Signals(number).name
+        print(f"\n{self._signal}: saving at the end of this step; once more ends at once", file=sys.stderr)

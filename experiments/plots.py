@@ -1,0 +1,38 @@
+"""Curves of runs as PNG."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+def draw_curves(
+    runs: Mapping[str, Lines], path: Path, *, metric: str, baselines: Mapping[str, float] | None = None
+) -> None:
+    """Draws training loss and a validation metric against steps, a colour a run.
+
+    Args:
+      runs: the lines of each run's log (see `logs.read_lines`), by the name to show.
+      metric: the validation metric to draw, such as "accuracy".
+      baselines: values of that metric to draw as horizontal lines, by name.
+    """
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (name, lines) in enumerate(runs.items()):
+        for axes, kind, field, marker in ((left, "train", "loss", ""), (right, "validation", metric, "o")):
+            points = [(line["step"], line[field]) for line in lines if line["kind"] == kind]
+            points = [(step, value) for step, value in points if value is not None]
+            axes.plot(*zip(*points), marker=marker, markersize=3, color=f"C{number}", label=name)
+    for number, (name, value) in enumerate((baselines or {}).items()):
+        style = ("--", ":", "-.")[number % 3]
+        right.axhline(value, color="0.4", linestyle=style, linewidth=1, label=name.replace("_", " "))
+    left.set(xlabel="step", ylabel="training loss")
+    right.set(xlabel="step", ylabel=f"validation {metric}")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    FigureCanvasAgg(figure).print_png(path)

@@ -1,0 +1,90 @@
+"""Trains what a config describes, or goes on with it, in a work directory that holds everything about the run.
+
+    python -m experiments.train --config=configs/lra/listops.py:mixer=s5 --workdir=runs/listops-s5
+    python -m experiments.train --config=configs/lra/listops.py --config.train.epochs=2 --workdir=runs/brief
+
+The same command goes on with a run that was interrupted, wherever its directory lies by then, and shows the results of
+one that is finished. Exit codes: 0 finished; 75 left after saving because of SIGTERM, Ctrl-C or --stop_after_seconds,
+run the command again to go on; 65 a loss was not finite; 2 the config or the work directory cannot be used.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import command_line, config_loading, experiment, loop, plots, results
+from experiments.command_line import EXIT_DIVERGED, EXIT_INTERRUPTED, REFUSALS, refuse
+from experiments.devices import Devices
+from experiments.interrupts import Interrupted, Stop
+from experiments.logs import read_lines
+from experiments.run_directory import RunDirectory
+from experiments.step_records import NonFiniteError
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Path of the config, and its arguments after a colon.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if it does not exist.")
+STOP_AFTER = flags.DEFINE_float("stop_after_seconds", None, "Save and leave after so long, startup included.")
+NUM_DEVICES = flags.DEFINE_integer("num_devices", None, "Use the first so many devices; all if not given.")
+CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Folder of compiled programs; if not given, beside the workdir, but none on CPUs.",
+)
+
+
+def main(_: list[str]) -> int:
+    """Trains, tests and reports; returns the exit code."""
+    try:
+        stop = Stop(after_seconds=STOP_AFTER.value)
+        config = config_loading.to_plain(CONFIG.value)
+        run = RunDirectory.open(WORKDIR.value, config)
+        if (finished := run.results()) is not None:
+            print(f"{run.folder} is finished.\n{results.describe(finished)}")
+            return 0
+        _use_compilation_cache(Path(WORKDIR.value))
+        devices = Devices.first(NUM_DEVICES.value)
+        plan = experiment.build(config)
+        plan.check_devices(devices)
+        run.begin(config, plan.task.manifest, plan.groups_table)
+    except REFUSALS as error:
+        return refuse(error)
+    print(
+        f"{plan.model.num_parameters:,} parameters on {devices.describe()}\n{plan.groups_table}", flush=True
+    )
+    try:
+        with stop:
+            outcome = loop.train(plan, run, devices=devices, stop=stop)
+    except Interrupted as left:
+        print(f"Saved and left because of {left}. The same command goes on.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except NonFiniteError as error:
+        print(f"Stopped: not finite at {error}. {run.checkpoints} holds earlier steps.", file=sys.stderr)
+        return EXIT_DIVERGED
+    _report(plan, run, results.summarize(plan, outcome, devices))
+    return 0
+
+
+def _use_compilation_cache(workdir: Path) -> None:
+    folder = CACHE.value
+    if folder is None and jax.default_backend() != "cpu":
+        folder = workdir.absolute().parent / ".compilation_cache"
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _report(plan: experiment.Experiment, run: RunDirectory, record: dict[str, Any]) -> None:
+    baselines = plan.baselines(loop.VALIDATION) if plan.selection[0] == "accuracy" else {}
+    plots.draw_curves(
+        {"run": read_lines(run.metrics)}, run.curves, metric=plan.selection[0], baselines=baselines
+    )
+    run.write_results(record)  # last: it marks the run as finished
+    print(results.describe(record))
+
+
+if __name__ == "__main__":
+    command_line.run(main, required=["config", "workdir"])
