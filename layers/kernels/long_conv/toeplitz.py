@@ -128,6 +128,9 @@ def _input_blocks(inputs, time, plan, operand):
 def _windows(blocks, plan, group):
     """What each block of outputs sees of the inputs through the columns of a group, (d, b, blocks, span * block)."""
     first = group * plan.span
+    if plan.blocks == 1:
+        window = jax.lax.dynamic_slice_in_dim(blocks, first, plan.span, axis=2)
+        return window.reshape(*window.shape[:2], 1, -1)
     slices = [jax.lax.dynamic_slice_in_dim(blocks, first + m, plan.blocks, axis=2) for m in range(plan.span)]
     return jnp.concatenate(slices, axis=-1)
 
