@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import checks
-from layers.kernels.attention import reference, xla
+from layers.kernels.attention import cudnn, reference, xla
 from layers.kernels.attention.options import Options, check
 from layers.kernels.dispatch import Implementation, dispatch
 from layers.typing import Array, Float, Int
@@ -14,6 +14,7 @@ from layers.typing import Array, Float, Int
 __all__ = ["Piece", "attention", "attention_with_lse", "compose"]
 
 IMPLEMENTATIONS = {
+    "cudnn": Implementation(cudnn.attention, refuses=cudnn.refuses),
     "xla": Implementation(xla.attention),
     "reference": Implementation(reference.attention, automatic=lambda **_: False),
 }

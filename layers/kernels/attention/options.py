@@ -1,5 +1,6 @@
 """The options of `attention`, their checks, and the positions and segments that they amount to."""
 
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ class Options(NamedTuple):
 def check(q, k, v, options: Options) -> None:
     """Raises ValueError or TypeError for shapes, types and combinations that `attention` does not take."""
     o = options
+    _check_numbers(o)
     sizes: dict[str, int] = {}
     checks.check_real(q=q, k=k, v=v, bias=o.bias, slopes=o.slopes, sink_logits=o.sink_logits)
     checks.check_shape("q", q, "b t h k", sizes)
@@ -75,6 +77,18 @@ def check(q, k, v, options: Options) -> None:
         raise ValueError(
             f"block_indices lists {o.block_indices.shape[2]} blocks of {o.block_size} queries; expected enough for {t}"
         )
+
+
+def _check_numbers(o: Options) -> None:
+    """Raises TypeError for an array where a Python number is needed; these shape the program."""
+    for kind, article, names in (
+        (int, "an int", ("window", "sink_tokens", "block_size")),
+        (numbers.Real, "a number", ("logit_cap", "scale")),
+    ):
+        for name in names:
+            value = getattr(o, name)
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{name} is {type(value).__name__}; expected {article} known before tracing")
 
 
 def _check_combination(o: Options) -> None:

@@ -158,7 +158,7 @@ def _unless_hidden(visit, skip, context, step, rules):
 
 def _forward(rules, q, k, v, context, steps):
     output, lse = _attend(rules, q, k, v, context, steps)
-    return (output, lse), (q, k, v, context, steps, output.astype(v.dtype), lse)
+    return (output, lse), (q, k, v, context, steps, output, lse)
 
 
 def _backward(rules, residuals, cotangents):
@@ -166,8 +166,9 @@ def _backward(rules, residuals, cotangents):
     doutput, dlse = cotangents
     empty = lse == -jnp.inf
     finite = jnp.where(empty, 0, lse)
-    delta = jnp.where(empty, 0, (doutput * output).sum(-1) - dlse)
+    # The same rounded gradients as in the products: rows of p (do . v - D) must sum to dL.
     doutput = doutput.astype(v.dtype)
+    delta = jnp.where(empty, 0, (doutput * output).sum(-1) - dlse)
     dtype = finite.dtype
     dslopes = None if context.slopes is None else jnp.zeros_like(q, dtype, shape=(q.shape[1], q.shape[3]))
 

@@ -1,9 +1,11 @@
 """The primitives under the shared suite: one line each."""
 
+from layers.kernels.attention import cases as attention
 from layers.kernels.linear_recurrence import cases as linear_recurrence
 from layers.kernels.long_conv import cases as long_conv
 
 SUITES = {
+    "attention": attention.SUITE,
     "linear_recurrence": linear_recurrence.SUITE,
     "long_conv": long_conv.SUITE,
 }

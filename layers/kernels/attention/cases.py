@@ -1,0 +1,83 @@
+"""The calls of `attention` that tests and benchmarks share."""
+
+import numpy as np
+
+from layers.kernels.attention import attention
+from layers.kernels.case import Benchmark, Case, Suite
+
+HEADS, KV_HEADS, KEY, VALUE = 4, 2, 5, 3
+BLOCK = 8
+
+
+def _draw(rng, batch, time, heads=HEADS, kv_heads=KV_HEADS, key=KEY, value=VALUE):
+    return {
+        "q": rng.standard_normal((batch, time, heads, key)),
+        "k": rng.standard_normal((batch, time, kv_heads, key)),
+        "v": rng.standard_normal((batch, time, kv_heads, value)),
+    }
+
+
+def _slopes(rng, batch, time):
+    return {**_draw(rng, batch, time), "slopes": rng.uniform(0.1, 1.0, HEADS)}
+
+
+def _sink(rng, batch, time):
+    return {**_draw(rng, batch, time), "sink_logits": rng.standard_normal(HEADS)}
+
+
+def _prefix(rng, batch, time):
+    return {**_draw(rng, batch, time), "prefix_lengths": np.array([11])}
+
+
+def _blocks(rng, batch, time):
+    """Lists for 160 positions, with padding, repetitions and blocks that do not exist, different for every head."""
+    lists = rng.integers(-1, 22, (1, HEADS, 20, 4))
+    return {**_draw(rng, batch, time), "block_indices": lists}
+
+
+def _large(rng, batch, time):
+    arguments = _draw(rng, batch, time)
+    return {**arguments, "q": 5 * arguments["q"], "v": 1e6 * arguments["v"]}
+
+
+def _benchmark(name, options, visible, batch=8, time=4096, heads=16, kv_heads=16, size=128):
+    """`visible`: keys that a query sees on average."""
+    queries, keys = 2 * batch * time * heads * size, 2 * batch * time * kv_heads * size
+    flops = 4 * batch * time * heads * size * visible
+    return Benchmark(
+        name,
+        batch,
+        time,
+        lambda rng, batch, time: _draw(rng, batch, time, heads, kv_heads, size, size),
+        "bfloat16",
+        forward_bytes=2 * queries + 2 * keys,
+        backward_bytes=4 * queries + 4 * keys,
+        forward_flops=flops,
+        backward_flops=5 * flops // 2,
+        options=options,
+    )
+
+
+SUITE = Suite(
+    function=attention,
+    implementations=("xla",),
+    time_arguments=("q", "k", "v"),
+    cases=(
+        Case("causal", _draw, {"causal": True}),
+        Case("bidirectional_capped", _draw, {"logit_cap": 2.0, "scale": 0.7}),
+        Case("window_sinks_slopes", _slopes, {"causal": True, "window": 9, "sink_tokens": 3}),
+        Case("window_bidirectional_sink_logits", _sink, {"window": 6}),
+        Case("prefix", _prefix, {"causal": True}),
+        Case("blocks", _blocks, {"block_size": BLOCK, "sink_tokens": 5}),
+        Case("large_values", _large, {"causal": True}),
+    ),
+    benchmarks=(
+        _benchmark("causal_8x4096x16x128_bf16", {"causal": True}, 2048),
+        _benchmark("causal_capped_8x4096x16x128_bf16", {"causal": True, "logit_cap": 50.0}, 2048),
+        _benchmark("window512_8x4096x16x128_bf16", {"causal": True, "window": 512}, 480),
+        _benchmark(
+            "window512_sinks_8x4096x16x128_bf16", {"causal": True, "window": 512, "sink_tokens": 4}, 484
+        ),
+        _benchmark("bidirectional_grouped_8x4096x16x128_bf16", {}, 4096, kv_heads=4),
+    ),
+)
