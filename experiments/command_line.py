@@ -1,9 +1,7 @@
-"""What the commands of this folder share: quiet libraries, exit codes, and errors of use without a traceback."""
+"""What the commands of this folder share: exit codes, and errors of use without a traceback."""
 
 import sys
-from collections.abc import Callable
-
-from absl import app, flags, logging
+import traceback
 
 from experiments.data.cache import CorruptCacheError
 
@@ -15,27 +13,8 @@ EXIT_INTERRUPTED = 75  # left early after saving; the same command goes on
 REFUSALS = (ValueError, TypeError, FileNotFoundError, CorruptCacheError)
 
 
-def run(main: Callable[[list[str]], int], *, required: list[str]) -> None:
-    """Parses flags, runs `main` and exits with the code that it returns.
-
-    Args:
-      required: flags that must be given.
-    """
-    flags.mark_flags_as_required(required)
-
-    def quietly(argv: list[str]) -> int:
-        if argv[1:]:
-            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-        if flags.FLAGS.verbosity <= 0:  # absl's default shows every step of every library
-            logging.set_verbosity(logging.WARNING)
-        return main(argv)
-
-    app.run(quietly)
-
-
 def refuse(error: Exception) -> int:
-    """Says what cannot be used; with --verbosity=1 raises instead, to show where."""
-    if flags.FLAGS.verbosity > 0:
-        raise error
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    """Says what cannot be used, and which line of the sources says so."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    print(f"{type(error).__name__}: {error}\n(from {where.filename}:{where.lineno})", file=sys.stderr)
     return EXIT_REFUSED

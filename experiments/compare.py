@@ -7,14 +7,13 @@ may be interrupted and gone on with in the same way; further flags, such as --co
 it. At the end prints a table, and writes it to compare.json and the curves of all to curves.png in the work directory.
 """
 
+import argparse
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from absl import app, flags
 
 from experiments.files import to_json_text, write_atomically
 from experiments.interrupts import SIGNALS
@@ -23,25 +22,25 @@ from experiments.plots import draw_curves
 from experiments.results import total_seconds
 from experiments.run_directory import RunDirectory
 
-CONFIG = flags.DEFINE_string(
-    "config", None, "Path of a config that takes mixer=NAME, and other arguments of it."
-)
-MIXERS = flags.DEFINE_list("mixers", None, "Names of mixers, separated by commas.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory that holds the runs.")
 
-
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Trains and compares; returns the exit code of the first run that does not finish, else 0."""
-    folder = Path(WORKDIR.value)
+    parser = argparse.ArgumentParser(
+        prog="experiments.compare", description=__doc__.partition("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="path of a config that takes mixer=NAME")
+    parser.add_argument("--mixers", required=True, help="names of mixers, separated by commas")
+    parser.add_argument("--workdir", required=True, type=Path, help="directory that will hold the runs")
+    args, more = parser.parse_known_args(argv)
+    mixers = args.mixers.split(",")
     results = {}
-    for number, mixer in enumerate(MIXERS.value, start=1):
-        print(f"[{number}/{len(MIXERS.value)}] {mixer}", flush=True)
-        config = with_argument(CONFIG.value, f"mixer={mixer}")
-        code = run_training([f"--config={config}", f"--workdir={folder / mixer}", *argv[1:]])
-        if code:
+    for number, mixer in enumerate(mixers, start=1):
+        print(f"[{number}/{len(mixers)}] {mixer}", flush=True)
+        config = with_argument(args.config, f"mixer={mixer}")
+        if code := run_training([f"--config={config}", f"--workdir={args.workdir / mixer}", *more]):
             return code
-        results[mixer] = RunDirectory(folder / mixer).results()
-    report(results, folder)
+        results[mixer] = RunDirectory(args.workdir / mixer).results()
+    report(results, args.workdir)
     return 0
 
 
@@ -101,5 +100,4 @@ def table(heading: str, rows: Mapping[str, Mapping[str, Any]], baselines: Mappin
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "mixers", "workdir"])
-    app.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))
+    sys.exit(main())

@@ -57,10 +57,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "log_every", "keep_last"):
-            _check_positive_integer(f"train.{name}", getattr(self, name))
+            check_integer(f"train.{name}", getattr(self, name), least=1)
         for name in ("epochs", "steps", "eval_batch_size", "checkpoint_every"):
             if getattr(self, name) is not None:
-                _check_positive_integer(f"train.{name}", getattr(self, name))
+                check_integer(f"train.{name}", getattr(self, name), least=1)
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(
                 f"train.epochs={self.epochs} and train.steps={self.steps}; set one of the two and leave the other None"
@@ -87,8 +87,7 @@ class DataConfig:
     prefetch: int = 8
 
     def __post_init__(self) -> None:
-        if isinstance(self.prefetch, bool) or not isinstance(self.prefetch, int) or self.prefetch < 0:
-            raise ValueError(f"data.prefetch={self.prefetch!r}; expected an integer of at least 0")
+        check_integer("data.prefetch", self.prefetch, least=0)
 
 
 def check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
@@ -104,11 +103,12 @@ def check_number(name: str, value: Any, *, above: float | None = None, least: fl
         raise ValueError(f"{name}={value!r}; expected a number {bound}")
 
 
-def _check_positive_integer(name: str, value: Any) -> None:
+def check_integer(name: str, value: Any, *, least: int) -> None:
+    """Raises unless `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r}; expected an integer")
-    if value < 1:
-        raise ValueError(f"{name}={value}; expected at least 1")
+    if value < least:
+        raise ValueError(f"{name}={value}; expected at least {least}")
 
 
 def to_plain(config: Any) -> dict[str, Any]:

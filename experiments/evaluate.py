@@ -5,44 +5,47 @@
 Prints the metrics as JSON and writes them to evaluation-SPLIT-STEP.json in the work directory.
 """
 
-from absl import flags
+import argparse
+import sys
+from collections.abc import Sequence
 
-from experiments import command_line, experiment
+from experiments import experiment
 from experiments.checkpoints import Checkpoints
 from experiments.command_line import REFUSALS, refuse
 from experiments.devices import Devices
 from experiments.evaluation import Evaluator
 from experiments.files import to_json_text, write_atomically
 from experiments.loop import restore
-from experiments.run_directory import RunDirectory, WorkdirError
-
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
-SPLIT = flags.DEFINE_string("split", "test", "Split of the task.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (of validation), last, or a step.")
-NUM_DEVICES = flags.DEFINE_integer("num_devices", None, "Use the first so many devices; all if not given.")
+from experiments.run_directory import RunDirectory
 
 
-def main(_: list[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Evaluates and reports; returns the exit code."""
-    run = RunDirectory(WORKDIR.value)
+    parser = argparse.ArgumentParser(prog="experiments.evaluate", description=__doc__.partition("\n")[0])
+    parser.add_argument("--workdir", required=True, help="directory of the run")
+    parser.add_argument("--split", default="test", help="split of the task (default: test)")
+    parser.add_argument(
+        "--checkpoint", default="best", help="best (of validation; the default), last, or a step"
+    )
+    parser.add_argument("--num_devices", type=int, help="use the first so many devices (default: all)")
+    args = parser.parse_args(argv)
+    run = RunDirectory(args.workdir)
     try:
         config = run.config()
         with Checkpoints(run.checkpoints) as checkpoints:
-            step = choose_step(checkpoints, CHECKPOINT.value)
-            devices = Devices.first(NUM_DEVICES.value)
+            step = choose_step(checkpoints, args.checkpoint)
             plan = experiment.build(config)
-            evaluate = Evaluator(plan, plan.step_functions(devices), devices)
-            plan.eval_batches(SPLIT.value)  # refuses an unknown split before anything is computed
             state, _ = restore(plan, checkpoints, step)
+        devices = Devices.first(args.num_devices)
+        evaluate = Evaluator(plan, plan.step_functions(devices), devices)
+        plan.eval_batches(args.split)  # refuses an unknown split before anything is computed
     except REFUSALS as error:
         return refuse(error)
-    metrics = evaluate(devices.replicate(state), SPLIT.value)
-    record = to_json_text(
-        dict(split=SPLIT.value, step=step, devices=devices.describe(), baselines=plan.baselines(SPLIT.value))
-        | metrics
-    )
-    write_atomically(run.folder / f"evaluation-{SPLIT.value}-{step}.json", record)
-    print(record, end="")
+    metrics = evaluate(devices.replicate(state), args.split)
+    record = dict(split=args.split, step=step, devices=devices.describe()) | metrics
+    text = to_json_text(record | dict(baselines=plan.baselines(args.split)))
+    write_atomically(run.folder / f"evaluation-{args.split}-{step}.json", text)
+    print(text, end="")
     return 0
 
 
@@ -50,17 +53,17 @@ def choose_step(checkpoints: Checkpoints, which: str) -> int:
     """The step that "best", "last" or a number means.
 
     Raises:
-      WorkdirError: if there is no such checkpoint; the message names those that there are.
+      ValueError: if there is no such checkpoint; the message names those that there are.
     """
     if which not in ("best", "last") and not which.isdecimal():
-        raise WorkdirError(f"checkpoint={which!r}; expected best, last or a step")
+        raise ValueError(f"checkpoint={which!r}; expected best, last or a step")
     step = {"best": checkpoints.best, "last": checkpoints.latest}.get(which)
     step = int(which) if which.isdecimal() else step
     if step not in checkpoints.steps:
         known = ", ".join(map(str, checkpoints.steps)) or "none"
-        raise WorkdirError(f"checkpoint={which}: there is no such checkpoint; steps with one: {known}")
+        raise ValueError(f"checkpoint={which}: there is no such checkpoint; steps with one: {known}")
     return step
 
 
 if __name__ == "__main__":
-    command_line.run(main, required=["workdir"])
+    sys.exit(main())

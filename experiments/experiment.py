@@ -14,7 +14,7 @@ from experiments.data import bucketing, pipeline
 from experiments.devices import Devices
 from experiments.optimizers import Optimizer, OptimizerConfig, assign_groups, groups_table
 from experiments.split_model import Layout, SplitModel
-from experiments.tasks import make_task
+from experiments.tasks import TASKS, make_task
 from experiments.train_state import Layouts
 from experiments.train_step import StepFunctions, metric_names_of
 from seqmodels import build_model
@@ -141,8 +141,13 @@ def build(config: Mapping[str, Any]) -> Experiment:
     task_options = dict(config["task"])
     if "name" not in task_options:
         raise ValueError("config.task has no 'name'")
-    task = make_task(task_options.pop("name"), **task_options)
-    model = _make_model(config, task)
+    name = task_options.pop("name")
+    # A task whose class knows these sizes may take minutes to make its data: the model is checked first.
+    sizes = _sizes(TASKS.get(name))
+    model = _make_model(config, sizes) if sizes else None
+    task = make_task(name, **task_options)
+    if model is None or _sizes(task) != sizes:
+        model = _make_model(config, _sizes(task))
     chosen, groups = assign_groups(optimizer_config, model.declared_groups)
     layouts = Layouts(
         Layout.of(model.parameters, chosen),
@@ -174,14 +179,18 @@ def build(config: Mapping[str, Any]) -> Experiment:
     )
 
 
-def _make_model(config: Mapping[str, Any], task: Any) -> SplitModel:
-    given = {name: getattr(task, name, None) for name in GIVEN_BY_TASK}
-    given = {name: value for name, value in given.items() if value is not None}
-    if clash := sorted(given.keys() & config["model"].keys()):
+def _sizes(task: Any) -> dict[str, int]:
+    """What a task, or its class, says of the sizes of a model."""
+    sizes = {name: getattr(task, name, None) for name in GIVEN_BY_TASK}
+    return {name: size for name, size in sizes.items() if isinstance(size, int)}
+
+
+def _make_model(config: Mapping[str, Any], sizes: Mapping[str, int]) -> SplitModel:
+    if clash := sorted(sizes.keys() & config["model"].keys()):
         raise ValueError(f"config.model sets {', '.join(clash)}, which the task gives; leave it out")
     # On the CPU whatever the device of training: faster for many small draws, and the same numbers everywhere.
     with jax.default_device(_cpu()):
-        return SplitModel(build_model(config["model"] | given, rngs=nnx.Rngs(config["seed"])))
+        return SplitModel(build_model(config["model"] | sizes, rngs=nnx.Rngs(config["seed"])))
 
 
 def _cpu() -> jax.Device | None:

@@ -165,7 +165,6 @@ class _Training:
         self._note.eval_seconds += metrics["seconds"]
         self._write(VALIDATION, self._step, metrics)
         self._bar.set_description("training")
-        self._bar.unpause()
         return metrics
 
     def _save(self, validation: dict[str, float] | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from experiments.config_loading import check_number
+from experiments.config_loading import check_integer, check_number
 from experiments.split_model import Layout, Path, Vectors
 from layers.registry import suggestion
 from layers.typing import Array, Float, Int
@@ -61,9 +61,10 @@ class OptimizerConfig:
             )
         if self.warmup_epochs is not None and self.warmup_steps is not None:
             raise ValueError("set optimizer.warmup_epochs or optimizer.warmup_steps and leave the other None")
-        for name in ("warmup_epochs", "warmup_steps"):
-            if getattr(self, name) is not None:
-                check_number(f"optimizer.{name}", getattr(self, name), least=0.0)
+        if self.warmup_epochs is not None:
+            check_number("optimizer.warmup_epochs", self.warmup_epochs, least=0.0)
+        if self.warmup_steps is not None:
+            check_integer("optimizer.warmup_steps", self.warmup_steps, least=0)
         if self.clip_norm is not None:
             check_number("optimizer.clip_norm", self.clip_norm, above=0.0)
         if self.ema is not None:
@@ -167,7 +168,7 @@ class Optimizer:
         self, step: Int[Array, ""], parameters: Vectors, gradients: Vectors, state: optax.ScaleByAdamState
     ) -> tuple[Vectors, optax.ScaleByAdamState, Float[Array, ""]]:
         """New parameters and state, and the global norm of the gradients before clipping."""
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         if self.config.clip_norm is not None:
             scale = self.config.clip_norm / jnp.maximum(norm, self.config.clip_norm)
             gradients = {name: scale * gradient for name, gradient in gradients.items()}

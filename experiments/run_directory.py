@@ -38,8 +38,8 @@ class WorkdirError(ValueError):
 class RunDirectory:
     """A run's folder, opened for reading. `RunDirectory.open` makes and locks one for training."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
         self._lock: Any = None
 
     @classmethod
@@ -50,7 +50,7 @@ class RunDirectory:
           WorkdirError: if the folder holds something else, a run of another config (the fields that differ are named),
             or a run that another process is training.
         """
-        run = cls(Path(folder))
+        run = cls(folder)
         run.folder.mkdir(parents=True, exist_ok=True)
         if run.config_file.exists():
             run._check_config(config)
@@ -139,6 +139,10 @@ class RunDirectory:
         with (self.folder / "sessions.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(session) + "\n")
         return session
+
+    def release(self) -> None:
+        """Lets other processes train the run; the end of the process does so too."""
+        self._lock.close()
 
     def _take_lock(self) -> None:
         self._lock = (self.folder / LOCK).open("w")

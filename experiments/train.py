@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import command_line, config_loading, experiment, loop, plots, results
+from experiments import config_loading, experiment, loop, plots, results
 from experiments.command_line import EXIT_DIVERGED, EXIT_INTERRUPTED, REFUSALS, refuse
 from experiments.devices import Devices
 from experiments.interrupts import Interrupted, Stop
@@ -37,8 +37,12 @@ CACHE = flags.DEFINE_string(
 )
 
 
-def main(_: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Trains, tests and reports; returns the exit code."""
+    if argv[1:]:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    if flags.FLAGS.verbosity <= 0:  # absl's default shows every move of every library
+        logging.set_verbosity(logging.WARNING)
     try:
         stop = Stop(after_seconds=STOP_AFTER.value)
         config = config_loading.to_plain(CONFIG.value)
@@ -87,4 +91,5 @@ def _report(plan: experiment.Experiment, run: RunDirectory, record: dict[str, An
 
 
 if __name__ == "__main__":
-    command_line.run(main, required=["config", "workdir"])
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,6 +1,6 @@
 """A task and a model small enough to train in a test, and `experiments.train` on them as a command.
 
-    python -m tests.experiments.tiny --config=tests/experiments/tiny_config.py --workdir=DIR
+python -m tests.experiments.tiny --config=tests/experiments/tiny_config.py --workdir=DIR
 """
 
 import time
@@ -8,9 +8,10 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app
 from flax import nnx
 
-from experiments import command_line, experiment, train
+from experiments import experiment, train
 from experiments.data.sequences import Sequences
 from experiments.tasks.classification import cross_entropy
 
@@ -27,7 +28,9 @@ class TinyTask:
     vocab_size = CLASSES + 2
     num_classes = CLASSES
 
-    def __init__(self, *, examples: int = 48, slow: float = 0.0, poison: int | None = None, data_seed: int = 0):
+    def __init__(
+        self, *, examples: int = 48, slow: float = 0.0, poison: int | None = None, data_seed: int = 0
+    ):
         counts = {"train": examples, "validation": 10, "test": 11}
         self.splits = {
             name: _make_split(count, seed, slow, poison if name == "train" else None)
@@ -121,4 +124,4 @@ def tiny_config(**sections):
 
 if __name__ == "__main__":
     experiment.make_task, experiment.build_model = make_tiny_task, build_tiny_model
-    command_line.run(train.main, required=["config", "workdir"])
+    app.run(train.main)

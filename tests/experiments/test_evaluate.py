@@ -1,0 +1,107 @@
+"""Evaluation from a run's directory, and comparison of runs."""
+
+import json
+
+import pytest
+
+from experiments import compare, evaluate, experiment, loop, results
+from experiments.devices import Devices
+from experiments.interrupts import Stop
+from experiments.run_directory import RunDirectory
+from tests.experiments.tiny import build_tiny_model, make_tiny_task, tiny_config
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(experiment, "make_task", make_tiny_task)
+    monkeypatch.setattr(experiment, "build_model", build_tiny_model)
+
+
+def train(folder, **sections):
+    config = tiny_config(**sections)
+    plan = experiment.build(config)
+    run = RunDirectory.open(folder, config)
+    run.begin(config, plan.task.manifest, plan.groups_table)
+    devices = Devices.first(1)
+    outcome = loop.train(plan, run, devices=devices, stop=Stop())
+    run.write_results(results.summarize(plan, outcome, devices))
+    run.release()
+    return outcome
+
+
+def call(folder, *arguments):
+    return evaluate.main([f"--workdir={folder}", "--num_devices=1", *arguments])
+
+
+def test_a_run_directory_is_enough_to_evaluate(tmp_path, capsys):
+    outcome = train(tmp_path, train=dict(epochs=2))
+    capsys.readouterr()
+    assert call(tmp_path) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / f"evaluation-test-{outcome.best_step}.json").read_text())
+    assert printed["loss"] == outcome.test["loss"]
+    assert call(tmp_path, "--split=validation", "--checkpoint=last") == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 12
+    for bad, message in (
+        ("--checkpoint=11", "no such checkpoint; steps with one: "),
+        ("--checkpoint=first", "expected best, last or a step"),
+        ("--split=tset", "no split 'tset'; it has train, validation, test"),
+    ):
+        assert call(tmp_path, bad) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_is_refused_and_left_alone(tmp_path, capsys):
+    assert call(tmp_path / "none") == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_argument_is_added_to_the_config():
+    assert compare.with_argument("a.py", "mixer=s5") == "a.py:mixer=s5"
+    assert compare.with_argument("a.py:size=2", "mixer=s5") == "a.py:size=2,mixer=s5"
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Stands in for the processes of training; records what they are asked, and leaves with the codes given."""
+    asked, codes = [], []
+
+    def run_training(arguments):
+        asked.append(arguments)
+        folder = arguments[1].removeprefix("--workdir=")
+        code = codes.pop(0)
+        if not code:
+            train(folder, seed=len(asked), train=dict(epochs=1, checkpoint_every=None))
+        return code
+
+    monkeypatch.setattr(compare, "run_training", run_training)
+    return asked, codes
+
+
+def test_runs_are_compared(tmp_path, capsys, runs):
+    asked, codes = runs
+    codes[:] = [0, 0]
+    flags = [f"--workdir={tmp_path}", "--config=c.py:size=1", "--mixers=one,two", "--config.train.epochs=1"]
+    assert compare.main(flags) == 0
+    assert asked == [
+        [f"--config=c.py:size=1,mixer={name}", f"--workdir={tmp_path / name}", "--config.train.epochs=1"]
+        for name in ("one", "two")
+    ]
+    record = json.loads((tmp_path / "compare.json").read_text())
+    printed = capsys.readouterr().out
+    assert record["split"] == "test"
+    for name in ("one", "two"):
+        result = RunDirectory(tmp_path / name).results()
+        assert record["runs"][name]["value"] == result["test"]["accuracy"]
+        assert f"{result['test']['accuracy']:.4f}" in printed
+    assert f"{record['baselines']['majority']:.4f}" in printed
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_comparison_leaves_with_the_code_of_a_run_that_did(tmp_path, runs):
+    asked, codes = runs
+    codes[:] = [75]
+    assert compare.main([f"--workdir={tmp_path}", "--config=c.py", "--mixers=one,two"]) == 75
+    assert len(asked) == 1
+    assert not (tmp_path / "compare.json").exists()

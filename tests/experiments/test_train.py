@@ -1,0 +1,151 @@
+"""The command `experiments.train` in processes of its own: kills, signals, exit codes and refusals."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.checkpoints import Checkpoints
+from experiments.command_line import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_REFUSED
+from experiments.logs import read_lines
+from experiments.run_directory import RunDirectory
+
+TIMED = {"seconds", "tokens_per_second"}
+PATIENCE = 120.0
+
+
+def command(workdir, *flags):
+    return [
+        *(sys.executable, "-m", "tests.experiments.tiny", "--config=tests/experiments/tiny_config.py"),
+        *(f"--workdir={workdir}", "--num_devices=1", "--config.task.slow=0.03", *flags),
+    ]
+
+
+def run(workdir, *flags):
+    return subprocess.run(command(workdir, *flags), capture_output=True, text=True)
+
+
+def run_until(workdir, condition, number):
+    """Starts the command, sends it a signal as soon as the condition holds, and returns its exit code."""
+    process = subprocess.Popen(command(workdir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while not condition():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(number)
+        process.wait(PATIENCE)
+    finally:
+        process.kill()
+        process.communicate()
+    return process.returncode
+
+
+def lines(workdir, kind):
+    return [line for line in read_lines(workdir / "metrics.jsonl") if line["kind"] == kind]
+
+
+def unfinished(workdir):
+    return list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
+
+
+def untimed(line):
+    return {name: value for name, value in line.items() if name not in TIMED}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    done = run(workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_a_finished_run_holds_all_that_is_needed(whole):
+    results = RunDirectory(whole).results()
+    assert results["steps"] == 24
+    assert results["test"]["accuracy"] >= results["baselines"]["majority"]
+    assert results["config"]["train"]["epochs"] == 4
+    assert results["parameters"] == 39
+    for field in ("training_seconds", "compile_seconds", "tokens_per_second"):
+        assert results[field] > 0
+    for field in ("versions", "git", "manifest_sha256", "devices"):
+        assert results[field]
+    assert (whole / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert [line["step"] for line in lines(whole, "train")] == list(range(1, 25))
+
+
+def test_kills_at_any_moment_change_nothing(whole, tmp_path):
+    workdir = tmp_path / "killed and resumed"  # a space in the path, too
+
+    def steps_logged(count):
+        return lambda: (
+            len(lines(workdir, "train")) >= count if (workdir / "metrics.jsonl").exists() else False
+        )
+
+    # Before the first checkpoint.
+    assert run_until(workdir, steps_logged(2), signal.SIGKILL) == -signal.SIGKILL
+    assert not any((workdir / "checkpoints").iterdir())
+    # Inside the writing of a checkpoint.
+    assert run_until(workdir, lambda: unfinished(workdir), signal.SIGKILL) == -signal.SIGKILL
+    assert unfinished(workdir)
+    # Between an evaluation and its checkpoint.
+    assert run_until(workdir, lambda: lines(workdir, "validation"), signal.SIGKILL) == -signal.SIGKILL
+    # Asked to leave, in another place.
+    moved = tmp_path / "moved"
+    shutil.move(workdir, moved)
+    workdir = moved
+    assert run_until(workdir, steps_logged(10), signal.SIGTERM) == EXIT_INTERRUPTED
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        assert checkpoints.latest == lines(workdir, "train")[-1]["step"] < 24
+    assert RunDirectory(workdir).results() is None
+
+    done = run(workdir)
+    assert done.returncode == 0, done.stderr
+    for kind in ("train", "validation", "test"):
+        assert list(map(untimed, lines(workdir, kind))) == list(map(untimed, lines(whole, kind)))
+    last = []
+    for folder in (whole, workdir):
+        with Checkpoints(folder / "checkpoints") as checkpoints:
+            last.append(checkpoints.load(24)[0])
+    jax.tree.map(np.testing.assert_array_equal, *last)
+    sessions = [json.loads(line)["step"] for line in (workdir / "sessions.jsonl").read_text().splitlines()]
+    assert sessions == sorted(sessions)
+    assert len(sessions) == 5
+
+
+def test_a_finished_run_is_shown_and_another_config_refused(whole):
+    again = run(whole)
+    assert again.returncode == 0
+    assert "is finished" in again.stdout
+    assert len(lines(whole, "train")) == 24
+    other = run(whole, "--config.train.batch_size=16", "--config.optimizer.ema=0.5")
+    assert other.returncode == EXIT_REFUSED
+    assert "config.train.batch_size: 8 in the run, 16 given" in other.stderr
+    assert "config.optimizer.ema: 0.9 in the run, 0.5 given" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_a_loss_that_is_not_finite_has_its_own_exit_code(tmp_path):
+    done = run(tmp_path / "run", "--config.optimizer.learning_rate=1e38")
+    assert done.returncode == EXIT_DIVERGED, done.stderr
+    assert "not finite at step " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_mistakes_are_named_before_any_compute(tmp_path):
+    unknown = run(tmp_path / "a", "--config.train.bach_size=4")
+    assert unknown.returncode != 0
+    assert 'Did you mean "batch_size"' in unknown.stderr
+    impossible = run(tmp_path / "b", "--config.train.epochs=-4")
+    assert impossible.returncode == EXIT_REFUSED
+    assert "train.epochs=-4; expected at least 1" in impossible.stderr
+    assert not (tmp_path / "b" / "config.json").exists()
