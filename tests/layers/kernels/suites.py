@@ -1,11 +1,13 @@
 """The primitives under the shared suite: one line each."""
 
 from layers.kernels.attention import cases as attention
+from layers.kernels.gated_linear_attention import cases as gated_linear_attention
 from layers.kernels.linear_recurrence import cases as linear_recurrence
 from layers.kernels.long_conv import cases as long_conv
 
 SUITES = {
     "attention": attention.SUITE,
+    "gated_linear_attention": gated_linear_attention.SUITE,
     "linear_recurrence": linear_recurrence.SUITE,
     "long_conv": long_conv.SUITE,
 }

@@ -165,7 +165,7 @@ def test_cut_anywhere(name, case, impl, data):
 
     def part(piece, state):
         sliced = {
-            k: v[:, piece] if k in suite.time_arguments and v.shape[1] == time else v
+            k: v[:, piece] if k in suite.time_arguments and v.ndim > 1 and v.shape[1] == time else v
             for k, v in arguments.items()
         }
         return call(suite, case, impl, sliced | {"initial_state": state})
@@ -208,7 +208,7 @@ def test_packed_equals_separate_and_padding_is_skipped(name, case, impl, data):
         if where.size == 0:
             continue
         alone = {
-            k: v[:, where] if k in suite.time_arguments and v.shape[1] == time else v
+            k: v[:, where] if k in suite.time_arguments and v.ndim > 1 and v.shape[1] == time else v
             for k, v in arguments.items()
             if k != "initial_state"
         }

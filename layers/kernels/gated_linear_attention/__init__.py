@@ -1,0 +1,192 @@
+"""S_t = Diag(alpha_t) S_{t-1} + k_t v_t^T: linear attention with decay, from RetNet to Mamba-2, GLA and RWKV-6."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from layers.kernels import checks
+from layers.kernels.dispatch import Implementation, dispatch
+from layers.kernels.gated_linear_attention import reference, xla
+from layers.kernels.segments import segment_starts
+from layers.typing import Array, Float, Int
+
+__all__ = ["SMALLEST_DENOMINATOR", "Piece", "compose", "gated_linear_attention", "summarize"]
+
+IMPLEMENTATIONS = {
+    "xla": Implementation(xla.gated_linear_attention),
+    "reference": Implementation(reference.gated_linear_attention, automatic=lambda **_: False),
+}
+
+# A denominator nearer to 0 than this is replaced by it, with the sign kept.
+SMALLEST_DENOMINATOR = 1e-6
+
+LogDecay = Float[Array, "h"] | Float[Array, "#b #t h"] | Float[Array, "#b #t h k"]
+
+
+def gated_linear_attention(
+    q: Float[Array, "b t hq k"],
+    k: Float[Array, "b t hk k"],
+    v: Float[Array, "b t hv v"],
+    *,
+    log_decay: LogDecay | None = None,
+    bonus: Float[Array, "h k"] | None = None,
+    scale: float | None = None,
+    normalize: bool = False,
+    initial_state: Float[Array, "b h k s"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    impl: str | None = None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k s"]]:
+    """Attention whose scores are products, summed up in a matrix state that decays.
+
+    With alpha_t = exp(log_decay_t), in every head
+
+        S_t = Diag(alpha_t) S_{t-1} + k_t v_t^T,    o_t = scale S_t^T q_t,
+
+    or with a bonus u, which reads the state before the step,
+
+        o_t = scale (S_{t-1} + Diag(u) k_t v_t^T)^T q_t.
+
+    With `normalize` the weights of the values are divided by their sum: z_t, the sum of keys decayed as S_t is (and
+    with the bonus read as S_t is), gives o_t = S_t^T q_t / (z_t^T q_t). A denominator between -1e-6 and 1e-6 becomes
+    -1e-6 if negative, else 1e-6, so that zero queries give zero; useful features of queries and keys are positive.
+
+    Linear attention (Katharopoulos et al. 2020, arXiv:2006.16236): no decay. RetNet (Sun et al. 2023,
+    arXiv:2307.08621), Lightning Attention (Qin et al. 2024, arXiv:2401.04658): one fixed decay a head. Mamba-2 (Dao
+    and Gu 2024, arXiv:2405.21060): one decay a head and step, q = C, k = B, v = dt x. GLA (Yang et al. 2023,
+    arXiv:2312.06635), HGRN2 (Qin et al. 2024, arXiv:2404.07904): a decay per key channel. RWKV-5 and RWKV-6 (Peng et
+    al. 2024, arXiv:2404.05892): that and the bonus.
+
+    Args:
+      q, k, v: any of them may have fewer heads than the largest count h; they are then shared, head i of h using head
+        i // (h / heads). Their types may differ; bfloat16 throughout is what matrix units are fast in.
+      log_decay: natural logarithm of the decay, at most 0. None: no decay. (h): fixed. (b, t, h): per head and
+        step. (b, t, h, k): per key channel. A size of 1 in place of b or t stands for all.
+      bonus: (h, k), the weight u of the current token.
+      scale: factor of the outputs, k ** -0.5 if absent. Normalised outputs have none.
+      normalize: divide by the sum of the weights.
+      initial_state: S_0, zero if absent; it belongs to the first real token.
+      segment_ids: 0 is padding, which leaves the state as it is and has zero outputs; a change of id forgets the state
+        (see `layers.kernels.segments`).
+      impl: "xla", "reference", or None for the best.
+
+    Returns:
+      o: (b, t, h, v), in the type of v.
+      final_state: (b, h, k, v), float32 or wider; (b, h, k, v + 1) with `normalize`, the last column being z.
+
+    Raises:
+      ValueError, TypeError: a shape, type, `scale` or `impl` does not fit; the message names the argument.
+    """
+    sizes = _check(q=q, k=k, v=v, log_decay=log_decay, segment_ids=segment_ids)
+    checks.check_real(bonus=bonus, initial_state=initial_state)
+    if bonus is not None:
+        _raise_heads(bonus, 0, sizes)
+        checks.check_shape("bonus", bonus, "h k", sizes)
+    state_shape = (sizes["b"], sizes["h"], sizes["k"], sizes["v"] + int(normalize))
+    if initial_state is not None and initial_state.shape != state_shape:
+        columns = "v + 1" if normalize else "v"
+        raise ValueError(
+            f"initial_state has shape {initial_state.shape}; expected (b, h, k, {columns}) = {state_shape}"
+        )
+    if normalize and scale is not None:
+        raise ValueError(f"scale={scale} has no effect with normalize=True; leave it out")
+    if sizes["t"] == 0:
+        dtype = checks.accumulation_dtype(q, k, v, log_decay, bonus, initial_state)
+        state = jnp.zeros(state_shape, dtype) if initial_state is None else initial_state.astype(dtype)
+        return jnp.zeros((sizes["b"], 0, sizes["h"], sizes["v"]), v.dtype), state
+    o, final = dispatch(
+        "gated_linear_attention",
+        IMPLEMENTATIONS,
+        impl,
+        q=q,
+        k=k,
+        v=v,
+        log_decay=log_decay,
+        bonus=bonus,
+        scale=sizes["k"] ** -0.5 if scale is None else scale,
+        normalize=normalize,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        smallest=SMALLEST_DENOMINATOR,
+    )
+    return o.astype(v.dtype), final
+
+
+class Piece(NamedTuple):
+    """What a stretch of the sequence does to the state: S -> decay * S + state."""
+
+    decay: jax.Array
+    state: jax.Array
+
+
+def summarize(
+    k: Float[Array, "b t hk k"],
+    v: Float[Array, "b t hv v"],
+    *,
+    log_decay: LogDecay | None = None,
+    normalize: bool = False,
+    segment_ids: Int[Array, "b t"] | None = None,
+    impl: str | None = None,
+) -> Piece:
+    """The effect of a stretch on the state that enters it: decay (b, h, k or 1, 1) and state (b, h, k, v or v + 1).
+
+    The first real token of the stretch continues what came before; if a segment starts there, the caller sets `decay`
+    to zero. The heads are those of the largest of k, v and log_decay. With a bonus the effect is the same.
+    """
+    sizes = _check(k=k, v=v, log_decay=log_decay, segment_ids=segment_ids)
+    dtype = checks.accumulation_dtype(k, v, log_decay)
+    shape = sizes["b"], sizes["t"], sizes["h"]
+    total = jnp.zeros((*shape[::2], 1), dtype)
+    if log_decay is not None:
+        every = log_decay[None, None] if log_decay.ndim == 1 else log_decay
+        every = every[..., None] if every.ndim == 3 else every
+        every = jnp.broadcast_to(every.astype(dtype), (*shape, every.shape[-1]))
+        if segment_ids is not None:
+            every = jnp.where((segment_ids == 0)[..., None, None], 0, every)
+        total = every.sum(1)
+    decay = jnp.exp(total)[..., None]
+    if segment_ids is not None:
+        forgotten = segment_starts(segment_ids).any(1)
+        decay = jnp.where(forgotten[:, None, None, None], 0, decay)
+    _, state = gated_linear_attention(
+        k, k, v, log_decay=log_decay, normalize=normalize, segment_ids=segment_ids, impl=impl
+    )
+    return Piece(decay, state)
+
+
+def compose(first: Piece, second: Piece) -> Piece:
+    """The effect of two neighbouring stretches, `first` run before `second`. Associative; identity Piece(1, 0)."""
+    return Piece(second.decay * first.decay, second.decay * first.state + second.state)
+
+
+def _check(*, k, v, log_decay, segment_ids, q=None):
+    """Checks what `gated_linear_attention` and `summarize` share, and returns the sizes b, t, k, v and h."""
+    inputs = {name: x for name, x in (("q", q), ("k", k), ("v", v)) if x is not None}
+    checks.check_real(**inputs, log_decay=log_decay)
+    sizes: dict[str, int] = {}
+    for name, x in inputs.items():
+        checks.check_shape(name, x, f"b t h_{name} {'v' if name == 'v' else 'k'}", sizes)
+    counts = {name: sizes.pop(f"h_{name}") for name in inputs}
+    sizes["h"] = max(counts.values())
+    if log_decay is not None:
+        rank = log_decay.ndim
+        patterns = {1: "h", 3: "b|1 t|1 h", 4: "b|1 t|1 h k"}
+        if rank not in patterns:
+            raise ValueError(
+                f"log_decay has shape {log_decay.shape}; expected (h,), (b, t, h) or (b, t, h, k) with {sizes}"
+            )
+        _raise_heads(log_decay, 0 if rank == 1 else 2, sizes)
+        checks.check_shape("log_decay", log_decay, patterns[rank], sizes)
+    for name, count in counts.items():
+        if count == 0 or sizes["h"] % count:
+            raise ValueError(
+                f"{name} has {count} heads; expected a count that divides the largest, {sizes['h']}"
+            )
+    checks.check_segment_ids(segment_ids, sizes)
+    return sizes
+
+
+def _raise_heads(x, axis, sizes):
+    """Lets `x` raise the count of heads: queries, keys and values may all be shared."""
+    if x.ndim > axis:
+        sizes["h"] = max(sizes["h"], x.shape[axis])

@@ -1,0 +1,126 @@
+"""The calls of `gated_linear_attention` that tests and benchmarks share."""
+
+import numpy as np
+
+from layers.kernels.case import Benchmark, Case, Suite
+from layers.kernels.gated_linear_attention import gated_linear_attention
+
+HEADS, KEYS, VALUES = 4, 6, 5
+
+
+def _tokens(rng, batch, time, *, q=HEADS, k=HEADS, v=HEADS, keys=KEYS, values=VALUES):
+    """Queries, keys and values with q, k and v heads."""
+    return {
+        "q": rng.standard_normal((batch, time, q, keys)),
+        "k": rng.standard_normal((batch, time, k, keys)),
+        "v": rng.standard_normal((batch, time, v, values)),
+    }
+
+
+def _mixed(rng, *shape):
+    """Log-decay of -20 or nearly 0, at random."""
+    return np.where(rng.random(shape) < 0.3, -20.0, -0.02 * rng.random(shape))
+
+
+def _none(rng, batch, time):
+    return _tokens(rng, batch, time, k=2, v=2)
+
+
+def _fixed(rng, batch, time):
+    return {**_tokens(rng, batch, time), "log_decay": np.log1p(-(2.0 ** -np.arange(2, 2 + HEADS)))}
+
+
+def _scalar(rng, batch, time):
+    return {**_tokens(rng, batch, time, q=1, k=1), "log_decay": _mixed(rng, batch, time, HEADS)}
+
+
+def _scalar_bonus(rng, batch, time):
+    tokens = _tokens(rng, batch, time, q=2)
+    bonus = rng.standard_normal((HEADS, KEYS))
+    return {**tokens, "log_decay": -rng.random((batch, time, HEADS)), "bonus": bonus}
+
+
+def _channel(rng, batch, time):
+    return {**_tokens(rng, batch, time), "log_decay": _mixed(rng, batch, time, HEADS, KEYS)}
+
+
+def _channel_bonus(rng, batch, time):
+    log_decay = -np.exp(rng.standard_normal((batch, time, HEADS, KEYS)) - 2)
+    return {**_tokens(rng, batch, time), "log_decay": log_decay, "bonus": rng.standard_normal((HEADS, KEYS))}
+
+
+def _fixed_channel(rng, batch, time):
+    return {
+        "q": np.exp(0.5 * rng.standard_normal((batch, time, HEADS, KEYS))),
+        "k": np.exp(0.5 * rng.standard_normal((batch, time, 2, KEYS))),
+        "v": rng.standard_normal((batch, time, HEADS, VALUES)),
+        "log_decay": -0.1 * rng.random((1, 1, HEADS, KEYS)),
+    }
+
+
+def _state(rng, batch):
+    return rng.standard_normal((batch, HEADS, KEYS, VALUES))
+
+
+def _sums(rng, batch):
+    """A state with its sum of keys."""
+    keys = np.exp(0.5 * rng.standard_normal((batch, HEADS, 7, KEYS, 1)))
+    values = np.concatenate(
+        [rng.standard_normal((batch, HEADS, 7, 1, VALUES)), np.ones((batch, HEADS, 7, 1, 1))], -1
+    )
+    return (keys * values).sum(2)
+
+
+_BATCH, _TIME, _HEADS, _WIDTH = 8, 4096, 16, 128
+_TOKENS = _BATCH * _TIME * _HEADS
+# Arithmetic of chunks of 64: scores and their use, states and their use; twice that for the backward pass, with the
+# scores once more.
+_FLOPS = _TOKENS * (4 * 64 * _WIDTH + 4 * _WIDTH**2)
+_BACKWARD_FLOPS = _TOKENS * (10 * 64 * _WIDTH + 10 * _WIDTH**2)
+
+
+def _benchmark(name, decays, *, bonus=False):
+    """8 x 4096 tokens and 16 heads of 128, in bfloat16, with `decays` numbers of log-decay per token and head."""
+
+    def draw(rng, batch, time):
+        tokens = _tokens(rng, batch, time, q=_HEADS, k=_HEADS, v=_HEADS, keys=_WIDTH, values=_WIDTH)
+        shape = {0: None, 1: (batch, time, _HEADS), _WIDTH: (batch, time, _HEADS, _WIDTH)}[decays]
+        if shape is not None:
+            tokens["log_decay"] = -0.1 * rng.random(shape)
+        if bonus:
+            tokens["bonus"] = rng.standard_normal((_HEADS, _WIDTH))
+        return tokens
+
+    return Benchmark(
+        name,
+        _BATCH,
+        _TIME,
+        draw,
+        "bfloat16",
+        forward_bytes=2 * _TOKENS * (4 * _WIDTH + decays),
+        backward_bytes=2 * _TOKENS * (7 * _WIDTH + 2 * decays),
+        forward_flops=_FLOPS,
+        backward_flops=_BACKWARD_FLOPS,
+    )
+
+
+SUITE = Suite(
+    function=gated_linear_attention,
+    implementations=("xla",),
+    time_arguments=("q", "k", "v", "log_decay"),
+    cases=(
+        Case("scalar", _scalar, state=_state),
+        Case("no_decay", _none, {"scale": 1.5}, state=_state),
+        Case("fixed_decay", _fixed, state=_state),
+        Case("scalar_bonus", _scalar_bonus, {"scale": 1.0}, state=_state),
+        Case("channel", _channel, state=_state),
+        Case("channel_bonus", _channel_bonus, {"scale": 1.0}, state=_state),
+        Case("normalized_fixed_channel", _fixed_channel, {"normalize": True}, state=_sums),
+    ),
+    benchmarks=(
+        _benchmark("no_decay_8x4096x16x128_bf16", 0),
+        _benchmark("scalar_8x4096x16x128_bf16", 1),
+        _benchmark("channel_8x4096x16x128_bf16", _WIDTH),
+        _benchmark("channel_bonus_8x4096x16x128_bf16", _WIDTH, bonus=True),
+    ),
+)

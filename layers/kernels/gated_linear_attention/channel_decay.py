@@ -1,0 +1,127 @@
+"""Inside a chunk, with a log-decay per key channel: scores, and the decays from and to the chunk's ends.
+
+The score of i against j is sum_k q_ik k_jk exp(g_{j+1,k} + ... + g_ik). It is a matrix product only when the exponential
+is split at a point between j and i, where both factors are at most 1. A chunk is therefore cut into leaves of 16 steps.
+Inside a leaf the sum over channels is written out; then neighbouring blocks of 1, 2, 4, ... leaves are joined, the border
+between the two being the point at which queries of the second and keys of the first split, so that each join is one
+batched product. Sums of g start anew at the points of reference: strong decay elsewhere costs no accuracy.
+
+Arrays are cut into chunks (n): q, k, g (n, b or 1, h, c, k).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from layers.kernels.gated_linear_attention.products import product
+from layers.kernels.gated_linear_attention.scalar_decay import exact_parts
+
+
+def exponents(g, exclusive, leaf):
+    """Sums of g (..., c, k) from the start of the chunk to each step (`exclusive`: without it), after it, and of all."""
+    read, rest, totals = _leaf_sums(g, leaf, exclusive)
+    leaves = totals.shape[-2]
+    before = read + _neighbours(totals, leaves, earlier=True)[..., None, :]
+    after = rest + _neighbours(totals, leaves, earlier=False)[..., None, :]
+    return before.reshape(g.shape), after.reshape(g.shape), totals.sum(-2)
+
+
+def scores(q, k, g, bonus, same, scale, dtype, leaf):
+    """Weights of the chunk's values: scale sum_k q_ik k_jk exp(...), as in `scalar_decay.scores`: (n, b, h, 1, c, c)."""
+    exclusive = bonus is not None
+    *lead, size, width = q.shape
+    read, rest, totals = _leaf_sums(g, leaf, exclusive)
+    leaves = totals.shape[-2]
+    cut = (*lead, leaves, leaf, width)
+    q, k = (scale * q).reshape(cut), k.reshape(cut)
+    weights = _leaf_scores((exclusive, dtype), q, k, g.reshape(*g.shape[:-2], leaves, leaf, width))
+    diagonal = jnp.eye(leaf, dtype=bool)
+    own = q * k
+    here = jnp.sum(own if bonus is None else own * bonus[None, None, :, None, None], axis=-1)
+    weights = jnp.where(jnp.broadcast_to(diagonal, weights.shape), here[..., None], weights).astype(dtype)
+    block = 1
+    while block < leaves:
+        pairs = (leaves // (2 * block), 2, block, leaf, width)
+        upto = (read + _neighbours(totals, block, earlier=True)[..., None, :]).reshape(*g.shape[:-2], *pairs)
+        after = (rest + _neighbours(totals, block, earlier=False)[..., None, :]).reshape(
+            *g.shape[:-2], *pairs
+        )
+        side = block * leaf
+        second = q.reshape(*lead, *pairs)[..., 1, :, :, :] * jnp.exp(upto[..., 1, :, :, :])
+        first = k.reshape(*lead, *pairs)[..., 0, :, :, :] * jnp.exp(after[..., 0, :, :, :])
+        second, first = (x.reshape(*lead, leaves // (2 * block), side, width) for x in (second, first))
+        joined = product("...ik,...jk->...ij", dtype, second, first).astype(dtype)
+        weights = weights.reshape(*lead, leaves // (2 * block), 2, side, side)
+        upper = jnp.concatenate([weights[..., 0, :, :], jnp.zeros_like(joined)], axis=-1)
+        lower = jnp.concatenate([joined, weights[..., 1, :, :]], axis=-1)
+        weights = jnp.concatenate([upper, lower], axis=-2)
+        block *= 2
+    weights = weights.reshape(*lead, 1, size, size)
+    return weights if same is None else jnp.where(jnp.broadcast_to(same, weights.shape), weights, 0)
+
+
+def _leaf_sums(g, leaf, exclusive):
+    """Sums of g inside each leaf up to a step (`exclusive`: without it), after it, and of the whole leaf."""
+    g = g.reshape(*g.shape[:-2], g.shape[-2] // leaf, leaf, g.shape[-1])
+    upto = jnp.tril(jnp.ones((leaf, leaf), bool))
+    # Each is summed anew: as a difference, its gradient at early steps would be one of large numbers.
+    return _masked_sum(jnp.tril(upto, -1) if exclusive else upto, g), _masked_sum(~upto, g), g.sum(-2)
+
+
+def _neighbours(totals, block, *, earlier):
+    """Sum over the leaves earlier (or later) than each in its block of leaves: (..., leaves, k)."""
+    blocks = totals.reshape(*totals.shape[:-2], totals.shape[-2] // block, block, totals.shape[-1])
+    below = jnp.tril(jnp.ones((block, block), bool), -1)
+    return _masked_sum(below if earlier else below.T, blocks).reshape(totals.shape)
+
+
+def _masked_sum(mask, x):
+    """sum_j mask_ij x_j over the next-to-last axis: a fused loop, and exact where a matrix product might round."""
+    terms = jnp.broadcast_to(x[..., None, :, :], (*x.shape[:-2], *mask.shape, x.shape[-1]))
+    return jnp.where(jnp.broadcast_to(mask[..., None], terms.shape), terms, 0).sum(-2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _leaf_scores(settings, q, k, g):
+    """sum_l q_il k_jl exp(sum of g_l over j + 1 .. i, or i - 1 if exclusive) for j < i, else 0: (..., s, s)."""
+    return (q[..., :, None, :] * k[..., None, :, :] * _leaf_decay(settings, g)).sum(-1)
+
+
+def _leaf_decay(settings, g):
+    exclusive, dtype = settings
+    upto = jnp.tril(jnp.ones((g.shape[-2],) * 2, bool))
+    difference = 0
+    for part in exact_parts(g, dtype):
+        within = _masked_sum(upto, part)
+        read = _masked_sum(jnp.tril(upto, -1), part) if exclusive else within
+        difference += read[..., :, None, :] - within[..., None, :, :]
+    below = jnp.broadcast_to(jnp.tril(upto, -1)[..., None], difference.shape)
+    return jnp.where(below, jnp.exp(jnp.where(below, jnp.minimum(difference, 0), 0)), 0)
+
+
+def _leaf_forward(settings, q, k, g):
+    return _leaf_scores(settings, q, k, g), (q, k, g)
+
+
+def _leaf_backward(settings, residuals, cotangent):
+    q, k, g = residuals
+    dq = (cotangent[..., None] * k[..., None, :, :] * _leaf_decay(settings, g)).sum(-2)
+    # The barrier keeps the compiler from holding the decays of all pairs in memory for both sums.
+    q, k, g, cotangent, dq = jax.lax.optimization_barrier((q, k, g, cotangent, dq))
+    dk = (cotangent[..., None] * q[..., :, None, :] * _leaf_decay(settings, g)).sum(-3)
+    exclusive, _ = settings
+    later = jnp.triu(jnp.ones((g.shape[-2],) * 2, bool))
+    if exclusive:
+        dg = _masked_sum(jnp.triu(later, 1), q * dq) - _masked_sum(later, k * dk)
+    else:
+        dg = _masked_sum(later, q * dq - k * dk)
+    return dq, dk, _sum_to(dg, g.shape)
+
+
+_leaf_scores.defvjp(_leaf_forward, _leaf_backward)
+
+
+def _sum_to(x, shape):
+    """Sums over the axes that `shape` has with size 1."""
+    return x.sum([i for i, size in enumerate(shape) if size != x.shape[i]], keepdims=True)

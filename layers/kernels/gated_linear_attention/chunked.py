@@ -1,0 +1,255 @@
+"""Gated linear attention in chunks of the sequence: matrix products, and a backward pass of its own.
+
+A chunk of c steps with the state S that enters it gives
+
+    o = P v + (q b) S,    P_ij = scale q_i k_j decay(j -> i),    b_i = scale decay(start -> i),
+    S' = a S + (k w)^T v,    a = decay(start -> end),    w_j = decay(j -> end),
+
+where S comes from a short scan over the chunks' own contributions; everything else is a batched product over all chunks
+and heads. The backward pass, with R the gradient of the state that leaves a chunk, is
+
+    dP = do v^T,    dv = P^T do + (k w) R,    d(q b) = do S^T,    d(k w) = v R^T,
+    R of the chunk before = a R + (q b)^T do,
+
+and the gradients of q, k and log-decay through P come from differentiating the scores again. It keeps the inputs and the
+states S in the type of the products, and computes P anew. With one decay per head the factors b and w multiply outputs
+and values instead, so that heads that share queries and keys share their products.
+
+Device memory moved, in units of one bfloat16 array (b, t, h, 128), for chunk sizes 128 (scalar) and 64 (per channel) and
+bfloat16 inputs, counted by hand: scalar about 35 forward and 65 backward, of which the least possible is 4 and 7; per
+channel about 55 and 110, of which the least possible is 6 and 11.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from layers.kernels.gated_linear_attention import channel_decay, scalar_decay
+from layers.kernels.gated_linear_attention.products import contract
+
+
+class Settings(NamedTuple):
+    """Scale of the outputs, steps a chunk, and steps a leaf of the per-channel form (None: one decay per head)."""
+
+    scale: float
+    chunk: int
+    leaf: int | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(settings, q, k, v, g, bonus, state, number):
+    """Outputs (b, t, h, v) and the final state, both in the type of `state`.
+
+    q, k (b, t, groups, k) and v (b, t, h, v) are of the type of the products; g (b or 1, t, h or 1[, k]), bonus (h, k) and
+    state (b, h, k, v) are wide; number (b, t) numbers the segments, with 0 for padding, whose q, k and g are zero.
+    """
+    return _forward(settings, q, k, v, g, bonus, state, number)[0]
+
+
+class _Chunks(NamedTuple):
+    """The sequence cut into n chunks, and its heads into g groups of r that share queries and keys.
+
+    Attributes:
+      q, k: (n, b, g, c, k); v: (n, b, g, c, r, v), or (n, b, g, c, x) with x = r v in products with states.
+      g: log-decay (n, b or 1, g or 1, r or 1, c), or (n, b or 1, g, c, k) per channel.
+      bonus: (g, r, k), or (g, k) per channel.
+      same: which pairs share a segment, (n, b, 1, 1, c, c); None, like the following, if there is one segment.
+      reads, writes: which steps read the entering state and which write the leaving one, (n, b, 1, c, 1).
+      keeps: whether the state passes through a chunk, (n, b, 1, 1).
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    g: jax.Array
+    bonus: jax.Array | None
+    same: jax.Array | None = None
+    reads: jax.Array | None = None
+    writes: jax.Array | None = None
+    keeps: jax.Array | None = None
+
+
+def _chunks(settings, q, k, v, g, bonus, number):
+    groups, chunk = q.shape[2], settings.chunk
+    masks = ()
+    if number is not None:
+        number = _cut(number[..., None], chunk, 1)
+        same = number[..., None] == number[..., 0][..., None, None, :]
+        leaving = jnp.maximum(jax.lax.cummax(number.max((2, 3, 4)), axis=0), 1)
+        entering = jnp.concatenate([jnp.ones_like(leaving[:1]), leaving[:-1]])
+        reads, writes = (number == x[..., None, None, None] for x in (entering, leaving))
+        masks = same.swapaxes(-3, -2), reads, writes, (entering == leaving)[..., None, None]
+    if settings.leaf is not None:
+        g = _cut(g, chunk, groups)[..., 0, :]
+    else:
+        g = _cut(g, chunk, min(g.shape[2], groups)).swapaxes(-1, -2)
+        bonus = None if bonus is None else bonus.reshape(groups, -1, bonus.shape[-1])
+    q, k = (_cut(x, chunk, groups)[..., 0, :] for x in (q, k))
+    return _Chunks(q, k, _cut(v, chunk, groups), g, bonus, *masks)
+
+
+def _cut(x, chunk, groups):
+    """(b, t, h, ...) to (n, b, groups, c, h / groups, ...), with zeros for the steps that are missing."""
+    batch, time = x.shape[:2]
+    x = jnp.pad(x, ((0, 0), (0, -time % chunk)) + ((0, 0),) * (x.ndim - 2))
+    x = x.reshape(batch, -1, chunk, groups, x.shape[2] // groups, *x.shape[3:])
+    return x.transpose(1, 0, 3, 2, *range(4, x.ndim))
+
+
+def _join(x, time):
+    """Undoes `_cut`."""
+    x = x.transpose(1, 0, 3, 2, *range(4, x.ndim))
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3] * x.shape[4], *x.shape[5:])[:, :time]
+
+
+def _scores(settings, x, q, k, g, bonus):
+    if settings.leaf is None:
+        return scalar_decay.scores(q, k, g, bonus, x.same, settings.scale, x.q.dtype)
+    return channel_decay.scores(q, k, g, bonus, x.same, settings.scale, x.q.dtype, settings.leaf)
+
+
+def _exponents(settings, x, g):
+    """Log-decay from the chunk's start to each step, from there to its end, and of the chunk.
+
+    (n, b, g, c, k), twice, and (n, b, g, k); with r in place of k if there is one decay per head.
+    """
+    n, b, groups, c, r, _ = x.v.shape
+    if settings.leaf is None:
+        last = r
+        before, after, total = scalar_decay.exponents(g, x.bonus is not None)
+        before, after = before.swapaxes(-1, -2), after.swapaxes(-1, -2)
+    else:
+        last = x.k.shape[-1]
+        before, after, total = channel_decay.exponents(g, x.bonus is not None, settings.leaf)
+    return (
+        jnp.broadcast_to(before, (n, b, groups, c, last)),
+        jnp.broadcast_to(after, (n, b, groups, c, last)),
+        jnp.broadcast_to(total, (n, b, groups, last)),
+    )
+
+
+class _Passing(NamedTuple):
+    """How a chunk reads the state that enters and writes the one that leaves, with every decay applied.
+
+    read, write and keep are the decays themselves (exponentials, times scale and masks), q, k and v what they multiplied:
+    per channel q and k, otherwise v (and the outputs, by `read`).
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    read: jax.Array
+    write: jax.Array
+    keep: jax.Array
+
+
+def _passing(settings, x, exponents):
+    before, after, total = (jnp.exp(e) for e in exponents)
+    read = settings.scale * before
+    write, keep = after, total
+    if x.same is not None:
+        read, write = jnp.where(x.reads, read, 0), jnp.where(x.writes, write, 0)
+        keep = jnp.where(x.keeps, keep, 0)
+    if settings.leaf is None:
+        v = (x.v * write[..., None]).astype(x.v.dtype)
+        keep = jnp.repeat(keep, v.shape[-1], axis=-1)[..., None, :]
+        return _Passing(x.q, x.k, v, read, write, keep)
+    q, k = ((a * decay).astype(a.dtype) for a, decay in ((x.q, read), (x.k, write)))
+    return _Passing(q, k, x.v, read, write, keep[..., None])
+
+
+def _forward(settings, q, k, v, g, bonus, state, number):
+    x = _chunks(settings, q, k, v, g, bonus, number)
+    wide = state.dtype
+    passing = _passing(settings, x, _exponents(settings, x, x.g))
+    written = contract("nbgck,nbgcx->nbgkx", passing.k, _flat(passing.v))
+    groups, r = x.v.shape[2], x.v.shape[4]
+
+    def step(entering, inputs):
+        keep, written = inputs
+        return keep * entering + written, entering.astype(x.q.dtype)
+
+    final, states = jax.lax.scan(step, _to_groups(state, groups, r), (passing.keep, written))
+    weights = _scores(settings, x, x.q.astype(wide), x.k.astype(wide), x.g, x.bonus)
+    o = contract("nbgck,nbgkx->nbgcx", passing.q, states).reshape(x.v.shape)
+    o = o * passing.read[..., None] if settings.leaf is None else o
+    o = o + contract("nbgrij,nbgjrv->nbgirv", weights, x.v)
+    return (_join(o, q.shape[1]), _from_groups(final, r)), (q, k, v, g, bonus, number, states)
+
+
+def _backward(settings, residuals, cotangents):
+    q, k, v, g, bonus, number, states = residuals
+    do, dfinal = cotangents
+    x = _chunks(settings, q, k, v, g, bonus, number)
+    wide, dtype = dfinal.dtype, q.dtype
+    groups, r = x.v.shape[2], x.v.shape[4]
+    do = _cut(do.astype(dtype), settings.chunk, groups)
+    exponents, exponents_vjp = jax.vjp(lambda g: _exponents(settings, x, g), x.g)
+    passing = _passing(settings, x, exponents)
+    do_read = do if settings.leaf is not None else (do * passing.read[..., None]).astype(dtype)
+
+    def step(leaving, inputs):
+        keep, read = inputs
+        return keep * leaving + read, leaving.astype(dtype)
+
+    read = contract("nbgck,nbgcx->nbgkx", passing.q, _flat(do_read))
+    dstate, dstates = jax.lax.scan(step, _to_groups(dfinal, groups, r), (passing.keep, read), reverse=True)
+    dq_read = contract("nbgcx,nbgkx->nbgck", _flat(do_read), states)
+    dk_write = contract("nbgcx,nbgkx->nbgck", _flat(passing.v), dstates)
+    dv_write = contract("nbgck,nbgkx->nbgcx", passing.k, dstates).reshape(x.v.shape)
+    kept = passing.keep * states.astype(wide) * dstates.astype(wide)
+    if settings.leaf is not None:
+        dexponents = passing.q * dq_read, passing.k * dk_write, kept.sum(-1)
+        dq_read, dk_write = dq_read * passing.read, dk_write * passing.write
+    else:
+        if r == 1:
+            dbefore = (passing.q * dq_read).sum(-1, keepdims=True)
+        else:
+            dbefore = (do_read * contract("nbgck,nbgkx->nbgcx", passing.q, states).reshape(x.v.shape)).sum(-1)
+        dexponents = (
+            dbefore,
+            (passing.v * dv_write).sum(-1),
+            kept.sum(-2).reshape(*kept.shape[:3], r, -1).sum(-1),
+        )
+        dv_write = dv_write * passing.write[..., None]
+
+    weights, scores_vjp = jax.vjp(
+        functools.partial(_scores, settings, x), x.q.astype(wide), x.k.astype(wide), x.g, x.bonus
+    )
+    dv = contract("nbgrij,nbgirv->nbgjrv", weights, do) + dv_write
+    dq, dk, dg, dbonus = scores_vjp(contract("nbgirv,nbgjrv->nbgrij", do, x.v, dtype))
+    dg = dg + exponents_vjp(dexponents)[0]
+    time = q.shape[1]
+    dg = _join(dg[..., None, :] if settings.leaf is not None else dg.swapaxes(-1, -2), time)
+    dq, dk = (_join(a[..., None, :], time).astype(dtype) for a in (dq + dq_read, dk + dk_write))
+    return (
+        dq,
+        dk,
+        _join(dv, time).astype(v.dtype),
+        dg,
+        None if bonus is None else dbonus.reshape(bonus.shape),
+        _from_groups(dstate, r),
+        None,
+    )
+
+
+attend.defvjp(_forward, _backward)
+
+
+def _to_groups(state, groups, r):
+    """(b, h, k, v) to (b, g, k, r v)."""
+    b, _, k, v = state.shape
+    return state.reshape(b, groups, r, k, v).swapaxes(2, 3).reshape(b, groups, k, r * v)
+
+
+def _from_groups(state, r):
+    """Undoes `_to_groups`."""
+    b, groups, k, x = state.shape
+    return state.reshape(b, groups, k, r, x // r).swapaxes(2, 3).reshape(b, groups * r, k, x // r)
+
+
+def _flat(v):
+    """(..., r, v) to (..., r v)."""
+    return v.reshape(*v.shape[:-2], -1)

@@ -1,0 +1,91 @@
+"""`gated_linear_attention` in plain JAX: makes one form of every call and runs it in chunks (see `chunked`)."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from layers.kernels.checks import accumulation_dtype
+from layers.kernels.gated_linear_attention.chunked import Settings, attend
+from layers.kernels.gated_linear_attention.products import operand_dtype
+from layers.kernels.segments import segment_numbers
+
+# Steps a chunk: what is stored for scores grows with it, what is stored for states falls.
+SCALAR_CHUNK = 128
+CHANNEL_CHUNK = 64
+# Steps over which the per-channel form writes its sums out.
+LEAF = 16
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "normalize", "smallest", "chunk", "leaf"))
+def gated_linear_attention(
+    q,
+    k,
+    v,
+    log_decay,
+    bonus,
+    scale,
+    normalize,
+    initial_state,
+    segment_ids,
+    smallest,
+    *,
+    chunk=None,
+    leaf=None,
+):
+    """Runs the chunked form; the arguments are checked by the public function. Chunks and leaves are powers of 2."""
+    wide = accumulation_dtype(q, k, v, log_decay, bonus, initial_state)
+    # Dividing by the denominator cancels in the gradient, for which bfloat16 is too coarse.
+    dtype = wide if normalize else operand_dtype(q, k, v)
+    time, width = q.shape[1], v.shape[-1]
+    g = _decay(log_decay, time, wide)
+    per_channel = g.ndim == 4
+    heads = max(*(x.shape[2] for x in (q, k, v, g)), 0 if bonus is None else bonus.shape[0])
+    groups = heads if per_channel else math.lcm(q.shape[2], k.shape[2])
+    q, k, v = (
+        jnp.repeat(x.astype(dtype), count // x.shape[2], axis=2)
+        for x, count in ((q, groups), (k, groups), (v, heads))
+    )
+    if normalize:
+        # A column of ones, and zeros up to a multiple of 8, which matrix units want.
+        v = jnp.pad(v, ((0, 0),) * 3 + ((0, 1),), constant_values=1)
+        v = jnp.pad(v, ((0, 0),) * 3 + ((0, -v.shape[-1] % 8),))
+    state = jnp.zeros((q.shape[0], heads, q.shape[-1], v.shape[-1]), wide)
+    if initial_state is not None:
+        missing = v.shape[-1] - initial_state.shape[-1]
+        state = jnp.pad(initial_state.astype(wide), ((0, 0),) * 3 + ((0, missing),))
+    number = None
+    if segment_ids is not None:
+        number = segment_numbers(segment_ids)
+        padding = number == 0
+        q, k = (jnp.where(padding[..., None, None], 0, x) for x in (q, k))
+        g = jnp.where(padding.reshape(*padding.shape, *(1,) * (g.ndim - 2)), 0, g)
+    chunk = min(chunk or (CHANNEL_CHUNK if per_channel else SCALAR_CHUNK), _power_of_two(time))
+    settings = Settings(
+        scale=1.0 if normalize else scale,
+        chunk=chunk,
+        leaf=min(leaf or LEAF, chunk) if per_channel else None,
+    )
+    bonus = None if bonus is None else bonus.astype(wide)
+    o, final = attend(settings, q, k, v, g, bonus, state, number)
+    if normalize:
+        denominator = o[..., width : width + 1]
+        small = jnp.abs(denominator) < smallest
+        safe = jnp.where(small, jnp.where(denominator < 0, -smallest, smallest), denominator)
+        return o[..., :width] / safe, final[..., : width + 1]
+    return o, final
+
+
+def _decay(log_decay, time, dtype):
+    """Log-decay as (b or 1, t, h or 1) or (b or 1, t, h, k), finite."""
+    if log_decay is None:
+        return jnp.zeros((1, time, 1), dtype)
+    g = log_decay[None, None] if log_decay.ndim == 1 else log_decay
+    # Less than this decays to 0 as well, and an infinity would meet zeros in the sums.
+    g = jnp.maximum(g, 2 * math.log(jnp.finfo(dtype).tiny))
+    return jnp.broadcast_to(g.astype(dtype), (g.shape[0], time, *g.shape[2:]))
+
+
+def _power_of_two(count):
+    return 1 << (count - 1).bit_length()
