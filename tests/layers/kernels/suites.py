@@ -4,12 +4,14 @@ from layers.kernels.attention import cases as attention
 from layers.kernels.gated_linear_attention import cases as gated_linear_attention
 from layers.kernels.linear_recurrence import cases as linear_recurrence
 from layers.kernels.long_conv import cases as long_conv
+from layers.kernels.ssm_kernel import cases as ssm_kernel
 
 SUITES = {
     "attention": attention.SUITE,
     "gated_linear_attention": gated_linear_attention.SUITE,
     "linear_recurrence": linear_recurrence.SUITE,
     "long_conv": long_conv.SUITE,
+    "ssm_kernel": ssm_kernel.SUITE,
 }
 
 CASES = [(name, case) for name, suite in SUITES.items() for case in suite.cases]
