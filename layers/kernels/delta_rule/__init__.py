@@ -1,0 +1,238 @@
+"""The delta rule with no, scalar or per-channel decay, and the diagonal-plus-low-rank rule: DeltaNet, KDA, RWKV-7."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from layers.kernels import checks
+from layers.kernels.delta_rule import reference, xla
+from layers.kernels.dispatch import Implementation, dispatch
+from layers.typing import Array, Float, Int
+
+__all__ = ["Piece", "compose", "delta_rule", "dplr_delta_rule", "summarize", "summarize_dplr"]
+
+DELTA_RULE = {
+    "xla": Implementation(xla.delta_rule),
+    "reference": Implementation(reference.delta_rule, automatic=lambda **_: False),
+}
+DPLR_DELTA_RULE = {
+    "xla": Implementation(xla.dplr_delta_rule),
+    "reference": Implementation(reference.dplr_delta_rule, automatic=lambda **_: False),
+}
+
+
+def delta_rule(
+    q: Float[Array, "b t g k"],
+    k: Float[Array, "b t g k"],
+    v: Float[Array, "b t h v"],
+    beta: Float[Array, "b t h"],
+    *,
+    log_decay: Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
+    scale: float | None = None,
+    normalize_qk: bool = False,
+    initial_state: Float[Array, "b h k v"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    impl: str | None = None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+    """Runs the delta rule, which corrects what the state holds at a key instead of adding to it.
+
+        S' = Diag(alpha_t) S_{t-1}                         decay first,
+        S_t = S' + beta_t k_t (v_t - S'^T k_t)^T           then erase and write,
+        o_t = scale S_t^T q_t,
+
+    that is S_t = (I - beta_t k_t k_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T with alpha = exp(log_decay). DeltaNet
+    (Yang et al. 2024, arXiv:2406.06484) has no decay, Gated DeltaNet (Yang et al. 2024, arXiv:2412.06464) one a head,
+    Kimi Delta Attention (Kimi Team 2025, arXiv:2510.26692) one a key channel.
+
+    Args:
+      q, k: queries and keys. They may have fewer heads than v: head j of v uses head j // (h / g) of q and k. Keys whose
+        norm is not about 1 or less make the state diverge, beta |k|^2 must not exceed 2.
+      v: values.
+      beta: writing strength, in (0, 1), or (0, 2) to let a step reverse what it erases.
+      log_decay: log alpha <= 0, per head (b, t, h) or key channel (b, t, h, k); None for no decay.
+      scale: of the queries; k^-1/2 if None.
+      normalize_qk: whether to divide queries and keys by their norms first, x / sqrt(sum x^2 + 1e-6), in float32.
+      initial_state: S_0, zero if absent. It belongs to the segment of the first real token.
+      segment_ids: 0 is padding, which leaves the state as it is and outputs zero; a change of id forgets the state
+        (see `layers.kernels.segments`).
+      impl: "xla", "reference", or None for the best.
+
+    Returns:
+      o: (b, t, h, v) in the type of v.
+      final_state: (b, h, k, v), the state after the last step, float32 or wider.
+
+    Raises:
+      ValueError, TypeError: a shape, type or `impl` does not fit; the message names the argument.
+    """
+    sizes: dict[str, int] = {}
+    checks.check_real(q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state)
+    checks.check_shape("q", q, "b t g k", sizes)
+    checks.check_shape("k", k, "b t g k", sizes)
+    checks.check_shape("v", v, "b t h v", sizes)
+    checks.check_shape("beta", beta, "b t h", sizes)
+    if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
+        raise ValueError(
+            f"q and k have {sizes['g']} heads, v has {sizes['h']}; expected a number that divides the heads of v"
+        )
+    return _checked(
+        "delta_rule",
+        DELTA_RULE,
+        impl,
+        sizes,
+        {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay},
+        {"scale": scale, "normalize_qk": normalize_qk},
+        initial_state,
+        segment_ids,
+    )
+
+
+def dplr_delta_rule(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    a: Float[Array, "b t h k"],
+    b: Float[Array, "b t h k"],
+    *,
+    log_decay: Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
+    scale: float | None = None,
+    initial_state: Float[Array, "b h k v"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    impl: str | None = None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+    """Runs a linear recurrence whose transition is diagonal plus low-rank, the general form of the delta rules.
+
+        S_t = Diag(w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T,    o_t = scale S_t^T q_t,
+
+    with w = exp(log_decay); both terms read the old state. RWKV-7 (Peng et al. 2025, arXiv:2503.14456) is a = -kappa,
+    b = eta kappa for the removal key kappa and the learning rate eta, with scale = 1; `delta_rule` is a = alpha k,
+    b = -beta k and beta k in place of k, at about half the cost.
+
+    Args:
+      q, k, v: queries, keys and values.
+      a: what is read from the old state.
+      b: where it is written; Diag(w) + b a^T should not lengthen vectors, or the state diverges.
+      log_decay: log w <= 0, per head (b, t, h) or key channel (b, t, h, k); None for no decay.
+      scale: of the queries; k^-1/2 if None.
+      initial_state, segment_ids, impl: as for `delta_rule`.
+
+    Returns:
+      o: (b, t, h, v) in the type of v.
+      final_state: (b, h, k, v), the state after the last step, float32 or wider.
+
+    Raises:
+      ValueError, TypeError: a shape, type or `impl` does not fit; the message names the argument.
+    """
+    sizes: dict[str, int] = {}
+    checks.check_real(q=q, k=k, v=v, a=a, b=b, log_decay=log_decay, initial_state=initial_state)
+    for name, array in (("q", q), ("k", k), ("a", a), ("b", b)):
+        checks.check_shape(name, array, "b t h k", sizes)
+    checks.check_shape("v", v, "b t h v", sizes)
+    return _checked(
+        "dplr_delta_rule",
+        DPLR_DELTA_RULE,
+        impl,
+        sizes,
+        {"q": q, "k": k, "v": v, "a": a, "b": b, "log_decay": log_decay},
+        {"scale": scale},
+        initial_state,
+        segment_ids,
+    )
+
+
+def _checked(name, implementations, impl, sizes, inputs, options, initial_state, segment_ids):
+    """The checks that both functions share, the guard for empty sequences, and the call."""
+    log_decay, v = inputs["log_decay"], inputs["v"]
+    if log_decay is not None:
+        if log_decay.ndim not in (3, 4):
+            raise ValueError(
+                f"log_decay has shape {log_decay.shape}; expected (b, t, h) or (b, t, h, k) with "
+                + ", ".join(f"{letter}={sizes[letter]}" for letter in "bthk")
+            )
+        checks.check_shape("log_decay", log_decay, "b t h k" if log_decay.ndim == 4 else "b t h", sizes)
+    if initial_state is not None:
+        checks.check_shape("initial_state", initial_state, "b h k v", sizes)
+    checks.check_segment_ids(segment_ids, sizes)
+    if options["scale"] is None:
+        options["scale"] = sizes["k"] ** -0.5
+    if v.shape[1] == 0:
+        dtype = checks.accumulation_dtype(*inputs.values(), initial_state)
+        if initial_state is None:
+            initial_state = jnp.zeros([sizes[letter] for letter in "bhkv"], dtype)
+        return v, initial_state.astype(dtype)
+    o, final = dispatch(
+        name, implementations, impl, **inputs, **options, initial_state=initial_state, segment_ids=segment_ids
+    )
+    return o.astype(v.dtype), final
+
+
+class Piece(NamedTuple):
+    """What a stretch of the sequence does to the state: S -> transition S + state."""
+
+    transition: jax.Array
+    state: jax.Array
+
+
+def summarize(
+    k: Float[Array, "b t g k"],
+    v: Float[Array, "b t h v"],
+    beta: Float[Array, "b t h"],
+    *,
+    log_decay: Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
+    normalize_k: bool = False,
+    segment_ids: Int[Array, "b t"] | None = None,
+    impl: str | None = None,
+) -> Piece:
+    """The effect of a stretch on the state that enters it: a transition (b, h, k, k) and a state (b, h, k, v).
+
+    The first real token of the stretch continues what came before; a stretch that starts a segment of its own has a
+    transition of zero.
+    """
+    v, state = _with_probe(k, v)
+    options = {"log_decay": log_decay, "normalize_qk": normalize_k, "segment_ids": segment_ids, "impl": impl}
+    _, final = delta_rule(jnp.zeros_like(k), k, v, beta, initial_state=state, **options)
+    return _piece(final)
+
+
+def summarize_dplr(
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    a: Float[Array, "b t h k"],
+    b: Float[Array, "b t h k"],
+    *,
+    log_decay: Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    impl: str | None = None,
+) -> Piece:
+    """As `summarize`, for `dplr_delta_rule`."""
+    v, state = _with_probe(k, v)
+    options = {"log_decay": log_decay, "segment_ids": segment_ids, "impl": impl}
+    _, final = dplr_delta_rule(jnp.zeros_like(k), k, v, a, b, initial_state=state, **options)
+    return _piece(final)
+
+
+def _with_probe(k, v):
+    """Values with k more features that stay zero, and a state that is the identity there and zero elsewhere.
+
+    A rule treats the features of the values alike and apart, so one run gives the state and the transition.
+    """
+    batch, time, heads, value_dim = v.shape
+    key_dim = k.shape[-1]
+    padded = jnp.concatenate([v, jnp.zeros((batch, time, heads, key_dim), v.dtype)], axis=-1)
+    identity = jnp.eye(key_dim, value_dim + key_dim, value_dim, checks.accumulation_dtype(k, v))
+    return padded, jnp.broadcast_to(identity, (batch, heads, *identity.shape))
+
+
+def _piece(final):
+    key_dim = final.shape[-2]
+    return Piece(final[..., -key_dim:], final[..., :-key_dim])
+
+
+def compose(first: Piece, second: Piece) -> Piece:
+    """The effect of two neighbouring stretches, `first` run before `second`. Associative; identity Piece(I, 0)."""
+
+    def product(a, b):
+        return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+    state = product(second.transition, first.state) + second.state
+    return Piece(product(second.transition, first.transition), state)

@@ -1,0 +1,148 @@
+"""Decayed scores inside a chunk, exact for any log-decay.
+
+The score of a row i against an earlier column j is sum_k row_ik column_jk exp(g_{j+1} + ... + g_i). Differences of one
+cumulative sum would lose digits after strong decay, and its two exponentials could not be taken apart. Instead blocks of
+1, 2, 4, ... steps are joined pairwise: a row in the second block of a pair reaches a column in the first by
+
+    exp(sum of g from the start of the row's block to the row) exp(sum of g after the column to the end of its block),
+
+two factors that are at most 1, from sums of numbers of one sign. A state forgotten is a decay by `RESET`.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from layers.kernels.delta_rule.products import product
+from layers.kernels.delta_rule.triangular import BASE, join_blocks, level_mask
+
+# Log-decay that forgets: its exponential is exactly 0 in float32 and float64, and sums of it stay finite.
+RESET = -1e4
+
+
+class Sums(NamedTuple):
+    """Sums of log-decay inside blocks up to a step and after it, both without the step itself: (..., c, k)."""
+
+    before: jax.Array
+    after: jax.Array
+
+
+def block_sums(log_decay: jax.Array) -> list[Sums]:
+    """`Sums` inside blocks of 1, 2, 4, ... steps, the last for the whole chunk."""
+    size, width = log_decay.shape[-2:]
+    sums = [Sums(jnp.zeros_like(log_decay), jnp.zeros_like(log_decay))]
+    for block in _blocks(size):
+        shape = (*log_decay.shape[:-2], size // (2 * block), 2, block, width)
+        g, before, after = (x.reshape(shape) for x in (log_decay, *sums[-1]))
+        total = (before + g)[..., -1:, :]
+        first, second = (total[..., i, :, :] for i in (0, 1))
+        before = jnp.stack([before[..., 0, :, :], before[..., 1, :, :] + first], axis=-3)
+        after = jnp.stack([after[..., 0, :, :] + second, after[..., 1, :, :]], axis=-3)
+        sums.append(Sums(before.reshape(log_decay.shape), after.reshape(log_decay.shape)))
+    return sums
+
+
+def scores(erase, query, columns, log_decay, sums, before_decay, dtype):
+    """Scores of what a step erases by and reads with, against every column that steps write along.
+
+    Args:
+      erase: (..., c, k), read from the state before the step's own column is written: scores for j < i.
+      query: (..., c, k), read after it: scores for j <= i.
+      columns: a list of (..., c, k).
+      log_decay: (..., c, k), or (..., c, 1) if one decay stands for all channels.
+      sums: its `block_sums`.
+      before_decay: whether `erase` reads before the decay of its own step.
+      dtype: type of the operands of matrix products.
+
+    Returns:
+      Two lists of (..., c, c): the scores of `erase` and of `query` for every column.
+    """
+    if log_decay.shape[-1] > 1:
+        return _channel_scores(erase, query, columns, log_decay, sums, before_decay, dtype)
+    decay = _decay_matrix(log_decay[..., 0], False)
+    erase_decay = _decay_matrix(log_decay[..., 0], True) if before_decay else decay
+    return (
+        [jnp.tril(product("ik,jk->ij", erase, column, dtype) * erase_decay, -1) for column in columns],
+        [product("ik,jk->ij", query, column, dtype) * decay for column in columns],
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _decay_matrix(log_decay, exclusive):
+    """exp(sum of log_decay (..., c) after j, up to i or, if exclusive, i - 1), zero for j > i: (..., c, c)."""
+    size = log_decay.shape[-1]
+    exponent = jnp.zeros((*log_decay.shape, size), log_decay.dtype)
+    for block, sums in zip(_blocks(size), block_sums(log_decay[..., None])):
+        before, after = (x[..., 0] for x in sums)
+        row = before if exclusive else before + log_decay
+        mask = jnp.broadcast_to(level_mask(size, block), exponent.shape)
+        exponent = jnp.where(mask, row[..., :, None] + after[..., None, :], exponent)
+    return jnp.tril(jnp.exp(exponent))
+
+
+def _decay_matrix_forward(log_decay, exclusive):
+    return _decay_matrix(log_decay, exclusive), log_decay
+
+
+def _decay_matrix_backward(exclusive, log_decay, cotangent):
+    # A step's decay is in the exponents of all i after it (or at it) and j before it: the rows from there on, less the
+    # columns from there on.
+    dexponent = jnp.tril(cotangent * _decay_matrix(log_decay, exclusive), -1)
+    rows, columns = dexponent.sum(-1), dexponent.sum(-2)
+    if exclusive:
+        rows = jnp.pad(rows[..., 1:], [(0, 0)] * (rows.ndim - 1) + [(0, 1)])
+    return (jax.lax.cumsum(rows - columns, axis=rows.ndim - 1, reverse=True),)
+
+
+_decay_matrix.defvjp(_decay_matrix_forward, _decay_matrix_backward)
+
+
+def _channel_scores(erase, query, columns, log_decay, sums, before_decay, dtype):
+    size, width = log_decay.shape[-2:]
+    base = min(size, BASE)
+    tiles = (*erase.shape[:-2], size // base, 2 * base, len(columns) * base)
+    inside, joins = jnp.zeros(tiles, log_decay.dtype), []
+    for block, (before, after) in zip(_blocks(size), sums):
+        query_decay = jnp.exp(before + log_decay)
+        rows = [erase * (jnp.exp(before) if before_decay else query_decay), query * query_decay]
+        earlier = [column * jnp.exp(after) for column in columns]
+        if block < base:
+            shape, pick = (size // base, base, width), lambda x, _: x
+        else:
+            shape, pick = (size // (2 * block), 2, block, width), lambda x, second: x[..., second, :, :]
+        rows, earlier = (
+            jnp.concatenate([pick(x.reshape(*x.shape[:-2], *shape), second) for x in group], axis=-2)
+            for group, second in ((rows, 1), (earlier, 0))
+        )
+        joined = product("ik,jk->ij", rows, earlier, dtype)
+        if block < base:
+            mask = jnp.tile(level_mask(base, block), (2, len(columns)))
+            inside += jnp.where(jnp.broadcast_to(mask, joined.shape), joined, 0)
+        else:
+            joins.append(joined)
+
+    def assemble(row, column):
+        def cut(x):
+            side = x.shape[-2] // 2
+            return x[..., row * side : (row + 1) * side, column * side : (column + 1) * side]
+
+        matrix = cut(inside)
+        for joined in joins:
+            matrix = join_blocks(matrix, cut(joined))
+        return matrix[..., 0, :, :]
+
+    def with_diagonal(matrix, column):
+        here = jnp.sum(query * column, axis=-1, keepdims=True)
+        return jnp.where(jnp.broadcast_to(jnp.eye(size, dtype=bool), matrix.shape), here, matrix)
+
+    return (
+        [assemble(0, i) for i in range(len(columns))],
+        [with_diagonal(assemble(1, i), column) for i, column in enumerate(columns)],
+    )
+
+
+def _blocks(size):
+    """1, 2, 4, ... below `size`."""
+    return [2**i for i in range(size.bit_length() - 1)]
