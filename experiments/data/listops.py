@@ -96,7 +96,7 @@ class ListOpsConfig:
 
 PRESETS = {
     "full": ListOpsConfig(),
-    "short": ListOpsConfig(max_depth=4, max_args=5, min_length=10, max_length=100, train=20_000),
+    "short": ListOpsConfig(max_depth=6, max_args=5, min_length=20, max_length=200, train=48_000),
 }
 
 

@@ -203,6 +203,7 @@ def test_causal_means_causal(entry):
             assert later.max() > 0, "a mixer that says it is not causal should see later inputs"
 
 
+@pytest.mark.smoke
 @every_mixer
 def test_gradients_are_finite_and_reach_every_parameter(entry):
     graph, params, rest = nnx.split(build(entry), nnx.Param, ...)

@@ -1,0 +1,92 @@
+"""Channel mixers against their equations in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy.special import expit
+
+from layers.channel import CHANNEL_MIXERS, make_channel_mixer
+from layers.dropout import dropout
+
+X = np.random.default_rng(0).standard_normal((2, 5, 6)).astype(np.float32)
+
+
+def make(name, **options):
+    return make_channel_mixer(name, options, given={"width": 6, "dtype": jnp.float32}, rngs=nnx.Rngs(0))
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x):
+    return x * expit(x)
+
+
+def apply(layer, x):
+    y = x @ np.asarray(layer.kernel[...], np.float64)
+    return y if layer.bias is None else y + np.asarray(layer.bias[...])
+
+
+def literal(name, m, x):
+    match name:
+        case "mlp":
+            return apply(m.down, gelu(apply(m.up, x)))
+        case "swiglu":
+            return apply(m.down, silu(apply(m.gate, x)) * apply(m.up, x))
+        case "geglu":
+            return apply(m.down, gelu(apply(m.gate, x)) * apply(m.up, x))
+        case "gelu":
+            return gelu(x)
+        case "half_glu1":
+            return gelu(x) * expit(apply(m.gate, gelu(x)))
+        case "half_glu2":
+            return x * expit(apply(m.gate, gelu(x)))
+        case "full_glu":
+            return apply(m.value, gelu(x)) * expit(apply(m.gate, gelu(x)))
+
+
+@pytest.mark.parametrize("name", CHANNEL_MIXERS)
+def test_equals_the_equation(name):
+    mixer = make(name)
+    for _, variable in nnx.to_flat_state(nnx.state(mixer, nnx.Param)):
+        if variable.ndim == 1:
+            variable[...] = jnp.linspace(-1, 1, variable.shape[0])
+    np.testing.assert_allclose(mixer(jnp.asarray(X)), literal(name, mixer, X.astype(np.float64)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CHANNEL_MIXERS)
+def test_dropout_acts_with_a_key_only(name):
+    mixer = make(name, dropout=0.5)
+    x = jnp.asarray(X)
+    np.testing.assert_array_equal(mixer(x), make(name)(x))
+    one, two = (mixer(x, key=jax.random.key(seed)) for seed in (0, 1))
+    assert not np.array_equal(one, two)
+    np.testing.assert_array_equal(one, mixer(x, key=jax.random.key(0)))
+
+
+def test_hidden_sizes():
+    assert make("mlp").up.kernel.shape == (6, 24)
+    assert make("swiglu").up.kernel.shape == (6, 16)
+    assert make("swiglu", hidden=10).down.kernel.shape == (10, 6)
+
+
+def test_dropout_keeps_the_mean_and_shares_draws_along_named_axes():
+    x = jnp.ones((50, 40, 30))
+    y = dropout(x, 0.3, jax.random.key(0))
+    assert float(y.mean()) == pytest.approx(1.0, abs=0.01)
+    assert set(np.unique(y).round(4)) == {0.0, np.float32(1 / 0.7).round(4)}
+    tied = np.asarray(dropout(x, 0.3, jax.random.key(0), shared_axes=(1,)))
+    assert (tied == tied[:, :1]).all()
+    assert (tied == 0).any()
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="did you mean 'swiglu'"):
+        make("swglu")
+    with pytest.raises(ValueError, match="did you mean 'hidden'"):
+        make("mlp", hiden=4)
+    with pytest.raises(ValueError, match="unknown activation"):
+        make("mlp", activation="gellu")

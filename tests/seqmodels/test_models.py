@@ -1,0 +1,230 @@
+"""Models: scan, remat, states, pooling, masking, and the errors of their configs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from seqmodels import build_model
+from seqmodels.classifier import pool
+
+CLASSIFIER = {
+    "kind": "classifier",
+    "width": 8,
+    "depth": 5,
+    "pattern": ("s5", "attention+mlp"),
+    "mixers": {"s5": {"state_size": 4, "bidirectional": True}, "attention": {"heads": 2, "causal": False}},
+    "norm": "batch_norm",
+    "dropout": 0.2,
+    "vocab_size": 7,
+    "num_classes": 3,
+}
+LANGUAGE_MODEL = {
+    "kind": "language_model",
+    "width": 8,
+    "depth": 4,
+    "pattern": ("s5+none", "local", "attention"),
+    "mixers": {
+        "local": {"mixer": "attention", "window": 3, "heads": 2},
+        "attention": {"heads": 2},
+        "s5": {"state_size": 4},
+    },
+    "vocab_size": 7,
+}
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 7, (3, 12)))
+IDS = jnp.asarray(np.arange(12)[None] < np.array([[12], [5], [9]]), jnp.int32)
+
+
+def build(base, **changes):
+    return build_model(base | changes, rngs=nnx.Rngs(0))
+
+
+@functools.cache
+def make(kind="classifier", **changes):
+    return build(CLASSIFIER if kind == "classifier" else LANGUAGE_MODEL, **changes)
+
+
+def jitted(model):
+    """The model as one jitted function of arrays."""
+    graph, variables = nnx.split(model)
+
+    @jax.jit
+    def run(inputs, state=None, segment_ids=None, key=None):
+        return nnx.merge(graph, variables, copy=True)(inputs, state, segment_ids=segment_ids, key=key)
+
+    return run
+
+
+def train(model):
+    """Loss, gradients and new statistics of one training call."""
+    graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+
+    @jax.jit
+    def run(params, stats):
+        def loss(params):
+            model = nnx.merge(graph, params, stats, copy=True)
+            outputs, _ = model(TOKENS, segment_ids=IDS, key=jax.random.key(3))
+            return jnp.square(outputs).mean(), nnx.state(model, nnx.BatchStat)
+
+        (value, stats_after), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        return value, gradients, stats_after
+
+    return run(params, stats)
+
+
+@pytest.mark.parametrize("changes", [{"scan": False}, {"remat": "full"}, {"scan": False, "remat": "dots"}])
+def test_scan_and_remat_change_nothing(changes):
+    want, got = train(make()), train(make(**changes))
+    for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-5, rtol=1e-4)
+
+
+def test_scanned_and_unrolled_models_hold_the_same_parameters():
+    one, two = (nnx.state(make(scan=scan)) for scan in (True, False))
+    assert jax.tree.structure(one) == jax.tree.structure(two)
+
+
+def test_training_updates_every_running_statistic_and_inference_none():
+    model = make()
+    run = jitted(model)
+    _, _, after = train(model)
+    before = nnx.state(model, nnx.BatchStat)
+    for b, a in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert not np.array_equal(a, b)
+    first, _ = run(TOKENS, segment_ids=IDS)
+    second, _ = run(TOKENS, segment_ids=IDS)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_dropout_follows_the_key():
+    run = jitted(make())
+    outputs = [run(TOKENS, segment_ids=IDS, key=jax.random.key(seed))[0] for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert not np.array_equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "first"])
+def test_padding_does_not_change_the_class(pooling):
+    run = jitted(make(pooling=pooling))
+    padded, _ = run(TOKENS, segment_ids=IDS)
+    other, _ = run(jnp.where(IDS == 0, 0, TOKENS), segment_ids=IDS)
+    np.testing.assert_array_equal(padded, other)
+    alone, _ = run(TOKENS[1:2, :5])
+    np.testing.assert_allclose(padded[1:2], alone, rtol=1e-5)
+
+
+def test_pooling():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 2)), jnp.float32)
+    mask = jnp.asarray([[1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]], bool)
+    for how, want in {
+        "mean": [x[0].mean(0), x[1, 1:3].mean(0)],
+        "last": [x[0, 3], x[1, 2]],
+        "first": [x[0, 0], x[1, 1]],
+    }.items():
+        got = pool(x, mask, how)
+        np.testing.assert_allclose(got, [*want, np.zeros(2)], atol=1e-6)
+
+
+@pytest.mark.parametrize("cuts", [[6], [1, 2, 7], [0, 6]])
+def test_a_language_model_can_be_cut_anywhere(cuts):
+    model = make("language_model")
+    run = _language_model_runner()
+    whole, none = run(TOKENS)
+    assert none is None
+    assert whole.dtype == jnp.float32
+    state, outputs = model.init_state(3, max_length=12), []
+    for start, stop in zip([0, *cuts], [*cuts, 12], strict=True):
+        y, state = run(TOKENS[:, start:stop], state)
+        outputs.append(y)
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), whole, atol=1e-5)
+
+
+@functools.cache
+def _language_model_runner():
+    return jitted(make("language_model"))
+
+
+def test_untied_output_matrix_and_bfloat16():
+    model = make("language_model", tie_embeddings=False, dtype="bfloat16")
+    logits, _ = model(TOKENS)
+    assert logits.dtype == jnp.float32
+    assert logits.shape == (3, 12, 7)
+    assert model.head.kernel.shape == (8, 7)
+
+
+def test_vectors_as_inputs():
+    model = make(vocab_size=None, input_size=2)
+    logits, _ = model(jnp.ones((2, 5, 2)))
+    assert logits.shape == (2, 3)
+    with pytest.raises(ValueError, match=r"expected \(b, t, 2\)"):
+        model(jnp.ones((2, 5, 3)))
+    with pytest.raises(ValueError, match="integer token ids"):
+        make()(jnp.ones((2, 5)))
+
+
+def test_joint_residual_is_one_branch():
+    one = dict(pattern=("s5",), mixers={"s5": {"state_size": 4}}, channel="half_glu2", residual="joint")
+    model = build(CLASSIFIER, **one, depth=1)
+    block = model.stack.blocks[0]
+    assert block.channel_norm is None
+    x = jax.random.normal(jax.random.key(0), (2, 6, 8))
+    y, _ = block(x)
+    inner, _ = block.mixer(block.mixer_norm(x))
+    np.testing.assert_allclose(y, x + block.channel(inner), atol=1e-6)
+
+
+def test_post_norm_normalises_the_sum():
+    model = make(norm="layer_norm", norm_position="post", depth=1)
+    y, _ = model.stack.blocks[0](jax.random.normal(jax.random.key(0), (2, 6, 8)))
+    np.testing.assert_allclose(np.asarray(y).mean(-1), 0, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(y).std(-1), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"kind": "clasifier"}, "did you mean 'classifier'"),
+        ({"widht": 8}, "no field 'widht'; did you mean 'width'"),
+        ({"pattern": ("atention",), "mixers": {}}, "unknown mixer 'atention'; did you mean 'attention'"),
+        ({"pattern": "s5"}, "expected a tuple of names"),
+        ({"pattern": ("s5+half_glu2",)}, "mixers has options for 'attention'"),
+        ({"mixers": {**CLASSIFIER["mixers"], "attention": {"heads": 3}}}, "heads=3 does not divide width=8"),
+        ({"mixers": {**CLASSIFIER["mixers"], "s5": {"state_sise": 4}}}, "did you mean 'state_size'"),
+        ({"channel": "swigl"}, "did you mean 'swiglu'"),
+        ({"norm": "batchnorm"}, "did you mean 'batch_norm'"),
+        ({"remat": "all"}, "remat='all'"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"depth": 0}, "depth=0"),
+        ({"pooling": "max"}, "pooling='max'"),
+        ({"num_classes": 1}, "num_classes=1"),
+        ({"input_size": 4}, "set vocab_size for tokens or input_size for vectors"),
+        ({"residual": "joint", "channel": "none"}, "needs a channel mixer"),
+        ({"dtype": "float8_e4m3fn"}, "dtype="),
+    ],
+)
+def test_impossible_configs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(CLASSIFIER | changes, rngs=nnx.Rngs(0))
+
+
+def test_missing_fields_are_named():
+    with pytest.raises(ValueError, match="needs the options? .*depth"):
+        build_model({"kind": "classifier", "width": 8, "vocab_size": 3, "num_classes": 2}, rngs=nnx.Rngs(0))
+
+
+def test_a_language_model_refuses_what_is_not_causal():
+    with pytest.raises(ValueError, match=r"layer 0 \(s5\) is not causal"):
+        build_model(
+            LANGUAGE_MODEL | {"mixers": {**LANGUAGE_MODEL["mixers"], "s5": {"bidirectional": True}}},
+            rngs=nnx.Rngs(0),
+        )
+    with pytest.raises(ValueError, match="vocab_size"):
+        build_model(LANGUAGE_MODEL | {"vocab_size": None, "input_size": 3}, rngs=nnx.Rngs(0))
+
+
+def test_a_classifier_takes_no_state():
+    with pytest.raises(ValueError, match="takes no state"):
+        make()(TOKENS, ())
