@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The memory that the logits of one step may take, and logits so few that a single step is best.
-STEP_BYTES = 1 << 27
-DENSE_BYTES = 1 << 24
-# Queries and keys in a block of the general schedule, at most and at least where STEP_BYTES allows no more.
-LARGEST, SMALLEST = 512, 128
+# The memory that the logits of one step may take: a CPU's cache, or enough to keep an accelerator busy.
+CPU_STEP_BYTES, STEP_BYTES = 1 << 19, 1 << 27
+# Bounds on a block of the general schedule.
+PAIR_BLOCKS = 128, 512
 # Bounds on a block of the schedule for windows, and the keys that a step fetches for one query block.
 WINDOW_BLOCKS = 32, 128
 LISTED_KEYS = 2048
@@ -51,8 +50,8 @@ def schedule(q, k, options, at) -> Schedule:
         return _grouped(b * h, *_lists(t, s, options, at))
     if _is_small(q, k):
         return _pairs(t, s, t, s, options)
-    size = LARGEST
-    while size > SMALLEST and 4 * b * h * size * size > STEP_BYTES:
+    smallest, size = PAIR_BLOCKS
+    while size > smallest and 4 * b * h * size * size > _step_bytes():
         size //= 2
     q_block = min(t, size)
     return _pairs(t, s, q_block, min(s, size * size // q_block), options)
@@ -73,7 +72,12 @@ def uses_lists(q, k, o) -> bool:
 
 
 def _is_small(q, k) -> bool:
-    return 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1] <= DENSE_BYTES
+    """Whether all logits fit into one step."""
+    return 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1] <= _step_bytes()
+
+
+def _step_bytes() -> int:
+    return CPU_STEP_BYTES if jax.default_backend() == "cpu" else STEP_BYTES
 
 
 def _list_shape(o) -> tuple[int, int]:
@@ -150,8 +154,9 @@ def _sink_blocks(o, at, q_blocks, size):
 
 def _grouped(rows_per_token, size, lists, listed) -> Schedule:
     """Cuts lists into steps of as many query blocks as memory allows."""
-    columns = max(1, min(lists.shape[3], LISTED_KEYS // size))
-    most = max(1, STEP_BYTES // (4 * rows_per_token * size * size * columns))
+    tiles = max(1, _step_bytes() // (4 * rows_per_token * size * size))
+    columns = max(1, min(lists.shape[3], LISTED_KEYS // size, tiles))
+    most = max(1, tiles // columns)
     groups = -(-lists.shape[2] // most)
     rows = -(-lists.shape[2] // groups)
     padding = ((0, 0), (0, 0), (0, groups * rows - lists.shape[2]), (0, -lists.shape[3] % columns))
