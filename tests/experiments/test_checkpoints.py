@@ -23,6 +23,7 @@ def note(value=0):
     return dict(data={"next_index": value}, exact=[0.1, 1e-300, -0.0], text=None)
 
 
+@pytest.mark.smoke
 def test_what_is_saved_comes_back(tmp_path):
     with Checkpoints(tmp_path, keep_last=1) as checkpoints:
         checkpoints.save(5, arrays(1.5), note(7))

@@ -87,6 +87,7 @@ def test_the_log_holds_every_interval_and_evaluation(tmp_path):
     assert outcome.note.records["tokens"] > 0
 
 
+@pytest.mark.smoke
 def test_the_model_learns(tmp_path):
     outcome = train(
         tmp_path,

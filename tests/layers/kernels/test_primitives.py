@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from tests.layers.kernels.suites import CALL_IDS, CALLS, SUITES
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
-LENGTHS = (1, 2, 37, 130)
+LENGTHS = (1, 2, pytest.param(37, marks=pytest.mark.smoke), 130)
 calls = pytest.mark.parametrize("name, case, impl", CALLS, ids=CALL_IDS)
 
 
