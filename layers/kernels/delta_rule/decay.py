@@ -63,10 +63,15 @@ def scores(erase, query, columns, log_decay, sums, before_decay, dtype):
         return _channel_scores(erase, query, columns, log_decay, sums, before_decay, dtype)
     decay = _decay_matrix(log_decay[..., 0], False)
     erase_decay = _decay_matrix(log_decay[..., 0], True) if before_decay else decay
-    return (
-        [jnp.tril(product("ik,jk->ij", erase, column, dtype) * erase_decay, -1) for column in columns],
-        [product("ik,jk->ij", query, column, dtype) * decay for column in columns],
-    )
+    rows, columns = jnp.concatenate([erase, query], axis=-2), jnp.concatenate(columns, axis=-2)
+    blocks = _blocks_of(product("ik,jk->ij", rows, columns, dtype), erase.shape[-2])
+    return [jnp.tril(x * erase_decay, -1) for x in blocks[0]], [x * decay for x in blocks[1]]
+
+
+def _blocks_of(matrix, size):
+    """(..., m size, n size) as lists of m rows of n blocks."""
+    rows, columns = (range(0, count, size) for count in matrix.shape[-2:])
+    return [[matrix[..., i : i + size, j : j + size] for j in columns] for i in rows]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -116,21 +121,18 @@ def _channel_scores(erase, query, columns, log_decay, sums, before_decay, dtype)
             jnp.concatenate([pick(x.reshape(*x.shape[:-2], *shape), second) for x in group], axis=-2)
             for group, second in ((rows, 1), (earlier, 0))
         )
-        joined = product("ik,jk->ij", rows, earlier, dtype)
+        joined = product("ik,jk->ij", rows.astype(dtype), earlier.astype(dtype), dtype)
         if block < base:
             mask = jnp.tile(level_mask(base, block), (2, len(columns)))
             inside += jnp.where(jnp.broadcast_to(mask, joined.shape), joined, 0)
         else:
-            joins.append(joined)
+            joins.append(_blocks_of(joined, block))
+    inside = _blocks_of(inside, base)
 
     def assemble(row, column):
-        def cut(x):
-            side = x.shape[-2] // 2
-            return x[..., row * side : (row + 1) * side, column * side : (column + 1) * side]
-
-        matrix = cut(inside)
+        matrix = inside[row][column]
         for joined in joins:
-            matrix = join_blocks(matrix, cut(joined))
+            matrix = join_blocks(matrix, joined[row][column])
         return matrix[..., 0, :, :]
 
     def with_diagonal(matrix, column):

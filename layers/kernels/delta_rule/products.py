@@ -1,8 +1,8 @@
 """Matrix products whose operands, in the backward pass too, are rounded to a chosen type.
 
-All arithmetic of the chunked forms is written in float32; only the operands of matrix products are rounded, to bfloat16
-where the inputs are bfloat16, and sums are kept in float32. Automatic differentiation of a product with rounded operands
-would multiply a float32 cotangent by a bfloat16 operand, which is a slow float32 product.
+Elementwise arithmetic of the chunked forms is in float32; the operands of matrix products are rounded, to bfloat16 where
+the inputs are bfloat16, and sums are kept in float32. Automatic differentiation of a product with rounded operands would
+multiply a float32 cotangent by a bfloat16 operand, which is a slow float32 product.
 """
 
 import functools
@@ -11,52 +11,66 @@ import jax
 import jax.numpy as jnp
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def product(spec: str, a: jax.Array, b: jax.Array, dtype) -> jax.Array:
-    """`einsum` of two matrices, such as "ij,jk->ik", over their last two axes; results in the type of `a`."""
-    return _einsum(spec, a.astype(dtype), b.astype(dtype), a.dtype)
+def product(spec: str, a: jax.Array, b: jax.Array, dtype, result=None) -> jax.Array:
+    """`einsum` of two matrices, such as "ij,jk->ik", over their last two axes.
+
+    Args:
+      spec: as for `einsum`, without the axes in front, which both operands have alike.
+      a, b: the operands; cotangents come in their types.
+      dtype: what operands, and cotangents as operands, are rounded to.
+      result: type of the result; float32 or wider if absent.
+    """
+    return _product(spec, dtype, result or jnp.result_type(jnp.float32, dtype), a.dtype, b.dtype, a, b)
 
 
 def _einsum(spec, a, b, result):
     left, right, out = spec.replace("->", ",").split(",")
     precision = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    return jnp.einsum(
-        f"...{left},...{right}->...{out}", a, b, precision=precision, preferred_element_type=result
-    )
+    wide = jnp.result_type(jnp.float32, a.dtype)
+    spec = f"...{left},...{right}->...{out}"
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=wide).astype(result)
 
 
-def _forward(spec, a, b, dtype):
-    rounded = a.astype(dtype), b.astype(dtype)
-    return _einsum(spec, *rounded, a.dtype), rounded
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _product(spec, dtype, result, a_dtype, b_dtype, a, b):  # noqa: ARG001 - the types are for the backward pass
+    return _einsum(spec, a.astype(dtype), b.astype(dtype), result)
 
 
-def _backward(spec, dtype, rounded, cotangent):
-    a, b = rounded
+def _forward(spec, dtype, result, a_dtype, b_dtype, a, b):  # noqa: ARG001
+    a, b = a.astype(dtype), b.astype(dtype)
+    return _einsum(spec, a, b, result), (a, b)
+
+
+def _backward(spec, dtype, result, a_dtype, b_dtype, operands, cotangent):  # noqa: ARG001
+    a, b = operands
+    cotangent = cotangent.astype(dtype)
     left, right, out = spec.replace("->", ",").split(",")
-    result, rounded_cotangent = cotangent.dtype, cotangent.astype(dtype)
     return (
-        _einsum(f"{out},{right}->{left}", rounded_cotangent, b, result),
-        _einsum(f"{out},{left}->{right}", rounded_cotangent, a, result),
+        _einsum(f"{out},{right}->{left}", cotangent, b, a_dtype),
+        _einsum(f"{out},{left}->{right}", cotangent, a, b_dtype),
     )
 
 
-product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def solve(lower: jax.Array, inverse: jax.Array, right: jax.Array, dtype) -> jax.Array:
-    """y with (I + lower) y = right, given the inverse of I + lower; differentiable in `lower` and `right`."""
-    return product("ij,jk->ik", inverse, right, dtype)
+    """y with (I + lower) y = right, in the type of `right`, given the inverse of I + lower.
+
+    Differentiable in `lower`, which is strictly lower triangular, and in `right`; not through `inverse`.
+    """
+    return _solve_forward(lower, inverse, right, dtype)[0]
 
 
-def _solve_forward(lower, inverse, right, dtype):
-    y = product("ij,jk->ik", inverse, right, dtype)
+def _solve_forward(lower, inverse, right, dtype):  # noqa: ARG001 - its gradient needs only the inverse
+    y = product("ij,jk->ik", inverse, right, dtype, right.dtype)
     return y, (inverse, y)
 
 
 def _solve_backward(dtype, residuals, cotangent):
     inverse, y = residuals
-    dright = product("ji,jk->ik", inverse, cotangent, dtype)
+    dright = product("ji,jk->ik", inverse, cotangent, dtype, y.dtype)
     dlower = -product("ik,jk->ij", dright, y, dtype)
     return jnp.tril(dlower, -1), jnp.zeros_like(inverse), dright
 

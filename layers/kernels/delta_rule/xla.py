@@ -98,33 +98,33 @@ def _chunked(rule, inputs, segment_ids, state):
 
 def _forward(rule, inputs, segment_ids, state):
     chunks = _equations(rule, inputs, segment_ids, state.dtype)
-    inverted = inverse(chunks.lower)
+    inverted = inverse(chunks.lower).astype(rule.dtype)
     states = state[None]
     if chunks.lower.shape[0] > 1:
-        w = product("ij,jk->ik", inverted, chunks.erase, rule.dtype)
-        y = product("ij,jk->ik", inverted, chunks.values, rule.dtype)
-        added = _plus(product("ji,jk->ik", chunks.write, y, rule.dtype), chunks.state)
-        states, final = _scan(rule, chunks, w, added, state, reverse=False)
+        w, y = (_times(rule, "ij,jk->ik", inverted, x) for x in (chunks.erase, chunks.values))
+        added = _plus(_times(rule, "ji,jk->ik", chunks.write, y), chunks.state)
+        states, final = _scan(rule, chunks.total, chunks.write, w, added, state, reverse=False)
     o, last = _apply(rule, chunks, inverted, states)
     if chunks.lower.shape[0] == 1:
         final = last[0]
-    return (_unchunk(o).astype(inputs["v"].dtype), final), (inputs, segment_ids, states)
+    return (_unchunk(o).astype(inputs["v"].dtype), final), (inputs, segment_ids, states, inverted)
 
 
 def _backward(rule, residuals, cotangents):
-    inputs, segment_ids, states = residuals
-    do, dfinal = cotangents
-    do = _chunk(do.astype(dfinal.dtype), rule.chunk)
+    # The barrier keeps the compiler from storing what the forward pass computed in place of computing it again.
+    (inputs, segment_ids, states, inverted), (do, dfinal) = jax.lax.optimization_barrier(
+        (residuals, cotangents)
+    )
+    do = _chunk(do, rule.chunk)
     chunks, equations_vjp = jax.vjp(lambda x: _equations(rule, x, segment_ids, dfinal.dtype), inputs)
-    inverted = inverse(chunks.lower)
     dstates = dfinal[None]
     if chunks.lower.shape[0] > 1:
-        w = product("ij,jk->ik", inverted, chunks.erase, rule.dtype)
-        dy = product("ji,jk->ik", chunks.scores, do, rule.dtype)
-        added = product("ji,jk->ik", chunks.query, do, rule.dtype) + product("ji,jk->ik", w, dy, rule.dtype)
-        dstates, dstate = _scan(rule, chunks, w, added, dfinal, reverse=True)
-    _, apply_vjp = jax.vjp(lambda x, s: _apply(rule, x, inverted, s), chunks, states.astype(dfinal.dtype))
-    dchunks, dentering = apply_vjp((do, dstates.astype(dfinal.dtype)))
+        w = _times(rule, "ij,jk->ik", inverted, chunks.erase)
+        read = chunks.query + product("ij,jk->ik", chunks.scores, w, rule.dtype)
+        added = _times(rule, "ji,jk->ik", read, do)
+        dstates, dstate = _scan(rule, chunks.total, w, chunks.write, added, dfinal, reverse=True)
+    (o, leaving), apply_vjp = jax.vjp(lambda x, s: _apply(rule, x, inverted, s), chunks, states)
+    dchunks, dentering = apply_vjp((do.astype(o.dtype), dstates.astype(leaving.dtype)))
     if chunks.lower.shape[0] == 1:
         dstate = dentering[0]
     return *equations_vjp(dchunks), None, dstate
@@ -134,32 +134,38 @@ _chunked.defvjp(_forward, _backward)
 _compiled = jax.jit(_chunked, static_argnums=0)
 
 
-def _scan(rule, chunks, w, added, state, reverse):
-    """What enters every chunk, as operands of products, and what leaves the last; in reverse for gradients of states."""
-    left, right = (w, chunks.write) if reverse else (chunks.write, w)
-    transition = product("ji,jk->ik", left, right, rule.dtype).astype(rule.dtype)
+def _scan(rule, total, left, right, added, state, reverse):
+    """What enters every chunk, as operands of products, and what leaves the last, by S <- (total + left^T right) S + added.
 
-    def step(state, chunk):
+    In reverse for the gradients of states, which come from the end and pass the transposed transition.
+    """
+    transition = _times(rule, "ji,jk->ik", left, right)
+
+    def step(carry, chunk):
+        state, rounded = carry
         total, transition, added = chunk
-        leaving = (
-            total * state + product("ij,jk->ik", transition.astype(state.dtype), state, rule.dtype) + added
-        )
-        return leaving, state.astype(rule.dtype)
+        state = total * state + product("ij,jk->ik", transition, rounded, rule.dtype) + added
+        return (state, state.astype(rule.dtype)), rounded
 
-    final, states = jax.lax.scan(step, state, (chunks.total, transition, added), reverse=reverse)
+    (final, _), states = jax.lax.scan(
+        step, (state, state.astype(rule.dtype)), (total, transition, added), reverse=reverse
+    )
     return states, final
 
 
 def _apply(rule, chunks, inverted, states):
     """The outputs of the chunks, and the states that leave them, from the states that enter them."""
-    right = chunks.values + product("ij,jk->ik", chunks.erase, states, rule.dtype)
+    right = (chunks.values + _times(rule, "ij,jk->ik", chunks.erase, states)).astype(rule.dtype)
     y = solve(chunks.lower, inverted, right, rule.dtype)
-    read = product("ij,jk->ik", chunks.query, states, rule.dtype)
-    written = product("ji,jk->ik", chunks.write, y, rule.dtype)
-    return (
-        _plus(read + product("ij,jk->ik", chunks.scores, y, rule.dtype), chunks.output),
-        _plus(chunks.total * states + written, chunks.state),
-    )
+    o = _times(rule, "ij,jk->ik", chunks.query, states).astype(chunks.values.dtype)
+    o += _times(rule, "ij,jk->ik", chunks.scores, y)
+    leaving = chunks.total * states + product("ji,jk->ik", chunks.write, y, rule.dtype)
+    return _plus(o, chunks.output), _plus(leaving, chunks.state)
+
+
+def _times(rule, spec, a, b):
+    """A product that is rounded, because it is an operand of others or one of several terms."""
+    return product(spec, a, b, rule.dtype, rule.dtype)
 
 
 def _equations(rule, inputs, segment_ids, dtype):
@@ -186,33 +192,36 @@ def _equations(rule, inputs, segment_ids, dtype):
     before, after = sums[-1]
     read_decay, write_decay = jnp.exp(before + log_decay), jnp.exp(after)
     total = jnp.swapaxes(read_decay[..., -1:, :], -1, -2)
-    query, k, v = rule.scale * x["q"], x["k"], x["v"]
+    k, v = x["k"], x["v"]
+    query = rule.scale * x["q"]
+    decayed_query = (query * read_decay).astype(rule.dtype)
     if not rule.general:
         beta = x["beta"][..., None]
         (erased,), (read,) = scores(k, query, [k], log_decay, sums, False, rule.dtype)
+        erase, write = -beta * read_decay * k, k * write_decay
         return Chunks(
-            beta * jnp.tril(erased, -1),
-            beta * v,
-            -beta * read_decay * k,
-            query * read_decay,
-            read,
-            None,
-            total,
-            k * write_decay,
-            None,
+            lower=beta * erased,
+            values=beta * v,
+            erase=erase.astype(rule.dtype),
+            query=decayed_query,
+            scores=read,
+            output=None,
+            total=total,
+            write=write.astype(rule.dtype),
+            state=None,
         )
     a, b = x["a"], x["b"]
     (erased, added), (read, copied) = scores(a, query, [b, k], log_decay, sums, True, rule.dtype)
     return Chunks(
-        -erased,
-        product("ij,jk->ik", added, v, rule.dtype),
-        jnp.exp(before) * a,
-        query * read_decay,
-        read,
-        product("ij,jk->ik", copied, v, rule.dtype),
-        total,
-        b * write_decay,
-        product("ji,jk->ik", k * write_decay, v, rule.dtype),
+        lower=-erased,
+        values=product("ij,jk->ik", added, v, rule.dtype),
+        erase=(jnp.exp(before) * a).astype(rule.dtype),
+        query=decayed_query,
+        scores=read,
+        output=product("ij,jk->ik", copied, v, rule.dtype),
+        total=total,
+        write=(b * write_decay).astype(rule.dtype),
+        state=product("ji,jk->ik", k * write_decay, v, rule.dtype),
     )
 
 
