@@ -10,7 +10,7 @@ EXIT_DIVERGED = 65  # a loss or gradient norm was not finite; running again woul
 EXIT_INTERRUPTED = 75  # left early after saving; the same command goes on
 
 # What a wrong argument, config, folder or data cache raises.
-REFUSALS = (ValueError, TypeError, FileNotFoundError, CorruptCacheError)
+REFUSALS = (ValueError, TypeError, OSError, CorruptCacheError)
 
 
 def refuse(error: Exception) -> int:

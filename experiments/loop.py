@@ -139,7 +139,6 @@ class _Training:
                 with self._stopwatch.paused():
                     self._save(validation=self._validate() if evaluate else None)
             if reason:
-                self._checkpoints.wait()
                 raise Interrupted(f"{reason} after step {self._step} of {total}")
         self._stopwatch.stop()
         return self._test()

@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments import config_loading, experiment, loop, plots, results
-from experiments.command_line import EXIT_DIVERGED, EXIT_INTERRUPTED, REFUSALS, refuse
+from experiments.command_line import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_REFUSED, REFUSALS, refuse
 from experiments.devices import Devices
 from experiments.interrupts import Interrupted, Stop
 from experiments.logs import read_lines
@@ -90,6 +90,22 @@ def _report(plan: experiment.Experiment, run: RunDirectory, record: dict[str, An
     print(results.describe(record))
 
 
-if __name__ == "__main__":
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses flags; a config that cannot be loaded or has no such field ends the process with a message."""
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        message = error
+        while isinstance(message, Exception):  # one within the other
+            message = message.args[0]
+        print(
+            f"The config has no field {message}\n(--config.FIELD sets what the config names)", file=sys.stderr
+        )
+        sys.exit(EXIT_REFUSED)
+    except REFUSALS as error:
+        sys.exit(refuse(error))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -124,4 +124,4 @@ def tiny_config(**sections):
 
 if __name__ == "__main__":
     experiment.make_task, experiment.build_model = make_tiny_task, build_tiny_model
-    app.run(train.main)
+    app.run(train.main, flags_parser=train.parse_flags)
