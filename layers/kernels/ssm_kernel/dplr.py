@@ -113,7 +113,8 @@ def _change(a, dt, p):
     left = inverse[..., None] * p
     right = inverse[..., None] * p.conj()
     gram = 2 * jnp.einsum("dir,dis->drs", *jnp.broadcast_arrays(p.conj(), left), precision=HIGHEST).real
-    inner = jnp.linalg.inv((2 / dt)[:, None, None] * _identity(gram) + gram)
+    inner = (2 / dt)[:, None, None] * _identity(gram) + gram
+    inner = 1 / inner if p.shape[-1] == 1 else jnp.linalg.inv(inner)
     left = jnp.concatenate([left.real, left.imag], axis=1)
     right = 2 * jnp.concatenate([right.real, -right.imag], axis=1)
     correction = jnp.einsum("dir,drs,djs->dij", left, inner, right, precision=HIGHEST)
