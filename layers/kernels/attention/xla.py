@@ -27,7 +27,7 @@ from layers.kernels.checks import accumulation_dtype
 
 def attention(q, k, v, options):
     """The output (b, t, h, v) and log-sum-exp (b, t, h); the arguments are checked by the public function."""
-    o = options
+    q, k, v, o = _varying_alike(q, k, v, options)
     at = places(q, k, o)
     if uses_lists(q, k, o) and in_segments(o):
         order = jnp.argsort(at.q_segments == 0, axis=1, stable=True)
@@ -45,6 +45,21 @@ def attention(q, k, v, options):
         output = output * jax.nn.sigmoid(excess)[..., None]
         lse = sink + jax.nn.softplus(excess)
     return output, lse
+
+
+def _varying_alike(*arguments):
+    """The arguments as they are; under `shard_map` those that are the same on all devices count as varying.
+
+    The gradient of what is the same everywhere is then summed over devices, outside the custom VJP.
+    """
+    arrays = [x for x in jax.tree.leaves(arguments) if isinstance(x, jax.Array)]
+    zero = sum(jnp.zeros_like(x, jnp.float32, shape=()) for x in arrays)
+
+    def vary(x):
+        real = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
+        return x + zero.astype(x.dtype) if real else x
+
+    return jax.tree.map(vary, arguments)
 
 
 def _blocked(q, k, v, o, at):

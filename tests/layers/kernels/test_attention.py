@@ -341,6 +341,36 @@ def test_slopes_are_a_bias_of_distances():
     close(attention(**arguments, slopes=SLOPES), attention(**arguments, bias=bias), 1e-6, "slopes")
 
 
+def test_blocks_under_vmap_and_shard_map(small_blocks):
+    """Steps that only the data can skip, per row; slopes that all devices share, with their gradients."""
+    q, k, v = (normal(i, 8, 40, heads, 3) for i, heads in enumerate((H, G, G)))
+    ids = np.zeros((8, 40), np.int32)
+    for row in range(8):
+        ids[row, row : 12 + row], ids[row, 15 + row : 35] = 1, 2
+
+    def run(slopes, *arguments):
+        def loss(slopes, q, k, v):
+            output = attention(q, k, v, segment_ids=arguments[3], slopes=slopes)
+            return (output**2).sum(), output
+
+        (dslopes, *gradients), output = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(
+            slopes, *arguments[:3]
+        )
+        return dslopes, (output, *gradients)
+
+    arguments = (q, k, v, jnp.asarray(ids))
+    want = jax.jit(run)(SLOPES, *arguments)
+    pairs = jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), arguments)
+    dslopes, mapped = jax.jit(jax.vmap(run, in_axes=(None, 0, 0, 0, 0)))(SLOPES, *pairs)
+    got = dslopes.sum(0), jax.tree.map(lambda x: x.reshape(8, *x.shape[2:]), mapped)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, same = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(same, *[rows] * 4), out_specs=(same, rows))
+    for result in (got, jax.jit(sharded)(SLOPES, *arguments)):
+        for g, w in zip(jax.tree.leaves(result), jax.tree.leaves(want), strict=True):
+            close(g, w, 2e-5, "vmap or shard_map")
+
+
 def test_second_derivatives(small_blocks):
     arguments, options = draw(20, 20), {"causal": True}
 
