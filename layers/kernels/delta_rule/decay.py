@@ -44,7 +44,7 @@ def block_sums(log_decay: jax.Array) -> list[Sums]:
     return sums
 
 
-def scores(erase, query, columns, log_decay, sums, before_decay, dtype):
+def scores(erase, query, columns, log_decay, before_decay, dtype):
     """Scores of what a step erases by and reads with, against every column that steps write along.
 
     Args:
@@ -52,20 +52,20 @@ def scores(erase, query, columns, log_decay, sums, before_decay, dtype):
       query: (..., c, k), read after it: scores for j <= i.
       columns: a list of (..., c, k).
       log_decay: (..., c, k), or (..., c, 1) if one decay stands for all channels.
-      sums: its `block_sums`.
       before_decay: whether `erase` reads before the decay of its own step.
       dtype: type of the operands of matrix products.
 
     Returns:
-      Two lists of (..., c, c): the scores of `erase` and of `query` for every column.
+      The scores (..., c, c) of `erase` for every column, those of `query`, and the `Sums` of the whole chunk.
     """
     if log_decay.shape[-1] > 1:
-        return _channel_scores(erase, query, columns, log_decay, sums, before_decay, dtype)
+        return _channel_scores(erase, query, columns, log_decay, before_decay, dtype)
     decay = _decay_matrix(log_decay[..., 0], False)
     erase_decay = _decay_matrix(log_decay[..., 0], True) if before_decay else decay
-    rows, columns = jnp.concatenate([erase, query], axis=-2), jnp.concatenate(columns, axis=-2)
+    rows, columns = (jnp.concatenate(x, axis=-2).astype(dtype) for x in ([erase, query], columns))
     blocks = _blocks_of(product("ik,jk->ij", rows, columns, dtype), erase.shape[-2])
-    return [jnp.tril(x * erase_decay, -1) for x in blocks[0]], [x * decay for x in blocks[1]]
+    erased, read = [jnp.tril(x * erase_decay, -1) for x in blocks[0]], [x * decay for x in blocks[1]]
+    return erased, read, block_sums(log_decay)[-1]
 
 
 def _blocks_of(matrix, size):
@@ -104,30 +104,26 @@ def _decay_matrix_backward(exclusive, log_decay, cotangent):
 _decay_matrix.defvjp(_decay_matrix_forward, _decay_matrix_backward)
 
 
-def _channel_scores(erase, query, columns, log_decay, sums, before_decay, dtype):
+def _channel_scores(erase, query, columns, log_decay, before_decay, dtype):
     size, width = log_decay.shape[-2:]
     base = min(size, BASE)
-    tiles = (*erase.shape[:-2], size // base, 2 * base, len(columns) * base)
-    inside, joins = jnp.zeros(tiles, log_decay.dtype), []
-    for block, (before, after) in zip(_blocks(size), sums):
-        query_decay = jnp.exp(before + log_decay)
-        rows = [erase * (jnp.exp(before) if before_decay else query_decay), query * query_decay]
-        earlier = [column * jnp.exp(after) for column in columns]
-        if block < base:
-            shape, pick = (size // base, base, width), lambda x, _: x
-        else:
-            shape, pick = (size // (2 * block), 2, block, width), lambda x, second: x[..., second, :, :]
+    inside, whole = _inside_tiles(erase, query, columns, log_decay, before_decay, dtype)
+    totals = (whole.before + _tiles(log_decay))[..., -1, :]
+    joins = []
+    *levels, chunk = block_sums(totals)
+    for index, sums in enumerate(levels):
+        before, after = (x + y[..., None, :] for x, y in zip(whole, sums))
+        query_decay = jnp.exp(before + _tiles(log_decay))
+        rows = _tiles(erase) * (jnp.exp(before) if before_decay else query_decay), _tiles(query) * query_decay
+        earlier = [_tiles(column) * jnp.exp(after) for column in columns]
+        block = base * 2**index
         rows, earlier = (
-            jnp.concatenate([pick(x.reshape(*x.shape[:-2], *shape), second) for x in group], axis=-2)
+            jnp.concatenate(
+                [x.reshape(*erase.shape[:-2], -1, 2, block, width)[..., second, :, :] for x in group], axis=-2
+            ).astype(dtype)
             for group, second in ((rows, 1), (earlier, 0))
         )
-        joined = product("ik,jk->ij", rows.astype(dtype), earlier.astype(dtype), dtype)
-        if block < base:
-            mask = jnp.tile(level_mask(base, block), (2, len(columns)))
-            inside += jnp.where(jnp.broadcast_to(mask, joined.shape), joined, 0)
-        else:
-            joins.append(_blocks_of(joined, block))
-    inside = _blocks_of(inside, base)
+        joins.append(_blocks_of(product("ik,jk->ij", rows, earlier, dtype), block))
 
     def assemble(row, column):
         matrix = inside[row][column]
@@ -139,10 +135,51 @@ def _channel_scores(erase, query, columns, log_decay, sums, before_decay, dtype)
         here = jnp.sum(query * column, axis=-1, keepdims=True)
         return jnp.where(jnp.broadcast_to(jnp.eye(size, dtype=bool), matrix.shape), here, matrix)
 
+    sums = Sums(*((x + y[..., None, :]).reshape(log_decay.shape) for x, y in zip(whole, chunk)))
+    count = range(len(columns))
     return (
-        [assemble(0, i) for i in range(len(columns))],
-        [with_diagonal(assemble(1, i), column) for i, column in enumerate(columns)],
+        [assemble(0, i) for i in count],
+        [with_diagonal(assemble(1, i), columns[i]) for i in count],
+        sums,
     )
+
+
+def _inside_tiles(erase, query, columns, log_decay, before_decay, dtype):
+    """Scores inside tiles of BASE steps without the diagonal, as rows and columns of `_blocks_of`, and their `Sums`.
+
+    Every level has one array of exponents: a step in an odd block is a row, one in an even block a column. All are sums
+    of a few steps of a tile, taken by one product with zeros and ones, where adding block by block would write every
+    level to memory.
+    """
+    g = _tiles(log_decay)
+    base = g.shape[-2]
+    row, step = jnp.arange(base)[:, None], jnp.arange(base)[None, :]
+    taken = [step < row, step > row]
+    for block in _blocks(base):
+        same, odd = row // block == step // block, row // block % 2 == 1
+        taken.append(same & jnp.where(odd, step <= row, step > row))
+        if before_decay:
+            taken.append(same & odd & (step < row))
+    taken = jnp.stack(taken).reshape(-1, base).astype(g.dtype)
+    sums = jnp.matmul(
+        jnp.broadcast_to(taken, (*g.shape[:-2], *taken.shape)), g, precision=jax.lax.Precision.HIGHEST
+    )
+    before, after, *levels = (sums[..., i : i + base, :] for i in range(0, taken.shape[0], base))
+    joined = jnp.zeros((*g.shape[:-2], 2 * base, len(columns) * base), g.dtype)
+    for block in _blocks(base):
+        decay = jnp.exp(levels.pop(0))
+        erase_decay = jnp.exp(levels.pop(0)) if before_decay else decay
+        rows = jnp.concatenate([_tiles(erase) * erase_decay, _tiles(query) * decay], axis=-2)
+        earlier = jnp.concatenate([_tiles(column) * decay for column in columns], axis=-2)
+        mask = jnp.broadcast_to(jnp.tile(level_mask(base, block), (2, len(columns))), joined.shape)
+        joined += jnp.where(mask, product("ik,jk->ij", rows.astype(dtype), earlier.astype(dtype), dtype), 0)
+    return _blocks_of(joined, base), Sums(before, after)
+
+
+def _tiles(x):
+    """(..., c, k) to (..., c / BASE, BASE, k), or one tile if c is less."""
+    base = min(x.shape[-2], BASE)
+    return x.reshape(*x.shape[:-2], x.shape[-2] // base, base, x.shape[-1])
 
 
 def _blocks(size):

@@ -71,7 +71,7 @@ def _solve_forward(lower, inverse, right, dtype):  # noqa: ARG001 - its gradient
 def _solve_backward(dtype, residuals, cotangent):
     inverse, y = residuals
     dright = product("ji,jk->ik", inverse, cotangent, dtype, y.dtype)
-    dlower = -product("ik,jk->ij", dright, y, dtype)
+    dlower = -product("ik,jk->ij", dright, y, dtype, y.dtype).astype(jnp.result_type(jnp.float32, dtype))
     return jnp.tril(dlower, -1), jnp.zeros_like(inverse), dright
 
 

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
-from layers.kernels.delta_rule.decay import RESET, block_sums, scores
+from layers.kernels.delta_rule.decay import RESET, scores
 from layers.kernels.delta_rule.products import product, solve
 from layers.kernels.delta_rule.triangular import inverse
 from layers.kernels.segments import segment_starts
@@ -120,7 +120,7 @@ def _backward(rule, residuals, cotangents):
     dstates = dfinal[None]
     if chunks.lower.shape[0] > 1:
         w = _times(rule, "ij,jk->ik", inverted, chunks.erase)
-        read = chunks.query + product("ij,jk->ik", chunks.scores, w, rule.dtype)
+        read = chunks.query + _times(rule, "ij,jk->ik", chunks.scores, w)
         added = _times(rule, "ji,jk->ik", read, do)
         dstates, dstate = _scan(rule, chunks.total, w, chunks.write, added, dfinal, reverse=True)
     (o, leaving), apply_vjp = jax.vjp(lambda x, s: _apply(rule, x, inverted, s), chunks, states)
@@ -188,39 +188,35 @@ def _equations(rule, inputs, segment_ids, dtype):
     x = {name: _chunk(array, rule.chunk) for name, array in x.items()}
     log_decay = _chunk(log_decay if log_decay.ndim == 4 else log_decay[..., None], rule.chunk)
 
-    sums = block_sums(log_decay)
-    before, after = sums[-1]
-    read_decay, write_decay = jnp.exp(before + log_decay), jnp.exp(after)
+    k, v, query = x["k"], x["v"], rule.scale * x["q"]
+    erase, columns = (x["a"], [x["b"], k]) if rule.general else (k, [k])
+    erased, read, sums = scores(erase, query, columns, log_decay, rule.general, rule.dtype)
+    read_decay, write_decay = jnp.exp(sums.before + log_decay), jnp.exp(sums.after)
     total = jnp.swapaxes(read_decay[..., -1:, :], -1, -2)
-    k, v = x["k"], x["v"]
-    query = rule.scale * x["q"]
     decayed_query = (query * read_decay).astype(rule.dtype)
     if not rule.general:
         beta = x["beta"][..., None]
-        (erased,), (read,) = scores(k, query, [k], log_decay, sums, False, rule.dtype)
         erase, write = -beta * read_decay * k, k * write_decay
         return Chunks(
-            lower=beta * erased,
+            lower=beta * erased[0],
             values=beta * v,
             erase=erase.astype(rule.dtype),
             query=decayed_query,
-            scores=read,
+            scores=read[0].astype(rule.dtype),
             output=None,
             total=total,
             write=write.astype(rule.dtype),
             state=None,
         )
-    a, b = x["a"], x["b"]
-    (erased, added), (read, copied) = scores(a, query, [b, k], log_decay, sums, True, rule.dtype)
     return Chunks(
-        lower=-erased,
-        values=product("ij,jk->ik", added, v, rule.dtype),
-        erase=(jnp.exp(before) * a).astype(rule.dtype),
+        lower=-erased[0],
+        values=product("ij,jk->ik", erased[1], v, rule.dtype),
+        erase=(jnp.exp(sums.before) * erase).astype(rule.dtype),
         query=decayed_query,
-        scores=read,
-        output=product("ij,jk->ik", copied, v, rule.dtype),
+        scores=read[0].astype(rule.dtype),
+        output=product("ij,jk->ik", read[1], v, rule.dtype),
         total=total,
-        write=(b * write_decay).astype(rule.dtype),
+        write=(x["b"] * write_decay).astype(rule.dtype),
         state=product("ji,jk->ik", k * write_decay, v, rule.dtype),
     )
 
