@@ -16,7 +16,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import config_loading, experiment, loop, plots, results
+from experiments import config_loading, experiment, loop, plots, run_results
 from experiments.command_line import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_REFUSED, REFUSALS, refuse
 from experiments.devices import Devices
 from experiments.interrupts import Interrupted, Stop
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         config = config_loading.to_plain(CONFIG.value)
         run = RunDirectory.open(WORKDIR.value, config)
         if (finished := run.results()) is not None:
-            print(f"{run.folder} is finished.\n{results.describe(finished)}")
+            print(f"{run.folder} is finished.\n{run_results.describe(finished)}")
             return 0
         _use_compilation_cache(Path(WORKDIR.value))
         devices = Devices.first(NUM_DEVICES.value)
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     except NonFiniteError as error:
         print(f"Stopped: not finite at {error}. {run.checkpoints} holds earlier steps.", file=sys.stderr)
         return EXIT_DIVERGED
-    _report(plan, run, results.summarize(plan, outcome, devices))
+    _report(plan, run, run_results.summarize(plan, outcome, devices))
     return 0
 
 
@@ -87,7 +87,7 @@ def _report(plan: experiment.Experiment, run: RunDirectory, record: dict[str, An
         {"run": read_lines(run.metrics)}, run.curves, metric=plan.selection[0], baselines=baselines
     )
     run.write_results(record)  # last: it marks the run as finished
-    print(results.describe(record))
+    print(run_results.describe(record))
 
 
 def parse_flags(argv: list[str]) -> list[str]:

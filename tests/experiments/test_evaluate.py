@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import compare, evaluate, experiment, loop, results
+from experiments import compare, evaluate, experiment, loop, run_results
 from experiments.devices import Devices
 from experiments.interrupts import Stop
 from experiments.run_directory import RunDirectory
@@ -24,7 +24,7 @@ def train(folder, **sections):
     run.begin(config, plan.task.manifest, plan.groups_table)
     devices = Devices.first(1)
     outcome = loop.train(plan, run, devices=devices, stop=Stop())
-    run.write_results(results.summarize(plan, outcome, devices))
+    run.write_results(run_results.summarize(plan, outcome, devices))
     run.release()
     return outcome
 

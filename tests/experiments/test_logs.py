@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import pytest
 
@@ -69,3 +70,26 @@ def test_a_missing_package_is_named_and_training_goes_on(tmp_path, monkeypatch, 
     write_steps(tmp_path, [1], **options)
     assert f"pip install {package}" in capsys.readouterr().err
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_a_run_at_wandb_is_the_same_after_every_start(tmp_path, monkeypatch):
+    started, logged = [], []
+
+    class Run:
+        id = "abc"
+
+        def log(self, values, step):
+            logged.append((step, values))
+
+        def finish(self):
+            logged.append("finished")
+
+    def init(**options):
+        started.append((options["project"], options["id"]))
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    write_steps(tmp_path, [1], wandb="project")
+    write_steps(tmp_path, [2], after_step=1, wandb="project")
+    assert started == [("project", None), ("project", "abc")]
+    assert logged == [(1, {"train/loss": 1 / 3}), "finished", (2, {"train/loss": 2 / 3}), "finished"]

@@ -18,12 +18,14 @@ from experiments.run_directory import RunDirectory
 
 TIMED = {"seconds", "tokens_per_second"}
 PATIENCE = 120.0
+# Seconds to make a batch in runs that are killed, so that the moment can be hit.
+SLOW = "--config.task.slow=0.08"
 
 
 def command(workdir, *flags):
     return [
         *(sys.executable, "-m", "tests.experiments.tiny", "--config=tests/experiments/tiny_config.py"),
-        *(f"--workdir={workdir}", "--num_devices=1", "--config.task.slow=0.03", *flags),
+        *(f"--workdir={workdir}", "--num_devices=1", *flags),
     ]
 
 
@@ -33,7 +35,9 @@ def run(workdir, *flags):
 
 def run_until(workdir, condition, number):
     """Starts the command, sends it a signal as soon as the condition holds, and returns its exit code."""
-    process = subprocess.Popen(command(workdir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(workdir, SLOW), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + PATIENCE
     try:
         while not condition():
@@ -108,7 +112,7 @@ def test_kills_at_any_moment_change_nothing(whole, tmp_path):
         assert checkpoints.latest == lines(workdir, "train")[-1]["step"] < 24
     assert RunDirectory(workdir).results() is None
 
-    done = run(workdir)
+    done = run(workdir, SLOW)
     assert done.returncode == 0, done.stderr
     for kind in ("train", "validation", "test"):
         assert list(map(untimed, lines(workdir, kind))) == list(map(untimed, lines(whole, kind)))
