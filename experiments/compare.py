@@ -19,8 +19,8 @@ from experiments.files import to_json_text, write_atomically
 from experiments.interrupts import SIGNALS
 from experiments.logs import read_lines
 from experiments.plots import draw_curves
-from experiments.run_results import total_seconds
 from experiments.run_directory import RunDirectory
+from experiments.run_results import total_seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
