@@ -18,8 +18,9 @@ S5 = dict(
     channel="half_glu2",
     residual="joint",
     norm="batch_norm",
-    norm_options=dict(momentum=0.95),
+    norm_options=dict(momentum=0.99),
     final_norm=False,
+    dropout=0.05,
     embedding_stddev=0.25,
     scan=False,  # eight short layers: unrolled they spend nothing on stacking what the backward pass needs
 )
@@ -46,7 +47,7 @@ def get_config(arg: str = "mixer=s5") -> ConfigDict:
     config.seed = 0
     config.task = dict(name="listops", preset="full")
     config.model = dict(kind="classifier", width=128, **MODELS[mixer])
-    config.data = dict(bucket_bounds=(640, 768, 896, 1088, 1280, 1472, 1728, 2048))
+    config.data = dict(bucket_bounds=(704, 960, 1280, 1600, 2048))
     config.train = dict(batch_size=50, epochs=40)
     if mixer == "s5":
         # B learns at the rate of the rest and is decayed; eigenvalues and step sizes are neither.
