@@ -1,0 +1,142 @@
+"""h_t = exp(dt_t a) h_{t-1} + dt_t x_t b_t^T, y_t = h_t c_t: the selective scan of Mamba."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from layers.kernels import checks
+from layers.kernels.dispatch import Implementation, dispatch
+from layers.kernels.segments import segment_starts
+from layers.kernels.selective_scan import reference, xla
+from layers.typing import Array, Float, Int
+
+__all__ = ["Piece", "compose", "selective_scan", "summarize"]
+
+IMPLEMENTATIONS = {
+    "xla": Implementation(xla.selective_scan),
+    "reference": Implementation(reference.selective_scan, automatic=lambda **_: False),
+}
+
+
+def selective_scan(
+    x: Float[Array, "b t d"],
+    dt: Float[Array, "b t d"],
+    a: Float[Array, "d n"],
+    b: Float[Array, "b t g n"],
+    c: Float[Array, "b t g n"],
+    *,
+    skip: Float[Array, " d"] | None = None,
+    gate: Float[Array, "b t d"] | None = None,
+    dt_bias: Float[Array, " d"] | None = None,
+    dt_softplus: bool = False,
+    initial_state: Float[Array, "b d n"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    impl: str | None = None,
+) -> tuple[Float[Array, "b t d"], Float[Array, "b d n"]]:
+    """Runs a diagonal state space of n states a channel whose step size, input and output depend on the token.
+
+        h_t = exp(dt_t a) h_{t-1} + (dt_t x_t) b_t^T
+        y_t = (h_t c_t + skip x_t) silu(gate_t)
+
+    The core of Mamba (Gu and Dao 2023, arXiv:2312.00752). The input is discretised by dt b (Euler), the decay
+    exactly, as in the released models.
+
+    Args:
+      x: input.
+      dt: step size of every token and channel, at least zero; with dt_softplus any real number.
+      a: continuous-time decay rates, negative. The log decay of a step is dt a.
+      b, c: input and output vectors of each group; channel i reads group i // (d / g).
+      skip: weight of the current input in the output (D in the paper); absent: 0.
+      gate: the output is multiplied by silu(gate) (z in the paper); absent: by 1.
+      dt_bias: added to dt, before the softplus.
+      dt_softplus: use softplus(dt + dt_bias) for dt + dt_bias.
+      initial_state: h_0, zero if absent. It belongs to the segment of the first real token.
+      segment_ids: 0 is padding, which leaves the state as it is and gives the output 0; a change of id forgets the
+        state (see `layers.kernels.segments`).
+      impl: "xla", "reference", or None for the best.
+
+    Returns:
+      y: (b, t, d), in the type of x.
+      final_state: (b, d, n), the state after the last token, float32 or wider.
+
+    Raises:
+      ValueError, TypeError: a shape, type or `impl` does not fit; the message names the argument.
+    """
+    arrays = {"x": x, "dt": dt, "a": a, "b": b, "c": c, "skip": skip, "gate": gate, "dt_bias": dt_bias}
+    _check(arrays, initial_state, segment_ids)
+    if x.shape[1] == 0:
+        dtype = checks.accumulation_dtype(*arrays.values(), initial_state)
+        if initial_state is None:
+            return x, jnp.zeros((x.shape[0], *a.shape), dtype)
+        return x, initial_state.astype(dtype)
+    y, final = dispatch(
+        "selective_scan",
+        IMPLEMENTATIONS,
+        impl,
+        **arrays,
+        dt_softplus=dt_softplus,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+    )
+    return y.astype(x.dtype), final
+
+
+def _check(arrays, initial_state, segment_ids):
+    patterns = {"x": "b t d", "dt": "b t d", "a": "d n", "b": "b t g n", "c": "b t g n"}
+    patterns |= {"skip": "d", "gate": "b t d", "dt_bias": "d"}
+    checks.check_real(**arrays, initial_state=initial_state)
+    sizes: dict[str, int] = {}
+    for name, pattern in patterns.items():
+        if arrays.get(name) is not None:
+            checks.check_shape(name, arrays[name], pattern, sizes)
+    if sizes["g"] == 0 or sizes["d"] % sizes["g"]:
+        raise ValueError(
+            f"b has {sizes['g']} groups, x has {sizes['d']} channels; expected a number of groups that divides the channels"
+        )
+    if initial_state is not None:
+        checks.check_shape("initial_state", initial_state, "b d n", sizes)
+    checks.check_segment_ids(segment_ids, sizes)
+
+
+class Piece(NamedTuple):
+    """What a stretch of the sequence does to the state: h -> decay * h + state."""
+
+    decay: jax.Array
+    state: jax.Array
+
+
+def summarize(
+    x: Float[Array, "b t d"],
+    dt: Float[Array, "b t d"],
+    a: Float[Array, "d n"],
+    b: Float[Array, "b t g n"],
+    *,
+    dt_bias: Float[Array, " d"] | None = None,
+    dt_softplus: bool = False,
+    segment_ids: Int[Array, "b t"] | None = None,
+    impl: str | None = None,
+) -> Piece:
+    """The effect of a stretch on the state that enters it, as a `Piece` with leaves (b, d, n).
+
+    The first real token of the stretch is taken to continue what came before; where it starts a segment instead, set
+    the decay to zero.
+    """
+    options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "segment_ids": segment_ids}
+    _, state = selective_scan(x, dt, a, b, b, **options, impl=impl)
+    dt = dt.astype(state.dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias.astype(state.dtype)[None, None]
+    if dt_softplus:
+        dt = jax.nn.softplus(dt)
+    if segment_ids is not None:
+        dt = jnp.where((segment_ids == 0)[..., None], 0, dt)
+    decay = jnp.exp(dt.sum(1)[..., None] * a.astype(state.dtype)[None])
+    if segment_ids is not None:
+        decay = jnp.where(segment_starts(segment_ids).any(1)[:, None, None], 0, decay)
+    return Piece(decay, state)
+
+
+def compose(first: Piece, second: Piece) -> Piece:
+    """The effect of two neighbouring stretches, `first` run before `second`. Associative; identity Piece(1, 0)."""
+    return Piece(second.decay * first.decay, second.decay * first.state + second.state)

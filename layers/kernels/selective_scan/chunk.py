@@ -1,0 +1,196 @@
+"""The inside of a chunk of `selective_scan`: layout, and the recurrence over steps and blocks.
+
+States have the axes (b, block, g, n, r) with d = g r; quantities of a step have the same axes, of size 1 where they do
+not depend on one. Lists run over the steps of a block, and each operation on an entry serves all blocks at once.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Series(NamedTuple):
+    """The arguments with a time axis (axis 1), or their gradients."""
+
+    x: jax.Array
+    dt: jax.Array
+    b: jax.Array
+    c: jax.Array
+    gate: jax.Array | None
+    start: jax.Array | None
+    padding: jax.Array | None
+
+
+class Parameters(NamedTuple):
+    """The arguments without one: a (1, 1, g, n, r), skip and dt_bias (1, 1, g, 1, r)."""
+
+    a: jax.Array
+    skip: jax.Array | None
+    dt_bias: jax.Array | None
+
+
+class Steps(NamedTuple):
+    """What the recurrence reads, as lists over the steps of a block."""
+
+    x: list[jax.Array]
+    dt: list[jax.Array]
+    inputs: list[jax.Array]
+    b: list[jax.Array]
+    c: list[jax.Array]
+    keep: list[jax.Array] | None
+    padding: list[jax.Array] | None
+
+
+def pad_time(series, time):
+    """Extends every array to `time` steps with padding tokens."""
+    short = series.x.shape[1]
+    if short == time:
+        return series
+    if series.padding is None:
+        series = series._replace(padding=jnp.zeros_like(series.x[:, :, 0], bool))
+    longer = jax.tree.map(lambda v: extend(v, time), series)
+    return longer._replace(padding=longer.padding | (jnp.arange(time) >= short)[None])
+
+
+def extend(v, time):
+    """Zeros appended along axis 1."""
+    return jnp.pad(v, ((0, 0), (0, time - v.shape[1])) + ((0, 0),) * (v.ndim - 2))
+
+
+def cut(v, i, size):
+    """Chunk i of `size` steps."""
+    return jax.lax.dynamic_slice_in_dim(v, i * size, size, axis=1)
+
+
+def put(v, steps, i):
+    """Writes a list over steps into chunk i of v."""
+    chunk = jnp.stack(steps, axis=2)
+    chunk = chunk.reshape(v.shape[0], -1, *chunk.shape[3:])
+    chunk = chunk.reshape(v.shape[0], -1, *v.shape[2:]).astype(v.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(v, chunk, i * chunk.shape[1], axis=1)
+
+
+def _by_step(v, block):
+    """(b, time, ...) to a list over steps of (b, block, ...)."""
+    v = v.reshape(v.shape[0], -1, block, *v.shape[2:])
+    return [v[:, :, q] for q in range(block)]
+
+
+def by_channel(v, like, block):
+    """(b, time, d) to a list over steps of (b, block, g, 1, r), in the type and groups of the parameter `like`."""
+    groups, rest = like.shape[2], like.shape[4]
+    v = v.reshape(*v.shape[:2], groups, rest)[:, :, :, None]
+    return [step.astype(like.dtype) for step in _by_step(v, block)]
+
+
+def _by_state(v, dtype, block):
+    """(b, time, g, n) to a list over steps of (b, block, g, n, 1)."""
+    return [step.astype(dtype)[..., None] for step in _by_step(v, block)]
+
+
+def _flags(v, block):
+    """(b, time) to a list over steps of (b, block, 1, 1, 1)."""
+    return None if v is None else [step[..., None, None, None] for step in _by_step(v, block)]
+
+
+def parameters(a, skip, dt_bias, groups, dtype):
+    """The parameters in the layout of a chunk."""
+    channels, n = a.shape
+    a = a.astype(dtype).reshape(1, 1, groups, channels // groups, n).swapaxes(3, 4)
+    rows = (None if v is None else v.astype(dtype).reshape(1, 1, groups, 1, -1) for v in (skip, dt_bias))
+    return Parameters(a, *rows)
+
+
+def prepare(part, parameters, softplus, block):
+    """The steps of a chunk, with padding turned into steps that change nothing."""
+    a, bias = parameters.a, parameters.dt_bias
+    padding, start = _flags(part.padding, block), _flags(part.start, block)
+    x, dt = by_channel(part.x, a, block), by_channel(part.dt, a, block)
+    if bias is not None:
+        dt = [v + bias for v in dt]
+    if softplus:
+        dt = [jax.nn.softplus(v) for v in dt]
+    x, dt, b, c = (
+        on_padding(v, padding, 0)
+        for v in (x, dt, _by_state(part.b, a.dtype, block), _by_state(part.c, a.dtype, block))
+    )
+    keep = None if start is None else [1 - s.astype(a.dtype) for s in start]
+    x, dt, inputs = jax.lax.optimization_barrier((x, dt, [u * v for u, v in zip(dt, x, strict=True)]))
+    return Steps(x, dt, inputs, b, c, keep, padding)
+
+
+def on_padding(values, padding, fill):
+    """`fill` instead of the entries of a list over steps that belong to padding."""
+    if padding is None:
+        return values
+    return [jnp.where(p, fill, v) for v, p in zip(values, padding, strict=True)]
+
+
+def decay(steps, a, q):
+    """exp(dt a) of step q, zero where a segment starts."""
+    factor = jnp.exp(steps.dt[q] * a)
+    return factor if steps.keep is None else factor * steps.keep[q]
+
+
+def total_decay(steps, a):
+    """The product of the decays of each block."""
+    total = jnp.exp(sum(steps.dt) * a)
+    return total if steps.keep is None else total * jnp.stack(steps.keep).min(0)
+
+
+def states(steps, a, h):
+    """h_t of every step, for blocks that begin with the states h."""
+    out = []
+    for q, (inputs, b) in enumerate(zip(steps.inputs, steps.b, strict=True)):
+        h = decay(steps, a, q) * h + inputs * b
+        out.append(h)
+    return out
+
+
+def adjoints(steps, a, dp, g):
+    """g_t = dL/dh_t of every step and the gradient with respect to the state before the block, from that after it."""
+    out = []
+    for q in reversed(range(len(dp))):
+        out.append(g + dp[q] * steps.c[q])
+        g = decay(steps, a, q) * out[-1]
+    return out[::-1], g
+
+
+def across_blocks(totals, ends, h):
+    """h -> total h + end, block after block: the value before each block, and after the last."""
+    before = []
+    for i in range(totals.shape[1]):
+        before.append(h)
+        h = totals[:, i] * h + ends[:, i]
+    return jnp.stack(before, axis=1), h
+
+
+def add_up(values, axis):
+    """The sum of each array along `axis`, kept with size 1.
+
+    On accelerators one operation serves all of them: what the arrays have in common is then computed once and never
+    written out. Compiled for a CPU such an operation is slower than separate sums.
+    """
+
+    def together(values):
+        zeros = (jnp.zeros((), values[0].dtype),) * len(values)
+        sums = jax.lax.reduce(tuple(values), zeros, lambda p, q: tuple(map(jnp.add, p, q)), (axis,))
+        return [jnp.expand_dims(v, axis) for v in sums]
+
+    def separately(values):
+        return [v.sum(axis, keepdims=True) for v in values]
+
+    return jax.lax.platform_dependent(values, cpu=separately, default=together)
+
+
+def state_in(state, groups):
+    """(b, d, n) to (b, g, n, r)."""
+    batch, channels, n = state.shape
+    return state.reshape(batch, groups, channels // groups, n).swapaxes(2, 3)
+
+
+def state_out(state):
+    """(b, g, n, r) to (b, d, n)."""
+    batch, groups, n, rest = state.shape
+    return state.swapaxes(2, 3).reshape(batch, groups * rest, n)

@@ -1,0 +1,132 @@
+"""Depthwise causal convolution of width 2 to 8: the local mixing before Mamba, Hyena and the delta rule."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from layers.kernels import checks
+from layers.kernels.dispatch import Implementation, dispatch
+from layers.kernels.segments import segment_starts
+from layers.kernels.short_conv import reference, xla
+from layers.typing import Array, Float, Int
+
+__all__ = ["Piece", "compose", "short_conv", "summarize"]
+
+IMPLEMENTATIONS = {
+    "xla": Implementation(xla.short_conv),
+    "reference": Implementation(reference.short_conv, automatic=lambda **_: False),
+}
+WIDTHS = range(2, 9)
+ACTIVATIONS = (None, "silu")
+
+
+def short_conv(
+    x: Float[Array, "b t d"],
+    weight: Float[Array, "w d"],
+    bias: Float[Array, " d"] | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Float[Array, "b w-1 d"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    impl: str | None = None,
+) -> tuple[Float[Array, "b t d"], Float[Array, "b w-1 d"]]:
+    """Convolves every channel with its own w taps, the last of which is for the current token.
+
+        y_t = activation(bias + sum_{j<w} weight_j x_{t-(w-1)+j})
+
+    The short convolution of H3 (Fu et al. 2022, arXiv:2212.14052), Hyena (Poli et al. 2023, arXiv:2302.10866) and
+    Mamba (Gu and Dao 2023, arXiv:2312.00752).
+
+    Args:
+      x: input.
+      weight: the taps, oldest first, between 2 and 8 of them.
+      bias: added before the activation.
+      activation: None or "silu".
+      initial_state: the w - 1 inputs before the sequence, oldest first; zero if absent. It belongs to the segment of
+        the first real token.
+      segment_ids: taps reach over padding (0) to earlier tokens of the same segment and never into another one; the
+        output on padding is 0 (see `layers.kernels.segments`).
+      impl: "xla", "reference", or None for the best.
+
+    Returns:
+      y: (b, t, d), in the type of x.
+      final_state: (b, w - 1, d), the last w - 1 real inputs of the last segment, oldest first, with zeros before its
+        beginning (or what `initial_state` holds). float32 or wider.
+
+    Raises:
+      ValueError, TypeError: a shape, type, width, activation or `impl` does not fit; the message names the argument.
+    """
+    sizes: dict[str, int] = {}
+    checks.check_real(x=x, weight=weight, bias=bias, initial_state=initial_state)
+    checks.check_shape("x", x, "b t d", sizes)
+    checks.check_shape("weight", weight, "w d", sizes)
+    if sizes["w"] not in WIDTHS:
+        raise ValueError(
+            f"weight has {sizes['w']} taps; expected {WIDTHS[0]} to {WIDTHS[-1]} (see long_conv for longer ones)"
+        )
+    if bias is not None:
+        checks.check_shape("bias", bias, "d", sizes)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}; expected None or 'silu'")
+    sizes["m"] = sizes["w"] - 1
+    if initial_state is not None:
+        checks.check_shape("initial_state", initial_state, "b m d", sizes)
+    checks.check_segment_ids(segment_ids, sizes)
+    if x.shape[1] == 0:
+        dtype = checks.accumulation_dtype(x, weight, bias, initial_state)
+        if initial_state is None:
+            return x, jnp.zeros((sizes["b"], sizes["m"], sizes["d"]), dtype)
+        return x, initial_state.astype(dtype)
+    y, final = dispatch(
+        "short_conv",
+        IMPLEMENTATIONS,
+        impl,
+        x=x,
+        weight=weight,
+        bias=bias,
+        activation=activation,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+    )
+    return y.astype(x.dtype), final
+
+
+class Piece(NamedTuple):
+    """What a stretch of the sequence does to the state: h -> h moved `length` places into the past, plus `state`.
+
+    A length of w - 1 leaves nothing of what was there before.
+    """
+
+    length: jax.Array
+    state: jax.Array
+
+
+def summarize(x: Float[Array, "b t d"], width: int, *, segment_ids: Int[Array, "b t"] | None = None) -> Piece:
+    """The effect of a stretch on the state of a convolution with `width` taps: leaves (b,) and (b, w - 1, d).
+
+    The first real token of the stretch is taken to continue what came before; where it starts a segment instead, set
+    the length to w - 1.
+    """
+    sizes: dict[str, int] = {}
+    checks.check_real(x=x)
+    checks.check_shape("x", x, "b t d", sizes)
+    checks.check_segment_ids(segment_ids, sizes)
+    if width not in WIDTHS:
+        raise ValueError(f"width={width}; expected {WIDTHS[0]} to {WIDTHS[-1]}")
+    memory = width - 1
+    _, state = short_conv(x, jnp.zeros((width, x.shape[2]), x.dtype), segment_ids=segment_ids)
+    if segment_ids is None:
+        return Piece(jnp.full((x.shape[0],), min(x.shape[1], memory), jnp.int32), state)
+    real = (segment_ids != 0).sum(1, dtype=jnp.int32)
+    length = jnp.where(segment_starts(segment_ids).any(1), memory, jnp.minimum(real, memory))
+    return Piece(length, state)
+
+
+def compose(first: Piece, second: Piece) -> Piece:
+    """The effect of two neighbouring stretches, `first` run before `second`. Associative; identity Piece(0, 0)."""
+    memory = first.state.shape[1]
+    index = jnp.arange(memory)[None] + second.length[:, None]
+    moved = jnp.take_along_axis(first.state, jnp.minimum(index, memory - 1)[..., None], axis=1)
+    moved = jnp.where((index < memory)[..., None], moved, 0)
+    return Piece(jnp.minimum(first.length + second.length, memory), moved + second.state)

@@ -1,0 +1,56 @@
+"""The calls of `short_conv` that tests and benchmarks share."""
+
+from layers.kernels.case import Benchmark, Case, Suite
+from layers.kernels.short_conv import short_conv
+
+CHANNELS = 5
+
+
+def _convolution(width, channels=CHANNELS, bias=True):
+    def draw(rng, batch, time):
+        arguments = {
+            "x": rng.standard_normal((batch, time, channels)),
+            "weight": rng.uniform(-1.0, 1.0, (width, channels)) * width**-0.5,
+        }
+        return arguments | ({"bias": rng.standard_normal(channels)} if bias else {})
+
+    return draw
+
+
+def _large(rng, batch, time):
+    arguments = _convolution(3)(rng, batch, time)
+    return {**arguments, "x": 1e6 * arguments["x"]}
+
+
+def _state(width):
+    return lambda rng, batch: rng.standard_normal((batch, width - 1, CHANNELS))
+
+
+_ELEMENTS = 8 * 4096 * 4096
+
+SUITE = Suite(
+    function=short_conv,
+    implementations=("xla",),
+    time_arguments=("x",),
+    cases=(
+        Case("width_2", _convolution(2, bias=False), state=_state(2)),
+        Case("width_4_silu", _convolution(4), {"activation": "silu"}, state=_state(4)),
+        Case("width_8", _convolution(8), state=_state(8)),
+        Case("width_8_silu_no_bias", _convolution(8, bias=False), {"activation": "silu"}, state=_state(8)),
+        Case("large_values", _large, {"activation": "silu"}, state=_state(3)),
+    ),
+    benchmarks=(
+        Benchmark(
+            "width_4_silu_8x4096x4096",
+            8,
+            4096,
+            _convolution(4, 4096),
+            "bfloat16",
+            forward_bytes=2 * 2 * _ELEMENTS,
+            backward_bytes=3 * 2 * _ELEMENTS,
+            forward_flops=2 * 4 * _ELEMENTS,
+            backward_flops=6 * 4 * _ELEMENTS,
+            options={"activation": "silu"},
+        ),
+    ),
+)
