@@ -13,7 +13,7 @@ from experiments.experiment import Experiment
 from experiments.interrupts import Interrupted, Stop
 from experiments.logs import Logs, progress_bar
 from experiments.run_directory import RunDirectory
-from experiments.step_records import StepRecords, Stopwatch
+from experiments.step_records import StepRecords, Stopwatch, check_finite
 from experiments.train_state import TrainState, from_stored, initial_state, to_stored
 
 VALIDATION, TEST = "validation", "test"
@@ -85,10 +85,8 @@ class _Training:
         options = experiment.train
         self._experiment, self._devices, self._stop = experiment, devices, stop
         functions = experiment.step_functions(devices)
-        self._train_step, self._evaluate = (
-            PerShape(functions.train),
-            Evaluator(experiment, functions, devices),
-        )
+        self._train_step = PerShape(functions.train)
+        self._evaluate = Evaluator(experiment, functions, devices)
         self._checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep_last=options.keep_last))
         latest = self._checkpoints.latest
         if latest is None:
@@ -137,7 +135,7 @@ class _Training:
             if evaluate or save or reason:
                 self._records.collect(self._step)
                 with self._stopwatch.paused():
-                    self._save(validation=self._validate() if evaluate else None)
+                    self._save(evaluate=evaluate)
             if reason:
                 raise Interrupted(f"{reason} after step {self._step} of {total}")
         self._stopwatch.stop()
@@ -166,17 +164,18 @@ class _Training:
         self._bar.set_description("training")
         return metrics
 
-    def _save(self, validation: dict[str, float] | None) -> None:
+    def _save(self, *, evaluate: bool) -> None:
+        arrays = to_stored(self._state, self._experiment.layouts)
+        check_finite(self._step, arrays)
         note = self._note
+        note.validation = self._validate() if evaluate else None
         note.data = self._batches.position
         note.records = self._records.save()
-        note.validation = validation
         note.training_seconds = self._stopwatch.seconds
         note.compile_seconds = (
             self._compiled_before + self._train_step.compile_seconds + self._evaluate.compile_seconds
         )
-        arrays = to_stored(self._state, self._experiment.layouts)
-        score = None if validation is None else self._experiment.score(validation)
+        score = None if note.validation is None else self._experiment.score(note.validation)
         self._checkpoints.save(self._step, arrays, dataclasses.asdict(note), score=score)
 
     def _test(self) -> Outcome:

@@ -15,16 +15,22 @@ from layers.typing import Array, Float
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient norm was infinite or not a number.
+    """A loss, a gradient norm or the state of training was infinite or not a number.
 
     Attributes:
       step: the step that gave it.
     """
 
-    def __init__(self, step: int, values: Mapping[str, float]):
+    def __init__(self, step: int, what: str):
         self.step = step
-        shown = ", ".join(f"{name} {value}" for name, value in values.items())
-        super().__init__(f"step {step}: {shown}")
+        super().__init__(f"step {step}: {what}")
+
+
+def check_finite(step: int, arrays: Mapping[str, Any]) -> None:
+    """Raises NonFiniteError, naming an array, unless all numbers in a tree of NumPy arrays are finite."""
+    for path, array in jax.tree.leaves_with_path(arrays):
+        if not np.all(np.isfinite(array)):
+            raise NonFiniteError(step, jax.tree_util.keystr(path, simple=True, separator=" "))
 
 
 class Stopwatch:
@@ -112,7 +118,7 @@ class StepRecords:
     def _take(self, step: int, metrics: np.ndarray) -> None:
         values = dict(zip(self._names, map(float, metrics), strict=True))
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-            raise NonFiniteError(step, {name: values[name] for name in ("loss", "gradient_norm")})
+            raise NonFiniteError(step, f"loss {values['loss']}, gradient_norm {values['gradient_norm']}")
         self.tokens += round(values["tokens"])
         self._interval.append(list(map(float, metrics)))
         if step % self._log_every == 0:

@@ -5,7 +5,8 @@
 
 The same command goes on with a run that was interrupted, wherever its directory lies by then, and shows the results of
 one that is finished. Exit codes: 0 finished; 75 left after saving because of SIGTERM, Ctrl-C or --stop_after_seconds,
-run the command again to go on; 65 a loss was not finite; 2 the config or the work directory cannot be used.
+run the command again to go on; 65 a loss was not finite; 2 the config or the work directory cannot be used. Signals
+before the first step end the process as usual: nothing is lost.
 """
 
 import sys

@@ -134,6 +134,15 @@ def test_losses_that_are_not_finite_stop_at_their_step(tmp_path):
         assert all(step < poisoned for step in checkpoints.steps)
 
 
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
+    """The update after a finite loss may overflow."""
+    config = tiny_config(optimizer=dict(learning_rate=3.4e38, warmup_steps=0), train=dict(checkpoint_every=1))
+    with pytest.raises(NonFiniteError, match=r"step 1: (average|parameters) \w+"):
+        train(tmp_path, config)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps == []
+
+
 def test_the_best_checkpoint_is_tested(tmp_path):
     config = tiny_config(
         optimizer=dict(ema=None, learning_rate=0.3), train=dict(keep_last=1, checkpoint_every=None)
