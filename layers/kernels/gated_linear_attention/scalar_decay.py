@@ -4,23 +4,22 @@ Arrays are cut into chunks (n) and heads into groups that share queries and keys
 (n, b or 1, g or 1, r or 1, c), r heads a group.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from layers.kernels.gated_linear_attention.products import contract, product
 
 
-def exponents(g, exclusive):
-    """Sums of g (..., c) from the start of the chunk to each step (`exclusive`: without it), after it, and of all."""
-    size = g.shape[-1]
-    before = contract("...j,ij->...i", g, _below(size, -1 if exclusive else 0).astype(g.dtype))
-    # Summed anew: as a difference, its gradient at early steps would be one of large numbers.
-    after = contract("...j,ji->...i", g, _below(size, -1).astype(g.dtype))
-    return before, after, g.sum(-1)
+def within_chunks(q, k, g, bonus, same, scale, dtype):
+    """Weights of the chunk's values, and decays to and from its ends.
 
-
-def scores(q, k, g, bonus, same, scale, dtype):
-    """Weights of the chunk's values: scale q_i k_j exp(sum of g over j + 1 .. i, or i - 1 with a bonus), (..., c, c)."""
+    Returns:
+      weights: scale q_i k_j exp(sum of g over j + 1 .. i, or i - 1 with a bonus), (n, b, g, r, c, c).
+      exponents: sums of g from the start of the chunk to each step (without it, with a bonus), after it, both of the
+        shape of g, and of all, without the last axis.
+    """
     exclusive = bonus is not None
     raw = product("nbgik,nbgjk->nbgij", dtype, q, k)[:, :, :, None]
     below = _below(q.shape[-2], -1)
@@ -34,23 +33,27 @@ def scores(q, k, g, bonus, same, scale, dtype):
         here = scale * product("nbgck,grk->nbgrc", jnp.promote_types(dtype, jnp.float32), q * k, bonus)
         diagonal = jnp.broadcast_to(jnp.eye(q.shape[-2], dtype=bool), weights.shape)
         weights = jnp.where(diagonal, here[..., None], weights)
-    return weights.astype(dtype)
+    before = contract("...j,ij->...i", g, _below(g.shape[-1], -1 if exclusive else 0).astype(g.dtype))
+    # Summed anew: as a difference, its gradient at early steps would be one of large numbers.
+    after = contract("...j,ji->...i", g, _below(g.shape[-1], -1).astype(g.dtype))
+    return weights.astype(dtype), (before, after, g.sum(-1))
 
 
 def exact_parts(g, dtype):
     """Splits g into parts whose cumulative sums may be subtracted: a sum of g, rounded, loses digits to all before it.
 
     For products of wide operands (`dtype`), the first part is g in multiples of 1/256, whose sums over a chunk are exact,
-    and the second the rest, which is small. The second carries the gradient.
+    and the second the rest, which is small.
     """
     if dtype == jnp.bfloat16:
         return (g,)
-    coarse = jax.lax.stop_gradient(jnp.round(g * 256) / 256)
+    coarse = jnp.round(g * 256) / 256
     return coarse, g - coarse
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _differences(g, exclusive, dtype):
-    """Sums of g (..., c) over j + 1 .. i (`exclusive`: i - 1), (..., c, c), for j < i."""
+    """Sums of g (..., c) over j + 1 .. i (`exclusive`: i - 1), (..., c, c), for j < i; at most 0."""
     difference = 0
     for part in exact_parts(g, dtype):
         upto, read = (
@@ -58,8 +61,26 @@ def _differences(g, exclusive, dtype):
             for k in (0, -1 if exclusive else 0)
         )
         difference += read[..., :, None] - upto[..., None, :]
-    # A sum of terms that are at most 0, but for rounding.
-    return difference - jax.lax.stop_gradient(jnp.maximum(difference, 0))
+    return jnp.minimum(difference, 0)
+
+
+def _differences_forward(g, exclusive, dtype):
+    return _differences(g, exclusive, dtype), None
+
+
+def _differences_backward(exclusive, dtype, _, cotangent):
+    """Every step t collects the cotangents of all pairs j < t <= i (`exclusive`: t < i)."""
+    size = cotangent.shape[-1]
+    reading, upto = (_below(size, k).astype(cotangent.dtype) for k in (-1 if exclusive else 0, 0))
+    if dtype == jnp.bfloat16:
+        # Two sums of one sign subtracted lose some digits, but no more than the operands of the products did.
+        rows = contract("...i,it->...t", cotangent.sum(-1), reading)
+        return (rows - contract("...j,jt->...t", cotangent.sum(-2), upto),)
+    earlier = contract("...ij,jt->...it", cotangent, 1 - upto)
+    return ((earlier * jnp.broadcast_to(reading, earlier.shape)).sum(-2),)
+
+
+_differences.defvjp(_differences_forward, _differences_backward)
 
 
 def _below(size, k):

@@ -43,15 +43,12 @@ def gated_linear_attention(
     per_channel = g.ndim == 4
     heads = max(*(x.shape[2] for x in (q, k, v, g)), 0 if bonus is None else bonus.shape[0])
     groups = heads if per_channel else math.lcm(q.shape[2], k.shape[2])
-    q, k, v = (
-        jnp.repeat(x.astype(dtype), count // x.shape[2], axis=2)
-        for x, count in ((q, groups), (k, groups), (v, heads))
-    )
+    q, k, v = (_share(x.astype(dtype), count) for x, count in ((q, groups), (k, groups), (v, heads)))
     if normalize:
         # A column of ones, and zeros up to a multiple of 8, which matrix units want.
         v = jnp.pad(v, ((0, 0),) * 3 + ((0, 1),), constant_values=1)
         v = jnp.pad(v, ((0, 0),) * 3 + ((0, -v.shape[-1] % 8),))
-    state = jnp.zeros((q.shape[0], heads, q.shape[-1], v.shape[-1]), wide)
+    state = None
     if initial_state is not None:
         missing = v.shape[-1] - initial_state.shape[-1]
         state = jnp.pad(initial_state.astype(wide), ((0, 0),) * 3 + ((0, missing),))
@@ -67,7 +64,10 @@ def gated_linear_attention(
         chunk=chunk,
         leaf=min(leaf or LEAF, chunk) if per_channel else None,
     )
-    bonus = None if bonus is None else bonus.astype(wide)
+    # Inside shard_map, what is the same on all devices must vary as v does before a gradient of its own.
+    varying = jnp.where(False, v, 0).sum().astype(wide)
+    g = g + varying
+    bonus = None if bonus is None else bonus.astype(wide) + varying
     o, final = attend(settings, q, k, v, g, bonus, state, number)
     if normalize:
         denominator = o[..., width : width + 1]
@@ -75,6 +75,15 @@ def gated_linear_attention(
         safe = jnp.where(small, jnp.where(denominator < 0, -smallest, smallest), denominator)
         return o[..., :width] / safe, final[..., : width + 1]
     return o, final
+
+
+def _share(x, heads):
+    """Repeats each head of (b, t, h, d) for the heads that share it."""
+    count = heads // x.shape[2]
+    if count == 1:
+        return x
+    x = jnp.broadcast_to(x[:, :, :, None], (*x.shape[:3], count, x.shape[3]))
+    return x.reshape(*x.shape[:2], heads, x.shape[4])
 
 
 def _decay(log_decay, time, dtype):
