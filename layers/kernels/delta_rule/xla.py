@@ -172,9 +172,6 @@ def _equations(rule, inputs, segment_ids, dtype):
     """`Chunks` from the arguments."""
     x = {name: array.astype(dtype) for name, array in inputs.items() if array is not None}
     log_decay = x.pop("log_decay", jnp.zeros((1, *inputs["v"].shape[1:2], 1), dtype))
-    if rule.normalize_qk:
-        for name in ("q", "k"):
-            x[name] *= jax.lax.rsqrt(jnp.sum(x[name] * x[name], axis=-1, keepdims=True) + 1e-6)
     if segment_ids is not None:
         padding, start = segment_ids == 0, segment_starts(segment_ids)
 
@@ -183,11 +180,15 @@ def _equations(rule, inputs, segment_ids, dtype):
 
         x = {name: where(padding, 0, array) for name, array in x.items()}
         log_decay = where(start, RESET, where(padding, 0, log_decay))
+    if rule.normalize_qk:
+        for name in ("q", "k"):
+            x[name] *= jax.lax.rsqrt(jnp.sum(x[name] * x[name], axis=-1, keepdims=True) + 1e-6)
     group = inputs["v"].shape[2] // inputs["k"].shape[2]
     x |= {name: jnp.repeat(x[name], group, axis=2) for name in ("q", "k")}
     x = {name: _chunk(array, rule.chunk) for name, array in x.items()}
-    log_decay = _chunk(log_decay if log_decay.ndim == 4 else log_decay[..., None], rule.chunk)
-
+    # What decays more than a reset is 0 as well, and an infinity would meet zeros in the sums.
+    log_decay = jnp.maximum(log_decay if log_decay.ndim == 4 else log_decay[..., None], RESET)
+    log_decay = _chunk(log_decay, rule.chunk)
     k, v, query = x["k"], x["v"], rule.scale * x["q"]
     erase, columns = (x["a"], [x["b"], k]) if rule.general else (k, [k])
     erased, read, sums = scores(erase, query, columns, log_decay, rule.general, rule.dtype)
