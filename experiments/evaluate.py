@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan.eval_batches(args.split)  # refuses an unknown split before anything is computed
     except REFUSALS as error:
         return refuse(error)
-    metrics = evaluate(devices.replicate(state), args.split)
+    state = devices.replicate(state)
+    evaluate.compile(state, args.split)
+    metrics = evaluate(state, args.split)
     record = dict(split=args.split, step=step, devices=devices.describe()) | metrics
     text = to_json_text(record | dict(baselines=plan.baselines(args.split)))
     write_atomically(run.folder / f"evaluation-{args.split}-{step}.json", text)
