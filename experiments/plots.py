@@ -34,5 +34,6 @@ def draw_curves(
     right.set(xlabel="step", ylabel=f"validation {metric}")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
     FigureCanvasAgg(figure).print_png(path)

@@ -23,6 +23,7 @@ def test_curves_are_drawn(tmp_path, lines, metric):
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.filterwarnings("error")
 def test_different_runs_look_different(tmp_path):
     for name, lines in (("one", LINES), ("none", [])):
         draw_curves({"a": lines}, tmp_path / name, metric="accuracy")
