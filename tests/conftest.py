@@ -2,8 +2,7 @@
 
 - JAX runs on the CPU with eight emulated devices, so that tests of sharding need no special process. `-m gpu` leaves
   the choice of device to JAX.
-- What XLA compiles is kept in .jax_cache: compiling takes most of the time, and a second run of the same tests a third
-  of the first.
+- XLA spends little on optimisation and keeps what it compiles in .jax_cache: compiling takes most of the tests' time.
 - Silent rank promotion, (d,) + (t, d), is an error.
 - The annotations of `layers` and `seqmodels` are checked on every call by jaxtyping and beartype, where beartype is
   installed, except inside `pytest.raises`: such a block is about the library's own errors, which are what a user sees.
@@ -23,7 +22,11 @@ import pytest
 from _pytest.mark.expression import Expression
 
 CHECKED_PACKAGES = ["layers", "seqmodels"]
-EMULATED_DEVICES = 8
+CPU_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
 COMPILED = pathlib.Path(__file__).resolve().parents[1] / ".jax_cache"
 
 
@@ -43,9 +46,10 @@ def _prepare_jax(config: pytest.Config) -> None:
     if _wants_gpu(config):
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={EMULATED_DEVICES}".strip()
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    given = {flag.partition("=")[0] for flag in flags}
+    flags += [flag for flag in CPU_FLAGS if flag.partition("=")[0] not in given]
+    os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
 def _prepare_hypothesis() -> None:
