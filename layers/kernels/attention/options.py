@@ -139,7 +139,8 @@ def places(q, k, options: Options) -> Places:
             q_segments, kv_segments = jnp.ones((b, t), jnp.int32), jnp.ones((b, s), jnp.int32)
         kv_segments = jnp.where(jnp.arange(s)[None] < o.kv_lengths[:, None], kv_segments, 0)
     if o.q_positions is not None:
-        return Places(o.q_positions, o.kv_positions, q_segments, kv_segments)
+        positions = (x.astype(jnp.int32) for x in (o.q_positions, o.kv_positions))
+        return Places(*positions, q_segments, kv_segments)
     if alone:
         positions = segment_positions(o.segment_ids)
         return Places(positions, positions, q_segments, kv_segments)

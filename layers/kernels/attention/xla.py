@@ -11,7 +11,8 @@ so that it needs only q, k, v, o and L. The sink logit is an outer step: it scal
 
 Memory: one step of logits (`STEP_BYTES`, a few times) beside the arguments, the output, and float32 sums of the size of
 the output (forward) or of q, k and v (backward). Traffic is mostly the logits': with bf16 inputs about 16 bytes for each
-logit visited forward (product, maximum, exponential and its sum, product) and about 40 backward.
+logit visited forward (product, maximum, exponential and its sum, product) and about 40 backward. On a GPU, query blocks
+of a step that fetched the same key block add their gradients to it in no fixed order.
 """
 
 import functools

@@ -13,8 +13,10 @@ from layers.kernels.attention import Piece, attention, attention_with_lse, compo
 from layers.kernels.attention.options import Options, places
 
 B, T, H, G, KEY, VALUE = 2, 67, 4, 2, 5, 3
+# Padding at both ends, between segments, and for longer than a window inside one.
 SEGMENTS = np.array(
-    [[0] * 3 + [1] * 20 + [0] * 2 + [1] * 9 + [5] * 30 + [0] * 3, [2] * 40 + [0] * 27], np.int32
+    [[0] * 3 + [1] * 20 + [0] * 2 + [1] * 9 + [5] * 30 + [0] * 3, [2] * 15 + [0] * 27 + [2] * 17 + [0] * 8],
+    np.int32,
 )
 
 
@@ -42,7 +44,8 @@ def block_lists(batch, heads, blocks=9, listed=3):
 
 
 def random_positions(batch, length, below):
-    return jnp.asarray(np.random.default_rng(length).integers(0, below, (batch, length)), jnp.int32)
+    """Unsigned and narrow: their differences do not fit the type."""
+    return jnp.asarray(np.random.default_rng(length).integers(0, below, (batch, length)), jnp.uint8)
 
 
 BIAS = normal(4, B, H, T, T)
@@ -52,6 +55,7 @@ COMBINATIONS = {
     "bias_and_cap": ((T, T), False, {"causal": True, "bias": BIAS[:1], "logit_cap": 1.5}),
     "hiding_bias": ((T, T), False, {"bias": jnp.where(BIAS[:, :1] > 0.3, -jnp.inf, BIAS[:, :1])}),
     "window_sinks_key_bias": ((T, T), True, {"window": 4, "sink_tokens": 3, "bias": BIAS[:, :1, :1]}),
+    "wide_window_sinks": ((T, T), False, {"window": 18, "sink_tokens": 2}),
     "window_sinks_segments_slopes": (
         (T, T),
         True,
@@ -415,6 +419,7 @@ def test_only_blocks_that_may_be_seen_are_visited(small_blocks):
     assert visits() == 16
     assert visits(causal=True) == 10
     assert visits(window=16) == 10
+    assert visits(window=16, sink_tokens=1) == 10 + 2
     assert visits(causal=True, window=4) == 16 + 15
     assert visits(block_indices=block_lists(1, 1, 8) * 0, block_size=8) == 8
 
