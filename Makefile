@@ -4,7 +4,7 @@
 SHELL := /bin/sh
 PYTHON_IN_VENV := .venv/bin/python
 
-.PHONY: help env run test check format notebooks clean
+.PHONY: help env run test check check-format check-lint check-project format notebooks clean
 
 help:
 	@echo "make run         train S5 and a Transformer on short ListOps and compare them (into runs/first-look)"
@@ -25,11 +25,16 @@ run: env
 test: env
 	@$(PYTHON_IN_VENV) -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal $(ARGS)
 
-check: env
+check: check-format check-lint check-project notebooks
+
+check-format: env
 	@$(PYTHON_IN_VENV) -m ruff format --check .
+
+check-lint: env
 	@$(PYTHON_IN_VENV) -m ruff check .
+
+check-project: env
 	@$(PYTHON_IN_VENV) -m pytest --quiet tests/test_imports.py tests/test_project.py
-	@$(PYTHON_IN_VENV) tools/run_notebooks.py
 
 format: env
 	@$(PYTHON_IN_VENV) -m ruff check --fix-only --quiet .
