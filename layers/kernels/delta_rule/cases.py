@@ -40,8 +40,9 @@ def _normalized_grouped(rng, batch, time):
     return {**arguments, "k": 3.0 * k, "beta": beta}
 
 
-def _grouped_channel(rng, batch, time):
-    return _channel(rng, batch, time, groups=1)
+def _grouped_channel_large(rng, batch, time):
+    arguments = _channel(rng, batch, time, groups=1)
+    return {**arguments, "v": 1e6 * arguments["v"]}
 
 
 def _strong(arguments, rng):
@@ -58,11 +59,6 @@ def _strong_channel(rng, batch, time):
     return _strong(_channel(rng, batch, time), rng)
 
 
-def _large(rng, batch, time):
-    arguments = _channel(rng, batch, time)
-    return {**arguments, "v": 1e6 * arguments["v"]}
-
-
 def _rwkv7(rng, batch, time, heads=HEADS, key_dim=KEY_DIM, value_dim=VALUE_DIM):
     """Decays and low-rank factors in the ranges of RWKV-7."""
     shape = (batch, time, heads, key_dim)
@@ -77,15 +73,11 @@ def _rwkv7(rng, batch, time, heads=HEADS, key_dim=KEY_DIM, value_dim=VALUE_DIM):
     }
 
 
-def _strong_dplr(rng, batch, time):
-    """a = w kappa, without which kappa b^T would not be contracting where the decay is strong."""
-    arguments = _strong(_rwkv7(rng, batch, time), rng)
-    return {**arguments, "a": np.exp(arguments["log_decay"]) * arguments["a"]}
-
-
-def _scalar_dplr(rng, batch, time):
+def _strong_scalar_dplr(rng, batch, time):
+    """a = -w kappa, without which w and b a^T together would not be contracting where the decay is strong."""
     arguments = _rwkv7(rng, batch, time)
-    return {**arguments, "log_decay": arguments["log_decay"].mean(-1)}
+    log_decay = np.where(rng.random((batch, time, HEADS)) < 0.5, -20.0, -0.01)
+    return {**arguments, "log_decay": log_decay, "a": np.exp(log_decay)[..., None] * arguments["a"]}
 
 
 def _state(rng, batch):
@@ -128,10 +120,9 @@ SUITE = Suite(
     cases=(
         Case("plain", _plain, {"scale": 0.7}, state=_state),
         Case("scalar_decay_normalized_grouped", _normalized_grouped, {"normalize_qk": True}, state=_state),
-        Case("channel_decay_grouped", _grouped_channel, state=_state),
+        Case("channel_decay_grouped_large_values", _grouped_channel_large, state=_state),
         Case("strong_scalar_decay", _strong_scalar, state=_state),
         Case("strong_channel_decay", _strong_channel, state=_state),
-        Case("large_values", _large, state=_state),
     ),
     benchmarks=(
         _benchmark("delta_rule_8x4096x16x128", _plain, 3, (5, 3)),
@@ -146,8 +137,7 @@ DPLR_SUITE = Suite(
     time_arguments=("q", "k", "v", "a", "b", "log_decay"),
     cases=(
         Case("rwkv7", _rwkv7, {"scale": 1.0}, state=_state),
-        Case("strong_decay", _strong_dplr, state=_state),
-        Case("scalar_decay", _scalar_dplr, state=_state),
+        Case("strong_scalar_decay", _strong_scalar_dplr, state=_state),
     ),
     benchmarks=(_benchmark("rwkv7_8x4096x16x128", _rwkv7, 6, (9, 4)),),
 )

@@ -147,33 +147,32 @@ def _channel_scores(erase, query, columns, log_decay, before_decay, dtype):
 def _inside_tiles(erase, query, columns, log_decay, before_decay, dtype):
     """Scores inside tiles of BASE steps without the diagonal, as rows and columns of `_blocks_of`, and their `Sums`.
 
-    Every level has one array of exponents: a step in an odd block is a row, one in an even block a column. All are sums
-    of a few steps of a tile, taken by one product with zeros and ones, where adding block by block would write every
-    level to memory.
+    At every level one exponent serves a step, which is a row if in an odd block and a column if in an even one. All are
+    sums of steps of a tile, taken by one product with zeros and ones, where adding block by block would write every
+    level to memory; the levels, one more axis, go through one product for the scores.
     """
     g = _tiles(log_decay)
     base = g.shape[-2]
-    row, step = jnp.arange(base)[:, None], jnp.arange(base)[None, :]
-    taken = [step < row, step > row]
-    for block in _blocks(base):
-        same, odd = row // block == step // block, row // block % 2 == 1
-        taken.append(same & jnp.where(odd, step <= row, step > row))
-        if before_decay:
-            taken.append(same & odd & (step < row))
-    taken = jnp.stack(taken).reshape(-1, base).astype(g.dtype)
-    sums = jnp.matmul(
-        jnp.broadcast_to(taken, (*g.shape[:-2], *taken.shape)), g, precision=jax.lax.Precision.HIGHEST
-    )
-    before, after, *levels = (sums[..., i : i + base, :] for i in range(0, taken.shape[0], base))
-    joined = jnp.zeros((*g.shape[:-2], 2 * base, len(columns) * base), g.dtype)
-    for block in _blocks(base):
-        decay = jnp.exp(levels.pop(0))
-        erase_decay = jnp.exp(levels.pop(0)) if before_decay else decay
-        rows = jnp.concatenate([_tiles(erase) * erase_decay, _tiles(query) * decay], axis=-2)
-        earlier = jnp.concatenate([_tiles(column) * decay for column in columns], axis=-2)
-        mask = jnp.broadcast_to(jnp.tile(level_mask(base, block), (2, len(columns))), joined.shape)
-        joined += jnp.where(mask, product("ik,jk->ij", rows.astype(dtype), earlier.astype(dtype), dtype), 0)
-    return _blocks_of(joined, base), Sums(before, after)
+    row, step = jnp.arange(base)[None, :, None], jnp.arange(base)[None, None, :]
+    block = jnp.asarray(_blocks(base), jnp.int32)[:, None, None]
+    odd, same = row // block % 2 == 1, row // block == step // block
+    taken = [step < row, step > row, same & jnp.where(odd, step <= row, step > row)]
+    if before_decay:
+        taken.append(same & odd & (step < row))
+    taken = jnp.concatenate(taken).astype(g.dtype)
+    flat = jnp.broadcast_to(taken.reshape(-1, base), (*g.shape[:-2], taken.shape[0] * base, base))
+    sums = jnp.matmul(flat, g, precision=jax.lax.Precision.HIGHEST)
+    sums = sums.reshape(*g.shape[:-2], -1, *g.shape[-2:])
+    levels = len(_blocks(base))
+    decay = jnp.exp(sums[..., 2 : 2 + levels, :, :])
+    erase_decay = jnp.exp(sums[..., 2 + levels :, :, :]) if before_decay else decay
+    erase, query, *columns = (_tiles(x)[..., None, :, :] for x in (erase, query, *columns))
+    rows = jnp.concatenate([erase * erase_decay, query * decay], axis=-2)
+    earlier = jnp.concatenate([column * decay for column in columns], axis=-2)
+    joined = product("ik,jk->ij", rows.astype(dtype), earlier.astype(dtype), dtype)
+    mask = jnp.tile(odd & (step // block == row // block - 1), (1, 2, len(columns)))
+    joined = jnp.where(jnp.broadcast_to(mask, joined.shape), joined, 0).sum(-3)
+    return _blocks_of(joined, base), Sums(sums[..., 0, :, :], sums[..., 1, :, :])
 
 
 def _tiles(x):
