@@ -180,6 +180,8 @@ def _equations(rule, inputs, segment_ids, dtype):
 
         x = {name: where(padding, 0, array) for name, array in x.items()}
         log_decay = where(start, RESET, where(padding, 0, log_decay))
+        if rule.general:  # reads before the decay
+            x["a"] = where(start, 0, x["a"])
     if rule.normalize_qk:
         for name in ("q", "k"):
             x[name] *= jax.lax.rsqrt(jnp.sum(x[name] * x[name], axis=-1, keepdims=True) + 1e-6)
