@@ -1,0 +1,196 @@
+"""Says what one training step spends its time on: traces a few on a GPU and sums kernels by our source files.
+
+    python -m experiments.profile --config=configs/lra/listops.py:mixer=s5 --out=profiles/listops-s5 --width=960
+
+Uses one GPU, a full batch of one bucket width, and the state before the first step. Prints a table and writes
+profile.json. Exit codes: 0 done; 2 no GPU, or the config or an argument cannot be used.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from experiments import config_loading, experiment
+from experiments.command_line import EXIT_REFUSED, REFUSALS, refuse
+from experiments.data import bucketing
+from experiments.devices import Devices
+from experiments.files import to_json_text, write_atomically
+from experiments.hlo_sources import attribute, kernel_sources
+from experiments.run_directory import git_revision, versions
+from experiments.train_state import initial_state
+
+ROOT = Path(__file__).absolute().parents[1]
+WARM_UP = 5
+
+
+class Kernel(NamedTuple):
+    """A run of a kernel in a trace: its name, the instruction that launched it if known, and milliseconds."""
+
+    name: str
+    operation: str | None
+    milliseconds: float
+
+
+def main(argv: list[str]) -> int:
+    """Profiles and reports; returns the exit code."""
+    if argv[1:]:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    values = flags.FLAGS
+    if values.verbosity <= 0:  # absl's default shows every move of every library
+        logging.set_verbosity(logging.WARNING)
+    if jax.default_backend() != "gpu":
+        print(
+            f"Profiling needs a GPU, whose kernels the trace names; JAX has found {jax.default_backend()} only.",
+            file=sys.stderr,
+        )
+        return EXIT_REFUSED
+    try:
+        folder = Path(values.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        plan = experiment.build(config_loading.to_plain(values.config))
+        devices = Devices.first(1)
+        plan.check_devices(devices)
+        batch = training_batch(plan, values.width)
+    except REFUSALS as error:
+        return refuse(error)
+    record = dict(
+        command=["experiments.profile", *sys.argv[1:]],
+        devices=devices.describe(),
+        versions=versions(),
+        git=git_revision(),
+        batch={name: list(array.shape) for name, array in batch.items()},
+        steps=values.steps,
+    )
+    record |= profile_step(plan, devices, batch, values.steps)
+    write_atomically(folder / "profile.json", to_json_text(record))
+    print(describe(record))
+    return 0
+
+
+def training_batch(plan: experiment.Experiment, width: int | None) -> dict[str, np.ndarray]:
+    """A batch of training sequences that are padded to `width`, repeated if there are too few.
+
+    Args:
+      width: one of the widths of training batches; None for that of most sequences.
+
+    Raises:
+      ValueError: if no batch has this width.
+    """
+    source = plan.task.splits["train"]
+    bounds = bucketing.check_bucket_bounds(source.lengths, plan.data.bucket_bounds)
+    padded = bounds[np.searchsorted(bounds, source.lengths)]
+    widths, counts = np.unique(padded, return_counts=True)
+    if width is None:
+        width = int(widths[np.argmax(counts)])
+    if width not in widths:
+        raise ValueError(f"width={width}; training batches have the widths {', '.join(map(str, widths))}")
+    rows = np.resize(np.flatnonzero(padded == width), plan.train.batch_size)
+    return source.gather(rows, width) | {"weight": np.ones(len(rows), np.float32)}
+
+
+def profile_step(
+    plan: experiment.Experiment, devices: Devices, batch: Mapping[str, np.ndarray], steps: int
+) -> dict[str, Any]:
+    """Compiles the training step, times `steps` of them, and traces as many: the figures of `summarize`."""
+    state = devices.replicate(initial_state(plan.model, plan.layouts, plan.optimizer, plan.config["seed"]))
+    batch = devices.put_batch(batch)
+    step = plan.step_functions(devices).train.lower(state, batch).compile()
+
+    def take(count: int, state: Any) -> tuple[Any, float]:
+        start = time.perf_counter()
+        for _ in range(count):
+            state, _ = step(state, batch)
+        jax.block_until_ready(state)
+        return state, 1e3 * (time.perf_counter() - start)
+
+    state, _ = take(WARM_UP, state)
+    state, milliseconds = take(steps, state)  # apart from the trace, which slows the host down
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            take(steps, state)
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        kernels = kernels_in(jax.profiler.ProfileData.from_file(str(file)).planes)
+    return summarize(kernels, kernel_sources(step.as_text(), ROOT), steps, milliseconds)
+
+
+def kernels_in(planes: Iterable[Any]) -> list[Kernel]:
+    """Everything that ran on the streams of the GPUs of a trace (`jax.profiler.ProfileData.planes`)."""
+    lines = (line for plane in planes if "GPU" in plane.name for line in plane.lines)
+    events = (event for line in lines if "Stream" in line.name for event in line.events)
+    return [Kernel(event.name, dict(event.stats).get("hlo_op"), event.duration_ns / 1e6) for event in events]
+
+
+def summarize(
+    kernels: Iterable[Kernel], sources: Mapping[str, str], steps: int, milliseconds: float
+) -> dict[str, Any]:
+    """Averages over the steps, altogether and by source file, most time first.
+
+    Args:
+      sources: files by kernel, from `hlo_sources.kernel_sources`.
+      milliseconds: that the steps took without a trace.
+
+    Raises:
+      RuntimeError: if there are no kernels.
+    """
+    totals: dict[str, list[float]] = {}
+    for kernel in kernels:
+        total = totals.setdefault(attribute(kernel.name, kernel.operation, sources), [0.0, 0])
+        total[0] += kernel.milliseconds
+        total[1] += 1
+    busy = sum(spent for spent, _ in totals.values())
+    if not busy:
+        raise RuntimeError("the trace holds no kernels of a GPU; another profiler may be using it")
+    return dict(
+        milliseconds_per_step=milliseconds / steps,
+        busy_milliseconds_per_step=busy / steps,
+        kernels_per_step=sum(count for _, count in totals.values()) / steps,
+        sources={
+            file: dict(milliseconds=spent / steps, kernels=count / steps, share=spent / busy)
+            for file, (spent, count) in sorted(totals.items(), key=lambda item: -item[1][0])
+        },
+    )
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """The table for people."""
+    shape = " x ".join(map(str, record["batch"]["inputs"]))
+    whole, busy = record["milliseconds_per_step"], record["busy_milliseconds_per_step"]
+    rows = record["sources"] | {"all": dict(milliseconds=busy, share=1.0, kernels=record["kernels_per_step"])}
+    wide = max(map(len, rows))
+    return "\n".join(
+        [
+            f"{record['devices']}, batch {shape}: {whole:.2f} ms a step, kernels {busy:.2f} ms",
+            f"{'':{wide}}  {'ms':>8}  {'share':>6}  {'kernels':>7}",
+            *(
+                f"{name:{wide}}  {row['milliseconds']:8.3f}  {row['share']:6.1%}  {row['kernels']:7.0f}"
+                for name, row in rows.items()
+            ),
+        ]
+    )
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Defines and parses the flags; a config that cannot be loaded ends the process with a message."""
+    config_flags.DEFINE_config_file(
+        "config", None, "Path of the config, and its arguments after a colon.", lock_config=True
+    )
+    flags.DEFINE_string("out", None, "Folder for profile.json; made if it does not exist.")
+    flags.DEFINE_integer("width", None, "Width of the batch; that of most sequences if not given.")
+    flags.DEFINE_integer("steps", 10, "Steps to time, and to trace.", lower_bound=1)
+    flags.mark_flags_as_required(["config", "out"])
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, *REFUSALS) as error:
+        sys.exit(refuse(error))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
