@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.delta_rule.products import product
+from layers.kernels.delta_rule.products import einsum, product
 from layers.kernels.delta_rule.triangular import BASE, join_blocks, level_mask
 
 # Log-decay that forgets: its exponential is exactly 0 in float32 and float64, and sums of it stay finite.
@@ -117,9 +117,10 @@ def _channel_scores(erase, query, columns, log_decay, before_decay, dtype):
         rows = _tiles(erase) * (jnp.exp(before) if before_decay else query_decay), _tiles(query) * query_decay
         earlier = [_tiles(column) * jnp.exp(after) for column in columns]
         block = base * 2**index
+        pairs = (*erase.shape[:-2], size // (2 * block), 2, block, width)
         rows, earlier = (
             jnp.concatenate(
-                [x.reshape(*erase.shape[:-2], -1, 2, block, width)[..., second, :, :] for x in group], axis=-2
+                [x.reshape(erase.shape).reshape(pairs)[..., second, :, :] for x in group], axis=-2
             ).astype(dtype)
             for group, second in ((rows, 1), (earlier, 0))
         )
@@ -160,9 +161,9 @@ def _inside_tiles(erase, query, columns, log_decay, before_decay, dtype):
     if before_decay:
         taken.append(same & odd & (step < row))
     taken = jnp.concatenate(taken).astype(g.dtype)
-    flat = jnp.broadcast_to(taken.reshape(-1, base), (*g.shape[:-2], taken.shape[0] * base, base))
-    sums = jnp.matmul(flat, g, precision=jax.lax.Precision.HIGHEST)
-    sums = sums.reshape(*g.shape[:-2], -1, *g.shape[-2:])
+    # Added to zeros made from g, to be laid out over devices as g is.
+    flat = taken.reshape(*(1,) * (g.ndim - 2), -1, base) + jnp.zeros_like(g[..., :1, :1])
+    sums = einsum("ij,jk->ik", flat, g).reshape(*g.shape[:-2], -1, *g.shape[-2:])
     levels = len(_blocks(base))
     decay = jnp.exp(sums[..., 2 : 2 + levels, :, :])
     erase_decay = jnp.exp(sums[..., 2 + levels :, :, :]) if before_decay else decay

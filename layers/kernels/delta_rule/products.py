@@ -23,22 +23,32 @@ def product(spec: str, a: jax.Array, b: jax.Array, dtype, result=None) -> jax.Ar
     return _product(spec, dtype, result or jnp.result_type(jnp.float32, dtype), a.dtype, b.dtype, a, b)
 
 
-def _einsum(spec, a, b, result):
+def einsum(spec: str, a: jax.Array, b: jax.Array, result=None) -> jax.Array:
+    """As `product`, of operands of one type, in full precision unless they are bfloat16; differentiated as XLA would."""
     left, right, out = spec.replace("->", ",").split(",")
     precision = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     wide = jnp.result_type(jnp.float32, a.dtype)
     spec = f"...{left},...{right}->...{out}"
-    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=wide).astype(result)
+    product = jnp.einsum(spec, _fold(a), _fold(b), precision=precision, preferred_element_type=wide)
+    return product.astype(result or wide).reshape(*a.shape[:-2], *product.shape[-2:])
+
+
+def _fold(x):
+    """Makes one axis of the third and those after it but the last two: XLA aborts on a CPU at products of rank 8.
+
+    The axes that parallel devices share out, batch and heads, stay or come first in theirs.
+    """
+    return x.reshape(*x.shape[:2], -1, *x.shape[-2:]) if x.ndim > 5 else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _product(spec, dtype, result, a_dtype, b_dtype, a, b):  # noqa: ARG001 - the types are for the backward pass
-    return _einsum(spec, a.astype(dtype), b.astype(dtype), result)
+    return einsum(spec, a.astype(dtype), b.astype(dtype), result)
 
 
 def _forward(spec, dtype, result, a_dtype, b_dtype, a, b):  # noqa: ARG001
     a, b = a.astype(dtype), b.astype(dtype)
-    return _einsum(spec, a, b, result), (a, b)
+    return einsum(spec, a, b, result), (a, b)
 
 
 def _backward(spec, dtype, result, a_dtype, b_dtype, operands, cotangent):  # noqa: ARG001
@@ -46,8 +56,8 @@ def _backward(spec, dtype, result, a_dtype, b_dtype, operands, cotangent):  # no
     cotangent = cotangent.astype(dtype)
     left, right, out = spec.replace("->", ",").split(",")
     return (
-        _einsum(f"{out},{right}->{left}", cotangent, b, a_dtype),
-        _einsum(f"{out},{left}->{right}", cotangent, a, b_dtype),
+        einsum(f"{out},{right}->{left}", cotangent, b, a_dtype),
+        einsum(f"{out},{left}->{right}", cotangent, a, b_dtype),
     )
 
 

@@ -11,10 +11,10 @@ of L that join two neighbouring blocks. Nothing runs row by row, and unlike the 
 is formed, which could be large although the inverse is not.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
+
+from layers.kernels.delta_rule.products import einsum
 
 # Side of the tiles that tiny blocks are treated in: the smallest product that a matrix unit takes.
 BASE = 16
@@ -41,7 +41,10 @@ def join_blocks(diagonal: jax.Array, below: jax.Array) -> jax.Array:
 
 def inverse(lower: jax.Array) -> jax.Array:
     """(I + lower)^-1 for strictly lower triangular (..., c, c), c a power of two, in the type of `lower`."""
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+    def product(a, b):
+        return einsum("ij,jk->ik", a, b)
+
     size = lower.shape[-1]
     base = min(size, BASE)
     tiles = diagonal_blocks(lower, base)

@@ -15,9 +15,10 @@ chunk, that of the state entering it is
 
 a scan over the chunks in reverse; given dS and S, the rest is local to the chunks and is done for all of them at once.
 
-Memory traffic at 8 x 4096 tokens, 16 heads of 128, bfloat16, where an array of the size of q is 0.13 GB and chunks of 64
-make a matrix of scores half as large in numbers: forward about 4 GB, forward and backward about 14 GB with one decay per
-head, against 0.54 GB and 1.5 GB if nothing but inputs and outputs were moved.
+Memory traffic, read off the programs that JAX 0.11.2 compiles for an H100 at 8 x 4096 tokens, 16 heads of 128, bfloat16,
+where an array of the size of q is 0.13 GB: with one decay a head 9 GB forward, 22 GB forward and backward, in 116 kernels
+and two scans of 64 steps of 0.07 GB; with a decay a channel 70 GB in all. Inputs, outputs and their gradients alone are
+0.54 GB and 1.5 GB. Scratch memory is 2.2 GB and 7.3 GB. Chunks of 128 halve the steps and move a sixth more.
 """
 
 import functools
@@ -80,8 +81,9 @@ def _run(inputs, initial_state, segment_ids, general, scale, normalize_qk, chunk
     low = all(inputs[name].dtype == jnp.bfloat16 for name in inputs if name not in ("beta", "log_decay"))
     chunk = min(chunk, 1 << (time - 1).bit_length())
     rule = Rule(general, scale, normalize_qk, chunk, jnp.dtype(jnp.bfloat16) if low else accumulate)
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, k.shape[-1], value_dim), accumulate)
+    if initial_state is None:  # made from v, to be laid out over devices as v is
+        zeros = jnp.zeros_like(v[:, 0, :, None], accumulate)
+        initial_state = jnp.broadcast_to(zeros, (batch, heads, k.shape[-1], value_dim))
     padding = -time % chunk
     if padding:  # zeros are no-ops for both rules
         inputs, segment_ids = jax.tree.map(
