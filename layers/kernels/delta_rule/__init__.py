@@ -185,8 +185,8 @@ def summarize(
 ) -> Piece:
     """The effect of a stretch on the state that enters it: a transition (b, h, k, k) and a state (b, h, k, v).
 
-    The first real token of the stretch continues what came before; a stretch that starts a segment of its own has a
-    transition of zero.
+    The first real token of the stretch continues what came before; if a segment starts there, the caller sets
+    `transition` to zero.
     """
     v, state = _with_probe(k, v)
     options = {"log_decay": log_decay, "normalize_qk": normalize_k, "segment_ids": segment_ids, "impl": impl}

@@ -8,8 +8,8 @@ with L strictly lower triangular, so that the chunk acts on the state as S <- to
 W = (I + L)^-1 erase. A first part computes these for all chunks at once by batched products, a scan over the chunks
 carries the state (one product of k x k by k x v each), and a last part computes all outputs at once from the states.
 
-The backward pass keeps the inputs and the states at the starts of chunks. With dS' the gradient of the state leaving a
-chunk, that of the state entering it is
+The backward pass keeps the inputs, the states at the starts of chunks and (I + L)^-1. With dS' the gradient of the state
+leaving a chunk, that of the state entering it is
 
     dS = total dS' + M^T dS' + query^T do + W^T scores^T do,
 
