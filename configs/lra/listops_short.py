@@ -18,7 +18,7 @@ MODELS = {
         embedding_stddev=0.25,
     ),
     "attention": dict(
-        depth=4,
+        depth=2,
         pattern=("attention",),
         mixers={"attention": dict(heads=4, causal=False)},
         channel="mlp",
@@ -39,8 +39,8 @@ def get_config(arg: str = "mixer=s5") -> ConfigDict:
     config.seed = 0
     config.task = dict(name="listops", preset="short")
     config.model = dict(kind="classifier", width=64, **MODELS[mixer])
-    config.data = dict(bucket_bounds=(48, 72, 104, 200))
-    config.train = dict(batch_size=64, steps=1500, eval_every=0.5, log_every=25)
+    config.data = dict(bucket_bounds=(64, 104, 200))
+    config.train = dict(batch_size=64, steps=1000, eval_every=0.5, log_every=25)
     config.optimizer = dict(
         learning_rate=3e-3 if mixer == "s5" else 1e-3, weight_decay=0.04, warmup_steps=100, clip_norm=1.0
     )
