@@ -3,7 +3,9 @@
     python -m experiments.train --config=configs/lra/listops.py:mixer=s5 --workdir=runs/listops-s5
 
 The recipe of S5 (Smith et al. 2023): 8 layers of width 128, state of 16 in 8 blocks, bidirectional, BatchNorm before
-every layer, 40 epochs of batches of 50. Published test accuracy: 62.15.
+every layer, 40 epochs of batches of 50, but dropout 0.05 and a BatchNorm momentum of 0.99 instead of 0 and 0.95.
+Test accuracy with seed 0 on one H100: 60.80 (validation 60.95) after 489 s of training; published: 62.15. As published
+the same code gave 60.10. Curves and figures: experiments/results/listops_s5.
 
 `mixer=attention` is a Transformer of the same width (4 layers, 8 heads, RoPE, mean pooling); the one published with
 the benchmark reaches 36.37, which is what the root operator alone gives (36.8).

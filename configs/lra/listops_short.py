@@ -2,6 +2,8 @@
 
 python -m experiments.compare --config=configs/lra/listops_short.py --mixers=s5,attention --workdir=runs/first-look
 python -m experiments.train --config=configs/lra/listops_short.py:mixer=s5 --workdir=runs/short-s5
+
+Test accuracy with seed 0 after 1000 steps: S5 43.9, Transformer 34.5, root operator alone 23.0, majority class 12.0.
 """
 
 from ml_collections import ConfigDict

@@ -44,9 +44,7 @@ def continues(segment: Int[Array, "b"], segment_ids: Int[Array, "b t"] | None) -
     if segment_ids is None or segment_ids.shape[1] == 0:
         return jnp.ones(segment.shape, bool)
     index = jnp.argmax(segment_ids != 0, axis=1)
-    first = (
-        jnp.take_along_axis(segment_ids, index[:, None], axis=1)[:, 0]
-    )
+    first = jnp.take_along_axis(segment_ids, index[:, None], axis=1)[:, 0]
     return (segment == 0) | (first == 0) | (first == segment)
 
 
