@@ -23,9 +23,8 @@ import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 
 VERSION = 1  # raise when the sequences of a configuration change
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
@@ -216,25 +215,45 @@ def _open_blocks(config: ListOpsConfig, workers: int) -> Iterator[Iterator[list[
     if workers == 1:
         yield (draw_block(config, block) for block in itertools.count())
         return
-    # Spawned, not forked: a fork of a process in which JAX runs its threads can deadlock.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    pending = deque(pool.submit(draw_block, config, block) for block in range(2 * workers))
-
-    def in_order() -> Iterator[list[Record]]:
-        for block in itertools.count(2 * workers):
-            records = pending.popleft().result()
-            pending.append(pool.submit(draw_block, config, block))
-            yield records
-
+    # Spawned, not forked: a fork of a process in which JAX runs its threads can deadlock. A pipe for each worker,
+    # whose other end only that worker holds: if it dies in the middle of a block, reading ends instead of waiting.
+    context = multiprocessing.get_context("spawn")
+    processes, receivers = [], []
     try:
-        yield in_order()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a worker process that draws ListOps died: it was killed (out of memory?), or the script that asked for "
-            "the data does so at its top level; put that under `if __name__ == '__main__':`, or use workers=1"
-        ) from error
+        for first in range(workers):
+            receiver, sender = context.Pipe(duplex=False)
+            receivers.append(receiver)
+            with sender:
+                process = context.Process(
+                    target=_send_blocks, args=(config, sender, first, workers), daemon=True
+                )
+                process.start()
+            processes.append(process)
+        yield _receive_blocks(receivers)
     finally:
-        pool.shutdown(cancel_futures=True)
+        for process in processes:
+            process.kill()
+            process.join()
+        for receiver in receivers:
+            receiver.close()
+
+
+def _receive_blocks(receivers: Sequence[Connection]) -> Iterator[list[Record]]:
+    for receiver in itertools.cycle(receivers):
+        try:
+            records = receiver.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError(
+                "a worker process that draws ListOps died: it was killed (out of memory?), or the script that asked "
+                "for the data does so at its top level; put that under `if __name__ == '__main__':`, or use workers=1"
+            ) from error
+        yield records
+
+
+def _send_blocks(config: ListOpsConfig, sender: Connection, first: int, step: int) -> None:
+    """Work of one process: every `step`-th block, each drawn while the one before waits to be read."""
+    for block in itertools.count(first, step):
+        sender.send(draw_block(config, block))
 
 
 def draw_block(config: ListOpsConfig, block: int) -> list[Record]:
