@@ -29,6 +29,14 @@ def parameter(
     return nnx.Param(init(rngs.params(), shape, jnp.float32), group=group)
 
 
+class Constant(nnx.BatchStat):
+    """Float32 numbers that a layer draws or computes when it is made and that training leaves alone.
+
+    For what must be saved with the parameters (random features) or differs from layer to layer (slopes by depth): as a
+    variable it passes through checkpoints and through scans over layers like a running statistic.
+    """
+
+
 def group_of(variable: nnx.Variable) -> str:
     """The group that a parameter declared."""
     return variable.get_metadata().get("group", "default")

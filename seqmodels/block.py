@@ -28,6 +28,7 @@ class Block(nnx.Module):
     def __init__(self, config: StackConfig, layer: int, *, rngs: nnx.Rngs):
         self.config = config
         given = {"width": config.width, "dtype": jnp.dtype(config.dtype)}
+        given |= {"layer": layer, "depth": config.depth}
         mixer, options = config.mixer_of(layer)
         self.mixer = make_mixer(mixer, options, given=given, rngs=rngs)
         self.mixer_norm = self._norm(rngs)

@@ -71,7 +71,8 @@ class Stack(nnx.Module):
         x, (rest,) = run(
             x, ((params, rest),), segment_ids, None if keys is None else keys[layer : layer + 1], (graph,)
         )
-        nnx.update(self.blocks[layer], rest)
+        if keys is not None:
+            nnx.update(self.blocks[layer], rest)
         return x
 
     def _scan(self, x, segment_ids, keys, period, repeats):
@@ -92,7 +93,8 @@ class Stack(nnx.Module):
             return run(x, variables, segment_ids, keys, tuple(graphs))
 
         x, rests = jax.lax.scan(body, x, (tuple(stacked), keys))
-        for place, rest in enumerate(rests):
+        # Only training changes statistics; writing them back otherwise would make inference impure.
+        for place, rest in enumerate(rests if keys is not None else ()):
             for r in range(repeats):
                 nnx.update(self.blocks[place + r * period], jax.tree.map(lambda v, r=r: v[r], rest))
         return x

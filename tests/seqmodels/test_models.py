@@ -99,6 +99,13 @@ def test_training_updates_every_running_statistic_and_inference_none():
     np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_inference_may_close_over_a_model_inside_jit(scan):
+    model = build(CLASSIFIER, scan=scan)
+    logits = jax.jit(lambda tokens: model(tokens)[0])(TOKENS)
+    np.testing.assert_allclose(logits, model(TOKENS)[0], atol=1e-5)
+
+
 def test_dropout_follows_the_key():
     run = jitted(make())
     outputs = [run(TOKENS, segment_ids=IDS, key=jax.random.key(seed))[0] for seed in (0, 0, 1)]
