@@ -103,7 +103,7 @@ def test_training_updates_every_running_statistic_and_inference_none():
 def test_inference_may_close_over_a_model_inside_jit(scan):
     model = build(CLASSIFIER, scan=scan)
     logits = jax.jit(lambda tokens: model(tokens)[0])(TOKENS)
-    np.testing.assert_allclose(logits, model(TOKENS)[0], atol=1e-5)
+    np.testing.assert_allclose(logits, model(TOKENS)[0], rtol=1e-5)
 
 
 def test_dropout_follows_the_key():
