@@ -1,14 +1,12 @@
 """The short convolution inside mixers: a depthwise causal filter with its own parameters and carried inputs."""
 
-import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.kernels.short_conv import short_conv
-from layers.parameters import NO_DECAY, parameter
+from layers.parameters import NO_DECAY, Initializer, parameter
 from layers.typing import Array, Float, Int
 
 
@@ -16,7 +14,8 @@ class ShortConvolution(nnx.Module):
     """y_t = activation(bias + sum_j weight_j x_{t-(w-1)+j}), for every channel by itself; see `short_conv`.
 
     Part of a mixer rather than a mixer: its state holds the last w - 1 inputs, and the mixer that owns it remembers
-    which segment they belong to (`layers.mixers.carry`). Weights start uniform in +-1/sqrt(w), as in Mamba's code.
+    which segment they belong to (`layers.mixers.carry`). Weights (w, d) start uniform in +-1/sqrt(w), as in Mamba's code,
+    unless `init` draws them.
     """
 
     def __init__(
@@ -26,19 +25,15 @@ class ShortConvolution(nnx.Module):
         *,
         bias: bool = False,
         activation: str | None = "silu",
+        init: Initializer | None = None,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.activation, self.dtype = activation, dtype
-        bound = 1 / math.sqrt(taps)
-        self.weight = parameter(
-            rngs,
-            lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
-            (taps, width),
-        )
+        self.weight = parameter(rngs, init or _uniform_fan_in, (taps, width))
         self.bias = parameter(rngs, nnx.initializers.zeros_init(), (width,), **NO_DECAY) if bias else None
 
-    def init_state(self, batch_size: int) -> Float[Array, "b w-1 d"]:
+    def init_state(self, batch_size: int) -> Float[Array, "b memory d"]:
         """No inputs yet."""
         taps, width = self.weight.shape
         return jnp.zeros((batch_size, taps - 1, width), jnp.float32)
@@ -46,10 +41,10 @@ class ShortConvolution(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        state: Float[Array, "b w-1 d"] | None = None,
+        state: Float[Array, "b memory d"] | None = None,
         *,
         segment_ids: Int[Array, "b t"] | None = None,
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b w-1 d"]]:
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b memory d"]]:
         """The filtered input, and the last inputs; a state given here must already be that of the first segment."""
         return short_conv(
             x.astype(self.dtype),
@@ -59,3 +54,6 @@ class ShortConvolution(nnx.Module):
             initial_state=state,
             segment_ids=segment_ids,
         )
+
+
+_uniform_fan_in = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
