@@ -6,11 +6,17 @@ from typing import Any
 from flax import nnx
 
 from layers.mixers.attention import Attention, AttentionConfig
+from layers.mixers.gla import GLA, GLAConfig
+from layers.mixers.mamba import Mamba, MambaConfig
+from layers.mixers.mamba2 import Mamba2, Mamba2Config
 from layers.mixers.s5 import S5, S5Config
 from layers.registry import build
 
 MIXERS = {
     "attention": (AttentionConfig, Attention),
+    "gla": (GLAConfig, GLA),
+    "mamba": (MambaConfig, Mamba),
+    "mamba2": (Mamba2Config, Mamba2),
     "s5": (S5Config, S5),
 }
 

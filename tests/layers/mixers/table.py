@@ -12,5 +12,14 @@ MIXERS = {
     ),
     "attention": ("attention", {"heads": 4, "kv_heads": 2, "bias": True}),
     "attention-window": ("attention", {"heads": 2, "window": 5, "position": "none", "qk_norm": True}),
+    "attention-sinks": (
+        "attention",
+        {"heads": 2, "window": 4, "sink_tokens": 2, "sink_logits": True, "logit_cap": 5.0, "position": "alibi"},
+    ),
+    "attention-t5": ("attention", {"heads": 2, "position": "t5", "scale": 1.0}),
+    "attention-fire": ("attention", {"heads": 2, "position": {"name": "fire", "width": 4}}),
     "attention-bidirectional": ("attention", {"heads": 2, "causal": False, "head_dim": 6}),
+    "mamba": ("mamba", {"state_size": 4, "dt_rank": 3, "bias": True}),
+    "mamba2": ("mamba2", {"state_size": 4, "head_dim": 4, "groups": 2}),
+    "gla": ("gla", {"heads": 2, "gate_rank": 4}),
 }

@@ -1,0 +1,147 @@
+"""Heads of recurrent mixers: their sizes, the projections before them, the norm and the gate behind them, their state."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.mixers.convolution import ShortConvolution
+from layers.parameters import NO_DECAY, linear, parameter
+from layers.typing import Array, Float, Int
+
+GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
+
+
+class MemoryState(NamedTuple):
+    """The matrix memory of every head, float32, and the segment that it belongs to."""
+
+    memory: Float[Array, "b h k v"]
+    segment: Int[Array, "b"]
+
+
+class ConvolvedMemoryState(NamedTuple):
+    """The matrix memory of every head, the last inputs of a short convolution before it, and their segment."""
+
+    memory: Float[Array, "b h k v"]
+    inputs: Float[Array, "b w-1 d"]
+    segment: Int[Array, "b"]
+
+
+def head_size(field: str, given: int | None, config: Any, part: float = 1.0) -> int:
+    """Features of a head: as given, or an equal share of `part * config.width` for each of `config.heads`.
+
+    Raises:
+      ValueError: the share is not a whole number, or what is given (or heads) is below 1; names the config's field.
+    """
+    if config.heads < 1:
+        raise ValueError(f"heads={config.heads}; expected at least 1")
+    if given is not None:
+        if given < 1:
+            raise ValueError(f"{field}={given}; expected at least 1")
+        return given
+    size = part * config.width / config.heads
+    if size < 1 or not size.is_integer():
+        raise ValueError(
+            f"heads={config.heads} cannot share {part:g} x width={config.width} equally; "
+            f"choose heads that do, or set {field}"
+        )
+    return int(size)
+
+
+def split_heads(x: Float[Array, "b t d"], heads: int) -> Float[Array, "b t h k"]:
+    """Features cut into heads, head by head."""
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads)
+
+
+def join_heads(x: Float[Array, "b t h k"]) -> Float[Array, "b t d"]:
+    """The reverse of `split_heads`."""
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
+
+
+class HeadNorm(nnx.Module):
+    """Norm and gate behind the heads: y = scale o / sqrt(mean(o^2) + epsilon) * activation(gate), float32 inside.
+
+    The mean is over the features of a head and all heads share one scale.
+
+    Args:
+      size: features of a head.
+      gate: activation of the gate, "silu" or "sigmoid"; None for no gate.
+      affine: whether there is a scale.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        gate: str | None = None,
+        affine: bool = True,
+        epsilon: float = 1e-5,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.gate, self.epsilon, self.dtype = gate, epsilon, dtype
+        ones = nnx.initializers.ones_init()
+        self.scale = parameter(rngs, ones, (size,), **NO_DECAY) if affine else None
+
+    def __call__(
+        self, o: Float[Array, "b t h v"], gate: Float[Array, "b t d"] | None = None
+    ) -> Float[Array, "b t d"]:
+        """The heads, normalised, gated and joined."""
+        y = o.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        if self.scale is not None:
+            y = y * self.scale[...][None, None, None]
+        y = join_heads(y)
+        if self.gate is not None:
+            y = y * GATES[self.gate](gate.astype(jnp.float32))
+        return y.astype(self.dtype)
+
+
+class ConvolvedHeads(nnx.Module):
+    """Queries, keys and values of the delta rules: q, k, v = silu(conv(W x)), a causal filter for every channel.
+
+    One projection and one convolution for all three, in the order q, k, v. There are `key_heads` of q and k and
+    `value_heads` of v.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        key_heads: int,
+        value_heads: int,
+        key_dim: int,
+        value_dim: int,
+        taps: int,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.key_heads, self.value_heads = key_heads, value_heads
+        self.key_features = key_heads * key_dim
+        features = 2 * self.key_features + value_heads * value_dim
+        self.projection = linear(width, features, bias=False, dtype=dtype, rngs=rngs)
+        self.convolution = ShortConvolution(features, taps, dtype=dtype, rngs=rngs)
+
+    def init_state(self, batch_size: int) -> Float[Array, "b w-1 d"]:
+        """No inputs yet."""
+        return self.convolution.init_state(batch_size)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: Float[Array, "b w-1 n"] | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[
+        Float[Array, "b t g k"], Float[Array, "b t g k"], Float[Array, "b t h v"], Float[Array, "b w-1 n"]
+    ]:
+        """q, k, v by heads, and the last inputs of the convolution; see `ShortConvolution` for the state."""
+        features, last = self.convolution(self.projection(x), state, segment_ids=segment_ids)
+        q, k, v = jnp.split(features, [self.key_features, 2 * self.key_features], axis=-1)
+        return (
+            split_heads(q, self.key_heads),
+            split_heads(k, self.key_heads),
+            split_heads(v, self.value_heads),
+            last,
+        )

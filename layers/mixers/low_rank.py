@@ -1,0 +1,43 @@
+"""Low-rank maps, by which mixers make gates, decays and learning rates from their input."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.parameters import Initializer, linear
+from layers.typing import Array, Float
+
+_lecun_normal = nnx.initializers.lecun_normal()
+
+
+class LowRank(nnx.Module):
+    """y = activation(x W_1) W_2 + b with W_1 (d, rank) and W_2 (rank, outputs).
+
+    The first product is computed in `dtype`; the second, small one and the result are float32, for gates whose
+    logarithm is near zero.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        rank: int,
+        outputs: int,
+        *,
+        activation: Callable[[jax.Array], jax.Array] | None = None,
+        bias: bool = True,
+        init: tuple[Initializer, Initializer] = (_lecun_normal, _lecun_normal),
+        group: str = "default",
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
+        self.inner = linear(width, rank, bias=False, init=init[0], group=group, dtype=dtype, rngs=rngs)
+        self.outer = linear(rank, outputs, bias=bias, init=init[1], group=group, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t n"]:
+        """The map applied to every token."""
+        inner = self.inner(x).astype(jnp.float32)
+        return self.outer(inner if self.activation is None else self.activation(inner))

@@ -1,0 +1,56 @@
+"""Pieces of mixers written out in NumPy float64, for comparing a module with its equation."""
+
+import numpy as np
+
+
+def wide(parameter):
+    """A parameter as float64."""
+    return np.asarray(parameter[...], np.float64)
+
+
+def apply(linear, x):
+    """x W + b."""
+    y = x @ wide(linear.kernel)
+    return y if linear.bias is None else y + wide(linear.bias)
+
+
+def low_rank(module, x, activation=lambda v: v):
+    """activation(x W_1) W_2 + b."""
+    return apply(module.outer, activation(apply(module.inner, x)))
+
+
+def heads(x, count):
+    """(t, h k) -> (t, h, k)."""
+    return x.reshape(len(x), count, -1)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def rms(x, epsilon):
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + epsilon)
+
+
+def convolved(module, x):
+    """silu of the causal filter of every channel: q, k and v of the delta rules, each by heads."""
+    u, taps = x @ wide(module.projection.kernel), wide(module.convolution.weight)
+    y = np.zeros_like(u)
+    for j in range(len(taps)):
+        y[j:] += taps[-1 - j] * u[: len(u) - j]
+    n = module.key_features
+    q, k, v = np.split(silu(y), [n, 2 * n], axis=1)
+    return heads(q, module.key_heads), heads(k, module.key_heads), heads(v, module.value_heads)
+
+
+def by_row(function, x):
+    """Applies a function of (t, d) to every row of a float64 copy of x."""
+    return np.stack([function(row) for row in np.asarray(x, np.float64)])
