@@ -113,7 +113,7 @@ class _Training:
         self._bar = stack.enter_context(progress_bar(step=self._step, total=experiment.total_steps))
         self._stopwatch = Stopwatch(self._note.training_seconds)
         self._records = StepRecords(
-            functions.metric_names,
+            functions.train_metric_names,
             log_every=options.log_every,
             stopwatch=self._stopwatch,
             emit=self._write_steps,

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from layers.parameters import group_of
+from layers.parameters import AuxiliaryLoss, group_of
 from layers.typing import Array
 
 Path = tuple[str | int, ...]
@@ -95,6 +96,9 @@ class SplitModel:
             )
         self.parameters = _float32_arrays(parameters)
         self.statistics = _float32_arrays(statistics)
+        self._auxiliary = tuple(
+            path for path, v in nnx.to_flat_state(statistics) if isinstance(v, AuxiliaryLoss)
+        )
         self.declared_groups = {path: group_of(v) for path, v in nnx.to_flat_state(parameters)}
         if not self.parameters:
             raise ValueError("the model has no parameters")
@@ -103,6 +107,15 @@ class SplitModel:
     def num_parameters(self) -> int:
         """Numbers in all parameters."""
         return sum(array.size for array in self.parameters.values())
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """Whether a layer adds something to the loss of training."""
+        return bool(self._auxiliary)
+
+    def auxiliary_loss(self, statistics: Mapping[Path, Array]) -> Array:
+        """What the layers add to the mean loss, from the statistics after a call; 0 if that was no training."""
+        return sum((statistics[path] for path in self._auxiliary), jnp.zeros((), jnp.float32))
 
     def __call__(
         self,
@@ -113,6 +126,8 @@ class SplitModel:
         key: jax.Array | None,
     ) -> tuple[Array, dict[Path, Array]]:
         """The model's output on a batch, and the statistics after it; a key means training."""
+        # What an earlier step left must not be added again.
+        statistics = {**statistics, **{path: jnp.zeros((), jnp.float32) for path in self._auxiliary}}
         state = (traverse_util.unflatten_dict(dict(tree)) for tree in (parameters, statistics))
         model = nnx.merge(self._graph, *state)
         output, _ = model(batch["inputs"], segment_ids=batch.get("segment_ids"), key=key)

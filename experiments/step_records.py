@@ -83,7 +83,7 @@ class StepRecords:
         """Starts empty, or from what `save` returned.
 
         Args:
-          metric_names: of the task's sums.
+          metric_names: of the sums over examples.
           emit: called with the last step and the measurements of a line.
         """
         self._names = (*metric_names, *STEP_METRICS)

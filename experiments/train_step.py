@@ -1,7 +1,8 @@
 """The arithmetic of one training step and of one evaluation batch, as jitted functions.
 
-Both return their metrics as one float32 vector whose entries `metric_names` names: sums over examples, as the task
-gives them, then for a training step the global gradient norm, the learning rate and the number of real tokens.
+Both return their metrics as one float32 vector whose first entries `metric_names` names: sums over examples, as the
+task gives them. A training step goes on with the auxiliary loss of the model if it has one (see `layers.parameters`),
+again as a sum over examples, then the global gradient norm, the learning rate and the number of real tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from experiments.train_state import Layouts, TrainState
 from layers.typing import Array, Float
 
 Batch = Mapping[str, Array]
+AUXILIARY = "auxiliary_loss"
 STEP_METRICS = ("gradient_norm", "learning_rate", "tokens")
 
 
@@ -26,6 +28,7 @@ class StepFunctions:
 
     Attributes:
       metric_names: of the sums that the task gives.
+      train_metric_names: of all sums of a training step.
       train: (state, batch) -> (state, metrics). The state is donated.
       evaluate: (parameters, statistics, totals, batch) -> totals + metrics. The totals are donated.
     """
@@ -53,6 +56,7 @@ class StepFunctions:
         self._layout, self._statistics = layouts
         self._optimizer, self._devices, self._accumulate = optimizer, devices, accumulate
         self.metric_names = metric_names
+        self.train_metric_names = (*metric_names, *([AUXILIARY] if model.has_auxiliary_loss else []))
         self.train = jax.jit(self._train, donate_argnums=0, out_shardings=devices.replicated)
         self.evaluate = jax.jit(self._evaluate, donate_argnums=2, out_shardings=devices.replicated)
 
@@ -72,20 +76,23 @@ class StepFunctions:
             keep = self._optimizer.config.ema
             average = {name: keep * old + (1 - keep) * parameters[name] for name, old in average.items()}
         rate = self._optimizer.config.learning_rate * self._optimizer.schedule(state.step)
-        metrics = [*self._ordered(sums), norm, rate, count_tokens(batch)]
+        metrics = [*self._ordered(sums, self.train_metric_names), norm, rate, count_tokens(batch)]
         new = TrainState(state.step + 1, parameters, statistics, moments, average, state.key)
         return new, jnp.stack([jnp.asarray(metric, jnp.float32) for metric in metrics])
 
     def _gradients(
         self, state: TrainState, batch: Batch, key: Array
     ) -> tuple[Vectors, Vectors, dict[str, Array]]:
-        """Gradients of the sum of losses, statistics, and the task's sums, over all micro-batches."""
+        """Gradients of the sum of losses, statistics, and the sums of metrics, over all micro-batches."""
         arrays = self._layout.cut(state.parameters)
 
         def loss(arrays, statistics, batch, key):
             output, statistics = self._model(arrays, statistics, batch, key=key)
             _, sums = self._loss(output, batch)
-            return sums["loss"], (statistics, sums)
+            if not self._model.has_auxiliary_loss:
+                return sums["loss"], (statistics, sums)
+            auxiliary = self._model.auxiliary_loss(statistics) * sums["count"]
+            return sums["loss"] + auxiliary, (statistics, sums | {AUXILIARY: auxiliary})
 
         def add_micro_batch(carry, inputs):
             statistics, gradients, sums = carry
@@ -100,7 +107,7 @@ class StepFunctions:
 
         zeros = (
             jax.tree.map(jnp.zeros_like, state.parameters),
-            {name: jnp.zeros((), jnp.float32) for name in self.metric_names},
+            {name: jnp.zeros((), jnp.float32) for name in self.train_metric_names},
         )
         count = self._accumulate
         if count == 1:
@@ -127,10 +134,10 @@ class StepFunctions:
             self._layout.cut(parameters), self._statistics.cut(statistics), batch, key=None
         )
         _, sums = self._loss(output, batch)
-        return totals + jnp.stack(self._ordered(sums))
+        return totals + jnp.stack(self._ordered(sums, self.metric_names))
 
-    def _ordered(self, sums: dict[str, Array]) -> list[Array]:
-        return [sums[name] for name in self.metric_names]
+    def _ordered(self, sums: dict[str, Array], names: tuple[str, ...]) -> list[Array]:
+        return [sums[name] for name in names]
 
 
 def count_tokens(batch: Batch) -> Array:

@@ -37,6 +37,14 @@ class Constant(nnx.BatchStat):
     """
 
 
+class AuxiliaryLoss(nnx.BatchStat):
+    """A float32 scalar that a layer adds to the loss of training, such as the balance of a router, scaled as it counts.
+
+    The layer writes it in every call with a key; training adds the sum over all layers, once for every example. It is
+    zero before such a call and in inference.
+    """
+
+
 def group_of(variable: nnx.Variable) -> str:
     """The group that a parameter declared."""
     return variable.get_metadata().get("group", "default")

@@ -54,7 +54,8 @@ class Block(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t d"], Any]:
         """Runs the layer; the state is the mixer's. A key means training."""
-        norms = {"mask": None if segment_ids is None else segment_ids != 0, "training": key is not None}
+        mask = None if segment_ids is None else segment_ids != 0
+        norms = {"mask": mask, "training": key is not None}
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         pre = self.config.norm_position == "pre"
 
@@ -65,11 +66,11 @@ class Block(nnx.Module):
         def mix(u):
             y, out = self.mixer(u, state, segment_ids=segment_ids)
             if self.config.residual == "joint":
-                return self.channel(y, key=keys[0]), out
+                return self.channel(y, mask=mask, key=keys[0]), out
             return dropout(y, self.config.dropout, keys[0]), out
 
         def channel(u):
-            return dropout(self.channel(u, key=keys[1]), self.config.dropout, keys[2]), None
+            return dropout(self.channel(u, mask=mask, key=keys[1]), self.config.dropout, keys[2]), None
 
         x, new_state = residual(x, mix, self.mixer_norm)
         if self.channel_norm is not None:

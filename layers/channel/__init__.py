@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 
 from layers.channel.glu import GEGLU, GLU, MLP, MLPConfig
+from layers.channel.moe import MoE, MoEConfig
 from layers.channel.ssm_output import FullGLU, Gelu, HalfGLU1, HalfGLU2, OutputConfig
 from layers.registry import build
 
@@ -13,6 +14,7 @@ CHANNEL_MIXERS = {
     "mlp": (MLPConfig, MLP),
     "swiglu": (MLPConfig, GLU),
     "geglu": (MLPConfig, GEGLU),
+    "moe": (MoEConfig, MoE),
     "gelu": (OutputConfig, Gelu),
     "half_glu1": (OutputConfig, HalfGLU1),
     "half_glu2": (OutputConfig, HalfGLU2),

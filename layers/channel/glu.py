@@ -1,6 +1,7 @@
-"""Channel mixers: maps of every token by itself, `y = channel(x, key=None)` with x (b t d).
+"""Channel mixers: maps of every token by itself, `y = channel(x, mask=None, key=None)` with x (b t d).
 
-`key` is given only in training and draws the dropout inside.
+`mask` (b t) is true at real tokens; only what is averaged over tokens reads it. `key` is given only in training and
+draws the dropout inside.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from flax import nnx
 from layers.dropout import dropout
 from layers.parameters import linear
 from layers.registry import choose
-from layers.typing import Array, Float, Key
+from layers.typing import Array, Bool, Float, Key
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -55,7 +56,11 @@ class MLP(nnx.Module):
         self.down = linear(hidden, config.width, **options)
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, key: Key[Array, ""] | None = None
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        mask: Bool[Array, "b t"] | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
         """Maps every token; dropout acts on the hidden features."""
         return self.down(dropout(self.activation(self.up(x)), self.config.dropout, key))
@@ -74,7 +79,11 @@ class GLU(nnx.Module):
         self.down = linear(hidden, config.width, **options)
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, key: Key[Array, ""] | None = None
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        mask: Bool[Array, "b t"] | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
         """Maps every token; dropout acts on the hidden features."""
         return self.down(dropout(self.activation(self.gate(x)) * self.up(x), self.config.dropout, key))

@@ -19,7 +19,7 @@ from flax import nnx
 
 from layers.dropout import dropout
 from layers.parameters import linear
-from layers.typing import Array, Float, Key
+from layers.typing import Array, Bool, Float, Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,11 @@ class Gelu(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, key: Key[Array, ""] | None = None
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        mask: Bool[Array, "b t"] | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
         """Maps every token."""
         return dropout(jax.nn.gelu(x), self.config.dropout, key, shared_axes=(1,))
@@ -52,7 +56,11 @@ class _Gated(nnx.Module):
         self.gate = linear(config.width, config.width, dtype=config.dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, key: Key[Array, ""] | None = None
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        mask: Bool[Array, "b t"] | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
         """Maps every token."""
         inner, outer = (None, None) if key is None else jax.random.split(key)

@@ -46,6 +46,17 @@ def literal(name, m, x):
             return x * expit(apply(m.gate, gelu(x)))
         case "full_glu":
             return apply(m.value, gelu(x)) * expit(apply(m.gate, gelu(x)))
+        case "moe":
+            return np.stack([[mixture(m, token) for token in row] for row in x])
+
+
+def mixture(m, x):
+    logits = x @ np.asarray(m.router.kernel[...], np.float64)
+    p = np.exp(logits) / np.exp(logits).sum()
+    chosen = np.argsort(-p)[: m.config.top_k]
+    gate, up, down = (np.asarray(v[...], np.float64) for v in (m.gate, m.up, m.down))
+    outputs = [p[e] * (silu(x @ gate[e]) * (x @ up[e])) @ down[e] for e in chosen]
+    return sum(outputs) / p[chosen].sum()
 
 
 @pytest.mark.parametrize("name", CHANNEL_MIXERS)

@@ -1,0 +1,159 @@
+"""Mixture of experts: every token takes a few of many gated linear units, as a router chooses."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.channel.glu import GLU, MLPConfig
+from layers.dropout import dropout
+from layers.parameters import AuxiliaryLoss, linear, parameter
+from layers.typing import Array, Bool, Float, Int, Key
+
+# The leading axis counts experts: each starts as a matrix of its own.
+_lecun_normal = nnx.initializers.lecun_normal(batch_axis=(0,))
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Options of `MoE`.
+
+    Attributes:
+      width: d, features in and out.
+      experts: E, of which a token takes `top_k`.
+      top_k: k, experts of a token.
+      hidden: inner width of an expert; 8/3 width rounded up to a multiple of `multiple_of` if None.
+      shared: experts that every token takes besides, as one of `shared` times the inner width.
+      normalize: divide the weights of the chosen experts by their sum. Not with top_k=1, where the weight would always
+        be 1 and the router would learn nothing from the output.
+      balance: coefficient of the load-balancing loss.
+      z_loss: coefficient of the loss that keeps the router's logits small.
+      compute: "sorted" runs each expert on its own tokens (`jax.lax.ragged_dot`), "dense" every expert on all tokens;
+        the outputs are the same. None takes "dense" on a CPU, where ragged products are computed densely anyway, and
+        "sorted" elsewhere.
+      dropout: of hidden features, in training.
+      dtype: type of activations; the router computes in float32.
+    """
+
+    width: int
+    experts: int = 8
+    top_k: int = 2
+    hidden: int | None = None
+    shared: int = 0
+    normalize: bool = True
+    balance: float = 0.01
+    z_loss: float = 0.001
+    compute: Literal["sorted", "dense"] | None = None
+    multiple_of: int = 8
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"top_k={self.top_k}; expected 1 to experts={self.experts}")
+        if self.top_k == 1 and self.normalize:
+            raise ValueError(
+                "top_k=1 with normalize=True gives every expert the weight 1 and the router no gradient; "
+                "set normalize=False"
+            )
+        if self.shared < 0:
+            raise ValueError(f"shared={self.shared}; expected 0 or more")
+        for name in ("balance", "z_loss"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}; expected 0 or more")
+        if self.compute not in (None, "sorted", "dense"):
+            raise ValueError(f"compute={self.compute!r}; expected 'sorted', 'dense' or None")
+
+
+class MoE(nnx.Module):
+    """MoE: a mixture of experts that drops no token (Shazeer et al. 2017, arXiv:1701.06538).
+
+        p = softmax(W x)                                       E probabilities, float32
+        y = sum_{e in top-k of p} w_e GLU_e(x) + GLU_shared(x),    w_e = p_e or p_e / sum_{top-k} p
+        auxiliary = balance E sum_e f_e P_e + z_loss mean logsumexp(W x)^2
+
+    with GLU_e(x) = D_e (silu(G_e x) * U_e x). f_e is the fraction of the choices of all real tokens that fall on e and
+    P_e their mean probability: the sum is 1 / E when both are even (Fedus et al. 2022, arXiv:2101.03961); the last term
+    is from Zoph et al. 2022, arXiv:2202.08906.
+    """
+
+    def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        d, multiple = config.width, config.multiple_of
+        hidden = config.hidden or -(-(8 * d) // (3 * multiple)) * multiple
+        self.router = linear(d, config.experts, bias=False, rngs=rngs)
+        self.gate = parameter(rngs, _lecun_normal, (config.experts, d, hidden))
+        self.up = parameter(rngs, _lecun_normal, (config.experts, d, hidden))
+        self.down = parameter(rngs, _lecun_normal, (config.experts, hidden, d))
+        shared = MLPConfig(d, config.shared * hidden, dropout=config.dropout, dtype=config.dtype)
+        self.shared = GLU(shared, rngs=rngs) if config.shared else None
+        self.auxiliary = AuxiliaryLoss(jnp.zeros((), jnp.float32))
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        mask: Bool[Array, "b t"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "b t d"]:
+        """Maps every token; with a key also writes the auxiliary loss of the real tokens."""
+        config = self.config
+        keys = (None, None) if key is None else jax.random.split(key)
+        tokens = x.reshape(-1, config.width)
+        logits = jnp.matmul(
+            tokens.astype(jnp.float32), self.router.kernel[...], precision=jax.lax.Precision.HIGHEST
+        )
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        weights, chosen = jax.lax.top_k(probabilities, config.top_k)
+        if config.normalize:
+            weights = weights / weights.sum(-1, keepdims=True)
+        if key is not None:
+            real = jnp.ones(len(tokens), bool) if mask is None else mask.reshape(-1)
+            self.auxiliary[...] = self._auxiliary(logits, probabilities, chosen, real)
+        compute = config.compute or ("dense" if jax.default_backend() == "cpu" else "sorted")
+        run = self._dense if compute == "dense" else self._sorted
+        y = run(tokens.astype(config.dtype), weights, chosen, keys[0]).reshape(x.shape)
+        return y if self.shared is None else y + self.shared(x, key=keys[1])
+
+    def _auxiliary(
+        self,
+        logits: Float[Array, "n e"],
+        probabilities: Float[Array, "n e"],
+        chosen: Int[Array, "n k"],
+        real: Bool[Array, "n"],
+    ) -> Float[Array, ""]:
+        """The scaled losses of the router, averaged over real tokens."""
+        config = self.config
+        weight = real / jnp.maximum(real.sum(), 1)
+        load = jax.nn.one_hot(chosen, config.experts).mean(1)
+        balance = config.experts * jnp.sum((weight @ load) * (weight @ probabilities))
+        z = weight @ jnp.square(jax.nn.logsumexp(logits, axis=-1))
+        return config.balance * balance + config.z_loss * z
+
+    def _matrices(self) -> tuple[Array, Array, Array]:
+        return tuple(v[...].astype(self.config.dtype) for v in (self.gate, self.up, self.down))
+
+    def _dense(self, x, weights, chosen, key):
+        """Every expert on every token, those not chosen with weight zero."""
+        gate, up, down = self._matrices()
+        h = jax.nn.silu(jnp.einsum("nd,edh->enh", x, gate)) * jnp.einsum("nd,edh->enh", x, up)
+        h = dropout(h, self.config.dropout, key)
+        every = jnp.einsum("nk,nke->en", weights, jax.nn.one_hot(chosen, self.config.experts))
+        y = jnp.einsum("enh,ehd->end", h, down, preferred_element_type=jnp.float32)
+        return jnp.einsum("end,en->nd", y, every).astype(x.dtype)
+
+    def _sorted(self, x, weights, chosen, key):
+        """The pairs of a token and an expert in the order of experts, so that each works on one stretch of rows."""
+        k = self.config.top_k
+        gate, up, down = self._matrices()
+        order = jnp.argsort(chosen.reshape(-1), stable=True)
+        sizes = jnp.bincount(chosen.reshape(-1), length=self.config.experts)
+        # Repeated before it is permuted: the gradient is then a permutation and a sum, in an order that never changes.
+        rows = jnp.repeat(x, k, axis=0).at[order].get(unique_indices=True)
+        h = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
+        h = dropout(h, self.config.dropout, key)
+        y = jax.lax.ragged_dot(h, down, sizes, preferred_element_type=jnp.float32)
+        y = y.at[jnp.argsort(order)].get(unique_indices=True).reshape(-1, k, x.shape[-1])
+        return jnp.einsum("nkd,nk->nd", y, weights).astype(x.dtype)
