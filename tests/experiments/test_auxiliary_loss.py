@@ -26,8 +26,8 @@ def plan_of(*, accumulate=1, balance=BALANCE, **model):
     config["model"] = dict(
         kind="classifier",
         width=4,
-        depth=3,
-        pattern=("s5",),
+        depth=2,
+        pattern=("attention",),
         mixers=mixers,
         channel="moe",
         channels={"moe": moe},
