@@ -9,6 +9,7 @@ from layers.mixers.attention import Attention, AttentionConfig
 from layers.mixers.gla import GLA, GLAConfig
 from layers.mixers.mamba import Mamba, MambaConfig
 from layers.mixers.mamba2 import Mamba2, Mamba2Config
+from layers.mixers.s4d import S4D, S4DConfig
 from layers.mixers.s5 import S5, S5Config
 from layers.registry import build
 
@@ -17,6 +18,7 @@ MIXERS = {
     "gla": (GLAConfig, GLA),
     "mamba": (MambaConfig, Mamba),
     "mamba2": (Mamba2Config, Mamba2),
+    "s4d": (S4DConfig, S4D),
     "s5": (S5Config, S5),
 }
 

@@ -12,6 +12,7 @@ from layers import hippo
 from layers.kernels.linear_recurrence import linear_recurrence
 from layers.kernels.ssm_kernel.discretize import bilinear, zoh
 from layers.mixers.carry import check_inputs, continues, enter, next_segment, refuse_state
+from layers.mixers.state_space import check_steps, log_uniform
 from layers.parameters import parameter
 from layers.typing import Array, Complex, Float, Int
 
@@ -64,8 +65,7 @@ class S5Config:
             raise ValueError(
                 f"c_init={self.c_init!r}; expected lecun_normal, truncated_normal or complex_normal"
             )
-        if not 0 < self.dt_min <= self.dt_max:
-            raise ValueError(f"dt_min={self.dt_min}, dt_max={self.dt_max}; expected 0 < dt_min <= dt_max")
+        check_steps(self.dt_min, self.dt_max)
 
     @property
     def modes(self) -> int:
@@ -100,7 +100,7 @@ class S5(nnx.Module):
             jnp.asarray(np.stack([eigenvalues.real, eigenvalues.imag]), jnp.float32), group="ssm"
         )
         self.log_dt = parameter(
-            rngs, _log_uniform(config.dt_min, config.dt_max), (config.modes,), group="ssm/dt"
+            rngs, log_uniform(config.dt_min, config.dt_max), (config.modes,), group="ssm/dt"
         )
         self.b = parameter(rngs, _input_matrix(vectors), (2, config.modes, config.width), group="ssm/b")
         self.c = nnx.List(
@@ -170,11 +170,6 @@ def _block_diagonal_hippo(config: S5Config) -> tuple[np.ndarray, np.ndarray]:
     vectors = np.zeros((config.blocks, size, config.blocks, modes), complex)
     vectors[np.arange(config.blocks), :, np.arange(config.blocks)] = system.v
     return np.tile(system.eigenvalues, config.blocks), vectors.reshape(config.state_size, config.modes)
-
-
-def _log_uniform(low: float, high: float):
-    """Initialiser: the logarithm of a log-uniform number between low and high."""
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, np.log(low), np.log(high))
 
 
 def _input_matrix(vectors: np.ndarray):

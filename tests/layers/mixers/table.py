@@ -22,4 +22,9 @@ MIXERS = {
     "mamba": ("mamba", {"state_size": 4, "dt_rank": 3, "bias": True}),
     "mamba2": ("mamba2", {"state_size": 4, "head_dim": 4, "groups": 2}),
     "gla": ("gla", {"heads": 2, "gate_rank": 4}),
+    "s4d": ("s4d", {"state_size": 4, "init": "inv", "systems": 2}),
+    "s4d-bidirectional": ("s4d", {"state_size": 4, "bidirectional": True, "discretization": "bilinear"}),
 }
+
+# Mixers whose derivative with respect to later inputs is zero but for the rounding of Fourier transforms.
+BY_FOURIER_TRANSFORM = {"s4d"}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from layers.mixers import make_mixer
 from layers.parameters import group_of
-from tests.layers.mixers.table import MIXERS
+from tests.layers.mixers.table import BY_FOURIER_TRANSFORM, MIXERS
 
 WIDTH, BATCH, TIME = 8, 2, 24
 TOLERANCE = 2e-5
@@ -196,9 +196,11 @@ def test_causal_means_causal(entry):
     for t in (0, 4, 10):
         (reach,) = pullback(jnp.zeros_like(y).at[:, t].set(1.0))
         later = np.abs(np.asarray(reach[:, t + 1 :]))
-        assert np.abs(np.asarray(reach[:, : t + 1])).max() > 0
+        largest = np.abs(np.asarray(reach[:, : t + 1])).max()
+        assert largest > 0
         if causal(entry):
-            assert (later == 0).all(), f"output {t} depends on a later input"
+            rounding = 1e-6 * largest if MIXERS[entry][0] in BY_FOURIER_TRANSFORM else 0
+            assert (later <= rounding).all(), f"output {t} depends on a later input"
         else:
             assert later.max() > 0, "a mixer that says it is not causal should see later inputs"
 
