@@ -6,7 +6,10 @@ from typing import Any
 from flax import nnx
 
 from layers.mixers.attention import Attention, AttentionConfig
+from layers.mixers.deltanet import DeltaNet, DeltaNetConfig
+from layers.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from layers.mixers.gla import GLA, GLAConfig
+from layers.mixers.kda import KDA, KDAConfig
 from layers.mixers.mamba import Mamba, MambaConfig
 from layers.mixers.mamba2 import Mamba2, Mamba2Config
 from layers.mixers.s4d import S4D, S4DConfig
@@ -15,7 +18,10 @@ from layers.registry import build
 
 MIXERS = {
     "attention": (AttentionConfig, Attention),
+    "deltanet": (DeltaNetConfig, DeltaNet),
+    "gated_deltanet": (GatedDeltaNetConfig, GatedDeltaNet),
     "gla": (GLAConfig, GLA),
+    "kda": (KDAConfig, KDA),
     "mamba": (MambaConfig, Mamba),
     "mamba2": (Mamba2Config, Mamba2),
     "s4d": (S4DConfig, S4D),

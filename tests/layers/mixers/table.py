@@ -27,4 +27,7 @@ MIXERS = {
 }
 
 # Mixers whose derivative with respect to later inputs is zero but for the rounding of Fourier transforms.
-BY_FOURIER_TRANSFORM = {"s4d"}
+BY_FOURIER_TRANSFORM = {"s4d"    "deltanet": ("deltanet", {"heads": 2, "gate": True, "negative_eigenvalues": True}),
+    "gated_deltanet": ("gated_deltanet", {"heads": 1, "value_heads": 2, "key_dim": 4, "value_dim": 4}),
+    "kda": ("kda", {"heads": 2}),
+}

@@ -1,0 +1,26 @@
+"""Step sizes of discretised state spaces: how the bias inside their softplus starts."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from layers.parameters import Initializer
+
+
+def check_step_sizes(low: float, high: float) -> None:
+    """Raises ValueError unless 0 < low <= high."""
+    if not 0 < low <= high:
+        raise ValueError(f"dt_min={low}, dt_max={high}; expected 0 < dt_min <= dt_max")
+
+
+def step_size_bias(low: float, high: float, floor: float = 0.0) -> Initializer:
+    """Initialiser of b with softplus(b) log-uniform in [low, high] and at least `floor`."""
+
+    def init(key, shape, dtype):
+        logarithm = jax.random.uniform(key, shape, dtype, math.log(low), math.log(high))
+        dt = jnp.maximum(jnp.exp(logarithm), floor)
+        # The inverse of softplus, log(exp(dt) - 1), without the difference of nearly equal numbers.
+        return dt + jnp.log(-jnp.expm1(-dt))
+
+    return init
