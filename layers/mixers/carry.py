@@ -4,12 +4,13 @@ A mixer's state remembers the id of the last real token of every row, 0 while th
 that segment if its first real token has the same id, or if it brings no ids; otherwise its state starts from zero.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.segments import last_real_id
+from layers.kernels.attention.options import segment_positions
+from layers.kernels.segments import last_real_id, segment_numbers
 from layers.typing import Array, Bool, Int, Num
 
 
@@ -62,3 +63,55 @@ def next_segment(
 def enter(state: Num[Array, "b *s"], keep: Bool[Array, "b"]) -> Num[Array, "b *s"]:
     """The carried state where it is kept, zero elsewhere."""
     return jnp.where(jnp.expand_dims(keep, tuple(range(1, state.ndim))), state, 0)
+
+
+class Place(NamedTuple):
+    """Where the rows of a batch stand.
+
+    Attributes:
+      segment: id of the last real token of each row, 0 before there is one.
+      number: segments begun in each row.
+      position: real tokens of the current segment so far.
+    """
+
+    segment: Int[Array, "b"]
+    number: Int[Array, "b"]
+    position: Int[Array, "b"]
+
+
+def start(batch_size: int) -> Place:
+    """The place before the first token."""
+    zero = jnp.zeros(batch_size, jnp.int32)
+    return Place(zero, zero, zero)
+
+
+def walk(
+    place: Place, segment_ids: Int[Array, "b t"] | None, shape: tuple[int, int]
+) -> tuple[Int[Array, "b t"], Int[Array, "b t"], Place]:
+    """Number of the segment, counted over all calls, and position in it of every new token; and the new place.
+
+    Padding has number 0.
+    """
+    ids = jnp.ones(shape, jnp.int32) if segment_ids is None else segment_ids
+    going_on = continues(place.segment, segment_ids) & (place.number > 0)
+    here = segment_numbers(ids)
+    numbers = jnp.where(here == 0, 0, here + (place.number - going_on)[:, None])
+    first = going_on[:, None] & (here == 1)
+    positions = segment_positions(ids) + jnp.where(first, place.position[:, None], 0)
+    last = jnp.where(here != 0, jnp.arange(shape[1])[None], -1).max(1, initial=-1)
+
+    def at_last(values, before):
+        if shape[1] == 0:
+            return before
+        picked = jnp.take_along_axis(values, jnp.maximum(last, 0)[:, None], axis=1)[:, 0]
+        return jnp.where(last >= 0, picked, before)
+
+    return (
+        numbers,
+        positions,
+        Place(
+            next_segment(place.segment, segment_ids, shape[1]),
+            at_last(numbers, place.number),
+            at_last(positions + 1, place.position),
+        ),
+    )

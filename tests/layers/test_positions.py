@@ -1,11 +1,14 @@
-"""Rotary positions."""
+"""Encodings of position against their equations in NumPy."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from layers.positions import rotary
+from layers.positions import Position, Rotary, read_position, rotary, sinusoidal
+from layers.positions.relative import alibi_slopes, relative_buckets
+from layers.positions.rotary import rotary_frequencies
 
 
 def test_is_a_rotation_in_the_complex_plane():
@@ -27,3 +30,98 @@ def test_products_depend_on_distance_alone():
 def test_an_odd_head_is_refused():
     with pytest.raises(ValueError, match="even head size, got 5"):
         rotary(jnp.zeros((1, 2, 1, 5)), jnp.zeros((1, 2), jnp.int32))
+
+
+def test_part_of_a_head_is_turned():
+    x = jax.random.normal(jax.random.key(0), (1, 5, 2, 8))
+    positions = jnp.arange(5)[None]
+    got = rotary(x, positions, Rotary(fraction=0.5))
+    np.testing.assert_array_equal(got[..., 4:], x[..., 4:])
+    np.testing.assert_allclose(got[..., :4], rotary(x[..., :4], positions), atol=1e-6)
+
+
+def test_linear_scaling_squeezes_positions():
+    x = jax.random.normal(jax.random.key(0), (1, 9, 1, 8))
+    got = rotary(x, 4 * jnp.arange(9)[None], Rotary(scaling="linear", factor=4.0))
+    np.testing.assert_allclose(got, rotary(x, jnp.arange(9)[None]), atol=1e-5)
+
+
+def test_ntk_keeps_the_fastest_pair_and_divides_the_slowest():
+    plain, scaled = (rotary_frequencies(64, Rotary(**o)) for o in ({}, {"scaling": "ntk", "factor": 8.0}))
+    assert scaled[0] == plain[0]
+    np.testing.assert_allclose(scaled[-1], plain[-1] / 8)
+    assert (np.diff(plain / scaled) > 0).all()
+
+
+def test_yarn_ramps_between_the_pairs_that_turn_32_times_and_once():
+    # For 128 features and a length of 2048 these are pairs 16 and 41.
+    rope = Rotary(scaling="yarn", factor=16.0, length=2048)
+    ratio = rotary_frequencies(128, Rotary()) / rotary_frequencies(128, rope)
+    np.testing.assert_allclose(ratio[:17], 1)
+    np.testing.assert_allclose(ratio[41:], 16)
+    assert (np.diff(ratio[16:42]) > 0).all()
+    assert rope.gain == pytest.approx(0.1 * np.log(16) + 1)
+    x = jax.random.normal(jax.random.key(0), (1, 3, 1, 128))
+    turned = rotary(x, jnp.arange(3)[None], rope)
+    np.testing.assert_allclose(jnp.linalg.norm(turned), rope.gain * jnp.linalg.norm(x), rtol=1e-5)
+
+
+def test_alibi_slopes():
+    np.testing.assert_allclose(alibi_slopes(8), 2.0 ** -np.arange(1, 9))
+    np.testing.assert_allclose(alibi_slopes(12)[8:], 2.0 ** -np.array([0.5, 1.5, 2.5, 3.5]))
+    assert alibi_slopes(1) == 2.0**-8
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_buckets_against_the_formula(bidirectional):
+    relative = np.arange(-300, 301)
+    got = relative_buckets(jnp.asarray(relative), bidirectional=bidirectional, buckets=32, max_distance=128)
+    for where, bucket in zip(relative, np.asarray(got), strict=True):
+        distance = abs(where) if bidirectional else max(-where, 0)
+        half = 16 if bidirectional else 32
+        want = distance
+        if distance >= half // 2:
+            growth = np.log(distance / (half / 2)) / np.log(128 / (half / 2))
+            want = min(half - 1, half // 2 + int(growth * half / 2 + 1e-9))
+        assert bucket == want + (16 if bidirectional and where > 0 else 0), where
+
+
+def test_t5_bias_is_one_number_a_head_and_bucket():
+    position = Position(read_position("t5"), width=16, heads=3, causal=True, rngs=nnx.Rngs(0))
+    bias = position.bias(jnp.array([[7, 200]]), jnp.array([[7, 4, 0]]))
+    table = np.asarray(position.table[...])
+    np.testing.assert_array_equal(bias[0, :, 0], table[[0, 3, 7]].T)
+    np.testing.assert_array_equal(bias[0, :, 1], table[[31, 31, 31]].T)
+    assert 0.5 < table.std() * 4 < 1.5
+
+
+def test_fire_against_the_equation():
+    position = Position(
+        read_position({"name": "fire", "width": 5, "length": 6.0}),
+        width=16,
+        heads=3,
+        causal=True,
+        rngs=nnx.Rngs(0),
+    )
+    position.curvature[...], position.multiplier[...] = -0.7, -0.5
+    got = position.bias(jnp.arange(10)[None], jnp.arange(10)[None])
+    weights = [np.asarray(w[...], np.float64) for w in (position.hidden.kernel, position.hidden.bias)]
+    out = [np.asarray(w[...], np.float64) for w in (position.output.kernel, position.output.bias)]
+    for i in range(10):
+        for j in range(i + 1):
+            place = np.log(0.7 * (i - j) + 1) / (np.log(0.7 * max(i, 3.0) + 1) + 1e-6)
+            want = np.maximum(place * weights[0][0] + weights[1], 0) @ out[0] + out[1]
+            np.testing.assert_allclose(got[0, :, i, j], want, atol=1e-5)
+
+
+def test_fire_needs_causality():
+    with pytest.raises(ValueError, match="needs causal=True"):
+        Position(read_position("fire"), width=8, heads=2, causal=False, rngs=nnx.Rngs(0))
+
+
+def test_sinusoids_against_the_equation():
+    got = np.asarray(sinusoidal(jnp.array([[0, 3, 70]]), 7))
+    for t, p in enumerate((0, 3, 70)):
+        for i in range(7):
+            angle = p * 10_000.0 ** (-(i // 2 * 2) / 7)
+            assert got[0, t, i] == pytest.approx(np.cos(angle) if i % 2 else np.sin(angle), abs=1e-5)

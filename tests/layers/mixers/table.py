@@ -30,4 +30,6 @@ MIXERS = {
 BY_FOURIER_TRANSFORM = {"s4d"    "deltanet": ("deltanet", {"heads": 2, "gate": True, "negative_eigenvalues": True}),
     "gated_deltanet": ("gated_deltanet", {"heads": 1, "value_heads": 2, "key_dim": 4, "value_dim": 4}),
     "kda": ("kda", {"heads": 2}),
+    "lru": ("lru", {"state_size": 4}),
+    "rg-lru": ("rg_lru", {"heads": 2, "state_size": 6}),
 }

@@ -28,7 +28,7 @@ def literal(model, x):
         for name in ("query", "key", "value", "output")
     }
     size, time = config.size, x.shape[1]
-    turn = np.exp(1j * np.arange(time)[:, None] * config.rope_base ** (-np.arange(0, size, 2) / size))
+    turn = np.exp(1j * np.arange(time)[:, None] * config.position.base ** (-np.arange(0, size, 2) / size))
 
     def rotate(v):
         pairs = (v[:, : size // 2] + 1j * v[:, size // 2 :]) * turn
@@ -59,7 +59,13 @@ def literal(model, x):
         {"heads": 2},
         {"heads": 4, "kv_heads": 2, "causal": False},
         {"heads": 4, "kv_heads": 1, "window": 3},
-        {"heads": 1, "head_dim": 4, "causal": False, "window": 2, "rope_base": 100.0},
+        {
+            "heads": 1,
+            "head_dim": 4,
+            "causal": False,
+            "window": 2,
+            "position": {"name": "rope", "base": 100.0},
+        },
     ],
 )
 def test_equals_the_equation(options):
@@ -88,7 +94,7 @@ def test_tokens_beyond_the_cache_are_nan_and_the_others_right():
 def test_a_window_keeps_a_cache_of_its_size_for_any_length():
     model = make(heads=2, window=4)
     state = model.init_state(2)
-    assert state.k.shape[1] == 4
+    assert state.numbers.shape[1] == 4
     want, _ = model(inputs(40))
     outputs = []
     for start in range(0, 40, 5):
@@ -107,11 +113,97 @@ def test_a_cache_needs_a_length():
     [
         ({"heads": 3}, "heads=3 does not divide width=8"),
         ({"heads": 4, "kv_heads": 3}, "kv_heads=3 does not divide heads=4"),
-        ({"heads": 8}, "head_dim=1 is odd"),
+        ({"heads": 8}, "head_dim=1: .*even head size"),
         ({"heads": 2, "window": 0}, "window=0"),
-        ({"heads": 2, "position": "learnt"}, "position='learnt'"),
+        ({"heads": 2, "position": "learnt"}, "unknown position 'learnt'"),
+        ({"heads": 2, "position": {"name": "rope", "bass": 10.0}}, "did you mean 'base'"),
+        ({"heads": 2, "position": {"name": "rope", "factor": 2.0}}, "factor=2.0 with scaling='none'"),
+        (
+            {"heads": 2, "position": {"name": "rope", "scaling": "yarn", "factor": 2.0}},
+            "yarn needs the length",
+        ),
+        ({"heads": 2, "sink_tokens": 2}, "sink_tokens=2 with window=None"),
+        ({"heads": 2, "logit_cap": -1.0}, "logit_cap=-1.0"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         AttentionConfig(width=WIDTH, **options)
+
+
+def biased(model, x, add, seen, sink=None):
+    """Softmax attention of full heads in float64 with `add` (h, t, t) on the logits and a mask `seen`."""
+    x, size, heads = np.asarray(x, np.float64), model.config.size, model.config.heads
+    q, k, v, out = (
+        np.asarray(getattr(model, n).kernel[...], np.float64) for n in ("query", "key", "value", "output")
+    )
+    scale = 1 / np.sqrt(size) if model.config.scale is None else model.config.scale
+    rows = []
+    for row in x:
+        parts = []
+        for head in range(heads):
+            part = slice(head * size, (head + 1) * size)
+            logits = scale * (row @ q[:, part]) @ (row @ k[:, part]).T
+            if model.config.logit_cap is not None:
+                logits = model.config.logit_cap * np.tanh(logits / model.config.logit_cap)
+            weights = np.exp(logits + add[head]) * seen
+            total = weights.sum(1, keepdims=True) + (0 if sink is None else np.exp(sink[head]))
+            parts.append(weights / total @ (row @ v[:, part]))
+        rows.append(np.concatenate(parts, 1) @ out)
+    return np.stack(rows)
+
+
+def test_window_with_sinks_sink_logits_cap_and_slopes_against_the_equation():
+    model = make(
+        heads=2, window=4, sink_tokens=2, sink_logits=True, logit_cap=0.5, position="alibi", scale=0.9
+    )
+    model.sinks[...] = jnp.array([0.3, -1.0])
+    i, j = np.indices((TIME, TIME))
+    add = -np.array([2.0**-4, 2.0**-8])[:, None, None] * abs(i - j)
+    seen = (j <= i) & ((i - j < 4) | (j < 2))
+    want = biased(model, inputs(), add, seen, sink=[0.3, -1.0])
+    np.testing.assert_allclose(model(inputs())[0], want, atol=2e-6)
+
+
+@pytest.mark.parametrize("position", ["t5", "fire"])
+@pytest.mark.parametrize("time", [11, 150])
+def test_biases_are_added_block_by_block(position, time):
+    """150 queries are two blocks."""
+    model = make(heads=2, position=position)
+    i, j = np.indices((time, time))
+    at = jnp.arange(time)[None]
+    add = np.asarray(model.position.bias(at, at)[0], np.float64)
+    assert add.std() > 0.01
+    want = biased(model, inputs(time), add, j <= i)
+    np.testing.assert_allclose(model(inputs(time))[0], want, atol=5e-6)
+
+
+def test_a_bias_by_blocks_in_packed_rows_and_its_gradient():
+    model = make(heads=2, position="t5")
+    x, ids = inputs(150), jnp.where(jnp.arange(150) < 70, 1, 2)[None].repeat(2, 0)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, x, ids):
+        y, _ = nnx.merge(graph, params, rest, copy=True)(x, segment_ids=ids)
+        return jnp.sum(y * x), y
+
+    gradient, packed = jax.grad(loss, has_aux=True)(params, x, ids)
+    pieces = [jax.grad(loss, has_aux=True)(params, part, None) for part in (x[:, :70], x[:, 70:])]
+    np.testing.assert_allclose(packed, jnp.concatenate([y for _, y in pieces], 1), atol=2e-6)
+    for whole, one, two in zip(*map(jax.tree.leaves, (gradient, pieces[0][0], pieces[1][0])), strict=True):
+        np.testing.assert_allclose(whole, one + two, atol=2e-4)
+
+
+def test_sinks_of_a_segment_stay_in_the_cache():
+    model = make(heads=2, window=3, sink_tokens=2)
+    state = model.init_state(2)
+    assert state.numbers.shape[1] == 5
+    ids = jnp.where(jnp.arange(30) < 13, 1, 2)[None].repeat(2, 0)
+    want, _ = model(inputs(30), segment_ids=ids)
+    outputs = []
+    for start in range(0, 30, 4):
+        cut = slice(start, start + 4)
+        y, state = model(inputs(30)[:, cut], state, segment_ids=ids[:, cut])
+        outputs.append(y)
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), want, atol=1e-6)
+    np.testing.assert_array_equal(state.positions[:, :2], [[0, 1]] * 2)

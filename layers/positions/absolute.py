@@ -1,0 +1,22 @@
+"""Absolute positions as vectors to add to embeddings."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from layers.typing import Array, Float, Int
+
+
+def sinusoidal(positions: Int[Array, "b t"], width: int, base: float = 10_000.0) -> Float[Array, "b t d"]:
+    """Sines and cosines, in turn (Vaswani et al. 2017, arXiv:1706.03762).
+
+        y_{2i} = sin(position base^(-2i/d)),  y_{2i+1} = cos(position base^(-2i/d))
+
+    Args:
+      positions: of the tokens, from 0.
+      width: d; an odd width ends with a sine.
+      base: the slowest pair repeats after about 2 pi base tokens.
+    """
+    frequency = jnp.asarray(base ** (-np.arange(0, width, 2) / width), jnp.float32)
+    angle = positions[:, :, None].astype(jnp.float32) * frequency[None, None]
+    pairs = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    return pairs.reshape(*positions.shape, -1)[..., :width]

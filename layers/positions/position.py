@@ -1,0 +1,137 @@
+"""How attention knows positions: an option of its mixers, chosen by name."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.parameters import NO_DECAY, linear, parameter
+from layers.positions.relative import alibi_slopes, fire_interpolation, relative_buckets
+from layers.positions.rotary import Rotary, rotary
+from layers.registry import choose, make_config
+from layers.typing import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class NoPosition:
+    """No signal of position, beside causality (NoPE, Kazemnejad et al. 2023, arXiv:2305.19466)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Alibi:
+    """Logits fall linearly with distance, by a slope for every head; see `alibi_slopes`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Bias:
+    """A learned number for every head and bucket of relative positions is added; see `relative_buckets`.
+
+    Attributes:
+      buckets: in all.
+      max_distance: from which on all share a bucket.
+    """
+
+    buckets: int = 32
+    max_distance: int = 128
+
+    def __post_init__(self) -> None:
+        if self.buckets < 4 or self.buckets % 4:
+            raise ValueError(f"buckets={self.buckets}; expected a multiple of 4")
+        if self.max_distance <= self.buckets // 2:
+            raise ValueError(
+                f"max_distance={self.max_distance}; expected more than half of buckets={self.buckets}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fire:
+    """A small network of the relative position, divided by the query's, is added; see `fire_interpolation`.
+
+    Attributes:
+      width: hidden units.
+      length: positions below it are divided by this, times a learned number, instead of by the query's.
+      curvature: initial value of the learned factor inside the logarithm.
+    """
+
+    width: int = 32
+    length: float = 512.0
+    curvature: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("width", "length", "curvature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}; expected more than 0")
+
+
+POSITIONS = {"none": NoPosition, "rope": Rotary, "alibi": Alibi, "t5": T5Bias, "fire": Fire}
+PositionConfig = NoPosition | Rotary | Alibi | T5Bias | Fire
+
+
+def read_position(position: Any) -> PositionConfig:
+    """The options that a name, or a mapping with a key "name", stands for.
+
+    Raises:
+      ValueError: unknown name or option (with a suggestion), or impossible values.
+    """
+    if isinstance(position, PositionConfig):
+        return position
+    options = dict(position) if isinstance(position, Mapping) else {"name": position}
+    name = options.pop("name", None)
+    return make_config(f"position {name!r}", choose("position", POSITIONS, name), options)
+
+
+class Position(nnx.Module):
+    """Rotates queries and keys, gives slopes, or computes a bias: at most one of the three, by its config."""
+
+    def __init__(self, config: PositionConfig, *, width: int, heads: int, causal: bool, rngs: nnx.Rngs):
+        self.config, self.heads, self.causal = config, heads, causal
+        if isinstance(config, T5Bias):
+            init = nnx.initializers.normal(1 / math.sqrt(width))
+            self.table = parameter(rngs, init, (config.buckets, heads), **NO_DECAY)
+        elif isinstance(config, Fire):
+            if not causal:
+                raise ValueError("position='fire' divides by the query's position and needs causal=True")
+            self.hidden = linear(1, config.width, rngs=rngs)
+            self.output = linear(config.width, heads, rngs=rngs)
+            self.curvature = parameter(rngs, nnx.initializers.constant(config.curvature), (), **NO_DECAY)
+            self.multiplier = parameter(rngs, nnx.initializers.ones_init(), (), **NO_DECAY)
+
+    def rotate(self, x: Float[Array, "b t h k"], positions: Int[Array, "#b t"]) -> Float[Array, "b t h k"]:
+        """Queries or keys, turned if positions are rotary."""
+        return rotary(x, positions, self.config) if isinstance(self.config, Rotary) else x
+
+    @property
+    def slopes(self) -> Float[Array, "h"] | None:
+        """ALiBi's slopes."""
+        return jnp.asarray(alibi_slopes(self.heads)) if isinstance(self.config, Alibi) else None
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether `bias` gives one."""
+        return isinstance(self.config, T5Bias | Fire)
+
+    def bias(
+        self, q_positions: Int[Array, "b t"], kv_positions: Int[Array, "b s"]
+    ) -> Float[Array, "b h t s"]:
+        """What T5 and FIRE add to the logits, float32; memory b h t s."""
+        config = self.config
+        if isinstance(config, T5Bias):
+            relative = kv_positions[:, None, :] - q_positions[:, :, None]
+            bucket = relative_buckets(
+                relative,
+                bidirectional=not self.causal,
+                buckets=config.buckets,
+                max_distance=config.max_distance,
+            )
+            return jnp.moveaxis(self.table[...][bucket], 3, 1)
+        place = fire_interpolation(
+            q_positions,
+            kv_positions,
+            curvature=self.curvature[...],
+            threshold=jnp.abs(self.multiplier[...]) * config.length,
+        )
+        return jnp.moveaxis(self.output(jax.nn.relu(self.hidden(place[..., None]))), 3, 1)

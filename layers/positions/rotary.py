@@ -1,0 +1,126 @@
+"""Rotary positions, and their rescalings to sequences longer than those trained on."""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from layers.typing import Array, Float, Int
+
+SCALINGS = ("none", "linear", "ntk", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Options of `rotary`.
+
+    Attributes:
+      base: the slowest pair turns once in about 2 pi base tokens.
+      fraction: of the features of a head that are turned, from the first on; the others carry no position.
+      scaling: how frequencies change for sequences `factor` times as long as those trained on: "linear" divides all
+        (Chen et al. 2023, arXiv:2306.15595), "ntk" raises the base to base * factor^(k/(k-2)), "yarn" divides only
+        those that turn a few times within `length` (Peng et al. 2023, arXiv:2309.00071).
+      factor: see `scaling`; at least 1.
+      length: yarn: the length trained on.
+      fast, slow: yarn: pairs that turn more than `fast` times within `length` keep their frequency, those that turn
+        fewer than `slow` times have it divided, and those between are mixed linearly in their number.
+      amplitude: factor on turned queries and keys, hence squared on logits; if None 0.1 log(factor) + 1 for yarn and 1
+        otherwise.
+    """
+
+    base: float = 10_000.0
+    fraction: float = 1.0
+    scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
+    factor: float = 1.0
+    length: int | None = None
+    fast: float = 32.0
+    slow: float = 1.0
+    amplitude: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.scaling not in SCALINGS:
+            raise ValueError(f"scaling={self.scaling!r}; expected one of {', '.join(SCALINGS)}")
+        if self.base <= 1:
+            raise ValueError(f"base={self.base}; expected more than 1")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction={self.fraction}; expected 0 < fraction <= 1")
+        if self.factor < 1 or (self.factor > 1 and self.scaling == "none"):
+            raise ValueError(
+                f"factor={self.factor} with scaling={self.scaling!r}; expected at least 1, and 1 without scaling"
+            )
+        if (self.length is None) == (self.scaling == "yarn"):
+            raise ValueError(
+                f"length={self.length} with scaling={self.scaling!r}; yarn needs the length trained on, others take none"
+            )
+        if self.fast <= self.slow:
+            raise ValueError(f"fast={self.fast} and slow={self.slow}; expected fast > slow")
+
+    def size(self, features: int) -> int:
+        """How many of the features of a head are turned.
+
+        Raises:
+          ValueError: not an even, positive number.
+        """
+        size = int(features * self.fraction)
+        if size % 2 or size == 0:
+            raise ValueError(
+                f"rotary positions need an even head size, got {size} ({self.fraction} of {features})"
+            )
+        return size
+
+    @property
+    def gain(self) -> float:
+        """The amplitude, or its default."""
+        if self.amplitude is not None:
+            return self.amplitude
+        return 0.1 * math.log(self.factor) + 1 if self.scaling == "yarn" else 1.0
+
+
+def rotary_frequencies(size: int, rope: Rotary) -> np.ndarray:
+    """Angle that each of the size/2 pairs turns per token, float64."""
+    exponent = np.arange(0, size, 2) / size
+    base = rope.base
+    if rope.scaling == "ntk":
+        if size == 2:
+            raise ValueError("scaling='ntk' needs at least two pairs of features to turn, got one")
+        base *= rope.factor ** (size / (size - 2))
+    frequency = base**-exponent
+    if rope.scaling == "linear":
+        return frequency / rope.factor
+    if rope.scaling != "yarn":
+        return frequency
+
+    def pair_that_turns(times: float) -> float:
+        return size * math.log(rope.length / (2 * math.pi * times)) / (2 * math.log(rope.base))
+
+    low = max(math.floor(pair_that_turns(rope.fast)), 0)
+    high = min(math.ceil(pair_that_turns(rope.slow)), size - 1)
+    # One pair at least lies between, as in the authors' code.
+    divided = np.clip((np.arange(size // 2) - low) / max(high - low, 1e-3), 0, 1)
+    return frequency * (1 - divided) + frequency / rope.factor * divided
+
+
+def rotary(
+    x: Float[Array, "b t h k"], positions: Int[Array, "#b t"], rope: Rotary | float = 10_000.0
+) -> Float[Array, "b t h k"]:
+    """RoPE (Su et al. 2021, arXiv:2104.09864): turns the pair (x_i, x_{i + k/2}) by the angle position * base^(-2i/k).
+
+    Args:
+      x: queries or keys; the number of turned features is even.
+      positions: of the tokens, from 0; an axis of size 1 stands for all rows.
+      rope: options; a number is the base of plain RoPE.
+
+    Raises:
+      ValueError: an odd number of features would be turned.
+    """
+    rope = rope if isinstance(rope, Rotary) else Rotary(base=rope)
+    size = rope.size(x.shape[-1])
+    frequency = jnp.asarray(rotary_frequencies(size, rope), jnp.float32)
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
+    cos, sin = rope.gain * jnp.cos(angle), rope.gain * jnp.sin(angle)
+    first, second = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turned = turned.astype(x.dtype)
+    return turned if size == x.shape[-1] else jnp.concatenate([turned, x[..., size:]], axis=-1)
