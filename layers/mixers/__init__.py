@@ -10,8 +10,13 @@ from layers.mixers.deltanet import DeltaNet, DeltaNetConfig
 from layers.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from layers.mixers.gla import GLA, GLAConfig
 from layers.mixers.kda import KDA, KDAConfig
+from layers.mixers.lightning_attention import LightningAttention, LightningAttentionConfig
+from layers.mixers.lru import LRU, LRUConfig
 from layers.mixers.mamba import Mamba, MambaConfig
 from layers.mixers.mamba2 import Mamba2, Mamba2Config
+from layers.mixers.retnet import RetNet, RetNetConfig
+from layers.mixers.rg_lru import RGLRU, RGLRUConfig
+from layers.mixers.s4 import S4, S4Config
 from layers.mixers.s4d import S4D, S4DConfig
 from layers.mixers.s5 import S5, S5Config
 from layers.registry import build
@@ -22,8 +27,13 @@ MIXERS = {
     "gated_deltanet": (GatedDeltaNetConfig, GatedDeltaNet),
     "gla": (GLAConfig, GLA),
     "kda": (KDAConfig, KDA),
+    "lightning_attention": (LightningAttentionConfig, LightningAttention),
+    "lru": (LRUConfig, LRU),
     "mamba": (MambaConfig, Mamba),
     "mamba2": (Mamba2Config, Mamba2),
+    "retnet": (RetNetConfig, RetNet),
+    "rg_lru": (RGLRUConfig, RGLRU),
+    "s4": (S4Config, S4),
     "s4d": (S4DConfig, S4D),
     "s5": (S5Config, S5),
 }

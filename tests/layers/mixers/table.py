@@ -24,12 +24,16 @@ MIXERS = {
     "gla": ("gla", {"heads": 2, "gate_rank": 4}),
     "s4d": ("s4d", {"state_size": 4, "init": "inv", "systems": 2}),
     "s4d-bidirectional": ("s4d", {"state_size": 4, "bidirectional": True, "discretization": "bilinear"}),
-}
-
-# Mixers whose derivative with respect to later inputs is zero but for the rounding of Fourier transforms.
-BY_FOURIER_TRANSFORM = {"s4d"    "deltanet": ("deltanet", {"heads": 2, "gate": True, "negative_eigenvalues": True}),
+    "deltanet": ("deltanet", {"heads": 2, "gate": True, "negative_eigenvalues": True}),
     "gated_deltanet": ("gated_deltanet", {"heads": 1, "value_heads": 2, "key_dim": 4, "value_dim": 4}),
     "kda": ("kda", {"heads": 2}),
     "lru": ("lru", {"state_size": 4}),
     "rg-lru": ("rg_lru", {"heads": 2, "state_size": 6}),
+    "retnet": ("retnet", {"heads": 2, "affine": True}),
+    "lightning_attention": ("lightning_attention", {"heads": 2, "layer": 1, "depth": 3}),
+    "s4": ("s4", {"state_size": 4}),
+    "s4-truncated": ("s4", {"state_size": 4, "max_length": 24, "systems": 2, "dt_min": 0.01}),
 }
+
+# Mixers whose derivative with respect to later inputs is zero but for the rounding of Fourier transforms.
+BY_FOURIER_TRANSFORM = {"s4", "s4d"}

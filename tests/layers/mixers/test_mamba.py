@@ -8,12 +8,9 @@ from flax import nnx
 
 from layers.mixers.mamba import Mamba, MambaConfig
 from layers.mixers.mamba2 import Mamba2, Mamba2Config
+from tests.layers.mixers.literal import apply, silu, softplus, wide
 
 WIDTH, TIME = 6, 13
-
-
-def wide(parameter):
-    return np.asarray(parameter[...], np.float64)
 
 
 def scrambled(model):
@@ -26,18 +23,6 @@ def scrambled(model):
 
 def inputs(width=WIDTH, time=TIME):
     return np.random.default_rng(0).standard_normal((2, time, width)).astype(np.float32)
-
-
-def affine(layer, x):
-    return x @ wide(layer.kernel) + (0 if layer.bias is None else wide(layer.bias))
-
-
-def silu(x):
-    return x / (1 + np.exp(-x))
-
-
-def softplus(x):
-    return np.log1p(np.exp(x))
 
 
 def filtered(convolution, x):
@@ -56,16 +41,16 @@ def literal_mamba(model, x):
     channels, size, rank = config.channels, config.state_size, config.rank
     a, outputs = -np.exp(wide(model.log_a)), []
     for row in np.asarray(x, np.float64):
-        mixed = affine(model.input, row)
+        mixed = apply(model.input, row)
         u, gate = filtered(model.convolution, mixed[:, :channels]), mixed[:, channels:]
-        selected = affine(model.selection, u)
+        selected = apply(model.selection, u)
         dt = softplus(selected[:, :rank] @ wide(model.dt.kernel) + wide(model.dt_bias))
         h, y = np.zeros((channels, size)), np.zeros_like(u)
         for t in range(len(row)):
             b, c = selected[t, rank : rank + size], selected[t, rank + size :]
             h = np.exp(dt[t][:, None] * a) * h + np.outer(dt[t] * u[t], b)
             y[t] = h @ c + wide(model.d) * u[t]
-        outputs.append(affine(model.output, y * silu(gate)))
+        outputs.append(apply(model.output, y * silu(gate)))
     return np.stack(outputs)
 
 
@@ -74,7 +59,7 @@ def literal_mamba2(model, x):
     channels, shared, size = config.channels, config.groups * config.state_size, config.state_size
     per_group, outputs = config.heads // config.groups, []
     for row in np.asarray(x, np.float64):
-        mixed = affine(model.input, row)
+        mixed = apply(model.input, row)
         gate, dt = mixed[:, :channels], mixed[:, 2 * (channels + shared) :]
         convolved = filtered(model.convolution, mixed[:, channels : 2 * (channels + shared)])
         u, b, c = np.split(convolved, [channels, channels + shared], axis=1)
@@ -91,7 +76,7 @@ def literal_mamba2(model, x):
         y = y * silu(gate)
         for part in np.split(y, config.groups, axis=1):
             part /= np.sqrt((part**2).mean(1, keepdims=True) + 1e-5)
-        outputs.append(affine(model.output, y * wide(model.scale)))
+        outputs.append(apply(model.output, y * wide(model.scale)))
     return np.stack(outputs)
 
 
