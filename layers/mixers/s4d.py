@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -13,10 +12,10 @@ from layers.kernels.ssm_kernel import bilinear, ssm_kernel, zoh
 from layers.mixers.carry import check_inputs, continues, enter, next_segment, refuse_state
 from layers.mixers.segmented_convolution import convolve
 from layers.mixers.state_space import (
+    Modes,
     as_complex,
-    check_steps,
+    check_systems,
     complex_normal,
-    complex_parameter,
     log_uniform,
     run_modes,
 )
@@ -63,15 +62,6 @@ class S4DConfig:
         check_systems(self)
 
 
-def check_systems(config: Any) -> None:
-    """Raises ValueError unless state_size, systems and step sizes of a config are possible."""
-    if config.state_size < 2 or config.state_size % 2:
-        raise ValueError(f"state_size={config.state_size}; expected an even number, for conjugate pairs")
-    if config.systems < 1 or config.width % config.systems:
-        raise ValueError(f"systems={config.systems} does not divide width={config.width}")
-    check_steps(config.dt_min, config.dt_max)
-
-
 class S4DState(NamedTuple):
     """The state h of every mode of every channel, and the segment that it belongs to."""
 
@@ -100,15 +90,9 @@ class S4D(nnx.Module):
     def __init__(self, config: S4DConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.causal = not config.bidirectional
-        a, b = initial_modes(config.init, config.state_size)
-        shape = (config.systems, config.state_size // 2)
-        self.log_rate = nnx.Param(
-            jnp.asarray(np.broadcast_to(np.log(-a.real), shape), jnp.float32), group="ssm"
-        )
-        self.frequency = nnx.Param(jnp.asarray(np.broadcast_to(a.imag, shape), jnp.float32), group="ssm")
-        self.b = complex_parameter(np.broadcast_to(b, shape), group="ssm/b")
+        self.modes = Modes(*initial_modes(config.init, config.state_size), config.systems)
         outputs = 2 if config.bidirectional else 1
-        self.c = complex_normal(rngs, (outputs, config.width, shape[1]), group="ssm_output")
+        self.c = complex_normal(rngs, (outputs, config.width, config.state_size // 2), group="ssm_output")
         self.log_dt = parameter(
             rngs, log_uniform(config.dt_min, config.dt_max), (config.width,), group="ssm/dt"
         )
@@ -138,7 +122,7 @@ class S4D(nnx.Module):
             refuse_state("S4D with bidirectional=True", state)
         x = x.astype(config.dtype)
         skip = self.d[...].astype(config.dtype)[None, None] * x
-        a, b, c, dt = self._system()
+        (a, b), c, dt = self.modes(config.width), as_complex(self.c), jnp.exp(self.log_dt[...])
         if state is None:
             kernel = ssm_kernel(a, b, c, dt, length=max(1, x.shape[1]), discretization=config.discretization)
             ahead = kernel[1] if config.bidirectional else None
@@ -149,17 +133,6 @@ class S4D(nnx.Module):
         return y.astype(config.dtype) + skip, S4DState(
             h, next_segment(state.segment, segment_ids, x.shape[1])
         )
-
-    def _system(self):
-        """A and B of every channel (or one for all), C and dt."""
-        a = jax.lax.complex(-jnp.exp(self.log_rate[...]), self.frequency[...])
-        a, b = (to_channels(v, self.config.width) for v in (a, as_complex(self.b)))
-        return a, b, as_complex(self.c), jnp.exp(self.log_dt[...])
-
-
-def to_channels(v: Complex[Array, "m n"], width: int) -> Complex[Array, "#d n"]:
-    """What every channel has: set i modulo m for channel i; one set is left as it is."""
-    return v if v.shape[0] == 1 else jnp.tile(v, (width // v.shape[0], 1))
 
 
 def initial_modes(init: str, state_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,7 @@
 """What linear state space models share: initial values, parameters, and running diagonal modes step by step."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,15 @@ def check_steps(low: float, high: float) -> None:
         raise ValueError(f"dt_min={low}, dt_max={high}; expected 0 < dt_min <= dt_max")
 
 
+def check_systems(config: Any) -> None:
+    """Raises ValueError unless width, state_size, systems and step sizes of a config fit."""
+    if config.state_size < 2 or config.state_size % 2:
+        raise ValueError(f"state_size={config.state_size}; expected an even number, for conjugate pairs")
+    if config.systems < 1 or config.width % config.systems:
+        raise ValueError(f"systems={config.systems} does not divide width={config.width}")
+    check_steps(config.dt_min, config.dt_max)
+
+
 def complex_parameter(value: np.ndarray, *, group: str) -> nnx.Param:
     """A complex array as a float32 parameter with a leading axis for its real and imaginary part."""
     return nnx.Param(jnp.asarray(np.stack([np.real(value), np.imag(value)]), jnp.float32), group=group)
@@ -38,6 +49,31 @@ def complex_normal(rngs: nnx.Rngs, shape: tuple[int, ...], *, variance: float = 
 def as_complex(pair: nnx.Param) -> Complex[Array, "..."]:
     """The complex array of a `complex_parameter`."""
     return jax.lax.complex(pair[0], pair[1])
+
+
+class Modes(nnx.Module):
+    """Eigenvalues A and inputs B of systems in conjugate pairs, shared in turn by the channels: (m, n) each.
+
+    Real parts are kept as logarithms of -Re A, so that they stay negative.
+    """
+
+    def __init__(self, a: np.ndarray, b: np.ndarray, systems: int):
+        shape = (systems, len(a))
+        self.log_rate = nnx.Param(
+            jnp.asarray(np.broadcast_to(np.log(-a.real), shape), jnp.float32), group="ssm"
+        )
+        self.frequency = nnx.Param(jnp.asarray(np.broadcast_to(a.imag, shape), jnp.float32), group="ssm")
+        self.b = complex_parameter(np.broadcast_to(b, shape), group="ssm/b")
+
+    def __call__(self, width: int) -> tuple[Complex[Array, "#d n"], Complex[Array, "#d n"]]:
+        """A and B of every channel."""
+        a = jax.lax.complex(-jnp.exp(self.log_rate[...]), self.frequency[...])
+        return to_channels(a, width), to_channels(as_complex(self.b), width)
+
+
+def to_channels(v: Complex[Array, "m n"], width: int) -> Complex[Array, "#d n"]:
+    """What every channel has: set i modulo m for channel i; a single set is left as it is."""
+    return v if v.shape[0] == 1 else jnp.tile(v, (width // v.shape[0], 1))
 
 
 def run_modes(

@@ -27,8 +27,8 @@ def literal_kernel(model, length):
     kernels = []
     for channel in range(config.width):
         own = channel % config.systems
-        a = -np.exp(wide(model.log_rate)[own]) + 1j * wide(model.frequency)[own]
-        b = (wide(model.b)[0] + 1j * wide(model.b)[1])[own]
+        a = -np.exp(wide(model.modes.log_rate)[own]) + 1j * wide(model.modes.frequency)[own]
+        b = (wide(model.modes.b)[0] + 1j * wide(model.modes.b)[1])[own]
         c = (wide(model.c)[0] + 1j * wide(model.c)[1])[:, channel]
         a, b, c = np.r_[a, a.conj()], np.r_[b, b.conj()], np.concatenate([c, c.conj()], axis=1)
         dt = np.exp(wide(model.log_dt)[channel])
@@ -74,8 +74,8 @@ def test_equals_the_equation(options):
 def test_initial_eigenvalues():
     def imaginary(init, size):
         model = S4D(S4DConfig(width=1, state_size=size, init=init), rngs=nnx.Rngs(0))
-        np.testing.assert_allclose(np.exp(model.log_rate[...]), 0.5, rtol=1e-6)
-        return np.sort(np.asarray(model.frequency[0]))
+        np.testing.assert_allclose(np.exp(model.modes.log_rate[...]), 0.5, rtol=1e-6)
+        return np.sort(np.asarray(model.modes.frequency[0]))
 
     np.testing.assert_allclose(imaginary("legs", 4), [0.556501, 4.603293], rtol=1e-6)
     np.testing.assert_allclose(
