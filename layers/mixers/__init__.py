@@ -7,35 +7,47 @@ from flax import nnx
 
 from layers.mixers.attention import Attention, AttentionConfig
 from layers.mixers.deltanet import DeltaNet, DeltaNetConfig
+from layers.mixers.dss import DSS, DSSConfig
+from layers.mixers.fnet import FNet, FNetConfig
+from layers.mixers.gated_attention import GatedAttention, GatedAttentionConfig
 from layers.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from layers.mixers.gla import GLA, GLAConfig
+from layers.mixers.hgrn import HGRN, HGRNConfig
 from layers.mixers.kda import KDA, KDAConfig
 from layers.mixers.lightning_attention import LightningAttention, LightningAttentionConfig
 from layers.mixers.lru import LRU, LRUConfig
 from layers.mixers.mamba import Mamba, MambaConfig
 from layers.mixers.mamba2 import Mamba2, Mamba2Config
+from layers.mixers.mla import MLA, MLAConfig
 from layers.mixers.retnet import RetNet, RetNetConfig
 from layers.mixers.rg_lru import RGLRU, RGLRUConfig
 from layers.mixers.s4 import S4, S4Config
 from layers.mixers.s4d import S4D, S4DConfig
 from layers.mixers.s5 import S5, S5Config
+from layers.mixers.selective_attention import SelectiveAttention, SelectiveAttentionConfig
 from layers.registry import build
 
 MIXERS = {
     "attention": (AttentionConfig, Attention),
     "deltanet": (DeltaNetConfig, DeltaNet),
+    "dss": (DSSConfig, DSS),
+    "fnet": (FNetConfig, FNet),
+    "gated_attention": (GatedAttentionConfig, GatedAttention),
     "gated_deltanet": (GatedDeltaNetConfig, GatedDeltaNet),
     "gla": (GLAConfig, GLA),
+    "hgrn": (HGRNConfig, HGRN),
     "kda": (KDAConfig, KDA),
     "lightning_attention": (LightningAttentionConfig, LightningAttention),
     "lru": (LRUConfig, LRU),
     "mamba": (MambaConfig, Mamba),
     "mamba2": (Mamba2Config, Mamba2),
+    "mla": (MLAConfig, MLA),
     "retnet": (RetNetConfig, RetNet),
     "rg_lru": (RGLRUConfig, RGLRU),
     "s4": (S4Config, S4),
     "s4d": (S4DConfig, S4D),
     "s5": (S5Config, S5),
+    "selective_attention": (SelectiveAttentionConfig, SelectiveAttention),
 }
 
 

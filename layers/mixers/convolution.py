@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.kernels.short_conv import short_conv
+from layers.kernels.short_conv import WIDTHS, short_conv
 from layers.parameters import NO_DECAY, Initializer, parameter
 from layers.typing import Array, Float, Int
 
@@ -29,6 +29,8 @@ class ShortConvolution(nnx.Module):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if taps not in WIDTHS:
+            raise ValueError(f"taps={taps}; expected {WIDTHS[0]} to {WIDTHS[-1]}")
         self.activation, self.dtype = activation, dtype
         self.weight = parameter(rngs, init or _uniform_fan_in, (taps, width))
         self.bias = parameter(rngs, nnx.initializers.zeros_init(), (width,), **NO_DECAY) if bias else None

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.kernels.gated_linear_attention import gated_linear_attention
-from layers.mixers.carry import check_inputs, continues, enter, next_segment
-from layers.mixers.heads import HeadNorm, MemoryState, head_size, split_heads
+from layers.mixers.carry import check_inputs
+from layers.mixers.heads import HeadNorm, MemoryState, head_size, remember, split_heads
 from layers.mixers.low_rank import LowRank
 from layers.parameters import linear
 from layers.typing import Array, Float, Int
@@ -100,17 +99,12 @@ class GLA(nnx.Module):
         config = self.config
         check_inputs("GLA", x, config.width, segment_ids)
         log_decay = jax.nn.log_sigmoid(self.decay(x)) / config.temperature
-        o, memory = gated_linear_attention(
+        o, state = remember(
             split_heads(self.query(x), config.heads),
             split_heads(self.key(x), config.heads),
             split_heads(self.value(x), config.heads),
+            state,
             log_decay=split_heads(log_decay, config.heads),
-            initial_state=None
-            if state is None
-            else enter(state.memory, continues(state.segment, segment_ids)),
             segment_ids=segment_ids,
         )
-        y = self.output(self.norm(o, self.gate(x)))
-        if state is None:
-            return y, None
-        return y, MemoryState(memory, next_segment(state.segment, segment_ids, x.shape[1]))
+        return self.output(self.norm(o, self.gate(x))), state

@@ -1,4 +1,4 @@
-"""Heads of recurrent mixers: their sizes, the projections before them, the norm and the gate behind them, their state."""
+"""Heads of recurrent mixers: their sizes, their matrix memory and what it carries, the norm and the gate behind them."""
 
 from typing import Any, NamedTuple
 
@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.mixers.convolution import ShortConvolution
-from layers.parameters import NO_DECAY, linear, parameter
+from layers.kernels.gated_linear_attention import gated_linear_attention
+from layers.mixers.carry import continues, enter, next_segment
+from layers.parameters import NO_DECAY, parameter
 from layers.typing import Array, Float, Int
 
 GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
@@ -17,14 +18,6 @@ class MemoryState(NamedTuple):
     """The matrix memory of every head, float32, and the segment that it belongs to."""
 
     memory: Float[Array, "b h k v"]
-    segment: Int[Array, "b"]
-
-
-class ConvolvedMemoryState(NamedTuple):
-    """The matrix memory of every head, the last inputs of a short convolution before it, and their segment."""
-
-    memory: Float[Array, "b h k v"]
-    inputs: Float[Array, "b w-1 d"]
     segment: Int[Array, "b"]
 
 
@@ -57,6 +50,23 @@ def split_heads(x: Float[Array, "b t d"], heads: int) -> Float[Array, "b t h k"]
 def join_heads(x: Float[Array, "b t h k"]) -> Float[Array, "b t d"]:
     """The reverse of `split_heads`."""
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
+
+
+def remember(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    state: MemoryState | None,
+    *,
+    segment_ids: Int[Array, "b t"] | None,
+    **options: Any,
+) -> tuple[Float[Array, "b t h v"], MemoryState | None]:
+    """`gated_linear_attention` with these options, from and to the state of a mixer."""
+    before = None if state is None else enter(state.memory, continues(state.segment, segment_ids))
+    o, memory = gated_linear_attention(q, k, v, initial_state=before, segment_ids=segment_ids, **options)
+    if state is None:
+        return o, None
+    return o, MemoryState(memory, next_segment(state.segment, segment_ids, q.shape[1]))
 
 
 class HeadNorm(nnx.Module):
@@ -96,52 +106,3 @@ class HeadNorm(nnx.Module):
         if self.gate is not None:
             y = y * GATES[self.gate](gate.astype(jnp.float32))
         return y.astype(self.dtype)
-
-
-class ConvolvedHeads(nnx.Module):
-    """Queries, keys and values of the delta rules: q, k, v = silu(conv(W x)), a causal filter for every channel.
-
-    One projection and one convolution for all three, in the order q, k, v. There are `key_heads` of q and k and
-    `value_heads` of v.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        *,
-        key_heads: int,
-        value_heads: int,
-        key_dim: int,
-        value_dim: int,
-        taps: int,
-        dtype: Any,
-        rngs: nnx.Rngs,
-    ):
-        self.key_heads, self.value_heads = key_heads, value_heads
-        self.key_features = key_heads * key_dim
-        features = 2 * self.key_features + value_heads * value_dim
-        self.projection = linear(width, features, bias=False, dtype=dtype, rngs=rngs)
-        self.convolution = ShortConvolution(features, taps, dtype=dtype, rngs=rngs)
-
-    def init_state(self, batch_size: int) -> Float[Array, "b w-1 d"]:
-        """No inputs yet."""
-        return self.convolution.init_state(batch_size)
-
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: Float[Array, "b w-1 n"] | None = None,
-        *,
-        segment_ids: Int[Array, "b t"] | None = None,
-    ) -> tuple[
-        Float[Array, "b t g k"], Float[Array, "b t g k"], Float[Array, "b t h v"], Float[Array, "b w-1 n"]
-    ]:
-        """q, k, v by heads, and the last inputs of the convolution; see `ShortConvolution` for the state."""
-        features, last = self.convolution(self.projection(x), state, segment_ids=segment_ids)
-        q, k, v = jnp.split(features, [self.key_features, 2 * self.key_features], axis=-1)
-        return (
-            split_heads(q, self.key_heads),
-            split_heads(k, self.key_heads),
-            split_heads(v, self.value_heads),
-            last,
-        )

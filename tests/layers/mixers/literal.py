@@ -40,15 +40,19 @@ def rms(x, epsilon):
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + epsilon)
 
 
-def convolved(module, x):
-    """silu of the causal filter of every channel: q, k and v of the delta rules, each by heads."""
-    u, taps = x @ wide(module.projection.kernel), wide(module.convolution.weight)
+def l2(x):
+    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def convolved(memory, x):
+    """q, k and v of a `DeltaMemory` by heads: silu of the causal filter of every channel, then norms of 1."""
+    u, taps = apply(memory.projection, x), wide(memory.convolution.weight)
     y = np.zeros_like(u)
     for j in range(len(taps)):
         y[j:] += taps[-1 - j] * u[: len(u) - j]
-    n = module.key_features
-    q, k, v = np.split(silu(y), [n, 2 * n], axis=1)
-    return heads(q, module.key_heads), heads(k, module.key_heads), heads(v, module.value_heads)
+    keys = memory.key_heads * memory.key_dim
+    q, k, v = np.split(silu(y), [keys, 2 * keys], axis=1)
+    return l2(heads(q, memory.key_heads)), l2(heads(k, memory.key_heads)), heads(v, memory.value_heads)
 
 
 def by_row(function, x):

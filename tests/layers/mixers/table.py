@@ -14,9 +14,26 @@ MIXERS = {
     "attention-window": ("attention", {"heads": 2, "window": 5, "position": "none", "qk_norm": True}),
     "attention-sinks": (
         "attention",
-        {"heads": 2, "window": 4, "sink_tokens": 2, "sink_logits": True, "logit_cap": 5.0, "position": "alibi"},
+        {
+            "heads": 2,
+            "window": 4,
+            "sink_tokens": 2,
+            "sink_logits": True,
+            "logit_cap": 5.0,
+            "position": "alibi",
+        },
     ),
     "attention-t5": ("attention", {"heads": 2, "position": "t5", "scale": 1.0}),
+    "gated_attention": ("gated_attention", {"heads": 2, "kv_heads": 1, "head_dim": 8}),
+    "gated_attention-value": (
+        "gated_attention",
+        {"heads": 2, "kv_heads": 1, "head_dim": 8, "gate": "value", "gate_size": "headwise"},
+    ),
+    "selective_attention": ("selective_attention", {"heads": 2, "window": 6}),
+    "mla": (
+        "mla",
+        {"heads": 2, "latent": 6, "query_latent": 5, "head_dim": 4, "rope_dim": 2, "value_dim": 3},
+    ),
     "attention-fire": ("attention", {"heads": 2, "position": {"name": "fire", "width": 4}}),
     "attention-bidirectional": ("attention", {"heads": 2, "causal": False, "head_dim": 6}),
     "mamba": ("mamba", {"state_size": 4, "dt_rank": 3, "bias": True}),
@@ -33,7 +50,12 @@ MIXERS = {
     "lightning_attention": ("lightning_attention", {"heads": 2, "layer": 1, "depth": 3}),
     "s4": ("s4", {"state_size": 4}),
     "s4-truncated": ("s4", {"state_size": 4, "max_length": 24, "systems": 2, "dt_min": 0.01}),
+    "fnet": ("fnet", {}),
+    "hgrn": ("hgrn", {"layer": 1, "depth": 2}),
+    "hgrn-real": ("hgrn", {"state": "real", "norm": "rms_norm", "bias": False, "layer": 1, "depth": 2}),
+    "dss": ("dss", {"state_size": 4, "max_length": 32}),
+    "dss-exp": ("dss", {"state_size": 4, "kernel": "exp"}),
 }
 
 # Mixers whose derivative with respect to later inputs is zero but for the rounding of Fourier transforms.
-BY_FOURIER_TRANSFORM = {"s4", "s4d"}
+BY_FOURIER_TRANSFORM = {"dss", "s4", "s4d"}
