@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 Draw = Callable[[np.random.Generator, int, int], dict[str, np.ndarray]]
+WideDraw = Callable[[np.random.Generator, int, int, int], dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,27 +34,47 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A case at the size where speed is compared.
+    """A call at the size where speed is compared.
 
     Attributes:
       name: as printed in the table.
       batch, time: sizes given to `draw`.
-      draw, options: as in `Case`.
+      draw: as in `Case`, with a last argument that divides the number of heads or channels.
       dtype: type of the inputs on the device.
       forward_bytes, backward_bytes: fewest bytes through device memory (each input read once, each output written once).
       forward_flops, backward_flops: arithmetic of the best known algorithm, counted once.
+      matrix_products: whether the arithmetic is that of matrix units.
+      quadratic: whether the arithmetic grows with the square of time instead of in proportion.
+      options: as in `Case`.
     """
 
     name: str
     batch: int
     time: int
-    draw: Draw
+    draw: WideDraw
     dtype: str
     forward_bytes: int
     backward_bytes: int
-    forward_flops: int = 0
-    backward_flops: int = 0
+    forward_flops: int
+    backward_flops: int
+    matrix_products: bool = True
+    quadratic: bool = False
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def resized(self, batch: int, time: int, narrower: int = 1) -> "Benchmark":
+        """The same call at another size, with `narrower` times fewer heads or channels and the counts in proportion."""
+        size = batch * time / (self.batch * self.time * narrower)
+        work = size * (time / self.time if self.quadratic else 1)
+        return dataclasses.replace(
+            self,
+            batch=batch,
+            time=time,
+            draw=lambda rng, batch, time, narrow=1: self.draw(rng, batch, time, narrow * narrower),
+            forward_bytes=round(size * self.forward_bytes),
+            backward_bytes=round(size * self.backward_bytes),
+            forward_flops=round(work * self.forward_flops),
+            backward_flops=round(work * self.backward_flops),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +84,7 @@ class Suite:
     Attributes:
       function: the public function. Returns `(output, final_state)` if it has states, else `output`.
       implementations: names that `impl` takes besides "reference".
+      gpu_implementations: more names, which need a GPU.
       time_arguments: names of the arguments whose axis 1 is time.
       cases, benchmarks: see there.
     """
@@ -72,3 +94,4 @@ class Suite:
     time_arguments: tuple[str, ...]
     cases: tuple[Case, ...]
     benchmarks: tuple[Benchmark, ...] = ()
+    gpu_implementations: tuple[str, ...] = ()

@@ -84,9 +84,6 @@ def _state(rng, batch):
     return rng.standard_normal((batch, HEADS, KEY_DIM, VALUE_DIM))
 
 
-_SIZES = {"heads": 16, "key_dim": 128, "value_dim": 128}
-
-
 def _benchmark(name, draw, inputs, products):
     """8 x 4096 tokens, 16 heads of 128, all in bfloat16, which counts what is as large as q.
 
@@ -99,12 +96,16 @@ def _benchmark(name, draw, inputs, products):
     batch, time, size, chunk = 8, 4096, 128, 64
     numbers = batch * time * 16 * size
     flops = 2 * numbers * (products[0] * chunk + products[1] * size)
-    sizes = _SIZES if draw is _rwkv7 else {**_SIZES, "groups": 16}
+
+    def narrowed(rng, batch, time, narrow):
+        sizes = {"heads": 16 // narrow, "key_dim": size, "value_dim": size}
+        return draw(rng, batch, time, **(sizes if draw is _rwkv7 else {**sizes, "groups": 16 // narrow}))
+
     return Benchmark(
         name,
         batch,
         time,
-        lambda rng, batch, time: draw(rng, batch, time, **sizes),
+        narrowed,
         "bfloat16",
         forward_bytes=2 * numbers * (inputs + 1),
         backward_bytes=2 * numbers * (2 * inputs + 1),
@@ -125,9 +126,9 @@ SUITE = Suite(
         Case("strong_channel_decay", _strong_channel, state=_state),
     ),
     benchmarks=(
-        _benchmark("delta_rule_8x4096x16x128", _plain, 3, (5, 3)),
-        _benchmark("gated_delta_rule_8x4096x16x128", _scalar, 3, (5, 3)),
-        _benchmark("kda_8x4096x16x128", _channel, 4, (5, 3)),
+        _benchmark("delta rule", _plain, 3, (5, 3)),
+        _benchmark("gated delta rule", _scalar, 3, (5, 3)),
+        _benchmark("KDA", _channel, 4, (5, 3)),
     ),
 )
 
@@ -139,5 +140,5 @@ DPLR_SUITE = Suite(
         Case("rwkv7", _rwkv7, {"scale": 1.0}, state=_state),
         Case("strong_scalar_decay", _strong_scalar_dplr, state=_state),
     ),
-    benchmarks=(_benchmark("rwkv7_8x4096x16x128", _rwkv7, 6, (9, 4)),),
+    benchmarks=(_benchmark("RWKV-7", _rwkv7, 6, (9, 4)),),
 )

@@ -82,13 +82,14 @@ _BACKWARD_FLOPS = _TOKENS * (10 * 64 * _WIDTH + 10 * _WIDTH**2)
 def _benchmark(name, decays, *, bonus=False):
     """8 x 4096 tokens and 16 heads of 128, in bfloat16, with `decays` numbers of log-decay per token and head."""
 
-    def draw(rng, batch, time):
-        tokens = _tokens(rng, batch, time, q=_HEADS, k=_HEADS, v=_HEADS, keys=_WIDTH, values=_WIDTH)
-        shape = {0: None, 1: (batch, time, _HEADS), _WIDTH: (batch, time, _HEADS, _WIDTH)}[decays]
+    def draw(rng, batch, time, narrow):
+        heads = _HEADS // narrow
+        tokens = _tokens(rng, batch, time, q=heads, k=heads, v=heads, keys=_WIDTH, values=_WIDTH)
+        shape = {0: None, 1: (batch, time, heads), _WIDTH: (batch, time, heads, _WIDTH)}[decays]
         if shape is not None:
             tokens["log_decay"] = -0.1 * rng.random(shape)
         if bonus:
-            tokens["bonus"] = rng.standard_normal((_HEADS, _WIDTH))
+            tokens["bonus"] = rng.standard_normal((heads, _WIDTH))
         return tokens
 
     return Benchmark(
@@ -104,6 +105,27 @@ def _benchmark(name, decays, *, bonus=False):
     )
 
 
+def _mamba2(rng, batch, time, narrow):
+    """Heads of 64 that share one group of 128 keys."""
+    heads = 64 // narrow
+    tokens = _tokens(rng, batch, time, q=1, k=1, v=heads, keys=128, values=64)
+    return tokens | {"log_decay": -0.1 * rng.random((batch, time, heads))}
+
+
+_VALUES = _BATCH * _TIME * 64 * 64
+_MAMBA2 = Benchmark(
+    "Mamba-2",
+    _BATCH,
+    _TIME,
+    _mamba2,
+    "bfloat16",
+    forward_bytes=2 * (2 * _VALUES + _BATCH * _TIME * (2 * 128 + 64)),
+    backward_bytes=2 * (3 * _VALUES + _BATCH * _TIME * (4 * 128 + 2 * 64)),
+    # Chunks of 64, as above; the scores of keys are shared by the heads.
+    forward_flops=_VALUES * (2 * 64 + 4 * 128),
+    backward_flops=_VALUES * (5 * 64 + 10 * 128),
+)
+
 SUITE = Suite(
     function=gated_linear_attention,
     implementations=("xla",),
@@ -118,9 +140,10 @@ SUITE = Suite(
         Case("normalized_fixed_channel", _fixed_channel, {"normalize": True}, state=_sums),
     ),
     benchmarks=(
-        _benchmark("no_decay_8x4096x16x128_bf16", 0),
-        _benchmark("scalar_8x4096x16x128_bf16", 1),
-        _benchmark("channel_8x4096x16x128_bf16", _WIDTH),
-        _benchmark("channel_bonus_8x4096x16x128_bf16", _WIDTH, bonus=True),
+        _benchmark("no decay", 0),
+        _benchmark("scalar decay", 1),
+        _benchmark("channel decay", _WIDTH),
+        _benchmark("channel decay, bonus", _WIDTH, bonus=True),
+        _MAMBA2,
     ),
 )

@@ -66,15 +66,16 @@ SUITE = Suite(
     ),
     benchmarks=(
         Benchmark(
-            "real_8x4096x2048_f32",
+            "real",
             8,
             4096,
-            lambda rng, batch, time: _real(rng, batch, time, 2048),
+            lambda rng, batch, time, narrow: _real(rng, batch, time, 2048 // narrow),
             "float32",
             forward_bytes=3 * 4 * _ELEMENTS,
             backward_bytes=5 * 4 * _ELEMENTS,
             forward_flops=2 * _ELEMENTS,
             backward_flops=3 * _ELEMENTS,
+            matrix_products=False,
         ),
     ),
 )

@@ -44,21 +44,24 @@ def _state(taps):
 GATES = ("input_gate", "output_gate")
 
 
-def _benchmark(name, batch, time, width, taps, gates=()):
+def _benchmark(name, batch, time, width, taps=None, gates=()):
+    """`taps`: of the kernel; as many as there are steps if None."""
     elements = batch * time * width
-    kernel = 4 * width * taps
-    size = 2 ** int(np.ceil(np.log2(time + min(taps, time) - 1)))
+    length = time if taps is None else taps
+    kernel = 4 * width * length
+    size = 2 ** int(np.ceil(np.log2(time + length - 1)))
     transform = 2.5 * batch * width * size * np.log2(size)
     return Benchmark(
         name,
         batch,
         time,
-        _real(taps, gates, skip=True, width=width),
+        lambda rng, batch, time, narrow: _real(taps, gates, True, width // narrow)(rng, batch, time),
         "bfloat16",
         forward_bytes=(2 + len(gates)) * 2 * elements + kernel,
         backward_bytes=(3 + 2 * len(gates)) * 2 * elements + 2 * kernel,
         forward_flops=int(2 * transform),
         backward_flops=int((3 + len(gates) / 2) * transform),
+        matrix_products=False,
     )
 
 
@@ -76,10 +79,10 @@ SUITE = Suite(
         Case("complex_kernel", _complex(40, real_input=True), segments=False),
     ),
     benchmarks=(
-        _benchmark("s4_8x4096x2048_l4096", 8, 4096, 2048, 4096),
-        _benchmark("hyena_8x4096x2048_l4096", 8, 4096, 2048, 4096, GATES),
-        _benchmark("s4_64x1024x768_l1024", 64, 1024, 768, 1024),
-        _benchmark("s4_16x32768x768_l32768", 16, 32768, 768, 32768),
-        _benchmark("short_8x4096x2048_l128", 8, 4096, 2048, 128),
+        _benchmark("as long as the input", 8, 4096, 2048),
+        _benchmark("two gates", 8, 4096, 2048, gates=GATES),
+        _benchmark("many short rows", 64, 1024, 768),
+        _benchmark("long rows", 16, 32768, 768),
+        _benchmark("128 taps", 8, 4096, 2048, 128),
     ),
 )

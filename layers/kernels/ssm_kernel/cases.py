@@ -36,10 +36,6 @@ def _with_input(rng, batch, time):
     return _system(rng, batch, time, WIDTH, STATES) | {"b": _complex_normal(rng, 1, STATES)}
 
 
-def _wide_diagonal(rng, batch, time):
-    return _system(rng, batch, time, 512, PAIRS)
-
-
 def _by_channel(rng, batch, time):
     system = _system(rng, batch, time, WIDTH, STATES)
     return system | {"a": system["a"] * rng.uniform(0.5, 2, (WIDTH, 1))}
@@ -74,20 +70,31 @@ def _complex_normal(rng, *shape):
     return rng.standard_normal(shape) + 1j * rng.standard_normal(shape)
 
 
-def _benchmark(name, draw, length, width, flops, options):
+def _benchmark(name, draw, flops, options, matrix_products):
+    """512 channels and 16384 steps; `flops` for each term of the sum over states."""
+    width, length = 512, 16384
     kernel = 4 * width * length
     return Benchmark(
-        f"{name}_{width}x{length}_n{PAIRS}",
+        name,
         1,
         length,
-        draw,
+        lambda rng, batch, time, narrow: draw(rng, batch, time, width // narrow),
         "float32",
         forward_bytes=kernel,
         backward_bytes=kernel,
-        forward_flops=flops,
-        backward_flops=2 * flops,
+        forward_flops=flops * PAIRS * width * length,
+        backward_flops=2 * flops * PAIRS * width * length,
+        matrix_products=matrix_products,
         options=options,
     )
+
+
+def _diagonal(rng, batch, time, width):
+    return _system(rng, batch, time, width, PAIRS)
+
+
+def _wide_low_rank(rng, batch, time, width):
+    return _low_rank(1, width, PAIRS)(rng, batch, time)
 
 
 BILINEAR = {"discretization": "bilinear"}
@@ -106,15 +113,8 @@ SUITE = Suite(
     ),
     benchmarks=(
         # The sum over states as a product of real matrices; for Cauchy sums, four of half as many complex terms.
-        _benchmark("s4d", _wide_diagonal, 16384, 512, 4 * PAIRS * 512 * 16384, {}),
-        _benchmark("s4", _low_rank(1, 512, PAIRS), 16384, 512, 4 * PAIRS * 512 * 16384, BILINEAR),
-        _benchmark(
-            "s4_truncated",
-            _low_rank(1, 512, PAIRS),
-            16384,
-            512,
-            16 * PAIRS * 512 * 16384,
-            BILINEAR | {"truncated": True},
-        ),
+        _benchmark("diagonal (S4D)", _diagonal, 4, {}, True),
+        _benchmark("low rank (S4)", _wide_low_rank, 4, BILINEAR, True),
+        _benchmark("low rank, truncated", _wide_low_rank, 16, BILINEAR | {"truncated": True}, False),
     ),
 )

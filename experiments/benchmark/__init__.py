@@ -1,0 +1,1 @@
+"""Timings of the primitives beside their floors and beside other implementations."""

@@ -1,0 +1,108 @@
+"""Times the primitives: beside floors and other implementations, or against the length of the sequence.
+
+    python -m experiments.benchmark kernels [--peers] [--only=delta_rule/KDA,linear_recurrence] [--out=FOLDER]
+    python -m experiments.benchmark scaling [--lengths=2048,8192,32768,131072] [--out=FOLDER]
+
+`kernels` prints a table and writes kernels.json and kernels.png: milliseconds (median of interleaved measurements) of
+the forward pass and of both passes, the ratio to the floor, the ratio to what `impl=None` takes, memory, and errors
+against the float64 reference. The floor is the larger of the fewest bytes over the bandwidth of a copy and the
+arithmetic over the rate of the unit that does it, both measured at the start. On a CPU the sizes are smaller and the
+inputs float32. Exit codes: 0 done; 2 an argument cannot be used.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+
+from experiments.benchmark import kernels, report, scaling
+from experiments.benchmark.timing import ceilings
+from experiments.command_line import REFUSALS, refuse
+from experiments.devices import Devices
+from experiments.files import to_json_text, write_atomically
+from experiments.run_directory import git_revision, versions
+
+STUDIES = ("kernels", "scaling")
+ON_CPU = {"dtype": "float32", "batch": 1, "time": 1024, "narrower": 8, "rounds": 5}
+
+
+def main(argv: list[str]) -> int:
+    """Runs a study; returns the exit code."""
+    if len(argv) != 2 or argv[1] not in STUDIES:
+        raise app.UsageError(f"expected one of {', '.join(STUDIES)}; got {' '.join(argv[1:]) or 'nothing'}")
+    values = flags.FLAGS
+    if values.verbosity <= 0:  # absl's default shows every move of every library
+        logging.set_verbosity(logging.WARNING)
+    study = argv[1]
+    try:
+        options = _options(values)
+        lengths = tuple(map(int, values.lengths))
+        chosen = list(kernels.selected(options.only))
+        folder = Path(values.out)
+        folder.mkdir(parents=True, exist_ok=True)
+    except REFUSALS as error:
+        return refuse(error)
+    device = Devices.first(1).describe()
+    record: dict[str, Any] = dict(
+        command=["experiments.benchmark", *sys.argv[1:]],
+        device=device,
+        versions=versions(),
+        git=git_revision(),
+        rounds=options.rounds,
+    )
+    if study == "kernels":
+        limits = {dtype: ceilings(dtype) for dtype in {options.dtype or case.dtype for _, _, case in chosen}}
+        record["ceilings"] = {dtype: limit._asdict() for dtype, limit in limits.items()}
+        print(f"{device}; {_describe(limits)}\n{report.HEADER}", flush=True)
+        rows = kernels.run(options, limits, lambda row: print(report.line(row), flush=True))
+        report.draw_bars(rows, folder / "kernels.png", device)
+    else:
+        print(f"{device}; one row; both passes", flush=True)
+        rows = scaling.run(options, lengths, lambda row: print(_scaling_line(row), flush=True))
+        report.draw_scaling(rows, folder / "scaling.png", device)
+    write_atomically(folder / f"{study}.json", to_json_text(record | {"rows": rows}))
+    return 0
+
+
+def _options(values: Any) -> kernels.Options:
+    defaults = ON_CPU if jax.default_backend() == "cpu" else {}
+    given = {name: getattr(values, name) for name in ("dtype", "batch", "time", "narrower", "rounds")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given.get("narrower", 1) not in (1, 2, 4, 8):
+        raise ValueError(f"narrower={values.narrower}; expected 1, 2, 4 or 8")
+    return kernels.Options(
+        only=tuple(values.only), peers=values.peers, workers=values.workers, **(defaults | given)
+    )
+
+
+def _describe(limits: dict[str, Any]) -> str:
+    parts = [f"{limit.matrix / 1e12:.3g} TFLOP/s of {dtype} products" for dtype, limit in limits.items()]
+    limit = next(iter(limits.values()))
+    parts += [f"{limit.vector / 1e12:.3g} TFLOP/s otherwise", f"copy {limit.bytes / 1e9:.0f} GB/s"]
+    return ", ".join(parts)
+
+
+def _scaling_line(row: dict[str, Any]) -> str:
+    label = f"{row['primitive']}: {row['case']}"
+    return f"{label:45}  {row['time']:7}  {row['both_ms']:10.3f} ms  {row['both_peak_bytes'] / 1e9:7.3f} GB"
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Defines and parses the flags."""
+    flags.DEFINE_string("out", "runs/benchmark", "Folder for the results; made if it does not exist.")
+    flags.DEFINE_list("only", [], "Primitives, or primitive/case, to time; all by default.")
+    flags.DEFINE_bool("peers", False, "Time other libraries that can be imported, and plain JAX, too.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Type of real inputs; each benchmark's own.")
+    flags.DEFINE_integer("batch", None, "Rows, in place of each benchmark's own.", lower_bound=1)
+    flags.DEFINE_integer("time", None, "Tokens, in place of each benchmark's own.", lower_bound=1)
+    flags.DEFINE_integer("narrower", None, "Divides the number of heads or channels: 1, 2, 4 or 8.")
+    flags.DEFINE_integer("rounds", None, "Measurements of every function.", lower_bound=1)
+    flags.DEFINE_integer("workers", 4, "Threads that draw inputs and compile.", lower_bound=1)
+    flags.DEFINE_list("lengths", ["2048", "8192", "32768", "131072"], "Tokens in a row, for `scaling`.")
+    return app.parse_flags_with_usage(argv)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

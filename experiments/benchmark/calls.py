@@ -1,0 +1,98 @@
+"""What is timed: a primitive called with random arrays, forward, and forward with all its gradients."""
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layers.kernels.case import Benchmark, Suite
+from layers.typing import Array
+
+Arrays = dict[str, Any]
+Function = Callable[..., Any]
+
+
+def draw(benchmark: Benchmark, dtype: str) -> Arrays:
+    """The random arguments of a benchmark as host arrays; complex ones in complex64, integers as they are."""
+    seed = zlib.crc32(benchmark.name.encode())
+    rng = np.random.Generator(np.random.SFC64(seed))
+    arrays = benchmark.draw(rng, benchmark.batch, benchmark.time, 1)
+
+    def cast(array: np.ndarray) -> np.ndarray:
+        if np.iscomplexobj(array):
+            return array.astype(np.complex64)
+        return array.astype(jnp.dtype(dtype)) if array.dtype.kind == "f" else array
+
+    return {name: cast(array) for name, array in arrays.items()}
+
+
+def with_implementation(suite: Suite, benchmark: Benchmark, impl: str | None) -> Function:
+    """The primitive with the options of the benchmark, as a function of its arrays by name that gives the output."""
+    return functools.partial(_output, suite.function, **benchmark.options, impl=impl)
+
+
+def _output(function: Function, **arguments: Any) -> Array:
+    result = function(**arguments)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def forward_and_backward(function: Function) -> Callable[[Arrays, Array], tuple[Array, Arrays]]:
+    """Output, and gradients by every array that has them, from the arrays and a cotangent of the output."""
+
+    def run(arrays: Arrays, cotangent: Array) -> tuple[Array, Arrays]:
+        differentiable, rest = split(arrays)
+        output, pullback = jax.vjp(lambda arrays: function(**arrays, **rest), differentiable)
+        return output, pullback(cotangent.astype(output.dtype))[0]
+
+    return run
+
+
+def split(arrays: Mapping[str, Any]) -> tuple[Arrays, Arrays]:
+    """The arrays that have gradients, and the others."""
+    has_gradient = {name: jnp.issubdtype(a.dtype, jnp.inexact) for name, a in arrays.items()}
+    return (
+        {name: a for name, a in arrays.items() if has_gradient[name]},
+        {name: a for name, a in arrays.items() if not has_gradient[name]},
+    )
+
+
+def cotangent(function: Function, arrays: Arrays) -> np.ndarray:
+    """A random cotangent of the output."""
+    shape = jax.eval_shape(lambda arrays: function(**arrays), arrays)
+    rng = np.random.Generator(np.random.SFC64(1))
+    real = rng.standard_normal(shape.shape, np.float32)
+    if jnp.issubdtype(shape.dtype, jnp.complexfloating):
+        return (real + 1j * rng.standard_normal(shape.shape, np.float32)).astype(np.complex64)
+    return real.astype(shape.dtype)
+
+
+def errors(function: Function, suite: Suite, benchmark: Benchmark, arrays: Arrays) -> tuple[float, float]:
+    """Relative error against the float64 reference: of the output, and the largest of the gradients.
+
+    ||result - reference|| / ||reference|| with both fed the same arrays, rounded to the benchmark's type.
+    """
+    reference = with_implementation(suite, benchmark, "reference")
+    direction = cotangent(function, arrays)
+    output, gradients = jax.jit(forward_and_backward(function))(arrays, direction)
+    with jax.enable_x64(True):
+        wide = {name: _widen(array) for name, array in arrays.items()}
+        expected, expected_gradients = jax.jit(forward_and_backward(reference))(wide, _widen(direction))
+    return (
+        _relative(output, expected),
+        max(_relative(gradients[name], expected_gradients[name]) for name in gradients),
+    )
+
+
+def _widen(array: np.ndarray) -> np.ndarray:
+    if np.iscomplexobj(array):
+        return array.astype(np.complex128)
+    return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+def _relative(result: Array, expected: Array) -> float:
+    wanted = np.asarray(expected)
+    return float(np.linalg.norm(_widen(np.asarray(result)) - wanted) / np.linalg.norm(wanted))

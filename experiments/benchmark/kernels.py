@@ -1,0 +1,174 @@
+"""The study `kernels`: every implementation of every primitive, side by side, with errors, memory and floors."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from experiments.benchmark import calls
+from experiments.benchmark.peers import peers
+from experiments.benchmark.timing import Ceilings, interleaved, peak_bytes
+from layers.kernels.case import Benchmark, Suite
+from layers.kernels.suites import SUITES
+
+ERROR_TIME, ERROR_NARROWER = 512, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to time and how.
+
+    Attributes:
+      only: primitives, or "primitive/case"; all if empty.
+      dtype: type of real inputs; that of each benchmark if None.
+      batch, time: sizes in place of the benchmark's.
+      narrower: divides the number of heads or channels.
+      rounds: measurements of every function.
+      peers: whether to time other libraries too.
+      workers: threads that draw inputs and compile.
+    """
+
+    only: tuple[str, ...] = ()
+    dtype: str | None = None
+    batch: int | None = None
+    time: int | None = None
+    narrower: int = 1
+    rounds: int = 15
+    peers: bool = False
+    workers: int = 4
+
+
+def selected(only: tuple[str, ...]) -> Iterator[tuple[str, Suite, Benchmark]]:
+    """The benchmarks of these primitives, or these cases of them.
+
+    Raises:
+      ValueError: a name is neither.
+    """
+    every = [(name, suite, case) for name, suite in SUITES.items() for case in suite.benchmarks]
+    known = {*SUITES, *(f"{name}/{case.name}" for name, _, case in every)}
+    if unknown := [name for name in only if name not in known]:
+        raise ValueError(f"only={unknown[0]!r} is no benchmark; choose from {', '.join(sorted(known))}")
+    for name, suite, case in every:
+        if not only or name in only or f"{name}/{case.name}" in only:
+            yield name, suite, case
+
+
+def run(options: Options, ceilings: Mapping[str, Ceilings], report: Callable[[dict], None]) -> list[dict]:
+    """Compiles and checks everything, then times it; `report` gets each row as soon as it is known.
+
+    Args:
+      ceilings: of the device, by type of the inputs.
+
+    Raises:
+      ValueError: see `selected`.
+    """
+    chosen = list(selected(options.only))
+    with ThreadPoolExecutor(options.workers) as pool:
+        prepared = list(pool.map(lambda entry: Study(*entry, options), chosen))
+    rows = []
+    for study in prepared:
+        for row in study.measure(ceilings[study.dtype], options.rounds):
+            rows.append(row)
+            report(row)
+    return rows
+
+
+class Study:
+    """One benchmark: its inputs on the host, and everything that computes it, compiled and checked.
+
+    Attributes:
+      dtype: type of the real inputs.
+    """
+
+    def __init__(self, primitive: str, suite: Suite, benchmark: Benchmark, options: Options):
+        self.primitive, self.suite = primitive, suite
+        # Errors are measured on less, where the float64 reference and all its intermediate states fit.
+        self._small = benchmark.resized(1, min(options.time or benchmark.time, ERROR_TIME), ERROR_NARROWER)
+        self.benchmark = benchmark.resized(
+            options.batch or benchmark.batch, options.time or benchmark.time, options.narrower
+        )
+        self.dtype = options.dtype or benchmark.dtype
+        self._arrays = calls.draw(self.benchmark, self.dtype)
+        functions = self._functions(options.peers)
+        self._cotangent = calls.cotangent(functions["default"], self._arrays)
+        self._contestants = {name: self._prepare(function) for name, function in functions.items()}
+
+    def _functions(self, with_peers: bool) -> dict[str, calls.Function]:
+        on_gpu = self.suite.gpu_implementations if jax.default_backend() == "gpu" else ()
+        names = (*self.suite.implementations, *on_gpu)
+        # What impl=None takes, then each by name: where the choice is wrong, the table shows it.
+        wanted = {"default": None} | ({name: name for name in names} if len(names) > 1 else {})
+        ours = {
+            label: calls.with_implementation(self.suite, self.benchmark, impl)
+            for label, impl in wanted.items()
+        }
+        return ours | (peers(self.primitive, self.benchmark.name) if with_peers else {})
+
+    def _prepare(self, function: calls.Function) -> dict[str, Any]:
+        """The compiled functions with their errors and memory, or why there are none."""
+        both = calls.forward_and_backward(function)
+        try:
+            forward = jax.jit(lambda arrays: function(**arrays)).lower(self._arrays).compile()
+            backward = jax.jit(both).lower(self._arrays, self._cotangent).compile()
+            error, gradient_error = calls.errors(
+                function, self.suite, self._small, calls.draw(self._small, self.dtype)
+            )
+        except Exception as problem:  # noqa: BLE001 - a peer may fail in any way, and that is a result
+            return {"problem": f"{type(problem).__name__}: {str(problem).splitlines()[0][:200]}"}
+        return {
+            "functions": (forward, backward),
+            "error": error,
+            "gradient_error": gradient_error,
+            "forward_peak_bytes": peak_bytes(forward),
+            "both_peak_bytes": peak_bytes(backward),
+        }
+
+    def measure(self, ceilings: Ceilings, rounds: int) -> list[dict[str, Any]]:
+        """A row for everything that computes this benchmark."""
+        arrays, cotangent = jax.device_put((self._arrays, self._cotangent))
+        able = {name: c for name, c in self._contestants.items() if "functions" in c}
+        forward = {name: functools.partial(c["functions"][0], arrays) for name, c in able.items()}
+        both = {name: functools.partial(c["functions"][1], arrays, cotangent) for name, c in able.items()}
+        forward_times, both_times = interleaved(forward, rounds), interleaved(both, rounds)
+        floors = self._floors(ceilings)
+        common = {
+            "primitive": self.primitive,
+            "case": self.benchmark.name,
+            "dtype": self.dtype,
+            "shapes": {name: list(array.shape) for name, array in self._arrays.items()},
+        } | {
+            f"{part}_{what}": getattr(self.benchmark, f"{part}_{what}")
+            for part in ("forward", "backward")
+            for what in ("bytes", "flops")
+        }
+        rows = []
+        for name, contestant in self._contestants.items():
+            row = common | {"implementation": name}
+            row |= {key: value for key, value in contestant.items() if key != "functions"}
+            if name in able:
+                for part, times, floor in zip(
+                    ("forward", "both"), (forward_times, both_times), floors, strict=True
+                ):
+                    row |= {
+                        f"{part}_ms": times[name].median,
+                        f"{part}_quartiles_ms": [times[name].low, times[name].high],
+                        f"{part}_floor_ms": floor,
+                        f"{part}_over_floor": times[name].median / floor,
+                        f"{part}_over_default": times[name].median / times["default"].median,
+                    }
+            rows.append(row)
+        return rows
+
+    def _floors(self, ceilings: Ceilings) -> tuple[float, float]:
+        """Milliseconds that the forward pass, and both passes, take at the least."""
+        b = self.benchmark
+        rate = ceilings.matrix if b.matrix_products else ceilings.vector
+
+        def floor(moved: int, flops: int) -> float:
+            return 1e3 * max(moved / ceilings.bytes, flops / rate)
+
+        forward = floor(b.forward_bytes, b.forward_flops)
+        return forward, forward + floor(b.backward_bytes, b.backward_flops)

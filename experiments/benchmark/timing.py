@@ -1,0 +1,97 @@
+"""Timing compiled functions side by side, and the ceilings of the device that floors are computed from."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MIN_SECONDS = 0.01  # of a measurement; shorter calls are repeated within it
+
+
+class Timing(NamedTuple):
+    """Milliseconds a call: median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Ceilings(NamedTuple):
+    """What the device does at best: bytes a second through memory, and FLOPs a second of each unit."""
+
+    bytes: float
+    matrix: float
+    vector: float
+
+
+def peak_bytes(compiled: Any) -> int:
+    """Memory that a compiled function needs at once: arguments, results and what is in between."""
+    sizes = compiled.memory_analysis()
+    return sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
+    """Times every call once a round, so that a change of the machine's pace meets all of them.
+
+    A call starts work and returns arrays; every measurement waits for them.
+    """
+    repeats = {name: _repeats(call) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            samples[name].append(_seconds(calls[name], repeats[name]))
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _repeats(call: Callable[[], Any]) -> int:
+    _seconds(call, 2)  # the first call is never typical
+    return max(1, min(50, int(np.ceil(MIN_SECONDS / max(_seconds(call, 1), 1e-6)))))
+
+
+def _seconds(call: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / repeats
+
+
+def _summary(seconds: Sequence[float]) -> Timing:
+    low, median, high = np.percentile(1e3 * np.asarray(seconds), (25, 50, 75))
+    return Timing(float(median), float(low), float(high))
+
+
+def ceilings(dtype: str) -> Ceilings:
+    """Measures a copy, a matrix product of numbers of this type, and a polynomial in float32."""
+    large = jax.default_backend() != "cpu"
+    elements, size, degree = (2**28, 8192, 512) if large else (2**24, 1024, 128)
+    x = jax.random.normal(jax.random.key(0), (elements,), jnp.float32)
+    short = x[: elements // 16]
+    square = jax.random.normal(jax.random.key(1), (size, size), jnp.dtype(dtype))
+
+    def polynomial(x):
+        y = x
+        for power in range(degree):
+            y = y * x + (1.0 + power)
+        return y
+
+    # A sign flip rather than a copy, which the compiler could leave out.
+    copy, product, power = jax.jit(jnp.negative), jax.jit(jnp.matmul), jax.jit(polynomial)
+    timings = interleaved(
+        {
+            "copy": lambda: copy(x),
+            "product": lambda: product(square, square),
+            "polynomial": lambda: power(short),
+        },
+        rounds=5,
+    )
+    seconds = {name: timing.median / 1e3 for name, timing in timings.items()}
+    return Ceilings(
+        bytes=2 * 4 * elements / seconds["copy"],
+        matrix=2 * size**3 / seconds["product"],
+        vector=2 * degree * short.size / seconds["polynomial"],
+    )
