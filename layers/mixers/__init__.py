@@ -15,12 +15,16 @@ from layers.mixers.gla import GLA, GLAConfig
 from layers.mixers.hgrn import HGRN, HGRNConfig
 from layers.mixers.kda import KDA, KDAConfig
 from layers.mixers.lightning_attention import LightningAttention, LightningAttentionConfig
+from layers.mixers.linear_attention import LinearAttention, LinearAttentionConfig
 from layers.mixers.lru import LRU, LRUConfig
+from layers.mixers.lstm import LSTM, LSTMConfig
 from layers.mixers.mamba import Mamba, MambaConfig
 from layers.mixers.mamba2 import Mamba2, Mamba2Config
 from layers.mixers.mla import MLA, MLAConfig
+from layers.mixers.performer import Performer, PerformerConfig
 from layers.mixers.retnet import RetNet, RetNetConfig
 from layers.mixers.rg_lru import RGLRU, RGLRUConfig
+from layers.mixers.rwkv4 import RWKV4, RWKV4Config
 from layers.mixers.s4 import S4, S4Config
 from layers.mixers.s4d import S4D, S4DConfig
 from layers.mixers.s5 import S5, S5Config
@@ -38,12 +42,16 @@ MIXERS = {
     "hgrn": (HGRNConfig, HGRN),
     "kda": (KDAConfig, KDA),
     "lightning_attention": (LightningAttentionConfig, LightningAttention),
+    "linear_attention": (LinearAttentionConfig, LinearAttention),
     "lru": (LRUConfig, LRU),
+    "lstm": (LSTMConfig, LSTM),
     "mamba": (MambaConfig, Mamba),
     "mamba2": (Mamba2Config, Mamba2),
     "mla": (MLAConfig, MLA),
+    "performer": (PerformerConfig, Performer),
     "retnet": (RetNetConfig, RetNet),
     "rg_lru": (RGLRUConfig, RGLRU),
+    "rwkv4": (RWKV4Config, RWKV4),
     "s4": (S4Config, S4),
     "s4d": (S4DConfig, S4D),
     "s5": (S5Config, S5),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from layers.kernels.long_conv import long_conv
 from layers.kernels.segments import segment_numbers
 from layers.mixers.carry import mask_padding
-from layers.typing import Array, Float, Int
+from layers.typing import Array, Float, Int, Num
 
 
 class Packing(NamedTuple):
@@ -38,7 +38,7 @@ def pack(segment_ids: Int[Array, "b t"]) -> Packing:
     return Packing(order, place, jnp.take_along_axis(segment_numbers(segment_ids), order, axis=1))
 
 
-def move(x: Float[Array, "b t *f"], index: Int[Array, "b s"]) -> Float[Array, "b s *f"]:
+def move(x: Num[Array, "b t *f"], index: Int[Array, "b s"]) -> Num[Array, "b s *f"]:
     """Takes `index` of every row along time."""
     return jnp.take_along_axis(x, jnp.expand_dims(index, tuple(range(2, x.ndim))), axis=1)
 

@@ -55,6 +55,11 @@ MIXERS = {
     "hgrn-real": ("hgrn", {"state": "real", "norm": "rms_norm", "bias": False, "layer": 1, "depth": 2}),
     "dss": ("dss", {"state_size": 4, "max_length": 32}),
     "dss-exp": ("dss", {"state_size": 4, "kernel": "exp"}),
+    "rwkv4": ("rwkv4", {"zero_init": False, "layer": 1, "depth": 2}),
+    "lstm": ("lstm", {"hidden_size": 6}),
+    "linear_attention": ("linear_attention", {"heads": 2}),
+    "linear_attention-bidirectional": ("linear_attention", {"heads": 2, "causal": False}),
+    "performer": ("performer", {"heads": 2, "features": 6}),
 }
 
 # Mixers whose derivative with respect to later inputs is zero but for the rounding of Fourier transforms.
