@@ -13,9 +13,11 @@ from layers.mixers.gated_attention import GatedAttention, GatedAttentionConfig
 from layers.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from layers.mixers.gla import GLA, GLAConfig
 from layers.mixers.hgrn import HGRN, HGRNConfig
+from layers.mixers.hypermixer import HyperMixer, HyperMixerConfig
 from layers.mixers.kda import KDA, KDAConfig
 from layers.mixers.lightning_attention import LightningAttention, LightningAttentionConfig
 from layers.mixers.linear_attention import LinearAttention, LinearAttentionConfig
+from layers.mixers.linformer import Linformer, LinformerConfig
 from layers.mixers.lru import LRU, LRUConfig
 from layers.mixers.lstm import LSTM, LSTMConfig
 from layers.mixers.mamba import Mamba, MambaConfig
@@ -40,9 +42,11 @@ MIXERS = {
     "gated_deltanet": (GatedDeltaNetConfig, GatedDeltaNet),
     "gla": (GLAConfig, GLA),
     "hgrn": (HGRNConfig, HGRN),
+    "hypermixer": (HyperMixerConfig, HyperMixer),
     "kda": (KDAConfig, KDA),
     "lightning_attention": (LightningAttentionConfig, LightningAttention),
     "linear_attention": (LinearAttentionConfig, LinearAttention),
+    "linformer": (LinformerConfig, Linformer),
     "lru": (LRUConfig, LRU),
     "lstm": (LSTMConfig, LSTM),
     "mamba": (MambaConfig, Mamba),

@@ -60,6 +60,8 @@ MIXERS = {
     "linear_attention": ("linear_attention", {"heads": 2}),
     "linear_attention-bidirectional": ("linear_attention", {"heads": 2, "causal": False}),
     "performer": ("performer", {"heads": 2, "features": 6}),
+    "hypermixer": ("hypermixer", {"hidden": 12, "heads": 2}),
+    "linformer": ("linformer", {"max_length": 24, "projected": 6, "heads": 2}),
 }
 
 # Mixers whose derivative with respect to later inputs is zero but for the rounding of Fourier transforms.
