@@ -10,7 +10,8 @@ from flax import nnx
 from layers.kernels.selective_scan import selective_scan
 from layers.mixers.carry import check_inputs, continues, enter, next_segment
 from layers.mixers.convolution import ShortConvolution
-from layers.mixers.step_size import check_step_sizes, step_size_bias
+from layers.mixers.state_space import check_steps
+from layers.mixers.step_size import step_size_bias
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.typing import Array, Float, Int
 
@@ -52,7 +53,7 @@ class MambaConfig:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
         if self.dt_rank is not None and self.dt_rank < 1:
             raise ValueError(f"dt_rank={self.dt_rank}; expected at least 1, or None")
-        check_step_sizes(self.dt_min, self.dt_max)
+        check_steps(self.dt_min, self.dt_max)
 
     @property
     def channels(self) -> int:

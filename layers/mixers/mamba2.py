@@ -11,7 +11,8 @@ from flax import nnx
 from layers.kernels.gated_linear_attention import gated_linear_attention
 from layers.mixers.carry import check_inputs, continues, enter, next_segment
 from layers.mixers.convolution import ShortConvolution
-from layers.mixers.step_size import check_step_sizes, step_size_bias
+from layers.mixers.state_space import check_steps
+from layers.mixers.step_size import step_size_bias
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.typing import Array, Float, Int
 
@@ -68,7 +69,7 @@ class Mamba2Config:
             raise ValueError(f"groups={self.groups} does not divide the {self.heads} heads")
         if not 0 < self.a_min <= self.a_max:
             raise ValueError(f"a_min={self.a_min}, a_max={self.a_max}; expected 0 < a_min <= a_max")
-        check_step_sizes(self.dt_min, self.dt_max)
+        check_steps(self.dt_min, self.dt_max)
         if not 0 <= self.dt_limit[0] < self.dt_limit[1]:
             raise ValueError(f"dt_limit={self.dt_limit}; expected 0 <= lower < upper")
 

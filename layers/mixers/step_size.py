@@ -8,12 +8,6 @@ import jax.numpy as jnp
 from layers.parameters import Initializer
 
 
-def check_step_sizes(low: float, high: float) -> None:
-    """Raises ValueError unless 0 < low <= high."""
-    if not 0 < low <= high:
-        raise ValueError(f"dt_min={low}, dt_max={high}; expected 0 < dt_min <= dt_max")
-
-
 def step_size_bias(low: float, high: float, floor: float = 0.0) -> Initializer:
     """Initialiser of b with softplus(b) log-uniform in [low, high] and at least `floor`."""
 
