@@ -52,7 +52,8 @@ class Classifier(nnx.Module):
             raise ValueError(
                 "a classifier takes no state; call it on the whole sequence, or its .stack step by step"
             )
-        x, _ = self.stack(self.embedding(inputs), segment_ids=segment_ids, key=key)
+        x, _ = self.embedding(inputs, segment_ids=segment_ids)
+        x, _ = self.stack(x, segment_ids=segment_ids, key=key)
         mask = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids != 0
         if self.norm is not None:
             x = self.norm(x, mask=mask, training=key is not None)

@@ -94,13 +94,26 @@ class InputConfig:
       vocab_size: inputs are token ids (b, t) below this.
       input_size: inputs are vectors (b, t, input_size), mapped linearly. Exactly one of the two is set.
       embedding_stddev: standard deviation of initial embeddings; 1 / sqrt(width) if None.
+      absolute_positions: what is added to inputs for their position in the segment: "none"; "learned", a table; or
+        "sinusoidal", where token embeddings are multiplied by sqrt(width) first, as in the first Transformer.
+      max_positions: rows of the learned table; tokens beyond give NaN.
     """
 
     vocab_size: int | None = None
     input_size: int | None = None
     embedding_stddev: float | None = None
+    absolute_positions: Literal["none", "learned", "sinusoidal"] = "none"
+    max_positions: int | None = None
 
     def __post_init__(self) -> None:
+        _one_of("absolute_positions", self.absolute_positions, ("none", "learned", "sinusoidal"))
+        if (self.max_positions is None) == (self.absolute_positions == "learned"):
+            raise ValueError(
+                f"max_positions={self.max_positions} with absolute_positions={self.absolute_positions!r}; "
+                "learned positions need the size of their table, others have none"
+            )
+        if self.max_positions is not None and self.max_positions < 1:
+            raise ValueError(f"max_positions={self.max_positions}; expected at least 1")
         if (self.vocab_size is None) == (self.input_size is None):
             raise ValueError(
                 f"vocab_size={self.vocab_size} and input_size={self.input_size}; "

@@ -5,13 +5,15 @@ import math
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.parameters import linear, parameter
-from layers.typing import Array, Float, Num
+from layers.mixers.carry import Place, start, walk
+from layers.parameters import NO_DECAY, linear, parameter
+from layers.positions import sinusoidal
+from layers.typing import Array, Float, Int, Num
 from seqmodels.config import InputConfig
 
 
 class Embedding(nnx.Module):
-    """Token ids (b, t) by look-up, or vectors (b, t, c) by a linear map, to (b, t, d)."""
+    """Token ids (b, t) by look-up, or vectors (b, t, c) by a linear map, to (b, t, d), and absolute positions."""
 
     def __init__(self, config: InputConfig, width: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
@@ -20,13 +22,50 @@ class Embedding(nnx.Module):
             self.table = parameter(rngs, nnx.initializers.normal(stddev), (config.vocab_size, width))
         else:
             self.map = linear(config.input_size, width, dtype=dtype, rngs=rngs)
+        if config.absolute_positions == "learned":
+            init = nnx.initializers.normal(0.02)
+            self.positions = parameter(rngs, init, (config.max_positions, width), **NO_DECAY)
 
-    def __call__(self, inputs: Num[Array, "b t *c"]) -> Float[Array, "b t d"]:
-        """Embeds inputs.
+    def init_state(self, batch_size: int) -> Place | None:
+        """Where rows stand before their first token; None if positions are not added."""
+        return None if self.config.absolute_positions == "none" else start(batch_size)
+
+    def __call__(
+        self,
+        inputs: Num[Array, "b t *c"],
+        place: Place | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Place | None]:
+        """Embeds inputs, and adds their positions if the config says so.
+
+        Args:
+          inputs: token ids or vectors.
+          place: where the rows stand; None for their start.
+          segment_ids: positions count the real tokens of a segment.
+
+        Returns:
+          The vectors, and the new place if one was given.
 
         Raises:
           ValueError: the rank or type of the inputs is not what the config says.
         """
+        x = self._embed(inputs)
+        if self.config.absolute_positions == "none":
+            return x, place
+        begin = start(x.shape[0]) if place is None else place
+        numbers, positions, new_place = walk(begin, segment_ids, x.shape[:2])
+        positions = jnp.where(numbers == 0, 0, positions)
+        if self.config.absolute_positions == "learned":
+            table = self.positions[...].astype(self.dtype)
+            added = table.at[positions].get(mode="fill", fill_value=jnp.nan)
+        else:
+            added = sinusoidal(positions, x.shape[2]).astype(self.dtype)
+            if self.config.vocab_size is not None:
+                x = x * math.sqrt(x.shape[2])
+        return x + added, None if place is None else new_place
+
+    def _embed(self, inputs):
         if self.config.vocab_size is not None:
             if inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer):
                 raise ValueError(

@@ -1,17 +1,25 @@
 """A language model: embedding, stack, norm, output matrix."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.mixers.carry import Place
 from layers.norms import make_norm
 from layers.parameters import linear
 from layers.typing import Array, Float, Int, Key
 from seqmodels.config import LanguageModelConfig
 from seqmodels.embedding import Embedding
 from seqmodels.stack import Stack
+
+
+class LanguageModelState(NamedTuple):
+    """Where the rows stand, if the embedding adds positions, and the state of every layer."""
+
+    place: Place | None
+    layers: tuple[Any, ...]
 
 
 class LanguageModel(nnx.Module):
@@ -39,18 +47,19 @@ class LanguageModel(nnx.Module):
         head = partial(linear, stack.width, config.input.vocab_size, bias=False, dtype=dtype, rngs=rngs)
         self.head = None if config.tie_embeddings else head()
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> tuple[Any, ...]:
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> LanguageModelState:
         """The state before the first token; `max_length` bounds the tokens that key-value caches must hold."""
-        return self.stack.init_state(batch_size, max_length=max_length)
+        layers = self.stack.init_state(batch_size, max_length=max_length)
+        return LanguageModelState(self.embedding.init_state(batch_size), layers)
 
     def __call__(
         self,
         inputs: Int[Array, "b t"],
-        state: Any = None,
+        state: LanguageModelState | None = None,
         *,
         segment_ids: Int[Array, "b t"] | None = None,
         key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "b t v"], Any]:
+    ) -> tuple[Float[Array, "b t v"], LanguageModelState | None]:
         """Scores the next token at every position.
 
         Args:
@@ -62,7 +71,10 @@ class LanguageModel(nnx.Module):
         Returns:
           float32 logits (b, t, v), and the state to go on with (None if none was given).
         """
-        x, state = self.stack(self.embedding(inputs), state, segment_ids=segment_ids, key=key)
+        place, layers = (None, None) if state is None else state
+        x, place = self.embedding(inputs, place, segment_ids=segment_ids)
+        x, layers = self.stack(x, layers, segment_ids=segment_ids, key=key)
+        state = None if state is None else LanguageModelState(place, layers)
         if self.norm is not None:
             x = self.norm(x, mask=None if segment_ids is None else segment_ids != 0, training=key is not None)
         if self.head is None:

@@ -19,4 +19,4 @@ def sinusoidal(positions: Int[Array, "b t"], width: int, base: float = 10_000.0)
     frequency = jnp.asarray(base ** (-np.arange(0, width, 2) / width), jnp.float32)
     angle = positions[:, :, None].astype(jnp.float32) * frequency[None, None]
     pairs = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-    return pairs.reshape(*positions.shape, -1)[..., :width]
+    return pairs.reshape(*positions.shape, 2 * frequency.size)[..., :width]

@@ -154,6 +154,49 @@ def _language_model_runner():
     return jitted(make("language_model"))
 
 
+@pytest.mark.parametrize(
+    "positions",
+    [{"absolute_positions": "learned", "max_positions": 12}, {"absolute_positions": "sinusoidal"}],
+)
+def test_absolute_positions_are_carried_and_restart_in_every_segment(positions):
+    one = {"pattern": ("attention",), "mixers": {"attention": {"heads": 2, "position": "none"}}, "depth": 1}
+    model = build(LANGUAGE_MODEL, **one, **positions)
+    run = jitted(model)
+    ids = jnp.asarray([[1] * 12, [0, 0, 1, 1, 1, 0, 1, 2, 2, 2, 2, 0], [1] * 4 + [3] * 8], jnp.int32)
+    whole, _ = run(TOKENS, None, ids)
+    state, outputs = model.init_state(3, max_length=12), []
+    for cut in (slice(0, 6), slice(6, 6), slice(6, 12)):
+        y, state = run(TOKENS[:, cut], state, ids[:, cut])
+        outputs.append(y)
+    real = np.asarray(ids) != 0
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1)[real], whole[real], atol=1e-5)
+    alone, _ = run(TOKENS[1:2, 7:11])
+    np.testing.assert_allclose(whole[1:2, 7:11], alone, atol=1e-5)
+    # Without positions in the mixer, only those of the embedding tell equal tokens apart.
+    equal, _ = run(jnp.ones((1, 6), int))
+    assert float(jnp.abs(equal[0, 1:] - equal[0, :1]).max(-1).min()) > 1e-3
+
+
+def test_embeddings_with_positions_against_the_equation():
+    model = make("language_model", absolute_positions="sinusoidal")
+    x, _ = model.embedding(TOKENS, segment_ids=IDS)
+    table = np.asarray(model.embedding.table[...])
+    frequency = 10_000.0 ** (-np.arange(0, 8, 2) / 8)
+    for t in range(12):
+        added = np.stack([np.sin(t * frequency), np.cos(t * frequency)], -1).ravel()
+        np.testing.assert_allclose(x[0, t], table[TOKENS[0, t]] * np.sqrt(8) + added, atol=1e-5)
+
+
+def test_learned_positions_end_with_their_table():
+    model = make(absolute_positions="learned", max_positions=7)
+    x, _ = model.embedding(TOKENS, segment_ids=IDS)
+    np.testing.assert_allclose(
+        x[0, :7], model.embedding.table[...][TOKENS[0, :7]] + model.embedding.positions[...], atol=1e-6
+    )
+    assert np.isnan(x[0, 7:]).all()
+    assert np.isfinite(x[1]).all(), "padding takes no position"
+
+
 def test_untied_output_matrix_and_bfloat16():
     model = make("language_model", tie_embeddings=False, dtype="bfloat16")
     logits, _ = model(TOKENS)
@@ -210,6 +253,9 @@ def test_post_norm_normalises_the_sum():
         ({"input_size": 4}, "set vocab_size for tokens or input_size for vectors"),
         ({"residual": "joint", "channel": "none"}, "needs a channel mixer"),
         ({"dtype": "float8_e4m3fn"}, "dtype="),
+        ({"absolute_positions": "learnd"}, "did you mean 'learned'"),
+        ({"absolute_positions": "learned"}, "need the size of their table"),
+        ({"max_positions": 5}, "max_positions=5 with absolute_positions='none'"),
     ],
 )
 def test_impossible_configs_are_refused(changes, message):
