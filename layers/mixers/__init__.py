@@ -12,25 +12,31 @@ from layers.mixers.fnet import FNet, FNetConfig
 from layers.mixers.gated_attention import GatedAttention, GatedAttentionConfig
 from layers.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from layers.mixers.gla import GLA, GLAConfig
+from layers.mixers.gss import GSS, GSSConfig
+from layers.mixers.h3 import H3, H3Config
 from layers.mixers.hgrn import HGRN, HGRNConfig
 from layers.mixers.hypermixer import HyperMixer, HyperMixerConfig
 from layers.mixers.kda import KDA, KDAConfig
 from layers.mixers.lightning_attention import LightningAttention, LightningAttentionConfig
 from layers.mixers.linear_attention import LinearAttention, LinearAttentionConfig
 from layers.mixers.linformer import Linformer, LinformerConfig
+from layers.mixers.liquid_s4 import LiquidS4, LiquidS4Config
 from layers.mixers.lru import LRU, LRUConfig
 from layers.mixers.lstm import LSTM, LSTMConfig
 from layers.mixers.mamba import Mamba, MambaConfig
 from layers.mixers.mamba2 import Mamba2, Mamba2Config
+from layers.mixers.mega import Mega, MegaConfig
 from layers.mixers.mla import MLA, MLAConfig
 from layers.mixers.performer import Performer, PerformerConfig
 from layers.mixers.retnet import RetNet, RetNetConfig
 from layers.mixers.rg_lru import RGLRU, RGLRUConfig
 from layers.mixers.rwkv4 import RWKV4, RWKV4Config
+from layers.mixers.rwkv7 import RWKV7, RWKV7Config
 from layers.mixers.s4 import S4, S4Config
 from layers.mixers.s4d import S4D, S4DConfig
 from layers.mixers.s5 import S5, S5Config
 from layers.mixers.selective_attention import SelectiveAttention, SelectiveAttentionConfig
+from layers.mixers.wersa import WERSA, WERSAConfig
 from layers.registry import build
 
 MIXERS = {
@@ -41,25 +47,31 @@ MIXERS = {
     "gated_attention": (GatedAttentionConfig, GatedAttention),
     "gated_deltanet": (GatedDeltaNetConfig, GatedDeltaNet),
     "gla": (GLAConfig, GLA),
+    "gss": (GSSConfig, GSS),
+    "h3": (H3Config, H3),
     "hgrn": (HGRNConfig, HGRN),
     "hypermixer": (HyperMixerConfig, HyperMixer),
     "kda": (KDAConfig, KDA),
     "lightning_attention": (LightningAttentionConfig, LightningAttention),
     "linear_attention": (LinearAttentionConfig, LinearAttention),
     "linformer": (LinformerConfig, Linformer),
+    "liquid_s4": (LiquidS4Config, LiquidS4),
     "lru": (LRUConfig, LRU),
     "lstm": (LSTMConfig, LSTM),
     "mamba": (MambaConfig, Mamba),
     "mamba2": (Mamba2Config, Mamba2),
+    "mega": (MegaConfig, Mega),
     "mla": (MLAConfig, MLA),
     "performer": (PerformerConfig, Performer),
     "retnet": (RetNetConfig, RetNet),
     "rg_lru": (RGLRUConfig, RGLRU),
     "rwkv4": (RWKV4Config, RWKV4),
+    "rwkv7": (RWKV7Config, RWKV7),
     "s4": (S4Config, S4),
     "s4d": (S4DConfig, S4D),
     "s5": (S5Config, S5),
     "selective_attention": (SelectiveAttentionConfig, SelectiveAttention),
+    "wersa": (WERSAConfig, WERSA),
 }
 
 

@@ -106,3 +106,22 @@ class HeadNorm(nnx.Module):
         if self.gate is not None:
             y = y * GATES[self.gate](gate.astype(jnp.float32))
         return y.astype(self.dtype)
+
+
+class HeadLayerNorm(nnx.Module):
+    """y = scale (o - mean) / sqrt(variance + epsilon) + bias by head, a group norm; every channel has a scale and bias.
+
+    float32 inside and out; heads come out joined.
+    """
+
+    def __init__(self, heads: int, size: int, *, epsilon: float, rngs: nnx.Rngs):
+        self.epsilon = epsilon
+        self.scale = parameter(rngs, nnx.initializers.ones_init(), (heads * size,), **NO_DECAY)
+        self.bias = parameter(rngs, nnx.initializers.zeros_init(), (heads * size,), **NO_DECAY)
+
+    def __call__(self, o: Float[Array, "b t h v"]) -> Float[Array, "b t d"]:
+        """The heads, normalised and joined."""
+        y = o.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = join_heads(y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon))
+        return y * self.scale[...][None, None] + self.bias[...][None, None]

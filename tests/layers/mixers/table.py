@@ -62,7 +62,17 @@ MIXERS = {
     "performer": ("performer", {"heads": 2, "features": 6}),
     "hypermixer": ("hypermixer", {"hidden": 12, "heads": 2}),
     "linformer": ("linformer", {"max_length": 24, "projected": 6, "heads": 2}),
+    "wersa": ("wersa", {"heads": 2, "levels": 2, "features": 6, "bias": True}),
+    "wersa-causal": ("wersa", {"heads": 2, "levels": 3, "features": 6, "causal": True}),
+    "gss": ("gss", {"state_size": 4}),
+    "h3": ("h3", {"state_size": 4, "head_dim": 2}),
+    "liquid_s4": ("liquid_s4", {"state_size": 4, "degree": 3}),
+    "liquid_s4-kb": ("liquid_s4", {"state_size": 4, "kernel": "kb"}),
+    "rwkv7": ("rwkv7", {"head_dim": 4, "decay_rank": 3, "rate_rank": 2, "gate_rank": 5, "zero_init": False}),
+    "mega": ("mega", {"key_size": 4, "averages": 3, "chunk": 5, "attention": "laplace"}),
+    "mega-whole": ("mega", {"key_size": 4, "averages": 2, "bias": "simple", "max_length": 48}),
+    "mega-bidirectional": ("mega", {"key_size": 4, "averages": 2, "chunk": 5, "bidirectional": True}),
 }
 
 # Mixers whose derivative with respect to later inputs is zero but for the rounding of Fourier transforms.
-BY_FOURIER_TRANSFORM = {"dss", "s4", "s4d"}
+BY_FOURIER_TRANSFORM = {"dss", "gss", "h3", "liquid_s4", "s4", "s4d"}
