@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixers.carry import check_inputs, refuse_state
-from layers.mixers.each_segment import each_segment, inside
+from layers.mixers.each_segment import each_segment
 from layers.norms import LayerNorm, NormConfig
 from layers.parameters import parameter
 from layers.positions import sinusoidal
@@ -92,15 +92,12 @@ class HyperMixer(nnx.Module):
         return (y if self.norm is None else self.norm(y)), None
 
 
-def _mix(config, weights, x, lengths):
+def _mix(config, weights, x, _lengths):
     """The mixing of sequences by themselves; x is zero from their lengths on, so those rows of W1 do not count."""
     b, t, _ = x.shape
     source = x
     if config.position == "sinusoid":
-        positions = jnp.arange(t)[None]
-        source = jnp.where(
-            inside(lengths, t)[..., None], x + sinusoidal(positions, config.width).astype(x.dtype), 0
-        )
+        source = x + sinusoidal(jnp.arange(t)[None], config.width).astype(x.dtype)
     heads = (b, t, config.heads, config.width // config.heads)
     source, x = source.reshape(heads), x.reshape(heads)
     gelu = partial(jax.nn.gelu, approximate=False)
