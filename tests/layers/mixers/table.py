@@ -75,4 +75,4 @@ MIXERS = {
 }
 
 # Mixers whose derivative with respect to later inputs is zero but for the rounding of Fourier transforms.
-BY_FOURIER_TRANSFORM = {"dss", "gss", "h3", "liquid_s4", "mega", "s4", "s4d"}
+BY_FOURIER_TRANSFORM = {"dss", "gss", "h3", "liquid_s4", "s4", "s4d"}
