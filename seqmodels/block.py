@@ -22,7 +22,7 @@ class Block(nnx.Module):
         x = x + dropout(mixer(norm(x)))
         x = x + dropout(channel(norm(x)))
 
-    Joint residual: x = x + channel(mixer(norm(x))).
+    Joint residual: x = x + channel(mixer(norm(x))). Each x before a plus is multiplied by `residual_scale`.
     """
 
     def __init__(self, config: StackConfig, layer: int, *, rngs: nnx.Rngs):
@@ -57,11 +57,12 @@ class Block(nnx.Module):
         mask = None if segment_ids is None else segment_ids != 0
         norms = {"mask": mask, "training": key is not None}
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        pre = self.config.norm_position == "pre"
+        pre, scale = self.config.norm_position == "pre", self.config.residual_scale
 
         def residual(x, branch, norm):
             y, out = branch(norm(x, **norms) if pre else x)
-            return (x + y if pre else norm(x + y, **norms)), out
+            total = (x if scale == 1 else scale * x) + y
+            return (total if pre else norm(total, **norms)), out
 
         def mix(u):
             y, out = self.mixer(u, state, segment_ids=segment_ids)

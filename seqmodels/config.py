@@ -27,6 +27,8 @@ class StackConfig:
       residual: "separate": x + mixer, then x + channel mixer; "joint": x + channel(mixer(x)), as in S4, S5 and LRU.
       norm, norm_options: kind of norm and its options.
       norm_position: "pre" normalises the input of every branch, "post" the sum.
+      residual_scale: what x is multiplied by before a branch is added: DeepNorm (Wang et al. 2022, arXiv:2203.00555)
+        has (2 depth)^(1/4) with norm_position="post".
       dropout: of branch outputs if separate; passed to the channel mixer if joint.
       scan: run repeats of the pattern under `jax.lax.scan`; compiles once instead of depth times.
       remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products).
@@ -43,6 +45,7 @@ class StackConfig:
     norm: str = "rms_norm"
     norm_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     norm_position: Literal["pre", "post"] = "pre"
+    residual_scale: float = 1.0
     dropout: float = 0.0
     scan: bool = True
     remat: Literal["none", "full", "dots"] = "none"
@@ -61,6 +64,8 @@ class StackConfig:
         _one_of("dtype", str(jnp.dtype(self.dtype)), ("float32", "bfloat16", "float16"))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}; expected 0 <= dropout < 1")
+        if self.residual_scale <= 0:
+            raise ValueError(f"residual_scale={self.residual_scale}; expected more than 0")
         used = {entry.partition("+")[0] for entry in self.pattern}
         _all_used("mixers", self.mixers, used)
         _all_used(

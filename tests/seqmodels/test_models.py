@@ -226,6 +226,20 @@ def test_joint_residual_is_one_branch():
     np.testing.assert_allclose(y, x + block.channel(inner), atol=1e-6)
 
 
+def test_the_residual_is_scaled_in_both_branches():
+    x = jax.random.normal(jax.random.key(0), (2, 6, 8))
+    for norm_position in ("pre", "post"):
+        options = {"norm": "layer_norm", "norm_position": norm_position, "residual_scale": 3.0}
+        block = build(CLASSIFIER, **options, depth=1).stack.blocks[0]
+        want = x
+        for branch, norm in (
+            (lambda u, b=block: b.mixer(u)[0], block.mixer_norm),
+            (block.channel, block.channel_norm),
+        ):
+            want = 3 * want + branch(norm(want)) if norm_position == "pre" else norm(3 * want + branch(want))
+        np.testing.assert_allclose(block(x)[0], want, atol=1e-5)
+
+
 def test_post_norm_normalises_the_sum():
     model = make(norm="layer_norm", norm_position="post", depth=1)
     y, _ = model.stack.blocks[0](jax.random.normal(jax.random.key(0), (2, 6, 8)))
@@ -247,6 +261,7 @@ def test_post_norm_normalises_the_sum():
         ({"norm": "batchnorm"}, "did you mean 'batch_norm'"),
         ({"remat": "all"}, "remat='all'"),
         ({"dropout": 1.0}, "dropout=1.0"),
+        ({"residual_scale": 0.0}, "residual_scale=0.0"),
         ({"depth": 0}, "depth=0"),
         ({"pooling": "max"}, "pooling='max'"),
         ({"num_classes": 1}, "num_classes=1"),

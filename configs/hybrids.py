@@ -1,0 +1,121 @@
+"""Hybrids: attention in some layers, recurrences in the others, as published but small, on short ListOps.
+
+    python -m experiments.train --config=configs/hybrids.py:mixer=samba --workdir=runs/samba
+
+    jamba           7 Mamba to 1 attention without positions, mixture of experts in every second layer (2403.19887)
+    hunyuan_turbos  blocks of attention, Mamba-2, experts (AMF) and of Mamba-2, experts (MF) (2505.15431)
+    samba           Mamba and sliding windows in turn (2406.07522)
+    griffin         2 recurrent blocks to 1 local multi-query attention (2402.19427)
+    minimax         7 lightning attention to 1 softmax attention, experts, DeepNorm (2501.08313)
+    kimi_linear     3 KDA to 1 latent attention without positions, experts (2510.26692)
+    qwen3_next      3 Gated DeltaNet to 1 gated attention, experts (2505.06708)
+    hybridna        7 Mamba-2 to 1 attention (2502.10807)
+    masformer       full attention in the lowest layer alone, windows above (2310.12442)
+
+Orders of layers, ratios and positions are the papers'; widths, depths, windows and numbers of experts are cut down. All
+are causal and pool over time.
+"""
+
+from ml_collections import ConfigDict
+
+EXPERTS = dict(experts=8, top_k=2, hidden=64)
+SHARED = EXPERTS | dict(shared=1)
+HALF_ROPE = dict(name="rope", fraction=0.5)
+MAMBA2 = dict(state_size=32, head_dim=16)
+
+MODELS = {
+    "jamba": dict(
+        depth=8,
+        # Attention is layer 4 of 8 counted from 0; every second layer has experts.
+        pattern=("mamba", "mamba+moe") * 2 + ("attention", "mamba+moe") + ("mamba", "mamba+moe"),
+        mixers={"attention": dict(heads=4, kv_heads=1, position="none")},
+        channels={"moe": EXPERTS | dict(normalize=False)},
+    ),
+    "hunyuan_turbos": dict(
+        depth=5,
+        pattern=("attention+none", "mamba2", "mamba2", "mamba2", "mamba2"),
+        mixers={"attention": dict(heads=4, kv_heads=2), "mamba2": MAMBA2},
+        channel="moe",
+        channels={"moe": SHARED},
+    ),
+    "samba": dict(
+        depth=4,
+        pattern=("mamba", "attention"),
+        mixers={"attention": dict(heads=4, window=64)},
+    ),
+    "griffin": dict(
+        depth=6,
+        pattern=("rg_lru", "rg_lru", "attention"),
+        mixers={
+            "rg_lru": dict(heads=4),
+            "attention": dict(heads=4, kv_heads=1, window=64, position=HALF_ROPE),
+        },
+        channel="geglu",
+        channels={"geglu": dict(hidden=192)},
+    ),
+    "minimax": dict(
+        depth=8,
+        pattern=("lightning_attention",) * 7 + ("attention",),
+        mixers={
+            "lightning_attention": dict(heads=4),
+            "attention": dict(heads=4, kv_heads=1, position=HALF_ROPE | dict(base=1e7)),
+        },
+        channel="moe",
+        channels={"moe": EXPERTS | dict(balance=0.001)},
+        norm_position="post",
+        residual_scale=(2 * 8) ** 0.25,
+    ),
+    "kimi_linear": dict(
+        depth=4,
+        # The first layer is dense.
+        pattern=("kda+swiglu", "kda", "kda", "mla"),
+        mixers={
+            "kda": dict(heads=4),
+            "mla": dict(heads=4, latent=32, head_dim=16, rope_dim=8, value_dim=16, position="none"),
+        },
+        channel="moe",
+        channels={"moe": SHARED},
+    ),
+    "qwen3_next": dict(
+        depth=4,
+        pattern=("gated_deltanet", "gated_deltanet", "gated_deltanet", "gated_attention"),
+        mixers={
+            "gated_deltanet": dict(heads=2, value_heads=4, key_dim=16, value_dim=16),
+            "gated_attention": dict(
+                heads=4, kv_heads=1, head_dim=32, position=dict(name="rope", fraction=0.25)
+            ),
+        },
+        channel="moe",
+        channels={"moe": SHARED | dict(balance=0.001)},
+    ),
+    "hybridna": dict(
+        depth=8,
+        pattern=("mamba2",) * 7 + ("attention",),
+        mixers={"mamba2": MAMBA2, "attention": dict(heads=4)},
+    ),
+    "masformer": dict(
+        depth=4,
+        pattern=("attention", "local", "local", "local"),
+        mixers={"attention": dict(heads=4), "local": dict(mixer="attention", heads=4, window=32)},
+        channel="mlp",
+        norm="layer_norm",
+    ),
+}
+
+
+def get_config(arg: str = "mixer=samba") -> ConfigDict:
+    options = dict(pair.split("=", 1) for pair in arg.split(",") if pair)
+    mixer = options.pop("mixer", "samba")
+    if options:
+        raise ValueError(f"hybrids.py takes mixer=NAME, not {', '.join(options)}")
+    if mixer not in MODELS:
+        raise ValueError(f"mixer={mixer!r} is no hybrid here; available: {', '.join(MODELS)}")
+
+    config = ConfigDict()
+    config.seed = 0
+    config.task = dict(name="listops", preset="short")
+    config.model = dict(kind="classifier", width=64, **MODELS[mixer])
+    config.data = dict(bucket_bounds=(64, 104, 200))
+    config.train = dict(batch_size=64, steps=1000, eval_every=0.5, log_every=25)
+    config.optimizer = dict(learning_rate=1e-3, weight_decay=0.04, warmup_steps=100, clip_norm=1.0)
+    return config

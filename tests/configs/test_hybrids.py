@@ -1,0 +1,97 @@
+"""The hybrids: each is built as its config says, with the mixers and channel mixers of its paper in their order."""
+
+import functools
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from experiments.config_loading import DataConfig, TrainConfig, section, to_plain
+from experiments.optimizers import OptimizerConfig, assign_groups
+from experiments.split_model import SplitModel
+from layers.mixers.attention import Attention
+from layers.positions import Rotary
+from layers.positions.position import NoPosition
+from seqmodels import build_model
+
+PATH = pathlib.Path(__file__).resolve().parents[2] / "configs" / "hybrids.py"
+CONFIGS = runpy.run_path(str(PATH))
+
+# A layer is its mixer and its channel mixer: G a gated MLP, E experts, P a plain MLP, - none.
+PATTERNS = {
+    "jamba": "Mamba:G Mamba:E Mamba:G Mamba:E Attention:G Mamba:E Mamba:G Mamba:E",
+    "hunyuan_turbos": "Attention:- Mamba2:E Mamba2:E Mamba2:E Mamba2:E",
+    "samba": "Mamba:G Attention:G Mamba:G Attention:G",
+    "griffin": "RGLRU:G RGLRU:G Attention:G RGLRU:G RGLRU:G Attention:G",
+    "minimax": "LightningAttention:E " * 7 + "Attention:E",
+    "kimi_linear": "KDA:G KDA:E KDA:E MLA:E",
+    "qwen3_next": "GatedDeltaNet:E GatedDeltaNet:E GatedDeltaNet:E GatedAttention:E",
+    "hybridna": "Mamba2:G " * 7 + "Attention:G",
+    "masformer": "Attention:P Attention:P Attention:P Attention:P",
+}
+LETTERS = {"GLU": "G", "GEGLU": "G", "MoE": "E", "MLP": "P", "NoneType": "-"}
+
+
+@functools.cache
+def config_of(name):
+    return to_plain(CONFIGS["get_config"](f"mixer={name}"))
+
+
+@functools.cache
+def model_of(name):
+    sizes = {"vocab_size": 18, "num_classes": 10}
+    return build_model(config_of(name)["model"] | sizes, rngs=nnx.Rngs(0))
+
+
+def attention_of(name):
+    """The first layer of attention."""
+    return next(b.mixer for b in model_of(name).stack.blocks if isinstance(b.mixer, Attention))
+
+
+def test_every_hybrid_is_listed_here():
+    assert set(PATTERNS) == set(CONFIGS["MODELS"])
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_layers_and_shapes(name):
+    model = model_of(name)
+    layers = [
+        f"{type(block.mixer).__name__}:{LETTERS[type(block.channel).__name__]}"
+        for block in model.stack.blocks
+    ]
+    assert layers == PATTERNS[name].split()
+    tokens = jnp.ones((2, 24), jnp.int32)
+    logits = jax.eval_shape(lambda: model(tokens, segment_ids=tokens)[0])
+    assert logits.shape == (2, 10)
+    assert model.stack.causal
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_every_section_of_the_config_holds(name):
+    config = config_of(name)
+    section(config, "train", TrainConfig)
+    section(config, "data", DataConfig)
+    optimizer = section(config, "optimizer", OptimizerConfig)
+    assign_groups(optimizer, SplitModel(model_of(name)).declared_groups)
+
+
+def test_positions_and_windows_are_the_papers():
+    assert isinstance(attention_of("jamba").config.position, NoPosition)
+    assert isinstance(model_of("kimi_linear").stack.blocks[3].mixer.config.position, NoPosition)
+    for name in ("griffin", "minimax"):
+        assert attention_of(name).config.position.fraction == 0.5
+    assert attention_of("qwen3_next").config.position == Rotary(fraction=0.25)
+    assert attention_of("griffin").config.groups == 1
+    assert attention_of("griffin").config.window == attention_of("samba").config.window == 64
+    windows = [block.mixer.config.window for block in model_of("masformer").stack.blocks]
+    assert windows == [None, 32, 32, 32]
+
+
+def test_an_unknown_hybrid_is_refused():
+    with pytest.raises(ValueError, match="mixer='sambo' is no hybrid here; available: jamba"):
+        CONFIGS["get_config"]("mixer=sambo")
+    with pytest.raises(ValueError, match="takes mixer=NAME, not depth"):
+        CONFIGS["get_config"]("mixer=samba,depth=3")
