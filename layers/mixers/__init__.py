@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 
 from layers.mixers.attention import Attention, AttentionConfig
+from layers.mixers.bidirectional import Bidirectional, BidirectionalConfig
 from layers.mixers.deltanet import DeltaNet, DeltaNetConfig
 from layers.mixers.dss import DSS, DSSConfig
 from layers.mixers.fnet import FNet, FNetConfig
@@ -41,6 +42,7 @@ from layers.registry import build
 
 MIXERS = {
     "attention": (AttentionConfig, Attention),
+    "bidirectional": (BidirectionalConfig, Bidirectional),
     "deltanet": (DeltaNetConfig, DeltaNet),
     "dss": (DSSConfig, DSS),
     "fnet": (FNetConfig, FNet),

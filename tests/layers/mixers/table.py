@@ -72,7 +72,15 @@ MIXERS = {
     "mega": ("mega", {"key_size": 4, "averages": 3, "chunk": 5, "attention": "laplace"}),
     "mega-whole": ("mega", {"key_size": 4, "averages": 2, "bias": "simple", "max_length": 48}),
     "mega-bidirectional": ("mega", {"key_size": 4, "averages": 2, "chunk": 5, "bidirectional": True}),
+    "bidirectional-mamba": (
+        "bidirectional",
+        {"inner": "mamba", "options": {"state_size": 4}, "tied": "projections"},
+    ),
+    "bidirectional-gla": (
+        "bidirectional",
+        {"inner": "gla", "options": {"heads": 2}, "combine": "concatenate", "tied": True},
+    ),
 }
 
 # Mixers whose derivative with respect to later inputs is zero but for the rounding of Fourier transforms.
-BY_FOURIER_TRANSFORM = {"dss", "gss", "h3", "liquid_s4", "s4", "s4d"}
+BY_FOURIER_TRANSFORM = {"dss", "gss", "h3", "liquid_s4", "mega", "s4", "s4d"}
