@@ -16,9 +16,11 @@ from layers.mixers.gla import GLA, GLAConfig
 from layers.mixers.gss import GSS, GSSConfig
 from layers.mixers.h3 import H3, H3Config
 from layers.mixers.hgrn import HGRN, HGRNConfig
+from layers.mixers.hyena import Hyena, HyenaConfig
 from layers.mixers.hypermixer import HyperMixer, HyperMixerConfig
 from layers.mixers.kda import KDA, KDAConfig
 from layers.mixers.lightning_attention import LightningAttention, LightningAttentionConfig
+from layers.mixers.lightweight_conv import DynamicConv, LightweightConv, LightweightConvConfig
 from layers.mixers.linear_attention import LinearAttention, LinearAttentionConfig
 from layers.mixers.linformer import Linformer, LinformerConfig
 from layers.mixers.liquid_s4 import LiquidS4, LiquidS4Config
@@ -37,6 +39,7 @@ from layers.mixers.s4 import S4, S4Config
 from layers.mixers.s4d import S4D, S4DConfig
 from layers.mixers.s5 import S5, S5Config
 from layers.mixers.selective_attention import SelectiveAttention, SelectiveAttentionConfig
+from layers.mixers.sgconv import SGConv, SGConvConfig
 from layers.mixers.wersa import WERSA, WERSAConfig
 from layers.registry import build
 
@@ -45,6 +48,7 @@ MIXERS = {
     "bidirectional": (BidirectionalConfig, Bidirectional),
     "deltanet": (DeltaNetConfig, DeltaNet),
     "dss": (DSSConfig, DSS),
+    "dynamic_conv": (LightweightConvConfig, DynamicConv),
     "fnet": (FNetConfig, FNet),
     "gated_attention": (GatedAttentionConfig, GatedAttention),
     "gated_deltanet": (GatedDeltaNetConfig, GatedDeltaNet),
@@ -52,9 +56,11 @@ MIXERS = {
     "gss": (GSSConfig, GSS),
     "h3": (H3Config, H3),
     "hgrn": (HGRNConfig, HGRN),
+    "hyena": (HyenaConfig, Hyena),
     "hypermixer": (HyperMixerConfig, HyperMixer),
     "kda": (KDAConfig, KDA),
     "lightning_attention": (LightningAttentionConfig, LightningAttention),
+    "lightweight_conv": (LightweightConvConfig, LightweightConv),
     "linear_attention": (LinearAttentionConfig, LinearAttention),
     "linformer": (LinformerConfig, Linformer),
     "liquid_s4": (LiquidS4Config, LiquidS4),
@@ -73,6 +79,7 @@ MIXERS = {
     "s4d": (S4DConfig, S4D),
     "s5": (S5Config, S5),
     "selective_attention": (SelectiveAttentionConfig, SelectiveAttention),
+    "sgconv": (SGConvConfig, SGConv),
     "wersa": (WERSAConfig, WERSA),
 }
 

@@ -1,4 +1,4 @@
-"""FNet: Fourier transforms in place of attention."""
+"""FNet: Fourier transforms over time and features in place of attention (Lee-Thorp et al. 2021, arXiv:2105.03824)."""
 
 import dataclasses
 from functools import partial

@@ -1,4 +1,4 @@
-"""HyperMixer: a token-mixing MLP whose weights are made from the tokens."""
+"""HyperMixer: a token-mixing MLP whose weights are made from the tokens (Mai et al. 2022, arXiv:2203.03691)."""
 
 import dataclasses
 from functools import partial

@@ -1,4 +1,4 @@
-"""Linformer: attention over a fixed number of mixtures of the keys and values."""
+"""Linformer: attention over a fixed number of mixtures of keys and values (Wang et al. 2020, arXiv:2006.04768)."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""WERSA: linear attention by random features between queries and keys whose wavelet scales are weighted."""
+"""WERSA: linear attention between queries and keys whose wavelet scales are weighted (Dentamaro 2025, arXiv:2507.08637)."""
 
 import dataclasses
 from functools import partial

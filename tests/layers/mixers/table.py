@@ -23,6 +23,10 @@ MIXERS = {
             "position": "alibi",
         },
     ),
+    "attention-streaming": (
+        "attention",
+        {"heads": 2, "window": 4, "sink_tokens": 2, "sink_distance": "cache"},
+    ),
     "attention-t5": ("attention", {"heads": 2, "position": "t5", "scale": 1.0}),
     "gated_attention": ("gated_attention", {"heads": 2, "kv_heads": 1, "head_dim": 8}),
     "gated_attention-value": (
@@ -80,7 +84,13 @@ MIXERS = {
         "bidirectional",
         {"inner": "gla", "options": {"heads": 2}, "combine": "concatenate", "tied": True},
     ),
+    "sgconv": ("sgconv", {"max_length": 32, "kernel_size": 4, "decay_max": 3.0}),
+    "sgconv-bidirectional": ("sgconv", {"max_length": 16, "kernel_size": 4, "bidirectional": True}),
+    "hyena": ("hyena", {"max_length": 32, "filter_features": 5, "filter_width": 8}),
+    "hyena-order3": ("hyena", {"order": 3, "max_length": 16, "filter_features": 3, "window_shift": 0.05}),
+    "lightweight_conv": ("lightweight_conv", {"heads": 2, "taps": 5}),
+    "dynamic_conv": ("dynamic_conv", {"heads": 4, "taps": 7}),
 }
 
 # Mixers whose derivative with respect to later inputs is zero but for the rounding of Fourier transforms.
-BY_FOURIER_TRANSFORM = {"dss", "gss", "h3", "liquid_s4", "mega", "s4", "s4d"}
+BY_FOURIER_TRANSFORM = {"dss", "gss", "h3", "hyena", "liquid_s4", "mega", "s4", "s4d", "sgconv"}

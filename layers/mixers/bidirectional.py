@@ -1,0 +1,109 @@
+"""Bidirectional: any causal mixer run from both ends of the sequence (Schiff et al. 2024, arXiv:2403.03234)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+
+from layers import mixers
+from layers.mixers.carry import check_inputs, refuse_state
+from layers.mixers.each_segment import reverse
+from layers.parameters import linear
+from layers.typing import Array, Float, Int
+
+PROJECTIONS = ("input", "output")
+
+
+@dataclasses.dataclass(frozen=True)
+class BidirectionalConfig:
+    """Options of `Bidirectional`.
+
+    Attributes:
+      width: d, features in and out.
+      inner: name of a causal mixer. (A model's config gives "mixer" a meaning of its own: there it marks an alias.)
+      options: its options.
+      combine: "sum" of both directions, or "concatenate", which maps both by one matrix to the width.
+      tied: False: each direction has weights of its own. "projections": they share the projections into and out of
+        the mixer, as Mamba has them, and nothing else. True: they share everything.
+      layer, depth: place in the model, handed on to the mixer.
+      dtype: type of activations.
+    """
+
+    width: int
+    inner: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    combine: Literal["sum", "concatenate"] = "sum"
+    tied: bool | Literal["projections"] = False
+    layer: int = 0
+    depth: int = 1
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.combine not in ("sum", "concatenate"):
+            raise ValueError(f"combine={self.combine!r}; expected 'sum' or 'concatenate'")
+        if self.tied not in (False, True, "projections"):
+            raise ValueError(f"tied={self.tied!r}; expected False, True or 'projections'")
+
+
+class Bidirectional(nnx.Module):
+    """Bidirectional: a causal mixer from both ends, as in BiMamba (Schiff et al. 2024, arXiv:2403.03234).
+
+        y = F(x) + R(B(R(x)))        or        y = W [F(x), R(B(R(x)))]
+
+    with mixers F and B of one kind, and R that reverses the tokens of every segment. Not causal; a token is seen by
+    both mixers. With tied="projections" and Mamba it is BiMamba-S (Wang et al. 2024, arXiv:2411.08909): as the output
+    projection is linear, projecting the sum is the sum of the projections.
+    """
+
+    causal = False
+
+    def __init__(self, config: BidirectionalConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        given = {name: getattr(config, name) for name in ("width", "layer", "depth", "dtype")}
+
+        def make() -> nnx.Module:
+            return mixers.make_mixer(config.inner, config.options, given=given, rngs=rngs)
+
+        self.forward = make()
+        if not self.forward.causal:
+            raise ValueError(
+                f"inner={config.inner!r} is not causal with options={dict(config.options)}; it needs no second direction"
+            )
+        # With all weights tied there is one mixer, which runs twice.
+        self.backward = None if config.tied is True else make()
+        if config.tied == "projections":
+            for name in PROJECTIONS:
+                if not hasattr(self.forward, name):
+                    raise ValueError(
+                        f"tied='projections' shares {' and '.join(PROJECTIONS)}, and inner={config.inner!r} has no {name}; "
+                        "use tied=True or tied=False"
+                    )
+                setattr(self.backward, name, getattr(self.forward, name))
+        joined = {"bias": False, "dtype": config.dtype, "rngs": rngs}
+        self.joined = (
+            linear(2 * config.width, config.width, **joined) if config.combine == "concatenate" else None
+        )
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> None:
+        """Refuses: the backward direction begins at the end of the sequence."""
+        raise ValueError("Bidirectional is not causal and has no state; it needs the whole sequence at once")
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        check_inputs("Bidirectional", x, self.config.width, segment_ids)
+        refuse_state("Bidirectional", state)
+        backward = self.forward if self.backward is None else self.backward
+        ahead, _ = self.forward(x, segment_ids=segment_ids)
+        back, _ = backward(reverse(x, segment_ids), segment_ids=segment_ids)
+        back = reverse(back, segment_ids)
+        if self.joined is None:
+            return ahead + back, None
+        return self.joined(jnp.concatenate([ahead, back], axis=-1)), None
