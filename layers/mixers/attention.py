@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +12,7 @@ from layers.mixers.cache import Cache, empty_cache, extend
 from layers.mixers.carry import check_inputs, refuse_state, walk
 from layers.mixers.heads import join_heads, split_heads
 from layers.mixers.relative_attention import relative_attention
+from layers.mixers.streaming_attention import streaming_attention
 from layers.norms import NormConfig, RMSNorm
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.positions import Position, PositionConfig, Rotary, read_position
@@ -30,7 +31,9 @@ class AttentionConfig:
       causal: a token sees only itself and what came before.
       window: causal: the last `window` tokens, its own included; otherwise tokens at a distance up to `window`.
       sink_tokens: the first so many tokens of a segment stay visible beyond the window (StreamingLLM, Xiao et al. 2023,
-        arXiv:2309.17453), at their true distance.
+        arXiv:2309.17453).
+      sink_distance: how far from a query sinks beyond the window count: "true", or "cache": no farther than in a
+        sequence of sink_tokens + window tokens, as in StreamingLLM; the latter for causal rotary attention.
       sink_logits: every head learns the logit of one more key, without a value, that all queries see (gpt-oss).
       position: "rope", "none", "alibi", "t5" or "fire", or a mapping with that "name" and the options of `Rotary`,
         `T5Bias` or `Fire` in `layers.positions`.
@@ -48,6 +51,7 @@ class AttentionConfig:
     causal: bool = True
     window: int | None = None
     sink_tokens: int = 0
+    sink_distance: Literal["true", "cache"] = "true"
     sink_logits: bool = False
     position: str | Mapping[str, Any] | PositionConfig = "rope"
     scale: float | None = None
@@ -75,6 +79,12 @@ class AttentionConfig:
         if self.logit_cap is not None and self.logit_cap <= 0:
             raise ValueError(f"logit_cap={self.logit_cap}; expected a positive number, or None")
         object.__setattr__(self, "position", read_position(self.position))
+        if self.sink_distance not in ("true", "cache"):
+            raise ValueError(f"sink_distance={self.sink_distance!r}; expected 'true' or 'cache'")
+        if self.sink_distance == "cache" and not (
+            self.sink_tokens and self.causal and isinstance(self.position, Rotary)
+        ):
+            raise ValueError("sink_distance='cache' needs sink_tokens, causal=True and position='rope'")
         if isinstance(self.position, Rotary):
             try:
                 self.position.size(self.size)
@@ -159,18 +169,19 @@ class Attention(nnx.Module):
             "scale": config.scale,
             "logit_cap": config.logit_cap,
         }
+        attend = streaming_attention if config.sink_distance == "cache" else relative_attention
         if state is None:
             positions = (
                 jnp.arange(x.shape[1])[None] if segment_ids is None else segment_positions(segment_ids)
             )
             q, k, v = self.project(x, positions, segment_ids)
-            o = relative_attention(self.position, q, k, v, segment_ids=segment_ids, **options)
+            o = attend(self.position, q, k, v, segment_ids=segment_ids, **options)
             return self.finish(o, x), None
         numbers, positions, place = walk(state.place, segment_ids, x.shape[:2])
         q, k, v = self.project(x, positions, segment_ids)
         rule = {"window": config.window, "sinks": config.sink_tokens}
         state, seen, beyond = extend(state, (k, v), numbers, positions, place, **rule)
-        o = relative_attention(
+        o = attend(
             self.position,
             q,
             *seen.entries,

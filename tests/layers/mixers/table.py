@@ -29,10 +29,6 @@ MIXERS = {
     ),
     "attention-t5": ("attention", {"heads": 2, "position": "t5", "scale": 1.0}),
     "gated_attention": ("gated_attention", {"heads": 2, "kv_heads": 1, "head_dim": 8}),
-    "gated_attention-value": (
-        "gated_attention",
-        {"heads": 2, "kv_heads": 1, "head_dim": 8, "gate": "value", "gate_size": "headwise"},
-    ),
     "selective_attention": ("selective_attention", {"heads": 2, "window": 6}),
     "mla": (
         "mla",

@@ -124,6 +124,8 @@ def test_a_cache_needs_a_length():
         ),
         ({"heads": 2, "sink_tokens": 2}, "sink_tokens=2 with window=None"),
         ({"heads": 2, "logit_cap": -1.0}, "logit_cap=-1.0"),
+        ({"heads": 2, "window": 2, "sink_distance": "cache"}, "'cache' needs sink_tokens"),
+        ({"heads": 2, "sink_distance": "slot"}, "sink_distance='slot'"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
@@ -207,3 +209,38 @@ def test_sinks_of_a_segment_stay_in_the_cache():
         outputs.append(y)
     np.testing.assert_allclose(jnp.concatenate(outputs, 1), want, atol=1e-6)
     np.testing.assert_array_equal(state.positions[:, :2], [[0, 1]] * 2)
+
+
+def streaming(model, x):
+    """One row, one head: rotations by the distance itself."""
+    config, x = model.config, np.asarray(x, np.float64)
+    q, k, v = (x @ np.asarray(getattr(model, n).kernel[...], np.float64) for n in ("query", "key", "value"))
+    frequency = 10_000.0 ** (-np.arange(0, 8, 2) / 8)
+    o = np.zeros_like(v)
+    for i in range(len(x)):
+        kept = [j for j in range(i + 1) if i - j < config.window or j < config.sink_tokens]
+        logits = []
+        for j in kept:
+            last_slot = config.sink_tokens + config.window - 1
+            distance = i - j if i - j < config.window else min(i, last_slot) - j
+            turned = (k[j, :4] + 1j * k[j, 4:]) * np.exp(-1j * distance * frequency)
+            logits.append(((q[i, :4] + 1j * q[i, 4:]).conj() @ turned).real / np.sqrt(8))
+        weights = np.exp(logits - np.max(logits))
+        o[i] = weights / weights.sum() @ v[kept]
+    return o @ np.asarray(model.output.kernel[...], np.float64)
+
+
+def test_sinks_at_the_distance_of_their_slots():
+    model = make(heads=1, window=4, sink_tokens=2, sink_distance="cache")
+    y, _ = model(inputs(14))
+    for row, got in zip(inputs(14), y, strict=True):
+        np.testing.assert_allclose(got, streaming(model, row), atol=2e-6)
+
+
+def test_what_dropped_out_of_a_stream_changes_nothing():
+    """A token's output depends on the sinks and the window, wherever in the stream it is."""
+    model = make(heads=2, window=4, sink_tokens=2, sink_distance="cache")
+    x = inputs(30)
+    long, _ = model(x)
+    short, _ = model(jnp.concatenate([x[:, :2], x[:, -4:]], axis=1))
+    np.testing.assert_allclose(long[:, -1], short[:, -1], atol=2e-6)
