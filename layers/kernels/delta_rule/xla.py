@@ -33,8 +33,10 @@ from layers.kernels.delta_rule.products import product, solve
 from layers.kernels.delta_rule.triangular import inverse
 from layers.kernels.segments import segment_starts
 
-# Steps a chunk; a power of two.
+# Steps a chunk; a power of two. Longer chunks do more arithmetic and fewer steps of the scan; with a decay per channel
+# they also keep larger intermediate results.
 CHUNK = 64
+GPU_SCALAR_CHUNK = 128
 
 
 class Rule(NamedTuple):
@@ -61,9 +63,12 @@ class Chunks(NamedTuple):
     state: jax.Array | None  # (k, v)
 
 
-def delta_rule(q, k, v, beta, log_decay, scale, normalize_qk, initial_state, segment_ids, chunk=CHUNK):
+def delta_rule(q, k, v, beta, log_decay, scale, normalize_qk, initial_state, segment_ids, chunk=None):
     """Runs the delta rule; the arguments are checked by the public function."""
     inputs = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
+    if chunk is None:
+        per_channel = log_decay is not None and log_decay.ndim == 4
+        chunk = CHUNK if per_channel or jax.default_backend() == "cpu" else GPU_SCALAR_CHUNK
     return _run(inputs, initial_state, segment_ids, False, scale, normalize_qk, chunk)
 
 

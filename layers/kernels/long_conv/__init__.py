@@ -13,7 +13,8 @@ from layers.typing import Array, Num
 __all__ = ["Piece", "compose", "long_conv", "summarize"]
 
 # Up to these many taps, or these many outputs after a state, matrix products are faster than transforms. On a CPU they
-# are not at any number of taps from 8 to 1024; on GPU and TPU the number follows from the bytes that the two forms move.
+# are not at any number of taps from 8 to 1024. On an H100 they take 0.55 of the time at 256 taps and 1.04 at 512 (both
+# passes, 8 x 4096 x 2048); on a TPU the number is a guess from the bytes that the two forms move.
 TOEPLITZ_TAPS = {"cpu": 0, "gpu": 256, "tpu": 256}
 TOEPLITZ_OUTPUTS = 4
 

@@ -34,9 +34,13 @@ from layers.kernels.segments import segment_starts
 from layers.kernels.selective_scan import chunk
 from layers.kernels.varying import vary_like
 
-# Steps of a block, written out, and blocks of a chunk, where not 8: a CPU takes long to compile more.
+# Steps of a block, written out: a CPU takes long to compile more than 4.
+MAX_BLOCK = 8
 BLOCK = {"cpu": 4}
-BLOCKS = {"cpu": 4}
+# Blocks of a chunk run side by side: 4, or on a device with many threads up to 16 where rows and channels are few.
+BLOCKS = 4
+MAX_BLOCKS = 16
+THREADS = 2**17
 
 
 class _Options(NamedTuple):
@@ -58,8 +62,11 @@ def selective_scan(
     if segment_ids is not None:
         start, padding = segment_starts(segment_ids), segment_ids == 0
     backend = jax.default_backend()
-    block = min(block or BLOCK.get(backend, 8), time)
-    options = _Options(dt_softplus, block, min(blocks or BLOCKS.get(backend, 8), -(-time // block)))
+    block = min(block or BLOCK.get(backend, MAX_BLOCK), time)
+    if blocks is None:
+        wanted = BLOCKS if backend == "cpu" else THREADS // max(batch * channels, 1)
+        blocks = min(max(wanted, BLOCKS), MAX_BLOCKS)
+    options = _Options(dt_softplus, block, min(blocks, -(-time // block)))
     a, b, c, skip, dt_bias, state = jax.tree.map(
         lambda v: vary_like(v, x), (a, b, c, skip, dt_bias, initial_state.astype(dtype))
     )

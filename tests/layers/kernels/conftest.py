@@ -10,5 +10,5 @@ def _short_chunks():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selective_scan, "BLOCK", {"cpu": 2})
-        patch.setattr(selective_scan, "BLOCKS", {"cpu": 2})
+        patch.setattr(selective_scan, "BLOCKS", 2)
         yield

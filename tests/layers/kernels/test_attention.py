@@ -507,7 +507,7 @@ def test_cudnn_says_why_not():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": 50, "scale": 0.2}])
-@pytest.mark.parametrize("t", [1, 130, 512])
+@pytest.mark.parametrize("t", [2, 37, 512])
 def test_cudnn_matches_the_reference(options, t):
     shapes = {"q": (2, t, 8, 64), "k": (2, t, 2, 64), "v": (2, t, 2, 64)}
     arguments = {n: normal(i, *shape).astype(jnp.bfloat16) for i, (n, shape) in enumerate(shapes.items())}
@@ -522,5 +522,5 @@ def test_cudnn_matches_the_reference(options, t):
         run({n: v.astype(jnp.float32) for n, v in arguments.items()}, "reference"),
     )
     close(got[1], want[1], 1e-2, "output")
-    for name in want[0] if t > 1 else ("v",):
+    for name in want[0]:
         close(got[0][name].astype(jnp.float32), want[0][name], 1e-2, f"gradient of {name}")
