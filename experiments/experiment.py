@@ -17,6 +17,7 @@ from experiments.split_model import Layout, SplitModel
 from experiments.tasks import TASKS, make_task
 from experiments.train_state import Layouts
 from experiments.train_step import StepFunctions, metric_names_of
+from layers.registry import suggestion
 from seqmodels import build_model
 
 GIVEN_BY_TASK = ("vocab_size", "input_size", "num_classes")
@@ -179,18 +180,39 @@ def build(config: Mapping[str, Any]) -> Experiment:
     )
 
 
+def model_without_data(config: Mapping[str, Any]) -> Any:
+    """The model of a plain config with shapes in place of arrays: nothing is allocated, and no data are made or read.
+
+    Raises:
+      ValueError: if the config does not make sense, or the task tells the sizes of a model only once it has its data.
+    """
+    name = config["task"].get("name")
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}{suggestion(name, TASKS)}; available: {', '.join(TASKS)}")
+    sizes = _sizes(TASKS[name])
+    if not sizes:
+        raise ValueError(f"the task {name!r} tells the sizes of a model only once it has its data")
+    values = _with_sizes(config, sizes)
+    return nnx.eval_shape(lambda: build_model(values, rngs=nnx.Rngs(config["seed"])))
+
+
 def _sizes(task: Any) -> dict[str, int]:
     """What a task, or its class, says of the sizes of a model."""
     sizes = {name: getattr(task, name, None) for name in GIVEN_BY_TASK}
     return {name: size for name, size in sizes.items() if isinstance(size, int)}
 
 
-def _make_model(config: Mapping[str, Any], sizes: Mapping[str, int]) -> SplitModel:
+def _with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
     if clash := sorted(sizes.keys() & config["model"].keys()):
         raise ValueError(f"config.model sets {', '.join(clash)}, which the task gives; leave it out")
+    return config["model"] | sizes
+
+
+def _make_model(config: Mapping[str, Any], sizes: Mapping[str, int]) -> SplitModel:
+    values = _with_sizes(config, sizes)
     # On the CPU whatever the device of training: faster for many small draws, and the same numbers everywhere.
     with jax.default_device(_cpu()):
-        return SplitModel(build_model(config["model"] | sizes, rngs=nnx.Rngs(config["seed"])))
+        return SplitModel(build_model(values, rngs=nnx.Rngs(config["seed"])))
 
 
 def _cpu() -> jax.Device | None:

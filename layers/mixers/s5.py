@@ -81,7 +81,7 @@ class S5State(NamedTuple):
 
 
 class S5(nnx.Module):
-    """S5 (Smith, Warrington and Linderman 2023, arXiv:2208.04933).
+    """S5: one diagonal state space model for all channels, run by a parallel scan (Smith et al. 2023, arXiv:2208.04933).
 
         h_t = exp(dt a) * h_{t-1} + (exp(dt a) - 1) / a * (B x_t)        (zero-order hold)
         y_t = 2 Re(C h_t) + D * x_t

@@ -1,0 +1,223 @@
+"""Says what a config's model is made of and what it costs, layer by layer and against length, without making it.
+
+    python -m experiments.describe --config=configs/lra/listops.py:mixer=s5
+    python -m experiments.describe --config=configs/lra/listops.py:mixer=attention --lengths=1024,8192 --json
+
+Nothing is allocated, and no data are read. Operations are those of one row without padding, in inference, as the
+implementations for the devices that JAX finds compute it (`experiments.flops`); the state is what a causal model
+carries for one row after that many tokens. Exit codes: 0 done; 2 the config or an argument cannot be used.
+"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+from flax import nnx
+from ml_collections import config_flags
+
+from experiments import config_loading, experiment
+from experiments.command_line import REFUSALS, refuse
+from experiments.files import to_json_text
+from experiments.flops import Flops, count_flops
+
+PREFIXES = ("", "k", "M", "G", "T", "P")
+LENGTHS = (1024, 4096, 16384, 65536)
+
+
+def main(argv: list[str]) -> int:
+    """Describes; returns the exit code."""
+    if argv[1:]:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    values = flags.FLAGS
+    if values.verbosity <= 0:  # absl's default shows every move of every library
+        logging.set_verbosity(logging.WARNING)
+    try:
+        lengths = [int(length) for length in values.lengths]
+        record = describe(config_loading.to_plain(values.config), lengths)
+    except REFUSALS as error:
+        return refuse(error)
+    print(to_json_text(record) if values.json else table(record), end="" if values.json else "\n")
+    return 0
+
+
+def describe(config: Mapping[str, Any], lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
+    """What the table shows, as JSON.
+
+    Args:
+      config: plain, see `config_loading.to_plain`.
+      lengths: tokens of a row; operations of single layers are given for the first.
+
+    Raises:
+      ValueError: the config or a length makes no sense.
+    """
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"lengths={list(lengths)}; expected one or more, of at least 1 token")
+    model = experiment.model_without_data(config)
+    stack, total = model.stack, _parameters(model)
+    layers = [
+        dict(
+            layer=i,
+            mixer=_mixer(stack.config, i),
+            channel=_channel(stack.config, i),
+            **_layer(stack, i, lengths[0]),
+        )
+        for i in range(stack.config.depth)
+    ]
+    rest = total - _parameters(stack)
+    return dict(
+        kind=config["model"]["kind"],
+        width=stack.config.width,
+        dtype=str(jnp.dtype(stack.config.dtype)),
+        causal=stack.causal,
+        backend=jax.default_backend(),
+        layers=layers,
+        embedding_and_head=dict(parameters=rest),
+        parameters=total,
+        parameter_bytes=4 * total,
+        lengths=[_at_length(model, length) for length in lengths],
+    )
+
+
+def _parameters(module: nnx.Module) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def _mixer(config: Any, layer: int) -> str:
+    """The name in the pattern, and what it stands for if it is an alias."""
+    name, (registered, options) = (
+        config.pattern[layer % len(config.pattern)].partition("+")[0],
+        config.mixer_of(layer),
+    )
+    shown = registered if "inner" not in options else f"{registered} {options['inner']}"
+    return shown if name == registered else f"{name} ({shown})"
+
+
+def _channel(config: Any, layer: int) -> str | None:
+    chosen = config.channel_of(layer)
+    return None if chosen is None else chosen[0]
+
+
+def _layer(stack: Any, layer: int, length: int) -> dict[str, Any]:
+    """Parameters and operations a token of one layer, those of its norms and residual connections included."""
+    block, config = stack.blocks[layer], stack.config
+    x = jax.ShapeDtypeStruct((1, length, config.width), jnp.dtype(config.dtype))
+    flops = _flops(block, x)
+    return dict(
+        parameters=_parameters(block),
+        flops_per_token=None if isinstance(flops, str) else flops.total / length,
+    )
+
+
+def _flops(module: nnx.Module, inputs: jax.ShapeDtypeStruct) -> Flops | str:
+    """Operations of one call, or why the module refuses it."""
+    graph, variables = nnx.split(module)
+    try:
+        return count_flops(lambda variables, x: nnx.merge(graph, variables)(x)[0], variables, inputs)
+    except ValueError as error:
+        return str(error)
+
+
+def _at_length(model: nnx.Module, length: int) -> dict[str, Any]:
+    """Operations of one row of this length, and the bytes of the state that is carried after it."""
+    size = model.config.input.input_size
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    inputs = tokens if size is None else jax.ShapeDtypeStruct((1, length, size), jnp.float32)
+    flops = _flops(model, inputs)
+    if isinstance(flops, str):
+        return dict(length=length, refused=flops)
+    state = None
+    if model.stack.causal:
+        shapes = jax.eval_shape(lambda: model.stack.init_state(1, max_length=length))
+        state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    return dict(
+        length=length,
+        flops_per_token=flops.total / length,
+        flops=flops.total,
+        in_matrix_products=flops.matrix / flops.total,
+        exact=flops.exact,
+        state_bytes=state,
+    )
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The tables for people."""
+    first = record["lengths"][0]["length"]
+    layers = [("layer", "mixer", "channel", "parameters", f"FLOPs a token at {first:,}")]
+    layers += [
+        (
+            str(row["layer"]),
+            row["mixer"],
+            row["channel"] or "-",
+            f"{row['parameters']:,}",
+            _si(row["flops_per_token"]),
+        )
+        for row in record["layers"]
+    ]
+    layers.append(("", "embedding, head", "", f"{record['embedding_and_head']['parameters']:,}", ""))
+    layers.append(
+        ("", "all", "", f"{record['parameters']:,}", _si(record["lengths"][0].get("flops_per_token")))
+    )
+    costs = [("length", "FLOPs a token", "FLOPs a row", "in matrix products", "state of a row")]
+    for row in record["lengths"]:
+        if "refused" in row:
+            costs.append((f"{row['length']:,}", "-", "-", "-", row["refused"]))
+            continue
+        least = "" if row["exact"] else ">= "
+        state = "none (not causal)" if row["state_bytes"] is None else f"{_si(row['state_bytes'])}B"
+        costs.append(
+            (
+                f"{row['length']:,}",
+                least + _si(row["flops_per_token"]),
+                least + _si(row["flops"]),
+                f"{row['in_matrix_products']:.0%}",
+                state,
+            )
+        )
+    heading = (
+        f"{record['kind'].replace('_', ' ')} of width {record['width']}, {len(record['layers'])} layers, "
+        f"{record['parameters']:,} parameters ({_si(record['parameter_bytes'])}B), activations {record['dtype']}"
+    )
+    note = f"Forward, one row, as computed on {record['backend']}."
+    return "\n".join([heading, "", _columns(layers, left=3), "", _columns(costs, left=0), "", note])
+
+
+def _columns(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Rows as aligned columns, the first `left` to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _si(value: float | None) -> str:
+    """Three digits and a decimal prefix: 1.23 M."""
+    if value is None:
+        return "-"
+    power = min(max(0, math.floor(math.log10(max(value * 1.0005, 1)) / 3)), len(PREFIXES) - 1)
+    return f"{value / 1000**power:.3g} {PREFIXES[power]}"
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Defines and parses the flags; a config that cannot be loaded ends the process with a message."""
+    config_flags.DEFINE_config_file(
+        "config", None, "Path of the config, and its arguments after a colon.", lock_config=True
+    )
+    flags.DEFINE_list("lengths", [str(length) for length in LENGTHS], "Lengths of rows, in tokens.")
+    flags.DEFINE_bool("json", False, "Print JSON.")
+    flags.mark_flags_as_required(["config"])
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, *REFUSALS) as error:
+        sys.exit(refuse(error))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,109 @@
+"""Lists what there is to choose from: mixers, tasks and configs, one a line, with what it is and the paper.
+
+    python -m experiments.list
+    python -m experiments.list mixers --json
+
+Read from docstrings. Exit codes: 0 done; 2 there is no such list.
+"""
+
+import argparse
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.files import to_json_text
+from experiments.tasks import TASKS
+from layers.mixers import MIXERS
+
+ROOT = Path(__file__).absolute().parents[1]
+# What a docstring calls a paper: authors, a year, and usually where it is.
+PAPER = re.compile(r"\s*\(([^()]*\b(?:19|20)\d\d\b[^()]*|(?:arXiv:)?\d{4}\.\d{4,5})\)")
+
+
+class Entry(NamedTuple):
+    """A line of a list; `paper` is None if the docstrings name none."""
+
+    name: str
+    description: str
+    paper: str | None
+
+
+def read(name: str, docstrings: Iterable[str | None]) -> Entry:
+    """The entry that the first docstring whose first line names a paper gives, or else the first docstring.
+
+    A first line "Name: what it is (authors year, where)." loses its name and its paper.
+    """
+    given = [inspect.cleandoc(text) for text in docstrings if text]
+    lines = [text.partition("\n")[0] for text in given]
+    chosen = next((line for line in lines if PAPER.search(line)), lines[0] if lines else "")
+    papers = (PAPER.search(text) for text in (chosen, *given))
+    paper = next((found.group(1) for found in papers if found), None)
+    sentence = re.sub(r"^[\w .+-]{1,40}: ", "", PAPER.sub("", chosen))
+    return Entry(name, sentence.strip().rstrip("."), paper)
+
+
+def mixers() -> list[Entry]:
+    """Every name that a pattern may use."""
+    entries = []
+    for name, (config, module) in sorted(MIXERS.items()):
+        sources = dict.fromkeys((module.__doc__, config.__doc__, sys.modules[module.__module__].__doc__))
+        entries.append(read(name, (text for text in sources if text and not text.startswith("Options of"))))
+    return entries
+
+
+def tasks() -> list[Entry]:
+    """Every task."""
+    return [
+        read(name, (task.__doc__, sys.modules[task.__module__].__doc__))
+        for name, task in sorted(TASKS.items())
+    ]
+
+
+def configs() -> list[Entry]:
+    """Every config, by the path that --config takes."""
+    files = sorted((ROOT / "configs").rglob("*.py"))
+    return [
+        read(str(file.relative_to(ROOT)), [ast.get_docstring(ast.parse(file.read_text("utf-8")))])
+        for file in files
+    ]
+
+
+LISTS: dict[str, Callable[[], list[Entry]]] = {"mixers": mixers, "tasks": tasks, "configs": configs}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Lists; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="experiments.list", description=__doc__.partition("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("what", nargs="?", choices=tuple(LISTS), help="all three if not given")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    chosen = {what: LISTS[what]() for what in ([args.what] if args.what else LISTS)}
+    if args.json:
+        record = {what: [entry._asdict() for entry in entries] for what, entries in chosen.items()}
+        print(to_json_text(record[args.what] if args.what else record), end="")
+        return 0
+    print(
+        "\n\n".join(
+            text(entries) if args.what else f"{what}:\n{text(entries)}" for what, entries in chosen.items()
+        )
+    )
+    return 0
+
+
+def text(entries: Sequence[Entry]) -> str:
+    """One line an entry."""
+    wide = max((len(entry.name) for entry in entries), default=0)
+    return "\n".join(
+        f"{entry.name:{wide}}  {entry.description}{f' ({entry.paper})' if entry.paper else ''}".rstrip()
+        for entry in entries
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

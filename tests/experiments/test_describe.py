@@ -1,0 +1,144 @@
+"""What a config's model is made of and costs, without making it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from experiments import describe, experiment
+from experiments.flops import count_flops
+from layers.mixers import make_mixer
+from seqmodels import build_model
+from tests.layers.mixers.table import MIXERS
+
+ROOT = Path(__file__).parents[2]
+SIZES = dict(vocab_size=16, num_classes=10)
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch):
+    def refuse(name, **_):
+        raise AssertionError(f"the data of {name} are not needed")
+
+    monkeypatch.setattr(experiment, "make_task", refuse)
+
+
+def config(**model):
+    base = dict(kind="classifier", width=8, depth=2, pattern=("attention",), channel="mlp")
+    return dict(seed=0, task=dict(name="listops"), model=base | model)
+
+
+def test_parameters_are_those_of_the_model():
+    given = config(
+        depth=3,
+        pattern=("s5", "local+half_glu1"),
+        mixers={"local": dict(mixer="attention", heads=2, window=3)},
+    )
+    record = describe.describe(given, [16])
+    model = build_model(given["model"] | SIZES, rngs=nnx.Rngs(0))
+    sizes = [sum(p.size for p in jax.tree.leaves(nnx.state(b, nnx.Param))) for b in model.stack.blocks]
+    assert [row["parameters"] for row in record["layers"]] == sizes
+    assert record["parameters"] == sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert record["embedding_and_head"]["parameters"] == record["parameters"] - sum(sizes)
+    names = [(row["mixer"], row["channel"]) for row in record["layers"]]
+    assert names == [("s5", "mlp"), ("local (attention)", "half_glu1"), ("s5", "mlp")]
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_products_of_a_transformer_are_those_by_hand(scan):
+    width, time, depth = 16, 64, 3
+    mixers = {"attention": dict(heads=2, causal=False)}
+    record = describe.describe(config(width=width, depth=depth, mixers=mixers, scan=scan), [time])
+    layer = 2 * (4 * width**2 + 8 * width**2) + 4 * time * width
+    (row,) = record["lengths"]
+    got = row["flops_per_token"] * row["in_matrix_products"]
+    # Beside the layers: pooling by a product, and the head once a row.
+    assert got == pytest.approx(depth * layer + 2 * width + 2 * width * 10 / time, rel=0.01)
+    assert row["flops"] == pytest.approx(time * row["flops_per_token"])
+    assert row["state_bytes"] is None
+    for one in record["layers"]:
+        assert layer < one["flops_per_token"] < 1.5 * layer
+
+
+def test_a_model_too_large_for_this_machine_is_described():
+    record = describe.describe(
+        config(width=32768, depth=16, mixers={"attention": dict(heads=128)}, channel="swiglu"), [1024]
+    )
+    assert record["parameters"] > 2e11
+    assert record["lengths"][0]["state_bytes"] > 16 * 2 * 4 * 1024 * 32768
+
+
+def test_states_are_those_of_a_row():
+    record = describe.describe(config(pattern=("s5",), mixers={"s5": dict(state_size=6)}), [16, 64])
+    assert [row["state_bytes"] for row in record["lengths"]] == [2 * (3 * 8 + 4)] * 2
+    cached = describe.describe(config(mixers={"attention": dict(heads=2)}), [16, 64])["lengths"]
+    keys_and_values = 2 * 2 * 8 * 4
+    assert cached[1]["state_bytes"] - cached[0]["state_bytes"] >= 48 * keys_and_values
+
+
+def test_a_length_that_the_model_refuses_says_why():
+    mixers = {"linformer": dict(max_length=32, heads=2, projected=4)}
+    record = describe.describe(config(pattern=("linformer",), mixers=mixers), [32, 64])
+    assert record["lengths"][0]["flops"] > 0
+    assert "max_length=32" in record["lengths"][1]["refused"]
+    assert "max_length=32" in describe.table(record).splitlines()[-3]
+
+
+def test_an_alias_and_an_inner_mixer_are_named():
+    mixers = {"both": dict(mixer="bidirectional", inner="mamba"), "bidirectional": dict(inner="s5")}
+    record = describe.describe(config(pattern=("both", "bidirectional"), mixers=mixers), [16])
+    assert [row["mixer"] for row in record["layers"]] == ["both (bidirectional mamba)", "bidirectional s5"]
+
+
+@pytest.mark.parametrize("entry", MIXERS)
+def test_every_mixer_can_be_described(entry):
+    name, options = MIXERS[entry]
+    mixer = nnx.eval_shape(lambda: make_mixer(name, options, given={"width": 8}, rngs=nnx.Rngs(0)))
+    graph, variables = nnx.split(mixer)
+    x = jax.ShapeDtypeStruct((1, 16, 8), jnp.float32)
+    flops = count_flops(lambda variables, x: nnx.merge(graph, variables)(x)[0], variables, x)
+    assert flops.total > 16 * 8
+
+
+@pytest.mark.parametrize(
+    "given, lengths, message",
+    [
+        (config() | dict(task=dict(name="listop")), [8], "did you mean 'listops'"),
+        (config(pattern=("s6",)), [8], "unknown mixer 's6'"),
+        (config(vocab_size=3), [8], "config.model sets vocab_size"),
+        (config(), [], "lengths="),
+        (config(), [0], "lengths="),
+    ],
+)
+def test_what_makes_no_sense_is_refused(given, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        describe.describe(given, lengths)
+
+
+@pytest.mark.parametrize(
+    "value, text", [(0, "0 "), (999, "999 "), (1234, "1.23 k"), (999_700, "1 M"), (5e16, "50 P")]
+)
+def test_numbers_are_short(value, text):
+    assert describe._si(value) == text
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "experiments.describe", *arguments]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command():
+    path = "--config=configs/lra/listops_short.py:mixer=s5"
+    done = run(path, "--lengths=64", "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert [row["length"] for row in record["lengths"]] == [64]
+    assert f"{record['parameters']:,} parameters" in describe.table(record)
+    assert run(path, "--lengths=many").returncode == 2
