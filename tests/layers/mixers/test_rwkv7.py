@@ -92,7 +92,7 @@ def test_no_channel_forgets_faster_than_the_bound():
     assert ratio.min() >= np.exp(-np.exp(-0.5)) - 1e-5
     assert ratio.max() <= 1
     # Large inputs reach both ends.
-    assert ratio.min() < 0.56
+    assert ratio.min() < 0.57
     assert ratio.max() > 0.99
 
 
