@@ -47,7 +47,7 @@ def convolve(
     x: Float[Array, "b t d"],
     kernel: Float[Array, "d l"],
     *,
-    ahead: Float[Array, "d l"] | None = None,
+    ahead: Float[Array, "d m"] | None = None,
     past: Float[Array, "b s d"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
 ) -> Float[Array, "b t d"]:
