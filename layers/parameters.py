@@ -3,7 +3,7 @@
 A parameter declares its group where it is created. A group is a path: an experiment that sets "ssm" sets "ssm/b" too,
 unless it sets that one itself. Parameters without a group are "default".
 
-    no_decay     biases and the scales of norms
+    no_decay     biases, the scales of norms, and rates of decay that learn as fast as the rest
     ssm          what fixes the time scales of a state space model: eigenvalues, step sizes ("ssm/dt"), and its
                  input matrix ("ssm/b"); usually a small learning rate and no weight decay
     ssm_output   the output matrix and the skip of a state space model; usually as the rest
@@ -27,6 +27,11 @@ def parameter(
 ) -> nnx.Param:
     """A float32 parameter drawn from `init`, in an optimizer group."""
     return nnx.Param(init(rngs.params(), shape, jnp.float32), group=group)
+
+
+def log_of_uniform(low: float, high: float) -> Initializer:
+    """Initialiser: the logarithm of a uniform number between low and high."""
+    return lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, low, high))
 
 
 class Constant(nnx.BatchStat):

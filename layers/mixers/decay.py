@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixers.step_size import step_size_bias
-from layers.parameters import NO_DECAY, parameter
+from layers.parameters import NO_DECAY, log_of_uniform, parameter
 from layers.typing import Array, Float
 
 
@@ -19,11 +19,8 @@ class SoftplusDecay(nnx.Module):
     def __init__(
         self, heads: int, channels: int | None = None, *, rates: tuple[float, float], rngs: nnx.Rngs
     ):
-        def log_uniform(key, shape, dtype):
-            return jnp.log(jax.random.uniform(key, shape, dtype, *rates))
-
         shape = (heads,) if channels is None else (heads, channels)
-        self.log_rate = parameter(rngs, log_uniform, (heads,), **NO_DECAY)
+        self.log_rate = parameter(rngs, log_of_uniform(*rates), (heads,), **NO_DECAY)
         self.bias = parameter(rngs, step_size_bias(0.001, 0.1, 1e-4), shape, **NO_DECAY)
 
     def __call__(self, f: Float[Array, "b t h *k"]) -> Float[Array, "b t h *k"]:

@@ -1,4 +1,4 @@
-"""HGRN: an elementwise recurrence whose forget gates have a lower bound that grows with depth (Qin et al. 2023, arXiv:2311.04823)."""
+"""HGRN: a gated linear recurrence that forgets the less the deeper it stands (Qin et al. 2023, arXiv:2311.04823)."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple

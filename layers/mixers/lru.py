@@ -1,4 +1,4 @@
-"""LRU: a complex diagonal linear recurrence, stable by its parameters and normalised at its start (Orvieto et al. 2023, arXiv:2303.06349)."""
+"""LRU: a complex diagonal linear recurrence that cannot become unstable (Orvieto et al. 2023, arXiv:2303.06349)."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from flax import nnx
 
 from layers.kernels.linear_recurrence import linear_recurrence
 from layers.mixers.carry import check_inputs, continues, enter, next_segment
-from layers.parameters import parameter
+from layers.parameters import log_of_uniform, parameter
 from layers.typing import Array, Complex, Float, Int
 
 
@@ -67,7 +67,7 @@ class LRU(nnx.Module):
         self.config = config
         modes, width = config.state_size, config.width
         self.nu = parameter(rngs, _ring(config.r_min, config.r_max), (modes,), group="ssm")
-        self.theta = parameter(rngs, _log_of_uniform(config.max_phase), (modes,), group="ssm")
+        self.theta = parameter(rngs, log_of_uniform(1e-6, config.max_phase), (modes,), group="ssm")
         self.gamma = nnx.Param(0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(self.nu[...]))), group="ssm")
         normal = nnx.initializers.normal
         self.b = parameter(rngs, normal((2 * width) ** -0.5), (2, modes, width), group="ssm/b")
@@ -118,8 +118,3 @@ def _ring(inner: float, outer: float):
         return jnp.log(-0.5 * jnp.log(area))
 
     return init
-
-
-def _log_of_uniform(largest: float):
-    """Initialiser: the logarithm of a uniform number in (0, largest)."""
-    return lambda key, shape, dtype: jnp.log(largest * jax.random.uniform(key, shape, dtype, 1e-6, 1.0))

@@ -1,4 +1,4 @@
-"""LSTM: the gated nonlinear recurrence that later models are measured against (Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735)."""
+"""LSTM: the classic gated nonlinear recurrence (Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735)."""
 
 import dataclasses
 from typing import Any, NamedTuple

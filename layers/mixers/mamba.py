@@ -1,4 +1,4 @@
-"""Mamba: a gated block around a state space that chooses step, input and output by token (Gu and Dao 2023, arXiv:2312.00752)."""
+"""Mamba: a gated state space whose step, input and output depend on the token (Gu and Dao 2023, arXiv:2312.00752)."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Mamba-2: linear attention with one decay a head and token inside a gated block (Dao and Gu 2024, arXiv:2405.21060)."""
+"""Mamba-2: a gated state space with one decay a head and token (Dao and Gu 2024, arXiv:2405.21060)."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from layers.mixers.carry import check_inputs, continues, enter, next_segment
 from layers.mixers.convolution import ShortConvolution
 from layers.mixers.state_space import check_steps
 from layers.mixers.step_size import step_size_bias
-from layers.parameters import NO_DECAY, linear, parameter
+from layers.parameters import NO_DECAY, linear, log_of_uniform, parameter
 from layers.typing import Array, Float, Int
 
 EPSILON = 1e-5
@@ -118,7 +118,7 @@ class Mamba2(nnx.Module):
         self.dt_bias = parameter(
             rngs, step_size_bias(config.dt_min, config.dt_max, config.dt_floor), (heads,), **NO_DECAY
         )
-        self.log_a = parameter(rngs, _log_of_uniform(config.a_min, config.a_max), (heads,), **NO_DECAY)
+        self.log_a = parameter(rngs, log_of_uniform(config.a_min, config.a_max), (heads,), **NO_DECAY)
         self.d = parameter(rngs, nnx.initializers.ones_init(), (heads,), **NO_DECAY)
         self.scale = parameter(rngs, nnx.initializers.ones_init(), (channels,), **NO_DECAY)
         # Uniform in +-1 / sqrt(fan-in), then divided by the root of the number of layers that add to the residual.
@@ -178,8 +178,3 @@ class Mamba2(nnx.Module):
         grouped = y.reshape(*y.shape[:2], groups, self.config.channels // groups)
         inverse = jax.lax.rsqrt(jnp.square(grouped).mean(-1, keepdims=True) + EPSILON)
         return (grouped * inverse).reshape(y.shape) * self.scale[...][None, None]
-
-
-def _log_of_uniform(low: float, high: float):
-    """Initialiser: the logarithm of a uniform number between low and high."""
-    return lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, low, high))

@@ -1,4 +1,4 @@
-"""RG-LRU: Griffin's recurrent block, a gated real linear recurrence beside a GELU branch (De et al. 2024, arXiv:2402.19427)."""
+"""RG-LRU: Griffin's recurrent block, a gated linear recurrence beside a GELU branch (De et al. 2024, arXiv:2402.19427)."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from flax import nnx
 from layers.kernels.linear_recurrence import linear_recurrence
 from layers.mixers.carry import Place, check_inputs, continues, enter, start, walk
 from layers.mixers.convolution import ShortConvolution
+from layers.mixers.step_size import inverse_softplus
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.typing import Array, Float, Int
 
@@ -170,7 +171,6 @@ def _ring(inner: float, outer: float):
 
     def init(key, shape, dtype):
         area = jax.random.uniform(key, shape, dtype, inner**2, outer**2)
-        rate = -0.5 * jnp.log(area)
-        return rate + jnp.log(-jnp.expm1(-rate))
+        return inverse_softplus(-0.5 * jnp.log(area))
 
     return init

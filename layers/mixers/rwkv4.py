@@ -1,4 +1,4 @@
-"""RWKV-4: an average over the past, weighted by keys and by a decay of every channel (Peng et al. 2023, arXiv:2305.13048)."""
+"""RWKV-4: averages over the past by keys and a decay of every channel (Peng et al. 2023, arXiv:2305.13048)."""
 
 import dataclasses
 import math

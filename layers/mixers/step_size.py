@@ -6,6 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from layers.parameters import Initializer
+from layers.typing import Array, Float
+
+
+def inverse_softplus(y: Float[Array, "*a"]) -> Float[Array, "*a"]:
+    """x with softplus(x) = y: log(exp(y) - 1), without the difference of nearly equal numbers."""
+    return y + jnp.log(-jnp.expm1(-y))
 
 
 def step_size_bias(low: float, high: float, floor: float = 0.0) -> Initializer:
@@ -13,8 +19,6 @@ def step_size_bias(low: float, high: float, floor: float = 0.0) -> Initializer:
 
     def init(key, shape, dtype):
         logarithm = jax.random.uniform(key, shape, dtype, math.log(low), math.log(high))
-        dt = jnp.maximum(jnp.exp(logarithm), floor)
-        # The inverse of softplus, log(exp(dt) - 1), without the difference of nearly equal numbers.
-        return dt + jnp.log(-jnp.expm1(-dt))
+        return inverse_softplus(jnp.maximum(jnp.exp(logarithm), floor))
 
     return init
