@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from layers.positions.angles import cos_sin
 from layers.typing import Array, Float, Int
 
 
@@ -16,7 +17,7 @@ def sinusoidal(positions: Int[Array, "b t"], width: int, base: float = 10_000.0)
       width: d; an odd width ends with a sine.
       base: the slowest pair repeats after about 2 pi base tokens.
     """
-    frequency = jnp.asarray(base ** (-np.arange(0, width, 2) / width), jnp.float32)
-    angle = positions[:, :, None].astype(jnp.float32) * frequency[None, None]
-    pairs = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-    return pairs.reshape(*positions.shape, 2 * frequency.size)[..., :width]
+    frequencies = base ** (-np.arange(0, width, 2) / width)
+    cos, sin = cos_sin(positions, frequencies)
+    pairs = jnp.stack([sin, cos], axis=-1)
+    return pairs.reshape(*positions.shape, 2 * frequencies.size)[..., :width]

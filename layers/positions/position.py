@@ -30,6 +30,8 @@ class Alibi:
 class T5Bias:
     """A learned number for every head and bucket of relative positions is added; see `relative_buckets`.
 
+    Every layer learns its own; in T5 all layers share one table.
+
     Attributes:
       buckets: in all.
       max_distance: from which on all share a bucket.
@@ -50,6 +52,8 @@ class T5Bias:
 @dataclasses.dataclass(frozen=True)
 class Fire:
     """A small network of the relative position, divided by the query's, is added; see `fire_interpolation`.
+
+    Every layer has its own.
 
     Attributes:
       width: hidden units.

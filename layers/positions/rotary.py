@@ -7,6 +7,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
+from layers.positions.angles import cos_sin
 from layers.typing import Array, Float, Int
 
 SCALINGS = ("none", "linear", "ntk", "yarn")
@@ -117,9 +118,7 @@ def rotary(
     """
     rope = rope if isinstance(rope, Rotary) else Rotary(base=rope)
     size = rope.size(x.shape[-1])
-    frequency = jnp.asarray(rotary_frequencies(size, rope), jnp.float32)
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
-    cos, sin = rope.gain * jnp.cos(angle), rope.gain * jnp.sin(angle)
+    cos, sin = (rope.gain * part[:, :, None] for part in cos_sin(positions, rotary_frequencies(size, rope)))
     first, second = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     turned = turned.astype(x.dtype)

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from layers.positions import Position, Rotary, read_position, rotary, sinusoidal
+from layers.positions.angles import cos_sin
 from layers.positions.relative import alibi_slopes, relative_buckets
 from layers.positions.rotary import rotary_frequencies
 
@@ -25,6 +26,15 @@ def test_products_depend_on_distance_alone():
         float(jnp.sum(rotary(q, jnp.array([[i]])) * rotary(k, jnp.array([[i - 3]])))) for i in (3, 50, 1000)
     ]
     np.testing.assert_allclose(products, products[0], rtol=1e-4)
+
+
+def test_angles_are_right_after_a_million_tokens():
+    positions = np.array([[-70_001, 0, 4095, 4096, 131_072, 1_000_003, 16_000_001]])
+    frequencies = rotary_frequencies(64, Rotary())
+    cos, sin = cos_sin(jnp.asarray(positions), frequencies)
+    angle = positions[..., None] * frequencies
+    np.testing.assert_allclose(cos, np.cos(angle), atol=2e-6)
+    np.testing.assert_allclose(sin, np.sin(angle), atol=2e-6)
 
 
 def test_an_odd_head_is_refused():
