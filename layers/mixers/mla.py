@@ -71,7 +71,7 @@ class MLAConfig:
 
 
 class MLA(nnx.Module):
-    """Multi-head latent attention: a small vector a token instead of keys and values (DeepSeek-AI 2024, arXiv:2405.04434).
+    """MLA: multi-head latent attention, which caches one small vector a token (Liu et al. 2024, arXiv:2405.04434).
 
         c = norm(W_c x),  k_r = R W_r x               (b t r), (b t rope_dim): all that the cache holds
         k, v = W_k c, W_v c                           (b t h head_dim), (b t h value_dim)
