@@ -48,13 +48,14 @@ class LSTMState(NamedTuple):
 
 
 class LSTM(nnx.Module):
-    """Long short-term memory with forget gates (Gers et al. 2000), one layer, step by step.
+    """Long short-term memory, one layer run step by step (Hochreiter and Schmidhuber 1997).
 
         [i, f, g, o] = W x_t + R h_{t-1} + b                               (e each)
         c_t = sigmoid(f) * c_{t-1} + sigmoid(i) * tanh(g)
         h_t = sigmoid(o) * tanh(c_t),    y_t = h_t, or W_o h_t
 
-    R starts orthogonal. The forget gate starts open, with a bias of 1 (Jozefowicz et al. 2015).
+    The forget gate is that of Gers et al. 2000; it starts open, with a bias of 1 (Jozefowicz et al. 2015). R starts
+    orthogonal.
     """
 
     causal = True
