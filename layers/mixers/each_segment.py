@@ -30,13 +30,14 @@ def each_segment(
 
     Args:
       mix: takes sequences (b, t, d) that are zero from their lengths (b) on, and gives outputs (b, t, f), of which
-        those from the lengths on are thrown away. It must not close over arrays: all it reads is in `weights`.
+        those from the lengths on are thrown away. Lengths are at least 1: a row that has no such segment is given as
+        one zero token. It must not close over arrays: all it reads is in `weights`.
       weights: pytree of floating arrays.
       x: inputs; without segment_ids each row is one sequence.
       segment_ids: see `layers.kernels.segments`; the output on padding is zero.
     """
-    if segment_ids is None:
-        return mix(weights, x, jnp.full(x.shape[:1], x.shape[1], jnp.int32))
+    if segment_ids is None or x.shape[1] == 0:
+        return mix(weights, x, jnp.full(x.shape[:1], max(1, x.shape[1]), jnp.int32))
     return mask_padding(_loop(mix, weights, x, pack(segment_ids)), segment_ids)
 
 
@@ -71,7 +72,7 @@ def _one(mix: Mix, weights: Any, x: Array, packing: Packing, number: Int[Array, 
     start, length = jnp.argmax(own, axis=1)[:, None], own.sum(1)
     there = jnp.clip(start + jnp.arange(time)[None], 0, time - 1)
     sequence = move(x, move(packing.order, there))
-    y = mix(weights, jnp.where(inside(length, time)[..., None], sequence, 0), length)
+    y = mix(weights, jnp.where(inside(length, time)[..., None], sequence, 0), jnp.maximum(length, 1))
     index = packing.place - start
     back = (index >= 0) & (index < length[:, None])
     return jnp.where(back[..., None], move(y, jnp.where(back, index, 0)), 0)

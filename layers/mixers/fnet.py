@@ -81,13 +81,13 @@ def _transform(orthonormal, _, x, lengths):
     spectrum = jnp.fft.fft(spectrum, size, axis=1) * jnp.fft.fft(kernel, axis=1)[..., None]
     y = (jnp.fft.ifft(spectrum, axis=1)[:, :time] * chirp[..., None]).real
     if orthonormal:
-        y = y / jnp.sqrt(jnp.maximum(lengths, 1) * x.shape[2]).astype(y.dtype)[:, None, None]
+        y = y / jnp.sqrt(lengths * x.shape[2]).astype(y.dtype)[:, None, None]
     return y
 
 
 def _chirp(lengths: Int[Array, "b"], time: int) -> Complex[Array, "b t"]:
     """exp(-i pi n^2 / length) for n < time; the phase is reduced in integers, exactly below 2^20 tokens."""
-    period = 2 * jnp.maximum(lengths, 1).astype(jnp.uint32)[:, None]
+    period = 2 * lengths.astype(jnp.uint32)[:, None]
     n = jnp.arange(time, dtype=jnp.uint32)[None]
     n = jnp.where(n < period // 2, n, 0)
     high = (n * (n >> 10)) % period

@@ -205,7 +205,7 @@ def _weighted(averages, gates):
 def _filter(config, weights, qk, lengths):
     """The filter on sequences that are zero from their lengths on, by averages over a grid of blocks."""
     b, t, f = qk.shape
-    mean = qk[..., : f // 2].sum(1, keepdims=True) / jnp.maximum(lengths, 1).astype(qk.dtype)[:, None, None]
+    mean = qk[..., : f // 2].sum(1, keepdims=True) / lengths.astype(qk.dtype)[:, None, None]
     whole = jnp.pad(qk, ((0, 0), (0, -t % 2**config.levels), (0, 0)))
     averages = [qk]
     for level in range(1, config.levels + 1):
