@@ -30,9 +30,8 @@ class MoEConfig:
         be 1 and the router would learn nothing from the output.
       balance: coefficient of the load-balancing loss.
       z_loss: coefficient of the loss that keeps the router's logits small.
-      compute: "sorted" runs each expert on its own tokens (`jax.lax.ragged_dot`), "dense" every expert on all tokens;
-        the outputs are the same. None takes "dense" on a CPU, where ragged products are computed densely anyway, and
-        "sorted" elsewhere.
+      compute: "grouped" runs each expert on its own tokens, "dense" every expert on all tokens; the outputs are the
+        same. None takes "dense" if a token takes half of the experts or more, else "grouped".
       dropout: of hidden features, in training.
       dtype: type of activations; the router computes in float32.
     """
@@ -45,7 +44,7 @@ class MoEConfig:
     normalize: bool = True
     balance: float = 0.01
     z_loss: float = 0.001
-    compute: Literal["sorted", "dense"] | None = None
+    compute: Literal["grouped", "dense"] | None = None
     multiple_of: int = 8
     dropout: float = 0.0
     dtype: Any = jnp.float32
@@ -63,8 +62,8 @@ class MoEConfig:
         for name in ("balance", "z_loss"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}; expected 0 or more")
-        if self.compute not in (None, "sorted", "dense"):
-            raise ValueError(f"compute={self.compute!r}; expected 'sorted', 'dense' or None")
+        if self.compute not in (None, "grouped", "dense"):
+            raise ValueError(f"compute={self.compute!r}; expected 'grouped', 'dense' or None")
 
 
 class MoE(nnx.Module):
@@ -112,8 +111,8 @@ class MoE(nnx.Module):
         if key is not None:
             real = jnp.ones(len(tokens), bool) if mask is None else mask.reshape(-1)
             self.auxiliary[...] = self._auxiliary(logits, probabilities, chosen, real)
-        compute = config.compute or ("dense" if jax.default_backend() == "cpu" else "sorted")
-        run = self._dense if compute == "dense" else self._sorted
+        compute = config.compute or ("dense" if 2 * config.top_k >= config.experts else "grouped")
+        run = self._dense if compute == "dense" else self._grouped
         y = run(tokens.astype(config.dtype), weights, chosen, keys[0]).reshape(x.shape)
         return y if self.shared is None else y + self.shared(x, key=keys[1])
 
@@ -144,16 +143,32 @@ class MoE(nnx.Module):
         y = jnp.einsum("enh,ehd->end", h, down, preferred_element_type=jnp.float32)
         return jnp.einsum("end,en->nd", y, every).astype(x.dtype)
 
-    def _sorted(self, x, weights, chosen, key):
-        """The pairs of a token and an expert in the order of experts, so that each works on one stretch of rows."""
-        k = self.config.top_k
-        gate, up, down = self._matrices()
-        order = jnp.argsort(chosen.reshape(-1), stable=True)
-        sizes = jnp.bincount(chosen.reshape(-1), length=self.config.experts)
-        # Repeated before it is permuted: the gradient is then a permutation and a sum, in an order that never changes.
-        rows = jnp.repeat(x, k, axis=0).at[order].get(unique_indices=True)
-        h = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
+    def _grouped(self, x, weights, chosen, key):
+        """Tokens sorted by expert into blocks of rows that each meet the matrices of one expert.
+
+        The rows of an expert are filled up to whole blocks, so that shapes do not depend on how many it has.
+        """
+        n, d, k, experts = *x.shape, self.config.top_k, self.config.experts
+        flat = chosen.reshape(-1)
+        size = _block_size(n * k, experts)
+        count = (n * k + experts * (size - 1)) // size
+        rows = jnp.bincount(flat, length=experts)
+        filled = -(-rows // size) * size
+        rank = jnp.argsort(jnp.argsort(flat, stable=True))
+        slot = rank + (jnp.cumsum(filled) - filled - jnp.cumsum(rows) + rows)[flat]
+        blocks = jnp.zeros((count * size, d), x.dtype)
+        blocks = blocks.at[slot].set(jnp.repeat(x, k, axis=0), unique_indices=True).reshape(count, size, d)
+        owner = jnp.searchsorted(jnp.cumsum(filled), jnp.arange(count) * size, side="right")
+        # A product picks the matrices, so that their gradient is one too, summed in float32 and always in one order.
+        pick = jax.nn.one_hot(owner, experts, dtype=x.dtype)
+        gate, up, down = (jnp.einsum("ne,eij->nij", pick, matrix) for matrix in self._matrices())
+        h = jax.nn.silu(jnp.einsum("nbd,ndh->nbh", blocks, gate)) * jnp.einsum("nbd,ndh->nbh", blocks, up)
         h = dropout(h, self.config.dropout, key)
-        y = jax.lax.ragged_dot(h, down, sizes, preferred_element_type=jnp.float32)
-        y = y.at[jnp.argsort(order)].get(unique_indices=True).reshape(-1, k, x.shape[-1])
+        y = jnp.einsum("nbh,nhd->nbd", h, down, preferred_element_type=jnp.float32).reshape(-1, d)
+        y = y.at[slot].get(unique_indices=True).reshape(n, k, d)
         return jnp.einsum("nkd,nk->nd", y, weights).astype(x.dtype)
+
+
+def _block_size(choices: int, experts: int) -> int:
+    """Rows of a block: about a quarter of what an expert has on average, a power of two from 8 to 512."""
+    return min(512, max(8, 1 << (choices // (4 * experts)).bit_length()))
