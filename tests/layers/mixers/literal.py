@@ -1,6 +1,16 @@
 """Pieces of mixers written out in NumPy float64, for comparing a module with its equation."""
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+
+
+def stirred(model):
+    """The model with every parameter moved at random, so that none stands at a value which hides it."""
+    rng = np.random.default_rng(0)
+    for _, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        parameter[...] += jnp.asarray(0.2 * rng.standard_normal(parameter.shape), jnp.float32)
+    return model
 
 
 def wide(parameter):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from layers.mixers import make_mixer
@@ -140,9 +140,14 @@ def test_packed_equals_separate(entry, ids):
             assert_close(packed[row, np.asarray(where)], separate[0, : len(where)])
 
 
+# A cut where one segment ends and another begins: the second call must not see what the first one leaves.
+cut_between_segments = np.repeat(np.asarray([[1, 2], [2, 1]], np.int32), [7, 17], axis=1)
+
+
 @every_mixer
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(ids=packings(), cuts=cuts_of_24)
+@example(ids=cut_between_segments, cuts=[7])
 def test_packed_and_cut(entry, ids, cuts):
     if not causal(entry):
         assert build(entry).causal is False

@@ -19,6 +19,7 @@ from tests.layers.mixers.literal import (
     sigmoid,
     silu,
     softplus,
+    stirred,
     wide,
 )
 
@@ -78,7 +79,7 @@ def literal(name, model, row):
     ],
 )
 def test_equals_the_equation(name, options):
-    model, x = make(name, **options), inputs()
+    model, x = stirred(make(name, **options)), inputs()
     want = by_row(lambda row: literal(name, model, row), x)
     np.testing.assert_allclose(model(x)[0], want, atol=5e-6)
 

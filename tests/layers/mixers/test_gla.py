@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from layers.mixers.gla import GLA, GLAConfig
-from tests.layers.mixers.literal import apply, by_row, heads, low_rank, rms, sigmoid, silu, wide
+from tests.layers.mixers.literal import apply, by_row, heads, low_rank, rms, sigmoid, silu, stirred, wide
 
 WIDTH, TIME = 8, 11
 
@@ -37,8 +37,7 @@ def literal(model, row):
 
 @pytest.mark.parametrize("options", [{}, {"key_dim": 3, "value_dim": 5, "temperature": 1.0}])
 def test_equals_the_equation(options):
-    model = make(**options)
-    x = inputs()
+    model, x = stirred(make(**options)), inputs()
     np.testing.assert_allclose(model(x)[0], by_row(lambda row: literal(model, row), x), atol=5e-6)
 
 

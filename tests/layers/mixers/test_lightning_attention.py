@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from layers.mixers.lightning_attention import LightningAttention, LightningAttentionConfig
-from tests.layers.mixers.literal import apply, by_row, heads, rms, sigmoid, silu, wide
+from tests.layers.mixers.literal import apply, by_row, heads, rms, sigmoid, silu, stirred, wide
 
 WIDTH, TIME = 8, 13
 
@@ -37,7 +37,7 @@ def literal(model, row):
 
 @pytest.mark.parametrize("options", [{}, {"heads": 4, "head_dim": 3, "layer": 2, "depth": 6}])
 def test_equals_the_equation(options):
-    model, x = make(**options), inputs()
+    model, x = stirred(make(**options)), inputs()
     np.testing.assert_allclose(model(x)[0], by_row(lambda row: literal(model, row), x), atol=5e-6)
 
 

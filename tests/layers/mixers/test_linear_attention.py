@@ -8,7 +8,7 @@ from flax import nnx
 
 from layers.mixers.linear_attention import LinearAttention, LinearAttentionConfig
 from layers.mixers.performer import Performer, PerformerConfig, orthogonal_directions
-from tests.layers.mixers.literal import apply, by_row, heads, wide
+from tests.layers.mixers.literal import apply, by_row, heads, stirred, wide
 
 WIDTH, TIME = 8, 13
 MIXERS = {
@@ -50,7 +50,7 @@ def literal(name, model, row):
     [("linear_attention", {"head_dim": 3}), ("performer", {"features": 10, "epsilon": 0.0})],
 )
 def test_equals_the_attention_matrix(name, options, causal):
-    model, x = make(name, causal=causal, **options), inputs()
+    model, x = stirred(make(name, causal=causal, **options)), inputs()
     want = by_row(lambda row: literal(name, model, row), x)
     np.testing.assert_allclose(model(x)[0], want, atol=1e-5)
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from layers.mixers.retnet import RetNet, RetNetConfig
-from tests.layers.mixers.literal import apply, by_row, heads, rms, silu, wide
+from tests.layers.mixers.literal import apply, by_row, heads, rms, silu, stirred, wide
 
 WIDTH, TIME = 8, 13
 
@@ -67,7 +67,7 @@ def parallel(model, row):
 
 @pytest.mark.parametrize("options", [{}, {"heads": 4, "value_dim": 3, "affine": True}, {"key_dim": 6}])
 def test_equals_the_recurrent_form(options):
-    model, x = make(**options), inputs()
+    model, x = stirred(make(**options)), inputs()
     np.testing.assert_allclose(model(x)[0], by_row(lambda row: recurrent(model, row), x), atol=5e-6)
 
 
