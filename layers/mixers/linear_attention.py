@@ -44,7 +44,7 @@ class LinearAttentionConfig:
 
 
 class LinearAttention(nnx.Module):
-    """Linear attention with features elu + 1 and a normaliser (Katharopoulos et al. 2020, arXiv:2006.16236).
+    """Linear attention: features elu + 1 and a normaliser in place of softmax (Katharopoulos et al. 2020, arXiv:2006.16236).
 
         q, k = elu(W_q x) + 1, elu(W_k x) + 1,   v = W_v x
         S_t = S_{t-1} + k_t v_t^T,   z_t = z_{t-1} + k_t                            in every head
