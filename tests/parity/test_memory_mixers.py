@@ -1,7 +1,8 @@
 """Mixers with a matrix memory against layers of flash-linear-attention and transformers, weights copied over.
 
 flash-linear-attention: GatedLinearAttention, MultiScaleRetention, DeltaNet, GatedDeltaNet, KimiDeltaAttention and
-RWKV7Attention (the first layer), made to run on the CPU by `fla_layers`, and the naive linear attention. transformers: the layers of Qwen3-Next, Kimi Linear and MiniMax.
+RWKV7Attention (the first layer), made to run on the CPU by `fla_layers`, and the naive linear attention. transformers:
+the layers of Qwen3-Next, Kimi Linear and MiniMax.
 
 Outputs and gradients of the input to a relative 2e-5; the mixer is also run in two pieces with its state, and its last
 memory is compared where the other side gives one.
