@@ -33,8 +33,8 @@ def refuses(q, k, v, options) -> str | None:
         return "its window is causal; causal is False"
     if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
         return f"it takes q, k and v all bfloat16 or all float16, not {q.dtype}, {k.dtype} and {v.dtype}"
-    if 1 in (q.shape[1], k.shape[1]):
-        return f"it takes more than one query and key; there are {q.shape[1]} and {k.shape[1]}"
+    if q.shape[1] % 2 or k.shape[1] % 2:
+        return f"its gradients need even lengths; they are {q.shape[1]} and {k.shape[1]}"
     device = _device()
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return f"it needs an NVIDIA GPU; the device is {device.device_kind}"

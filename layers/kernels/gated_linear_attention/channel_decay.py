@@ -88,7 +88,25 @@ def _masked_sum(mask, x):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _leaf_scores(settings, q, k, g):
     """sum_l q_il k_jl exp(sum of g_l over j + 1 .. i, or i - 1 if exclusive) for j < i, else 0: (..., s, s)."""
-    return (q[..., :, None, :] * k[..., None, :, :] * _leaf_decay(settings, g)).sum(-1)
+    return _sum_pairs(q[..., :, None, :] * k[..., None, :, :] * _leaf_decay(settings, g), -1)
+
+
+def _sum_pairs(terms, axis):
+    """The sum over an axis; NaN where a term is infinite.
+
+    XLA's autotuner tries a Triton kernel for a fusion that ends in a plain sum. Its tile would hold all pairs of a leaf:
+    on an H100 it took 80 seconds to compile and 30 times as long to run as the kernel without Triton. It does not try
+    for a sum and a maximum taken at once.
+    """
+    lowest = jnp.full((), -jnp.inf, terms.dtype)
+
+    def step(left, right):
+        return left[0] + right[0], jnp.maximum(left[1], right[1])
+
+    total, largest = jax.lax.reduce(
+        (terms, terms), (jnp.zeros_like(lowest), lowest), step, (terms.ndim + axis,)
+    )
+    return jnp.where(largest < jnp.inf, total, jnp.nan)
 
 
 def _leaf_decay(settings, g):
@@ -108,11 +126,11 @@ def _leaf_forward(settings, q, k, g):
 
 
 def _leaf_backward(settings, residuals, cotangent):
-    q, k, g = residuals
-    dq = (cotangent[..., None] * k[..., None, :, :] * _leaf_decay(settings, g)).sum(-2)
-    # The barrier keeps the compiler from holding the decays of all pairs in memory for both sums.
+    # The barriers keep the compiler from holding the decays of all pairs in memory for several sums.
+    q, k, g, cotangent = jax.lax.optimization_barrier((*residuals, cotangent))
+    dq = _sum_pairs(cotangent[..., None] * k[..., None, :, :] * _leaf_decay(settings, g), -2)
     q, k, g, cotangent, dq = jax.lax.optimization_barrier((q, k, g, cotangent, dq))
-    dk = (cotangent[..., None] * q[..., :, None, :] * _leaf_decay(settings, g)).sum(-3)
+    dk = _sum_pairs(cotangent[..., None] * q[..., :, None, :] * _leaf_decay(settings, g), -3)
     exclusive, _ = settings
     later = jnp.triu(jnp.ones((g.shape[-2],) * 2, bool))
     if exclusive:
