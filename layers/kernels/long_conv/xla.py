@@ -27,16 +27,18 @@ def good_size(n: int) -> int:
 def _forward(u, past, kernel, circular, operand):
     del operand
     inputs, offset, size, taps = _lay_out(u, past, kernel, circular)
-    product = _spectrum(inputs, size) * _spectrum(_by_time(kernel, taps, u.dtype), size)
-    return _signal(product, size, u.dtype)[:, offset : offset + u.shape[1]]
+    x, k = _spectra(size, inputs, _by_time(kernel, taps, u.dtype))
+    (y,) = _signals(size, u.dtype, x * k)
+    return y[:, offset : offset + u.shape[1]]
 
 
 def _transpose(u, past, kernel, circular, operand, g):
     del operand
     inputs, offset, size, taps = _lay_out(u, past, kernel, circular)
-    g = _spectrum(jnp.pad(g, ((0, 0), (offset, 0), (0, 0))), size)
-    du = _signal(g * _reversed_spectrum(_by_time(kernel, taps, u.dtype), size), size, u.dtype)
-    dkernel = _signal((g * _reversed_spectrum(inputs, size)).sum(0, keepdims=True), size, u.dtype)
+    g = jnp.pad(g, ((0, 0), (offset, 0), (0, 0)))
+    # The conjugate of the spectrum of the conjugate is that of the signal with time running backwards.
+    g, x, k = _spectra(size, g, inputs.conj(), _by_time(kernel, taps, u.dtype).conj())
+    du, dkernel = _signals(size, u.dtype, g * k.conj(), (g * x.conj()).sum(0, keepdims=True))
     dkernel = jnp.pad(dkernel[0, :taps], ((0, kernel.shape[1] - taps), (0, 0))).T
     before, du = du[:, :offset], du[:, offset : offset + u.shape[1]]
     if circular and offset:
@@ -66,19 +68,24 @@ def _by_time(kernel, taps, dtype):
     return kernel[:, :taps].T[None].astype(dtype)
 
 
-def _spectrum(v, size):
-    """The Fourier transform of (b, t, d) along time, (b, d, frequencies)."""
-    v = jnp.swapaxes(v, 1, 2)
-    return jnp.fft.fft(v, size) if jnp.iscomplexobj(v) else jnp.fft.rfft(v, size)
+def _spectra(size, *signals):
+    """The Fourier transforms of signals (b, t, d) along time, each (b, d, frequencies).
+
+    All in one call: XLA on a CPU can hang when two transforms run at the same time, each waiting for the other's threads.
+    """
+    padded = [jnp.pad(v, ((0, 0), (0, size - v.shape[1]), (0, 0))).swapaxes(1, 2) for v in signals]
+    transform = jnp.fft.fft if jnp.iscomplexobj(signals[0]) else jnp.fft.rfft
+    return _parted(transform(jnp.concatenate(padded)), padded)
 
 
-def _reversed_spectrum(v, size):
-    """The spectrum of v with time running backwards around the circle."""
-    return _spectrum(v.conj(), size).conj()
-
-
-def _signal(spectrum, size, dtype):
-    """The inverse of `_spectrum`, (b, size, d), of a signal of type `dtype`."""
+def _signals(size, dtype, *spectra):
+    """The inverse of `_spectra`: each (b, size, d), of signals of type `dtype`."""
     complex_signal = jnp.issubdtype(dtype, jnp.complexfloating)
-    v = jnp.fft.ifft(spectrum, size) if complex_signal else jnp.fft.irfft(spectrum, size)
-    return jnp.swapaxes(v, 1, 2)
+    spectrum = jnp.concatenate(spectra)
+    joined = jnp.fft.ifft(spectrum, size) if complex_signal else jnp.fft.irfft(spectrum, size)
+    return _parted(joined.swapaxes(1, 2), spectra)
+
+
+def _parted(joined, parts):
+    """Undoes the concatenation of `parts`."""
+    return jnp.split(joined, [sum(len(p) for p in parts[:i]) for i in range(1, len(parts))])
