@@ -1,0 +1,158 @@
+"""Timing primitives: sizes and floors, errors that notice a wrong result, peers that fail, and the command."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.benchmark import calls, kernels, peers, report, scaling, timing
+from layers.kernels.suites import SUITES
+
+SMALL = kernels.Options(
+    only=("linear_recurrence",),
+    dtype="float32",
+    batch=2,
+    time=16,
+    narrower=8,
+    rounds=2,
+    peers=True,
+    workers=1,
+)
+CEILINGS = {"float32": timing.Ceilings(bytes=1e9, matrix=1e12, vector=1e10)}
+
+
+def benchmark(primitive, index=0):
+    return SUITES[primitive].benchmarks[index]
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_resized_benchmarks_draw_what_they_count(name):
+    for case in SUITES[name].benchmarks:
+        small, double = case.resized(1, 32, 8), case.resized(2, 32, 8)
+        shapes = [{k: v.shape for k, v in calls.draw(b, "float32").items()} for b in (small, double)]
+        assert all(
+            "steps" in s or any(shape[:2] == (n, 32) for shape in s.values()) for s, n in zip(shapes, (1, 2))
+        )
+        assert double.forward_bytes == pytest.approx(2 * small.forward_bytes, rel=1e-3)
+        assert double.backward_flops == pytest.approx(2 * small.backward_flops, rel=1e-3)
+        longer = case.resized(1, 64, 8)
+        growth = 4 if case.quadratic else 2
+        assert longer.forward_flops == pytest.approx(growth * small.forward_flops, rel=1e-3)
+
+
+def test_counted_bytes_are_inputs_and_outputs():
+    case = benchmark("linear_recurrence").resized(2, 16, 8)
+    arrays = calls.draw(case, "float32")
+    assert case.forward_bytes == sum(a.nbytes for a in arrays.values()) * 3 // 2
+
+
+def test_errors_notice_a_wrong_result_and_a_wrong_gradient():
+    suite, case = SUITES["linear_recurrence"], benchmark("linear_recurrence").resized(1, 24, 8)
+    arrays = calls.draw(case, "float32")
+    right = calls.with_implementation(suite, case, None)
+    assert max(calls.errors(right, suite, case, arrays)) < 1e-6
+    error, gradient_error = calls.errors(lambda **a: 1.1 * right(**a), suite, case, arrays)
+    assert error == pytest.approx(0.1, rel=1e-3)
+    assert gradient_error == pytest.approx(0.1, rel=1e-3)
+
+    def half_gradient(a, x):
+        return right(a=a, x=x / 2 + jax.lax.stop_gradient(x / 2))
+
+    error, gradient_error = calls.errors(half_gradient, suite, case, arrays)
+    assert error < 1e-6
+    assert gradient_error == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_study_times_everything_and_records_what_fails(monkeypatch):
+    def broken(a, x):
+        raise NotImplementedError("not on this device\nmore")
+
+    monkeypatch.setitem(peers.PLAIN[("linear_recurrence", "real")], "broken", broken)
+    printed = []
+    rows = {row["implementation"]: row for row in kernels.run(SMALL, CEILINGS, printed.append)}
+    assert list(rows) == [row["implementation"] for row in printed]
+    assert set(rows) >= {"default", "lax.associative_scan", "broken"}
+    assert rows["broken"]["problem"] == "NotImplementedError: not on this device"
+    assert "not on this device" in report.line(rows["broken"])
+    for name in ("default", "lax.associative_scan"):
+        row = rows[name]
+        assert row["error"] < 1e-6
+        assert row["gradient_error"] < 1e-6
+        low, high = row["both_quartiles_ms"]
+        assert 0 < low <= row["both_ms"] <= high
+        assert row["forward_floor_ms"] == pytest.approx(1e3 * row["forward_bytes"] / 1e9)
+        assert row["both_over_floor"] == pytest.approx(row["both_ms"] / row["both_floor_ms"])
+        assert row["both_peak_bytes"] > 3 * 4 * 2 * 16 * 256
+    json.dumps(list(rows.values()), allow_nan=False)
+
+
+def test_the_floor_is_the_slower_of_memory_and_arithmetic():
+    study = kernels.Study(
+        "linear_recurrence", SUITES["linear_recurrence"], benchmark("linear_recurrence"), SMALL
+    )
+    slow_arithmetic = timing.Ceilings(bytes=1e9, matrix=1e12, vector=1e3)
+    (row, *_) = study.measure(slow_arithmetic, 1)
+    assert row["forward_floor_ms"] == pytest.approx(1e3 * row["forward_flops"] / 1e3)
+    assert row["both_floor_ms"] == pytest.approx(row["forward_flops"] + row["backward_flops"])
+
+
+def test_every_round_times_every_call_starting_with_another():
+    order = []
+
+    def call(name):
+        return lambda: order.append(name) or np.zeros(1)
+
+    timings = timing.interleaved({name: call(name) for name in "abc"}, rounds=3)
+    assert set(timings) == set("abc")
+    firsts = [name for name, before in zip(order, [None, *order]) if name != before]
+    assert firsts[-9:] == list("abcbcacab")
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="only='linear' is no benchmark"):
+        list(kernels.selected(("linear",)))
+    (only,) = kernels.selected(("delta_rule/KDA",))
+    assert only[2].name == "KDA"
+
+
+def test_scaling_covers_every_linear_primitive_and_draws(tmp_path):
+    assert {name.partition("/")[0] for name in scaling.CASES} == set(SUITES)
+    rows = scaling.run(dataclasses.replace(SMALL, only=("short_conv",)), (16, 32), lambda row: None)
+    assert [row["time"] for row in rows] == [16, 32]
+    assert rows[1]["both_peak_bytes"] > rows[0]["both_peak_bytes"]
+    report.draw_scaling(rows, tmp_path / "scaling.png", "test")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bars_are_drawn(tmp_path):
+    rows = kernels.run(SMALL, CEILINGS, lambda row: None)
+    report.draw_bars(rows, tmp_path / "bars.png", "test")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    assert "linear_recurrence: real, default" in report.line(rows[0])
+
+
+def test_bfloat16_inputs_reach_everything_as_such():
+    arrays = calls.draw(benchmark("delta_rule").resized(1, 16, 8), "bfloat16")
+    assert {a.dtype for a in arrays.values()} == {jnp.dtype(jnp.bfloat16)}
+    assert all(np.asarray(a, np.float32).std() > 0 for a in arrays.values())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["kernels", "--only=nothing"], "is no benchmark"), (["kernels", "--narrower=3"], "narrower=3")],
+)
+def test_the_command_refuses_before_it_computes(tmp_path, arguments, message):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "experiments.benchmark", *arguments, f"--out={tmp_path / 'out'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
