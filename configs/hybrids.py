@@ -28,7 +28,10 @@ MODELS = {
         depth=8,
         # Attention is layer 4 of 8 counted from 0; every second layer has experts.
         pattern=("mamba", "mamba+moe") * 2 + ("attention", "mamba+moe") + ("mamba", "mamba+moe"),
-        mixers={"attention": dict(heads=4, kv_heads=1, position="none")},
+        mixers={
+            "mamba": dict(inner_norm=True),
+            "attention": dict(heads=4, kv_heads=1, position="none"),
+        },
         channels={"moe": EXPERTS | dict(normalize=False)},
     ),
     "hunyuan_turbos": dict(

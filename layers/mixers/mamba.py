@@ -12,6 +12,7 @@ from layers.mixers.carry import check_inputs, continues, enter, next_segment
 from layers.mixers.convolution import ShortConvolution
 from layers.mixers.state_space import check_steps
 from layers.mixers.step_size import step_size_bias
+from layers.norms import NormConfig, RMSNorm
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.typing import Array, Float, Int
 
@@ -30,6 +31,8 @@ class MambaConfig:
       dt_floor: no initial step size is smaller.
       conv_bias: add a bias in the short convolution.
       bias: add biases in the outer projections.
+      inner_norm: normalise r, B and C of every token, as in Jamba.
+      epsilon: of these norms.
       depth: layers of the model; the output projection starts smaller by its root.
       dtype: type of activations; the state is float32.
     """
@@ -44,6 +47,8 @@ class MambaConfig:
     dt_floor: float = 1e-4
     conv_bias: bool = True
     bias: bool = False
+    inner_norm: bool = False
+    epsilon: float = 1e-6
     depth: int = 1
     dtype: Any = jnp.float32
 
@@ -85,7 +90,8 @@ class Mamba(nnx.Module):
         y      = W_out ((h_t C_t + D u_t) silu(z))
 
     A = -exp(log_a) starts as -1, ..., -n in every channel, D as one. The decay is discretised exactly and the input by
-    the step size times B, as in the authors' code; the paper writes zero-order hold for both.
+    the step size times B, as in the authors' code; the paper writes zero-order hold for both. With `inner_norm`, an
+    RMSNorm each follows r, B_t and C_t, which keeps large models stable (Jamba, Lieber et al. 2024, arXiv:2403.19887).
     """
 
     causal = True
@@ -97,6 +103,10 @@ class Mamba(nnx.Module):
         self.input = linear(config.width, 2 * channels, bias=config.bias, **options)
         self.convolution = ShortConvolution(channels, config.taps, bias=config.conv_bias, **options)
         self.selection = linear(channels, rank + 2 * size, bias=False, **options)
+        norms = [NormConfig(features, config.epsilon, config.dtype) for features in (rank, size, size)]
+        self.inner_norms = (
+            nnx.List([RMSNorm(norm, rngs=rngs) for norm in norms]) if config.inner_norm else None
+        )
         uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         self.dt = linear(rank, channels, bias=False, init=uniform, **options)
         self.dt_bias = parameter(
@@ -135,7 +145,10 @@ class Mamba(nnx.Module):
         u, gate = jnp.split(self.input(x), 2, axis=-1)
         u, inputs = self.convolution(u, inputs, segment_ids=segment_ids)
         size = config.state_size
-        r, b, c = jnp.split(self.selection(u), [config.rank, config.rank + size], axis=-1)
+        selected = jnp.split(self.selection(u), [config.rank, config.rank + size], axis=-1)
+        if self.inner_norms is not None:
+            selected = [norm(part) for norm, part in zip(self.inner_norms, selected, strict=True)]
+        r, b, c = selected
         y, h = selective_scan(
             u,
             self.dt(r),

@@ -90,6 +90,11 @@ def test_positions_and_windows_are_the_papers():
     assert windows == [None, 32, 32, 32]
 
 
+def test_jamba_norms_what_selects():
+    assert model_of("jamba").stack.blocks[0].mixer.inner_norms is not None
+    assert model_of("samba").stack.blocks[0].mixer.inner_norms is None
+
+
 def test_an_unknown_hybrid_is_refused():
     with pytest.raises(ValueError, match="mixer='sambo' is no hybrid here; available: jamba"):
         CONFIGS["get_config"]("mixer=sambo")

@@ -1,4 +1,4 @@
-"""The mixers `mamba` and `mamba2` against transformers' MambaMixer and Mamba2Mixer in PyTorch, weights copied over.
+"""`mamba` and `mamba2` against transformers' MambaMixer, JambaMambaMixer and Mamba2Mixer in PyTorch, weights copied over.
 
 Outputs to a relative 1e-5, and the mixers' states after a prefix against the modules' outputs on the whole sequence.
 """
@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
+from transformers.models.jamba.configuration_jamba import JambaConfig
+from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 from transformers.models.mamba.configuration_mamba import MambaConfig as TheirMambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config as TheirMamba2Config
@@ -52,11 +54,7 @@ def agree(model, module):
     close(jnp.concatenate([first, model(jnp.asarray(x[:, 31:]), state)[0]], axis=1))
 
 
-def test_mamba():
-    config = TheirMambaConfig(hidden_size=D, state_size=4, expand=2, conv_kernel=4, time_step_rank=3)
-    module = MambaMixer(config, layer_idx=0)
-    p = scrambled(module)
-    model = Mamba(MambaConfig(width=D, state_size=4, dt_rank=3), rngs=nnx.Rngs(0))
+def copy_mamba(model, p):
     copy(
         [
             model.input.kernel,
@@ -80,6 +78,27 @@ def test_mamba():
             p["D"],
             p["out_proj.weight"].T,
         ],
+    )
+
+
+def test_mamba():
+    config = TheirMambaConfig(hidden_size=D, state_size=4, expand=2, conv_kernel=4, time_step_rank=3)
+    module = MambaMixer(config, layer_idx=0)
+    model = Mamba(MambaConfig(width=D, state_size=4, dt_rank=3), rngs=nnx.Rngs(0))
+    copy_mamba(model, scrambled(module))
+    agree(model, module)
+
+
+def test_mamba_of_jamba():
+    config = JambaConfig(hidden_size=D, mamba_d_state=4, mamba_dt_rank=3, mamba_d_conv=4, mamba_expand=2)
+    module = JambaMambaMixer(config, layer_idx=0)
+    p = scrambled(module)
+    options = dict(state_size=4, dt_rank=3, inner_norm=True, epsilon=config.rms_norm_eps)
+    model = Mamba(MambaConfig(width=D, **options), rngs=nnx.Rngs(0))
+    copy_mamba(model, p)
+    copy(
+        [norm.scale for norm in model.inner_norms],
+        [p[f"{name}_layernorm.weight"] for name in ("dt", "b", "c")],
     )
     agree(model, module)
 

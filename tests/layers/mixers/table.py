@@ -37,6 +37,7 @@ MIXERS = {
     "attention-fire": ("attention", {"heads": 2, "position": {"name": "fire", "width": 4}}),
     "attention-bidirectional": ("attention", {"heads": 2, "causal": False, "head_dim": 6}),
     "mamba": ("mamba", {"state_size": 4, "dt_rank": 3, "bias": True}),
+    "mamba-inner-norm": ("mamba", {"state_size": 4, "dt_rank": 3, "inner_norm": True}),
     "mamba2": ("mamba2", {"state_size": 4, "head_dim": 4, "groups": 2}),
     "gla": ("gla", {"heads": 2, "gate_rank": 4}),
     "s4d": ("s4d", {"state_size": 4, "init": "inv", "systems": 2}),

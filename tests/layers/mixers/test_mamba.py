@@ -8,7 +8,7 @@ from flax import nnx
 
 from layers.mixers.mamba import Mamba, MambaConfig
 from layers.mixers.mamba2 import Mamba2, Mamba2Config
-from tests.layers.mixers.literal import apply, silu, softplus, wide
+from tests.layers.mixers.literal import apply, rms, silu, softplus, wide
 
 WIDTH, TIME = 6, 13
 
@@ -44,6 +44,12 @@ def literal_mamba(model, x):
         mixed = apply(model.input, row)
         u, gate = filtered(model.convolution, mixed[:, :channels]), mixed[:, channels:]
         selected = apply(model.selection, u)
+        if config.inner_norm:
+            parts = np.split(selected, [rank, rank + size], axis=1)
+            normed = zip(parts, model.inner_norms, strict=True)
+            selected = np.concatenate(
+                [rms(part, config.epsilon) * wide(n.scale) for part, n in normed], axis=1
+            )
         dt = softplus(selected[:, :rank] @ wide(model.dt.kernel) + wide(model.dt_bias))
         h, y = np.zeros((channels, size)), np.zeros_like(u)
         for t in range(len(row)):
@@ -80,7 +86,10 @@ def literal_mamba2(model, x):
     return np.stack(outputs)
 
 
-@pytest.mark.parametrize("options", [{}, {"dt_rank": 2, "bias": True, "taps": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dt_rank": 2, "bias": True, "taps": 3}, {"dt_rank": 3, "inner_norm": True, "epsilon": 0.1}],
+)
 def test_mamba_equals_the_equation(options):
     model = scrambled(Mamba(MambaConfig(width=WIDTH, state_size=4, **options), rngs=nnx.Rngs(0)))
     got, _ = jax.jit(model)(jnp.asarray(inputs()))
