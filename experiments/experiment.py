@@ -144,7 +144,7 @@ def build(config: Mapping[str, Any]) -> Experiment:
         raise ValueError("config.task has no 'name'")
     name = task_options.pop("name")
     # A task whose class knows these sizes may take minutes to make its data: the model is checked first.
-    sizes = _sizes(TASKS.get(name))
+    sizes = _sizes_without_data(name, task_options)
     model = _make_model(config, sizes) if sizes else None
     task = make_task(name, **task_options)
     if model is None or _sizes(task) != sizes:
@@ -186,14 +186,21 @@ def model_without_data(config: Mapping[str, Any]) -> Any:
     Raises:
       ValueError: if the config does not make sense, or the task tells the sizes of a model only once it has its data.
     """
-    name = config["task"].get("name")
+    options = dict(config["task"])
+    name = options.pop("name", None)
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}{suggestion(name, TASKS)}; available: {', '.join(TASKS)}")
-    sizes = _sizes(TASKS[name])
+    sizes = _sizes_without_data(name, options)
     if not sizes:
         raise ValueError(f"the task {name!r} tells the sizes of a model only once it has its data")
     values = _with_sizes(config, sizes)
     return nnx.eval_shape(lambda: build_model(values, rngs=nnx.Rngs(config["seed"])))
+
+
+def _sizes_without_data(name: str, options: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes of a model that are known before there are data; none if there is no such task."""
+    task = TASKS.get(name)
+    return _sizes(make_task(name, **options) if getattr(task, "makes_no_data", False) else task)
 
 
 def _sizes(task: Any) -> dict[str, int]:

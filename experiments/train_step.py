@@ -149,10 +149,14 @@ def count_tokens(batch: Batch) -> Array:
 
 
 def means(names: tuple[str, ...], sums: np.ndarray) -> dict[str, float]:
-    """The averages over examples, from sums of which one is "count"."""
+    """The averages: over the sum "count", or of a sum called NAME over that called NAME_count if there is one."""
     values = dict(zip(names, map(float, sums), strict=True))
+    suffix = "_count"
+    counts = {name.removesuffix(suffix): value for name, value in values.items() if name.endswith(suffix)}
     count = values.pop("count")
-    return {name: value / count for name, value in values.items()}
+    return {
+        name: value / counts.get(name, count) for name, value in values.items() if not name.endswith(suffix)
+    }
 
 
 def metric_names_of(model: SplitModel, loss: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[str, ...]:

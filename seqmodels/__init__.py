@@ -5,23 +5,30 @@ from typing import Any
 
 from flax import nnx
 
+from seqmodels.autoencoder import Autoencoder
 from seqmodels.classifier import Classifier
-from seqmodels.config import ClassifierConfig, parse
+from seqmodels.config import AutoencoderConfig, ClassifierConfig, LanguageModelConfig, parse
 from seqmodels.language_model import LanguageModel
 
-__all__ = ["Classifier", "LanguageModel", "build_model"]
+__all__ = ["Autoencoder", "Classifier", "LanguageModel", "build_model"]
+
+MODELS = {
+    ClassifierConfig: Classifier,
+    LanguageModelConfig: LanguageModel,
+    AutoencoderConfig: Autoencoder,
+}
 
 
-def build_model(config: Mapping[str, Any], *, rngs: nnx.Rngs) -> Classifier | LanguageModel:
+def build_model(config: Mapping[str, Any], *, rngs: nnx.Rngs) -> Classifier | LanguageModel | Autoencoder:
     """Builds the model that a mapping describes.
 
     Args:
-      config: "kind" ("classifier" or "language_model") and, flat, the fields of `InputConfig`, `StackConfig` and of
-        the config of that kind in `seqmodels.config`.
+      config: "kind" ("classifier", "language_model" or "autoencoder") and, flat, the fields of `InputConfig`,
+        `StackConfig` and of the config of that kind in `seqmodels.config`.
       rngs: source of the keys that initialise parameters.
 
     Raises:
       ValueError: an unknown field or name (with the nearest one), or values that cannot go together.
     """
     parsed = parse(config)
-    return (Classifier if isinstance(parsed, ClassifierConfig) else LanguageModel)(parsed, rngs=rngs)
+    return MODELS[type(parsed)](parsed, rngs=rngs)

@@ -169,10 +169,34 @@ class LanguageModelConfig:
             raise ValueError("a language model needs vocab_size; input_size is for classifiers of vectors")
 
 
-KINDS = {"classifier": ClassifierConfig, "language_model": LanguageModelConfig}
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """A model that writes its input down again from one vector.
+
+    Attributes:
+      input, stack: see there; inputs must be tokens.
+      pooling: "last": the vector is the output at the last real token; or "mean", over real tokens.
+    """
+
+    input: InputConfig
+    stack: StackConfig
+    pooling: Literal["last", "mean"] = "last"
+
+    def __post_init__(self) -> None:
+        _one_of("pooling", self.pooling, ("last", "mean"))
+        if self.input.vocab_size is None:
+            raise ValueError("an autoencoder needs vocab_size; input_size is for classifiers of vectors")
 
 
-def parse(config: Mapping[str, Any]) -> ClassifierConfig | LanguageModelConfig:
+ModelConfig = ClassifierConfig | LanguageModelConfig | AutoencoderConfig
+KINDS = {
+    "classifier": ClassifierConfig,
+    "language_model": LanguageModelConfig,
+    "autoencoder": AutoencoderConfig,
+}
+
+
+def parse(config: Mapping[str, Any]) -> ModelConfig:
     """Reads a flat mapping with a key "kind" into the config of that kind.
 
     Raises:

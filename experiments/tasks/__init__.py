@@ -1,8 +1,10 @@
 """Tasks by name. A task is data, loss and metrics; it does not know the model.
 
-A task has `vocab_size`, `num_classes`, `splits` (name -> source, see `data.pipeline.Source`), `manifest`,
-`loss(outputs, batch) -> (mean, sums)` and `baselines(split) -> accuracies`. To add one, write its class and name it in
-`TASKS`; the keyword arguments of its constructor are its options.
+A task has `vocab_size`, `num_classes` if it gives one label a sequence, `splits` (name -> source, see
+`data.pipeline.Source`), `manifest`, `loss(outputs, batch) -> (mean, sums)` and `baselines(split) -> accuracies`. Sums
+are averaged over the sum "count"; one called NAME over the sum called NAME_count where there is such a sum. To add a
+task, write its class and name it in `TASKS`; the keyword arguments of its constructor are its options. A class that
+says `makes_no_data` may be constructed only to know its sizes.
 """
 
 import difflib
@@ -11,8 +13,33 @@ from collections.abc import Iterable
 from typing import Any
 
 from experiments.tasks.listops import ListOps
+from experiments.tasks.synthetic.algorithms import Addition, Copy, Parity, Sorting
+from experiments.tasks.synthetic.associative_recall import AssociativeRecall
+from experiments.tasks.synthetic.induction_heads import InductionHeads
+from experiments.tasks.synthetic.mad_memory import Compression, MADSelectiveCopying, Memorization
+from experiments.tasks.synthetic.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
+from experiments.tasks.synthetic.mqar import MQAR
+from experiments.tasks.synthetic.regular_languages import RegularLanguages
+from experiments.tasks.synthetic.selective_copying import SelectiveCopying
 
-TASKS = {"listops": ListOps}
+TASKS = {
+    "addition": Addition,
+    "associative_recall": AssociativeRecall,
+    "copy": Copy,
+    "induction_heads": InductionHeads,
+    "listops": ListOps,
+    "mad_compression": Compression,
+    "mad_fuzzy_recall": FuzzyRecall,
+    "mad_in_context_recall": InContextRecall,
+    "mad_memorization": Memorization,
+    "mad_noisy_recall": NoisyRecall,
+    "mad_selective_copying": MADSelectiveCopying,
+    "mqar": MQAR,
+    "parity": Parity,
+    "regular_languages": RegularLanguages,
+    "selective_copying": SelectiveCopying,
+    "sorting": Sorting,
+}
 
 
 def make_task(name: str, **options: Any) -> Any:

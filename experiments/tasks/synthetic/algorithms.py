@@ -1,0 +1,194 @@
+"""Copy, parity, sorting and addition, trained on short examples and evaluated on longer ones.
+
+Models trained on lengths up to some bound rarely do the same for longer inputs (Kazemnejad et al. 2023,
+arXiv:2305.19466; Zhou et al. 2024, arXiv:2310.16028). Training, "validation" and "test" have lengths uniform in
+`lengths`; each length in `extrapolate` is a split "length_N" of its own, so it shares no example with training if it
+is above. `sequence_accuracy` is the share of wholly right answers when the earlier tokens of the answer are given.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from experiments.config_loading import check_integer
+from experiments.tasks.synthetic.draws import Draws
+from experiments.tasks.synthetic.rows import Arrays, joined, next_tokens
+from experiments.tasks.synthetic.task import SyntheticTask, length_splits
+from experiments.tasks.tokens import IGNORE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Algorithm(SyntheticTask):
+    """What the four share.
+
+    Attributes:
+      lengths: the shortest and the longest input of training, both included.
+      extrapolate: further lengths, each for a split "length_N".
+    """
+
+    ragged = True
+
+    lengths: tuple[int, int] = (1, 20)
+    extrapolate: tuple[int, ...] = (20, 30, 40)
+    train: int = 100_000
+    validation: int = 1000
+    test: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.lengths) != 2 or not 1 <= self.lengths[0] <= self.lengths[1]:
+            raise ValueError(f"lengths={self.lengths}; expected the shortest and the longest, at least 1")
+        length_splits(self.extrapolate)
+
+    @property
+    def further_splits(self) -> tuple[str, ...]:
+        return tuple(length_splits(self.extrapolate))
+
+    def range_of(self, split: str) -> tuple[int, int]:
+        """The shortest and the longest input of a split."""
+        length = length_splits(self.extrapolate).get(split)
+        return self.lengths if length is None else (length, length)
+
+    def draw_lengths(self, draws: Draws, split: str) -> np.ndarray:
+        """Uniform lengths (b,)."""
+        low, high = self.range_of(split)
+        return draws.integers(low, high + 1, 1)[:, 0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Copy(_Algorithm):
+    """Copying a string: x1 ... xn = x1 ... xn end (Jelassi et al. 2024, arXiv:2402.01032).
+
+    Attributes:
+      symbols: that strings are made of, ids 0 .. symbols - 1; "=" and the end are the next two ids.
+    """
+
+    symbols: int = 26
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("symbols", self.symbols, least=1)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.symbols + 2
+
+    def width(self, split: str) -> int:
+        return 2 * self.range_of(split)[1] + 1
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.symbols
+
+    def answer(self, given: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """What is to be written: a function of the string (b, n) and its length (b,), with that length."""
+        return given
+
+    def make(self, draws: Draws, split: str) -> Arrays:
+        lengths = self.draw_lengths(draws, split)
+        given = draws.integers(0, self.symbols, self.range_of(split)[1])
+        sign, end = (np.full((len(draws), 1), self.symbols + i) for i in range(2))
+        parts = [(given, lengths), (sign, 1), (self.answer(given, lengths), lengths), (end, 1)]
+        return next_tokens(*joined(parts, self.width(split) + 1), first=lengths + 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Sorting(Copy):
+    """Sorting a string with repetitions, smallest first (Kazemnejad et al. 2023, arXiv:2305.19466): 3 1 3 = 1 3 3 end."""
+
+    symbols: int = 50
+
+    def answer(self, given: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        inside = np.arange(given.shape[1]) < lengths[:, None]
+        return np.sort(np.where(inside, given, self.symbols), axis=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Parity(_Algorithm):
+    """Parity of bits (Grazzi et al. 2025, arXiv:2411.12537): the label at the last bit is whether the ones are odd.
+
+    A linear recurrence needs an eigenvalue of -1 for it.
+
+    Attributes:
+      running: labels at every bit, the parity so far: the scratchpad of Anil et al. 2022 (arXiv:2207.04901).
+    """
+
+    running: bool = False
+    lengths: tuple[int, int] = (3, 40)
+    extrapolate: tuple[int, ...] = (40, 64, 128, 256)
+
+    vocab_size = 2
+
+    def width(self, split: str) -> int:
+        return self.range_of(split)[1]
+
+    @property
+    def chance(self) -> float:
+        return 0.5
+
+    def make(self, draws: Draws, split: str) -> Arrays:
+        lengths = self.draw_lengths(draws, split)
+        places = np.arange(self.width(split))
+        bits = draws.integers(0, 2, len(places)) * (places < lengths[:, None])
+        last = lengths[:, None] - 1
+        labelled = places <= last if self.running else places == last
+        return {
+            "inputs": bits,
+            "labels": np.where(labelled, np.cumsum(bits, axis=1) % 2, IGNORE),
+            "lengths": lengths,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Addition(_Algorithm):
+    """Adding two numbers, digit by digit: 35 + 8 = 43 end (Zhou et al. 2024, arXiv:2402.09371).
+
+    Numbers of digits are uniform, each number's by itself, and so are the digits, without leading zeros (but 0 is a
+    number of one digit). In "length_N" one number, either, has N digits and the other no more. Digits are ids 0 .. 9,
+    "+" 10, "=" 11 and the end 12.
+
+    Attributes:
+      reverse: write all three numbers from the least digit on.
+    """
+
+    reverse: bool = True
+    lengths: tuple[int, int] = (1, 10)
+    extrapolate: tuple[int, ...] = (10, 12, 15, 20)
+
+    vocab_size = 13
+
+    def width(self, split: str) -> int:
+        return 3 * self.range_of(split)[1] + 3
+
+    @property
+    def chance(self) -> float:
+        return 0.1
+
+    def make(self, draws: Draws, split: str) -> Arrays:
+        _, high = self.range_of(split)
+        lengths = np.stack([self.draw_lengths(draws, split) for _ in range(2)], axis=1)
+        if split in self.further_splits:
+            shorter = draws.integers(0, 2, 1)
+            np.put_along_axis(lengths, shorter, draws.integers(1, high + 1, 1), axis=1)
+        places = np.arange(high + 1)
+        digits = draws.integers(0, 10, 2, high + 1)  # from the least on
+        leading = (places == lengths[..., None] - 1) & (lengths[..., None] > 1)
+        digits = np.where(leading, draws.integers(1, 10, 2, 1), digits) * (places < lengths[..., None])
+        total, carry = np.zeros((len(draws), high + 1), np.int64), np.zeros(len(draws), np.int64)
+        for place in places:
+            carry, total[:, place] = np.divmod(digits[:, :, place].sum(axis=1) + carry, 10)
+        longest = lengths.max(axis=1)
+        answer_length = longest + np.take_along_axis(total, longest[:, None], axis=1)[:, 0]
+        plus, equals, end = (np.full((len(draws), 1), 10 + i) for i in range(3))
+        numbers = [(digits[:, 0], lengths[:, 0]), (digits[:, 1], lengths[:, 1]), (total, answer_length)]
+        if not self.reverse:
+            numbers = [(_flipped(number, length), length) for number, length in numbers]
+        parts = [numbers[0], (plus, 1), numbers[1], (equals, 1), numbers[2], (end, 1)]
+        return next_tokens(*joined(parts, self.width(split) + 1), first=lengths.sum(axis=1) + 2)
+
+
+def _flipped(digits: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The first digits of each row, backwards."""
+    return np.take_along_axis(
+        digits, (lengths[:, None] - 1 - np.arange(digits.shape[1])) % digits.shape[1], axis=1
+    )

@@ -1,0 +1,67 @@
+"""Induction heads: recall what followed a special token."""
+
+import dataclasses
+
+import numpy as np
+
+from experiments.config_loading import check_integer
+from experiments.tasks.synthetic.draws import Draws
+from experiments.tasks.synthetic.rows import Arrays
+from experiments.tasks.synthetic.task import SyntheticTask, length_splits
+from experiments.tasks.tokens import IGNORE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class InductionHeads(SyntheticTask):
+    """Induction heads (Olsson et al. 2022, arXiv:2209.11895; with lengths as in Gu and Dao 2024, arXiv:2312.00752).
+
+        3 1 V 6 2 ... 4 V      label at the last position: 6
+
+    Tokens are uniform over 0 .. V - 1. The special token V stands at one random place before the last two and again at
+    the end, where the label is the token that followed it. Trained at `length` = 256, evaluated at 2^6 to 2^14 and
+    further: `extrapolate=(2**20,)` makes a split "length_1048576".
+
+    Attributes:
+      symbols: V, ordinary tokens.
+      length: of a sequence, both special tokens included.
+      extrapolate: other lengths, each for a split "length_N".
+    """
+
+    symbols: int = 16
+    length: int = 256
+    extrapolate: tuple[int, ...] = tuple(2**n for n in range(6, 15))
+    train: int = 1_000_000
+    validation: int = 512
+    test: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("symbols", self.symbols, least=2)
+        for length in (self.length, *self.extrapolate):
+            check_integer("length", length, least=3)
+
+    @property
+    def vocab_size(self) -> int:
+        """Symbols and the special token."""
+        return self.symbols + 1
+
+    @property
+    def further_splits(self) -> tuple[str, ...]:
+        return tuple(length_splits(self.extrapolate))
+
+    def width(self, split: str) -> int:
+        return length_splits(self.extrapolate).get(split, self.length)
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.symbols
+
+    def make(self, draws: Draws, split: str) -> Arrays:
+        length = self.width(split)
+        place = draws.integers(0, length - 2, 1)
+        inputs = draws.integers(0, self.symbols, length)
+        np.put_along_axis(inputs, place, self.symbols, axis=1)
+        inputs[:, -1] = self.symbols
+        labels = np.full_like(inputs, IGNORE)
+        labels[:, -1:] = np.take_along_axis(inputs, place + 1, axis=1)
+        return {"inputs": inputs, "labels": labels}

@@ -1,0 +1,96 @@
+"""Multi-query associative recall: pairs of keys and values, then the keys again; answer with their values."""
+
+import dataclasses
+
+import numpy as np
+
+from experiments.config_loading import check_integer, check_number
+from experiments.tasks.synthetic.draws import Draws
+from experiments.tasks.synthetic.rows import Arrays
+from experiments.tasks.synthetic.task import SyntheticTask
+from experiments.tasks.tokens import IGNORE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class MQAR(SyntheticTask):
+    """Multi-query associative recall (Arora et al. 2024, arXiv:2312.04927).
+
+        k1 v1 ... kD vD 0 0 k2 0 k1 0 0 ...      labels: v2 at k2, v1 at k1
+
+    Keys are D different tokens of 1 .. V/2 - 1, values D different ones of V/2 .. V - 1. The keys come again at D
+    different even places of the tail: place i of the S = (T - 2D)/2 is drawn with probability proportional to
+    i^(power - 1), one after the other, and the j-th drawn holds the j-th key, as in the authors' generator. Early
+    places are likely and drawn early, so the order of the queries tells something of the order of the pairs;
+    `shuffle_queries` takes that away. The defaults are the smallest setting of the paper's Figure 2.
+
+    Attributes:
+      vocab_size: V.
+      length: T, even.
+      pairs: D, at most T/4.
+      power: of the distribution of places; 1 is uniform.
+      random_filler: tokens of the whole vocabulary in place of 0 between the queries.
+      shuffle_queries: assign the keys to the drawn places in random order.
+      extrapolate: pairs (T, D), each for a split "length_T_pairs_D".
+    """
+
+    vocab_size: int = 8192
+    length: int = 64
+    pairs: int = 4
+    power: float = 0.01
+    random_filler: bool = False
+    shuffle_queries: bool = False
+    extrapolate: tuple[tuple[int, int], ...] = ()
+    train: int = 100_000
+    validation: int = 1000
+    test: int = 3000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("power", self.power, above=0.0)
+        for length, pairs in ((self.length, self.pairs), *self.extrapolate):
+            check_integer("length", length, least=4)
+            if length % 2 or not 1 <= pairs <= length // 4:
+                raise ValueError(
+                    f"length={length} with pairs={pairs}; the length must be even and 4 pairs or more"
+                )
+            if self.vocab_size // 2 - 1 < pairs:
+                raise ValueError(
+                    f"vocab_size={self.vocab_size} has not {pairs} keys; expected at least {2 * pairs + 2}"
+                )
+
+    @property
+    def _settings(self) -> dict[str, tuple[int, int]]:
+        return {f"length_{length}_pairs_{pairs}": (length, pairs) for length, pairs in self.extrapolate}
+
+    @property
+    def further_splits(self) -> tuple[str, ...]:
+        return tuple(self._settings)
+
+    def _setting(self, split: str) -> tuple[int, int]:
+        return self._settings.get(split, (self.length, self.pairs))
+
+    def width(self, split: str) -> int:
+        return self._setting(split)[0]
+
+    @property
+    def chance(self) -> float:
+        return 1 / (self.vocab_size - self.vocab_size // 2)
+
+    def make(self, draws: Draws, split: str) -> Arrays:
+        length, pairs = self._setting(split)
+        half = self.vocab_size // 2
+        keys = 1 + draws.distinct(half - 1, pairs)
+        values = half + draws.distinct(self.vocab_size - half, pairs)
+        weights = np.arange(1.0, (length - 2 * pairs) // 2 + 1) ** (self.power - 1)
+        slots = draws.weighted(weights, pairs)
+        if self.shuffle_queries:
+            slots = np.take_along_axis(slots, draws.order(pairs), axis=1)
+        inputs = np.zeros((len(draws), length), np.int64)
+        labels = np.full_like(inputs, IGNORE)
+        inputs[:, 0 : 2 * pairs : 2], inputs[:, 1 : 2 * pairs : 2] = keys, values
+        places = 2 * pairs + 2 * slots
+        np.put_along_axis(inputs, places, keys, axis=1)
+        np.put_along_axis(labels, places, values, axis=1)
+        if self.random_filler:
+            inputs = np.where(inputs == 0, draws.integers(0, self.vocab_size, length), inputs)
+        return {"inputs": inputs, "labels": labels}

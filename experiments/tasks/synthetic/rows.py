@@ -1,0 +1,131 @@
+"""Splits whose rows are computed from their numbers, and rows put together from parts."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from experiments.tasks.synthetic.draws import Draws
+from experiments.tasks.tokens import IGNORE
+
+# Splits with more tokens are not kept in memory; their rows are made anew in every epoch.
+LARGEST_KEPT = 2**26
+AT_ONCE = 2**22  # tokens made in one call, so that intermediate arrays stay small
+
+Arrays = dict[str, np.ndarray]
+
+
+class Rows:
+    """A split of a data set in which row i is a function of a key and i alone.
+
+    Nothing is computed until rows are asked for; small splits are then made whole and kept.
+
+    Attributes:
+      lengths: int64 (n,), tokens of each row.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Draws], Arrays],
+        key: Sequence[int | str],
+        *,
+        count: int,
+        width: int,
+        ragged=False,
+    ):
+        """Describes a split.
+
+        Args:
+          make: from the draws of some rows to their arrays: "inputs" and "labels" int (b, width), where labels are
+            IGNORE if there is nothing to predict, "lengths" int (b,) if `ragged`, and others (b, width).
+          key: of the draws.
+          count: rows.
+          width: tokens of the longest row.
+          ragged: whether some rows are shorter.
+
+        Raises:
+          ValueError: if there are no rows.
+        """
+        if count < 1:
+            raise ValueError(f"a split of {count} sequences; expected at least 1")
+        self._make, self._key, self._count, self._width, self._ragged = make, tuple(key), count, width, ragged
+
+    def __len__(self) -> int:
+        return self._count
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        if self._ragged:
+            return self._all["lengths"].astype(np.int64)
+        return np.full(self._count, self._width, np.int64)
+
+    def gather(self, indices: np.ndarray, width: int) -> Arrays:
+        """The rows at `indices`, padded or cut at the end to `width`, all int32.
+
+        Returns:
+          inputs (b, width), segment_ids (b, width; 1 for tokens, 0 for padding), labels (b, width) and what else
+          the task gives each position.
+
+        Raises:
+          ValueError: if a row is longer than `width`.
+        """
+        if self._ragged or self._count * self._width <= LARGEST_KEPT:
+            rows = {name: array[indices] for name, array in self._all.items()}
+        else:
+            rows = self._made(indices)
+        lengths = rows.pop("lengths", np.full(len(indices), self._width))
+        if lengths.max() > width:
+            raise ValueError(f"a sequence of {lengths.max()} tokens does not fit into a width of {width}")
+        rows = {name: _resize(array, width, IGNORE * (name == "labels")) for name, array in rows.items()}
+        return rows | {"segment_ids": (np.arange(width) < lengths[:, None]).astype(np.int32)}
+
+    @functools.cached_property
+    def _all(self) -> Arrays:
+        step = max(1, AT_ONCE // self._width)
+        parts = [
+            self._made(np.arange(start, min(start + step, self._count)))
+            for start in range(0, self._count, step)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _made(self, indices: np.ndarray) -> Arrays:
+        arrays = self._make(Draws(self._key, indices))
+        return {name: array.astype(np.int32) for name, array in arrays.items()}
+
+
+def _resize(array: np.ndarray, width: int, fill: int) -> np.ndarray:
+    missing = max(0, width - array.shape[1])
+    return np.pad(array[:, :width], ((0, 0), (0, missing)), constant_values=fill)
+
+
+def joined(parts: Sequence[tuple[np.ndarray, np.ndarray | int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Writes parts of rows one after the other.
+
+    Args:
+      parts: tokens (b, k) and how many of them to take from the start (b,).
+      width: of the result.
+
+    Returns:
+      Tokens (b, width), 0 after the last; and the tokens of each row (b,).
+    """
+    rows = len(parts[0][0])
+    out = np.zeros((rows, width + 1), np.int64)  # the last column takes what no part has
+    end = np.zeros(rows, np.int64)
+    for tokens, taken in parts:
+        columns = np.arange(tokens.shape[1])
+        taken = np.broadcast_to(taken, (rows,))
+        places = np.where(columns < taken[:, None], end[:, None] + columns, width)
+        np.put_along_axis(out, places, tokens, axis=1)
+        end = end + taken
+    return out[:, :width], end
+
+
+def next_tokens(text: np.ndarray, lengths: np.ndarray | int, first: np.ndarray | int) -> Arrays:
+    """A text (b, width + 1) as inputs and the labels that follow each, from text position `first` on; ragged."""
+    lengths = np.broadcast_to(lengths, len(text))
+    places = np.arange(1, text.shape[1])
+    predicted = (places >= np.reshape(first, (-1, 1))) & (places < lengths[:, None])
+    labels = np.where(predicted, text[:, 1:], IGNORE)
+    # The last token of a text is a label and no input.
+    inputs = np.where(places < lengths[:, None], text[:, :-1], 0)
+    return {"inputs": inputs, "labels": labels, "lengths": lengths - 1}

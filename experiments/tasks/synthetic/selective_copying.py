@@ -1,0 +1,64 @@
+"""Selective copying: data tokens scattered among noise, to be written down in order at the end."""
+
+import dataclasses
+
+import numpy as np
+
+from experiments.config_loading import check_integer
+from experiments.tasks.synthetic.draws import Draws
+from experiments.tasks.synthetic.rows import Arrays
+from experiments.tasks.synthetic.task import SyntheticTask, length_splits
+from experiments.tasks.tokens import IGNORE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class SelectiveCopying(SyntheticTask):
+    """Selective copying (Gu and Dao 2024, arXiv:2312.00752; the form of S4's code).
+
+        0 5 0 0 2 0 7 0 | M M M      labels below the markers M: 5 2 7
+
+    `tokens` data tokens, uniform over 1 .. V - 2, stand at different random places of `length + tokens`; elsewhere is
+    noise, token 0. As many markers V - 1 follow, at which the data tokens are the labels. The defaults are the paper's.
+
+    Attributes:
+      vocab_size: V, noise and marker included.
+      length: places of noise.
+      tokens: to remember.
+      extrapolate: other lengths, each for a split "length_N".
+    """
+
+    vocab_size: int = 16
+    length: int = 4096
+    tokens: int = 16
+    extrapolate: tuple[int, ...] = ()
+    train: int = 1_000_000
+    validation: int = 256
+    test: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("vocab_size", self.vocab_size, least=4)
+        check_integer("length", self.length, least=0)
+        check_integer("tokens", self.tokens, least=1)
+        length_splits(self.extrapolate)
+
+    @property
+    def further_splits(self) -> tuple[str, ...]:
+        return tuple(length_splits(self.extrapolate))
+
+    def width(self, split: str) -> int:
+        return length_splits(self.extrapolate).get(split, self.length) + 2 * self.tokens
+
+    @property
+    def chance(self) -> float:
+        return 1 / (self.vocab_size - 2)
+
+    def make(self, draws: Draws, split: str) -> Arrays:
+        count, memory = self.width(split), self.width(split) - self.tokens
+        data = draws.integers(1, self.vocab_size - 1, self.tokens)
+        places = np.sort(draws.distinct(memory, self.tokens), axis=1)
+        inputs = np.zeros((len(draws), count), np.int64)
+        labels = np.full_like(inputs, IGNORE)
+        np.put_along_axis(inputs, places, data, axis=1)
+        inputs[:, memory:], labels[:, memory:] = self.vocab_size - 1, data
+        return {"inputs": inputs, "labels": labels}

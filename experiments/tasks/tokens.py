@@ -1,0 +1,54 @@
+"""Loss and metrics of tasks with labels at positions of a sequence."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import optax
+
+from layers.typing import Array, Bool, Float
+
+IGNORE = -1
+
+
+def is_counted(batch: Mapping[str, Array]) -> Bool[Array, "b t"]:
+    """Where there is a label to predict, in rows whose weight is not 0."""
+    return (batch["labels"] != IGNORE) & (batch["weight"] > 0)[:, None]
+
+
+def cross_entropy(
+    logits: Float[Array, "b t v"], batch: Mapping[str, Array]
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Mean softmax cross-entropy in nats over the labels, and sums from which metrics over many batches follow.
+
+    loss = sum_p (logsumexp(logits_p) - logits_p[label_p]) / count, over the positions p of `batch["labels"]` (b, t)
+    that are not IGNORE (-1) in rows with `batch["weight"]` (b,) not 0. What the logits are elsewhere does not matter,
+    even if they are not finite. Without any label the loss is 0.
+
+    Returns:
+      The loss, and the float32 sums {"loss", "accuracy": labels that have the largest logit, "count": labels,
+      "sequence_accuracy": rows whose labels all have, "sequence_accuracy_count": rows with a label}.
+
+    Raises:
+      ValueError: if the shapes do not belong together.
+    """
+    labels, weight = batch["labels"], batch["weight"]
+    if logits.ndim != 3 or labels.shape != logits.shape[:2] or weight.shape != logits.shape[:1]:
+        raise ValueError(
+            "logits must be (b, t, vocabulary), labels (b, t) and weight (b,); "
+            f"got {logits.shape}, {labels.shape} and {weight.shape}"
+        )
+    counted = is_counted(batch)
+    logits = jnp.where(counted[..., None], logits.astype(jnp.float32), 0.0)
+    labels = jnp.where(counted, labels, 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    hits = jnp.argmax(logits, axis=-1) == labels
+    rows = jnp.any(counted, axis=1)
+    sums = {
+        "loss": jnp.sum(losses, where=counted),
+        "accuracy": jnp.sum(hits & counted),
+        "sequence_accuracy": jnp.sum(jnp.all(hits | ~counted, axis=1) & rows),
+        "sequence_accuracy_count": jnp.sum(rows),
+        "count": jnp.sum(counted),
+    }
+    sums = {name: value.astype(jnp.float32) for name, value in sums.items()}
+    return sums["loss"] / jnp.maximum(sums["count"], 1.0), sums

@@ -1,0 +1,72 @@
+"""An autoencoder: embedding, stack, one vector, and a small decoder that writes the sequence from it."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.norms import make_norm
+from layers.parameters import linear
+from layers.positions import sinusoidal
+from layers.typing import Array, Float, Int, Key
+from seqmodels.classifier import pool
+from seqmodels.config import AutoencoderConfig
+from seqmodels.embedding import Embedding
+from seqmodels.stack import Stack
+
+
+class Autoencoder(nnx.Module):
+    """Logits of the token at every position, from one vector for the whole row and the position alone.
+
+        z_t = pooled + sinusoidal(t)
+        y_t = W3 norm(gelu(W2 norm(gelu(W1 norm(z_t)))))
+
+    The decoder of MAD's compression task (Poli et al. 2024, arXiv:2403.17844). A row is one sequence.
+    """
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        stack = config.stack
+        dtype = jnp.dtype(stack.dtype)
+        options = dict(stack.norm_options)
+        self.embedding = Embedding(config.input, stack.width, dtype, rngs=rngs)
+        self.stack = Stack(stack, rngs=rngs)
+        norm = partial(make_norm, stack.norm, options, width=stack.width, dtype=dtype, rngs=rngs)
+        self.norms = nnx.List(norm() for _ in range(3))
+        self.maps = nnx.List(linear(stack.width, stack.width, dtype=dtype, rngs=rngs) for _ in range(2))
+        self.head = linear(stack.width, config.input.vocab_size, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        inputs: Int[Array, "b t"],
+        state: Any = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "b t v"], None]:
+        """Encodes and decodes whole sequences.
+
+        Args:
+          inputs: token ids (b, t).
+          state: must be None: the vector is known only at the end.
+          segment_ids: 0 marks padding.
+          key: given in training only; draws dropout.
+
+        Returns:
+          float32 logits (b, t, v), and None.
+        """
+        if state is not None:
+            raise ValueError(
+                "an autoencoder takes no state; call it on the whole sequence, or its .stack step by step"
+            )
+        x, _ = self.embedding(inputs, segment_ids=segment_ids)
+        x, _ = self.stack(x, segment_ids=segment_ids, key=key)
+        mask = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids != 0
+        pooled = pool(x, mask, self.config.pooling)
+        x = pooled[:, None] + sinusoidal(jnp.arange(x.shape[1])[None], x.shape[2]).astype(x.dtype)
+        for norm, map_ in zip(self.norms, self.maps):
+            x = jax.nn.gelu(map_(norm(x, mask=mask, training=key is not None)))
+        x = self.norms[2](x, mask=mask, training=key is not None)
+        return self.head(x).astype(jnp.float32), None
