@@ -20,6 +20,8 @@ from ml_collections import ConfigDict
 
 EXPERTS = dict(experts=8, top_k=2, hidden=64)
 SHARED = EXPERTS | dict(shared=1)
+# Balanced by a bias instead of losses.
+BY_BIAS = dict(scores="sigmoid", bias_rate=0.001, balance=0.0, z_loss=0.0)
 HALF_ROPE = dict(name="rope", fraction=0.5)
 MAMBA2 = dict(state_size=32, head_dim=16)
 
@@ -77,7 +79,7 @@ MODELS = {
             "mla": dict(heads=4, latent=32, head_dim=16, rope_dim=8, value_dim=16, position="none"),
         },
         channel="moe",
-        channels={"moe": SHARED},
+        channels={"moe": SHARED | BY_BIAS | dict(scale=2.446)},
     ),
     "qwen3_next": dict(
         depth=4,
@@ -89,7 +91,7 @@ MODELS = {
             ),
         },
         channel="moe",
-        channels={"moe": SHARED | dict(balance=0.001)},
+        channels={"moe": SHARED | dict(shared_gate=True, balance=0.001)},
     ),
     "hybridna": dict(
         depth=8,

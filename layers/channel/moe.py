@@ -16,6 +16,9 @@ from layers.typing import Array, Bool, Float, Int, Key
 _lecun_normal = nnx.initializers.lecun_normal(batch_axis=(0,))
 
 
+SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
+
+
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """Options of `MoE`.
@@ -26,10 +29,17 @@ class MoEConfig:
       top_k: k, experts of a token.
       hidden: inner width of an expert; 8/3 width rounded up to a multiple of `multiple_of` if None.
       shared: experts that every token takes besides, as one of `shared` times the inner width.
+      shared_gate: weigh the shared experts by a sigmoid of the token (Qwen3-Next).
+      scores: what makes scores of the router's logits: "softmax" over the experts, or "sigmoid" (DeepSeek-V3).
       normalize: divide the weights of the chosen experts by their sum. Not with top_k=1, where the weight would always
         be 1 and the router would learn nothing from the output.
+      scale: factor of the weights of the chosen experts.
+      groups: equal groups of neighbouring experts; 1 for none.
+      top_groups: groups whose experts a token may take: those with the largest sum of their two best scores.
+      bias_rate: what a call in training adds to or takes from the bias by which each expert is preferred, towards even
+        loads; 0 for no bias. DeepSeek-V3 has 0.001.
       balance: coefficient of the load-balancing loss.
-      z_loss: coefficient of the loss that keeps the router's logits small.
+      z_loss: coefficient of the loss that keeps the router's logits small; routers by sigmoid have none in the papers.
       compute: "grouped" runs each expert on its own tokens, "dense" every expert on all tokens; the outputs are the
         same. None takes "dense" if a token takes half of the experts or more, else "grouped".
       dropout: of hidden features, in training.
@@ -41,7 +51,13 @@ class MoEConfig:
     top_k: int = 2
     hidden: int | None = None
     shared: int = 0
+    shared_gate: bool = False
+    scores: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    bias_rate: float = 0.0
     balance: float = 0.01
     z_loss: float = 0.001
     compute: Literal["grouped", "dense"] | None = None
@@ -59,7 +75,20 @@ class MoEConfig:
             )
         if self.shared < 0:
             raise ValueError(f"shared={self.shared}; expected 0 or more")
-        for name in ("balance", "z_loss"):
+        if self.shared_gate and not self.shared:
+            raise ValueError("shared_gate=True needs shared experts; set shared to 1 or more")
+        if self.scores not in SCORES:
+            raise ValueError(f"scores={self.scores!r}; expected {' or '.join(map(repr, SCORES))}")
+        if self.scale <= 0:
+            raise ValueError(f"scale={self.scale}; expected more than 0")
+        if self.groups < 1 or self.experts % self.groups:
+            raise ValueError(f"groups={self.groups} cannot share experts={self.experts} equally")
+        if not 1 <= self.top_groups <= self.groups:
+            raise ValueError(f"top_groups={self.top_groups}; expected 1 to groups={self.groups}")
+        reach = self.top_groups * (self.experts // self.groups)
+        if self.top_k > reach:
+            raise ValueError(f"top_k={self.top_k}, but top_groups={self.top_groups} leave {reach} experts")
+        for name in ("bias_rate", "balance", "z_loss"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}; expected 0 or more")
         if self.compute not in (None, "grouped", "dense"):
@@ -69,13 +98,18 @@ class MoEConfig:
 class MoE(nnx.Module):
     """MoE: a mixture of experts that drops no token (Shazeer et al. 2017, arXiv:1701.06538).
 
-        p = softmax(W x)                                       E probabilities, float32
-        y = sum_{e in top-k of p} w_e GLU_e(x) + GLU_shared(x),    w_e = p_e or p_e / sum_{top-k} p
+        p = softmax(W x) or sigmoid(W x)                       E scores, float32
+        T = top-k of p + b                                     b in R^E, or none
+        y = sum_{e in T} w_e GLU_e(x) + g GLU_shared(x),       w_e = scale p_e, or scale p_e / sum_T p
         auxiliary = balance E sum_e f_e P_e + z_loss mean logsumexp(W x)^2
 
-    with GLU_e(x) = D_e (silu(G_e x) * U_e x). f_e is the fraction of the choices of all real tokens that fall on e and
-    P_e their mean probability: the sum is 1 / E when both are even (Fedus et al. 2022, arXiv:2101.03961); the last term
-    is from Zoph et al. 2022, arXiv:2202.08906.
+    with GLU_e(x) = D_e (silu(G_e x) * U_e x), and g = 1 or sigmoid(w . x). f_e is the fraction of the choices of all
+    real tokens that fall on e and P_e their mean score, scores of a token adding up to 1: the sum is 1 / E when both
+    are even (Fedus et al. 2022, arXiv:2101.03961); the last term is from Zoph et al. 2022, arXiv:2202.08906.
+
+    A call with a key moves b_e by bias_rate sign(1/E - f_e) after it has chosen: experts with too little to do come to
+    be chosen more, and no gradient is disturbed (Wang et al. 2024, arXiv:2408.15664). Sigmoids, this bias and groups
+    are the router of DeepSeek-V3 (arXiv:2412.19437), but for its balancing by sequence.
     """
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
@@ -88,6 +122,10 @@ class MoE(nnx.Module):
         self.down = parameter(rngs, _lecun_normal, (config.experts, hidden, d))
         shared = MLPConfig(d, config.shared * hidden, dropout=config.dropout, dtype=config.dtype)
         self.shared = GLU(shared, rngs=rngs) if config.shared else None
+        self.shared_gate = (
+            linear(d, 1, bias=False, dtype=config.dtype, rngs=rngs) if config.shared_gate else None
+        )
+        self.bias = nnx.BatchStat(jnp.zeros(config.experts, jnp.float32)) if config.bias_rate else None
         self.auxiliary = AuxiliaryLoss(jnp.zeros((), jnp.float32))
 
     def __call__(
@@ -97,39 +135,62 @@ class MoE(nnx.Module):
         mask: Bool[Array, "b t"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Maps every token; with a key also writes the auxiliary loss of the real tokens."""
+        """Maps every token; with a key also writes the auxiliary loss of the real tokens and moves the bias."""
         config = self.config
         keys = (None, None) if key is None else jax.random.split(key)
         tokens = x.reshape(-1, config.width)
         logits = jnp.matmul(
             tokens.astype(jnp.float32), self.router.kernel[...], precision=jax.lax.Precision.HIGHEST
         )
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        weights, chosen = jax.lax.top_k(probabilities, config.top_k)
+        scores = SCORES[config.scores](logits)
+        chosen = self._choose(scores)
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if config.normalize:
             weights = weights / weights.sum(-1, keepdims=True)
         if key is not None:
             real = jnp.ones(len(tokens), bool) if mask is None else mask.reshape(-1)
-            self.auxiliary[...] = self._auxiliary(logits, probabilities, chosen, real)
+            self._balance(logits, scores, chosen, real)
         compute = config.compute or ("dense" if 2 * config.top_k >= config.experts else "grouped")
         run = self._dense if compute == "dense" else self._grouped
-        y = run(tokens.astype(config.dtype), weights, chosen, keys[0]).reshape(x.shape)
-        return y if self.shared is None else y + self.shared(x, key=keys[1])
+        y = run(tokens.astype(config.dtype), config.scale * weights, chosen, keys[0]).reshape(x.shape)
+        if self.shared is None:
+            return y
+        shared = self.shared(x, key=keys[1])
+        if self.shared_gate is not None:
+            shared = jax.nn.sigmoid(self.shared_gate(x)) * shared
+        return y + shared
 
-    def _auxiliary(
+    def _choose(self, scores: Float[Array, "n e"]) -> Int[Array, "n k"]:
+        """The experts of every token: the best by score and bias, of the best groups."""
+        config = self.config
+        merit = scores if self.bias is None else scores + self.bias[...][None]
+        if config.top_groups < config.groups:
+            grouped = merit.reshape(len(merit), config.groups, -1)
+            best, _ = jax.lax.top_k(grouped, min(2, grouped.shape[2]))
+            _, groups = jax.lax.top_k(best.sum(-1), config.top_groups)
+            open_ = jax.nn.one_hot(groups, config.groups, dtype=bool).any(1)
+            merit = jnp.where(open_[..., None], grouped, -jnp.inf).reshape(merit.shape)
+        return jax.lax.top_k(merit, config.top_k)[1]
+
+    def _balance(
         self,
         logits: Float[Array, "n e"],
-        probabilities: Float[Array, "n e"],
+        scores: Float[Array, "n e"],
         chosen: Int[Array, "n k"],
         real: Bool[Array, "n"],
-    ) -> Float[Array, ""]:
-        """The scaled losses of the router, averaged over real tokens."""
+    ) -> None:
+        """Writes the scaled losses of the router, averaged over real tokens, and moves the bias."""
         config = self.config
         weight = real / jnp.maximum(real.sum(), 1)
-        load = jax.nn.one_hot(chosen, config.experts).mean(1)
-        balance = config.experts * jnp.sum((weight @ load) * (weight @ probabilities))
+        # Whole numbers, so that even loads compare as equal.
+        counts = real.astype(jnp.float32) @ jax.nn.one_hot(chosen, config.experts).sum(1)
+        load = counts / jnp.maximum(counts.sum(), 1)
+        shares = scores / scores.sum(-1, keepdims=True) if config.scores == "sigmoid" else scores
+        balance = config.experts * jnp.sum(load * (weight @ shares))
         z = weight @ jnp.square(jax.nn.logsumexp(logits, axis=-1))
-        return config.balance * balance + config.z_loss * z
+        self.auxiliary[...] = config.balance * balance + config.z_loss * z
+        if self.bias is not None:
+            self.bias[...] += config.bias_rate * jnp.sign(counts.sum() - config.experts * counts)
 
     def _matrices(self) -> tuple[Array, Array, Array]:
         return tuple(v[...].astype(self.config.dtype) for v in (self.gate, self.up, self.down))

@@ -95,6 +95,16 @@ def test_jamba_norms_what_selects():
     assert model_of("samba").stack.blocks[0].mixer.inner_norms is None
 
 
+def test_routers_are_the_papers():
+    routers = {
+        name: model_of(name).stack.blocks[-1].channel.config for name in PATTERNS if "E" in PATTERNS[name]
+    }
+    kimi = routers.pop("kimi_linear")
+    assert (kimi.scores, kimi.scale, kimi.bias_rate, kimi.balance) == ("sigmoid", 2.446, 0.001, 0.0)
+    assert all((r.scores, r.bias_rate) == ("softmax", 0.0) and r.balance > 0 for r in routers.values())
+    assert [name for name, router in routers.items() if router.shared_gate] == ["qwen3_next"]
+
+
 def test_an_unknown_hybrid_is_refused():
     with pytest.raises(ValueError, match="mixer='sambo' is no hybrid here; available: jamba"):
         CONFIGS["get_config"]("mixer=sambo")
