@@ -22,6 +22,7 @@ class Case:
       segments: whether the call takes `segment_ids`.
       tolerance: allowed relative error of float32 results (norm of the difference over the norm) where the
         conditioning of the case does not allow the shared one.
+      tpu: whether the shared suite also runs kernels for TPUs on this case, which takes long under an interpreter.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Case:
     state: Callable[[np.random.Generator, int], Any] | None = None
     segments: bool = True
     tolerance: float | None = None
+    tpu: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Suite:
       function: the public function. Returns `(output, final_state)` if it has states, else `output`.
       implementations: names that `impl` takes besides "reference".
       gpu_implementations: more names, which need a GPU.
+      tpu_implementations: more names, which need a TPU or its interpreter; see `Case.tpu`.
       time_arguments: names of the arguments whose axis 1 is time.
       cases, benchmarks: see there.
     """
@@ -95,3 +98,4 @@ class Suite:
     cases: tuple[Case, ...]
     benchmarks: tuple[Benchmark, ...] = ()
     gpu_implementations: tuple[str, ...] = ()
+    tpu_implementations: tuple[str, ...] = ()

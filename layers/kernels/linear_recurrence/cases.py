@@ -53,15 +53,22 @@ _ELEMENTS = 8 * 4096 * 2048
 SUITE = Suite(
     function=linear_recurrence,
     implementations=("xla",),
+    tpu_implementations=("tpu",),
     time_arguments=("a", "x"),
     cases=(
-        Case("real", _real, state=_real_state),
+        Case("real", _real, state=_real_state, tpu=True),
         Case("real_reverse", _real, {"reverse": True}, state=_real_state),
         Case("complex", _complex, state=_complex_state),
-        Case("complex_reverse", _complex, {"reverse": True}, state=_complex_state),
+        Case("complex_reverse", _complex, {"reverse": True}, state=_complex_state, tpu=True),
         Case("time_invariant", _invariant, state=_complex_state),
-        Case("time_invariant_real_input_reverse", _real_input, {"reverse": True}, state=_complex_state),
-        Case("strong_decay", _strong, state=_real_state),
+        Case(
+            "time_invariant_real_input_reverse",
+            _real_input,
+            {"reverse": True},
+            state=_complex_state,
+            tpu=True,
+        ),
+        Case("strong_decay", _strong, state=_real_state, tpu=True),
         Case("large_values", _large, state=_real_state),
     ),
     benchmarks=(

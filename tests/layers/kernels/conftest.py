@@ -4,6 +4,20 @@ import pytest
 
 
 @pytest.fixture(scope="package", autouse=True)
+def _interpreted_tpu():
+    """Kernels for TPUs under an interpreter, with blocks short enough for the test lengths to need several."""
+    from layers.kernels import mosaic_tpu
+    from layers.kernels.linear_recurrence import tpu as linear_recurrence
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mosaic_tpu, "INTERPRET", True)
+        patch.setattr(mosaic_tpu, "LANES", 8)
+        patch.setattr(linear_recurrence, "STEPS", 32)
+        patch.setattr(linear_recurrence, "GROUP", 16)
+        yield
+
+
+@pytest.fixture(scope="package", autouse=True)
 def _short_chunks():
     """Chunks short enough for every test length to cross their borders, and quick to compile."""
     from layers.kernels.selective_scan import xla as selective_scan

@@ -3,5 +3,9 @@
 from layers.kernels.suites import SUITES
 
 CASES = [(name, case) for name, suite in SUITES.items() for case in suite.cases]
-CALLS = [(name, case, impl) for name, case in CASES for impl in SUITES[name].implementations]
+CALLS = [
+    (name, case, impl)
+    for name, case in CASES
+    for impl in SUITES[name].implementations + SUITES[name].tpu_implementations * case.tpu
+]
 CALL_IDS = [f"{name}-{case.name}-{impl}" for name, case, impl in CALLS]

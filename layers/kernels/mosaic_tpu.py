@@ -1,0 +1,87 @@
+"""What the Pallas kernels for TPUs share: where they may run, and how they are called."""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+# None: compiled, on a TPU and nowhere else. Parameters of an interpreter (`pltpu.InterpretParams`, or True for the
+# simple one): interpreted, on any device. False: compiled whatever the device, to lower for a TPU from elsewhere.
+INTERPRET: pltpu.InterpretParams | bool | None = None
+
+# Lanes of a vector register, and the multiple that a block's last axis should be of.
+LANES = 128
+
+
+def unavailable(*arrays: jax.Array | None) -> str | None:
+    """Why kernels cannot run here or take arrays of these types, or None."""
+    if INTERPRET is None and jax.default_backend() != "tpu":
+        return f"the device is a {jax.default_backend()}; expected a TPU"
+    for array in arrays:
+        if array is not None and array.dtype not in (jnp.float32, jnp.bfloat16, jnp.complex64):
+            return f"an array has dtype {array.dtype}; expected float32, bfloat16 or complex64"
+    return None
+
+
+def on_tpu() -> bool:
+    """Whether a call that leaves the choice open may choose a kernel."""
+    return INTERPRET is None and jax.default_backend() == "tpu"
+
+
+def call(
+    kernel: Callable[..., None],
+    grid: tuple[int, ...],
+    parallel: int,
+    inputs: Sequence[Sequence[tuple[jax.Array, pl.BlockSpec]]],
+    outputs: Sequence[Sequence[tuple[tuple[int, ...], Any, pl.BlockSpec]]],
+    scratch: Sequence[Sequence[Any]],
+    interpret: pltpu.InterpretParams | bool | None,
+    name: str,
+) -> list[list[jax.Array]]:
+    """Runs `kernel` over a grid whose first `parallel` axes may be run in any order and the others in order.
+
+    Inputs are arrays with their blocks, outputs shapes and types with theirs, scratch buffers memory. Each comes in
+    groups, in which the kernel takes the references, one list a group, and in which the outputs are returned.
+    """
+    arrays, in_specs = zip(*itertools.chain(*inputs), strict=True)
+    # Inside `jax.shard_map`, outputs differ between devices where any input does.
+    varying = max(
+        (jax.typeof(array).manual_axis_type for array in arrays), key=lambda kind: len(kind.varying)
+    )
+    made = list(itertools.chain(*outputs))
+    run = pl.pallas_call(
+        lambda *refs: kernel(*_grouped(refs, [*inputs, *outputs, *scratch])),
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=[spec for *_, spec in made],
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying) for shape, dtype, _ in made],
+        scratch_shapes=list(itertools.chain(*scratch)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
+        ),
+        interpret=interpret or False,
+        name=name,
+    )
+    return _grouped(run(*arrays), outputs)
+
+
+def _grouped(items: Iterable[Any], groups: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Cuts a flat sequence into lists as long as those of `groups`."""
+    items = iter(items)
+    return [[next(items) for _ in group] for group in groups]
+
+
+def column(row: jax.Array) -> jax.Array:
+    """(1, n) to (n, 1), from lanes to sublanes, exactly."""
+    size = row.shape[-1]
+    at = [jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1)]
+    return jnp.sum(jnp.where(at[0] == at[1], row, 0), axis=1, keepdims=True)
+
+
+def up(count: int, multiple: int) -> int:
+    """The least multiple that is not less than `count`."""
+    return -(-count // multiple) * multiple
