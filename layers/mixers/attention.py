@@ -10,7 +10,7 @@ from flax import nnx
 from layers.kernels.attention.options import segment_positions
 from layers.mixers.cache import Cache, empty_cache, extend
 from layers.mixers.carry import check_inputs, refuse_state, walk
-from layers.mixers.heads import join_heads, split_heads
+from layers.mixers.heads import join_heads, shared_heads, split_heads
 from layers.mixers.relative_attention import relative_attention
 from layers.mixers.streaming_attention import streaming_attention
 from layers.norms import NormConfig, RMSNorm
@@ -68,8 +68,7 @@ class AttentionConfig:
                 f"heads={self.heads} does not divide width={self.width}; "
                 "choose heads that do, or set head_dim to give heads a size of their own"
             )
-        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
-            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+        _ = self.groups
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window}; expected at least 1, or None")
         if self.sink_tokens < 0 or (self.sink_tokens and self.window is None):
@@ -99,7 +98,7 @@ class AttentionConfig:
     @property
     def groups(self) -> int:
         """Key/value heads."""
-        return self.kv_heads or self.heads
+        return shared_heads(self)
 
 
 class Attention(nnx.Module):

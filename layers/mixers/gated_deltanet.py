@@ -9,7 +9,7 @@ from flax import nnx
 from layers.mixers.carry import check_inputs
 from layers.mixers.decay import SoftplusDecay
 from layers.mixers.delta_memory import DeltaMemory, DeltaState
-from layers.mixers.heads import HeadNorm, head_size
+from layers.mixers.heads import HeadNorm, head_size, multiplied_heads
 from layers.parameters import linear
 from layers.typing import Array, Float, Int
 
@@ -42,14 +42,12 @@ class GatedDeltaNetConfig:
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        _ = self.sizes
-        if self.outputs < 1 or self.outputs % self.heads:
-            raise ValueError(f"value_heads={self.value_heads} is not a multiple of heads={self.heads}")
+        _ = self.sizes, self.outputs
 
     @property
     def outputs(self) -> int:
         """Value heads."""
-        return self.heads if self.value_heads is None else self.value_heads
+        return multiplied_heads(self)
 
     @property
     def sizes(self) -> tuple[int, int]:

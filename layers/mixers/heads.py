@@ -42,6 +42,32 @@ def head_size(field: str, given: int | None, config: Any, part: float = 1.0) -> 
     return int(size)
 
 
+def shared_heads(config: Any) -> int:
+    """Key/value heads of a config: `kv_heads`, or as many as `heads`.
+
+    Raises:
+      ValueError: they do not divide the heads.
+    """
+    if config.kv_heads is None:
+        return config.heads
+    if config.kv_heads < 1 or config.heads % config.kv_heads:
+        raise ValueError(f"kv_heads={config.kv_heads} does not divide heads={config.heads}")
+    return config.kv_heads
+
+
+def multiplied_heads(config: Any) -> int:
+    """Value heads of a config: `value_heads`, or as many as `heads`.
+
+    Raises:
+      ValueError: they are no multiple of the heads.
+    """
+    if config.value_heads is None:
+        return config.heads
+    if config.value_heads < 1 or config.value_heads % config.heads:
+        raise ValueError(f"value_heads={config.value_heads} is not a multiple of heads={config.heads}")
+    return config.value_heads
+
+
 def split_heads(x: Float[Array, "b t d"], heads: int) -> Float[Array, "b t h k"]:
     """Features cut into heads, head by head."""
     return x.reshape(*x.shape[:2], heads, x.shape[2] // heads)
@@ -54,8 +80,8 @@ def join_heads(x: Float[Array, "b t h k"]) -> Float[Array, "b t d"]:
 
 def remember(
     q: Float[Array, "b t h k"],
-    k: Float[Array, "b t h k"],
-    v: Float[Array, "b t h v"],
+    k: Float[Array, "b t g k"],
+    v: Float[Array, "b t g v"],
     state: MemoryState | None,
     *,
     segment_ids: Int[Array, "b t"] | None,

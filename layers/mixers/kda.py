@@ -9,7 +9,7 @@ from flax import nnx
 from layers.mixers.carry import check_inputs
 from layers.mixers.decay import SoftplusDecay
 from layers.mixers.delta_memory import DeltaMemory, DeltaState
-from layers.mixers.heads import HeadNorm, head_size, split_heads
+from layers.mixers.heads import HeadNorm, head_size, multiplied_heads, split_heads
 from layers.mixers.low_rank import LowRank
 from layers.parameters import linear
 from layers.typing import Array, Float, Int
@@ -21,7 +21,8 @@ class KDAConfig:
 
     Attributes:
       width: d, features in and out.
-      heads: h.
+      heads: g, query and key heads.
+      value_heads: h, a multiple of g; value head i reads query and key head i // (h / g). g if None.
       head_dim: K, features of a query, key and value head and the rank of decay and gate; width / heads if None.
       taps: of the short convolution, between 2 and 8.
       negative_eigenvalues: writing strengths in (0, 2) instead of (0, 1), so that a step may turn a sign
@@ -32,6 +33,7 @@ class KDAConfig:
 
     width: int
     heads: int = 4
+    value_heads: int | None = None
     head_dim: int | None = None
     taps: int = 4
     negative_eigenvalues: bool = False
@@ -39,7 +41,12 @@ class KDAConfig:
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        _ = self.size
+        _ = self.size, self.outputs
+
+    @property
+    def outputs(self) -> int:
+        """Value heads."""
+        return multiplied_heads(self)
 
     @property
     def size(self) -> int:
@@ -64,12 +71,12 @@ class KDA(nnx.Module):
     def __init__(self, config: KDAConfig, *, rngs: nnx.Rngs):
         self.config = config
         size = config.size
-        features = config.heads * size
+        features = config.outputs * size
         options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
         self.memory = DeltaMemory(
             config.width,
             key_heads=config.heads,
-            value_heads=config.heads,
+            value_heads=config.outputs,
             key_dim=size,
             value_dim=size,
             taps=config.taps,
@@ -78,7 +85,7 @@ class KDA(nnx.Module):
             rngs=rngs,
         )
         self.rate = LowRank(config.width, size, features, **options)
-        self.decay = SoftplusDecay(config.heads, size, rates=(1.0, 16.0), rngs=rngs)
+        self.decay = SoftplusDecay(config.outputs, size, rates=(1.0, 16.0), rngs=rngs)
         self.gate = LowRank(config.width, size, features, dtype=config.dtype, rngs=rngs)
         self.norm = HeadNorm(size, gate="sigmoid", epsilon=config.epsilon, dtype=config.dtype, rngs=rngs)
         self.output = linear(features, config.width, **options)
@@ -96,6 +103,6 @@ class KDA(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], DeltaState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         check_inputs("KDA", x, self.config.width, segment_ids)
-        log_decay = self.decay(split_heads(self.rate(x), self.config.heads))
+        log_decay = self.decay(split_heads(self.rate(x), self.config.outputs))
         o, state = self.memory(x, state, log_decay=log_decay, segment_ids=segment_ids)
         return self.output(self.norm(o, self.gate(x))), state

@@ -9,7 +9,7 @@ from flax import nnx
 
 from layers.kernels.gated_linear_attention import gated_linear_attention
 from layers.mixers.carry import Place, check_inputs, continues, enter, start, walk
-from layers.mixers.heads import HeadNorm, head_size, split_heads
+from layers.mixers.heads import HeadNorm, head_size, shared_heads, split_heads
 from layers.parameters import linear
 from layers.positions import rotary
 from layers.typing import Array, Float, Int
@@ -21,7 +21,8 @@ class RetNetConfig:
 
     Attributes:
       width: d, features in and out.
-      heads: h.
+      heads: h, query heads.
+      kv_heads: g, heads of keys and values; divides h; h if None. Head i of h uses head i // (h / g).
       key_dim: K, features of a query and key head; even; width / heads if None.
       value_dim: V, features of a value head; 2 width / heads if None.
       rope_base: the slowest pair of features turns once in about 2 pi rope_base tokens, the fastest in 2 pi.
@@ -32,6 +33,7 @@ class RetNetConfig:
 
     width: int
     heads: int = 4
+    kv_heads: int | None = None
     key_dim: int | None = None
     value_dim: int | None = None
     rope_base: float = 10_000.0
@@ -40,6 +42,7 @@ class RetNetConfig:
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
+        _ = self.groups
         key_dim, _ = self.sizes
         if key_dim % 2:
             raise ValueError(f"key_dim={key_dim} is odd; rotations need an even one")
@@ -50,6 +53,11 @@ class RetNetConfig:
     def sizes(self) -> tuple[int, int]:
         """K and V."""
         return head_size("key_dim", self.key_dim, self), head_size("value_dim", self.value_dim, self, 2.0)
+
+    @property
+    def groups(self) -> int:
+        """Heads of keys and values."""
+        return shared_heads(self)
 
     @property
     def base(self) -> float:
@@ -82,13 +90,13 @@ class RetNet(nnx.Module):
     def __init__(self, config: RetNetConfig, *, rngs: nnx.Rngs):
         self.config = config
         key_dim, value_dim = config.sizes
-        keys, values = config.heads * key_dim, config.heads * value_dim
+        values = config.heads * value_dim
         options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
         # Xavier-uniform of gain g has variance 2 g^2 / (inputs + outputs).
         small = nnx.initializers.variance_scaling(2**-5, "fan_avg", "uniform")
-        self.query = linear(config.width, keys, init=small, **options)
-        self.key = linear(config.width, keys, init=small, **options)
-        self.value = linear(config.width, values, init=small, **options)
+        self.query = linear(config.width, config.heads * key_dim, init=small, **options)
+        self.key = linear(config.width, config.groups * key_dim, init=small, **options)
+        self.value = linear(config.width, config.groups * value_dim, init=small, **options)
         self.gate = linear(config.width, values, init=small, **options)
         self.norm = HeadNorm(
             value_dim,
@@ -122,8 +130,8 @@ class RetNet(nnx.Module):
         _, positions, place = walk(place, segment_ids, x.shape[:2])
         o, memory = gated_linear_attention(
             rotary(split_heads(self.query(x), config.heads), positions, config.base),
-            rotary(split_heads(self.key(x), config.heads), positions, config.base),
-            split_heads(self.value(x), config.heads),
+            rotary(split_heads(self.key(x), config.groups), positions, config.base),
+            split_heads(self.value(x), config.groups),
             log_decay=jnp.asarray(np.log1p(-(2.0 ** (-5.0 - np.arange(config.heads)))), jnp.float32),
             initial_state=memory,
             segment_ids=segment_ids,

@@ -71,11 +71,15 @@ def kernels(**modules):
     }
 
 
+def taps_of(module):
+    """The taps of its three convolutions as those of one."""
+    convolutions = (module.q_conv1d, module.k_conv1d, module.v_conv1d)
+    return jnp.concatenate([array(c.weight)[:, 0].T for c in convolutions], axis=1)
+
+
 def convolved(module):
     """What all layers with a short convolution share."""
-    convolutions = (module.q_conv1d, module.k_conv1d, module.v_conv1d)
-    taps = jnp.concatenate([array(c.weight)[:, 0].T for c in convolutions], axis=1)
-    return {"memory.convolution.weight": taps} | kernels(
+    return {"memory.convolution.weight": taps_of(module)} | kernels(
         memory__projection=(module.q_proj, module.k_proj, module.v_proj), memory__strength=module.b_proj
     )
 
@@ -114,9 +118,13 @@ def make(name, **options):
     return make_mixer(name, options, given={"width": D}, rngs=nnx.Rngs(0))
 
 
-def test_gla(plain):
-    module = scrambled(gla.GatedLinearAttention(hidden_size=D, num_heads=2, gate_low_rank_dim=3))
-    model = make("gla", heads=2, gate_rank=3)
+@pytest.mark.parametrize("convolution", [False, True])
+def test_gla(plain, convolution):
+    """With convolutions also with keys and values that two heads share."""
+    options = {"use_short_conv": True, "conv_size": 3, "num_kv_heads": 1} if convolution else {}
+    module = gla.GatedLinearAttention(hidden_size=D, num_heads=2, gate_low_rank_dim=3, **options)
+    scrambled(module)
+    model = make("gla", heads=2, gate_rank=3, **({"taps": 3, "kv_heads": 1} if convolution else {}))
     values = kernels(
         query=module.q_proj,
         key=module.k_proj,
@@ -127,16 +135,27 @@ def test_gla(plain):
         output=module.o_proj,
     )
     values |= {"decay.outer.bias": array(module.gk_proj[1].bias)}
+    if convolution:
+        values |= {"convolution.weight": taps_of(module)}
     fill(model, values | {"norm.scale": array(module.g_norm_swish_gate.weight)})
     agree(model, module, plain)
     assert len(plain) == 1
 
 
-def test_retention(plain):
-    module = scrambled(multiscale_retention.MultiScaleRetention(hidden_size=D, num_heads=2))
+@pytest.mark.parametrize("shared", [None, 1])
+def test_retention(plain, shared):
+    module = multiscale_retention.MultiScaleRetention(hidden_size=D, num_heads=2, num_kv_heads=shared)
+    scrambled(module)
     # Its frequencies are those of plain rotary positions.
     size = D // 2
-    model = make("retnet", heads=2, affine=True, epsilon=1e-5, rope_base=10_000.0 ** ((size - 2) / size))
+    model = make(
+        "retnet",
+        heads=2,
+        kv_heads=shared,
+        affine=True,
+        epsilon=1e-5,
+        rope_base=10_000.0 ** ((size - 2) / size),
+    )
     values = kernels(
         query=module.q_proj,
         key=module.k_proj,
@@ -172,9 +191,10 @@ def test_gated_deltanet(plain, negative):
     agree(model, module, plain)
 
 
-@pytest.mark.parametrize("negative", [False, True])
-def test_kimi_delta_attention(plain, negative):
-    module = kda.KimiDeltaAttention(hidden_size=D, num_heads=2, head_dim=6, allow_neg_eigval=negative)
+@pytest.mark.parametrize(("negative", "outputs"), [(False, 2), (True, 4)])
+def test_kimi_delta_attention(plain, negative, outputs):
+    options = {"num_heads": 2, "num_v_heads": outputs, "head_dim": 6}
+    module = kda.KimiDeltaAttention(hidden_size=D, allow_neg_eigval=negative, **options)
     values = convolved(scrambled(module)) | kernels(
         rate__inner=module.f_proj[0],
         rate__outer=module.f_proj[1],
@@ -182,9 +202,9 @@ def test_kimi_delta_attention(plain, negative):
         gate__outer=module.g_proj[1],
         output=module.o_proj,
     )
-    values |= {"decay.log_rate": array(module.A_log), "decay.bias": array(module.dt_bias).reshape(2, 6)}
+    values |= {"decay.log_rate": array(module.A_log), "decay.bias": array(module.dt_bias).reshape(outputs, 6)}
     values |= {"gate.outer.bias": array(module.g_proj[1].bias)}
-    model = make("kda", heads=2, head_dim=6, negative_eigenvalues=negative)
+    model = make("kda", heads=2, value_heads=outputs, head_dim=6, negative_eigenvalues=negative)
     fill(model, values | {"norm.scale": array(module.o_norm.weight)})
     agree(model, module, plain)
 

@@ -54,12 +54,17 @@ def l2(x):
     return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
+def filtered(x, taps):
+    """The causal filter of every channel by itself; the last of the taps (w, d) meets the token itself."""
+    y = np.zeros_like(x)
+    for j in range(min(len(taps), len(x))):
+        y[j:] += taps[-1 - j] * x[: len(x) - j]
+    return y
+
+
 def convolved(memory, x):
     """q, k and v of a `DeltaMemory` by heads: silu of the causal filter of every channel, then norms of 1."""
-    u, taps = apply(memory.projection, x), wide(memory.convolution.weight)
-    y = np.zeros_like(u)
-    for j in range(len(taps)):
-        y[j:] += taps[-1 - j] * u[: len(u) - j]
+    y = filtered(apply(memory.projection, x), wide(memory.convolution.weight))
     keys = memory.key_heads * memory.key_dim
     q, k, v = np.split(silu(y), [keys, 2 * keys], axis=1)
     return l2(heads(q, memory.key_heads)), l2(heads(k, memory.key_heads)), heads(v, memory.value_heads)

@@ -75,7 +75,7 @@ def literal(name, model, row):
         ("gated_deltanet", {}),
         ("gated_deltanet", {"value_heads": 4, "value_dim": 5, "negative_eigenvalues": True}),
         ("kda", {}),
-        ("kda", {"head_dim": 3, "negative_eigenvalues": True}),
+        ("kda", {"head_dim": 3, "negative_eigenvalues": True, "value_heads": 4}),
     ],
 )
 def test_equals_the_equation(name, options):

@@ -7,7 +7,18 @@ import pytest
 from flax import nnx
 
 from layers.mixers.gla import GLA, GLAConfig
-from tests.layers.mixers.literal import apply, by_row, heads, low_rank, rms, sigmoid, silu, stirred, wide
+from tests.layers.mixers.literal import (
+    apply,
+    by_row,
+    filtered,
+    heads,
+    low_rank,
+    rms,
+    sigmoid,
+    silu,
+    stirred,
+    wide,
+)
 
 WIDTH, TIME = 8, 11
 
@@ -23,8 +34,14 @@ def inputs(time=TIME):
 def literal(model, row):
     config = model.config
     count, (key_dim, value_dim) = config.heads, config.sizes
-    q, k, v = (heads(apply(getattr(model, name), row), count) for name in ("query", "key", "value"))
-    alpha = heads(sigmoid(low_rank(model.decay, row)) ** (1 / config.temperature), count)
+    q, k, v = (apply(getattr(model, name), row) for name in ("query", "key", "value"))
+    if config.taps:
+        taps = np.split(wide(model.convolution.weight), np.cumsum([q.shape[1], k.shape[1]]), axis=1)
+        q, k, v = (silu(filtered(x, weight)) for x, weight in zip((q, k, v), taps, strict=True))
+    q, k, v = heads(q, count), heads(k, config.groups), heads(v, config.groups)
+    alpha = heads(sigmoid(low_rank(model.decay, row)) ** (1 / config.temperature), config.groups)
+    # Every head of queries gets keys, values and decays of its own, those of a group alike.
+    k, v, alpha = (np.repeat(x, count // config.groups, axis=1) for x in (k, v, alpha))
     outputs = np.zeros((len(row), count, value_dim))
     for h in range(count):
         state = np.zeros((key_dim, value_dim))
@@ -35,7 +52,9 @@ def literal(model, row):
     return apply(model.output, normed.reshape(len(row), -1) * silu(apply(model.gate, row)))
 
 
-@pytest.mark.parametrize("options", [{}, {"key_dim": 3, "value_dim": 5, "temperature": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"key_dim": 3, "value_dim": 5, "temperature": 1.0}, {"kv_heads": 1, "taps": 3}]
+)
 def test_equals_the_equation(options):
     model, x = stirred(make(**options)), inputs()
     np.testing.assert_allclose(model(x)[0], by_row(lambda row: literal(model, row), x), atol=5e-6)
@@ -74,6 +93,10 @@ def test_refuses_sizes_that_do_not_fit():
         GLAConfig(width=8, heads=3)
     with pytest.raises(ValueError, match="value_dim=0"):
         GLAConfig(width=8, heads=2, value_dim=0)
+    with pytest.raises(ValueError, match="kv_heads=3 does not divide heads=2"):
+        GLAConfig(width=8, heads=2, kv_heads=3)
+    with pytest.raises(ValueError, match="taps=1; expected 2 to 8"):
+        make(taps=1)
     with pytest.raises(ValueError, match="gate_rank=0"):
         GLAConfig(width=8, heads=2, gate_rank=0)
     with pytest.raises(ValueError, match="temperature=-1"):

@@ -22,7 +22,11 @@ def inputs(time=TIME, scale=4.0):
 
 def projections(model, row):
     """q, k (complex, one number a pair, not yet turned) and v by heads."""
-    q, k, v = (heads(apply(getattr(model, n), row), model.config.heads) for n in ("query", "key", "value"))
+    count, groups = model.config.heads, model.config.groups
+    q = heads(apply(model.query, row), count)
+    k, v = (
+        np.repeat(heads(apply(part, row), groups), count // groups, 1) for part in (model.key, model.value)
+    )
     half = q.shape[-1] // 2
     return q[..., :half] + 1j * q[..., half:], k[..., :half] + 1j * k[..., half:], v
 
@@ -65,7 +69,9 @@ def parallel(model, row):
     return finish(model, outputs, row)
 
 
-@pytest.mark.parametrize("options", [{}, {"heads": 4, "value_dim": 3, "affine": True}, {"key_dim": 6}])
+@pytest.mark.parametrize(
+    "options", [{}, {"heads": 4, "kv_heads": 2, "value_dim": 3, "affine": True}, {"key_dim": 6}]
+)
 def test_equals_the_recurrent_form(options):
     model, x = stirred(make(**options)), inputs()
     np.testing.assert_allclose(model(x)[0], by_row(lambda row: recurrent(model, row), x), atol=5e-6)
