@@ -11,3 +11,13 @@ def vary_like(parameter: jax.Array, x: jax.Array) -> jax.Array:
     devices share, computed from inputs that they do not, has another one. Outside, this does nothing.
     """
     return parameter + jnp.zeros_like(x, shape=(), dtype=parameter.dtype)
+
+
+def vary_as(array: jax.Array, *others: jax.Array) -> jax.Array:
+    """The same array, marked as differing wherever one of `others` does; unlike `vary_like`, without arithmetic."""
+    missing = set().union(*map(_axes, others)) - _axes(array)
+    return jax.lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
+
+
+def _axes(array: jax.Array) -> frozenset[str]:
+    return frozenset(jax.typeof(array).manual_axis_type.varying)

@@ -1,0 +1,140 @@
+"""`linear_recurrence` on Hopper GPUs: one pass over memory forward, one backward; see gpu_kernels.py for the kernels."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layers.kernels import mosaic_gpu
+from layers.kernels.checks import accumulation_dtype
+from layers.kernels.linear_recurrence import gpu_kernels
+from layers.kernels.linear_recurrence.gpu_kernels import Planes, Settings
+from layers.kernels.segments import segment_starts
+from layers.kernels.varying import vary_as
+
+# Not tuned yet: `python -m experiments.benchmark tune` times the candidates.
+FORWARD = Settings()
+BACKWARD = Settings(stages=3, steps=16)
+
+# Whether `impl=None` may choose these kernels. They have run in the interpreter and through the compiler only.
+MEASURED = False
+
+TYPES = (jnp.float32, jnp.bfloat16, jnp.complex64)
+
+
+def refuses(a, x, initial_state, **_: Any) -> str | None:
+    """Why these kernels cannot take a call, or None."""
+    for name, array in {"a": a, "x": x, "initial_state": initial_state}.items():
+        if array is not None and array.dtype not in TYPES:
+            return f"{name} has dtype {array.dtype}; expected float32, bfloat16 or complex64"
+    if x.shape[0] > mosaic_gpu.MAX_GRID:
+        return f"x has {x.shape[0]} rows; expected at most {mosaic_gpu.MAX_GRID}"
+    return mosaic_gpu.refusal(_probe)
+
+
+def automatic(**_: Any) -> bool:
+    """Whether `impl=None` takes these kernels, if they do not refuse."""
+    return MEASURED and jax.default_backend() == "gpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What is static in a call."""
+
+    reverse: bool
+    x_dtype: Any
+    forward: Settings
+    backward: Settings
+
+
+def linear_recurrence(
+    a,
+    x,
+    initial_state,
+    segment_ids,
+    reverse,
+    forward: Settings | None = None,
+    backward: Settings | None = None,
+):
+    """Runs the recurrence; the arguments are checked by the public function.
+
+    Args:
+      forward, backward: layout of the kernels, in place of the tuned ones.
+    """
+    dtype = accumulation_dtype(a, x, initial_state)
+    shape = (x.shape[0], x.shape[2])
+    state = jnp.zeros(shape, dtype) if initial_state is None else initial_state.astype(dtype)
+    codes = None
+    if segment_ids is not None:
+        order = slice(None, None, -1) if reverse else slice(None)
+        starts = segment_starts(segment_ids[:, order])[:, order]
+        codes = jnp.where(starts, gpu_kernels.RESET, gpu_kernels.KEPT)
+        codes = jnp.where(segment_ids == 0, gpu_kernels.SKIPPED, codes).astype(jnp.int32)
+    call = _Call(reverse, x.dtype, forward or FORWARD, backward or BACKWARD)
+    return _recurrence(vary_as(a, x), x, vary_as(state, x), codes, call)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _recurrence(a, x, state, codes, call):
+    """Outputs in the type of x (complex if a is), the final state in the type of `state`."""
+    channels = x.shape[-1]
+    dtype = jnp.float32 if jnp.iscomplexobj(state) else x.dtype
+    h, final = gpu_kernels.forward(
+        _planes(a), _planes(x), codes, _planes(state), call.reverse, dtype, call.forward
+    )
+    return _join(h, channels), _join(final, channels)
+
+
+def _forward(a, x, state, codes, call):
+    h, final = _recurrence(a, x, state, codes, call)
+    return (h, final), (a, state, codes, h)
+
+
+def _backward(call, residuals, cotangents):
+    a, state, codes, h = residuals
+    dh, dfinal = cotangents
+    channels = h.shape[-1]
+    is_complex = jnp.issubdtype(call.x_dtype, jnp.complexfloating)
+    da, dx, dstate = gpu_kernels.backward(
+        _planes(a),
+        _planes(h),
+        _planes(dh),
+        codes,
+        _planes(state),
+        _planes(dfinal),
+        call.reverse,
+        (2, jnp.float32) if is_complex else (1, call.x_dtype),
+        call.backward,
+    )
+    da = _join(da, channels)
+    da = da.sum([axis for axis in (0, 1) if a.shape[axis] < da.shape[axis]], keepdims=True)
+    return da.astype(a.dtype), _join(dx, channels), _join(dstate, channels), None
+
+
+_recurrence.defvjp(_forward, _backward)
+
+
+def _planes(v: jax.Array) -> Planes:
+    """Real and imaginary part, or v itself; channels padded so that rows are multiples of 16 bytes, as copies need."""
+    parts = (v.real, v.imag) if jnp.iscomplexobj(v) else (v,)
+    missing = -v.shape[-1] % 8
+    return tuple(jnp.pad(p, [(0, 0)] * (v.ndim - 1) + [(0, missing)]) for p in parts) if missing else parts
+
+
+def _join(planes: Planes, channels: int) -> jax.Array:
+    """The array that these are the parts of, without padding."""
+    planes = tuple(p[..., :channels] for p in planes)
+    return planes[0] if len(planes) == 1 else jax.lax.complex(*planes)
+
+
+def _probe() -> None:
+    """Lowers both passes of a small call."""
+
+    def loss(a, x, state):
+        h, final = linear_recurrence(a, x, state, None, False)
+        return h.sum() + final.sum()
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 16, 128), (1, 16, 128), (1, 128))]
+    jax.jit(jax.grad(loss, (0, 1, 2))).trace(*shapes).lower(lowering_platforms=("cuda",))

@@ -1,0 +1,146 @@
+"""Mosaic GPU, the part of Pallas that compiles for Hopper: whether it can be used, and how it is called.
+
+Its interface changes between releases of JAX. Kernels reach it through this module only. On a version of JAX that cannot
+build a kernel, or on a device that cannot run it, `refusal` gives the reason, which is logged once, and the call goes to
+XLA.
+"""
+
+import contextlib
+import contextvars
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from layers.kernels.varying import vary_as
+
+try:
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    MISSING = next(
+        (
+            f"jax {jax.__version__} has no jax.experimental.pallas.mosaic_gpu.{name}"
+            for name in (
+                "kernel",
+                "InterpretGPUParams",
+                "copy_gmem_to_smem",
+                "copy_smem_to_gmem",
+                "commit_smem",
+            )
+            if not hasattr(plgpu, name)
+        ),
+        None,
+    )
+except ImportError as error:  # a build of jax without the GPU dialects
+    pl = plgpu = None
+    MISSING = f"jax {jax.__version__} cannot import Mosaic GPU: {error}"
+
+LANES = 128  # of a warpgroup, which is one thread to Pallas
+SHARED_BYTES = 227 * 1024  # that a block may have on Hopper
+MAX_GRID = 65535  # blocks along every axis of the grid but the last
+
+_logger = logging.getLogger(__name__)
+_interpreted = contextvars.ContextVar("interpreted", default=False)
+
+
+@contextlib.contextmanager
+def interpreted(**params: Any) -> Iterator[None]:
+    """Runs kernels that are traced inside in the interpreter, on the CPU, with memory that starts as NaN.
+
+    Args:
+      params: fields of `plgpu.InterpretGPUParams`, such as `detect_races=True`.
+    """
+    token = _interpreted.set(True)
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**params)):
+            yield
+    finally:
+        _interpreted.reset(token)
+
+
+def refusal(probe: Callable[[], Any]) -> str | None:
+    """Why a kernel cannot run here, or None.
+
+    Args:
+      probe: lowers a small example for platform "cuda"; a module-level function, called once.
+    """
+    if MISSING is not None:
+        return _once(MISSING)
+    if _interpreted.get():
+        return None
+    reason = _device_refusal() or _probe_refusal(probe)
+    return reason and _once(reason)
+
+
+def _device_refusal() -> str | None:
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return f"it needs a Hopper GPU; JAX computes on {device.platform}"
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if capability != "9.0":
+        return f"it needs a Hopper GPU (compute capability 9.0); {device.device_kind} has {capability}"
+    return None
+
+
+@functools.cache
+def _probe_refusal(probe: Callable[[], Any]) -> str | None:
+    """Lowers the example in a thread of its own, where no transformation of the caller is in force."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            pool.submit(probe).result()
+        except Exception as error:  # noqa: BLE001 - whatever a release of jax raises means that XLA must do it
+            text = (str(error).splitlines() or [""])[0]
+            return f"jax {jax.__version__} cannot build the kernel: {type(error).__name__}: {text[:300]}"
+    return None
+
+
+@functools.cache
+def _once(reason: str) -> str:
+    _logger.info("No Mosaic GPU kernels here: %s", reason)
+    return reason
+
+
+def launch(
+    body: Callable[..., None],
+    *,
+    name: str,
+    grid: Mapping[str, int],
+    inputs: Mapping[str, Sequence[jax.Array]],
+    outputs: Mapping[str, Sequence[jax.ShapeDtypeStruct]],
+    scratch: Mapping[str, Any],
+) -> dict[str, tuple[jax.Array, ...]]:
+    """Runs a kernel without automatic barriers: `body` fences every buffer that a copy refills.
+
+    Args:
+      body: called with keyword arguments, one a name of `inputs`, `outputs` (tuples of refs) and `scratch`.
+      grid: sizes by axis name; the last axis runs fastest.
+    """
+    flat, structure = jax.tree.flatten((dict(inputs), dict(outputs)))
+    flat_outputs, outputs_structure = jax.tree.flatten(dict(outputs))
+
+    def run(*refs: Any, **scratch_refs: Any) -> None:
+        given, results = jax.tree.unflatten(structure, refs)
+        body(**given, **results, **scratch_refs)
+
+    call = plgpu.kernel(
+        run,
+        out_type=tuple(flat_outputs),
+        scratch_types=dict(scratch),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )
+    arrays = flat[: len(flat) - len(flat_outputs)]
+    results = [vary_as(result, *arrays) for result in call(*arrays)]
+    return jax.tree.unflatten(outputs_structure, results)
+
+
+def strided(ref: Any, width: int) -> jax.Array:
+    """Loads `width` neighbouring numbers, an equal number of neighbours to every lane of the warpgroup."""
+    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // LANES)
+    return plgpu.load(ref, layout=layout, optimized=False)
