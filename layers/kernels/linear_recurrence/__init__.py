@@ -7,12 +7,13 @@ import jax.numpy as jnp
 
 from layers.kernels import checks
 from layers.kernels.dispatch import Implementation, dispatch
-from layers.kernels.linear_recurrence import reference, tpu, xla
+from layers.kernels.linear_recurrence import gpu, reference, tpu, xla
 from layers.typing import Array, Int, Num
 
 __all__ = ["Piece", "compose", "linear_recurrence", "summarize"]
 
 IMPLEMENTATIONS = {
+    "gpu": Implementation(gpu.linear_recurrence, gpu.refuses, gpu.automatic),
     "tpu": Implementation(tpu.linear_recurrence, tpu.refuses, tpu.automatic),
     "xla": Implementation(xla.linear_recurrence),
     "reference": Implementation(reference.linear_recurrence, automatic=lambda **_: False),
@@ -40,7 +41,7 @@ def linear_recurrence(
       segment_ids: 0 is padding, which leaves the state as it is; a change of id forgets the state
         (see `layers.kernels.segments`).
       reverse: run from the last step to the first, h_t = a_t h_{t+1} + x_t.
-      impl: "tpu", "xla", "reference", or None for the best.
+      impl: "gpu", "tpu", "xla", "reference", or None for the best.
 
     Returns:
       h: (b, t, d), in the type of x, or complex if a or x is.

@@ -53,6 +53,7 @@ _ELEMENTS = 8 * 4096 * 2048
 SUITE = Suite(
     function=linear_recurrence,
     implementations=("xla",),
+    gpu_implementations=("gpu",),
     tpu_implementations=("tpu",),
     time_arguments=("a", "x"),
     cases=(

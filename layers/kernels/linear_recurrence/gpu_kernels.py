@@ -436,9 +436,8 @@ class _Block:
                 for source, target in zip(sources, tiles, strict=True):
                     plgpu.copy_gmem_to_smem(source.at[line, rows, self.channels], target.at[slot], barrier)
             if self._codes:
-                plgpu.copy_gmem_to_smem(
-                    self._codes_source.at[self.row, rows], self._codes[0].at[slot], barrier
-                )
+                source = self._codes_source.at[self.row, rows]
+                plgpu.copy_gmem_to_smem(source, self._codes[0].at[slot, pl.ds(0, steps)], barrier)
             for source, target in more(index, slot):
                 plgpu.copy_gmem_to_smem(source, target, barrier)
 
@@ -514,11 +513,10 @@ def _optional(codes: jax.Array | None, effects: tuple[Planes, Planes] | None) ->
 def _buffers(plan: _Plan, more: int, **arriving: Planes) -> dict[str, Any]:
     """Shared memory of the arrays that arrive in tiles, and the barriers of the stages, for `more` copies besides."""
     stages, steps, width = plan.settings.stages, plan.settings.steps, plan.settings.width
+    # Every stage must start at a multiple of 128 bytes.
+    shapes = {"codes": (stages, pl.cdiv(steps, 32) * 32)}
     buffers: dict[str, Any] = {
-        f"{name}_tiles": tuple(
-            plgpu.SMEM((stages, steps) if name == "codes" else (stages, steps, width), p.dtype)
-            for p in planes
-        )
+        f"{name}_tiles": tuple(plgpu.SMEM(shapes.get(name, (stages, steps, width)), p.dtype) for p in planes)
         for name, planes in arriving.items()
     }
     copies = more + sum(map(len, arriving.values()))
