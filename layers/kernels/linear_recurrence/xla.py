@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.segments import segment_starts
+from layers.kernels.varying import vary_like
 
 # Steps a block, the best of 4, 8, 16 and 32 over forward and backward passes: on an H100 at 8 x 4096 x 2048 (real) and
 # 64 x 1024 x 128 (complex), on a CPU at 50 x 1024 x 8 (complex) and 8 x 1024 x 256 (real).
@@ -36,7 +37,7 @@ def linear_recurrence(a, x, initial_state, segment_ids, reverse):
         direction = slice(None, None, -1) if reverse else slice(None)
         start = segment_starts(segment_ids[:, direction])[:, direction]
         padding = segment_ids == 0
-    return _recurrence(a, x, state, start, padding, reverse)
+    return _recurrence(vary_like(a, x), x, vary_like(state, x), start, padding, reverse)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

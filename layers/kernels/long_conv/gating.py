@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
+from layers.kernels.varying import vary_like
 
 
 class Convolution(NamedTuple):
@@ -38,6 +39,7 @@ def gated(convolution, circular, x, kernel, skip, input_gate, output_gate, past)
         turns = -(-taps // time)
         kernel = jnp.pad(kernel, ((0, 0), (0, turns * time - taps)))
         kernel = kernel.astype(accumulation_dtype(kernel)).reshape(-1, turns, time).sum(1)
+    kernel, skip, past = jax.tree.map(lambda v: vary_like(v, x), (kernel, skip, past))
     return _gated(convolution, circular, x, kernel, skip, input_gate, output_gate, past)
 
 

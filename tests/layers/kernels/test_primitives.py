@@ -247,24 +247,37 @@ def test_segment_gradients_match_reference(name, case, impl):
         close(got[1][key], want[1][key], tolerance_of(case, "float32"), f"gradient of {key}")
 
 
+def by_rows(suite, arguments):
+    """Arguments with one row for each of the eight sequences, and those that the sequences share."""
+    rows = {
+        k: v
+        for k, v in arguments.items()
+        if k == "initial_state" or (k in suite.time_arguments and v.shape[0] == 8)
+    }
+    return rows, {k: v for k, v in arguments.items() if k not in rows}
+
+
+def over_devices(function, in_specs, out_specs):
+    """`function` with its rows shared out over eight devices; JAX checks what differs between them."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
+
+
+ROWS, SHARED = PartitionSpec("data"), PartitionSpec()
+
+
 @calls
 def test_transformations(name, case, impl):
     """jit, vmap, checkpoint, scan and shard_map give what the plain call gives."""
     suite = SUITES[name]
     arguments = cast(draw(case, 8, 11), "float32")
-    batched = {
-        k
-        for k, v in arguments.items()
-        if k == "initial_state" or (k in suite.time_arguments and v.shape[0] == 8)
-    }
     plain = jax.tree.map(np.asarray, call(suite, case, impl, arguments))
     tolerance = tolerance_of(case, "float32")
 
     def run(moving, rest):
         return call(suite, case, impl, moving | rest)
 
-    moving = {k: arguments[k] for k in batched}
-    rest = {k: v for k, v in arguments.items() if k not in batched}
+    moving, rest = by_rows(suite, arguments)
     close(jax.jit(run)(moving, rest), plain, tolerance, "jit")
     close(jax.checkpoint(run)(moving, rest), plain, tolerance, "checkpoint")
     split = jax.tree.map(lambda v: v.reshape(4, 2, *v.shape[1:]), moving)
@@ -272,10 +285,34 @@ def test_transformations(name, case, impl):
     close(merge(jax.vmap(run, in_axes=(0, None))(split, rest)), plain, tolerance, "vmap")
     _, scanned = jax.lax.scan(lambda carry, part: (carry, run(part, rest)), None, split)
     close(merge(scanned), plain, tolerance, "scan")
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = PartitionSpec("data")
-    sharded = jax.shard_map(run, mesh=mesh, in_specs=(rows, PartitionSpec()), out_specs=rows, check_vma=False)
-    close(jax.jit(sharded)(moving, rest), plain, tolerance, "shard_map")
+    close(over_devices(run, (ROWS, SHARED), ROWS)(moving, rest), plain, tolerance, "shard_map")
+
+
+@calls
+def test_gradients_inside_shard_map(name, case, impl):
+    """Those of arguments that the devices share are summed over them. Types in every case, numbers in one a primitive."""
+    suite = SUITES[name]
+    moving, rest = by_rows(suite, cast(draw(case, 8, 11), "float32"))
+    if not moving:
+        assert name == "ssm_kernel"
+        return
+    integers, floats = {}, ({}, {})
+    for group, mine in zip((moving, rest), floats, strict=True):
+        for key, value in group.items():
+            whole = jnp.issubdtype(jax.tree.leaves(value)[0].dtype, jnp.integer)
+            (integers if whole else mine)[key] = value
+
+    def loss(moving, rest, integers):
+        out = call(suite, case, impl, moving | rest | integers)
+        return sum(jnp.sum(jnp.square(jnp.abs(leaf))) for leaf in jax.tree.leaves(out))
+
+    gradients = jax.grad(loss, argnums=(0, 1))
+    inside = over_devices(gradients, (ROWS, SHARED, ROWS), (ROWS, SHARED))
+    if case is not next((c for c in suite.cases if by_rows(suite, draw(c, 8, 11))[1]), suite.cases[0]):
+        jax.eval_shape(inside, *floats, integers)
+        return
+    want = jax.tree.map(np.asarray, jax.jit(gradients)(*floats, integers))
+    close(inside(*floats, integers), want, tolerance_of(case, "float32"), "gradients")
 
 
 @calls
