@@ -30,7 +30,7 @@ class Block(nnx.Module):
         given = {"width": config.width, "dtype": jnp.dtype(config.dtype)}
         given |= {"layer": layer, "depth": config.depth}
         mixer, options = config.mixer_of(layer)
-        self.mixer = make_mixer(mixer, options, given=given, rngs=rngs)
+        self.mixer = make_mixer(mixer, options, given={**config.mixer_defaults, **given}, rngs=rngs)
         self.mixer_norm = self._norm(rngs)
         channel = config.channel_of(layer)
         if channel is None:

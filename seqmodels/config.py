@@ -22,6 +22,8 @@ class StackConfig:
         "mixer+none" for a block without one. A mixer is a registered name or a key of `mixers`.
       mixers: options of mixers by the name used in the pattern. With a key "mixer" the name is an alias, so that one
         model can hold, say, two attentions with different windows.
+      mixer_defaults: options that every mixer takes which has them and is not given others in `mixers`, such as
+        {"heads": 2}, so that mixers may be exchanged by name; the rest take no notice.
       channel: the channel mixer of blocks that name none; "none" for no channel mixer.
       channels: options of channel mixers, likewise; an alias has a key "channel".
       residual: "separate": x + mixer, then x + channel mixer; "joint": x + channel(mixer(x)), as in S4, S5 and LRU.
@@ -39,6 +41,7 @@ class StackConfig:
     depth: int
     pattern: tuple[str, ...]
     mixers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    mixer_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     channel: str = "swiglu"
     channels: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     residual: Literal["separate", "joint"] = "separate"

@@ -57,7 +57,7 @@ class _Algorithm(SyntheticTask):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Copy(_Algorithm):
-    """Copying a string: x1 ... xn = x1 ... xn end (Jelassi et al. 2024, arXiv:2402.01032).
+    """Copying a string, as in x1 ... xn = x1 ... xn end (Jelassi et al. 2024, arXiv:2402.01032).
 
     Attributes:
       symbols: that strings are made of, ids 0 .. symbols - 1; "=" and the end are the next two ids.
@@ -94,7 +94,7 @@ class Copy(_Algorithm):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Sorting(Copy):
-    """Sorting a string with repetitions, smallest first (Kazemnejad et al. 2023, arXiv:2305.19466): 3 1 3 = 1 3 3 end."""
+    """Sorting a string with repetitions, as in 3 1 3 = 1 3 3 end (Kazemnejad et al. 2023, arXiv:2305.19466)."""
 
     symbols: int = 50
 
@@ -105,9 +105,9 @@ class Sorting(Copy):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Parity(_Algorithm):
-    """Parity of bits (Grazzi et al. 2025, arXiv:2411.12537): the label at the last bit is whether the ones are odd.
+    """Parity of bits, asked for at the last of them (Grazzi et al. 2025, arXiv:2411.12537).
 
-    A linear recurrence needs an eigenvalue of -1 for it.
+    The label is 1 if the number of ones is odd. A linear recurrence needs an eigenvalue of -1 for it.
 
     Attributes:
       running: labels at every bit, the parity so far: the scratchpad of Anil et al. 2022 (arXiv:2207.04901).
@@ -141,7 +141,7 @@ class Parity(_Algorithm):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Addition(_Algorithm):
-    """Adding two numbers, digit by digit: 35 + 8 = 43 end (Zhou et al. 2024, arXiv:2402.09371).
+    """Adding two numbers digit by digit, as in 35 + 8 = 43 end (Zhou et al. 2024, arXiv:2402.09371).
 
     Numbers of digits are uniform, each number's by itself, and so are the digits, without leading zeros (but 0 is a
     number of one digit). In "length_N" one number, either, has N digits and the other no more. Digits are ids 0 .. 9,

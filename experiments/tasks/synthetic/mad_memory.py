@@ -62,7 +62,7 @@ class MADSelectiveCopying(SyntheticTask):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Compression(SyntheticTask):
-    """MAD's compression: one vector must hold a random sequence (Poli et al. 2024, arXiv:2403.17844).
+    """MAD's compression, one vector must hold a random sequence (Poli et al. 2024, arXiv:2403.17844).
 
     T - 1 random tokens below V - 1, then the token V - 1. The label at every position is the input there, so this
     task is for models that decode all of them from the last vector: `kind="autoencoder"`.
@@ -98,7 +98,7 @@ class Compression(SyntheticTask):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Memorization(SyntheticTask):
-    """MAD's memorization: learn a fixed dictionary (Poli et al. 2024, arXiv:2403.17844).
+    """MAD's memorization, learn a fixed dictionary (Poli et al. 2024, arXiv:2403.17844).
 
         k5 ? k2 ? ...      labels at the signs ?: the values of k5, k2
 

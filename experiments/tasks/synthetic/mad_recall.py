@@ -83,7 +83,7 @@ class InContextRecall(SyntheticTask):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class NoisyRecall(InContextRecall):
-    """MAD's noisy recall: in-context recall with noise tokens between the pairs (Poli et al. 2024, arXiv:2403.17844)."""
+    """MAD's noisy recall, in-context recall with noise tokens between the pairs (Poli et al. 2024, arXiv:2403.17844)."""
 
     vocab_size: int = 32
     noise_vocab_size: int = 16
@@ -92,7 +92,7 @@ class NoisyRecall(InContextRecall):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class FuzzyRecall(SyntheticTask):
-    """MAD's fuzzy recall: keys and values of one to three tokens (Poli et al. 2024, arXiv:2403.17844).
+    """MAD's fuzzy recall, keys and values of one to three tokens (Poli et al. 2024, arXiv:2403.17844).
 
     Keys are ordered choices without repetition from the first half of the symbols, values from the second; their
     sizes are uniform up to `motif`, but keys outside training always have `motif` tokens. A key has one value in a

@@ -111,7 +111,7 @@ class RegularLanguages(SyntheticTask):
         inside = np.arange(width) < lengths
         text, legal = np.where(inside, text, 0), np.where(inside, legal, 0)
         return {
-            "inputs": text[:, :-1],
+            "inputs": np.where(inside[:, 1:], text[:, :-1], 0),
             "labels": np.where(legal[:, 1:] > 0, text[:, 1:], IGNORE),
             "legal": legal[:, 1:],
             "lengths": lengths[:, 0] - 1,

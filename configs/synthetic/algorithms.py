@@ -1,0 +1,60 @@
+"""Copy, parity, sorting and addition: trained on short inputs, evaluated on longer ones.
+
+    python -m experiments.train --config=configs/synthetic/algorithms.py:task=parity,mixer=deltanet --workdir=runs/parity
+    python -m experiments.evaluate --workdir=runs/parity --split=length_256
+
+    task=copy|parity|running_parity|sorting|addition
+
+Any causal mixer; mixer=NAME, width, depth, learning_rate, scale=small|paper. Small trains on lengths up to 10 (parity
+up to 20); paper up to 20 for copying and sorting (Kazemnejad et al. 2023, arXiv:2305.19466), from 3 to 40 for parity
+(Grazzi et al. 2025, arXiv:2411.12537) and up to 40 digits for addition (Zhou et al. 2024, arXiv:2402.09371). Mixers with
+an option `negative_eigenvalues` have it, as only those can learn parity. `running_parity` asks for it at every bit.
+"""
+
+from ml_collections import ConfigDict
+
+OPTIONS = dict(task="parity", mixer="deltanet", width="64", depth="2", learning_rate="1e-3", scale="small")
+LENGTHS = {  # of training, and of the further splits
+    ("copy", "small"): ((1, 10), (10, 12, 15, 20, 40)),
+    ("copy", "paper"): ((1, 20), (20, 24, 30, 40, 80)),
+    ("parity", "small"): ((1, 20), (20, 40, 80, 160)),
+    ("parity", "paper"): ((3, 40), (40, 64, 128, 256)),
+    ("sorting", "small"): ((1, 10), (10, 12, 15, 20, 40)),
+    ("sorting", "paper"): ((1, 20), (20, 24, 30, 40, 80)),
+    ("addition", "small"): ((1, 6), (6, 8, 12, 20)),
+    ("addition", "paper"): ((1, 40), (40, 60, 80, 100)),
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    given = dict(pair.split("=", 1) for pair in arg.split(",") if pair)
+    if unknown := given.keys() - OPTIONS.keys():
+        raise ValueError(f"algorithms.py takes {', '.join(OPTIONS)}, not {', '.join(unknown)}")
+    options = OPTIONS | given
+    running = options["task"] == "running_parity"
+    task, scale = "parity" if running else options["task"], options["scale"]
+    if (task, scale) not in LENGTHS:
+        known = "copy, parity, running_parity, sorting or addition, and small or paper"
+        raise ValueError(f"task={task},scale={scale}; expected {known}")
+
+    config = ConfigDict()
+    config.seed = 0
+    lengths, extrapolate = LENGTHS[task, scale]
+    config.task = dict(name=task, lengths=lengths, extrapolate=extrapolate)
+    if running:
+        config.task.running = True
+    config.model = dict(
+        kind="language_model",
+        width=int(options["width"]),
+        depth=int(options["depth"]),
+        pattern=(options["mixer"],),
+        mixer_defaults=dict(heads=4, causal=True, negative_eigenvalues=True),
+        channel="swiglu",
+    )
+    config.data = {}
+    steps = 2000 if scale == "small" else 20_000
+    config.train = dict(batch_size=64, steps=steps, eval_every=0.32, log_every=50)
+    config.optimizer = dict(
+        learning_rate=float(options["learning_rate"]), weight_decay=0.01, warmup_steps=100, clip_norm=1.0
+    )
+    return config
