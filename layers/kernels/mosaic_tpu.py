@@ -52,6 +52,9 @@ def call(
     varying = max(
         (jax.typeof(array).manual_axis_type for array in arrays), key=lambda kind: len(kind.varying)
     )
+    if interpret is True and varying.varying:
+        # The simple interpreter does not follow what differs between devices.
+        interpret = pltpu.InterpretParams()
     made = list(itertools.chain(*outputs))
     run = pl.pallas_call(
         lambda *refs: kernel(*_grouped(refs, [*inputs, *outputs, *scratch])),

@@ -129,11 +129,12 @@ _MAMBA2 = Benchmark(
 SUITE = Suite(
     function=gated_linear_attention,
     implementations=("xla",),
+    tpu_implementations=("tpu",),
     time_arguments=("q", "k", "v", "log_decay"),
     cases=(
-        Case("scalar", _scalar, state=_state),
-        Case("no_decay", _none, {"scale": 1.5}, state=_state),
-        Case("fixed_decay", _fixed, state=_state),
+        Case("scalar", _scalar, state=_state, tpu=True),
+        Case("no_decay", _none, {"scale": 1.5}, state=_state, tpu=True),
+        Case("fixed_decay", _fixed, state=_state, tpu=True),
         Case("scalar_bonus", _scalar_bonus, {"scale": 1.0}, state=_state),
         Case("channel", _channel, state=_state),
         Case("channel_bonus", _channel_bonus, {"scale": 1.0}, state=_state),

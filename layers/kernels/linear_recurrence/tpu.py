@@ -26,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from layers.kernels import mosaic_tpu
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.segments import segment_starts
+from layers.kernels.varying import vary_as
 
 # Steps a block of time and channels a block of lanes (half of these if complex): 0.5 MB an array, twice buffered.
 STEPS, CHANNELS = 256, 512
@@ -77,6 +78,7 @@ def linear_recurrence(a, x, initial_state, segment_ids, reverse):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(settings, a, x, state, segment_ids):
+    a, x, state = (vary_as(v, a, x, state) for v in (a, x, state))
     h, final = _recurrence(
         settings,
         _planes(a),

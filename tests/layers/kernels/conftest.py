@@ -7,6 +7,7 @@ import pytest
 def _interpreted_tpu():
     """Kernels for TPUs under an interpreter, with blocks short enough for the test lengths to need several."""
     from layers.kernels import mosaic_tpu
+    from layers.kernels.gated_linear_attention import tpu as gated_linear_attention
     from layers.kernels.linear_recurrence import tpu as linear_recurrence
 
     with pytest.MonkeyPatch.context() as patch:
@@ -14,6 +15,8 @@ def _interpreted_tpu():
         patch.setattr(mosaic_tpu, "LANES", 8)
         patch.setattr(linear_recurrence, "STEPS", 32)
         patch.setattr(linear_recurrence, "GROUP", 16)
+        patch.setattr(gated_linear_attention, "CHUNK", 16)
+        patch.setattr(gated_linear_attention, "CHUNKS", 4)
         yield
 
 
