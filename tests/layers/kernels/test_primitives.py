@@ -89,12 +89,17 @@ def weights_like(tree, seed=1):
     return jax.tree.map(one, tree)
 
 
-def value_and_gradients(suite, case, impl, arguments, weights, **extra):
-    """Outputs, and the gradients of a random linear function of them with respect to every float argument."""
-    moving = {
+def parted(arguments):
+    """Float arguments, and those of integers."""
+    floats = {
         k: v for k, v in arguments.items() if not np.issubdtype(jax.tree.leaves(v)[0].dtype, np.integer)
     }
-    fixed = {k: v for k, v in arguments.items() if k not in moving}
+    return floats, {k: v for k, v in arguments.items() if k not in floats}
+
+
+def value_and_gradients(suite, case, impl, arguments, weights, **extra):
+    """Outputs, and the gradients of a random linear function of them with respect to every float argument."""
+    moving, fixed = parted(arguments)
 
     def loss(moving):
         out = call(suite, case, impl, moving | fixed, **extra)
@@ -293,26 +298,19 @@ def test_gradients_inside_shard_map(name, case, impl):
     """Those of arguments that the devices share are summed over them. Types in every case, numbers in one a primitive."""
     suite = SUITES[name]
     moving, rest = by_rows(suite, cast(draw(case, 8, 11), "float32"))
-    if not moving:
-        assert name == "ssm_kernel"
-        return
-    integers, floats = {}, ({}, {})
-    for group, mine in zip((moving, rest), floats, strict=True):
-        for key, value in group.items():
-            whole = jnp.issubdtype(jax.tree.leaves(value)[0].dtype, jnp.integer)
-            (integers if whole else mine)[key] = value
+    floats, integers = zip(*(parted(part) for part in (moving, rest)), strict=True)
 
-    def loss(moving, rest, integers):
-        out = call(suite, case, impl, moving | rest | integers)
+    def loss(moving, rest, *integers):
+        out = call(suite, case, impl, moving | rest | integers[0] | integers[1])
         return sum(jnp.sum(jnp.square(jnp.abs(leaf))) for leaf in jax.tree.leaves(out))
 
     gradients = jax.grad(loss, argnums=(0, 1))
-    inside = over_devices(gradients, (ROWS, SHARED, ROWS), (ROWS, SHARED))
+    inside = over_devices(gradients, (ROWS, SHARED, ROWS, SHARED), (ROWS, SHARED))
     if case is not next((c for c in suite.cases if by_rows(suite, draw(c, 8, 11))[1]), suite.cases[0]):
-        jax.eval_shape(inside, *floats, integers)
+        jax.eval_shape(inside, *floats, *integers)
         return
-    want = jax.tree.map(np.asarray, jax.jit(gradients)(*floats, integers))
-    close(inside(*floats, integers), want, tolerance_of(case, "float32"), "gradients")
+    want = jax.tree.map(np.asarray, jax.jit(gradients)(*floats, *integers))
+    close(inside(*floats, *integers), want, tolerance_of(case, "float32"), "gradients")
 
 
 @calls
