@@ -1,6 +1,7 @@
 """Attention whose sharpness depends on the query and its position."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ from layers.kernels.segments import segment_numbers
 from layers.mixers.attention import Attention, AttentionConfig
 from layers.parameters import NO_DECAY, parameter
 from layers.typing import Array, Float, Int
+
+# The first coefficient of log n, as in the authors' code for training from scratch.
+START = math.exp(-math.exp(1.5))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +48,13 @@ class SelectiveAttention(Attention):
         tau'_j = 1 + tanh(w_v . gelu(v_j))
 
     with a w of its own for every head (key/value head) on the projected query or value, one alpha for all heads, and n_i
-    the number of keys that the query sees in its segment, itself included. Only w_q, w_v and alpha are new: the paper's
-    sharing of weights with W_q and W_v. The queries are those before the rotation. The w start at zero, so that the
-    tokens' parts start at 1; alpha starts at -4, with little of log n.
+    the number of keys that the query sees in its segment, itself included. The queries are those before the rotation.
+    The w start at zero, so that the tokens' parts start at 1.
+
+    The part of the position is the paper's; the authors' code has it alone, with exp(-exp(beta)) in place of
+    sigmoid(alpha) and beta = 1.5 at first, and alpha starts at the same coefficient, 0.0113. That parts of the token are
+    tanh(f), are added to that of the position, and share the weights of attention is the paper's too; how f shares
+    them, w . gelu of the projected query or value, is our reading, and so is the 1 + of the values.
     """
 
     def __init__(self, config: SelectiveAttentionConfig, *, rngs: nnx.Rngs):
@@ -58,7 +66,7 @@ class SelectiveAttention(Attention):
 
         self.query_weight = by_head(config.token_temperature, config.heads)
         self.value_weight = by_head(config.value_temperature, config.groups)
-        start = nnx.initializers.constant(-4.0)
+        start = nnx.initializers.constant(math.log(START / (1 - START)))
         self.alpha = parameter(rngs, start, (), **NO_DECAY) if config.position_temperature else None
 
     def project(

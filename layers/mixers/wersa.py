@@ -91,7 +91,9 @@ class WERSA(nnx.Module):
     Causal: A_l u_t is the mean of the last 2^l inputs (zero before the first), and the mean of q is that of the tokens
     so far. On a grid of blocks, averages would see the future.
 
-    The paper leaves the arrangement of these parts open; this is our reading of it.
+    Certain are the parts: Haar wavelets of queries and keys, weights from an MLP times learnt weights of the scales,
+    random features for the kernel of softmax, linear attention. What the MLP sees, weights and bandwidths by head, the
+    exponential features and the causal form are our reading.
     """
 
     def __init__(self, config: WERSAConfig, *, rngs: nnx.Rngs):

@@ -93,6 +93,22 @@ def test_starts_near_attention():
     np.testing.assert_allclose(model(X)[0], plain(X)[0], atol=1e-6)
 
 
+def test_the_position_alone_starts_as_in_the_authors_code():
+    """Scores times 1 + exp(-exp(1.5)) log n before the mask and the softmax, n counting from 1."""
+    options = {"heads": 2, "position": "none", "token_temperature": False, "value_temperature": False}
+    model = SelectiveAttention(SelectiveAttentionConfig(width=WIDTH, **options), rngs=nnx.Rngs(0))
+    for row, got in zip(X, model(X)[0], strict=True):
+        q, k, v = (
+            np.asarray(part(row), np.float64).reshape(TIME, 2, -1)
+            for part in (model.query, model.key, model.value)
+        )
+        scores = np.einsum("ihk,jhk->hij", q, k) / np.sqrt(WIDTH // 2)
+        scores *= 1 + np.exp(-np.exp(1.5)) * np.log(np.arange(1, TIME + 1))[None, :, None]
+        weights = np.where(np.tri(TIME), np.exp(scores), 0)
+        o = np.einsum("hij,jhk->ihk", weights / weights.sum(-1, keepdims=True), v).reshape(TIME, -1)
+        np.testing.assert_allclose(got, o @ np.asarray(model.output.kernel[...], np.float64), atol=2e-6)
+
+
 def test_no_temperature_at_all_is_refused():
     with pytest.raises(ValueError, match="which is the mixer 'attention'"):
         make(token_temperature=False, position_temperature=False, value_temperature=False)
