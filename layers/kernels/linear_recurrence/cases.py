@@ -69,7 +69,7 @@ SUITE = Suite(
             state=_complex_state,
             tpu=True,
         ),
-        Case("strong_decay", _strong, state=_real_state, tpu=True),
+        Case("strong_decay", _strong, state=_real_state),
         Case("large_values", _large, state=_real_state),
     ),
     benchmarks=(

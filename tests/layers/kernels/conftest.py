@@ -4,20 +4,28 @@ import pytest
 
 
 @pytest.fixture(scope="package", autouse=True)
-def _interpreted_tpu():
-    """Kernels for TPUs under an interpreter, with blocks short enough for the test lengths to need several."""
+def tpu_blocks():
+    """Kernels for TPUs under an interpreter, with blocks short enough for the test lengths to need several.
+
+    Gives what was set before: modules, names and values.
+    """
     from layers.kernels import mosaic_tpu
     from layers.kernels.gated_linear_attention import tpu as gated_linear_attention
     from layers.kernels.linear_recurrence import tpu as linear_recurrence
 
+    short = [
+        (mosaic_tpu, "LANES", 8),
+        (linear_recurrence, "STEPS", 32),
+        (linear_recurrence, "GROUP", 16),
+        (gated_linear_attention, "CHUNK", 16),
+        (gated_linear_attention, "CHUNKS", 4),
+    ]
+    before = [(module, name, getattr(module, name)) for module, name, _ in short]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mosaic_tpu, "INTERPRET", True)
-        patch.setattr(mosaic_tpu, "LANES", 8)
-        patch.setattr(linear_recurrence, "STEPS", 32)
-        patch.setattr(linear_recurrence, "GROUP", 16)
-        patch.setattr(gated_linear_attention, "CHUNK", 16)
-        patch.setattr(gated_linear_attention, "CHUNKS", 4)
-        yield
+        for setting in short:
+            patch.setattr(*setting)
+        yield before
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -1,0 +1,145 @@
+"""Kernels for TPUs under the interpreter that follows memory, and lowered at the sizes of benchmarks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from layers.kernels import mosaic_tpu
+from layers.kernels.case import Case
+from layers.kernels.gated_linear_attention import tpu as gated_linear_attention
+from layers.kernels.linear_recurrence import tpu as linear_recurrence
+from tests.layers.kernels import test_primitives as shared
+from tests.layers.kernels.suites import SUITES
+
+# Memory that was not written is NaN; parallel axes of the grid go to two cores in random order.
+STRICT = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2, random_seed=7
+)
+
+
+def normal(rng, *shape):
+    return rng.standard_normal(shape)
+
+
+def wide_recurrence(rng, batch, time):
+    """Three blocks of channels, the last with missing ones; one decay for all rows."""
+    return {"a": rng.uniform(0.2, 1.0, (1, time, 20)), "x": normal(rng, batch, time, 20)}
+
+
+def many_heads(rng, batch, time):
+    """As in Mamba-2: groups of 16 heads, of which the kernel takes 8 at once, with values side by side in registers."""
+    tokens = {"q": normal(rng, batch, time, 2, 6), "k": normal(rng, batch, time, 2, 6)}
+    return tokens | {"v": normal(rng, batch, time, 32, 4), "log_decay": -rng.random((batch, time, 32))}
+
+
+CASES = [
+    *(("linear_recurrence", case) for case in SUITES["linear_recurrence"].cases),
+    ("linear_recurrence", Case("wide", wide_recurrence, state=lambda rng, b: normal(rng, b, 20))),
+    *(("gated_linear_attention", case) for case in SUITES["gated_linear_attention"].cases if case.tpu),
+    ("gated_linear_attention", Case("many_heads", many_heads, state=lambda rng, b: normal(rng, b, 32, 6, 4))),
+]
+cases = pytest.mark.parametrize("name, case", CASES, ids=[f"{name}-{case.name}" for name, case in CASES])
+
+
+@cases
+def test_no_races_and_no_unwritten_memory(name, case, monkeypatch, capfd):
+    """Outputs and gradients are those of the definition when memory starts as NaN and cores run at once."""
+    monkeypatch.setattr(mosaic_tpu, "INTERPRET", STRICT)
+    monkeypatch.setattr(linear_recurrence, "CHANNELS", 16)
+    suite = SUITES[name]
+    ids = jnp.asarray([[0] * 3 + [1] * 36 + [0] * 2 + [2] * 30 + [5] * 2, [2] * 73], jnp.int32)
+    arguments = shared.cast(shared.draw(case, 2, 73), "float32")
+    with jax.enable_x64(True):
+        exact = jax.tree.map(jnp.asarray, shared.wide(arguments))
+        shapes = jax.eval_shape(lambda a: shared.call(suite, case, "reference", a, segment_ids=ids), exact)
+        weights = shared.weights_like(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
+        want = shared.value_and_gradients(suite, case, "reference", exact, weights, segment_ids=ids)
+        want = jax.tree.map(np.asarray, want)
+    got = shared.value_and_gradients(suite, case, "tpu", arguments, weights, segment_ids=ids)
+    shared.close(got, want, shared.tolerance_of(case, "float32"), "outputs and gradients")
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def calls_to_lower():
+    """Every case in two ways and every benchmark that the kernels take: name, arguments, options and segments."""
+    for name, case in CASES:
+        for time, dtype in ((300, "float32"), (37, "bfloat16")):
+            arguments = shared.cast(shared.draw(case, 2, time), dtype)
+            ids = jax.ShapeDtypeStruct((2, time), jnp.int32) if dtype == "float32" else None
+            yield name, case.name, arguments, case.options, ids
+    for name in ("linear_recurrence", "gated_linear_attention"):
+        for benchmark in SUITES[name].benchmarks:
+            if "channel" in benchmark.name:
+                continue
+            drawn = benchmark.draw(np.random.default_rng(0), 1, 2, 1)
+            size = benchmark.batch, benchmark.time
+            arguments = {
+                key: jax.ShapeDtypeStruct((*size, *value.shape[2:]), benchmark.dtype)
+                for key, value in drawn.items()
+            }
+            yield name, benchmark.name, arguments, benchmark.options, None
+
+
+def test_lower_for_a_tpu(tpu_blocks, monkeypatch):
+    """With the blocks of a TPU, gradients are one kernel forward and one backward."""
+    for setting in tpu_blocks:
+        monkeypatch.setattr(*setting)
+    monkeypatch.setattr(mosaic_tpu, "INTERPRET", False)
+    for name, label, arguments, options, ids in calls_to_lower():
+
+        def gradients(arguments, ids, function=SUITES[name].function, options=options):
+            def loss(arguments):
+                out = function(**arguments, **options, segment_ids=ids, impl="tpu")
+                return sum(jnp.sum(jnp.square(jnp.abs(leaf))) for leaf in out)
+
+            return jax.grad(loss)(arguments)
+
+        exported = jax.export.export(jax.jit(gradients), platforms=["tpu"])(arguments, ids)
+        assert exported.mlir_module().count("@tpu_custom_call") == 2, f"{name} {label}"
+
+
+@pytest.mark.parametrize("name", ["linear_recurrence", "gated_linear_attention"])
+def test_only_a_tpu_takes_the_kernels(name, monkeypatch):
+    monkeypatch.setattr(mosaic_tpu, "INTERPRET", None)
+    case = SUITES[name].cases[0]
+    arguments = shared.cast(shared.draw(case, 1, 300), "float32")
+    with pytest.raises(ValueError, match="impl='tpu'.*the device is a cpu; expected a TPU"):
+        shared.call(SUITES[name], case, "tpu", arguments)
+    module = {"linear_recurrence": linear_recurrence, "gated_linear_attention": gated_linear_attention}[name]
+    monkeypatch.setattr(module, name, lambda **_: pytest.fail("the kernel was chosen"))
+    shared.call(SUITES[name], case, None, arguments)
+
+
+def test_automatic_on_a_tpu(monkeypatch):
+    """Long sequences of wide layers take the kernels, single steps and short or narrow ones do not."""
+    monkeypatch.setattr(mosaic_tpu, "INTERPRET", None)
+    monkeypatch.setattr(mosaic_tpu, "LANES", 128)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    for shape, taken in (((2, 512, 256), True), ((2, 1, 256), False), ((2, 512, 5), False)):
+        assert linear_recurrence.automatic(x=jnp.zeros(shape)) is taken
+    for shape, dtype, taken in (
+        ((2, 512, 4, 128), jnp.bfloat16, True),
+        ((2, 512, 4, 128), jnp.float32, False),
+        ((2, 1, 4, 128), jnp.bfloat16, False),
+        ((2, 512, 4, 16), jnp.bfloat16, False),
+    ):
+        x = jnp.zeros(shape, dtype)
+        assert gated_linear_attention.automatic(q=x, k=x, v=x) is taken
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"normalize": True}, "normalize=True"),
+        ({"bonus": jnp.ones((2, 4))}, "bonus"),
+        ({"log_decay": jnp.zeros((1, 3, 2, 4))}, "per key channel"),
+        ({"v": jnp.zeros((1, 3, 1 << 16, 8))}, "states of 32768 heads"),
+        ({"q": jnp.zeros((1, 3, 2, 4), jnp.float16)}, "float16"),
+    ],
+)
+def test_refused_with_the_reason(options, reason):
+    arguments = {key: jnp.zeros((1, 3, 2, 4)) for key in ("q", "k", "v")} | options
+    with pytest.raises(ValueError, match=f"impl='tpu'.*{reason}"):
+        SUITES["gated_linear_attention"].function(**arguments, impl="tpu")
