@@ -34,6 +34,16 @@ def log_of_uniform(low: float, high: float) -> Initializer:
     return lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, low, high))
 
 
+def uniform_fan_in(part: float = 1.0) -> Initializer:
+    """Initialiser: uniform in +-part / sqrt(inputs), with part = 1 that of PyTorch's linear maps and convolutions."""
+    return nnx.initializers.variance_scaling(part**2 / 3, "fan_in", "uniform")
+
+
+def xavier_uniform(gain: float = 1.0) -> Initializer:
+    """Initialiser: uniform with variance 2 gain^2 / (inputs + outputs)."""
+    return nnx.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
+
+
 class Constant(nnx.BatchStat):
     """Float32 numbers that a layer draws or computes when it is made and that training leaves alone.
 

@@ -1,4 +1,4 @@
-"""Softmax attention with grouped heads, positions of every kind, windows, sinks and a key-value cache."""
+"""Attention: softmax attention, grouped heads, positions, windows, sinks, a cache (Vaswani et al. 2017, arXiv:1706.03762)."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.kernels.short_conv import WIDTHS, short_conv
-from layers.parameters import NO_DECAY, Initializer, parameter
+from layers.parameters import NO_DECAY, Initializer, parameter, uniform_fan_in
 from layers.typing import Array, Float, Int
 
 
@@ -32,7 +32,7 @@ class ShortConvolution(nnx.Module):
         if taps not in WIDTHS:
             raise ValueError(f"taps={taps}; expected {WIDTHS[0]} to {WIDTHS[-1]}")
         self.activation, self.dtype = activation, dtype
-        self.weight = parameter(rngs, init or _uniform_fan_in, (taps, width))
+        self.weight = parameter(rngs, init or uniform_fan_in(), (taps, width))
         self.bias = parameter(rngs, nnx.initializers.zeros_init(), (width,), **NO_DECAY) if bias else None
 
     def init_state(self, batch_size: int) -> Float[Array, "b memory d"]:
@@ -56,6 +56,3 @@ class ShortConvolution(nnx.Module):
             initial_state=state,
             segment_ids=segment_ids,
         )
-
-
-_uniform_fan_in = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

@@ -1,4 +1,4 @@
-"""DSS: the first diagonal state space model, with a kernel normalised by a softmax over time, or not."""
+"""DSS: diagonal state spaces whose kernel a softmax over time normalises, or not (Gupta et al. 2022, arXiv:2203.14343)."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple

@@ -1,4 +1,4 @@
-"""Attention with a sigmoid gate, at the positions that the paper on gated attention compares."""
+"""Gated attention: a sigmoid gate at the positions that its paper compares (Qiu et al. 2025, arXiv:2505.06708)."""
 
 import dataclasses
 from typing import Literal
@@ -16,9 +16,10 @@ GATE_AT = ("attention", "value", "key", "query", "output")
 
 @dataclasses.dataclass(frozen=True)
 class GatedAttentionConfig(AttentionConfig):
-    """Options of `GatedAttention`: those of `AttentionConfig`, with qk_norm on, and two more.
+    """Options of `GatedAttention`: those of `AttentionConfig`, and two more.
 
     Attributes:
+      qk_norm: RMSNorm over the features of every query and key head, before the rotation; on here.
       gate: what is gated: the "attention" output before the output projection (the paper's G1, its best), the "value"
         (G2), "key" (G3) or "query" (G4) after projection and norm and before the rotation, or the "output" after the
         output projection (G5).

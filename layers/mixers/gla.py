@@ -11,7 +11,7 @@ from layers.mixers.carry import check_inputs, continues, enter
 from layers.mixers.convolution import ShortConvolution
 from layers.mixers.heads import HeadNorm, MemoryState, head_size, remember, shared_heads, split_heads
 from layers.mixers.low_rank import LowRank
-from layers.parameters import linear
+from layers.parameters import linear, xavier_uniform
 from layers.typing import Array, Float, Int
 
 
@@ -89,8 +89,7 @@ class GLA(nnx.Module):
         queries, values = config.heads * key_dim, config.heads * value_dim
         keys, shared_values = config.groups * key_dim, config.groups * value_dim
         options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
-        # Xavier-uniform of gain g has variance 2 g^2 / (inputs + outputs).
-        small = nnx.initializers.variance_scaling(2**-5, "fan_avg", "uniform")
+        small = xavier_uniform(2**-2.5)
         self.query = linear(config.width, queries, init=small, **options)
         self.key = linear(config.width, keys, init=small, **options)
         self.value = linear(config.width, shared_values, **options)

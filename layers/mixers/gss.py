@@ -1,4 +1,4 @@
-"""GSS: gating around a narrow diagonal state space model."""
+"""GSS: gating around a narrow diagonal state space model (Mehta et al. 2022, arXiv:2206.13947)."""
 
 import dataclasses
 from typing import Any, NamedTuple

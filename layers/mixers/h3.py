@@ -1,4 +1,4 @@
-"""H3: a shift and a diagonal state space model between two products, as keys and values between projections."""
+"""H3: a shift and a diagonal state space model between two products (Fu et al. 2023, arXiv:2212.14052)."""
 
 import dataclasses
 import math

@@ -14,8 +14,6 @@ from layers.norms import make_norm
 from layers.parameters import NO_DECAY, Constant, linear
 from layers.typing import Array, Float, Int, Num
 
-EPSILON = 1e-5
-
 
 @dataclasses.dataclass(frozen=True)
 class HGRNConfig:
@@ -26,6 +24,7 @@ class HGRNConfig:
       state: "complex", states that also turn, by an angle of their own; or "real".
       norm: "layer_norm" or "rms_norm", of the states, before the gate.
       bias: add biases in the projections.
+      epsilon: of the norm.
       layer, depth: which layer of how many this is; its lower bound starts at layer / depth.
       dtype: type of activations; the state is float32 or complex64.
     """
@@ -34,6 +33,7 @@ class HGRNConfig:
     state: Literal["complex", "real"] = "complex"
     norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
     bias: bool = True
+    epsilon: float = 1e-5
     layer: int = 0
     depth: int = 1
     dtype: Any = jnp.float32
@@ -85,7 +85,7 @@ class HGRN(nnx.Module):
         self.gate = linear(width, features, **options)
         self.output = linear(features, width, **options)
         self.norm = make_norm(
-            config.norm, {"epsilon": EPSILON}, width=features, dtype=config.dtype, rngs=rngs
+            config.norm, {"epsilon": config.epsilon}, width=features, dtype=config.dtype, rngs=rngs
         )
         if config.state == "complex":
             angles = 10_000.0 ** (-2 * np.arange(width) / width)

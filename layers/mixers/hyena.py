@@ -1,4 +1,4 @@
-"""Hyena: gates and long convolutions in turn, with filters that a network computes from the position."""
+"""Hyena: gates and long convolutions in turn, with filters made from positions (Poli et al. 2023, arXiv:2302.10866)."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ class HyenaConfig:
       width: d, features in and out.
       order: p, gates; p - 1 long convolutions; at least 2.
       max_length: L, taps of the filters, whose positions and decay are relative to it; what is further back is not seen.
-      short_taps: taps of the short convolution of the projections.
+      taps: taps of the short convolution of the projections.
       filter_features: features of a position, odd, at least 3.
       filter_width: hidden units of the network of the filters.
       sine_frequency: initial factor in its sines.
@@ -34,7 +34,7 @@ class HyenaConfig:
     width: int
     order: int = 2
     max_length: int = 1024
-    short_taps: int = 3
+    taps: int = 3
     filter_features: int = 33
     filter_width: int = 64
     sine_frequency: float = 14.0
@@ -75,8 +75,8 @@ class Hyena(nnx.Module):
         self.causal = True
         total, filters = (config.order + 1) * config.width, config.order - 1
         self.input = linear(config.width, total, dtype=config.dtype, rngs=rngs)
-        self.short = ShortConvolution(
-            total, config.short_taps, bias=True, activation=None, dtype=config.dtype, rngs=rngs
+        self.convolution = ShortConvolution(
+            total, config.taps, bias=True, activation=None, dtype=config.dtype, rngs=rngs
         )
         self.filter = ImplicitFilter(
             config.width * filters,
@@ -106,7 +106,7 @@ class Hyena(nnx.Module):
             width=config.width,
             max_length=max_length,
         )
-        return HyenaState(self.short.init_state(batch_size), past)
+        return HyenaState(self.convolution.init_state(batch_size), past)
 
     def __call__(
         self,
@@ -121,7 +121,7 @@ class Hyena(nnx.Module):
         short = None
         if state is not None:
             short = enter(state.short, continues(state.past.place.segment, segment_ids))
-        projected, short = self.short(self.input(x), short, segment_ids=segment_ids)
+        projected, short = self.convolution(self.input(x), short, segment_ids=segment_ids)
         *gates, v = jnp.split(projected, config.order + 1, axis=-1)
         if state is None:
             taps = max(1, min(shape[1], config.max_length))

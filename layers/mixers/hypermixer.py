@@ -30,6 +30,7 @@ class HyperMixerConfig:
       tied: use W1 as W2 too.
       position: "sinusoid" adds sinusoids to what makes the weights; "none" leaves the mixer blind to order.
       norm: LayerNorm behind the mixing.
+      epsilon: of that norm.
       dtype: type of activations; hidden units are summed over time in float32.
     """
 
@@ -39,6 +40,7 @@ class HyperMixerConfig:
     tied: bool = False
     position: Literal["sinusoid", "none"] = "sinusoid"
     norm: bool = True
+    epsilon: float = 1e-5
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -67,7 +69,7 @@ class HyperMixer(nnx.Module):
         count = 1 if config.tied else 2
         self.inner = nnx.List(parameter(rngs, _xavier, (config.heads, width, width)) for _ in range(count))
         self.outer = nnx.List(parameter(rngs, _xavier, (config.heads, width, hidden)) for _ in range(count))
-        norm = NormConfig(config.width, epsilon=1e-5, dtype=config.dtype)
+        norm = NormConfig(config.width, epsilon=config.epsilon, dtype=config.dtype)
         self.norm = LayerNorm(norm, rngs=rngs) if config.norm else None
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> None:

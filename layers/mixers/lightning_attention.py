@@ -23,17 +23,17 @@ class LightningAttentionConfig:
       width: d, features in and out.
       heads: h.
       head_dim: K, features of a query, key and value head; width / heads if None.
-      layer, depth: number of the layer, from 0, and of all layers of the model: fix the rates of forgetting.
       epsilon: of the norm.
+      layer, depth: number of the layer, from 0, and of all layers of the model: fix the rates of forgetting.
       dtype: type of activations; rates and state are float32.
     """
 
     width: int
     heads: int = 8
     head_dim: int | None = None
+    epsilon: float = 1e-6
     layer: int = 0
     depth: int = 1
-    epsilon: float = 1e-6
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:

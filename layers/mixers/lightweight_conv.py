@@ -1,4 +1,4 @@
-"""Lightweight and dynamic convolution: a normalised window shared by the channels of a head, fixed or predicted."""
+"""Lightweight and dynamic convolution: a normalised window a head, fixed or predicted (Wu et al. 2019, arXiv:1901.10430)."""
 
 import dataclasses
 import math

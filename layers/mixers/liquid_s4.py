@@ -1,4 +1,4 @@
-"""Liquid-S4: S4 plus products of neighbouring inputs."""
+"""Liquid-S4: S4 plus products of neighbouring inputs (Hasani et al. 2022, arXiv:2209.12951)."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple

@@ -19,24 +19,24 @@ class LSTMConfig:
 
     Attributes:
       width: d, features in and out.
-      hidden_size: e, cells; with a number, a projection back to width follows; width, and none, if None.
+      state_size: e, cells; with a number, a projection back to width follows; width, and none, if None.
       forget_bias: where the bias of the forget gate starts.
       dtype: type of activations; the state is float32.
     """
 
     width: int
-    hidden_size: int | None = None
+    state_size: int | None = None
     forget_bias: float = 1.0
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.hidden_size is not None and self.hidden_size < 1:
-            raise ValueError(f"hidden_size={self.hidden_size}; expected at least 1, or None")
+        if self.state_size is not None and self.state_size < 1:
+            raise ValueError(f"state_size={self.state_size}; expected at least 1, or None")
 
     @property
     def cells(self) -> int:
         """Cells of the recurrence."""
-        return self.hidden_size or self.width
+        return self.state_size or self.width
 
 
 class LSTMState(NamedTuple):
@@ -48,7 +48,7 @@ class LSTMState(NamedTuple):
 
 
 class LSTM(nnx.Module):
-    """Long short-term memory, one layer run step by step (Hochreiter and Schmidhuber 1997).
+    """LSTM: long short-term memory, one layer run step by step (Hochreiter and Schmidhuber 1997).
 
         [i, f, g, o] = W x_t + R h_{t-1} + b                               (e each)
         c_t = sigmoid(f) * c_{t-1} + sigmoid(i) * tanh(g)
@@ -67,7 +67,7 @@ class LSTM(nnx.Module):
         self.recurrent = parameter(rngs, nnx.initializers.orthogonal(), (cells, 4 * cells))
         forget = jnp.where(jnp.arange(4 * cells) // cells == 1, config.forget_bias, 0)
         self.bias = nnx.Param(forget.astype(jnp.float32), **NO_DECAY)
-        self.output = linear(cells, config.width, **options) if config.hidden_size else None
+        self.output = linear(cells, config.width, **options) if config.state_size else None
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> LSTMState:
         """The zero state; its size does not depend on the length."""

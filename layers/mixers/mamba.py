@@ -13,7 +13,7 @@ from layers.mixers.convolution import ShortConvolution
 from layers.mixers.state_space import check_steps
 from layers.mixers.step_size import step_size_bias
 from layers.norms import NormConfig, RMSNorm
-from layers.parameters import NO_DECAY, linear, parameter
+from layers.parameters import NO_DECAY, linear, parameter, uniform_fan_in
 from layers.typing import Array, Float, Int
 
 
@@ -107,16 +107,15 @@ class Mamba(nnx.Module):
         self.inner_norms = (
             nnx.List([RMSNorm(norm, rngs=rngs) for norm in norms]) if config.inner_norm else None
         )
-        uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        self.dt = linear(rank, channels, bias=False, init=uniform, **options)
+        self.dt = linear(rank, channels, bias=False, init=uniform_fan_in(), **options)
         self.dt_bias = parameter(
             rngs, step_size_bias(config.dt_min, config.dt_max, config.dt_floor), (channels,), **NO_DECAY
         )
         rates = jnp.broadcast_to(jnp.log(jnp.arange(1.0, size + 1)), (channels, size))
         self.log_a = nnx.Param(rates.astype(jnp.float32), **NO_DECAY)
         self.d = parameter(rngs, nnx.initializers.ones_init(), (channels,), **NO_DECAY)
-        # Uniform in +-1 / sqrt(fan-in), then divided by the root of the number of layers that add to the residual.
-        small = nnx.initializers.variance_scaling(1 / (3 * config.depth), "fan_in", "uniform")
+        # Smaller by the root of the number of layers that add to the residual.
+        small = uniform_fan_in(config.depth**-0.5)
         self.output = linear(channels, config.width, bias=config.bias, init=small, **options)
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> MambaState:

@@ -13,10 +13,8 @@ from layers.mixers.carry import check_inputs, continues, enter, next_segment
 from layers.mixers.convolution import ShortConvolution
 from layers.mixers.state_space import check_steps
 from layers.mixers.step_size import step_size_bias
-from layers.parameters import NO_DECAY, linear, log_of_uniform, parameter
+from layers.parameters import NO_DECAY, linear, log_of_uniform, parameter, uniform_fan_in
 from layers.typing import Array, Float, Int
-
-EPSILON = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +34,7 @@ class Mamba2Config:
       dt_limit: step sizes are held in this interval.
       conv_bias: add a bias in the short convolution.
       bias: add biases in the outer projections.
+      epsilon: of the norm.
       depth: layers of the model; the output projection starts smaller by its root.
       dtype: type of activations; the state is float32.
     """
@@ -54,6 +53,7 @@ class Mamba2Config:
     dt_limit: tuple[float, float] = (0.0, math.inf)
     conv_bias: bool = True
     bias: bool = False
+    epsilon: float = 1e-5
     depth: int = 1
     dtype: Any = jnp.float32
 
@@ -121,8 +121,8 @@ class Mamba2(nnx.Module):
         self.log_a = parameter(rngs, log_of_uniform(config.a_min, config.a_max), (heads,), **NO_DECAY)
         self.d = parameter(rngs, nnx.initializers.ones_init(), (heads,), **NO_DECAY)
         self.scale = parameter(rngs, nnx.initializers.ones_init(), (channels,), **NO_DECAY)
-        # Uniform in +-1 / sqrt(fan-in), then divided by the root of the number of layers that add to the residual.
-        small = nnx.initializers.variance_scaling(1 / (3 * config.depth), "fan_in", "uniform")
+        # Smaller by the root of the number of layers that add to the residual.
+        small = uniform_fan_in(config.depth**-0.5)
         self.output = linear(channels, config.width, bias=config.bias, init=small, **options)
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> Mamba2State:
@@ -176,5 +176,5 @@ class Mamba2(nnx.Module):
         """Divides the channels of every group by the root of their mean square, and scales."""
         groups = self.config.groups
         grouped = y.reshape(*y.shape[:2], groups, self.config.channels // groups)
-        inverse = jax.lax.rsqrt(jnp.square(grouped).mean(-1, keepdims=True) + EPSILON)
+        inverse = jax.lax.rsqrt(jnp.square(grouped).mean(-1, keepdims=True) + self.config.epsilon)
         return (grouped * inverse).reshape(y.shape) * self.scale[...][None, None]

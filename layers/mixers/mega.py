@@ -28,54 +28,54 @@ class MegaConfig:
 
     Attributes:
       width: d, features in and out.
-      key_size: s, features of queries and keys.
-      value_size: e, features of values; twice the width if None.
+      key_dim: s, features of queries and keys.
+      value_dim: e, features of values; twice the width if None.
       averages: n, moving averages a channel.
       attention: "softmax", or "laplace" (weights are not normalised, logits are divided by the number of keys).
       chunk: a token attends only to its chunk of so many tokens, counted from the start of its segment; to all if None.
       bidirectional: averages and attention in both directions; not causal.
-      bias: added to logits by distance: "rotary", the product of two learnt vectors that turn with positions, or
+      position_bias: added to logits by distance: "rotary", the product of two learnt vectors that turn by position, or
         "simple", a learnt number for every distance.
-      max_length: with bias="simple" and no chunk, the longest sequence; outputs that need more are NaN.
+      max_length: with position_bias="simple" and no chunk, the longest sequence; outputs that need more are NaN.
       dtype: type of activations and of cached keys and values; averages are float32.
     """
 
     width: int
-    key_size: int = 64
-    value_size: int | None = None
+    key_dim: int = 64
+    value_dim: int | None = None
     averages: int = 16
     attention: Literal["softmax", "laplace"] = "softmax"
     chunk: int | None = None
     bidirectional: bool = False
-    bias: Literal["rotary", "simple"] = "rotary"
+    position_bias: Literal["rotary", "simple"] = "rotary"
     max_length: int | None = None
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        for name in ("key_size", "value_size", "averages", "chunk", "max_length"):
+        for name in ("key_dim", "value_dim", "averages", "chunk", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}; expected at least 1")
         if self.attention not in ("softmax", "laplace"):
             raise ValueError(f"attention={self.attention!r}; expected 'softmax' or 'laplace'")
-        if self.bias not in ("rotary", "simple"):
-            raise ValueError(f"bias={self.bias!r}; expected 'rotary' or 'simple'")
-        if self.bias == "rotary" and self.key_size % 2:
-            raise ValueError(f"key_size={self.key_size} is odd; bias='rotary' needs an even one")
-        if (self.max_length is not None) != (self.bias == "simple" and self.chunk is None):
+        if self.position_bias not in ("rotary", "simple"):
+            raise ValueError(f"position_bias={self.position_bias!r}; expected 'rotary' or 'simple'")
+        if self.position_bias == "rotary" and self.key_dim % 2:
+            raise ValueError(f"key_dim={self.key_dim} is odd; position_bias='rotary' needs an even one")
+        if (self.max_length is not None) != (self.position_bias == "simple" and self.chunk is None):
             raise ValueError(
-                f"max_length={self.max_length} with bias={self.bias!r} and chunk={self.chunk}; "
-                "it is needed with bias='simple' and no chunk, and only there"
+                f"max_length={self.max_length} with position_bias={self.position_bias!r} and chunk={self.chunk}; "
+                "it is needed with position_bias='simple' and no chunk, and only there"
             )
 
     @property
     def values(self) -> int:
         """Features of values."""
-        return self.value_size or 2 * self.width
+        return self.value_dim or 2 * self.width
 
     @property
     def reach(self) -> int | None:
-        """Distances that the table of bias="simple" covers."""
+        """Distances that the table of position_bias="simple" covers."""
         return self.chunk or self.max_length
 
 
@@ -105,7 +105,7 @@ class Mega(nnx.Module):
     def __init__(self, config: MegaConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.causal = not config.bidirectional
-        width, keys, values = config.width, config.key_size, config.values
+        width, keys, values = config.width, config.key_dim, config.values
         options = {"dtype": config.dtype, "rngs": rngs}
         self.average = MovingAverage(width, config.averages, bidirectional=config.bidirectional, **options)
         self.value = linear(width, values, init=_normal, **options)
@@ -114,7 +114,7 @@ class Mega(nnx.Module):
         # Of query and key.
         self.gamma = parameter(rngs, _normal, (2, keys))
         self.beta = parameter(rngs, nnx.initializers.zeros_init(), (2, keys), group="no_decay")
-        if config.bias == "rotary":
+        if config.position_bias == "rotary":
             self.bias = parameter(rngs, _normal, (2, keys))
         else:
             distances = config.reach if self.causal else 2 * config.reach - 1
@@ -125,7 +125,7 @@ class Mega(nnx.Module):
         config = self.config
         if not self.causal:
             raise ValueError("a bidirectional MEGA has no state; set bidirectional=False to run it in steps")
-        shapes = (config.key_size,), (config.values,)
+        shapes = (config.key_dim,), (config.values,)
         slots = {"max_length": max_length, "window": config.chunk}
         cache = empty_cache("MEGA", batch_size, shapes, config.dtype, **slots)
         return MegaState(self.average.init_state(batch_size), cache)
@@ -148,7 +148,7 @@ class Mega(nnx.Module):
             cache = state.cache
             h = enter(state.averages, continues(cache.place.segment, segment_ids))
         m, h = self.average(x, h, segment_ids=segment_ids)
-        width, keys = config.width, config.key_size
+        width, keys = config.width, config.key_dim
         borders = [width, width + keys, width + keys + config.values]
         u, z, r, c = jnp.split(self.mixed(m), borders, axis=-1)
         gamma, beta = (v[...].astype(config.dtype)[:, None, None] for v in (self.gamma, self.beta))
@@ -221,7 +221,7 @@ class Mega(nnx.Module):
         logits = jnp.einsum("bmts,bmks->bmtk", q, k, preferred_element_type=jnp.float32)
         bias = self._bias(position, key_position)
         if config.attention == "softmax":
-            logits = jnp.where(seen, config.key_size**-0.5 * logits + bias, -1e30)
+            logits = jnp.where(seen, config.key_dim**-0.5 * logits + bias, -1e30)
             weights = jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0)
         else:
             count = jnp.maximum(seen.sum(-1, keepdims=True), 1)
@@ -230,7 +230,7 @@ class Mega(nnx.Module):
 
     def _bias(self, position, key_position):
         """What is added to the logits, (b or 1, m, t, keys)."""
-        if self.config.bias == "simple":
+        if self.config.position_bias == "simple":
             distance = position[..., None] - key_position[..., None, :]
             index = distance if self.causal else distance + self.config.reach - 1
             inside = (index >= 0) & (index < self.bias.shape[0])

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values are made from one small vector a token, which is what the cache holds."""
+"""MLA: attention that makes keys and values from one small vector a token (Liu et al. 2024, arXiv:2405.04434)."""
 
 import dataclasses
 from collections.abc import Mapping

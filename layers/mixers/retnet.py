@@ -10,7 +10,7 @@ from flax import nnx
 from layers.kernels.gated_linear_attention import gated_linear_attention
 from layers.mixers.carry import Place, check_inputs, continues, enter, start, walk
 from layers.mixers.heads import HeadNorm, head_size, shared_heads, split_heads
-from layers.parameters import linear
+from layers.parameters import linear, xavier_uniform
 from layers.positions import rotary
 from layers.typing import Array, Float, Int
 
@@ -92,8 +92,7 @@ class RetNet(nnx.Module):
         key_dim, value_dim = config.sizes
         values = config.heads * value_dim
         options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
-        # Xavier-uniform of gain g has variance 2 g^2 / (inputs + outputs).
-        small = nnx.initializers.variance_scaling(2**-5, "fan_avg", "uniform")
+        small = xavier_uniform(2**-2.5)
         self.query = linear(config.width, config.heads * key_dim, init=small, **options)
         self.key = linear(config.width, config.groups * key_dim, init=small, **options)
         self.value = linear(config.width, config.groups * value_dim, init=small, **options)
@@ -106,7 +105,7 @@ class RetNet(nnx.Module):
             dtype=config.dtype,
             rngs=rngs,
         )
-        self.output = linear(values, config.width, init=nnx.initializers.xavier_uniform(), **options)
+        self.output = linear(values, config.width, init=xavier_uniform(), **options)
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> RetNetState:
         """The zero state; its size does not depend on the length."""

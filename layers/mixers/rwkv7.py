@@ -31,8 +31,8 @@ class RWKV7Config:
         the width, to the nearest multiple of 32, at least 32.
       zero_init: the output matrix and the first factors of those maps start at zero, as the authors train; otherwise
         normal with variance 1 / inputs.
-      layer, depth: which layer of how many this is; mixing weights, decays and the norm's scale start accordingly.
       epsilon: of the norm of every head, for each of its features.
+      layer, depth: which layer of how many this is; mixing weights, decays and the norm's scale start accordingly.
       dtype: type of activations; decays and state are float32.
     """
 
@@ -42,9 +42,9 @@ class RWKV7Config:
     rate_rank: int | None = None
     gate_rank: int | None = None
     zero_init: bool = True
+    epsilon: float = 1e-5
     layer: int = 0
     depth: int = 1
-    epsilon: float = 1e-5
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""S4: a diagonal plus low-rank state space model in every channel, trained as a convolution."""
+"""S4: a diagonal plus low-rank state space model in every channel (Gu et al. 2022, arXiv:2111.00396)."""
 
 import dataclasses
 from typing import Any, NamedTuple

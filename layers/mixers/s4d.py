@@ -1,4 +1,4 @@
-"""S4D: a diagonal state space model in every channel, trained as a convolution."""
+"""S4D: a diagonal state space model in every channel, trained as a convolution (Gu et al. 2022, arXiv:2206.11893)."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple

@@ -1,4 +1,4 @@
-"""S5: one multi-input, multi-output diagonal state space model run by a parallel scan."""
+"""S5: one multi-input, multi-output diagonal state space model (Smith et al. 2023, arXiv:2208.04933)."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple

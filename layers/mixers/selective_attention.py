@@ -1,4 +1,4 @@
-"""Attention whose sharpness depends on the query and its position."""
+"""Selective attention: sharpness depends on the query and its position (Zhang et al. 2024, arXiv:2411.12892)."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""SGConv: a long convolution whose kernel gets coarser and smaller with the lag."""
+"""SGConv: a long convolution whose kernel gets coarser and smaller with the lag (Li et al. 2022, arXiv:2210.09298)."""
 
 import dataclasses
 import math

@@ -39,9 +39,9 @@ def literal(model, x):
     filters, outputs = literal_filters(model), []
     for row in np.asarray(x, np.float64):
         projected = apply(model.input, row)
-        weight, taps = wide(model.short.weight), model.config.short_taps
+        weight, taps = wide(model.convolution.weight), model.config.taps
         padded = np.concatenate([np.zeros((taps - 1, projected.shape[1])), projected])
-        mixed = sum(weight[j] * padded[j : j + len(row)] for j in range(taps)) + wide(model.short.bias)
+        mixed = sum(weight[j] * padded[j : j + len(row)] for j in range(taps)) + wide(model.convolution.bias)
         *gates, v = np.split(mixed, model.config.order + 1, axis=1)
         for i in range(model.config.order - 1):
             u = gates[model.config.order - 1 - i] * v
@@ -59,7 +59,7 @@ def literal(model, x):
         {},
         {"order": 3, "window_shift": 0.05},
         {"max_length": 6, "filter_features": 3},
-        {"order": 4, "short_taps": 4},
+        {"order": 4, "taps": 4},
     ],
 )
 def test_equals_the_equation(options):
@@ -110,7 +110,7 @@ def test_a_small_state_gives_nan_beyond_it_and_the_rest_right():
         ({"order": 1}, "order=1.*at least 2"),
         ({"filter_features": 4}, "filter_features=4.*odd"),
         ({"max_length": 0}, "max_length=0"),
-        ({"short_taps": 9}, "taps=9"),
+        ({"taps": 9}, "taps=9"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

@@ -27,7 +27,7 @@ def literal(model, row):
     return np.stack(outputs) if model.output is None else apply(model.output, np.stack(outputs))
 
 
-@pytest.mark.parametrize("options", [{}, {"hidden_size": 7, "forget_bias": 0.0}])
+@pytest.mark.parametrize("options", [{}, {"state_size": 7, "forget_bias": 0.0}])
 def test_equals_the_equation(options):
     model = make(**options)
     x = np.random.default_rng(0).standard_normal((2, TIME, WIDTH)).astype(np.float32)
@@ -54,5 +54,5 @@ def test_cells_with_open_forget_and_closed_input_gates_remember_exactly():
 
 
 def test_impossible_options_are_refused():
-    with pytest.raises(ValueError, match="hidden_size=0"):
-        make(hidden_size=0)
+    with pytest.raises(ValueError, match="state_size=0"):
+        make(state_size=0)

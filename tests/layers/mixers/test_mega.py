@@ -24,7 +24,7 @@ def scrambled(module):
 
 
 def make(**options):
-    return scrambled(Mega(MegaConfig(width=WIDTH, key_size=6, averages=3, **options), rngs=nnx.Rngs(0)))
+    return scrambled(Mega(MegaConfig(width=WIDTH, key_dim=6, averages=3, **options), rngs=nnx.Rngs(0)))
 
 
 def inputs(time=TIME):
@@ -49,22 +49,22 @@ def average(module, row):
 def literal(model, row):
     config, time = model.config, len(row)
     m = average(model.average, row)
-    u, z, r, c = np.split(apply(model.mixed, m), np.cumsum([WIDTH, config.key_size, config.values]), axis=1)
+    u, z, r, c = np.split(apply(model.mixed, m), np.cumsum([WIDTH, config.key_dim, config.values]), axis=1)
     q, k = (gamma * silu(z) + beta for gamma, beta in zip(wide(model.gamma), wide(model.beta), strict=True))
     i, j = np.indices((time, time))
     seen = np.ones((time, time), bool) if config.bidirectional else j <= i
     if config.chunk is not None:
         seen &= i // config.chunk == j // config.chunk
-    if config.bias == "simple":
+    if config.position_bias == "simple":
         table = np.concatenate([wide(model.bias), np.zeros(2 * time)])
         bias = table[np.where(seen, i - j + (config.reach - 1 if config.bidirectional else 0), -1)]
     else:
-        half = config.key_size // 2
+        half = config.key_dim // 2
         turn = np.exp(1j * np.arange(time)[:, None] * 10_000.0 ** (-np.arange(half) / half))
         query, key = ((v[:half] + 1j * v[half:]) * turn for v in wide(model.bias))
         bias = (query @ key.conj().T).real
     if config.attention == "softmax":
-        logits = np.where(seen, q @ k.T / np.sqrt(config.key_size) + bias, -np.inf)
+        logits = np.where(seen, q @ k.T / np.sqrt(config.key_dim) + bias, -np.inf)
         weights = np.exp(logits - logits.max(1, keepdims=True))
         weights /= weights.sum(1, keepdims=True)
     else:
@@ -83,9 +83,9 @@ def literal(model, row):
     "options",
     [
         {},
-        {"attention": "laplace", "bias": "simple", "max_length": 14, "value_size": 5},
+        {"attention": "laplace", "position_bias": "simple", "max_length": 14, "value_dim": 5},
         {"attention": "laplace", "chunk": 4},
-        {"chunk": 3, "bias": "simple", "bidirectional": True},
+        {"chunk": 3, "position_bias": "simple", "bidirectional": True},
         {"attention": "laplace", "bidirectional": True},
     ],
 )
@@ -135,7 +135,7 @@ def test_tokens_beyond_the_cache_or_the_table_are_nan_and_the_others_right():
     got, _ = model(jnp.asarray(inputs()), model.init_state(2, max_length=7))
     np.testing.assert_allclose(got[:, :7], want[:, :7], atol=5e-6)
     assert np.isnan(got[:, 7:]).all()
-    short, _ = make(bias="simple", max_length=7)(jnp.asarray(inputs()))
+    short, _ = make(position_bias="simple", max_length=7)(jnp.asarray(inputs()))
     assert np.isfinite(short[:, :7]).all()
     assert np.isnan(short[:, 7:]).all()
 
@@ -170,10 +170,10 @@ def test_initial_values_are_those_of_the_authors():
     [
         ({"chunk": 0}, "chunk=0"),
         ({"attention": "relu"}, "attention='relu'"),
-        ({"bias": "none"}, "bias='none'"),
-        ({"key_size": 3}, "key_size=3 is odd"),
-        ({"bias": "simple"}, "max_length=None"),
-        ({"bias": "rotary", "max_length": 5}, "max_length=5"),
+        ({"position_bias": "none"}, "position_bias='none'"),
+        ({"key_dim": 3}, "key_dim=3 is odd"),
+        ({"position_bias": "simple"}, "max_length=None"),
+        ({"position_bias": "rotary", "max_length": 5}, "max_length=5"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
