@@ -2,12 +2,14 @@
 
     python -m experiments.benchmark kernels [--peers] [--only=delta_rule/KDA,linear_recurrence] [--out=FOLDER]
     python -m experiments.benchmark scaling [--lengths=2048,8192,32768,131072] [--out=FOLDER]
+    python -m experiments.benchmark tune [--only=linear_recurrence/real] [--out=FOLDER]
 
 `kernels` prints a table and writes kernels.json and kernels.png: milliseconds (median of interleaved measurements) of
 the forward pass and of both passes, the ratio to the floor, the ratio to what `impl=None` takes, memory, and errors
 against the float64 reference. The floor is the larger of the fewest bytes over the bandwidth of a copy and the
 arithmetic over the rate of the unit that does it, both measured at the start. On a CPU the sizes are smaller and the
-inputs float32. Exit codes: 0 done; 2 an argument cannot be used.
+inputs float32. `tune` checks and times layouts of the GPU kernels and writes tune.json. Exit codes: 0 done; 2 an
+argument cannot be used.
 """
 
 import sys
@@ -17,14 +19,14 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from experiments.benchmark import kernels, report, scaling
+from experiments.benchmark import kernels, report, scaling, tune
 from experiments.benchmark.timing import ceilings
 from experiments.command_line import REFUSALS, refuse
 from experiments.devices import Devices
 from experiments.files import to_json_text, write_atomically
 from experiments.run_directory import git_revision, versions
 
-STUDIES = ("kernels", "scaling")
+STUDIES = ("kernels", "scaling", "tune")
 ON_CPU = {"dtype": "float32", "batch": 1, "time": 1024, "narrower": 8, "rounds": 5}
 
 
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> int:
     try:
         options = _options(values)
         lengths = tuple(map(int, values.lengths))
-        chosen = list(kernels.selected(options.only))
+        chosen = [] if study == "tune" else list(kernels.selected(options.only))
         folder = Path(values.out)
         folder.mkdir(parents=True, exist_ok=True)
     except REFUSALS as error:
@@ -52,6 +54,8 @@ def main(argv: list[str]) -> int:
         git=git_revision(),
         rounds=options.rounds,
     )
+    if study == "tune":
+        return _tune(options.only, values, folder, record)
     if study == "kernels":
         limits = {dtype: ceilings(dtype) for dtype in {options.dtype or case.dtype for _, _, case in chosen}}
         record["ceilings"] = {dtype: limit._asdict() for dtype, limit in limits.items()}
@@ -63,6 +67,22 @@ def main(argv: list[str]) -> int:
         rows = scaling.run(options, lengths, lambda row: print(_scaling_line(row), flush=True))
         report.draw_scaling(rows, folder / "scaling.png", device)
     write_atomically(folder / f"{study}.json", to_json_text(record | {"rows": rows}))
+    return 0
+
+
+def _tune(only: tuple[str, ...], values: Any, folder: Path, record: dict[str, Any]) -> int:
+    limit = ceilings("float32")
+    record["ceilings"] = limit._asdict()
+    print(f"{record['device']}; {_describe({'float32': limit})}", flush=True)
+    sizes = tune.Sizes(values.batch, values.time, values.narrower or 1, values.rounds or tune.Sizes.rounds)
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        write_atomically(folder / "tune.json", to_json_text(record | {"rows": rows}))
+
+    try:
+        tune.run(only, sizes, limit.bytes, lambda line: print(line, flush=True), keep)
+    except ValueError as error:
+        return refuse(error)
     return 0
 
 

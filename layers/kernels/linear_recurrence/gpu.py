@@ -40,7 +40,7 @@ def automatic(**_: Any) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class Call:
     """What is static in a call."""
 
     reverse: bool
@@ -66,14 +66,18 @@ def linear_recurrence(
     dtype = accumulation_dtype(a, x, initial_state)
     shape = (x.shape[0], x.shape[2])
     state = jnp.zeros(shape, dtype) if initial_state is None else initial_state.astype(dtype)
-    codes = None
-    if segment_ids is not None:
-        order = slice(None, None, -1) if reverse else slice(None)
-        starts = segment_starts(segment_ids[:, order])[:, order]
-        codes = jnp.where(starts, gpu_kernels.RESET, gpu_kernels.KEPT)
-        codes = jnp.where(segment_ids == 0, gpu_kernels.SKIPPED, codes).astype(jnp.int32)
-    call = _Call(reverse, x.dtype, forward or FORWARD, backward or BACKWARD)
-    return _recurrence(vary_as(a, x), x, vary_as(state, x), codes, call)
+    call = Call(reverse, x.dtype, forward or FORWARD, backward or BACKWARD)
+    return _recurrence(vary_as(a, x), x, vary_as(state, x), token_codes(segment_ids, reverse), call)
+
+
+def token_codes(segment_ids, reverse) -> jax.Array | None:
+    """What each token does to the state, (b, t); None if there are no segments."""
+    if segment_ids is None:
+        return None
+    order = slice(None, None, -1) if reverse else slice(None)
+    starts = segment_starts(segment_ids[:, order])[:, order]
+    codes = jnp.where(starts, gpu_kernels.RESET, gpu_kernels.KEPT)
+    return jnp.where(segment_ids == 0, gpu_kernels.SKIPPED, codes).astype(jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -92,7 +96,8 @@ def _forward(a, x, state, codes, call):
     return (h, final), (a, state, codes, h)
 
 
-def _backward(call, residuals, cotangents):
+def gradients(call, residuals, cotangents):
+    """The backward pass, from (a, state, codes, h) and the gradients of h and the final state."""
     a, state, codes, h = residuals
     dh, dfinal = cotangents
     channels = h.shape[-1]
@@ -113,7 +118,7 @@ def _backward(call, residuals, cotangents):
     return da.astype(a.dtype), _join(dx, channels), _join(dstate, channels), None
 
 
-_recurrence.defvjp(_forward, _backward)
+_recurrence.defvjp(_forward, gradients)
 
 
 def _planes(v: jax.Array) -> Planes:

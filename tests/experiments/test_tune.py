@@ -1,0 +1,65 @@
+"""Tuning: a layout that is right is timed, one that is wrong or fails is told, and the rest goes on."""
+
+import jax.numpy as jnp
+import pytest
+
+from experiments.benchmark import tune, tune_linear_recurrence
+from layers.kernels import mosaic_gpu
+from layers.kernels.linear_recurrence import gpu, gpu_kernels
+from layers.kernels.linear_recurrence.gpu_kernels import Settings
+
+RIGHT, FAILS = Settings(steps=8, stages=2, unroll=4), Settings(stages=0)
+SIZES = tune.Sizes(batch=1, time=11, rounds=1)
+
+
+def tuned(monkeypatch, **options):
+    """Rows and lines of one small problem, under the interpreter."""
+    problem = tune_linear_recurrence.Problem("small", (1, 11, 8), **options)
+    monkeypatch.setitem(tune.PROBLEMS, "linear_recurrence", lambda: iter([problem]))
+    kept, said = [], []
+    with mosaic_gpu.interpreted():
+        tune.run(("linear_recurrence/small",), SIZES, 1e9, said.append, lambda rows: kept.append(list(rows)))
+    assert [len(rows) for rows in kept] == sorted(len(rows) for rows in kept)
+    return kept[-1], said
+
+
+def test_rows_of_all_passes(monkeypatch):
+    rows, said = tuned(monkeypatch, forward=(RIGHT, FAILS), backward=(RIGHT,), segments=True)
+    timed = [row for row in rows if "ms" in row]
+    assert {row["part"] for row in timed} == set(tune.PARTS)
+    assert all(row["error"] < 1e-6 and row["over_floor"] == row["ms"] / row["floor_ms"] for row in timed)
+    # a, x and the output, 11 x 8 float32 each, at 1 GB/s.
+    assert timed[0]["floor_ms"] == pytest.approx(3 * 11 * 8 * 4 / 1e9 * 1e3)
+    (failed,) = (row for row in rows if "failure" in row)
+    assert failed["layout"].startswith("vector 1, steps 32, stages 0")
+    assert failed["part"] == "forward"
+    assert any("x floor" in line for line in said)
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    monkeypatch.setattr(
+        gpu_kernels, "_plus", lambda p, q: tuple(u + 1.001 * v for u, v in zip(p, q, strict=True))
+    )
+    rows, _ = tuned(monkeypatch, forward=(RIGHT,), backward=())
+    (row,) = (row for row in rows if row["part"] == "forward" and "steps" in row["layout"])
+    assert row["failure"].startswith("wrong: relative error")
+    assert "ms" not in row
+
+
+def test_errors_are_relative():
+    want = {"h": jnp.array([3.0, 4.0])}
+    assert tune.errors({"h": jnp.array([3.0, 4.5]), "more": 0}, want)["h"] == pytest.approx(0.1)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="nothing to tune; choose from linear_recurrence"):
+        list(tune.selected(("long_conv",)))
+    with pytest.raises(ValueError, match="cannot be tuned here: it needs a Hopper GPU"):
+        tune.run((), SIZES, 1e9, print, print)
+
+
+def test_best_layouts_are_used_together():
+    prepared = tune_linear_recurrence.Problem("small", (1, 11, 8)).prepare(SIZES)
+    assert gpu.FORWARD != RIGHT
+    trials = prepared.trials("both", {"forward": RIGHT, "backward": RIGHT})
+    assert list(trials) == ["gpu, the fastest of both", "xla", "lax.associative_scan"]
