@@ -1,0 +1,171 @@
+"""Runs a study of many small models on a synthetic task, and sums it up in a table and a plot.
+
+    python -m experiments.sweep --study=mqar --out=sweeps/mqar --stop_after_seconds=540
+
+Studies: copying, induction, mqar, mad, parity (see `studies`). Runs that differ in learning rate and seed alone are
+trained together. Every finished run is a line of OUT/runs.jsonl; the same command skips those, so it may be stopped and
+given again. OUT/table.md and OUT/plot.png show all runs so far. Exit codes: 0 all runs are done; 75 some are left, at
+the time limit or after an error, and the same command goes on; 2 the arguments cannot be used.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.command_line import EXIT_INTERRUPTED, REFUSALS, refuse
+from experiments.devices import Devices
+from experiments.interrupts import Interrupted
+from experiments.run_directory import git_revision, versions
+from experiments.sweep.replicas import Replicas
+from experiments.sweep.report import draw, summarize, table
+from experiments.sweep.studies import STUDIES, Job, Study
+
+AHEAD = 2  # jobs made and compiled while another trains
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs what is missing and reports; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="experiments.sweep", description=__doc__.partition("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--study", required=True, choices=tuple(STUDIES))
+    parser.add_argument("--out", required=True, type=Path, help="folder of the results")
+    parser.add_argument("--stop_after_seconds", type=float, help="start nothing and leave after so long")
+    parser.add_argument("--rows", help="only these rows of the table, separated by commas")
+    parser.add_argument("--steps", type=int, help="of every run, in place of the study's: for a quick look")
+    args = parser.parse_args(argv)
+    deadline = None if args.stop_after_seconds is None else time.monotonic() + args.stop_after_seconds
+    try:
+        study = _chosen(STUDIES[args.study](), args.rows, args.steps)
+        args.out.mkdir(parents=True, exist_ok=True)
+        if jax.default_backend() != "cpu":
+            jax.config.update(
+                "jax_compilation_cache_dir", str(args.out.absolute().parent / ".compilation_cache")
+            )
+    except REFUSALS as error:
+        return refuse(error)
+    left = _run(study, args.out / "runs.jsonl", deadline)
+    cells = summarize(study, [record for job in study.jobs for record in _done(job, args.out / "runs.jsonl")])
+    if cells:
+        text = table(study, cells)
+        (args.out / "table.md").write_text(text, encoding="utf-8")
+        draw(study, cells, args.out / "plot.png")
+        print(f"\n{text}")
+    if left:
+        print(f"{left} of {len(study.jobs)} jobs are left; the same command goes on", file=sys.stderr)
+    return EXIT_INTERRUPTED if left else 0
+
+
+def _chosen(study: Study, rows: str | None, steps: int | None) -> Study:
+    jobs = study.jobs
+    if rows is not None:
+        known = dict.fromkeys(job.row for job in jobs)
+        for row in (wanted := rows.split(",")):
+            if row not in known:
+                raise ValueError(f"rows={row!r}; expected some of {', '.join(known)}")
+        jobs = tuple(job for job in jobs if job.row in wanted)
+    if steps is not None:
+        changes = {"train.steps": steps, "optimizer.warmup_steps": min(10, steps - 1)}
+        jobs = tuple(dataclasses.replace(job, changes=job.changes | changes) for job in jobs)
+    return dataclasses.replace(study, jobs=jobs)
+
+
+def _run(study: Study, file: Path, deadline: float | None) -> int:
+    """Runs the jobs that have no lines in the file; returns how many are left, at the deadline or after an error."""
+    missing = [job for job in study.jobs if len(_done(job, file)) < len(job.rates) * len(job.seeds)]
+    print(f"{len(study.jobs) - len(missing)} of {len(study.jobs)} jobs are done", flush=True)
+    pool = concurrent.futures.ThreadPoolExecutor(AHEAD)
+    prepared = [pool.submit(_prepare, job) for job in missing[:AHEAD]]
+    failed = 0
+    try:
+        for number, job in enumerate(missing):
+            if deadline is not None and time.monotonic() > deadline:
+                return failed + len(missing) - number
+            if number + AHEAD < len(missing):
+                prepared.append(pool.submit(_prepare, missing[number + AHEAD]))
+            try:
+                records = _train(job, prepared.pop(0).result(), deadline)
+            except Interrupted:
+                return failed + len(missing) - number
+            except (
+                ValueError,
+                jax.errors.JaxRuntimeError,
+            ) as error:  # such as too little memory; others may fit
+                failed += 1
+                print(f"[{number + 1}/{len(missing)}] {job.row} failed: {error}", file=sys.stderr, flush=True)
+                continue
+            with file.open("a", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(record) + "\n" for record in records)
+            _progress(number + 1, len(missing), job, records)
+        return failed
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _prepare(job: Job) -> Replicas:
+    return Replicas(job.plain_config(), job.rates, job.seeds)
+
+
+def _train(job: Job, replicas: Replicas, deadline: float | None) -> list[dict[str, Any]]:
+    """Trains and evaluates the runs of a job; a record of each."""
+    found = replicas.train(deadline=deadline)
+    start = time.perf_counter()
+    validation = replicas.evaluate("validation")
+    test = {column: replicas.evaluate(split) for column, split in job.columns.items()}
+    common = dict(
+        row=job.row,
+        parameters=replicas.num_parameters,
+        seconds_together=dict(
+            compiling=round(replicas.compile_seconds, 2),
+            training=round(found["seconds"], 2),
+            evaluating=round(time.perf_counter() - start, 2),
+        ),
+        config=job.plain_config(),
+        device=Devices.first(1).describe(),
+        versions=versions(),
+        git=git_revision(),
+    )
+    return [
+        dict(
+            learning_rate=rate,
+            seed=seed,
+            validation=validation[copy]["accuracy"],
+            test={column: metrics[copy]["accuracy"] for column, metrics in test.items()},
+            metrics={column: metrics[copy] for column, metrics in test.items()},
+            losses=[round(float(loss), 5) for loss in found["losses"][:, copy]],
+            **common,
+        )
+        for copy, (rate, seed) in enumerate(replicas.runs)
+    ]
+
+
+def _done(job: Job, file: Path) -> list[Mapping[str, Any]]:
+    """The lines of the file that are runs of this job."""
+    if not file.exists():
+        return []
+    config = json.loads(json.dumps(job.plain_config()))
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [record for record in records if record["row"] == job.row and record["config"] == config]
+
+
+def _progress(number: int, count: int, job: Job, records: Sequence[Mapping[str, Any]]) -> None:
+    best = max(records, key=lambda record: record["validation"])
+    seconds = best["seconds_together"]
+    shown = ", ".join(f"{column} {100 * value:.1f}" for column, value in best["test"].items())
+    print(
+        f"[{number}/{count}] {job.row}: {shown} at {best['learning_rate']:g}; "
+        f"{seconds['compiling']:.0f} s compiling, {seconds['training']:.0f} s training {len(records)} runs",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The results of a sweep as a table and a plot."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.sweep.studies import Study
+
+Cells = dict[str, dict[str, tuple[float, float, float]]]
+
+
+def summarize(study: Study, records: Iterable[Mapping[str, Any]]) -> Cells:
+    """By row and column: mean over seeds, its spread (highest minus lowest) and the learning rate that was chosen.
+
+    The rate is the one with the best validation, on average over seeds.
+    """
+    groups: dict[tuple[str, str], dict[float, list[Mapping[str, Any]]]] = {}
+    for record in records:
+        for column in record["test"]:
+            groups.setdefault((record["row"], column), {}).setdefault(record["learning_rate"], []).append(
+                record
+            )
+    cells: Cells = {row: {} for row in dict.fromkeys(job.row for job in study.jobs)}
+    for (row, column), by_rate in groups.items():
+        scores = {rate: np.mean([run["validation"] for run in runs]) for rate, runs in by_rate.items()}
+        best = max(scores, key=lambda rate: (scores[rate], -rate))
+        values = [run["test"][column] for run in by_rate[best]]
+        cells[row][column] = float(np.mean(values)), float(np.ptp(values)), best
+    return {row: columns for row, columns in cells.items() if columns}
+
+
+def table(study: Study, cells: Cells) -> str:
+    """Markdown: a line a row, percent; behind several seeds the distance between the best and the worst."""
+    columns = list(dict.fromkeys(column for job in study.jobs for column in job.columns))
+    lines = [["", *columns, *(["average"] if study.average else []), "learning rates"]]
+    for row, found in cells.items():
+        line = [row]
+        for column in columns:
+            value, spread, _ = found.get(column, (None, 0, 0))
+            line.append(
+                "" if value is None else f"{100 * value:.1f}" + (f" ({100 * spread:.1f})" if spread else "")
+            )
+        if study.average:
+            complete = len(found) == len(columns)
+            line.append(f"{100 * np.mean([value for value, _, _ in found.values()]):.1f}" if complete else "")
+        rates = dict.fromkeys(f"{rate:g}" for _, _, rate in found.values())
+        lines.append([*line, ", ".join(rates)])
+    lines.insert(1, ["---"] * len(lines[0]))
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    chance = "" if study.chance is None else f"\n\nGuessing gives {100 * study.chance:.1f}."
+    return f"{study.title}: {study.metric} on the test split, percent\n\n{body}{chance}\n"
+
+
+def draw(study: Study, cells: Cells, path: Path) -> None:
+    """Curves against the numbers that the columns are, or bars of the average over columns."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if study.axis is None:
+        means: Sequence[float] = [
+            float(np.mean([v for v, _, _ in found.values()])) for found in cells.values()
+        ]
+        axes.barh(list(cells), means)
+        axes.invert_yaxis()
+        axes.set(xlabel=study.metric, xlim=(0, 1))
+        if study.chance is not None:
+            axes.axvline(study.chance, color="0.4", linestyle="--", linewidth=1)
+    else:
+        for number, (row, found) in enumerate(cells.items()):
+            points = sorted((float(column), value) for column, (value, _, _) in found.items())
+            style = ("-", "--", ":")[number // 10 % 3]
+            axes.plot(*zip(*points), marker="o", markersize=3, linestyle=style, label=row)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel=study.axis, ylabel=study.metric, ylim=(-0.02, 1.02))
+        if study.chance is not None:
+            axes.axhline(study.chance, color="0.4", linestyle="--", linewidth=1, label="guessing")
+        axes.legend(fontsize=8)
+    axes.set_title(study.title, fontsize=10)
+    axes.grid(alpha=0.3)
+    FigureCanvasAgg(figure).print_png(path)

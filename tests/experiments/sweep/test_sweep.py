@@ -1,0 +1,108 @@
+"""Studies, their tables, and the command that goes on where it left."""
+
+import json
+
+import pytest
+
+from experiments import sweep
+from experiments.config_loading import TrainConfig, section
+from experiments.experiment import model_without_data
+from experiments.sweep import __main__ as command
+from experiments.sweep.report import summarize, table
+from experiments.sweep.studies import STUDIES, Job, Study
+from experiments.tasks import make_task
+
+TINY = {
+    "task.train": 40,
+    "task.validation": 10,
+    "task.test": 10,
+    "task.lengths": (2, 6),
+    "task.extrapolate": (7, 9),
+    "train.steps": 4,
+    "train.batch_size": 4,
+    "model.width": 4,
+    "model.mixer_defaults": {"state_size": 4},
+    "optimizer.warmup_steps": 1,
+}
+JOBS = tuple(
+    Job(
+        row, f"algorithms:mixer={row},width=8", TINY, (1e-3, 1e-2), (0, 1), {"7": "length_7", "9": "length_9"}
+    )
+    for row in ("s5", "lru")
+)
+STUDY = Study("Tiny", JOBS, chance=0.5, axis="length")
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_job_of_every_study_can_be_built(name):
+    study = STUDIES[name]()
+    kinds = set()
+    for job in study.jobs:
+        config = job.plain_config()
+        assert section(config, "train", TrainConfig).steps % sweep.replicas.STEPS_AT_ONCE == 0
+        task = dict(config["task"])
+        splits = make_task(task.pop("name"), **task).splits
+        assert set(job.columns.values()) <= set(splits)
+        assert study.axis is None or all(column.isdecimal() for column in job.columns)
+        kind = json.dumps(config["model"])
+        if kind not in kinds:
+            model_without_data(config)
+        kinds.add(kind)
+        assert config["optimizer"]["warmup_steps"] < config["train"]["steps"]
+    assert len({(job.row, column) for job in study.jobs for column in job.columns}) == sum(
+        len(job.columns) for job in study.jobs
+    )
+
+
+def record(row, rate, seed, validation, **test):
+    return dict(row=row, learning_rate=rate, seed=seed, validation=validation, test=test)
+
+
+def test_the_best_rate_is_chosen_by_validation():
+    study = Study("T", JOBS, average=True, chance=0.5)
+    records = [
+        record("s5", 0.1, 0, 0.9, **{"7": 0.5, "9": 0.4}),
+        record("s5", 0.1, 1, 0.7, **{"7": 0.7, "9": 0.4}),
+        record("s5", 0.2, 0, 0.8, **{"7": 1.0, "9": 1.0}),
+        record("s5", 0.2, 1, 0.7, **{"7": 1.0, "9": 1.0}),
+        record("lru", 0.2, 0, 0.8, **{"7": 0.125}),
+    ]
+    cells = summarize(study, records)
+    assert cells["s5"]["7"] == pytest.approx((0.6, 0.2, 0.1))
+    assert cells["s5"]["9"] == pytest.approx((0.4, 0.0, 0.1))
+    lines = table(study, cells).splitlines()
+    assert "| s5 | 60.0 (20.0) | 40.0 | 50.0 | 0.1 |" in lines
+    assert "| lru | 12.5 |  |  | 0.2 |" in lines
+    assert lines[-1] == "Guessing gives 50.0."
+
+
+def test_the_command_goes_on_where_it_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(command.STUDIES, "parity", lambda: STUDY)
+    arguments = ["--study=parity", f"--out={tmp_path}"]
+    assert command.main([*arguments, "--stop_after_seconds=0"]) == 75
+    assert "2 of 2 jobs are left" in capsys.readouterr().err
+    assert command.main([*arguments, "--rows=lru"]) == 0
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    first = json.loads(lines[0])
+    assert first["row"] == "lru"
+    assert set(first["test"]) == {"7", "9"}
+    assert len(first["losses"]) == 2
+    assert first["config"]["train"]["steps"] == 4
+
+    def fail(*_):
+        raise ValueError("too large")
+
+    monkeypatch.setattr(command, "_train", fail)  # nothing is trained again
+    assert command.main([*arguments, "--rows=lru"]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 1 jobs are done" in out
+    assert out.endswith((tmp_path / "table.md").read_text() + "\n")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert command.main([*arguments, "--rows=lru", "--steps=2"]) == 75  # other settings are other runs
+    assert "lru failed: too large" in capsys.readouterr().err
+
+
+def test_errors(tmp_path, capsys):
+    assert command.main(["--study=mqar", f"--out={tmp_path}", "--rows=mamba7"]) == 2
+    assert "rows='mamba7'; expected some of attention, deltanet" in capsys.readouterr().err
