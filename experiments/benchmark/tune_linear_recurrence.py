@@ -30,7 +30,7 @@ _FORWARD += _layouts(stages_of_steps={8: (4,), 16: (3, 5), 32: (2,)}, vectors=(2
 _FORWARD += [Settings(unroll=4), Settings(unroll=16), Settings(pieces=2)]
 _BACKWARD = _layouts(stages_of_steps={8: (4, 6), 16: (2, 3, 4), 32: (2,)}, vectors=(1,))
 _BACKWARD += _layouts(stages_of_steps={8: (3, 4), 16: (2,)}, vectors=(2,))
-_BACKWARD += [Settings(steps=16, stages=3, unroll=4), Settings(steps=16, stages=3, unroll=16)]
+_BACKWARD += [Settings(stages=3, unroll=4), Settings(stages=3, unroll=16)]
 _FEW = [
     *(Settings(steps=steps, stages=stages) for steps, stages in ((8, 4), (16, 2), (16, 4), (32, 3))),
     Settings(vector=2, steps=16, stages=3),
@@ -95,7 +95,7 @@ def problems() -> Iterator[Problem]:
 
 
 def _try(*counts: int) -> tuple[Settings, ...]:
-    return (Settings(steps=16, stages=3), *_pieces(*counts))
+    return (Settings(stages=3), *_pieces(*counts))
 
 
 class Prepared:

@@ -31,7 +31,7 @@ def test_rows_of_all_passes(monkeypatch):
     # a, x and the output, 11 x 8 float32 each, at 1 GB/s.
     assert timed[0]["floor_ms"] == pytest.approx(3 * 11 * 8 * 4 / 1e9 * 1e3)
     (failed,) = (row for row in rows if "failure" in row)
-    assert failed["layout"].startswith("vector 1, steps 32, stages 0")
+    assert failed["layout"].startswith("vector 1, steps 16, stages 0")
     assert failed["part"] == "forward"
     assert any("x floor" in line for line in said)
 

@@ -16,7 +16,7 @@ from layers.kernels.varying import vary_as
 
 # Not tuned yet: `python -m experiments.benchmark tune` times the candidates.
 FORWARD = Settings()
-BACKWARD = Settings(stages=3, steps=16)
+BACKWARD = Settings(stages=3)
 
 # Whether `impl=None` may choose these kernels. They have run in the interpreter and through the compiler only.
 MEASURED = False

@@ -15,7 +15,7 @@ about 4096 x 4 cycles = 10 microseconds for the longest row, so neither should t
 Where rows and channels are too few to fill the machine, time is cut into pieces. A first launch reads a and x and
 writes the effect of each piece on the state, two numbers a channel; every block of the second launch composes the effects
 of the pieces before its own. The forward pass then moves 5 numbers an element instead of 3, the backward pass 7 instead
-of 5; small calls find the second reading in the L2 cache.
+of 5; small calls find the second reading in the L2 cache. `_plan` reckons whether that is worth it.
 
 A complex array is two arrays, real and imaginary: XLA removes `real(complex(re, im))` on both sides of the call. The tail
 of the sequence and channels beyond the last need no masks: copies in fill with zeros beyond the ends of an array, and
@@ -36,10 +36,15 @@ Planes = tuple[Any, ...]  # one array (or ref) if real, two if complex
 
 KEPT, RESET, SKIPPED = 0, 1, 2  # codes of a token: an ordinary one, the first of a segment, padding
 
-_BLOCKS = 132  # multiprocessors of an H100
-_ENOUGH = 48  # blocks that can keep the memory busy, each with tens of kilobytes under way
-_MAX_PIECES = 32
+_PROCESSORS = 132  # of an H100
+_MAX_PIECES = 64
 _GROUP = 4  # pieces whose effects are loaded together
+
+# What the choice of pieces reckons with, in nanoseconds. Estimates: 30 cycles a step, a launch more, and the composing.
+_BYTES_A_NS = 3000.0
+_STEP_NS = 17.0
+_LAUNCH_NS = 4000.0
+_PIECE_NS = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Settings:
     """
 
     vector: int = 1
-    steps: int = 32
+    steps: int = 16
     stages: int = 4
     unroll: int = 8
     pieces: int | None = None
@@ -96,8 +101,14 @@ def _plan(
     reverse: bool,
     arriving: Sequence[Planes],
     leaving: Sequence[Planes],
+    again: Sequence[Planes],
 ) -> _Plan:
-    """Fits the settings to the shape, and the tiles that arrive and leave to shared memory."""
+    """Fits the tiles to the shape and to shared memory, and cuts time into pieces.
+
+    Args:
+      arriving, leaving: what is read and written in tiles.
+      again: what is read twice if time is cut.
+    """
     batch, time, channels = shape
     steps = min(settings.steps, pl.cdiv(time, 8) * 8)
     a_step = settings.width * (settings.stages * _bytes(arriving) + 2 * _bytes(leaving))
@@ -106,9 +117,18 @@ def _plan(
     settings = dataclasses.replace(settings, steps=steps, unroll=min(settings.unroll, steps))
     total = pl.cdiv(time, steps)
     blocks = batch * pl.cdiv(channels, settings.width)
-    pieces = settings.pieces
-    if pieces is None:
-        pieces = 1 if blocks >= _ENOUGH else min(_MAX_PIECES, _BLOCKS // blocks, pl.cdiv(total, 4))
+    at_once = _PROCESSORS * max(1, SHARED_BYTES // ((steps + 1) * a_step + 2048))
+    once, twice = (
+        batch * time * channels * _bytes(groups) / _BYTES_A_NS for groups in ([*arriving, *leaving], again)
+    )
+
+    def nanoseconds(pieces: int) -> float:
+        chain = pl.cdiv(blocks * pieces, at_once) * pl.cdiv(total, pieces) * steps * _STEP_NS
+        if pieces == 1:
+            return max(once, chain)
+        return max(once + twice, 2 * chain) + _LAUNCH_NS + pieces * _PIECE_NS
+
+    pieces = settings.pieces or min(range(1, _MAX_PIECES + 1), key=nanoseconds)
     tiles = pl.cdiv(total, min(pieces, total))
     return _Plan(batch, time, channels, settings, reverse, tiles, pl.cdiv(total, tiles))
 
@@ -131,7 +151,7 @@ def forward(
       state: (b, d), float32: the state that enters.
     """
     staged = tuple(jax.ShapeDtypeStruct(x[0].shape, dtype) for _ in state)
-    plan = _plan(x[0].shape, settings, reverse, (a, x), (staged,))
+    plan = _plan(x[0].shape, settings, reverse, (a, x), (staged,), (a, x))
     effects = _effects(a, x, codes, plan, multiply_last=False) if plan.pieces > 1 else None
     width, steps = plan.settings.width, plan.settings.steps
     inputs = {"x": x, "state": _pad(state, plan), **_decay_inputs(a, plan), **_optional(codes, effects)}
@@ -193,7 +213,7 @@ def backward(
     planes_x, out_x = input_type
     staged = () if constant else tuple(jax.ShapeDtypeStruct(h[0].shape, out_a) for _ in a)
     gradients_x = tuple(jax.ShapeDtypeStruct(h[0].shape, out_x) for _ in range(planes_x))
-    plan = _plan(h[0].shape, settings, not reverse, (a, h, dh), (staged, gradients_x))
+    plan = _plan(h[0].shape, settings, not reverse, (a, h, dh), (staged, gradients_x), (a, dh))
     effects = _effects(a, dh, codes, plan, multiply_last=True) if plan.pieces > 1 else None
     width, steps = plan.settings.width, plan.settings.steps
     total = tuple(jax.ShapeDtypeStruct((plan.batch, plan.pieces, plan.padded), jnp.float32) for _ in a)
