@@ -109,6 +109,28 @@ def test_a_step_follows_the_loss_with_its_auxiliary_part(accumulate):
     assert float(plan.model.auxiliary_loss(statistics)) == 0.0
 
 
+@pytest.mark.parametrize("options", [dict(), dict(accumulate=2), dict(remat="full")])
+def test_biases_of_experts_move_in_a_step_and_rest_in_evaluation(options):
+    """Every layer has its own, and every micro-batch moves it."""
+    rate, accumulate = 2.0**-10, options.get("accumulate", 1)
+    moe = dict(experts=3, hidden=4, scores="sigmoid", bias_rate=rate, balance=0.0, z_loss=0.0)
+    plan = plan_of(**options, channels={"moe": moe})
+    batch = first_batch(plan)
+    state, _ = first_step(plan, batch)
+    left = plan.layouts.statistics.cut(jax.device_get(state.statistics))
+    biases = {path: value for path, value in left.items() if path[-1] == "bias"}
+    assert len(biases) == 2
+    run, want = jax.jit(plan.model.__call__), plan.model.statistics
+    for i in range(accumulate):
+        part = {k: v[i::accumulate] for k, v in batch.items()}
+        _, want = run(plan.model.parameters, want, part, key=jax.random.key(0))
+    _, after = run(plan.model.parameters, left, batch, key=None)
+    for path, bias in biases.items():
+        assert np.abs(bias).max() in (rate, accumulate * rate)
+        np.testing.assert_array_equal(bias, want[path])
+        np.testing.assert_array_equal(bias, after[path])
+
+
 def test_a_model_without_auxiliary_loss_has_no_such_metric():
     plan = plan_of(channel="swiglu", channels={})
     assert not plan.model.has_auxiliary_loss
