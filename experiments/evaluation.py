@@ -36,7 +36,7 @@ class Evaluator:
         )
 
     def __call__(self, state: TrainState, split: str) -> dict[str, float]:
-        """Averages over the examples of a split, their number as "examples", and the "seconds" it took.
+        """Averages over what the task counts (examples or labels), their number as "examples", and the "seconds".
 
         With an average of the parameters, that is what is evaluated.
         """
