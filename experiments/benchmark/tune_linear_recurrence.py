@@ -35,6 +35,10 @@ _FEW = [
     *(Settings(steps=steps, stages=stages) for steps, stages in ((8, 4), (16, 2), (16, 4), (32, 3))),
     Settings(vector=2, steps=16, stages=3),
 ]
+_SMALL = [
+    *(Settings(steps=steps, stages=stages) for steps, stages in ((16, 4), (32, 3), (32, 4), (64, 2))),
+    *(Settings(vector=2, steps=steps, stages=stages) for steps, stages in ((16, 4), (32, 3))),
+]
 
 
 def _pieces(*counts: int) -> list[Settings]:
@@ -45,13 +49,14 @@ def _pieces(*counts: int) -> list[Settings]:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A call of one size, with the layouts to try forward and backward."""
+    """A call of one size, with the layouts to try forward and backward, beside XLA and perhaps `associative_scan`."""
 
     name: str
     shape: tuple[int, int, int]
     dtype: str = "float32"
     constant: bool = False
     segments: bool = False
+    scan: bool = False
     forward: tuple[Settings, ...] = tuple(_FEW)
     backward: tuple[Settings, ...] = tuple(_FEW)
 
@@ -70,12 +75,12 @@ class Problem:
 def problems() -> Iterator[Problem]:
     """Shapes of S5, LRU and RG-LRU: many rows of many channels, few of either, packed rows."""
     wide = (8, 4096, 2048)
-    yield Problem("real", wide, forward=tuple(_FORWARD), backward=tuple(_BACKWARD))
-    yield Problem("bfloat16", wide, dtype="bfloat16")
+    yield Problem("real", wide, scan=True, forward=tuple(_FORWARD), backward=tuple(_BACKWARD))
+    yield Problem("bfloat16", wide, dtype="bfloat16", forward=tuple(_SMALL), backward=tuple(_SMALL))
     yield Problem("segments", wide, segments=True, forward=(Settings(),), backward=tuple(_FEW[1:2]))
     yield Problem("half the machine", (4, 4096, 2048), forward=_try(1, 2), backward=_try(1, 2))
     yield Problem("one row", (1, 65536, 256), forward=_try(8, 32, 64), backward=_try(8, 32, 64))
-    yield Problem("complex", (64, 1024, 128), dtype="complex64")
+    yield Problem("complex", (64, 1024, 128), dtype="complex64", scan=True)
     yield Problem(
         "S5 on Pathfinder",
         (64, 1024, 128),
@@ -165,7 +170,7 @@ class Prepared:
 
     def _others(self) -> dict[str, Any]:
         others = {"xla": xla.linear_recurrence}
-        if not self.problem.segments:
+        if self.problem.scan:
             scan = PLAIN["linear_recurrence", "real"]["lax.associative_scan"]
             others["lax.associative_scan"] = functools.partial(_by_scan, scan)
         return others
@@ -186,8 +191,8 @@ class Prepared:
     def _both(self, function: Any) -> Any:
         def run(arrays: Arrays, cotangents: Any) -> Arrays:
             output, pullback = jax.vjp(self._forward(function), arrays)
-            dh, dfinal = (c.astype(o.dtype) for c, o in zip(cotangents, output.values(), strict=True))
-            (gradients,) = pullback({"h": dh, "final": dfinal})
+            given = dict(zip(("h", "final"), cotangents, strict=True))
+            (gradients,) = pullback({name: given[name].astype(output[name].dtype) for name in given})
             return output | {f"d{name}": gradient for name, gradient in gradients.items()}
 
         return run

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec as P
 
 from layers.kernels.varying import vary_as
 
@@ -138,6 +139,24 @@ def launch(
     arrays = flat[: len(flat) - len(flat_outputs)]
     results = [vary_as(result, *arrays) for result in call(*arrays)]
     return jax.tree.unflatten(outputs_structure, results)
+
+
+def left_to_partitioner() -> bool:
+    """Whether XLA may have to split the call over devices, which it can do only by gathering what the kernel reads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = mesh.empty or jax.sharding.AxisType.Auto in mesh.axis_types
+    return automatic and jax.device_count() > 1
+
+
+def over_shards(
+    function: Callable[..., Any], arrays: Sequence[jax.Array], specs: Sequence[P], out_specs: Any
+) -> Any:
+    """Runs `function` on every device's part of arrays that are sharded on an explicit mesh, resharded to `specs`."""
+    given = [jax.typeof(array).sharding.spec for array in arrays]
+    if not any(name is not None for spec in given for name in spec):
+        return function(*arrays)
+    arrays = [jax.reshard(array, spec) for array, spec in zip(arrays, specs, strict=True)]
+    return jax.shard_map(function, in_specs=tuple(specs), out_specs=out_specs)(*arrays)
 
 
 def strided(ref: Any, width: int) -> jax.Array:

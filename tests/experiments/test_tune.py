@@ -59,7 +59,7 @@ def test_refusals():
 
 
 def test_best_layouts_are_used_together():
-    prepared = tune_linear_recurrence.Problem("small", (1, 11, 8)).prepare(SIZES)
+    prepared = tune_linear_recurrence.Problem("small", (1, 11, 8), scan=True).prepare(SIZES)
     assert gpu.FORWARD != RIGHT
     trials = prepared.trials("both", {"forward": RIGHT, "backward": RIGHT})
     assert list(trials) == ["gpu, the fastest of both", "xla", "lax.associative_scan"]

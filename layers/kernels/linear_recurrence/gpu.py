@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from layers.kernels import mosaic_gpu
 from layers.kernels.checks import accumulation_dtype
@@ -21,6 +22,7 @@ BACKWARD = Settings(stages=3)
 # Whether `impl=None` may choose these kernels. They have run in the interpreter and through the compiler only.
 MEASURED = False
 
+SHORTEST = 64
 TYPES = (jnp.float32, jnp.bfloat16, jnp.complex64)
 
 
@@ -29,14 +31,18 @@ def refuses(a, x, initial_state, **_: Any) -> str | None:
     for name, array in {"a": a, "x": x, "initial_state": initial_state}.items():
         if array is not None and array.dtype not in TYPES:
             return f"{name} has dtype {array.dtype}; expected float32, bfloat16 or complex64"
+    if jax.typeof(x).sharding.spec[1] is not None:
+        return f"x is sharded {jax.typeof(x).sharding.spec}; expected whole rows, time not sharded"
     if x.shape[0] > mosaic_gpu.MAX_GRID:
         return f"x has {x.shape[0]} rows; expected at most {mosaic_gpu.MAX_GRID}"
     return mosaic_gpu.refusal(_probe)
 
 
-def automatic(**_: Any) -> bool:
-    """Whether `impl=None` takes these kernels, if they do not refuse."""
-    return MEASURED and jax.default_backend() == "gpu"
+def automatic(x, **_: Any) -> bool:
+    """Whether `impl=None` takes these kernels, if they do not refuse. Short calls are left to XLA, which fuses them."""
+    if not MEASURED or jax.default_backend() != "gpu" or x.shape[1] < SHORTEST:
+        return False
+    return not mosaic_gpu.left_to_partitioner()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +73,18 @@ def linear_recurrence(
     shape = (x.shape[0], x.shape[2])
     state = jnp.zeros(shape, dtype) if initial_state is None else initial_state.astype(dtype)
     call = Call(reverse, x.dtype, forward or FORWARD, backward or BACKWARD)
-    return _recurrence(vary_as(a, x), x, vary_as(state, x), token_codes(segment_ids, reverse), call)
+    batch, _, channels = jax.typeof(x).sharding.spec
+    a_spec = P(batch if a.shape[0] > 1 else None, None, channels)
+    codes = token_codes(segment_ids, reverse)
+    arrays = [(a, a_spec), (x, P(batch, None, channels)), (state, P(batch, channels))]
+    arrays += [] if codes is None else [(codes, P(batch, None))]
+
+    def run(a, x, state, codes=None):
+        return _recurrence(vary_as(a, x), x, vary_as(state, x), codes, call)
+
+    return mosaic_gpu.over_shards(
+        run, *zip(*arrays, strict=True), (P(batch, None, channels), P(batch, channels))
+    )
 
 
 def token_codes(segment_ids, reverse) -> jax.Array | None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as P
 
 from layers.kernels import mosaic_gpu
 from layers.kernels.linear_recurrence import IMPLEMENTATIONS, gpu, linear_recurrence, reference
@@ -103,8 +103,7 @@ def test_interpreted_under_transformations(interpreted):
 
 def over_one_device(function):
     mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-    rows = PartitionSpec("data")
-    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows))
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
 
 
 @pytest.mark.parametrize("fenced", [True, False])
@@ -141,6 +140,30 @@ def test_lowers_for_a_gpu(case):
 
     traced = jax.jit(both).trace(*(arguments[name] for name in ("a", "x", "initial_state")))
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 4
+
+
+@pytest.mark.parametrize("decay, spec", [((8, 24, 256), P()), ((1, 1, 256), P())], ids=["full", "constant"])
+def test_explicit_mesh(decay, spec):
+    """Rows and channels are shared out as x is, whatever the sharding of the decay; time is not."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2)
+
+    def array(shape, spec, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    def loss(a, x, state, ids):
+        return sum(v.sum() for v in gpu.linear_recurrence(a, x, state, ids, False, SHORT, SHORT))
+
+    rows = P("data", None, "model")
+    ids = array((8, 24), P("data"), jnp.int32)
+    with jax.set_mesh(mesh):
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(
+            array(decay, spec), array((8, 24, 256), rows), array((8, 256), P("data", "model")), ids
+        )
+        lowered = traced.lower(lowering_platforms=("cuda",))
+        assert "tensor<2x24x128xf32>" in lowered.as_text()
+        assert [v.sharding.spec for v in lowered.out_info] == [P(None, None, None), rows, P("data", "model")]
+        sharded_in_time = jnp.zeros((2, 16, 8), out_sharding=P(None, "data"))
+        assert "expected whole rows" in gpu.refuses(sharded_in_time, sharded_in_time, None)
 
 
 def test_refusals(monkeypatch, caplog):
