@@ -133,7 +133,7 @@ SUITE = Suite(
     time_arguments=("q", "k", "v", "log_decay"),
     cases=(
         Case("scalar", _scalar, state=_state, tpu=True),
-        Case("no_decay", _none, {"scale": 1.5}, state=_state, tpu=True),
+        Case("no_decay", _none, {"scale": 1.5}, state=_state),
         Case("fixed_decay", _fixed, state=_state, tpu=True),
         Case("scalar_bonus", _scalar_bonus, {"scale": 1.0}, state=_state),
         Case("channel", _channel, state=_state),

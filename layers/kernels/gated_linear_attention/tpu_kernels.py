@@ -31,20 +31,21 @@ def forward(settings, q, k, v, g, numbers, state, o, final, entering, carried):
         ref[...] = carried[part]
 
     def chunk(n, _):
-        at = pl.ds(pl.multiple_of(n * settings.chunk, settings.chunk), settings.chunk)
-        qs, ks, vs = q[at, :], k[at, :], v[at, :]
-        decay = _decays(settings, n, g, numbers)
-        raw = _dot(settings, qs, ks, 1, 1)
+        at = _steps(settings, n)
+        qs, ks = q[at, :], k[at, :]
+        masks, state = _masks(settings, n, numbers), carried[part]
+        decays = [_decay(settings, n, head, g, masks) for head in range(settings.heads)]
+        raw, read = _dot(settings, qs, ks, 1, 1), _dot(settings, qs, state, 1, 0)
         outputs = [
-            _dot(settings, raw * weight, value, 1, 0)
-            for weight, value in zip(decay.weights, _heads(settings, vs), strict=True)
+            _dot(settings, raw * decay.weights, v[at, _lanes(settings, head)], 1, 0)
+            for head, decay in enumerate(decays)
         ]
-        state = carried[part]
-        read = _dot(settings, qs, state, 1, 0)
-        o[at, :] = (jnp.concatenate(outputs, axis=1) + decay.read * read).astype(o.dtype)
-        carried[part] = _next(settings, decay, state, ks, vs)
+        o[at, :] = (_joined(outputs) + _spread(settings, [d.read for d in decays]) * read).astype(o.dtype)
+        writing = v[at, :] * _spread(settings, [d.write for d in decays])
+        keep = _spread(settings, [d.keep for d in decays])
+        carried[part] = keep * state + _dot(settings, ks, writing, 0, 0)
 
-    jax.lax.fori_loop(0, settings.chunks, chunk, None)
+    _loop(settings, settings.chunks, chunk)
 
     @pl.when(place == pl.num_programs(2) - 1)
     def _():
@@ -56,7 +57,6 @@ def backward(settings, q, k, v, g, numbers, entering, do, dfinal, dqk, dv, dg, d
     (q,), (k,), (v,), (entering,), (do,), (dfinal,) = q, k, v, entering, do, dfinal
     (dv,), (dstate,), (carried,), (states,) = dv, dstate, carried, states
     place, part = pl.program_id(2), pl.program_id(3)
-    chunks = settings.chunks
 
     @pl.when(place == 0)
     def _():
@@ -67,50 +67,53 @@ def backward(settings, q, k, v, g, numbers, entering, do, dfinal, dqk, dv, dg, d
         for ref in sums:
             ref[...] = jnp.zeros_like(ref)
 
-    def steps(n):
-        return pl.ds(pl.multiple_of(n * settings.chunk, settings.chunk), settings.chunk)
-
     def again(n, _):
-        decay = _decays(settings, n, g, numbers)
-        states[n + 1] = _next(settings, decay, states[n], k[steps(n), :], v[steps(n), :])
+        at, masks = _steps(settings, n), _masks(settings, n, numbers)
+        decays = [_decay(settings, n, head, g, masks) for head in range(settings.heads)]
+        writing = v[at, :] * _spread(settings, [d.write for d in decays])
+        keep = _spread(settings, [d.keep for d in decays])
+        states[n + 1] = keep * states[n] + _dot(settings, k[at, :], writing, 0, 0)
 
     states[0] = entering[...]
-    jax.lax.fori_loop(0, chunks - 1, again, None)
+    _loop(settings, settings.chunks - 1, again)
 
     def chunk(count, _):
-        n = chunks - 1 - count
-        at = steps(n)
-        qs, ks, vs, dos = q[at, :], k[at, :], v[at, :], do[at, :]
-        decay = _decays(settings, n, g, numbers)
+        n = settings.chunks - 1 - count
+        at, masks = _steps(settings, n), _masks(settings, n, numbers)
+        qs, ks = q[at, :], k[at, :]
         state, leaving = states[n], carried[part]
-        raw = _dot(settings, qs, ks, 1, 1)
-        dscores, dvs, dexponents = 0, [], []
-        for weight, value, cotangent in zip(
-            decay.weights, _heads(settings, vs), _heads(settings, dos), strict=True
-        ):
-            scores = raw * weight
-            dweights = _dot(settings, cotangent, value, 1, 1)
-            dscores += dweights * weight
-            dvs.append(_dot(settings, scores, cotangent, 0, 0))
-            dexponents.append(dweights * scores)
-        reading = dos * decay.read
-        writing = vs * decay.write
-        written = decay.write * _dot(settings, ks, leaving, 1, 0)
-        dv[at, :] = (jnp.concatenate(dvs, axis=1) + written).astype(dv.dtype)
-        for target, own, other in (
-            (sums[0], _dot(settings, dscores, ks, 1, 0), _dot(settings, reading, state, 1, 1)),
-            (sums[1], _dot(settings, dscores, qs, 0, 0), _dot(settings, writing, leaving, 1, 1)),
-        ):
-            target[at, :] += own + other
-        carried[part] = decay.keep * leaving + _dot(settings, qs, reading, 0, 0)
-        if dg:
-            dread = reading * _dot(settings, qs, state, 1, 0)
-            rows = _decay_gradients(settings, dexponents, dread, vs * written, decay.keep * (state * leaving))
-            for ref in numbers:
-                rows = jnp.where(ref[n][:1] == 0, 0, rows)
-            dg[0][n] = rows
+        decays = [_decay(settings, n, head, g, masks) for head in range(settings.heads)]
+        raw, read = _dot(settings, qs, ks, 1, 1), _dot(settings, qs, state, 1, 0)
+        passed = _dot(settings, ks, leaving, 1, 0)
+        dscores, dvalues, reading, writing = 0, [], [], []
+        for head, decay in enumerate(decays):
+            mine = _lanes(settings, head)
+            values, cotangent = v[at, mine], do[at, mine]
+            scores = raw * decay.weights
+            dweights = _dot(settings, cotangent, values, 1, 1)
+            dscores += dweights * decay.weights
+            written = decay.write * passed[:, mine]
+            dvalues.append(_dot(settings, scores, cotangent, 0, 0) + written)
+            reading.append(cotangent * decay.read)
+            writing.append(values * decay.write)
+            for ref in dg:
+                row = _decay_gradient(
+                    settings,
+                    dweights * scores,
+                    (reading[-1] * read[:, mine]).sum(axis=1, keepdims=True),
+                    (values * written).sum(axis=1, keepdims=True),
+                    decay.keep
+                    * (state[:, mine] * leaving[:, mine]).sum(axis=1, keepdims=True).sum(0, keepdims=True),
+                )
+                ref[n, head : head + 1, :] = row if masks.row is None else jnp.where(masks.row == 0, 0, row)
+        dv[at, :] = _joined(dvalues).astype(dv.dtype)
+        reading, writing = _joined(reading), _joined(writing)
+        sums[0][at, :] += _dot(settings, dscores, ks, 1, 0) + _dot(settings, reading, state, 1, 1)
+        sums[1][at, :] += _dot(settings, dscores, qs, 0, 0) + _dot(settings, writing, leaving, 1, 1)
+        keep = _spread(settings, [d.keep for d in decays])
+        carried[part] = keep * leaving + _dot(settings, qs, reading, 0, 0)
 
-    jax.lax.fori_loop(0, chunks, chunk, None)
+    _loop(settings, settings.chunks, chunk)
 
     @pl.when(part == pl.num_programs(3) - 1)
     def _():
@@ -122,89 +125,109 @@ def backward(settings, q, k, v, g, numbers, entering, do, dfinal, dqk, dv, dg, d
         dstate[...] = carried[part]
 
 
-class _Decays(NamedTuple):
-    """The decays of a chunk.
+class _Masks(NamedTuple):
+    """What the steps of a chunk see.
 
     Attributes:
-      weights: scale times the decay from j to i, 0 for pairs that do not see each other; (c, c), one a head.
-      read: scale times that from the start to each step, (c, heads v), or (c, 1) for all; 0 where the state is not seen.
-      write: that from each step to the end, likewise.
-      keep: that over all steps, (1, heads v), or a number.
+      seen: which j each i sees, (c, c).
+      reads, writes: which steps read the state that enters and write the one that leaves, (c, 1).
+      keeps: whether the state passes through the chunk, (1, 1).
+      row: numbers of segments, 0 for padding, (1, c), or None.
     """
 
-    weights: list[jax.Array]
+    seen: jax.Array
+    reads: jax.Array
+    writes: jax.Array
+    keeps: jax.Array
+    row: jax.Array | None
+
+
+def _masks(settings, n, numbers):
+    seen = _pairs(settings.chunk, jnp.greater_equal)
+    if not numbers:
+        every = jnp.ones((settings.chunk, 1), bool)
+        return _Masks(seen, every, every, jnp.ones((1, 1), bool), None)
+    row, entering = numbers[0][n][:1], numbers[0][n][1:, :1]
+    own, leaving = column(row), jnp.maximum(entering, row.max(axis=1, keepdims=True))
+    seen &= (own == row) & (row != 0)
+    return _Masks(seen, own == entering, own == leaving, entering == leaving, row)
+
+
+class _Decay(NamedTuple):
+    """The decays of one head in a chunk.
+
+    Attributes:
+      weights: scale times the decay from j to i, 0 for pairs that do not see each other, (c, c).
+      read: scale times that from the start to each step, 0 where the state is not seen, (c, 1).
+      write: that from each step to the end, likewise, (c, 1).
+      keep: that over all steps, (1, 1).
+    """
+
+    weights: jax.Array
     read: jax.Array
     write: jax.Array
     keep: jax.Array
 
 
-def _decays(settings, n, g, numbers):
-    size = settings.chunk
-    seen = _pairs(size, jnp.greater_equal)
-    reads = writes = jnp.ones((size, 1), bool)
-    keeps = jnp.ones((1, 1), bool)
-    row = None
-    for ref in numbers:
-        row, entering = ref[n][:1], ref[n][1:, :1]
-        own = column(row)
-        leaving = jnp.maximum(entering, row.max(axis=1, keepdims=True))
-        seen &= (own == row) & (row != 0)
-        reads, writes, keeps = own == entering, own == leaving, entering == leaving
+def _decay(settings, n, head, g, masks):
     if not g:
-        weights = [jnp.where(seen, settings.scale, 0.0)] * settings.heads
-        read = jnp.where(reads, settings.scale, 0.0)
-        return _Decays(weights, read, writes.astype(jnp.float32), keeps.astype(jnp.float32))
-    past = _pairs(size, jnp.greater_equal)
-    weights, read, write, keep = [], [], [], []
-    for head in range(settings.heads):
-        log_decay = g[0][n, head : head + 1, :]
-        if row is not None:
-            log_decay = jnp.where(row == 0, 0, log_decay)
-        upto, after = jnp.where(past, log_decay, 0), jnp.where(past, 0, log_decay)
-        between = _sums(settings, upto, _pairs(size, jnp.greater))
-        weights.append(jnp.where(seen, settings.scale * jnp.exp(between), 0))
-        read.append(jnp.where(reads, settings.scale * jnp.exp(upto.sum(axis=1, keepdims=True)), 0))
-        write.append(jnp.where(writes, jnp.exp(after.sum(axis=1, keepdims=True)), 0))
-        keep.append(jnp.where(keeps, jnp.exp(log_decay.sum(axis=1, keepdims=True)), 0))
-    return _Decays(weights, *(_spread(settings, x) for x in (read, write, keep)))
+        return _Decay(
+            jnp.where(masks.seen, settings.scale, 0.0),
+            jnp.where(masks.reads, settings.scale, 0.0),
+            masks.writes.astype(jnp.float32),
+            masks.keeps.astype(jnp.float32),
+        )
+    row = g[0][n, head : head + 1, :]
+    if masks.row is not None:
+        row = jnp.where(masks.row == 0, 0, row)
+    past = _pairs(settings.chunk, jnp.greater_equal)
+    upto, after = jnp.where(past, row, 0), jnp.where(past, 0, row)
+    between = _sums(settings, upto, _pairs(settings.chunk, jnp.greater))
+    return _Decay(
+        jnp.where(masks.seen, settings.scale * jnp.exp(between), 0),
+        jnp.where(masks.reads, settings.scale * jnp.exp(upto.sum(axis=1, keepdims=True)), 0),
+        jnp.where(masks.writes, jnp.exp(after.sum(axis=1, keepdims=True)), 0),
+        jnp.where(masks.keeps, jnp.exp(row.sum(axis=1, keepdims=True)), 0),
+    )
 
 
-def _decay_gradients(settings, dexponents, dread, dwrite, dkeep):
-    """Gradients of log-decay, (heads, c), from those of exponents: of scores, reads, writes and the whole chunk.
+def _decay_gradient(settings, dscores, dreads, dwrites, dkeep):
+    """Gradient of log-decay, (1, c), from those of exponents: of scores, reads, writes and the whole chunk.
 
     Step t collects the scores of all pairs j < t <= i, the reads of all i >= t and the writes of all j < t.
     """
-    size = settings.chunk
-    past, before = _pairs(size, jnp.greater_equal), _pairs(size, jnp.less)
-    rows = []
-    for dexponent, read, write, keep in zip(
-        dexponents, *(_heads(settings, x) for x in (dread, dwrite, dkeep)), strict=True
-    ):
-        earlier = _dot(settings, dexponent, before, 1, 0)
-        row = jnp.where(
-            past, earlier + read.sum(axis=1, keepdims=True), write.sum(axis=1, keepdims=True)
-        ).sum(axis=0, keepdims=True)
-        rows.append(row + keep.sum(axis=1, keepdims=True).sum(axis=0, keepdims=True))
-    return jnp.concatenate(rows, axis=0)
+    past, before = (_pairs(settings.chunk, relation) for relation in (jnp.greater_equal, jnp.less))
+    earlier = _dot(settings, dscores, before, 1, 0)
+    return jnp.where(past, earlier + dreads, dwrites).sum(axis=0, keepdims=True) + dkeep
 
 
-def _next(settings, decay, state, k, v):
-    return decay.keep * state + _dot(settings, k, v * decay.write, 0, 0)
+def _loop(settings, count, step):
+    """Runs over chunks; those of a single head are written out, which lets their products overlap."""
+    jax.lax.fori_loop(0, count, step, None, unroll=max(count, 1) if settings.heads == 1 else 1)
+
+
+def _steps(settings, n):
+    start = n * settings.chunk
+    return pl.ds(start if isinstance(n, int) else pl.multiple_of(start, settings.chunk), settings.chunk)
+
+
+def _lanes(settings, head):
+    """Where the values of a head are."""
+    return slice(settings.width * head, settings.width * (head + 1))
+
+
+def _spread(settings, columns):
+    """One column a head, repeated for all its values."""
+    return _joined([jnp.broadcast_to(x, (x.shape[0], settings.width)) for x in columns])
+
+
+def _joined(heads):
+    return heads[0] if len(heads) == 1 else jnp.concatenate(heads, axis=1)
 
 
 def _pairs(size, relation):
     """`relation(i, j)` for all pairs of steps of a chunk."""
     return relation(*(jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1)))
-
-
-def _heads(settings, x):
-    """The values of each head."""
-    return [x[:, settings.width * n : settings.width * (n + 1)] for n in range(settings.heads)]
-
-
-def _spread(settings, columns):
-    """Repeats one column a head for all its values."""
-    return jnp.concatenate([jnp.broadcast_to(x, (x.shape[0], settings.width)) for x in columns], axis=1)
 
 
 def _dot(settings, a, b, a_axis, b_axis):
