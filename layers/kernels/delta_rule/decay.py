@@ -15,8 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.delta_rule.products import einsum, product
 from layers.kernels.delta_rule.triangular import BASE, join_blocks, level_mask
+from layers.kernels.products import contract, product
 
 # Log-decay that forgets: its exponential is exactly 0 in float32 and float64, and sums of it stay finite.
 RESET = -1e4
@@ -63,7 +63,7 @@ def scores(erase, query, columns, log_decay, before_decay, dtype):
     decay = _decay_matrix(log_decay[..., 0], False)
     erase_decay = _decay_matrix(log_decay[..., 0], True) if before_decay else decay
     rows, columns = (jnp.concatenate(x, axis=-2).astype(dtype) for x in ([erase, query], columns))
-    blocks = _blocks_of(product("ik,jk->ij", rows, columns, dtype), erase.shape[-2])
+    blocks = _blocks_of(product("...ik,...jk->...ij", rows, columns, dtype), erase.shape[-2])
     erased, read = [jnp.tril(x * erase_decay, -1) for x in blocks[0]], [x * decay for x in blocks[1]]
     return erased, read, block_sums(log_decay)[-1]
 
@@ -124,7 +124,7 @@ def _channel_scores(erase, query, columns, log_decay, before_decay, dtype):
             ).astype(dtype)
             for group, second in ((rows, 1), (earlier, 0))
         )
-        joins.append(_blocks_of(product("ik,jk->ij", rows, earlier, dtype), block))
+        joins.append(_blocks_of(product("...ik,...jk->...ij", rows, earlier, dtype), block))
 
     def assemble(row, column):
         matrix = inside[row][column]
@@ -163,14 +163,14 @@ def _inside_tiles(erase, query, columns, log_decay, before_decay, dtype):
     taken = jnp.concatenate(taken).astype(g.dtype)
     # Added to zeros made from g, to be laid out over devices as g is.
     flat = taken.reshape(*(1,) * (g.ndim - 2), -1, base) + jnp.zeros_like(g[..., :1, :1])
-    sums = einsum("ij,jk->ik", flat, g).reshape(*g.shape[:-2], -1, *g.shape[-2:])
+    sums = contract("...ij,...jk->...ik", flat, g).reshape(*g.shape[:-2], -1, *g.shape[-2:])
     levels = len(_blocks(base))
     decay = jnp.exp(sums[..., 2 : 2 + levels, :, :])
     erase_decay = jnp.exp(sums[..., 2 + levels :, :, :]) if before_decay else decay
     erase, query, *columns = (_tiles(x)[..., None, :, :] for x in (erase, query, *columns))
     rows = jnp.concatenate([erase * erase_decay, query * decay], axis=-2)
     earlier = jnp.concatenate([column * decay for column in columns], axis=-2)
-    joined = product("ik,jk->ij", rows.astype(dtype), earlier.astype(dtype), dtype)
+    joined = product("...ik,...jk->...ij", rows.astype(dtype), earlier.astype(dtype), dtype)
     mask = jnp.tile(odd & (step // block == row // block - 1), (1, 2, len(columns)))
     joined = jnp.where(jnp.broadcast_to(mask, joined.shape), joined, 0).sum(-3)
     return _blocks_of(joined, base), Sums(sums[..., 0, :, :], sums[..., 1, :, :])

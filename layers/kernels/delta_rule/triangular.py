@@ -14,7 +14,7 @@ is formed, which could be large although the inverse is not.
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.delta_rule.products import einsum
+from layers.kernels.products import contract
 
 # Side of the tiles that tiny blocks are treated in: the smallest product that a matrix unit takes.
 BASE = 16
@@ -43,7 +43,7 @@ def inverse(lower: jax.Array) -> jax.Array:
     """(I + lower)^-1 for strictly lower triangular (..., c, c), c a power of two, in the type of `lower`."""
 
     def product(a, b):
-        return einsum("ij,jk->ik", a, b)
+        return contract("...ij,...jk->...ik", a, b)
 
     size = lower.shape[-1]
     base = min(size, BASE)

@@ -29,8 +29,8 @@ import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.delta_rule.decay import RESET, scores
-from layers.kernels.delta_rule.products import product, solve
 from layers.kernels.delta_rule.triangular import inverse
+from layers.kernels.products import product, solve
 from layers.kernels.segments import segment_starts
 
 # Steps a chunk; a power of two. Longer chunks do more arithmetic and fewer steps of the scan; with a decay per channel
@@ -108,8 +108,8 @@ def _forward(rule, inputs, segment_ids, state):
     inverted = inverse(chunks.lower).astype(rule.dtype)
     states = state[None]
     if chunks.lower.shape[0] > 1:
-        w, y = (_times(rule, "ij,jk->ik", inverted, x) for x in (chunks.erase, chunks.values))
-        added = _plus(_times(rule, "ji,jk->ik", chunks.write, y), chunks.state)
+        w, y = (_times(rule, "...ij,...jk->...ik", inverted, x) for x in (chunks.erase, chunks.values))
+        added = _plus(_times(rule, "...ji,...jk->...ik", chunks.write, y), chunks.state)
         states, final = _scan(rule, chunks.total, chunks.write, w, added, state, reverse=False)
     o, last = _apply(rule, chunks, inverted, states)
     if chunks.lower.shape[0] == 1:
@@ -126,9 +126,9 @@ def _backward(rule, residuals, cotangents):
     chunks, equations_vjp = jax.vjp(lambda x: _equations(rule, x, segment_ids, dfinal.dtype), inputs)
     dstates = dfinal[None]
     if chunks.lower.shape[0] > 1:
-        w = _times(rule, "ij,jk->ik", inverted, chunks.erase)
-        read = chunks.query + _times(rule, "ij,jk->ik", chunks.scores, w)
-        added = _times(rule, "ji,jk->ik", read, do)
+        w = _times(rule, "...ij,...jk->...ik", inverted, chunks.erase)
+        read = chunks.query + _times(rule, "...ij,...jk->...ik", chunks.scores, w)
+        added = _times(rule, "...ji,...jk->...ik", read, do)
         dstates, dstate = _scan(rule, chunks.total, w, chunks.write, added, dfinal, reverse=True)
     (o, leaving), apply_vjp = jax.vjp(lambda x, s: _apply(rule, x, inverted, s), chunks, states)
     dchunks, dentering = apply_vjp((do.astype(o.dtype), dstates.astype(leaving.dtype)))
@@ -146,12 +146,12 @@ def _scan(rule, total, left, right, added, state, reverse):
 
     In reverse for the gradients of states, which come from the end and pass the transposed transition.
     """
-    transition = _times(rule, "ji,jk->ik", left, right)
+    transition = _times(rule, "...ji,...jk->...ik", left, right)
 
     def step(carry, chunk):
         state, rounded = carry
         total, transition, added = chunk
-        state = total * state + product("ij,jk->ik", transition, rounded, rule.dtype) + added
+        state = total * state + product("...ij,...jk->...ik", transition, rounded, rule.dtype) + added
         return (state, state.astype(rule.dtype)), rounded
 
     (final, _), states = jax.lax.scan(
@@ -162,11 +162,11 @@ def _scan(rule, total, left, right, added, state, reverse):
 
 def _apply(rule, chunks, inverted, states):
     """The outputs of the chunks, and the states that leave them, from the states that enter them."""
-    right = (chunks.values + _times(rule, "ij,jk->ik", chunks.erase, states)).astype(rule.dtype)
+    right = (chunks.values + _times(rule, "...ij,...jk->...ik", chunks.erase, states)).astype(rule.dtype)
     y = solve(chunks.lower, inverted, right, rule.dtype)
-    o = _times(rule, "ij,jk->ik", chunks.query, states).astype(chunks.values.dtype)
-    o += _times(rule, "ij,jk->ik", chunks.scores, y)
-    leaving = chunks.total * states + product("ji,jk->ik", chunks.write, y, rule.dtype)
+    o = _times(rule, "...ij,...jk->...ik", chunks.query, states).astype(chunks.values.dtype)
+    o += _times(rule, "...ij,...jk->...ik", chunks.scores, y)
+    leaving = chunks.total * states + product("...ji,...jk->...ik", chunks.write, y, rule.dtype)
     return _plus(o, chunks.output), _plus(leaving, chunks.state)
 
 
@@ -220,14 +220,14 @@ def _equations(rule, inputs, segment_ids, dtype):
         )
     return Chunks(
         lower=-erased[0],
-        values=product("ij,jk->ik", erased[1], v, rule.dtype),
+        values=product("...ij,...jk->...ik", erased[1], v, rule.dtype),
         erase=(jnp.exp(sums.before) * erase).astype(rule.dtype),
         query=decayed_query,
         scores=read[0].astype(rule.dtype),
-        output=product("ij,jk->ik", read[1], v, rule.dtype),
+        output=product("...ij,...jk->...ik", read[1], v, rule.dtype),
         total=total,
         write=(x["b"] * write_decay).astype(rule.dtype),
-        state=product("ji,jk->ik", k * write_decay, v, rule.dtype),
+        state=product("...ji,...jk->...ik", k * write_decay, v, rule.dtype),
     )
 
 

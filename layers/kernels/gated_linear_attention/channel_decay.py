@@ -14,8 +14,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.gated_linear_attention.products import product
 from layers.kernels.gated_linear_attention.scalar_decay import exact_parts
+from layers.kernels.products import product
 
 
 def within_chunks(q, k, g, bonus, same, scale, dtype, leaf):
@@ -50,7 +50,7 @@ def within_chunks(q, k, g, bonus, same, scale, dtype, leaf):
         second = q.reshape(*lead, *pairs)[..., 1, :, :, :] * jnp.exp(upto[..., 1, :, :, :])
         first = k.reshape(*lead, *pairs)[..., 0, :, :, :] * jnp.exp(after[..., 0, :, :, :])
         second, first = (x.reshape(*lead, leaves // (2 * block), side, width) for x in (second, first))
-        joined = product("...ik,...jk->...ij", dtype, second, first).astype(dtype)
+        joined = product("...ik,...jk->...ij", second, first, dtype).astype(dtype)
         weights = weights.reshape(*lead, leaves // (2 * block), 2, side, side)
         upper = jnp.concatenate([weights[..., 0, :, :], jnp.zeros_like(joined)], axis=-1)
         lower = jnp.concatenate([joined, weights[..., 1, :, :]], axis=-1)

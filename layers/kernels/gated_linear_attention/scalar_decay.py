@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.gated_linear_attention.products import contract, product
+from layers.kernels.products import contract, product
 
 
 def within_chunks(q, k, g, bonus, same, scale, dtype):
@@ -21,7 +21,7 @@ def within_chunks(q, k, g, bonus, same, scale, dtype):
         shape of g, and of all, without the last axis.
     """
     exclusive = bonus is not None
-    raw = product("nbgik,nbgjk->nbgij", dtype, q, k)[:, :, :, None]
+    raw = product("nbgik,nbgjk->nbgij", q, k, dtype)[:, :, :, None]
     below = _below(q.shape[-2], -1)
     exponent = _differences(g, exclusive, dtype)
     exponent = jnp.where(jnp.broadcast_to(below, exponent.shape), exponent, 0)
@@ -30,7 +30,7 @@ def within_chunks(q, k, g, bonus, same, scale, dtype):
     seen = seen[None, None, None, None]
     weights = jnp.where(jnp.broadcast_to(seen if same is None else seen & same, weights.shape), weights, 0)
     if exclusive:
-        here = scale * product("nbgck,grk->nbgrc", jnp.promote_types(dtype, jnp.float32), q * k, bonus)
+        here = scale * product("nbgck,grk->nbgrc", q * k, bonus, jnp.promote_types(dtype, jnp.float32))
         diagonal = jnp.broadcast_to(jnp.eye(q.shape[-2], dtype=bool), weights.shape)
         weights = jnp.where(diagonal, here[..., None], weights)
     before = contract("...j,ij->...i", g, _below(g.shape[-1], -1 if exclusive else 0).astype(g.dtype))

@@ -9,11 +9,14 @@ block's chunks again while it carries the gradient of the state from the last bl
 Sums of log-decay over the steps between two are products with a triangle of ones, without differences, so that a
 decay of -20 costs its neighbours no accuracy.
 
-At 8 x 4096 tokens, 16 heads of 128 in bfloat16, scalar decay, the least is 0.54 GB and 0.14 TFLOP forward and 0.9 GB and
-0.35 TFLOP backward; on a v5e 0.66 and 0.7 ms of bytes or 1.1 and 1.8 ms of arithmetic. These kernels multiply 6 pairs of
-128 x 128 matrices a chunk and head forward (2 of them for the sums of log-decay) and 14 backward, 0.20 and 0.48 TFLOP:
-1.0 and 2.4 ms at the peak of the matrix units, which should bound them, with the exponentials and masks of scores close
-behind. Moving heads before time costs, where the producer of an array does not absorb it, one more pass over it.
+At 8 x 4096 tokens, 16 heads of 128 in bfloat16, the bytes are 0.54 GB forward and 1.0 GB backward with the stored states,
+0.66 and 1.25 ms on a v5e. With scalar decay, a chunk and head takes 6 products of 128 x 128 matrices forward, 2 of them for
+sums of log-decay, and 14 backward, 0.10 and 0.23 TFLOP in all or 0.5 and 1.2 ms at the peak of the matrix units. As the
+compiler schedules the kernels for a v5e, they take 0.9 and 1.9 ms (0.6 and 1.2 without decay): the exponentials, masks and
+roundings of scores and the registers that they spill bound the backward pass. Mamba-2's form (64 heads of 64 that share
+128 keys) has 0.6 and 1.0 GB and is scheduled to 1.9 and 6.5 ms, for the scores of 8 heads do not fit into registers.
+Sums of log-decay as differences instead of products were scheduled to 10 % less time with heads of their own, and 10 %
+more with shared keys. Moving heads before time costs, where the producer of an array does not absorb it, a pass over it.
 """
 
 import functools
@@ -27,7 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from layers.kernels import mosaic_tpu
 from layers.kernels.gated_linear_attention import tpu_kernels
-from layers.kernels.gated_linear_attention.products import operand_dtype
+from layers.kernels.products import operand_dtype
 from layers.kernels.segments import segment_numbers
 from layers.kernels.varying import vary_as
 

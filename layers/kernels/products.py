@@ -1,0 +1,107 @@
+"""Matrix products with rounded operands and wide sums, forward and backward.
+
+Elementwise arithmetic of the chunked forms is in float32; the operands of their matrix products are rounded, to bfloat16
+where the inputs are bfloat16, and sums are kept in float32. Automatic differentiation of a product with rounded operands
+would multiply a float32 cotangent by a bfloat16 operand, which is a slow float32 product; here the cotangent is rounded
+too.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+def operand_dtype(*arrays: jax.Array) -> jnp.dtype:
+    """bfloat16 if all arrays are, else float32 or wider."""
+    dtype = jnp.result_type(*(a.dtype for a in arrays))
+    return dtype if dtype == jnp.bfloat16 else jnp.promote_types(dtype, jnp.float32)
+
+
+def contract(spec: str, a: jax.Array, b: jax.Array, result: DTypeLike | None = None) -> jax.Array:
+    """`einsum` of two arrays of one type, summed in float32 or wider; wide operands are not rounded to TF32.
+
+    Where both have dots in front, as in "...ij,...jk->...ik", they have the same axes there.
+    """
+    wide = a.dtype != jnp.bfloat16
+    stacked = spec.count("...") == 3
+    out = jnp.einsum(
+        spec,
+        _fold(a) if stacked else a,
+        _fold(b) if stacked else b,
+        precision=jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.promote_types(a.dtype, jnp.float32) if result is None else result,
+    )
+    return out.reshape(*a.shape[:-2], *out.shape[-2:]) if stacked else out
+
+
+def _fold(x):
+    """Makes one axis of the third and those after it but the last two: XLA aborts on a CPU at products of rank 8.
+
+    The axes that parallel devices share out, batch and heads, stay or come first in theirs.
+    """
+    return x.reshape(*x.shape[:2], -1, *x.shape[-2:]) if x.ndim > 5 else x
+
+
+def product(
+    spec: str, a: jax.Array, b: jax.Array, dtype: DTypeLike, result: DTypeLike | None = None
+) -> jax.Array:
+    """`contract` of two arrays after rounding them.
+
+    Args:
+      spec: as for `contract`; no index of an operand may be summed alone.
+      a, b: the operands; cotangents come in their types.
+      dtype: what operands, and cotangents as operands, are rounded to.
+      result: type of the result; float32 or wider if absent.
+    """
+    return _product(spec, dtype, result or jnp.result_type(jnp.float32, dtype), a.dtype, b.dtype, a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _product(spec, dtype, result, a_dtype, b_dtype, a, b):  # noqa: ARG001 - the types are for the backward pass
+    return contract(spec, a.astype(dtype), b.astype(dtype)).astype(result)
+
+
+def _forward(spec, dtype, result, a_dtype, b_dtype, a, b):  # noqa: ARG001
+    a, b = a.astype(dtype), b.astype(dtype)
+    return contract(spec, a, b).astype(result), (a, b)
+
+
+def _backward(spec, dtype, result, a_dtype, b_dtype, operands, cotangent):  # noqa: ARG001
+    a, b = operands
+    cotangent = cotangent.astype(dtype)
+    left, right, out = spec.replace("->", ",").split(",")
+    return (
+        contract(f"{out},{right}->{left}", cotangent, b).astype(a_dtype),
+        contract(f"{left},{out}->{right}", a, cotangent).astype(b_dtype),
+    )
+
+
+_product.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def solve(lower: jax.Array, inverse: jax.Array, right: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """y with (I + lower) y = right, in the type of `right`, given the inverse of I + lower.
+
+    Differentiable in `lower`, which is strictly lower triangular, and in `right`; not through `inverse`.
+    """
+    return _solve_forward(lower, inverse, right, dtype)[0]
+
+
+def _solve_forward(lower, inverse, right, dtype):  # noqa: ARG001 - its gradient needs only the inverse
+    y = product("...ij,...jk->...ik", inverse, right, dtype, right.dtype)
+    return y, (inverse, y)
+
+
+def _solve_backward(dtype, residuals, cotangent):
+    inverse, y = residuals
+    dright = product("...ji,...jk->...ik", inverse, cotangent, dtype, y.dtype)
+    dlower = -product("...ik,...jk->...ij", dright, y, dtype, y.dtype).astype(
+        jnp.result_type(jnp.float32, dtype)
+    )
+    return jnp.tril(dlower, -1), jnp.zeros_like(inverse), dright
+
+
+solve.defvjp(_solve_forward, _solve_backward)
