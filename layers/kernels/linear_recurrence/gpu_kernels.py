@@ -8,9 +8,11 @@ is read once and each output written once:
     forward   reads a, x           writes h         2 FLOPs an element (real), 8 (complex)
     backward  reads a, h, dh       writes da, dx    3 FLOPs an element (real), 14 (complex)
 
-At 3.0 TB/s and 8 x 4096 x 2048 float32 that is 0.27 ms forward and 0.45 ms backward, against 0.13 GFLOP and 0.20 GFLOP, which
-the arithmetic units do in about 10 microseconds: the bytes should bound both. A lane has one multiply-add after another,
-about 4096 x 4 cycles = 10 microseconds for the longest row, so neither should the chain.
+At 3.0 TB/s and 8 x 4096 x 2048 float32 that is 0.27 ms forward and 0.45 ms backward. The arithmetic, 0.13 and 0.20
+GFLOP, takes less than 0.01 ms. A step of the chain, with its loads from shared memory and stores into it, should take
+some 30 cycles, so 4096 of them 0.07 ms, and the copies on their way, 24 to 96 KB a multiprocessor, cover the latency of
+memory. The bytes should bound both passes. Not yet measured; compiled for Hopper, no layout in
+`experiments/benchmark/tune_linear_recurrence.py` spills, with 23 to 86 registers a lane.
 
 Where rows and channels are too few to fill the machine, time is cut into pieces. A first launch reads a and x and
 writes the effect of each piece on the state, two numbers a channel; every block of the second launch composes the effects
@@ -20,6 +22,9 @@ of 5; small calls find the second reading in the L2 cache. `_plan` reckons wheth
 A complex array is two arrays, real and imaginary: XLA removes `real(complex(re, im))` on both sides of the call. The tail
 of the sequence and channels beyond the last need no masks: copies in fill with zeros beyond the ends of an array, and
 copies out write nothing there.
+
+Not done: a single launch with pieces, each waiting for the state of the one before (decoupled look-back). It would save
+the second reading, at the price of blocks that wait for blocks that may not be running.
 """
 
 import dataclasses
