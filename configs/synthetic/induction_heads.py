@@ -15,6 +15,9 @@ OPTIONS = dict(mixer="mamba", width="64", depth="2", learning_rate="1e-3", scale
 NEEDS_LENGTH = ("dss", "hyena", "sgconv")  # their kernels are as long as they are told
 LENGTHS = tuple(2**n for n in range(6, 15))
 
+# State spaces and convolutions without an output map: as published, a gated one follows in the same branch.
+BARE = ("dss", "liquid_s4", "lru", "s4", "s4d", "s5", "sgconv")
+
 
 def get_config(arg: str = "") -> ConfigDict:
     given = dict(pair.split("=", 1) for pair in arg.split(",") if pair)
@@ -39,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
         pattern=(mixer,),
         mixers={mixer: dict(max_length=LENGTHS[-1])} if mixer in NEEDS_LENGTH else {},
         mixer_defaults=dict(heads=2, causal=True),
-        channel="none",
+        **(dict(channel="full_glu", residual="joint") if mixer in BARE else dict(channel="none")),
     )
     config.data = {}
     config.optimizer = dict(

@@ -15,6 +15,9 @@ from ml_collections import ConfigDict
 OPTIONS = dict(mixer="deltanet", width="64", depth="2", learning_rate="3e-3", scale="small", length="64")
 PAPER = {64: (4, 512), 128: (8, 512), 256: (16, 256), 512: (64, 128)}  # pairs, batch size
 
+# State spaces and convolutions without an output map: as published, a gated one follows in the same branch.
+BARE = ("dss", "liquid_s4", "lru", "s4", "s4d", "s5", "sgconv")
+
 
 def get_config(arg: str = "") -> ConfigDict:
     given = dict(pair.split("=", 1) for pair in arg.split(",") if pair)
@@ -44,7 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
         depth=int(options["depth"]),
         pattern=(mixer,),
         mixer_defaults=dict(heads=1, causal=True),
-        channel="none",
+        **(dict(channel="full_glu", residual="joint") if mixer in BARE else dict(channel="none")),
     )
     config.data = {}
     config.optimizer = dict(

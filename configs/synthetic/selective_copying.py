@@ -14,6 +14,9 @@ from ml_collections import ConfigDict
 OPTIONS = dict(mixer="mamba", width="64", depth="2", learning_rate="", scale="small")
 NEEDS_LENGTH = ("dss", "hyena", "sgconv")  # their kernels are as long as they are told
 
+# State spaces and convolutions without an output map: as published, a gated one follows in the same branch.
+BARE = ("dss", "liquid_s4", "lru", "s4", "s4d", "s5", "sgconv")
+
 
 def get_config(arg: str = "") -> ConfigDict:
     given = dict(pair.split("=", 1) for pair in arg.split(",") if pair)
@@ -39,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
         pattern=(mixer,),
         mixers={mixer: dict(max_length=136 if small else 4128)} if mixer in NEEDS_LENGTH else {},
         mixer_defaults=dict(heads=2, causal=True),
-        channel="none",
+        **(dict(channel="full_glu", residual="joint") if mixer in BARE else dict(channel="none")),
     )
     config.data = {}
     rate = float(options["learning_rate"] or (3e-3 if small else 1e-4))

@@ -90,6 +90,8 @@ def test_arguments_reach_their_places():
     assert config["task"] == dict(name="mqar", vocab_size=8192, length=256, pairs=16)
     config = plain("selective_copying:mixer=hyena,scale=paper")
     assert config["model"]["mixers"] == {"hyena": {"max_length": 4128}}
+    for mixer, channel in (("s4d", "full_glu"), ("mamba", "none")):
+        assert plain(f"induction_heads:mixer={mixer}")["model"]["channel"] == channel
     assert plain("mad:task=compression")["model"]["kind"] == "autoencoder"
     assert plain("algorithms:task=running_parity")["task"]["running"] is True
 

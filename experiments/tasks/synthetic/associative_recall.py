@@ -84,4 +84,4 @@ def random_member(
     present = np.zeros((len(items), count + 1), bool)
     items = items if allowed is None else np.where(allowed, items, count)
     np.put_along_axis(present, items, True, axis=1)
-    return np.argmax(draws.uniform(count) * present[:, :count] + present[:, :count], axis=1)[:, None]
+    return np.argmax(np.where(present[:, :count], draws.uniform(count), -1), axis=1)[:, None]
