@@ -79,6 +79,24 @@ def tolerance_of(case, dtype):
     return max(TOLERANCE[dtype], case.tolerance or 0.0) if dtype == "float32" else TOLERANCE[dtype]
 
 
+def close_gradients(got, want, arguments, out, weights, tolerance):
+    """Compares gradients of the weighted sum of `out`.
+
+    One that is zero, as that of the logits of a single key, comes from terms that cancel. What is left of them is compared
+    with the size that such terms have: that of the sum over that of the argument.
+    """
+
+    def norm(tree):
+        return np.sqrt(sum(np.linalg.norm(np.asarray(leaf)) ** 2 for leaf in jax.tree.leaves(tree)))
+
+    for key in want:
+        size = norm(weights) * norm(out) / max(norm(arguments[key]), 1e-30)
+        if norm(want[key]) <= 1e-12 * size:
+            assert norm(got[key]) <= tolerance * size, f"gradient of {key}: {norm(got[key]):.1e} instead of 0"
+        else:
+            close(got[key], want[key], tolerance, f"gradient of {key}")
+
+
 def weights_like(tree, seed=1):
     rng = np.random.default_rng(seed)
 
@@ -134,8 +152,7 @@ def test_forward_and_gradients_match_float64_reference(name, case, impl, time):
     arguments = cast(draw(case, 2, time), "float32")
     got, gradients = value_and_gradients(suite, case, impl, arguments, weights)
     close(got, want, tolerance_of(case, "float32"), "outputs")
-    for key in gradients:
-        close(gradients[key], want_gradients[key], tolerance_of(case, "float32"), f"gradient of {key}")
+    close_gradients(gradients, want_gradients, arguments, want, weights, tolerance_of(case, "float32"))
 
 
 @calls
@@ -145,8 +162,8 @@ def test_bfloat16_inputs(name, case, impl):
     arguments = cast(draw(case, 2, 37), "bfloat16")
     got, gradients = value_and_gradients(suite, case, impl, arguments, weights)
     close(got, want, TOLERANCE["bfloat16"], "outputs")
+    close_gradients(gradients, want_gradients, arguments, want, weights, TOLERANCE["bfloat16"])
     for key in gradients:
-        close(gradients[key], want_gradients[key], TOLERANCE["bfloat16"], f"gradient of {key}")
         assert jax.tree.leaves(gradients[key])[0].dtype == jax.tree.leaves(arguments[key])[0].dtype
     if case.state is not None:
         for leaf in jax.tree.leaves(got[1]):
@@ -248,8 +265,7 @@ def test_segment_gradients_match_reference(name, case, impl):
         want = jax.tree.map(np.asarray, want)
     got = value_and_gradients(suite, case, impl, arguments, weights, segment_ids=jnp.asarray(ids))
     close(got[0], want[0], tolerance_of(case, "float32"), "outputs")
-    for key in want[1]:
-        close(got[1][key], want[1][key], tolerance_of(case, "float32"), f"gradient of {key}")
+    close_gradients(got[1], want[1], arguments, want[0], weights, tolerance_of(case, "float32"))
 
 
 def by_rows(suite, arguments):
@@ -350,3 +366,17 @@ def test_errors_name_the_argument(name):
             call(suite, case, None, arguments, segment_ids=jnp.ones((2, 5)))
         with pytest.raises(ValueError, match="segment_ids"):
             call(suite, case, None, arguments, segment_ids=jnp.ones((2, 6), jnp.int32))
+
+
+@pytest.mark.parametrize("left, passes", [(0.0, True), (1e-7, True), (1e-4, False)])
+def test_gradients_that_are_zero_are_compared_with_what_cancels(left, passes):
+    want, arguments = {"q": np.zeros(3)}, {"q": np.ones(3)}
+
+    def check():
+        close_gradients({"q": np.full(3, left)}, want, arguments, np.ones(3), np.ones(3), 2e-5)
+
+    if passes:
+        check()
+    else:
+        with pytest.raises(AssertionError, match="instead of 0"):
+            check()
