@@ -27,9 +27,15 @@ def unavailable(*arrays: jax.Array | None) -> str | None:
     return None
 
 
-def on_tpu() -> bool:
-    """Whether a call that leaves the choice open may choose a kernel."""
-    return INTERPRET is None and jax.default_backend() == "tpu"
+def preferred() -> bool:
+    """Whether a call that leaves the choice open may choose a kernel: on one TPU, or inside `jax.shard_map`.
+
+    Elsewhere arrays may lie on several devices, and a kernel cannot be partitioned among them.
+    """
+    if INTERPRET is not None or jax.default_backend() != "tpu":
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
 
 
 def call(

@@ -84,7 +84,7 @@ def refuses(q, k, v, log_decay, bonus, normalize, initial_state, **_):
 def automatic(q, k, v, **_):
     """On a TPU, in bfloat16, where sequences fill chunks and heads registers; unmeasured, so the rest is left to XLA."""
     return (
-        mosaic_tpu.on_tpu()
+        mosaic_tpu.preferred()
         and operand_dtype(q, k, v) == jnp.bfloat16
         and q.shape[1] >= CHUNK
         and k.shape[3] >= 64

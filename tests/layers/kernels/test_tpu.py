@@ -121,6 +121,7 @@ def test_automatic_on_a_tpu(monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "INTERPRET", None)
     monkeypatch.setattr(mosaic_tpu, "LANES", 128)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     for shape, taken in (((2, 512, 256), True), ((2, 1, 256), False), ((2, 512, 5), False)):
         assert linear_recurrence.automatic(x=jnp.zeros(shape)) is taken
     for shape, dtype, taken in (
@@ -131,6 +132,20 @@ def test_automatic_on_a_tpu(monkeypatch):
     ):
         x = jnp.zeros(shape, dtype)
         assert gated_linear_attention.automatic(q=x, k=x, v=x) is taken
+
+
+def test_automatic_only_where_nothing_is_partitioned(monkeypatch):
+    """With several devices, only inside shard_map: kernels cannot be partitioned."""
+    monkeypatch.setattr(mosaic_tpu, "INTERPRET", None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert jax.device_count() == 8
+    assert not mosaic_tpu.preferred()
+
+    def inside(x):
+        assert mosaic_tpu.preferred()
+        return x
+
+    jax.eval_shape(shared.over_devices(inside, shared.ROWS, shared.ROWS), jnp.zeros((8, 2)))
 
 
 @pytest.mark.parametrize(
