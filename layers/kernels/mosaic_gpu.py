@@ -101,7 +101,7 @@ def _probe_refusal(probe: Callable[[], Any]) -> str | None:
 
 @functools.cache
 def _once(reason: str) -> str:
-    _logger.info("No Mosaic GPU kernels here: %s", reason)
+    _logger.warning("No Mosaic GPU kernels here: %s", reason)
     return reason
 
 
