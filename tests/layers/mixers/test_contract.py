@@ -138,9 +138,9 @@ def test_packed_equals_separate(entry, ids):
     packed, _ = runner(entry)(x, None, jnp.asarray(ids))
     for row in range(BATCH):
         for where in segments_of(ids[row]):
-            # Alone in a row of the same length, so that nothing new compiles.
-            alone = jnp.zeros_like(x[:1]).at[0, : len(where)].set(x[row, np.asarray(where)])
-            marks = jnp.zeros((1, TIME), jnp.int32).at[0, : len(where)].set(1)
+            # Alone in a batch of the same shape, so that nothing new compiles.
+            alone = jnp.zeros_like(x).at[0, : len(where)].set(x[row, np.asarray(where)])
+            marks = jnp.zeros((BATCH, TIME), jnp.int32).at[0, : len(where)].set(1)
             separate, _ = runner(entry)(alone, None, marks)
             assert_close(packed[row, np.asarray(where)], separate[0, : len(where)])
 
