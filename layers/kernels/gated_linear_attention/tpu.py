@@ -37,8 +37,10 @@ from layers.kernels.varying import vary_as
 # Steps a chunk, the size of matrix units, and chunks a block (half as many in float32): fewer, longer steps
 # of the grid.
 CHUNK, CHUNKS = 128, 4
-# Bytes of VMEM for the states of a group of heads.
-LARGEST_STATES = 4 << 20
+# What fits into 16 MB of VMEM with everything else in the backward pass: keys times values of the heads that a step of the
+# grid takes, and of all heads of a group and twice these; in float32 the latter are fewer, as are values of a step.
+LARGEST_STATE, LARGEST_STATES = 1 << 17, 9 << 17
+WIDEST_FLOAT32, LARGEST_STATES_FLOAT32 = 512, 6 << 17
 
 
 class Settings(NamedTuple):
@@ -75,9 +77,14 @@ def refuses(q, k, v, log_decay, bonus, normalize, initial_state, **_):
     if log_decay is not None and log_decay.ndim == 4:
         return "a decay per key channel is not implemented; use impl='xla'"
     _, heads, width = _heads(q, k, v, log_decay)
-    states = 4 * mosaic_tpu.up(k.shape[3], mosaic_tpu.LANES) * heads * width
-    if states > LARGEST_STATES:
-        return f"the states of {heads} heads that share queries and keys take {states} bytes; at most {LARGEST_STATES}"
+    keys, values = mosaic_tpu.up(k.shape[3], mosaic_tpu.LANES), _part(heads, width) * width
+    narrow = operand_dtype(q, k, v) == jnp.bfloat16
+    if (
+        keys * values > LARGEST_STATE
+        or keys * (heads * width + 2 * values) > (LARGEST_STATES if narrow else LARGEST_STATES_FLOAT32)
+        or (values > WIDEST_FLOAT32 and not narrow)
+    ):
+        return f"{heads} heads that share queries and keys, {keys} by {width}, do not fit into VMEM; use impl='xla'"
     return mosaic_tpu.unavailable(q, k, v, log_decay, initial_state)
 
 

@@ -60,7 +60,7 @@ SUITE = Suite(
         Case("real", _real, state=_real_state, tpu=True),
         Case("real_reverse", _real, {"reverse": True}, state=_real_state),
         Case("complex", _complex, state=_complex_state),
-        Case("complex_reverse", _complex, {"reverse": True}, state=_complex_state, tpu=True),
+        Case("complex_reverse", _complex, {"reverse": True}, state=_complex_state),
         Case("time_invariant", _invariant, state=_complex_state),
         Case(
             "time_invariant_real_input_reverse",
