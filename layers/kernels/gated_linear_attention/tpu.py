@@ -37,10 +37,10 @@ from layers.kernels.varying import vary_as
 # Steps a chunk, the size of matrix units, and chunks a block (half as many in float32): fewer, longer steps
 # of the grid.
 CHUNK, CHUNKS = 128, 4
-# What fits into 16 MB of VMEM with everything else in the backward pass: keys times values of the heads that a step of the
-# grid takes, and of all heads of a group and twice these; in float32 the latter are fewer, as are values of a step.
-LARGEST_STATE, LARGEST_STATES = 1 << 17, 9 << 17
-WIDEST_FLOAT32, LARGEST_STATES_FLOAT32 = 512, 6 << 17
+# What fits into 16 MB of VMEM with everything else in the backward pass: values of the heads that a step of the grid takes,
+# keys times these, and keys times those of all heads of a group and twice these (fewer in float32).
+WIDEST, LARGEST_STATE = 512, 1 << 17
+LARGEST_STATES, LARGEST_STATES_FLOAT32 = 9 << 17, 6 << 17
 
 
 class Settings(NamedTuple):
@@ -82,7 +82,7 @@ def refuses(q, k, v, log_decay, bonus, normalize, initial_state, **_):
     if (
         keys * values > LARGEST_STATE
         or keys * (heads * width + 2 * values) > (LARGEST_STATES if narrow else LARGEST_STATES_FLOAT32)
-        or (values > WIDEST_FLOAT32 and not narrow)
+        or values > WIDEST
     ):
         return f"{heads} heads that share queries and keys, {keys} by {width}, do not fit into VMEM; use impl='xla'"
     return mosaic_tpu.unavailable(q, k, v, log_decay, initial_state)
