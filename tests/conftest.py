@@ -3,12 +3,14 @@
 - JAX runs on the CPU with eight emulated devices, so that tests of sharding need no special process. `-m gpu` leaves
   the choice of device to JAX.
 - XLA spends little on optimisation and keeps what it compiles in .jax_cache: compiling takes most of the tests' time.
+- Compiled programs are dropped before there are too many for one process.
 - Silent rank promotion, (d,) + (t, d), is an error.
 - The annotations of `layers` and `seqmodels` are checked on every call by jaxtyping and beartype, where beartype is
   installed, except inside `pytest.raises`: such a block is about the library's own errors, which are what a user sees.
 """
 
 import contextlib
+import gc
 import importlib.util
 import os
 import pathlib
@@ -27,6 +29,10 @@ CPU_FLAGS = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
 )
+MAPS = pathlib.Path("/proc/self/maps")
+MOST_MAPS = 25_000
+TESTS_BETWEEN_COUNTS = 50
+_TESTS_DONE = pytest.StashKey[int]()
 COMPILED = pathlib.Path(__file__).resolve().parents[1] / ".jax_cache"
 
 
@@ -114,3 +120,20 @@ def _needs_gpu(request: pytest.FixtureRequest) -> None:
 
         if jax.default_backend() != "gpu":
             pytest.fail(f"a GPU test was asked for, but JAX sees only {jax.default_backend()}", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def _room_for_compiled_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Forgets compiled programs now and then: each maps memory several times, and Linux allows 65530 maps a process.
+
+    XLA crashes when it gets no more. What is needed again comes from .jax_cache.
+    """
+    yield
+    done = request.config.stash[_TESTS_DONE] = request.config.stash.get(_TESTS_DONE, 0) + 1
+    if done % TESTS_BETWEEN_COUNTS or not MAPS.exists():
+        return
+    if MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
