@@ -1,5 +1,6 @@
 """What synthetic tasks share: splits from seeds, masked cross-entropy, a manifest, the score of guessing."""
 
+import abc
 import dataclasses
 import functools
 import json
@@ -17,7 +18,7 @@ VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class SyntheticTask:
+class SyntheticTask(abc.ABC):
     """A task whose rows follow from its options; nothing is made before rows are asked for.
 
     A task of this kind gives `make(draws, split)` (see `Rows`), `width(split)`, `vocab_size` and `chance`.
@@ -40,18 +41,18 @@ class SyntheticTask:
         for size in ("train", "validation", "test"):
             check_integer(size, getattr(self, size), least=1)
 
+    @abc.abstractmethod
     def make(self, draws: Draws, split: str) -> Arrays:
         """The arrays of the rows that the draws belong to."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def width(self, split: str) -> int:
         """Tokens of the longest row of a split."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def chance(self) -> float:
         """Accuracy of guessing among the tokens that can be answers."""
-        raise NotImplementedError
 
     @property
     def further_splits(self) -> tuple[str, ...]:
