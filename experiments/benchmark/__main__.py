@@ -8,8 +8,8 @@
 the forward pass and of both passes, the ratio to the floor, the ratio to what `impl=None` takes, memory, and errors
 against the float64 reference. The floor is the larger of the fewest bytes over the bandwidth of a copy and the
 arithmetic over the rate of the unit that does it, both measured at the start. On a CPU the sizes are smaller and the
-inputs float32. `tune` checks and times layouts of the GPU kernels and writes tune.json. Exit codes: 0 done; 2 an
-argument cannot be used.
+inputs float32. `tune` checks and times layouts of the GPU kernels and writes tune.json. Exit codes: 0 done; 1 one of
+our implementations failed, the others are in the table; 2 an argument cannot be used.
 """
 
 import sys
@@ -67,7 +67,10 @@ def main(argv: list[str]) -> int:
         rows = scaling.run(options, lengths, lambda row: print(_scaling_line(row), flush=True))
         report.draw_scaling(rows, folder / "scaling.png", device)
     write_atomically(folder / f"{study}.json", to_json_text(record | {"rows": rows}))
-    return 0
+    failed = kernels.failures(rows) if study == "kernels" else []
+    for row in failed:
+        print(f"{row['primitive']}/{row['case']}, {row['implementation']}: {row['problem']}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _tune(only: tuple[str, ...], values: Any, folder: Path, record: dict[str, Any]) -> int:

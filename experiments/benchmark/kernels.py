@@ -56,6 +56,11 @@ def selected(only: tuple[str, ...]) -> Iterator[tuple[str, Suite, Benchmark]]:
             yield name, suite, case
 
 
+def failures(rows: list[dict]) -> list[dict]:
+    """The rows of our implementations that raised something, other than that they refuse the case."""
+    return [row for row in rows if row["ours"] and "problem" in row and not row["refused"]]
+
+
 def run(options: Options, ceilings: Mapping[str, Ceilings], report: Callable[[dict], None]) -> list[dict]:
     """Compiles and checks everything, then times it; `report` gets each row as soon as it is known.
 
@@ -92,20 +97,24 @@ class Study:
         )
         self.dtype = options.dtype or benchmark.dtype
         self._arrays = calls.draw(self.benchmark, self.dtype)
-        functions = self._functions(options.peers)
-        self._cotangent = calls.cotangent(functions["default"], self._arrays)
+        ours = self._own_functions()
+        others = peers(primitive, benchmark.name) if options.peers else {}
+        functions = ours | others
+        self._cotangent = calls.cotangent(
+            calls.with_implementation(suite, self.benchmark, "reference"), self._arrays
+        )
+        self._ours = set(ours)
         self._contestants = {name: self._prepare(function) for name, function in functions.items()}
 
-    def _functions(self, with_peers: bool) -> dict[str, calls.Function]:
+    def _own_functions(self) -> dict[str, calls.Function]:
         on_gpu = self.suite.gpu_implementations if jax.default_backend() == "gpu" else ()
         names = (*self.suite.implementations, *on_gpu)
         # What impl=None takes, then each by name: where the choice is wrong, the table shows it.
         wanted = {"default": None} | ({name: name for name in names} if len(names) > 1 else {})
-        ours = {
+        return {
             label: calls.with_implementation(self.suite, self.benchmark, impl)
             for label, impl in wanted.items()
         }
-        return ours | (peers(self.primitive, self.benchmark.name) if with_peers else {})
 
     def _prepare(self, function: calls.Function) -> dict[str, Any]:
         """The compiled functions with their errors and memory, or why there are none."""
@@ -116,8 +125,10 @@ class Study:
             error, gradient_error = calls.errors(
                 function, self.suite, self._small, calls.draw(self._small, self.dtype)
             )
-        except Exception as problem:  # noqa: BLE001 - a peer may fail in any way, and that is a result
-            return {"problem": f"{type(problem).__name__}: {str(problem).splitlines()[0][:200]}"}
+        except Exception as problem:  # noqa: BLE001 - one that fails must not cost the results of the others
+            text = (str(problem).splitlines() or [""])[0]
+            refused = isinstance(problem, ValueError) and "cannot take this call" in text
+            return {"problem": f"{type(problem).__name__}: {text[:200]}", "refused": refused}
         return {
             "functions": (forward, backward),
             "error": error,
@@ -146,7 +157,7 @@ class Study:
         }
         rows = []
         for name, contestant in self._contestants.items():
-            row = common | {"implementation": name}
+            row = common | {"implementation": name, "ours": name in self._ours}
             row |= {key: value for key, value in contestant.items() if key != "functions"}
             if name in able:
                 for part, times, floor in zip(
@@ -157,8 +168,9 @@ class Study:
                         f"{part}_quartiles_ms": [times[name].low, times[name].high],
                         f"{part}_floor_ms": floor,
                         f"{part}_over_floor": times[name].median / floor,
-                        f"{part}_over_default": times[name].median / times["default"].median,
                     }
+                    if "default" in able:
+                        row[f"{part}_over_default"] = times[name].median / times["default"].median
             rows.append(row)
         return rows
 

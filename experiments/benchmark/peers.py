@@ -39,22 +39,32 @@ PLAIN = {
 }
 
 
-def _jax_linear_attention(primitive: str, case: str) -> dict[str, Function]:
-    """The plain-JAX ("chunked") forms of jax-linear-attention, which take float32 precision from every product."""
-    from jla.ops import chunked
+# What jax-linear-attention calls our cases.
+_JAX_LINEAR_ATTENTION = {
+    ("gated_linear_attention", "scalar decay"): "simple_gla",
+    ("gated_linear_attention", "channel decay"): "gla",
+    ("gated_linear_attention", "Mamba-2"): "simple_gla",
+    ("delta_rule", "delta rule"): "deltanet",
+    ("delta_rule", "gated delta rule"): "gated_deltanet",
+    ("delta_rule", "KDA"): "kda",
+}
 
-    table: dict[tuple[str, str], Function] = {
-        ("gated_linear_attention", "scalar decay"): lambda q, k, v, log_decay: chunked.simple_gla(
-            q, k, v, log_decay
-        ),
-        ("gated_linear_attention", "channel decay"): lambda q, k, v, log_decay: chunked.gla(
-            q, k, v, log_decay
-        ),
-        ("delta_rule", "delta rule"): lambda q, k, v, beta: chunked.delta_rule(q, k, v, beta),
-        ("delta_rule", "gated delta rule"): lambda q, k, v, beta, log_decay: chunked.gated_delta_rule(
-            q, k, v, log_decay, beta
-        ),
-        ("delta_rule", "KDA"): lambda q, k, v, beta, log_decay: chunked.kda(q, k, v, log_decay, beta),
-    }
-    function = table.get((primitive, case))
-    return {} if function is None else {"jax-linear-attention, chunked": lambda **a: function(**a)[0]}
+
+def _jax_linear_attention(primitive: str, case: str) -> dict[str, Function]:
+    """The plain-JAX ("chunked") forms, which take float32 precision from every product, and the Hopper kernels."""
+    kind = _JAX_LINEAR_ATTENTION.get((primitive, case))
+    if kind is None:
+        return {}
+    from jla.ops import linear_attention
+
+    def function(impl: str) -> Function:
+        def run(q, k, v, beta=None, log_decay=None):
+            gates = {"beta": beta, "g": log_decay}
+            return linear_attention(kind, q, k, v, impl=impl, **gates)[0]
+
+        return run
+
+    forms = ["chunked", "mosaic_gpu"] if jax.default_backend() == "gpu" else ["chunked"]
+    if case == "Mamba-2":
+        forms.remove("chunked")  # has no groups of keys
+    return {f"jax-linear-attention, {impl}": function(impl) for impl in forms}

@@ -21,7 +21,8 @@ def line(row: Row) -> str:
     if "problem" in row:
         return f"{label:58}  {row['problem']}"
     parts = (
-        f"{row[f'{part}_ms']:9.3f}  {row[f'{part}_over_floor']:7.1f}  {row[f'{part}_over_default']:6.2f}  "
+        f"{row[f'{part}_ms']:9.3f}  {row[f'{part}_over_floor']:7.1f}  "
+        f"{row.get(f'{part}_over_default', float('nan')):6.2f}  "
         f"{row[f'{part}_peak_bytes'] / 1e9:6.2f}"
         for part in ("forward", "both")
     )
@@ -34,7 +35,7 @@ def draw_bars(rows: Sequence[Row], path: Path, title: str) -> None:
     figure = Figure(figsize=(10, 1 + 0.22 * len(rows)), layout="constrained")
     axes = figure.subplots()
     heights = range(len(rows))
-    colours = ["C0" if row["both_over_default"] == 1.0 else "C7" for row in rows]
+    colours = ["C0" if row["implementation"] == "default" else "C7" for row in rows]
     axes.barh(heights, [row["both_ms"] for row in rows], color=colours, alpha=0.6, label="both passes")
     axes.barh(heights, [row["forward_ms"] for row in rows], color=colours, label="forward")
     axes.plot([row["both_floor_ms"] for row in rows], heights, "k|", markersize=9, label="floor of both")

@@ -1,6 +1,8 @@
 """The study `scaling`: time and memory of the primitives whose cost should be proportional to the length."""
 
+import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -8,6 +10,7 @@ import jax
 from experiments.benchmark import calls
 from experiments.benchmark.kernels import Options, selected
 from experiments.benchmark.timing import interleaved, peak_bytes
+from layers.kernels.case import Benchmark, Suite
 
 # One or two cases of a primitive; those with a kernel of fixed length or a quadratic cost say nothing here.
 CASES = (
@@ -28,24 +31,41 @@ CASES = (
 def run(options: Options, lengths: Sequence[int], report: Callable[[dict], None]) -> list[dict]:
     """Times both passes at every length, one row of a batch; `report` gets each row as soon as it is known.
 
+    Everything is compiled before the first measurement, so that compilers do not slow what is timed.
+
     Raises:
       ValueError: unknown names in `options.only`.
     """
+    chosen = [(*entry, length, options) for entry in selected(options.only or CASES) for length in lengths]
     rows = []
-    for primitive, suite, benchmark in selected(options.only or CASES):
-        for length in lengths:
-            sized = benchmark.resized(1, length, options.narrower)
-            dtype = options.dtype or benchmark.dtype
-            row: dict[str, Any] = dict(primitive=primitive, case=benchmark.name, time=length, dtype=dtype)
-            arrays = calls.draw(sized, dtype)
-            row["shapes"] = {name: list(array.shape) for name, array in arrays.items()}
-            function = calls.with_implementation(suite, sized, None)
-            direction = calls.cotangent(function, arrays)
-            compiled = jax.jit(calls.forward_and_backward(function)).lower(arrays, direction).compile()
-            row["both_peak_bytes"] = peak_bytes(compiled)
-            arguments = jax.device_put((arrays, direction))
-            timing = interleaved({"both": lambda: compiled(*arguments)}, options.rounds)["both"]  # noqa: B023
-            row |= {"both_ms": timing.median, "both_quartiles_ms": [timing.low, timing.high]}
-            rows.append(row)
-            report(row)
+    with ThreadPoolExecutor(options.workers) as pool:
+        prepared = list(pool.map(lambda entry: _prepare(*entry), chosen))
+    while prepared:
+        row, compiled, arguments = prepared.pop(0)
+        call = functools.partial(compiled, *jax.device_put(arguments))
+        timing = interleaved({"both": call}, options.rounds)["both"]
+        row |= {"both_ms": timing.median, "both_quartiles_ms": [timing.low, timing.high]}
+        rows.append(row)
+        report(row)
     return rows
+
+
+def _prepare(
+    primitive: str, suite: Suite, benchmark: Benchmark, length: int, options: Options
+) -> tuple[dict[str, Any], Any, Any]:
+    """What is known without a measurement, both passes compiled, and their arguments."""
+    sized = benchmark.resized(1, length, options.narrower)
+    dtype = options.dtype or benchmark.dtype
+    arrays = calls.draw(sized, dtype)
+    function = calls.with_implementation(suite, sized, None)
+    arguments = arrays, calls.cotangent(function, arrays)
+    compiled = jax.jit(calls.forward_and_backward(function)).lower(*arguments).compile()
+    row = dict(
+        primitive=primitive,
+        case=benchmark.name,
+        time=length,
+        dtype=dtype,
+        shapes={name: list(array.shape) for name, array in arrays.items()},
+        both_peak_bytes=peak_bytes(compiled),
+    )
+    return row, compiled, arguments

@@ -42,7 +42,8 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        first = turn % max(1, len(names))
+        for name in names[first:] + names[:first]:
             samples[name].append(_seconds(calls[name], repeats[name]))
     return {name: _summary(values) for name, values in samples.items()}
 

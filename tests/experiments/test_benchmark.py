@@ -93,6 +93,24 @@ def test_a_study_times_everything_and_records_what_fails(monkeypatch):
     json.dumps(list(rows.values()), allow_nan=False)
 
 
+def test_what_fails_of_ours_is_told_apart_from_what_refuses(monkeypatch):
+    suite = SUITES["linear_recurrence"]
+
+    def faulty(*args, impl, **kwargs):
+        if impl is None:
+            raise ZeroDivisionError
+        if impl == "reference":
+            return suite.function(*args, impl=impl, **kwargs)
+        raise ValueError(f"impl={impl!r} of linear_recurrence cannot take this call: it is Monday")
+
+    broken = dataclasses.replace(suite, function=faulty, implementations=("xla", "gpu"))
+    monkeypatch.setattr(kernels, "SUITES", {"linear_recurrence": broken})
+    rows = kernels.run(SMALL, CEILINGS, lambda row: report.line(row))
+    assert {row["implementation"] for row in kernels.failures(rows)} == {"default"}
+    assert {row["implementation"] for row in rows if "both_ms" in row} == {"lax.associative_scan"}
+    assert "it is Monday" in next(row["problem"] for row in rows if row["implementation"] == "gpu")
+
+
 def test_the_floor_is_the_slower_of_memory_and_arithmetic():
     study = kernels.Study(
         "linear_recurrence", SUITES["linear_recurrence"], benchmark("linear_recurrence"), SMALL
