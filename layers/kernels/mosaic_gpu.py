@@ -113,12 +113,17 @@ def launch(
     inputs: Mapping[str, Sequence[jax.Array]],
     outputs: Mapping[str, Sequence[jax.ShapeDtypeStruct]],
     scratch: Mapping[str, Any],
+    barriers: bool = False,
+    warpgroups: int | None = None,
 ) -> dict[str, tuple[jax.Array, ...]]:
-    """Runs a kernel without automatic barriers: `body` fences every buffer that a copy refills.
+    """Runs a kernel, by default without automatic barriers: `body` fences every buffer that a copy refills.
 
     Args:
       body: called with keyword arguments, one a name of `inputs`, `outputs` (tuples of refs) and `scratch`.
       grid: sizes by axis name; the last axis runs fastest.
+      barriers: whether the compiler puts a barrier of the warpgroup around every store to shared memory.
+      warpgroups: of a block, which run `body` side by side and know themselves by the axis "warpgroup"; one, without
+        that axis, if None.
     """
     flat, structure = jax.tree.flatten((dict(inputs), dict(outputs)))
     flat_outputs, outputs_structure = jax.tree.flatten(dict(outputs))
@@ -134,7 +139,8 @@ def launch(
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=not barriers),
+        **({} if warpgroups is None else {"num_threads": warpgroups, "thread_name": "warpgroup"}),
     )
     arrays = flat[: len(flat) - len(flat_outputs)]
     results = [vary_as(result, *arrays) for result in call(*arrays)]
