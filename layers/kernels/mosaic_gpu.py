@@ -31,6 +31,10 @@ try:
                 "copy_gmem_to_smem",
                 "copy_smem_to_gmem",
                 "commit_smem",
+                "wgmma",
+                "ACC",
+                "TilingTransform",
+                "SwizzleTransform",
             )
             if not hasattr(plgpu, name)
         ),
@@ -169,3 +173,55 @@ def strided(ref: Any, width: int) -> jax.Array:
     """Loads `width` neighbouring numbers, an equal number of neighbours to every lane of the warpgroup."""
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // LANES)
     return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def matrices(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory for matrices (its last two axes) of 8 x 16 bytes or more, tiled as matrix units read them."""
+    size = jax.numpy.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(8 * size * shape[-1])
+    tiles = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.SMEM(shape, dtype, transforms=tiles)
+
+
+def product(a: Any, b: Any, start: jax.Array | None = None) -> jax.Array:
+    """a b, or start + a b, in float32 on the matrix units, all of it waited for.
+
+    Args:
+      a: (m, k), in shared memory as `matrices`, or in registers in the layout of `in_registers`; m a multiple of 64.
+      b: (k, n), in shared memory.
+    """
+    if _interpreted.get():  # which knows neither operands in registers nor sums that start with a value
+        left, right = (x if isinstance(x, jax.Array) else plgpu.load(x) for x in (a, b))
+        result = jax.numpy.dot(left, right, preferred_element_type=jax.numpy.float32)
+        return result if start is None else start + result
+    if start is None:
+
+        def run(sums: Any) -> jax.Array:
+            plgpu.wgmma(sums, a, b)
+            return sums[...]
+
+        result = pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jax.numpy.float32))
+    else:
+        result = pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(plgpu.ACC.init(start))
+    # The wait does not name the registers of the result: the compiler could move their use before it.
+    return jax.lax.optimization_barrier(result)
+
+
+def in_registers(ref: Any) -> jax.Array:
+    """A matrix from memory, in the layout in which `product` takes and gives them."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
+
+
+def along(ref: Any, axis: int) -> jax.Array:
+    """A vector from memory, laid out to be `spread` along an axis of a matrix in registers."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
+
+
+def spread(vector: jax.Array, axis: int, shape: tuple[int, int]) -> jax.Array:
+    """Repeats a vector, whose numbers are those of `axis`, over the other axis of a matrix."""
+    return jax.lax.broadcast_in_dim(vector, shape, (axis,))
+
+
+def places(shape: tuple[int, int], axis: int) -> jax.Array:
+    """The place of every number of a matrix in registers along an axis."""
+    return plgpu.broadcasted_iota(jax.numpy.int32, shape, axis, layout=plgpu.Layout.WGMMA)
