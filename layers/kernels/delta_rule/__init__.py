@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import checks
-from layers.kernels.delta_rule import reference, xla
+from layers.kernels.delta_rule import gpu, reference, xla
 from layers.kernels.dispatch import Implementation, dispatch
 from layers.typing import Array, Float, Int
 
 __all__ = ["Piece", "compose", "delta_rule", "dplr_delta_rule", "summarize", "summarize_dplr"]
 
 DELTA_RULE = {
+    "gpu": Implementation(gpu.delta_rule, gpu.refuses, gpu.automatic),
     "xla": Implementation(xla.delta_rule),
     "reference": Implementation(reference.delta_rule, automatic=lambda **_: False),
 }
@@ -56,7 +57,8 @@ def delta_rule(
       initial_state: S_0, zero if absent. It belongs to the segment of the first real token.
       segment_ids: 0 is padding, which leaves the state as it is and outputs zero; a change of id forgets the state
         (see `layers.kernels.segments`).
-      impl: "xla", "reference", or None for the best.
+      impl: "gpu", "xla", "reference", or None for the best. "gpu", for Hopper, takes bfloat16 queries, keys and values of
+        at most 128 features a head, and no decay or one a head.
 
     Returns:
       o: (b, t, h, v) in the type of v.
@@ -114,7 +116,8 @@ def dplr_delta_rule(
       b: where it is written; Diag(w) + b a^T should not lengthen vectors, or the state diverges.
       log_decay: log w <= 0, per head (b, t, h) or key channel (b, t, h, k); None for no decay.
       scale: of the queries; k^-1/2 if None.
-      initial_state, segment_ids, impl: as for `delta_rule`.
+      initial_state, segment_ids: as for `delta_rule`.
+      impl: "xla", "reference", or None for the best.
 
     Returns:
       o: (b, t, h, v) in the type of v.
