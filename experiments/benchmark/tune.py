@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmark import tune_linear_recurrence
+from experiments.benchmark import tune_delta_rule, tune_linear_recurrence
 from experiments.benchmark.timing import interleaved
 
-PROBLEMS = {"linear_recurrence": tune_linear_recurrence.problems}
+PROBLEMS = {"delta_rule": tune_delta_rule.problems, "linear_recurrence": tune_linear_recurrence.problems}
 PARTS = ("forward", "backward", "both")
 ALLOWED_ERROR = {"float32": 2e-5, "complex64": 2e-5, "bfloat16": 1e-2}
 
