@@ -20,8 +20,8 @@ of the pieces before its own. The forward pass then moves 5 numbers an element i
 of 5; small calls find the second reading in the L2 cache. `_plan` reckons whether that is worth it.
 
 A complex array is two arrays, real and imaginary: XLA removes `real(complex(re, im))` on both sides of the call. The tail
-of the sequence and channels beyond the last need no masks: copies in fill with zeros beyond the ends of an array, and
-copies out write nothing there.
+of the sequence and channels beyond the last need no masks: copies in fill with zeros beyond the ends of an array, copies
+out write nothing behind the last channel, and the last tile leaves step by step.
 
 Not done: a single launch with pieces, each waiting for the state of the one before (decoupled look-back). It would save
 the second reading, at the price of blocks that wait for blocks that may not be running.
@@ -500,9 +500,23 @@ class _Block:
     def send(self, index: Any, turn: Any, results: Any) -> None:
         """Sends tiles of results on their way, once all lanes have written them and read the inputs."""
         plgpu.commit_smem()
-        rows = pl.ds(index * self.plan.settings.steps, self.plan.settings.steps)
-        for tiles, ref in results:
-            plgpu.copy_smem_to_gmem(tiles.at[turn], ref.at[self.row, rows, self.channels])
+        time, steps = self.plan.time, self.plan.settings.steps
+        first, pairs = index * steps, list(results)
+
+        def copy(row, count):
+            for tiles, ref in pairs:
+                target = ref.at[self.row, pl.ds(first + row, count), self.channels]
+                plgpu.copy_smem_to_gmem(tiles.at[turn, pl.ds(row, count)], target)
+
+        if time % steps == 0:
+            copy(0, steps)
+            return
+        # Where a tile spans all channels, a copy goes on behind the end of time into the next row of the batch.
+        pl.when(first + steps <= time)(lambda: copy(0, steps))
+
+        @pl.when(first + steps > time)
+        def _():
+            jax.lax.fori_loop(0, time - first, lambda row, _: copy(row, 1), None)
 
 
 def _bytes(groups: Sequence[Planes]) -> int:
