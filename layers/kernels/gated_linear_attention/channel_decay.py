@@ -33,10 +33,11 @@ def within_chunks(q, k, g, bonus, same, scale, dtype, leaf):
     cut = (*lead, leaves, leaf, width)
     q, k = (scale * q).reshape(cut), k.reshape(cut)
     weights = _leaf_scores((exclusive, dtype), q, k, g.reshape(*g.shape[:-2], leaves, leaf, width))
-    diagonal = jnp.eye(leaf, dtype=bool)
-    own = q * k
-    here = jnp.sum(own if bonus is None else own * bonus[None, None, :, None, None], axis=-1)
-    weights = jnp.where(jnp.broadcast_to(diagonal, weights.shape), here[..., None], weights).astype(dtype)
+    if bonus is not None:
+        here = jnp.sum(q * k * bonus[None, None, :, None, None], axis=-1)
+        diagonal = jnp.broadcast_to(jnp.eye(leaf, dtype=bool), weights.shape)
+        weights = jnp.where(diagonal, here[..., None], weights)
+    weights = weights.astype(dtype)
     # Otherwise the compiler computes the leaves inside the concatenations below.
     weights = jax.lax.optimization_barrier(weights)
     block = 1
@@ -87,8 +88,10 @@ def _masked_sum(mask, x):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _leaf_scores(settings, q, k, g):
-    """sum_l q_il k_jl exp(sum of g_l over j + 1 .. i, or i - 1 if exclusive) for j < i, else 0: (..., s, s)."""
-    return _sum_pairs(q[..., :, None, :] * k[..., None, :, :] * _leaf_decay(settings, g), -1)
+    """sum_l q_il k_jl exp(sum of g_l over j + 1 .. i, or i - 1 if exclusive) for j < i (exclusive) or j <= i, else 0."""
+    exclusive, _ = settings
+    decay = _leaf_decay(settings, g, diagonal=not exclusive)
+    return _sum_pairs(q[..., :, None, :] * k[..., None, :, :] * decay, -1)
 
 
 def _sum_pairs(terms, axis):
@@ -109,16 +112,22 @@ def _sum_pairs(terms, axis):
     return jnp.where(largest < jnp.inf, total, jnp.nan)
 
 
-def _leaf_decay(settings, g):
+def _leaf_decay(settings, g, *, diagonal=False, keys_first=False):
+    """Decay from every key to every query after it, and with the `diagonal` to that of its own step, else 0.
+
+    (..., s, s, k): queries before keys, or after them with `keys_first`.
+    """
     exclusive, dtype = settings
     upto = jnp.tril(jnp.ones((g.shape[-2],) * 2, bool))
+    query, key = (-3, -2) if keys_first else (-2, -3)
     difference = 0
     for part in exact_parts(g, dtype):
         within = _masked_sum(upto, part)
         read = _masked_sum(jnp.tril(upto, -1), part) if exclusive else within
-        difference += read[..., :, None, :] - within[..., None, :, :]
-    below = jnp.broadcast_to(jnp.tril(upto, -1)[..., None], difference.shape)
-    return jnp.where(below, jnp.exp(jnp.where(below, jnp.minimum(difference, 0), 0)), 0)
+        difference += jnp.expand_dims(read, query) - jnp.expand_dims(within, key)
+    pairs = upto if diagonal else jnp.tril(upto, -1)
+    pairs = jnp.broadcast_to((pairs.T if keys_first else pairs)[..., None], difference.shape)
+    return jnp.where(pairs, jnp.exp(jnp.where(pairs, jnp.minimum(difference, 0), 0)), 0)
 
 
 def _leaf_forward(settings, q, k, g):
@@ -126,9 +135,11 @@ def _leaf_forward(settings, q, k, g):
 
 
 def _leaf_backward(settings, residuals, cotangent):
-    # The barriers keep the compiler from holding the decays of all pairs in memory for several sums.
+    # The barriers keep the compiler from holding the decays of all pairs in memory for several sums. Both sums run over
+    # the axis before the last two: over the other an H100 takes 2.7 times as long.
     q, k, g, cotangent = jax.lax.optimization_barrier((*residuals, cotangent))
-    dq = _sum_pairs(cotangent[..., None] * k[..., None, :, :] * _leaf_decay(settings, g), -2)
+    decay = _leaf_decay(settings, g, keys_first=True)
+    dq = _sum_pairs(cotangent.swapaxes(-1, -2)[..., None] * k[..., :, None, :] * decay, -3)
     q, k, g, cotangent, dq = jax.lax.optimization_barrier((q, k, g, cotangent, dq))
     dk = _sum_pairs(cotangent[..., None] * q[..., :, None, :] * _leaf_decay(settings, g), -3)
     exclusive, _ = settings
@@ -137,6 +148,9 @@ def _leaf_backward(settings, residuals, cotangent):
         dg = _masked_sum(jnp.triu(later, 1), q * dq) - _masked_sum(later, k * dk)
     else:
         dg = _masked_sum(later, q * dq - k * dk)
+        # The score of a step with itself has no decay: it takes no part in the sums above, which would only round it.
+        own = jnp.diagonal(cotangent, axis1=-2, axis2=-1)[..., None]
+        dq, dk = dq + own * k, dk + own * q
     return dq, dk, _sum_to(dg, g.shape)
 
 
