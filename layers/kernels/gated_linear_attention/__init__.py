@@ -7,13 +7,14 @@ import jax.numpy as jnp
 
 from layers.kernels import checks
 from layers.kernels.dispatch import Implementation, dispatch
-from layers.kernels.gated_linear_attention import reference, tpu, xla
+from layers.kernels.gated_linear_attention import gpu, reference, tpu, xla
 from layers.kernels.segments import segment_starts
 from layers.typing import Array, Float, Int
 
 __all__ = ["SMALLEST_DENOMINATOR", "Piece", "compose", "gated_linear_attention", "summarize"]
 
 IMPLEMENTATIONS = {
+    "gpu": Implementation(gpu.gated_linear_attention, gpu.refuses, gpu.automatic),
     "tpu": Implementation(tpu.gated_linear_attention, tpu.refuses, tpu.automatic),
     "xla": Implementation(xla.gated_linear_attention),
     "reference": Implementation(reference.gated_linear_attention, automatic=lambda **_: False),
@@ -69,8 +70,8 @@ def gated_linear_attention(
       initial_state: S_0, zero if absent; it belongs to the first real token.
       segment_ids: 0 is padding, which leaves the state as it is and has zero outputs; a change of id forgets the state
         (see `layers.kernels.segments`).
-      impl: "tpu" (at most one decay per head and step, no bonus, not normalised), "xla", "reference", or None for the
-        best.
+      impl: "gpu" (bfloat16) or "tpu", both with at most one decay per head and step, no bonus and not normalised;
+        "xla", "reference", or None for the best.
 
     Returns:
       o: (b, t, h, v), in the type of v.

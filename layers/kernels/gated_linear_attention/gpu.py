@@ -1,0 +1,275 @@
+"""`gated_linear_attention` on Hopper GPUs, with at most one decay per head and step; see gpu_kernels.py and gpu_backward.py."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from layers.kernels import mosaic_gpu
+from layers.kernels.gated_linear_attention import gpu_backward, gpu_kernels
+from layers.kernels.gated_linear_attention.gpu_kernels import CHUNK, KEEP, PART, READ, WRITE, Gates, Settings
+from layers.kernels.segments import segment_numbers
+from layers.kernels.varying import vary_as
+
+# Not tuned yet: `python -m experiments.benchmark tune` times the candidates.
+SETTINGS = Settings()
+
+# Whether `impl=None` may choose these kernels. They have run in the interpreter and through the compiler only.
+MEASURED = False
+
+WIDEST = 128  # keys and values of a head
+_PROCESSORS = 132  # of an H100
+_MAX_PIECES = 64
+_LOWEST = (
+    -100.0
+)  # a log-decay below this leaves nothing of a float32 either, and an infinity would meet zeros
+
+
+class Call(NamedTuple):
+    """What is static in a call."""
+
+    scale: float
+    heads: int
+    settings: Settings
+
+
+def refuses(q, k, v, log_decay, bonus, normalize, initial_state, **_: Any) -> str | None:
+    """Why these kernels cannot take a call, or None."""
+    if normalize:
+        return "normalize=True is not implemented; use impl='xla'"
+    if bonus is not None:
+        return "a bonus is not implemented; use impl='xla'"
+    if log_decay is not None and log_decay.ndim == 4:
+        return "a decay per key channel is not implemented; use impl='xla'"
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if x.dtype != jnp.bfloat16:
+            return f"{name} has dtype {x.dtype}, which matrix units would round; expected bfloat16"
+        if x.shape[3] > WIDEST:
+            return f"{name} has heads of {x.shape[3]}; expected at most {WIDEST}"
+    for name, x in {"log_decay": log_decay, "initial_state": initial_state}.items():
+        if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            return f"{name} has dtype {x.dtype}; expected float32 or narrower"
+    if any(jax.typeof(x).sharding.spec[1] is not None for x in (q, k, v)):
+        return f"v is sharded {jax.typeof(v).sharding.spec}; expected whole rows, time not sharded"
+    if q.shape[0] > mosaic_gpu.MAX_GRID:
+        return f"q has {q.shape[0]} rows; expected at most {mosaic_gpu.MAX_GRID}"
+    return mosaic_gpu.refusal(_probe)
+
+
+def automatic(q, k, v, **_: Any) -> bool:
+    """Whether `impl=None` takes these kernels, if they do not refuse: where sequences fill chunks, and heads matrices."""
+    if not MEASURED or jax.default_backend() != "gpu" or q.shape[1] < CHUNK:
+        return False
+    return k.shape[3] >= 32 and v.shape[3] >= 32 and not mosaic_gpu.left_to_partitioner()
+
+
+def gated_linear_attention(
+    q,
+    k,
+    v,
+    log_decay,
+    bonus,
+    scale,
+    normalize,
+    initial_state,
+    segment_ids,
+    smallest,
+    *,
+    settings: Settings | None = None,
+):
+    """Runs the kernels; the arguments are checked by the public function and by `refuses`.
+
+    Args:
+      settings: layout of the kernels, in place of the tuned one.
+    """
+    del bonus, normalize, smallest
+    batch, _, _, keys = q.shape
+    own = 1 if log_decay is None else log_decay.shape[0 if log_decay.ndim == 1 else 2]
+    heads, width = max(*(x.shape[2] for x in (q, k, v)), own), v.shape[3]
+    settings = settings or SETTINGS
+    state = jnp.zeros((batch, heads, keys, width), jnp.float32) if initial_state is None else initial_state
+    rows, split = _sharding(q, k, v, heads)
+
+    def head_axis(x, axis):
+        return split if x.shape[axis] == heads else None
+
+    arrays = {name: (x, P(rows, None, head_axis(x, 2), None)) for name, x in (("q", q), ("k", k), ("v", v))}
+    arrays["state"] = state.astype(jnp.float32), P(rows, split, None, None)
+    if log_decay is not None:
+        g = jnp.maximum(log_decay.astype(jnp.float32), _LOWEST)
+        g = g[None, None] if g.ndim == 1 else g
+        arrays["g"] = g, P(rows if g.shape[0] > 1 else None, None, head_axis(g, 2))
+    if segment_ids is not None:
+        arrays["number"] = segment_numbers(segment_ids), P(rows, None)
+
+    def run(*given):
+        given = dict(zip(arrays, (vary_as(x, *given) for x in given), strict=True))
+        return _padded(scale, settings, **given)
+
+    out_specs = P(rows, None, split, None), P(rows, split, None, None)
+    return mosaic_gpu.over_shards(run, *zip(*arrays.values(), strict=True), out_specs)
+
+
+def _sharding(q, k, v, heads):
+    """Mesh axes over which rows and heads are shared out: as those of v, heads only where all or one of them are given."""
+    rows, _, split, _ = jax.typeof(v).sharding.spec
+    if v.shape[2] != heads or any(x.shape[2] not in (1, heads) for x in (q, k)):
+        split = None
+    return rows, split
+
+
+def _padded(scale, settings, q, k, v, state, g=None, number=None):
+    """Runs on one device, with widths filled up to multiples of 64 and time to multiples of 8."""
+    time, keys, width = q.shape[1], q.shape[3], v.shape[3]
+    heads = state.shape[1]
+    missing = -time % 8
+    pads = ((0, 0), (0, missing), (0, 0))
+    q, k, v = (_pad(x, (*pads, (0, -x.shape[3] % PART))) for x in (q, k, v))
+    state = _pad(state, ((0, 0), (0, 0), (0, -keys % PART), (0, -width % PART)))
+    if g is not None:
+        g = jnp.broadcast_to(g, (q.shape[0], time, heads))
+        if number is not None:
+            g = jnp.where((number == 0)[..., None], 0, g)
+        g = _pad(g, pads)
+    if number is not None:
+        number = _pad(number, pads[:2])
+    o, final = _attend(q, k, v, g, number, state, Call(scale, heads, settings))
+    return o[:, :time, :, :width], final[:, :, :keys, :width]
+
+
+def _pad(x, pads):
+    return jnp.pad(x, pads) if any(after for _, after in pads) else x
+
+
+def gates(g, number, batch: int, time: int, call: Call) -> Gates:
+    """See `Gates`; g (b, t, h) is the log-decay, number (b, t) that of the segment of every step."""
+    count = -(-time // CHUNK)
+    missing = count * CHUNK - time
+    shape = (batch, call.heads, count, CHUNK)
+    sums = jnp.zeros(shape, jnp.float32)
+    if g is not None:
+        g = jnp.pad(g, ((0, 0), (0, missing), (0, 0))) * math.log2(math.e)
+        sums = jnp.cumsum(g.swapaxes(1, 2).reshape(shape), axis=-1)
+    total = sums[..., -1:]
+    read, write = call.scale * jnp.exp2(sums), jnp.exp2(jnp.minimum(total - sums, 0))
+    keep = jnp.broadcast_to(jnp.exp2(total), shape)
+    if number is None:
+        return Gates(jnp.stack([sums, read, write, keep], axis=3), sums[:, :, :, None])
+    number = jnp.pad(number, ((0, 0), (0, missing))).reshape(batch, 1, count, CHUNK)
+    leaving = jnp.maximum(jax.lax.cummax(number.max(3, keepdims=True), axis=2), 1)
+    entering = jnp.pad(leaving, ((0, 0), (0, 0), (1, 0), (0, 0)), constant_values=1)[:, :, :-1]
+    rows = [
+        sums,
+        jnp.where(number == entering, read, 0),
+        jnp.where(number == leaving, write, 0),
+        jnp.where(entering == leaving, keep, 0),
+        jnp.broadcast_to(jnp.where(number == 0, -1, number), shape).astype(jnp.float32),
+    ]
+    columns = jnp.broadcast_to(jnp.where(number == 0, -2, number), shape).astype(jnp.float32)
+    return Gates(jnp.stack(rows, axis=3), jnp.stack([sums, columns], axis=3))
+
+
+def piece_length(chunks: int, blocks: int, settings: Settings) -> int:
+    """Chunks a piece of the time axis: all of them if blocks of one piece fill the machine, else whole spans."""
+    spans = -(-chunks // settings.span)
+    pieces = settings.pieces or (1 if 2 * blocks > _PROCESSORS else _PROCESSORS // blocks)
+    pieces = min(pieces, spans, _MAX_PIECES)
+    return chunks if pieces == 1 else settings.span * -(-spans // pieces)
+
+
+def _at_pieces(x, y, given: Gates, factor, edge, length, settings, *, reverse):
+    """The states at which pieces start, in the order of the walk, (b, pieces, h, k, v); `edge` is the first, (b, h, k, v)."""
+    if length == given.chunks:
+        return edge[:, None]
+    added = gpu_kernels.effects(x, y, given, factor, reverse, length, settings)
+    keep = given.rows[:, :, :, KEEP, 0]
+    keep = jnp.pad(keep, ((0, 0), (0, 0), (0, -keep.shape[2] % length)), constant_values=1)
+    keep = keep.reshape(*keep.shape[:2], -1, length).prod(-1)
+
+    def step(state, piece):
+        keep, added = piece
+        return keep[..., None, None] * state + added, state
+
+    pieces = jnp.moveaxis(keep, 2, 0), jnp.moveaxis(added, 1, 0)
+    _, states = jax.lax.scan(step, edge, pieces, reverse=reverse, unroll=8)
+    return jnp.moveaxis(states, 0, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q, k, v, g, number, state, call):
+    """Outputs (b, t, h, v), in the type of v, and the final state (b, h, k, v), float32."""
+    o, states = forward(q, k, v, g, number, state, call, keep_states=False)
+    return o, states[:, :, -1]
+
+
+def forward(q, k, v, g, number, state, call, *, keep_states):
+    """Outputs, and states as `gpu_kernels.forward` gives them."""
+    batch, time, settings = q.shape[0], q.shape[1], call.settings
+    given = gates(g, number, batch, time, call)
+    parts = v.shape[3] // PART
+    count = gpu_kernels.together(*(call.heads // x.shape[2] for x in (q, k)), parts=parts)
+    length = piece_length(given.chunks, batch * call.heads * parts // count, settings)
+    entering = _at_pieces(k, v, given, WRITE, state, length, settings, reverse=False)
+    return gpu_kernels.forward(q, k, v, given, entering, call.scale, keep_states, length, settings)
+
+
+def _forward(q, k, v, g, number, state, call):
+    o, states = forward(q, k, v, g, number, state, call, keep_states=True)
+    return (o, states[:, :, -1]), (q, k, v, g, number, states)
+
+
+def gradients(call, residuals, cotangents):
+    """The backward pass, from (q, k, v, g, number, states) and the gradients of outputs and the final state."""
+    q, k, v, g, number, states = residuals
+    do, dfinal = cotangents
+    batch, time, settings = q.shape[0], q.shape[1], call.settings
+    given = gates(g, number, batch, time, call)
+    length = piece_length(given.chunks, batch * call.heads, settings)
+    dq, reads = gpu_backward.query_gradients(q, k, v, do, given, states, call.scale, length, settings)
+    # The interpreter cannot run two kernels at once.
+    do, dq, reads = jax.lax.optimization_barrier((do, dq, reads))
+    dleaving = _at_pieces(q, do, given, READ, dfinal, length, settings, reverse=True)
+    dk, dv, writes, flows, dstate = gpu_backward.key_value_gradients(
+        q, k, v, do, given, states, dleaving, call.scale, length, settings
+    )
+    dg = None if g is None else _decay_gradient(reads.sum(2) - writes, flows.sum(-1), time, settings)
+    dq, dk, dv = (_shared(dx, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
+    return dq, dk, dv, dg, None, dstate
+
+
+_attend.defvjp(_forward, gradients)
+
+
+def _decay_gradient(terms, flows, time, settings):
+    """(b, t, h): sums of terms (b, h, n, c) to the ends of spans, and of the flows (b, h, s) through these."""
+    batch, heads, spans = flows.shape
+    missing = spans * settings.span - terms.shape[2]
+    terms = jnp.pad(terms, ((0, 0), (0, 0), (0, missing), (0, 0))).reshape(batch, heads, spans, -1)
+    sums = jax.lax.cumsum(terms, axis=3, reverse=True) + flows[..., None]
+    return sums.reshape(batch, heads, -1)[:, :, :time].swapaxes(1, 2)
+
+
+def _shared(dx, heads):
+    """The gradient of an array whose `heads` heads are shared, from one a head."""
+    if dx.shape[2] == heads:
+        return dx
+    batch, time, count, width = dx.shape
+    dx = dx.reshape(batch, time, heads, count // heads, width)
+    return dx.sum(3, dtype=jnp.float32).astype(dx.dtype)
+
+
+def _probe() -> None:
+    """Lowers both passes of a small call."""
+
+    def loss(q, k, v, g, number, state):
+        o, final = _attend(q, k, v, g, number, state, Call(1.0, 1, SETTINGS))
+        return o.sum() + final.sum()
+
+    tokens = jax.ShapeDtypeStruct((1, 16, 1, 128), jnp.bfloat16)
+    g, number = jax.ShapeDtypeStruct((1, 16, 1), jnp.float32), jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    state = jax.ShapeDtypeStruct((1, 1, 128, 128), jnp.float32)
+    traced = jax.jit(jax.grad(loss, (0, 1, 2, 3, 5))).trace(tokens, tokens, tokens, g, number, state)
+    traced.lower(lowering_platforms=("cuda",))

@@ -1,0 +1,332 @@
+"""The Mosaic GPU kernels of `gated_linear_attention`, backward: one walk forwards in time for q, one backwards for k and v.
+
+With the state S that enters a chunk and the gradient R of the one that leaves it, and the notation of `chunked`,
+
+    dP = do v^T,    dq = b do S^T + (dP d scale) k,    R of the chunk before = a R + q^T (b do),
+    dk = w v R^T + (dP d scale)^T q,    dv = w k R + P^T do.
+
+`query_gradients` computes S again from the states that the forward pass kept, every warpgroup for 64 keys and all values;
+`key_value_gradients` carries R, 64 keys a warpgroup, of which one makes dv and the other dk.
+
+Every log-decay collects the terms of pairs of steps on either side of it. Those of dq . q are what a step reads, those of
+dk . k what it writes; so the sum of dq . q - dk . k over the steps from t to the end of the span, with the flow S . R through
+that end, is the gradient of log-decay t. Terms of pairs on one side cancel: they come from the same rounded factors within a
+chunk, and spans are short enough that what rounding leaves of the others stays below that of the operands.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from layers.kernels.gated_linear_attention.gpu_kernels import (
+    CHUNK,
+    KEEP,
+    PART,
+    READ,
+    WRITE,
+    Gates,
+    Settings,
+    Walk,
+    by_rows,
+    decays,
+    shared_head,
+)
+from layers.kernels.mosaic_gpu import in_registers, launch, matrices, pl, plgpu, product
+
+
+def query_gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    do: jax.Array,
+    gates: Gates,
+    states: jax.Array,
+    scale: float,
+    length: int,
+    settings: Settings,
+) -> tuple[jax.Array, jax.Array]:
+    """dq (b, t, h, k), in the type of q, and dq . q (b, h, parts of keys, n, c), float32.
+
+    Args:
+      states: as `forward` gives them; pieces are of whole spans, if there are several.
+    """
+    batch, time, _, keys = q.shape
+    heads, width = gates.rows.shape[1], v.shape[3]
+    count, stages = keys // PART, settings.stages
+    walk = Walk(gates.chunks, length, stages)
+    scratch = {
+        "q_tiles": matrices((count, stages, CHUNK, PART), q.dtype),
+        "k_tiles": matrices((count, stages, CHUNK, PART), k.dtype),
+        "v_tiles": matrices((stages, CHUNK, width), v.dtype),
+        "do_tiles": matrices((stages, CHUNK, width), do.dtype),
+        "row_tiles": plgpu.SMEM((stages, *gates.rows.shape[3:]), jnp.float32),
+        "column_tiles": plgpu.SMEM((stages, *gates.columns.shape[3:]), jnp.float32),
+        "state_tile": matrices((count, PART, width), v.dtype),
+        "written_tile": matrices((count, CHUNK, PART), k.dtype),
+        "dq_tile": matrices((count, CHUNK, PART), q.dtype),
+        "full": plgpu.Barrier(num_arrivals=4 + 2 * count, num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=count, num_barriers=stages),
+    }
+
+    def body(*, q, k, v, do, rows, columns, states, dq, reads, **tiles):
+        (q,), (k,), (v,), (do,), (rows,), (columns,) = q, k, v, do, rows, columns
+        (states,), (dq,), (reads,) = states, dq, reads
+        me, row, piece = (
+            jax.lax.axis_index("warpgroup"),
+            jax.lax.axis_index("row"),
+            jax.lax.axis_index("piece"),
+        )
+        head, lanes = jax.lax.axis_index("head"), pl.ds(me * PART, PART)
+        q_tiles, k_tiles = tiles["q_tiles"].at[me], tiles["k_tiles"].at[me]
+        v_tiles, do_tiles = tiles["v_tiles"], tiles["do_tiles"]
+        row_tiles, column_tiles = tiles["row_tiles"], tiles["column_tiles"]
+        state_tile, written_tile, dq_tile = (
+            tiles[f"{name}_tile"].at[me] for name in ("state", "written", "dq")
+        )
+        full, free = tiles["full"], tiles["free"]
+
+        def fetch(chunk, slot):
+            steps, barrier = pl.ds(chunk * CHUNK, CHUNK), full.at[slot]
+            for source, target in ((q, q_tiles), (k, k_tiles)):
+                at = shared_head(head, heads, source.shape[2])
+                plgpu.copy_gmem_to_smem(source.at[row, steps, at, lanes], target.at[slot], barrier)
+
+            @pl.when(me == 0)
+            def _():
+                for source, target in ((v, v_tiles), (do, do_tiles)):
+                    at = shared_head(head, heads, source.shape[2])
+                    plgpu.copy_gmem_to_smem(source.at[row, steps, at], target.at[slot], barrier)
+                for source, target in ((rows, row_tiles), (columns, column_tiles)):
+                    plgpu.copy_gmem_to_smem(source.at[row, head, chunk], target.at[slot], barrier)
+
+        def step(chunk, slot, refill, state):
+            plgpu.barrier_wait(full.at[slot])
+            factors, keys = row_tiles.at[slot], in_registers(k_tiles.at[slot]).astype(jnp.float32)
+            state_tile[...] = state.astype(v.dtype)
+            written_tile[...] = (keys * by_rows(factors.at[WRITE], PART)).astype(k.dtype)
+            plgpu.commit_smem()
+            scores = product(do_tiles.at[slot], v_tiles.at[slot].T)
+            scores = scale * scores * decays(factors, column_tiles.at[slot])
+            gradient = product(do_tiles.at[slot], state_tile.T) * by_rows(factors.at[READ], PART)
+            gradient = product(scores.astype(k.dtype), k_tiles.at[slot], gradient)
+            state = product(written_tile.T, v_tiles.at[slot], state * row_tiles[slot, KEEP, 0])
+            read = gradient * in_registers(q_tiles.at[slot]).astype(jnp.float32)
+            reads[row, head, me, chunk] = read.sum(axis=1)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            dq_tile[...] = gradient.astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(dq_tile, dq.at[row, pl.ds(chunk * CHUNK, CHUNK), head, lanes])
+            if count > 1:
+                plgpu.barrier_arrive(free.at[slot])
+                pl.when(me == 0)(lambda: plgpu.barrier_wait(free.at[slot]))
+            refill()
+            return state
+
+        span = piece * (walk.length // settings.span)
+        state = 1.0 * in_registers(states.at[row, head, span, lanes])
+        walk.run(fetch, step, state)
+        plgpu.wait_smem_to_gmem(0)
+
+    reads = (batch, heads, count, gates.chunks, CHUNK)
+    results = launch(
+        body,
+        name="gated_linear_attention_queries",
+        grid={"row": batch, "piece": walk.pieces, "head": heads},
+        inputs={
+            "q": (q,),
+            "k": (k,),
+            "v": (v,),
+            "do": (do,),
+            "rows": (gates.rows,),
+            "columns": (gates.columns,),
+            "states": (states,),
+        },
+        outputs={
+            "dq": (jax.ShapeDtypeStruct((batch, time, heads, keys), q.dtype),),
+            "reads": (jax.ShapeDtypeStruct(reads, jnp.float32),),
+        },
+        scratch=scratch,
+        warpgroups=count,
+    )
+    return results["dq"][0], results["reads"][0]
+
+
+def key_value_gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    do: jax.Array,
+    gates: Gates,
+    states: jax.Array,
+    dleaving: jax.Array,
+    scale: float,
+    length: int,
+    settings: Settings,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """dk (b, t, h, k), dv (b, t, h, v), dk . k (b, h, n, c), flows (b, h, s, k) and the gradient of the first state.
+
+    Args:
+      states: as `forward` gives them.
+      dleaving: (b, pieces, h, k, v), float32: the gradient of the state at the end of every piece.
+    """
+    batch, time, _, keys = q.shape
+    heads, width = gates.rows.shape[1], v.shape[3]
+    parts, stages, spans = keys // PART, settings.stages, states.shape[2] - 1
+    walk = Walk(gates.chunks, length, stages, reverse=True)
+    scratch = {
+        "q_tiles": tuple(matrices((stages, CHUNK, PART), q.dtype) for _ in range(parts)),
+        "k_tiles": tuple(matrices((stages, CHUNK, PART), k.dtype) for _ in range(parts)),
+        "v_tiles": matrices((stages, CHUNK, width), v.dtype),
+        "do_tiles": matrices((stages, CHUNK, width), do.dtype),
+        "row_tiles": plgpu.SMEM((stages, *gates.rows.shape[3:]), jnp.float32),
+        "column_tiles": plgpu.SMEM((stages, *gates.columns.shape[3:]), jnp.float32),
+        "leaving_tile": tuple(matrices((PART, width), v.dtype) for _ in range(parts)),
+        "read_tile": tuple(matrices((CHUNK, PART), q.dtype) for _ in range(parts)),
+        "dk_tile": tuple(matrices((CHUNK, PART), k.dtype) for _ in range(parts)),
+        "dv_tile": matrices((CHUNK, width), v.dtype),
+        "full": plgpu.Barrier(num_arrivals=4 + 2 * parts, num_barriers=stages),
+        "ready": plgpu.Barrier(num_arrivals=2),
+        "done": plgpu.Barrier(num_arrivals=2),
+    }
+
+    def body(*, q, k, v, do, rows, columns, states, dleaving, dk, dv, writes, flows, dentering, **tiles):
+        (q,), (k,), (v,), (do,), (rows,), (columns,) = q, k, v, do, rows, columns
+        (states,), (dleaving,), (dk,), (dv,) = states, dleaving, dk, dv
+        (writes,), (flows,), (dentering,) = writes, flows, dentering
+        q_tiles, k_tiles, v_tiles, do_tiles = (tiles[f"{name}_tiles"] for name in ("q", "k", "v", "do"))
+        row_tiles, column_tiles = tiles["row_tiles"], tiles["column_tiles"]
+        leaving_tile, read_tile = tiles["leaving_tile"], tiles["read_tile"]
+        full, ready, done = tiles["full"], tiles["ready"], tiles["done"]
+        row, piece, head = (jax.lax.axis_index(name) for name in ("row", "piece", "head"))
+
+        def fetch(chunk, slot):
+            steps, barrier = pl.ds(chunk * CHUNK, CHUNK), full.at[slot]
+            for source, target in ((q, q_tiles), (k, k_tiles)):
+                at = shared_head(head, heads, source.shape[2])
+                for part in range(parts):
+                    columns_ = pl.ds(part * PART, PART)
+                    tile = target[part].at[slot]
+                    plgpu.copy_gmem_to_smem(source.at[row, steps, at, columns_], tile, barrier)
+            for source, target in ((v, v_tiles), (do, do_tiles)):
+                at = shared_head(head, heads, source.shape[2])
+                plgpu.copy_gmem_to_smem(source.at[row, steps, at], target.at[slot], barrier)
+            for source, target in ((rows, row_tiles), (columns, column_tiles)):
+                plgpu.copy_gmem_to_smem(source.at[row, head, chunk], target.at[slot], barrier)
+
+        def of_values(chunk, slot):
+            """dv, by the first warpgroup."""
+            factors = row_tiles.at[slot]
+            weights = None
+            for part in range(parts):
+                weights = product(k_tiles[part].at[slot], q_tiles[part].at[slot].T, weights)
+            weights = scale * weights * decays(factors, column_tiles.at[slot], transposed=True)
+            gradient = None
+            for part in range(parts):
+                gradient = product(k_tiles[part].at[slot], leaving_tile[part], gradient)
+            gradient = gradient * by_rows(factors.at[WRITE], width)
+            gradient = product(weights.astype(do.dtype), do_tiles.at[slot], gradient)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            tiles["dv_tile"][...] = gradient.astype(v.dtype)
+            plgpu.commit_smem()
+            target = dv.at[row, pl.ds(chunk * CHUNK, CHUNK), head]
+            plgpu.copy_smem_to_gmem(tiles["dv_tile"], target)
+
+        def of_keys(chunk, slot):
+            """dk, by the second warpgroup."""
+            factors, dk_tile = row_tiles.at[slot], tiles["dk_tile"]
+            scores = product(v_tiles.at[slot], do_tiles.at[slot].T)
+            scores = scale * scores * decays(factors, column_tiles.at[slot], transposed=True)
+            scores = scores.astype(q.dtype)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            written = 0.0
+            for part in range(parts):
+                gradient = product(v_tiles.at[slot], leaving_tile[part].T)
+                gradient = gradient * by_rows(factors.at[WRITE], PART)
+                gradient = product(scores, q_tiles[part].at[slot], gradient)
+                keys = in_registers(k_tiles[part].at[slot]).astype(jnp.float32)
+                written = written + (gradient * keys).sum(axis=1)
+                dk_tile[part][...] = gradient.astype(k.dtype)
+            writes[row, head, chunk] = written
+            plgpu.commit_smem()
+            steps = pl.ds(chunk * CHUNK, CHUNK)
+            for part in range(parts):
+                lanes = pl.ds(part * PART, PART)
+                plgpu.copy_smem_to_gmem(dk_tile[part], dk.at[row, steps, head, lanes])
+
+        def walk_as(me):
+            """What warpgroup `me` does; it carries the gradients of the states of the keys of part `me`, if any."""
+            lanes = pl.ds(me * PART, PART)
+            mine = me < parts
+
+            def flow(span, leaving):
+                state = in_registers(states.at[row, head, span + 1, lanes])
+                flows[row, head, span, lanes] = (state * leaving).sum(axis=1)
+
+            def step(chunk, slot, refill, leaving):
+                if mine:
+                    last = jnp.logical_or(
+                        jax.lax.rem(chunk + 1, settings.span) == 0, chunk == walk.chunks - 1
+                    )
+                    pl.when(last)(lambda: flow(jax.lax.div(chunk, settings.span), leaving))
+                plgpu.barrier_wait(full.at[slot])
+                if mine:
+                    queries = in_registers(q_tiles[me].at[slot]).astype(jnp.float32)
+                    read = queries * by_rows(row_tiles.at[slot, READ], PART)
+                    read_tile[me][...] = read.astype(q.dtype)
+                    leaving_tile[me][...] = leaving.astype(v.dtype)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ready)
+                plgpu.barrier_wait(ready)
+                (of_keys if me else of_values)(chunk, slot)
+                if mine:
+                    keep = row_tiles[slot, KEEP, 0]
+                    leaving = product(read_tile[me].T, do_tiles.at[slot], leaving * keep)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(done)
+                plgpu.barrier_wait(done)
+                if me == 0:
+                    refill()
+                return leaving
+
+            leaving = None
+            if mine:
+                leaving = 1.0 * in_registers(dleaving.at[row, piece, head, lanes])
+            leaving = walk.run(fetch if me == 0 else lambda *_: None, step, leaving)
+            if mine:
+
+                @pl.when(piece == 0)
+                def _():
+                    dentering[row, head, lanes] = leaving
+
+            plgpu.wait_smem_to_gmem(0)
+
+        for me in range(2):
+            pl.when(jax.lax.axis_index("warpgroup") == me)(lambda me=me: walk_as(me))
+
+    def float32(*shape):
+        return (jax.ShapeDtypeStruct(shape, jnp.float32),)
+
+    results = launch(
+        body,
+        name="gated_linear_attention_keys_values",
+        grid={"row": batch, "piece": walk.pieces, "head": heads},
+        inputs={
+            "q": (q,),
+            "k": (k,),
+            "v": (v,),
+            "do": (do,),
+            "rows": (gates.rows,),
+            "columns": (gates.columns,),
+            "states": (states,),
+            "dleaving": (dleaving,),
+        },
+        outputs={
+            "dk": (jax.ShapeDtypeStruct((batch, time, heads, keys), k.dtype),),
+            "dv": (jax.ShapeDtypeStruct((batch, time, heads, width), v.dtype),),
+            "writes": float32(batch, heads, gates.chunks, CHUNK),
+            "flows": float32(batch, heads, spans, keys),
+            "dentering": float32(batch, heads, keys, width),
+        },
+        scratch=scratch,
+        warpgroups=2,
+    )
+    return tuple(results[name][0] for name in ("dk", "dv", "writes", "flows", "dentering"))
