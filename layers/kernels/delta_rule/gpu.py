@@ -19,6 +19,7 @@ MEASURED = False
 
 SHORTEST = 128
 WIDEST = 128  # features of keys and of values
+ROWS = 8  # tokens in a tile of shared memory, of which copies take whole ones
 
 # What decays more is 0 in bfloat16 as well, and sums over a chunk keep their digits.
 STRONGEST = -100.0
@@ -117,8 +118,13 @@ def _local(
     scale, normalize_qk, settings, q, k, v, beta, log_decay=None, initial_state=None, segment_ids=None
 ):
     """The rule on one device: masks, norms and decays here, the rest in kernels."""
-    batch, _, heads, value_dim = v.shape
+    batch, time, heads, value_dim = v.shape
     key_dim = k.shape[-1]
+    if missing := -time % ROWS:  # zeros are no-ops
+        arrays = q, k, v, beta, log_decay, segment_ids
+        q, k, v, beta, log_decay, segment_ids = jax.tree.map(
+            lambda x: jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)), arrays
+        )
     if segment_ids is not None:
         real = (segment_ids != 0)[..., None]
         beta = jnp.where(real, beta, 0)
@@ -135,7 +141,7 @@ def _local(
     vectors = token_vectors(beta, log_decay, segment_ids)
     q, k, vectors, state = (vary_as(x, v, q, k, beta) for x in (q, k, vectors, state))
     o, final = _rule(q, k, vary_as(v, q), vectors, state, scale, settings)
-    return o[..., :value_dim], jnp.swapaxes(final, 2, 3)[:, :, :key_dim, :value_dim]
+    return o[:, :time, :, :value_dim], jnp.swapaxes(final, 2, 3)[:, :, :key_dim, :value_dim]
 
 
 def _normalized(x):

@@ -285,6 +285,7 @@ class Chain:
             slot = jax.lax.rem(turn, stages)
             plgpu.barrier_wait(self._arrived.at[slot])
             carry = step(place(turn), slot, carry)
+            plgpu.commit_smem()  # what this warpgroup read here, a copy may now overwrite
             plgpu.barrier_arrive(self._used.at[slot])
             return carry
 

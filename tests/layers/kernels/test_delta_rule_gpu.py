@@ -1,0 +1,287 @@
+"""The Hopper kernels of `delta_rule`: under the interpreter and through the compiler here, and on a GPU.
+
+The interpreter fills memory with NaN beforehand, also the outputs. On a GPU, `poisoned` does.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from layers.kernels import mosaic_gpu
+from layers.kernels.delta_rule import DELTA_RULE, delta_rule, gpu
+from layers.kernels.delta_rule.cases import SUITE
+from layers.kernels.delta_rule.gpu import Settings
+from tests.layers.kernels import test_primitives as shared
+
+TAKEN = [case for case in SUITE.cases if "channel" not in case.name]
+TOLERANCE = shared.TOLERANCE["bfloat16"]
+SHORT = Settings(forward=2, states=2, backward=1)
+by_case = pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
+
+
+def arguments_of(rng, batch, time, *, groups=1, heads=2, key_dim=64, value_dim=64, decay=True):
+    """Random arguments in bfloat16 with an initial state; keys of norm 1."""
+    k = rng.standard_normal((batch, time, groups, key_dim))
+    arguments = {
+        "q": rng.standard_normal(k.shape),
+        "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
+        "v": rng.standard_normal((batch, time, heads, value_dim)),
+        "beta": rng.uniform(0.05, 0.95, (batch, time, heads)),
+        "initial_state": rng.standard_normal((batch, heads, key_dim, value_dim)),
+    }
+    if decay:
+        arguments["log_decay"] = -rng.exponential(0.2, (batch, time, heads))
+    return shared.cast(arguments, "bfloat16")
+
+
+def ids_of(rng, batch, time, often=0.03):
+    """Packed segments with padding in between."""
+    real = rng.random((batch, time)) < 0.9
+    return jnp.asarray((1 + np.cumsum(rng.random((batch, time)) < often, axis=1)) * real, jnp.int32)
+
+
+def check(arguments, **options):
+    """Compares outputs and all gradients with the float64 reference; `options` go to the call."""
+    case = dataclasses.replace(TAKEN[0], options={})
+    with jax.enable_x64(True):
+        exact = jax.tree.map(jnp.asarray, shared.wide(arguments))
+        shapes = jax.eval_shape(lambda a: shared.call(SUITE, case, "reference", a, **options), exact)
+        weights = shared.weights_like(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
+        want = shared.value_and_gradients(SUITE, case, "reference", exact, weights, **options)
+        want = jax.tree.map(np.asarray, want)
+    got = shared.value_and_gradients(SUITE, case, "gpu", arguments, weights, **options)
+    shared.close(got[0], want[0], TOLERANCE, "outputs")
+    shared.close_gradients(got[1], want[1], arguments, want[0], weights, TOLERANCE)
+    for name, gradient in got[1].items():
+        assert gradient.dtype == arguments[name].dtype
+    assert [x.dtype for x in got[0]] == [jnp.bfloat16, jnp.float32]
+
+
+@by_case
+def test_interpreted(case):
+    """Segments, padding and an odd length, in two chunks."""
+    arguments = shared.cast(shared.draw(case, 1, 90), "bfloat16")
+    with mosaic_gpu.interpreted():
+        check(arguments, segment_ids=ids_of(np.random.default_rng(1), 1, 90), **case.options)
+
+
+def test_interpreted_wide_heads():
+    """Heads that take two warpgroups, three chunks, heads that share a key, no segments."""
+    rng = np.random.default_rng(2)
+    with mosaic_gpu.interpreted():
+        check(arguments_of(rng, 1, 150, key_dim=128, value_dim=80))
+
+
+def test_interpreted_padding_holds_anything():
+    """What stands at padding has no influence, not even NaN, and takes no gradient."""
+    rng = np.random.default_rng(3)
+    ids = jnp.concatenate([jnp.zeros((1, 5), jnp.int32), jnp.ones((1, 20), jnp.int32)], axis=1)
+    arguments = arguments_of(rng, 1, 25, heads=1)
+
+    def loss(arguments):
+        return sum(x.astype(jnp.float32).sum() for x in delta_rule(**arguments, segment_ids=ids, impl="gpu"))
+
+    spoilt = {
+        name: x if name == "initial_state" else x.at[:, :5].set(jnp.nan) for name, x in arguments.items()
+    }
+    with mosaic_gpu.interpreted():
+        got = jax.jit(jax.value_and_grad(loss))(spoilt)
+        want = jax.jit(jax.value_and_grad(loss))(arguments)
+    shared.close(got, jax.tree.map(np.asarray, want), 0.0, "loss and gradients")
+    assert all(not np.asarray(got[1][name])[:, :5].any() for name in got[1] if name != "initial_state")
+
+
+def test_interpreted_under_transformations():
+    arguments = arguments_of(np.random.default_rng(4), 2, 20, heads=1)
+    want = jax.tree.map(np.asarray, delta_rule(**arguments, impl="reference"))
+
+    def run(arguments):
+        return delta_rule(**arguments, impl="gpu")
+
+    with mosaic_gpu.interpreted():
+        mapped = jax.jit(jax.vmap(run))(jax.tree.map(lambda x: x[:, None], arguments))
+        shared.close(jax.tree.map(lambda x: x[:, 0], mapped), want, TOLERANCE, "vmap")
+        shared.close(over_one_device(run)(arguments), want, TOLERANCE, "shard_map")
+
+
+def over_one_device(function):
+    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
+
+
+@pytest.mark.parametrize("fenced", [True, False])
+def test_races(monkeypatch, capsys, fenced):
+    """Buffers are used again only after all warpgroups and copies are done with them; without fences that shows."""
+    if not fenced:
+        monkeypatch.setattr(mosaic_gpu.plgpu, "commit_smem", lambda: None)
+    monkeypatch.setattr(gpu, "SETTINGS", SHORT)
+    arguments = arguments_of(np.random.default_rng(5), 1, 150, heads=1, value_dim=128)
+
+    def loss(arguments):
+        return sum(x.astype(jnp.float32).sum() for x in delta_rule(**arguments, impl="gpu"))
+
+    with mosaic_gpu.interpreted(detect_races=True):
+        jax.block_until_ready(jax.jit(jax.grad(loss))(arguments))
+    assert ("RACE DETECTED" in capsys.readouterr().out) != fenced
+
+
+def both(run):
+    def passes(*arguments):
+        output, pullback = jax.vjp(run, *arguments)
+        return output, pullback(output)
+
+    return passes
+
+
+@pytest.mark.parametrize("segments", [True, False])
+def test_lowers_for_a_gpu(segments):
+    """The compiler's front end takes both passes: two kernels forward, four backward."""
+    shapes = [((2, 200, 2, 128), jnp.bfloat16)] * 2 + [((2, 200, 4, 128), jnp.bfloat16)]
+    shapes += [((2, 200, 4), jnp.float32)] * 2 + [((2, 4, 128, 128), jnp.float32)]
+    ids = jnp.ones((2, 200), jnp.int32) if segments else None
+
+    def run(q, k, v, beta, log_decay, state):
+        return gpu.delta_rule(q, k, v, beta, log_decay, 0.1, True, state, ids)
+
+    traced = jax.jit(both(run)).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 6
+
+
+@pytest.mark.parametrize("groups, across", [(4, "model"), (1, None)], ids=["heads", "shared"])
+def test_explicit_mesh(groups, across):
+    """Rows are shared out, and heads if queries and keys have enough; time is not."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2)
+
+    def array(shape, spec, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    def run(q, k, v, beta):
+        return gpu.delta_rule(q, k, v, beta, None, 0.1, False, None, None)
+
+    rows = P("data", None, "model", None)
+    keys = array((8, 70, groups, 64), rows if across else P("data"))
+    with jax.set_mesh(mesh):
+        traced = jax.jit(both(run)).trace(
+            keys, keys, array((8, 70, 4, 64), rows), array((8, 70, 4), P("data", None, "model"), jnp.float32)
+        )
+        lowered = traced.lower(lowering_platforms=("cuda",))
+        heads = 2 if across else 4
+        assert f"tensor<2x72x{heads}x64xbf16>" in lowered.as_text()
+        assert lowered.out_info[0][0].sharding.spec == P("data", None, across, None)
+        in_time = jnp.zeros((2, 16, 1, 64), jnp.bfloat16, out_sharding=P(None, "data"))
+        beta = jnp.zeros((2, 16, 1))
+        assert "expected whole rows" in gpu.refuses(in_time, in_time, in_time, beta, None, None)
+
+
+def test_refusals(monkeypatch):
+    """The reason is given when asked for by name; otherwise XLA computes."""
+    arguments = arguments_of(np.random.default_rng(6), 1, 5, key_dim=8, value_dim=8)
+    with pytest.raises(ValueError, match="impl='gpu' .* needs a Hopper GPU; JAX computes on cpu"):
+        delta_rule(**arguments, impl="gpu")
+    wide = jnp.zeros((1, 5, 2, 136), jnp.bfloat16)
+    per_channel = jnp.zeros((1, 5, 2, 8))
+    for change, message in (
+        ({"v": arguments["v"].astype(jnp.float32)}, "v has dtype float32; expected bfloat16"),
+        ({"v": wide, "initial_state": None}, "v has 136 features a head; expected at most 128"),
+        ({"log_decay": per_channel}, r"log_decay has shape \(1, 5, 2, 8\); expected one decay a head"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            delta_rule(**arguments | change, impl="gpu")
+    with jax.enable_x64(True), pytest.raises(ValueError, match="beta has dtype float64"):
+        delta_rule(**arguments | {"beta": arguments["beta"].astype(jnp.float64)}, impl="gpu")
+    monkeypatch.setattr(gpu, "MEASURED", True)
+    assert not gpu.automatic(**arguments)
+    delta_rule(**arguments)
+
+
+def test_left_to_xla_until_measured():
+    assert not gpu.MEASURED
+    assert next(iter(DELTA_RULE)) == "gpu"
+
+
+def test_probe_lowers():
+    gpu._probe()
+
+
+def poisoned(size):
+    """Fills memory that the next results will be put in with NaN, and gives it back."""
+    filled = [jnp.full((size,), jnp.nan, jnp.float32) for _ in range(4)]
+    jax.block_until_ready(filled)
+    for array in filled:
+        array.delete()
+
+
+@pytest.mark.gpu
+@by_case
+@pytest.mark.parametrize("time", [1, 2, 37, 130, 1000])
+@pytest.mark.parametrize("segments", [True, False])
+def test_shared_cases_on_gpu(case, time, segments):
+    poisoned(2**26)
+    rng = np.random.default_rng()
+    arguments = shared.cast(shared.draw(case, 2, time, seed=int(rng.integers(2**31))), "bfloat16")
+    ids = {"segment_ids": ids_of(rng, 2, time)} if segments else {}
+    check(arguments, **ids, **case.options)
+
+
+SHAPES = {
+    "128": {"batch": 2, "time": 1000, "groups": 3, "heads": 3, "key_dim": 128, "value_dim": 128},
+    "64": {"batch": 3, "time": 517, "groups": 2, "heads": 4, "key_dim": 64, "value_dim": 64},
+    "wide values": {"batch": 2, "time": 300, "groups": 1, "heads": 2, "key_dim": 64, "value_dim": 128},
+    "wide keys": {"batch": 2, "time": 300, "groups": 1, "heads": 2, "key_dim": 96, "value_dim": 40},
+    "whole chunks": {"batch": 1, "time": 512, "groups": 2, "heads": 2, "key_dim": 128, "value_dim": 128},
+    "many rows": {"batch": 150, "time": 65, "groups": 2, "heads": 2, "key_dim": 64, "value_dim": 64},
+    "one long row": {"batch": 1, "time": 8192, "groups": 2, "heads": 2, "key_dim": 128, "value_dim": 128},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_gpu(shape, decay):
+    """Fresh random inputs, with segments or without."""
+    rng = np.random.default_rng()
+    sizes = SHAPES[shape]
+    arguments = arguments_of(rng, decay=decay, **sizes)
+    with_segments = (list(SHAPES).index(shape) + decay) % 2
+    options = {"segment_ids": ids_of(rng, sizes["batch"], sizes["time"], 0.01)} if with_segments else {}
+    poisoned(2**27)
+    check(arguments, scale=0.2, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [SHORT, Settings(forward=1, states=1), Settings(states=4)])
+def test_layouts_on_gpu(monkeypatch, settings):
+    monkeypatch.setattr(gpu, "SETTINGS", settings)
+    rng = np.random.default_rng()
+    poisoned(2**26)
+    check(arguments_of(rng, 2, 777, key_dim=128, value_dim=128), segment_ids=ids_of(rng, 2, 777))
+
+
+@pytest.mark.gpu
+def test_transformations_on_gpu():
+    arguments = arguments_of(np.random.default_rng(), 8, 150, groups=2)
+
+    def run(arguments):
+        return delta_rule(**arguments, impl="gpu")
+
+    def loss(arguments):
+        return sum(x.astype(jnp.float32).sum() for x in run(arguments))
+
+    def merge(tree):
+        return jax.tree.map(lambda x: x.reshape(8, *x.shape[2:]), tree)
+
+    split = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), arguments)
+    for name, function in (("outputs", run), ("gradients", jax.grad(loss))):
+        want = jax.tree.map(np.asarray, function(arguments))
+        for transform, got in {
+            "jit": jax.jit(function)(arguments),
+            "checkpoint": jax.checkpoint(function)(arguments),
+            "vmap": merge(jax.vmap(function)(split)),
+            "scan": merge(jax.lax.map(function, split)),
+            "shard_map": over_one_device(function)(arguments),
+        }.items():
+            shared.close(got, want, 1e-3, f"{name} under {transform}")
