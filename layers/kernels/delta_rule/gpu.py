@@ -203,7 +203,8 @@ def gradients(scale, settings, residuals, cotangents):
     chain = gpu_backward.chain(q, k, do, vectors, made, dfinal, scale, settings.backward)
     local = gpu_backward.chunk_gradients(q, k, v, do, vectors, made, states["states"], chain, scale)
     dq, dk = (_over_group(local[name], q) for name in ("dq", "dk"))
-    return dq, dk, chain["dv"], _vector_gradients(local["dvectors"], vectors), chain["dstate"]
+    dvectors = gpu_backward.vector_gradients(local["dvectors"], vectors, k.shape[-1])
+    return dq, dk, chain["dv"], dvectors, chain["dstate"]
 
 
 _rule.defvjp(_forward, gradients)
@@ -216,15 +217,6 @@ def _over_group(gradient, like):
         return gradient
     gradient = gradient.reshape(batch, time, groups, -1, key_dim).astype(jnp.float32)
     return gradient.sum(3).astype(like.dtype)
-
-
-def _vector_gradients(parts, vectors):
-    """From the sums that the kernel makes, over rows and over columns of squares."""
-    by_row, by_column, dbeta_row, dbeta_column, into, onward, total = (parts[..., i, :] for i in range(7))
-    into = into.at[..., -1].add(total.sum(-1))
-    rows = [by_row - by_column, dbeta_row + dbeta_column, into, onward]
-    rows += [jnp.zeros_like(into)] * (vectors.shape[3] - len(rows))
-    return jnp.stack(rows, axis=3)
 
 
 def _probe() -> None:
