@@ -89,6 +89,7 @@ def test_the_example_is_one_file_and_a_line_here_and_there():
     }
 
 
+@pytest.mark.slow
 def test_the_example_passes_the_contract_and_learns(tree):
     (selection,) = arguments_of("make test ARGS=")
     output = run(tree, "pytest", "-v", CONTRACT, TRAINING, *shlex.split(selection))
@@ -100,6 +101,7 @@ def test_the_example_passes_the_contract_and_learns(tree):
     assert passed == {name for name in wanted if name.startswith("test_")} | {"test_two_layers_learn"}
 
 
+@pytest.mark.slow
 def test_the_example_trains_by_its_name_in_a_config(tree):
     arguments = arguments_of(".venv/bin/python -m experiments.train ")
     output = run(tree, "experiments.train", *arguments, *BRIEFLY.split())

@@ -87,6 +87,7 @@ def test_a_finished_run_holds_all_that_is_needed(whole):
     assert [line["step"] for line in lines(whole, "train")] == list(range(1, 25))
 
 
+@pytest.mark.slow
 def test_kills_at_any_moment_change_nothing(whole, tmp_path):
     workdir = tmp_path / "killed and resumed"  # a space in the path, too
 

@@ -75,7 +75,14 @@ def train(model):
     return run(params, stats)
 
 
-@pytest.mark.parametrize("changes", [{"scan": False}, {"remat": "full"}, {"scan": False, "remat": "dots"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scan": False},
+        pytest.param({"remat": "full"}, marks=pytest.mark.slow),
+        pytest.param({"scan": False, "remat": "dots"}, marks=pytest.mark.slow),
+    ],
+)
 def test_scan_and_remat_change_nothing(changes):
     want, got = train(make()), train(make(**changes))
     for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):

@@ -116,6 +116,7 @@ def test_a_scan_may_run_all_layers_as_it_runs_the_first(name):
     jax.tree.map(np.testing.assert_array_equal, constants, others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(LINES))
 def test_two_layers_learn(name):
     if nnx.eval_shape(lambda: model_of(LINES[name], **CLASSIFIER)).stack.causal:

@@ -74,12 +74,19 @@ def check(arguments, *, tolerance=2e-5, reverse=False, **options):
     assert got[0][1].dtype in (jnp.float32, jnp.complex64)
 
 
-@pytest.mark.parametrize("case", INTERPRETED, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name != "real"))
+        for case in INTERPRETED
+    ],
+)
 def test_interpreted(interpreted, case):
     arguments = shared.cast(shared.draw(case, 2, IDS.shape[1]), "float32")
     check(arguments, segment_ids=jnp.asarray(IDS), **case.options)
 
 
+@pytest.mark.slow
 def test_interpreted_without_segments(interpreted):
     """Odd lengths of bfloat16 with a decay in float32, one for every step and one for every row."""
     a = arguments_of(rng_of(1), (2, 13, 5), (1, 13, 5))["a"]

@@ -14,11 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from tests.layers.kernels.suites import CALL_IDS, CALLS, SUITES
+from tests.layers.kernels.suites import SUITES, by_call
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
-LENGTHS = (1, 2, pytest.param(37, marks=pytest.mark.smoke), 130)
-calls = pytest.mark.parametrize("name, case, impl", CALLS, ids=CALL_IDS)
+LENGTHS = (
+    pytest.param(1, marks=pytest.mark.slow),
+    2,
+    pytest.param(37, marks=[pytest.mark.smoke, pytest.mark.slow]),
+    130,
+)
+calls = by_call()
+# The first two cases, or one, stand for the others where those are compared otherwise too.
+calls_of_two = by_call(slow=lambda name, case, impl: impl == "tpu" or case not in SUITES[name].cases[:2])
+calls_of_one = by_call(slow=lambda name, case, impl: impl == "tpu" or case is not SUITES[name].cases[0])
 
 
 def draw(case, batch, time, *, with_state=True, seed=0):
@@ -155,11 +163,11 @@ def test_forward_and_gradients_match_float64_reference(name, case, impl, time):
     close_gradients(gradients, want_gradients, arguments, want, weights, tolerance_of(case, "float32"))
 
 
-@calls
+@calls_of_two
 def test_bfloat16_inputs(name, case, impl):
     suite = SUITES[name]
-    (want, want_gradients), weights = reference(name, suite.cases.index(case), 37, "bfloat16")
-    arguments = cast(draw(case, 2, 37), "bfloat16")
+    (want, want_gradients), weights = reference(name, suite.cases.index(case), 130, "bfloat16")
+    arguments = cast(draw(case, 2, 130), "bfloat16")
     got, gradients = value_and_gradients(suite, case, impl, arguments, weights)
     close(got, want, TOLERANCE["bfloat16"], "outputs")
     close_gradients(gradients, want_gradients, arguments, want, weights, TOLERANCE["bfloat16"])
@@ -173,7 +181,7 @@ def test_bfloat16_inputs(name, case, impl):
 
 
 @calls
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_cut_anywhere(name, case, impl, data):
     if case.state is None:
@@ -247,7 +255,7 @@ def test_packed_equals_separate_and_padding_is_skipped(name, case, impl, data):
         close(final, jax.tree.map(np.asarray, want), tolerance_of(case, "float32"), "final state")
 
 
-@calls
+@calls_of_two
 def test_segment_gradients_match_reference(name, case, impl):
     if not case.segments:
         return
@@ -287,7 +295,7 @@ def over_devices(function, in_specs, out_specs):
 ROWS, SHARED = PartitionSpec("data"), PartitionSpec()
 
 
-@calls
+@calls_of_one
 def test_transformations(name, case, impl):
     """jit, vmap, checkpoint, scan and shard_map give what the plain call gives."""
     suite = SUITES[name]

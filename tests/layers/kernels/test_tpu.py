@@ -44,7 +44,18 @@ CASES = [
     ),
     ("gated_linear_attention", Case("many_heads", many_heads, state=lambda rng, b: normal(rng, b, 64, 6, 4))),
 ]
-cases = pytest.mark.parametrize("name, case", CASES, ids=[f"{name}-{case.name}" for name, case in CASES])
+cases = pytest.mark.parametrize(
+    "name, case",
+    [
+        pytest.param(
+            name,
+            case,
+            id=f"{name}-{case.name}",
+            marks=[pytest.mark.slow] * (case.name not in ("wide", "scalar")),
+        )
+        for name, case in CASES
+    ],
+)
 
 
 @cases

@@ -20,7 +20,11 @@ SHORT, PART = 7, 16
 TOLERANCE = 2e-5
 GROUPS = {"default", "no_decay", "ssm", "ssm/b", "ssm/dt", "ssm_output"}
 
-every_mixer = pytest.mark.parametrize("entry", MIXERS)
+FIRST = {name: entry for entry, (name, _) in reversed(MIXERS.items())}
+every_mixer = pytest.mark.parametrize(
+    "entry",
+    [pytest.param(entry, marks=[pytest.mark.slow] * (entry not in FIRST.values())) for entry in MIXERS],
+)
 
 
 @functools.cache

@@ -46,7 +46,7 @@ def literal(model, x):
     return np.stack(rows)
 
 
-@pytest.mark.parametrize("head_dim", [1, 3])
+@pytest.mark.parametrize("head_dim", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("trained", [False, True])
 def test_equals_the_equation(head_dim, trained):
     model = make(head_dim=head_dim)

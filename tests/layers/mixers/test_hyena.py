@@ -85,6 +85,7 @@ def test_initial_filters_decay_within_their_window():
     assert all(np.all(wide(bias) == 0) for bias in model.filter.biases)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_filters_are_not_those_of_14_cubed():
     """At the sizes and frequency of the paper, the first layer of the network learns about as fast as the rest."""
     model = Hyena(HyenaConfig(width=16, max_length=64), rngs=nnx.Rngs(0))

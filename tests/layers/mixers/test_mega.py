@@ -114,6 +114,7 @@ def test_one_chunk_is_no_chunk():
     np.testing.assert_allclose(chunked(jnp.asarray(inputs()))[0], model(jnp.asarray(inputs()))[0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_chunk_keeps_the_state_finite_for_any_length():
     model = make(chunk=4)
     state = model.init_state(2)
@@ -129,6 +130,7 @@ def test_a_chunk_keeps_the_state_finite_for_any_length():
         make().init_state(2)
 
 
+@pytest.mark.slow
 def test_tokens_beyond_the_cache_or_the_table_are_nan_and_the_others_right():
     model = make()
     want, _ = model(jnp.asarray(inputs()))

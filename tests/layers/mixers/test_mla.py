@@ -60,6 +60,7 @@ def test_equals_the_equation(options):
         np.testing.assert_allclose(got, literal(model, row), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_absorbed_decoding_equals_expanded_prefill():
     plain, absorbed, chosen = (make(absorbed=how) for how in (False, True, None))
     want, _ = plain(X)
