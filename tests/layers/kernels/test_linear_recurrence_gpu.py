@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from layers.kernels import mosaic_gpu
-from layers.kernels.linear_recurrence import IMPLEMENTATIONS, gpu, linear_recurrence, reference
+from layers.kernels.linear_recurrence import IMPLEMENTATIONS, gpu, gpu_kernels, linear_recurrence, reference
 from layers.kernels.linear_recurrence.cases import SUITE
 from layers.kernels.linear_recurrence.gpu_kernels import Settings
 from tests.layers.kernels import test_primitives as shared
@@ -196,6 +196,30 @@ def test_refusals(monkeypatch, caplog):
             ):
                 linear_recurrence(**arguments, impl="gpu")
     assert len([r for r in caplog.records if "a new interface" in r.getMessage()]) == 1
+
+
+def test_automatic_for_long_real_calls(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: False)
+    real, other = jnp.ones((1, 64, 8)), jnp.ones((1, 64, 8), jnp.complex64)
+    assert not gpu.automatic(a=real, x=real, initial_state=None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert gpu.automatic(a=real, x=real, initial_state=None)
+    assert not gpu.automatic(a=other, x=real, initial_state=None)
+    assert not gpu.automatic(a=real, x=real, initial_state=other[:, 0])
+    assert not gpu.automatic(a=real[:, :63], x=real[:, :63], initial_state=None)
+    monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: True)
+    assert not gpu.automatic(a=real, x=real, initial_state=None)
+
+
+def test_time_is_cut_where_rows_are_few():
+    """On 132 processors: not where the blocks fill half of them, and into 64 pieces where there are two."""
+
+    def pieces(shape):
+        groups = ((jax.ShapeDtypeStruct(shape, jnp.float32),),) * 2
+        return gpu_kernels._plan(shape, gpu.FORWARD, False, groups, groups[:1], groups, 20.0).pieces
+
+    assert pieces((8, 4096, 2048)) == pieces((4, 4096, 2048)) == 1
+    assert pieces((1, 65536, 256)) > 48
 
 
 def test_probe_lowers():
