@@ -15,7 +15,9 @@ from layers.kernels.segments import segment_numbers
 from layers.kernels.varying import vary_as
 
 # Not tuned yet: `python -m experiments.benchmark tune` times the candidates.
-SETTINGS = Settings()
+FORWARD = Settings()
+BACKWARD = Settings()
+SPAN = 8  # chunks between the states that are kept for the backward pass
 
 # Whether `impl=None` may choose these kernels. They have run in the interpreter and through the compiler only.
 MEASURED = False
@@ -33,7 +35,9 @@ class Call(NamedTuple):
 
     scale: float
     heads: int
-    settings: Settings
+    span: int
+    forward: Settings
+    backward: Settings
 
 
 def refuses(q, k, v, log_decay, bonus, normalize, initial_state, **_: Any) -> str | None:
@@ -78,19 +82,20 @@ def gated_linear_attention(
     segment_ids,
     smallest,
     *,
-    settings: Settings | None = None,
+    forward: Settings | None = None,
+    backward: Settings | None = None,
 ):
     """Runs the kernels; the arguments are checked by the public function and by `refuses`.
 
     Args:
-      settings: layout of the kernels, in place of the tuned one.
+      forward, backward: layout of the kernels, in place of the tuned ones.
     """
     del bonus, normalize, smallest
     batch, _, _, keys = q.shape
     own = 1 if log_decay is None else log_decay.shape[0 if log_decay.ndim == 1 else 2]
     heads, width = max(*(x.shape[2] for x in (q, k, v)), own), v.shape[3]
-    settings = settings or SETTINGS
     state = jnp.zeros((batch, heads, keys, width), jnp.float32) if initial_state is None else initial_state
+    call = Call(scale, heads, SPAN, forward or FORWARD, backward or BACKWARD)
     rows, split = _sharding(q, k, v, heads)
 
     def head_axis(x, axis):
@@ -107,7 +112,7 @@ def gated_linear_attention(
 
     def run(*given):
         given = dict(zip(arrays, (vary_as(x, *given) for x in given), strict=True))
-        return _padded(scale, settings, **given)
+        return _padded(call, **given)
 
     out_specs = P(rows, None, split, None), P(rows, split, None, None)
     return mosaic_gpu.over_shards(run, *zip(*arrays.values(), strict=True), out_specs)
@@ -121,22 +126,21 @@ def _sharding(q, k, v, heads):
     return rows, split
 
 
-def _padded(scale, settings, q, k, v, state, g=None, number=None):
+def _padded(call, q, k, v, state, g=None, number=None):
     """Runs on one device, with widths filled up to multiples of 64 and time to multiples of 8."""
     time, keys, width = q.shape[1], q.shape[3], v.shape[3]
-    heads = state.shape[1]
     missing = -time % 8
     pads = ((0, 0), (0, missing), (0, 0))
     q, k, v = (_pad(x, (*pads, (0, -x.shape[3] % PART))) for x in (q, k, v))
     state = _pad(state, ((0, 0), (0, 0), (0, -keys % PART), (0, -width % PART)))
     if g is not None:
-        g = jnp.broadcast_to(g, (q.shape[0], time, heads))
+        g = jnp.broadcast_to(g, (q.shape[0], time, state.shape[1]))
         if number is not None:
             g = jnp.where((number == 0)[..., None], 0, g)
         g = _pad(g, pads)
     if number is not None:
         number = _pad(number, pads[:2])
-    o, final = _attend(q, k, v, g, number, state, Call(scale, heads, settings))
+    o, final = _attend(q, k, v, g, number, state, call)
     return o[:, :time, :, :width], final[:, :, :keys, :width]
 
 
@@ -172,12 +176,12 @@ def gates(g, number, batch: int, time: int, call: Call) -> Gates:
     return Gates(jnp.stack(rows, axis=3), jnp.stack([sums, columns], axis=3))
 
 
-def piece_length(chunks: int, blocks: int, settings: Settings) -> int:
+def piece_length(chunks: int, blocks: int, span: int, settings: Settings) -> int:
     """Chunks a piece of the time axis: all of them if blocks of one piece fill the machine, else whole spans."""
-    spans = -(-chunks // settings.span)
+    spans = -(-chunks // span)
     pieces = settings.pieces or (1 if 2 * blocks > _PROCESSORS else _PROCESSORS // blocks)
     pieces = min(pieces, spans, _MAX_PIECES)
-    return chunks if pieces == 1 else settings.span * -(-spans // pieces)
+    return chunks if pieces == 1 else span * -(-spans // pieces)
 
 
 def _at_pieces(x, y, given: Gates, factor, edge, length, settings, *, reverse):
@@ -201,23 +205,23 @@ def _at_pieces(x, y, given: Gates, factor, edge, length, settings, *, reverse):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attend(q, k, v, g, number, state, call):
     """Outputs (b, t, h, v), in the type of v, and the final state (b, h, k, v), float32."""
-    o, states = forward(q, k, v, g, number, state, call, keep_states=False)
+    o, states = forward(q, k, v, g, number, state, call, None)
     return o, states[:, :, -1]
 
 
-def forward(q, k, v, g, number, state, call, *, keep_states):
+def forward(q, k, v, g, number, state, call, span):
     """Outputs, and states as `gpu_kernels.forward` gives them."""
-    batch, time, settings = q.shape[0], q.shape[1], call.settings
+    batch, time, settings = q.shape[0], q.shape[1], call.forward
     given = gates(g, number, batch, time, call)
     parts = v.shape[3] // PART
     count = gpu_kernels.together(*(call.heads // x.shape[2] for x in (q, k)), parts=parts)
-    length = piece_length(given.chunks, batch * call.heads * parts // count, settings)
+    length = piece_length(given.chunks, batch * call.heads * parts // count, call.span, settings)
     entering = _at_pieces(k, v, given, WRITE, state, length, settings, reverse=False)
-    return gpu_kernels.forward(q, k, v, given, entering, call.scale, keep_states, length, settings)
+    return gpu_kernels.forward(q, k, v, given, entering, call.scale, span, length, settings)
 
 
 def _forward(q, k, v, g, number, state, call):
-    o, states = forward(q, k, v, g, number, state, call, keep_states=True)
+    o, states = forward(q, k, v, g, number, state, call, call.span)
     return (o, states[:, :, -1]), (q, k, v, g, number, states)
 
 
@@ -225,17 +229,22 @@ def gradients(call, residuals, cotangents):
     """The backward pass, from (q, k, v, g, number, states) and the gradients of outputs and the final state."""
     q, k, v, g, number, states = residuals
     do, dfinal = cotangents
-    batch, time, settings = q.shape[0], q.shape[1], call.settings
+    batch, time, span, settings = q.shape[0], q.shape[1], call.span, call.backward
     given = gates(g, number, batch, time, call)
-    length = piece_length(given.chunks, batch * call.heads, settings)
-    dq, reads = gpu_backward.query_gradients(q, k, v, do, given, states, call.scale, length, settings)
+    length = piece_length(given.chunks, batch * call.heads, span, settings)
+    dq, queries = gpu_backward.query_gradients(q, k, v, do, given, states, call.scale, span, length, settings)
     # The interpreter cannot run two kernels at once.
-    do, dq, reads = jax.lax.optimization_barrier((do, dq, reads))
+    do, dq, queries = jax.lax.optimization_barrier((do, dq, queries))
     dleaving = _at_pieces(q, do, given, READ, dfinal, length, settings, reverse=True)
-    dk, dv, writes, flows, dstate = gpu_backward.key_value_gradients(
-        q, k, v, do, given, states, dleaving, call.scale, length, settings
+    dk, dv, keys, squares, flows, dstate = gpu_backward.key_value_gradients(
+        q, k, v, do, given, states, dleaving, call.scale, span, length, settings
     )
-    dg = None if g is None else _decay_gradient(reads.sum(2) - writes, flows.sum(-1), time, settings)
+    dg = None
+    if g is not None:
+        total, read, entering = jnp.moveaxis(queries.sum(2), 3, 0)
+        bound = given.rows[:, :, :, KEEP, 0] * jnp.sqrt(entering.sum(-1) * squares.sum(-1))
+        total, written = total - keys[:, :, :, 0], keys[:, :, :, 1]
+        dg = _decay_gradient(total, read.sum(-1), written.sum(-1), bound, flows.sum(-1), span)[:, :time]
     dq, dk, dv = (_shared(dx, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, dg, None, dstate
 
@@ -243,13 +252,30 @@ def gradients(call, residuals, cotangents):
 _attend.defvjp(_forward, gradients)
 
 
-def _decay_gradient(terms, flows, time, settings):
-    """(b, t, h): sums of terms (b, h, n, c) to the ends of spans, and of the flows (b, h, s) through these."""
-    batch, heads, spans = flows.shape
-    missing = spans * settings.span - terms.shape[2]
-    terms = jnp.pad(terms, ((0, 0), (0, 0), (0, missing), (0, 0))).reshape(batch, heads, spans, -1)
-    sums = jax.lax.cumsum(terms, axis=3, reverse=True) + flows[..., None]
-    return sums.reshape(batch, heads, -1)[:, :, :time].swapaxes(1, 2)
+def _decay_gradient(terms, read, written, bound, flows, span):
+    """(b, n c, h): sums of terms (b, h, n, c) to the ends of chunks, and the flows (b, h, n) through these.
+
+    The flow through the end of a chunk is what the chunk wrote and what passed through it, and that through its start is what
+    passed and what the chunk read; which gives all flows from those through the ends of spans (b, h, s). What passes is at most
+    the decay of the chunk times the norms of the states, `bound`: so rounding leaves nothing of it where nothing passes.
+    """
+    batch, heads, chunks, _ = terms.shape
+    missing = flows.shape[2] * span - chunks
+
+    def by_span(x, fill=0.0):
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=fill)
+        return jnp.moveaxis(x.reshape(*flows.shape, span), 3, 0)
+
+    through, flow = [], flows
+    for read_, written_, bound_ in zip(
+        by_span(read)[::-1], by_span(written)[::-1], by_span(bound, jnp.inf)[::-1], strict=True
+    ):
+        passed = jnp.clip(flow - written_, -bound_, bound_)
+        through.append(passed + written_)
+        flow = passed + read_
+    through = jnp.stack(through[::-1], axis=3).reshape(batch, heads, -1)[:, :, :chunks]
+    sums = jax.lax.cumsum(terms, axis=3, reverse=True) + through[..., None]
+    return sums.reshape(batch, heads, -1).swapaxes(1, 2)
 
 
 def _shared(dx, heads):
@@ -265,7 +291,7 @@ def _probe() -> None:
     """Lowers both passes of a small call."""
 
     def loss(q, k, v, g, number, state):
-        o, final = _attend(q, k, v, g, number, state, Call(1.0, 1, SETTINGS))
+        o, final = _attend(q, k, v, g, number, state, Call(1.0, 1, SPAN, FORWARD, BACKWARD))
         return o.sum() + final.sum()
 
     tokens = jax.ShapeDtypeStruct((1, 16, 1, 128), jnp.bfloat16)

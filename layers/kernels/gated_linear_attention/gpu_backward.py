@@ -9,9 +9,9 @@ With the state S that enters a chunk and the gradient R of the one that leaves i
 `key_value_gradients` carries R, 64 keys a warpgroup, of which one makes dv and the other dk.
 
 Every log-decay collects the terms of pairs of steps on either side of it. Those of dq . q are what a step reads, those of
-dk . k what it writes; so the sum of dq . q - dk . k over the steps from t to the end of the span, with the flow S . R through
-that end, is the gradient of log-decay t. Terms of pairs on one side cancel: they come from the same rounded factors within a
-chunk, and spans are short enough that what rounding leaves of the others stays below that of the operands.
+dk . k what it writes, so for step t they are the sum of dq . q - dk . k from t to the end of its chunk, in which the terms of
+pairs on one side cancel, for they come from the same rounded factors, and the flow S' . R through the end of the chunk. `flows`
+has that through the ends of spans; see `gpu` for the others.
 """
 
 import jax
@@ -41,13 +41,16 @@ def query_gradients(
     gates: Gates,
     states: jax.Array,
     scale: float,
+    span: int,
     length: int,
     settings: Settings,
 ) -> tuple[jax.Array, jax.Array]:
-    """dq (b, t, h, k), in the type of q, and dq . q (b, h, parts of keys, n, c), float32.
+    """dq (b, t, h, k), in the type of q, and sums (b, h, parts of keys, n, 3, c), float32.
+
+    The sums are dq . q, what of it comes from the state, and, of the state that enters, the squares of each key.
 
     Args:
-      states: as `forward` gives them; pieces are of whole spans, if there are several.
+      states, span: as of `forward`; pieces are of whole spans, if there are several.
     """
     batch, time, _, keys = q.shape
     heads, width = gates.rows.shape[1], v.shape[3]
@@ -67,9 +70,9 @@ def query_gradients(
         "free": plgpu.Barrier(num_arrivals=count, num_barriers=stages),
     }
 
-    def body(*, q, k, v, do, rows, columns, states, dq, reads, **tiles):
+    def body(*, q, k, v, do, rows, columns, states, dq, sums, **tiles):
         (q,), (k,), (v,), (do,), (rows,), (columns,) = q, k, v, do, rows, columns
-        (states,), (dq,), (reads,) = states, dq, reads
+        (states,), (dq,), (sums,) = states, dq, sums
         me, row, piece = (
             jax.lax.axis_index("warpgroup"),
             jax.lax.axis_index("row"),
@@ -107,10 +110,12 @@ def query_gradients(
             scores = product(do_tiles.at[slot], v_tiles.at[slot].T)
             scores = scale * scores * decays(factors, column_tiles.at[slot])
             gradient = product(do_tiles.at[slot], state_tile.T) * by_rows(factors.at[READ], PART)
+            queries = in_registers(q_tiles.at[slot]).astype(jnp.float32)
+            sums[row, head, me, chunk, 1] = (gradient * queries).sum(axis=1)
+            sums[row, head, me, chunk, 2] = (state * state).sum(axis=1)
             gradient = product(scores.astype(k.dtype), k_tiles.at[slot], gradient)
             state = product(written_tile.T, v_tiles.at[slot], state * row_tiles[slot, KEEP, 0])
-            read = gradient * in_registers(q_tiles.at[slot]).astype(jnp.float32)
-            reads[row, head, me, chunk] = read.sum(axis=1)
+            sums[row, head, me, chunk, 0] = (gradient * queries).sum(axis=1)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             dq_tile[...] = gradient.astype(q.dtype)
             plgpu.commit_smem()
@@ -121,12 +126,12 @@ def query_gradients(
             refill()
             return state
 
-        span = piece * (walk.length // settings.span)
-        state = 1.0 * in_registers(states.at[row, head, span, lanes])
+        place = piece * (walk.length // span)
+        state = 1.0 * in_registers(states.at[row, head, place, lanes])
         walk.run(fetch, step, state)
         plgpu.wait_smem_to_gmem(0)
 
-    reads = (batch, heads, count, gates.chunks, CHUNK)
+    sums = batch, heads, count, gates.chunks, 3, CHUNK
     results = launch(
         body,
         name="gated_linear_attention_queries",
@@ -142,12 +147,12 @@ def query_gradients(
         },
         outputs={
             "dq": (jax.ShapeDtypeStruct((batch, time, heads, keys), q.dtype),),
-            "reads": (jax.ShapeDtypeStruct(reads, jnp.float32),),
+            "sums": (jax.ShapeDtypeStruct(sums, jnp.float32),),
         },
         scratch=scratch,
         warpgroups=count,
     )
-    return results["dq"][0], results["reads"][0]
+    return results["dq"][0], results["sums"][0]
 
 
 def key_value_gradients(
@@ -159,13 +164,17 @@ def key_value_gradients(
     states: jax.Array,
     dleaving: jax.Array,
     scale: float,
+    span: int,
     length: int,
     settings: Settings,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """dk (b, t, h, k), dv (b, t, h, v), dk . k (b, h, n, c), flows (b, h, s, k) and the gradient of the first state.
+) -> tuple[jax.Array, ...]:
+    """dk (b, t, h, k), dv (b, t, h, v), sums, squares, flows (b, h, s, k) and the gradient of the first state.
+
+    The sums, (b, h, n, 2, c), are dk . k and what of it comes from R; the squares, (b, h, n, k), those of R for each key; flows
+    those through the ends of spans, for each key.
 
     Args:
-      states: as `forward` gives them.
+      states, span: as of `forward`.
       dleaving: (b, pieces, h, k, v), float32: the gradient of the state at the end of every piece.
     """
     batch, time, _, keys = q.shape
@@ -188,10 +197,12 @@ def key_value_gradients(
         "done": plgpu.Barrier(num_arrivals=2),
     }
 
-    def body(*, q, k, v, do, rows, columns, states, dleaving, dk, dv, writes, flows, dentering, **tiles):
+    def body(
+        *, q, k, v, do, rows, columns, states, dleaving, dk, dv, sums, squares, flows, dentering, **tiles
+    ):
         (q,), (k,), (v,), (do,), (rows,), (columns,) = q, k, v, do, rows, columns
         (states,), (dleaving,), (dk,), (dv,) = states, dleaving, dk, dv
-        (writes,), (flows,), (dentering,) = writes, flows, dentering
+        (sums,), (squares,), (flows,), (dentering,) = sums, squares, flows, dentering
         q_tiles, k_tiles, v_tiles, do_tiles = (tiles[f"{name}_tiles"] for name in ("q", "k", "v", "do"))
         row_tiles, column_tiles = tiles["row_tiles"], tiles["column_tiles"]
         leaving_tile, read_tile = tiles["leaving_tile"], tiles["read_tile"]
@@ -237,15 +248,17 @@ def key_value_gradients(
             scores = scale * scores * decays(factors, column_tiles.at[slot], transposed=True)
             scores = scores.astype(q.dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            written = 0.0
+            total, written = 0.0, 0.0
             for part in range(parts):
                 gradient = product(v_tiles.at[slot], leaving_tile[part].T)
                 gradient = gradient * by_rows(factors.at[WRITE], PART)
-                gradient = product(scores, q_tiles[part].at[slot], gradient)
                 keys = in_registers(k_tiles[part].at[slot]).astype(jnp.float32)
                 written = written + (gradient * keys).sum(axis=1)
+                gradient = product(scores, q_tiles[part].at[slot], gradient)
+                total = total + (gradient * keys).sum(axis=1)
                 dk_tile[part][...] = gradient.astype(k.dtype)
-            writes[row, head, chunk] = written
+            sums[row, head, chunk, 0] = total
+            sums[row, head, chunk, 1] = written
             plgpu.commit_smem()
             steps = pl.ds(chunk * CHUNK, CHUNK)
             for part in range(parts):
@@ -257,22 +270,21 @@ def key_value_gradients(
             lanes = pl.ds(me * PART, PART)
             mine = me < parts
 
-            def flow(span, leaving):
-                state = in_registers(states.at[row, head, span + 1, lanes])
-                flows[row, head, span, lanes] = (state * leaving).sum(axis=1)
+            def flow(place, leaving):
+                state = in_registers(states.at[row, head, place + 1, lanes])
+                flows[row, head, place, lanes] = (state * leaving).sum(axis=1)
 
             def step(chunk, slot, refill, leaving):
                 if mine:
-                    last = jnp.logical_or(
-                        jax.lax.rem(chunk + 1, settings.span) == 0, chunk == walk.chunks - 1
-                    )
-                    pl.when(last)(lambda: flow(jax.lax.div(chunk, settings.span), leaving))
+                    last = jnp.logical_or(jax.lax.rem(chunk + 1, span) == 0, chunk == walk.chunks - 1)
+                    pl.when(last)(lambda: flow(jax.lax.div(chunk, span), leaving))
                 plgpu.barrier_wait(full.at[slot])
                 if mine:
                     queries = in_registers(q_tiles[me].at[slot]).astype(jnp.float32)
                     read = queries * by_rows(row_tiles.at[slot, READ], PART)
                     read_tile[me][...] = read.astype(q.dtype)
                     leaving_tile[me][...] = leaving.astype(v.dtype)
+                    squares[row, head, chunk, lanes] = (leaving * leaving).sum(axis=1)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready)
                 plgpu.barrier_wait(ready)
@@ -322,11 +334,12 @@ def key_value_gradients(
         outputs={
             "dk": (jax.ShapeDtypeStruct((batch, time, heads, keys), k.dtype),),
             "dv": (jax.ShapeDtypeStruct((batch, time, heads, width), v.dtype),),
-            "writes": float32(batch, heads, gates.chunks, CHUNK),
+            "sums": float32(batch, heads, gates.chunks, 2, CHUNK),
+            "squares": float32(batch, heads, gates.chunks, keys),
             "flows": float32(batch, heads, spans, keys),
             "dentering": float32(batch, heads, keys, width),
         },
         scratch=scratch,
         warpgroups=2,
     )
-    return tuple(results[name][0] for name in ("dk", "dv", "writes", "flows", "dentering"))
+    return tuple(results[name][0] for name in ("dk", "dv", "sums", "squares", "flows", "dentering"))

@@ -65,12 +65,10 @@ class Settings:
 
     Attributes:
       stages: chunks of inputs in shared memory, under way or in use.
-      span: chunks between states that are kept for the backward pass.
       pieces: pieces of the time axis; chosen by shape if None.
     """
 
     stages: int = 2
-    span: int = 8
     pieces: int | None = None
 
 
@@ -144,17 +142,18 @@ def forward(
     gates: Gates,
     entering: jax.Array,
     scale: float,
-    keep_states: bool,
+    span: int | None,
     length: int,
     settings: Settings,
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs (b, t, h, v), in the type of v, and states (b, h, s + 1, k, v), float32.
 
-    The states are those at the start of every span and the last; the last alone unless `keep_states`.
+    The states are those at the start of every span and the last; the last alone without spans.
 
     Args:
       q, k, v: (b, t, heads, width), bfloat16, t a multiple of 8, widths of 64.
       entering: (b, pieces, h, k, v), float32: the state at the start of every piece.
+      span: chunks between states that are kept for the backward pass, or None.
       length: chunks a piece, a multiple of those of a span if there are several.
     """
     batch, time, _, keys = q.shape
@@ -163,7 +162,7 @@ def forward(
     shares = [heads // x.shape[2] for x in (q, k)]
     count = together(*shares, parts=parts)
     walk = Walk(gates.chunks, length, settings.stages)
-    spans = pl.cdiv(gates.chunks, settings.span) if keep_states else 0
+    spans = pl.cdiv(gates.chunks, span) if span else 0
     stages = settings.stages
     scratch = {
         "q_tiles": matrices((stages, CHUNK, keys), q.dtype),
@@ -206,10 +205,10 @@ def forward(
 
         def step(chunk, slot, refill, state):
             def keep():
-                states[row, head, jax.lax.div(chunk, settings.span), :, lanes] = state
+                states[row, head, jax.lax.div(chunk, span), :, lanes] = state
 
-            if keep_states:
-                pl.when(jax.lax.rem(chunk, settings.span) == 0)(keep)
+            if span:
+                pl.when(jax.lax.rem(chunk, span) == 0)(keep)
             plgpu.barrier_wait(full.at[slot])
             factors, values = row_tiles.at[slot], in_registers(v_tiles.at[slot]).astype(jnp.float32)
             state_tile[...] = state.astype(v.dtype)
