@@ -4,8 +4,8 @@
 
 Studies: copying, induction, mqar, mad, parity (see `studies`). Runs that differ in learning rate and seed alone are
 trained together. Every finished run is a line of OUT/runs.jsonl; the same command skips those, so it may be stopped and
-given again. OUT/table.md and OUT/plot.png show all runs so far. Exit codes: 0 all runs are done; 75 some are left, at
-the time limit or after an error, and the same command goes on; 2 the arguments cannot be used.
+given again. OUT/table.md and OUT/plot.png show all runs so far. Exit codes: 0 all runs are done; 75 some are left at
+the time limit, and the same command goes on; 1 all others are done but some failed; 2 the arguments cannot be used.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     except REFUSALS as error:
         return refuse(error)
-    left = _run(study, args.out / "runs.jsonl", deadline)
+    left, failed = _run(study, args.out / "runs.jsonl", deadline)
     cells = summarize(study, [record for job in study.jobs for record in _done(job, args.out / "runs.jsonl")])
     if cells:
         text = table(study, cells)
@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{text}")
     if left:
         print(f"{left} of {len(study.jobs)} jobs are left; the same command goes on", file=sys.stderr)
-    return EXIT_INTERRUPTED if left else 0
+    if failed:
+        print(f"{failed} of {len(study.jobs)} jobs failed", file=sys.stderr)
+    return EXIT_INTERRUPTED if left else 1 if failed else 0
 
 
 def _chosen(study: Study, rows: str | None, steps: int | None) -> Study:
@@ -78,8 +80,8 @@ def _chosen(study: Study, rows: str | None, steps: int | None) -> Study:
     return dataclasses.replace(study, jobs=jobs)
 
 
-def _run(study: Study, file: Path, deadline: float | None) -> int:
-    """Runs the jobs that have no lines in the file; returns how many are left, at the deadline or after an error."""
+def _run(study: Study, file: Path, deadline: float | None) -> tuple[int, int]:
+    """Runs the jobs that have no lines in the file; returns how many are left at the deadline, and how many failed."""
     missing = [job for job in study.jobs if len(_done(job, file)) < len(job.rates) * len(job.seeds)]
     print(f"{len(study.jobs) - len(missing)} of {len(study.jobs)} jobs are done", flush=True)
     pool = concurrent.futures.ThreadPoolExecutor(AHEAD)
@@ -88,13 +90,13 @@ def _run(study: Study, file: Path, deadline: float | None) -> int:
     try:
         for number, job in enumerate(missing):
             if deadline is not None and time.monotonic() > deadline:
-                return failed + len(missing) - number
+                return len(missing) - number, failed
             if number + AHEAD < len(missing):
                 prepared.append(pool.submit(_prepare, missing[number + AHEAD]))
             try:
                 records = _train(job, prepared.pop(0).result(), deadline)
             except Interrupted:
-                return failed + len(missing) - number
+                return len(missing) - number, failed
             except (
                 ValueError,
                 jax.errors.JaxRuntimeError,
@@ -105,7 +107,7 @@ def _run(study: Study, file: Path, deadline: float | None) -> int:
             with file.open("a", encoding="utf-8") as lines:
                 lines.writelines(json.dumps(record) + "\n" for record in records)
             _progress(number + 1, len(missing), job, records)
-        return failed
+        return 0, failed
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

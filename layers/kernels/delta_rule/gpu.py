@@ -27,11 +27,24 @@ STRONGEST = -100.0
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How many chunks of inputs the walks of both passes keep in shared memory, under way or in use."""
+    """How the kernels are run.
 
+    Attributes:
+      keep: whether the forward pass keeps the states and squares of all chunks for the backward pass, which otherwise
+        computes them again. They take 3.5 times the memory of q if a head has 128 features of keys and of values.
+      forward, states, backward: chunks of inputs that the walks of both passes have in shared memory, under way or in use;
+        `states` is for a walk that computes states again.
+    """
+
+    keep: bool = False
     forward: int = 3
     states: int = 3
     backward: int = 2
+
+    @property
+    def forward_keeping(self) -> int:
+        """`forward`, but leaving room for states on their way out."""
+        return min(self.forward, 2)
 
 
 SETTINGS = Settings()
@@ -185,23 +198,35 @@ def _rule(q, k, v, vectors, state, scale, settings):
     made = gpu_forward.prepare(q, k, vectors, scale, inverse=False)
     reading = q, made["scores"]
     results = gpu_forward.forward(
-        k, v, vectors, made["solve"], state, scale, settings.forward, reading=reading
+        k, v, vectors, made["solve"], state, scale, settings.forward, reading=reading, keeping=False
     )
     return results["o"], results["final"]
 
 
 def _forward(q, k, v, vectors, state, scale, settings):
-    return _rule(q, k, v, vectors, state, scale, settings), (q, k, v, vectors, state)
+    if not settings.keep:
+        return _rule(q, k, v, vectors, state, scale, settings), (q, k, v, vectors, state, None)
+    made = gpu_forward.prepare(q, k, vectors, scale, inverse=True)
+    reading = q, made["scores"]
+    results = gpu_forward.forward(
+        k, v, vectors, made["solve"], state, scale, settings.forward_keeping, reading=reading, keeping=True
+    )
+    kept = made | {"states": results["states"]}
+    return (results["o"], results["final"]), (q, k, v, vectors, state, kept)
 
 
 def gradients(scale, settings, residuals, cotangents):
     """The backward pass, from the inputs and the gradients of outputs and of the final state."""
     # The barrier keeps the compiler from storing what the forward pass computed in place of computing it again.
-    (q, k, v, vectors, state), (do, dfinal) = jax.lax.optimization_barrier((residuals, cotangents))
-    made = gpu_forward.prepare(q, k, vectors, scale, inverse=True)
-    states = gpu_forward.forward(k, v, vectors, made["solve"], state, scale, settings.states, reading=None)
+    (q, k, v, vectors, state, made), (do, dfinal) = jax.lax.optimization_barrier((residuals, cotangents))
+    if made is None:
+        made = gpu_forward.prepare(q, k, vectors, scale, inverse=True)
+        walked = gpu_forward.forward(
+            k, v, vectors, made["solve"], state, scale, settings.states, reading=None, keeping=True
+        )
+        made |= {"states": walked["states"]}
     chain = gpu_backward.chain(q, k, do, vectors, made, dfinal, scale, settings.backward)
-    local = gpu_backward.chunk_gradients(q, k, v, do, vectors, made, states["states"], chain, scale)
+    local = gpu_backward.chunk_gradients(q, k, v, do, vectors, made, chain, scale)
     dq, dk = (_over_group(local[name], q) for name in ("dq", "dk"))
     dvectors = gpu_backward.vector_gradients(local["dvectors"], vectors, k.shape[-1])
     return dq, dk, chain["dv"], dvectors, chain["dstate"]

@@ -143,15 +143,13 @@ def chunk_gradients(
     do: jax.Array,
     vectors: jax.Array,
     made: dict[str, jax.Array],
-    states: jax.Array,
     chained: dict[str, jax.Array],
     scale: float,
 ) -> dict[str, jax.Array]:
     """What is local to the chunks.
 
     Args:
-      made: what `prepare` gives.
-      states: what `forward` gives.
+      made: what `prepare` gives, and the states.
       chained: what `chain` gives.
 
     Returns:
@@ -167,7 +165,7 @@ def chunk_gradients(
         "do": do,
         "de": chained["dv"],
         "dy": chained["dy"],
-        "states": states,
+        "states": made["states"],
         "dstates": chained["dstates"],
         "solve": made["solve"],
         "inverse": made["inverse"],

@@ -76,15 +76,16 @@ def prepare(
         rows, columns = places()
         products = product(k_tile, k_tile.T) * along_rows(by_row(vector_tile.at[0, BETA]))
         lower = jnp.where(visible(vector_tile, rows > columns), products, 0.0)
+        y_tile[...] = lower.astype(jnp.bfloat16)
         x = jnp.where(rows == columns, 1.0, 0.0) - jnp.where(_joins(rows, columns, 1), lower, 0.0)
         block = 2
         while block < CHUNK:
-            x_tile[...] = x.astype(jnp.bfloat16)
+            # X is zero but in blocks on the diagonal, so that where L joins two of them, X L X has no other part of it.
+            rounded = x.astype(jnp.bfloat16)
+            x_tile[...] = rounded
             plgpu.commit_smem()
-            join = jnp.where(_joins(rows, columns, block), lower, 0.0).astype(jnp.bfloat16)
-            y_tile[...] = product(join, x_tile).astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            x -= product(x.astype(jnp.bfloat16), y_tile)
+            joined = product(product(rounded, y_tile).astype(jnp.bfloat16), x_tile)
+            x -= jnp.where(_joins(rows, columns, block), joined, 0.0)
             block *= 2
         decay = decay_matrix(vector_tile, rows, columns)
         p_tile[...] = (product(q_tile, k_tile.T) * decay * scale).astype(jnp.bfloat16)
@@ -123,32 +124,35 @@ def forward(
     stages: int,
     *,
     reading: tuple[jax.Array, jax.Array] | None,
+    keeping: bool,
 ) -> dict[str, jax.Array]:
     """Walks through the chunks, with states transposed.
 
     Args:
       state: (b, h, v, k), float32.
       stages: chunks of inputs under way or in use.
-      reading: q and `scores`.
+      reading: q and `scores`, or None if the output is not needed.
+      keeping: whether the states are.
 
     Returns:
       final: the state that leaves the last chunk.
       o: (b, t, h, v), bfloat16, the output; only if `reading`.
-      states: (b, h, chunks, v, k), bfloat16, those that enter the chunks; only if not.
+      states: (b, h, chunks, v, k), bfloat16, those that enter the chunks; only if `keeping`.
     """
     sizes = sizes_of(k, v)
     batch, time, heads, _, key_dim, value_dim = sizes
     carried = jax.ShapeDtypeStruct((batch, heads, value_dim, key_dim), jnp.float32)
     inputs = {"k": (k,), "v": (v,), "vectors": (vectors,), "solve": (solve,), "state": (state,)}
-    if reading is None:
-        result = jax.ShapeDtypeStruct((batch, heads, sizes.chunks, value_dim, key_dim), jnp.bfloat16)
-        outputs = {"states": (result,), "final": (carried,)}
-        scratch = {"state_tile": matrices((sizes.blocks, BLOCK, key_dim), jnp.bfloat16)}
-    else:
+    outputs = {"final": (carried,)}
+    scratch = {}
+    if keeping:
+        shape = (batch, heads, sizes.chunks, value_dim, key_dim)
+        outputs["states"] = (jax.ShapeDtypeStruct(shape, jnp.bfloat16),)
+        scratch["state_tile"] = matrices((sizes.blocks, BLOCK, key_dim), jnp.bfloat16)
+    if reading is not None:
         inputs |= {"q": (reading[0],), "scores": (reading[1],)}
-        outputs = {"o": (jax.ShapeDtypeStruct((batch, time, heads, value_dim), jnp.bfloat16),)}
-        outputs |= {"final": (carried,)}
-        scratch = {"o_tile": matrices((sizes.blocks, CHUNK, BLOCK), jnp.bfloat16)}
+        outputs["o"] = (jax.ShapeDtypeStruct((batch, time, heads, value_dim), jnp.bfloat16),)
+        scratch["o_tile"] = matrices((sizes.blocks, CHUNK, BLOCK), jnp.bfloat16)
     scratch |= chain_scratch(sizes, stages, vectors.shape[-2], [name for name in inputs if name != "state"])
 
     def body(*, state, final, states=None, o=None, state_tile=None, o_tile=None, **refs):
