@@ -56,17 +56,24 @@ def main(argv: list[str]) -> int:
     )
     if study == "tune":
         return _tune(options.only, values, folder, record)
+    rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any], line: str) -> None:
+        """Prints a row and stores all so far, so that a run that is cut short keeps them."""
+        print(line, flush=True)
+        rows.append(row)
+        write_atomically(folder / f"{study}.json", to_json_text(record | {"rows": rows}))
+
     if study == "kernels":
         limits = {dtype: ceilings(dtype) for dtype in {options.dtype or case.dtype for _, _, case in chosen}}
         record["ceilings"] = {dtype: limit._asdict() for dtype, limit in limits.items()}
         print(f"{device}; {_describe(limits)}\n{report.HEADER}", flush=True)
-        rows = kernels.run(options, limits, lambda row: print(report.line(row), flush=True))
+        kernels.run(options, limits, lambda row: add(row, report.line(row)))
         report.draw_bars(rows, folder / "kernels.png", device)
     else:
         print(f"{device}; one row; both passes", flush=True)
-        rows = scaling.run(options, lengths, lambda row: print(_scaling_line(row), flush=True))
+        scaling.run(options, lengths, lambda row: add(row, _scaling_line(row)))
         report.draw_scaling(rows, folder / "scaling.png", device)
-    write_atomically(folder / f"{study}.json", to_json_text(record | {"rows": rows}))
     failed = kernels.failures(rows) if study == "kernels" else []
     for row in failed:
         print(f"{row['primitive']}/{row['case']}, {row['implementation']}: {row['problem']}", file=sys.stderr)
