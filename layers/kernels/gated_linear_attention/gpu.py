@@ -140,7 +140,7 @@ def _padded(call, q, k, v, state, g=None, number=None):
         g = _pad(g, pads)
     if number is not None:
         number = _pad(number, pads[:2])
-    o, final = _attend(q, k, v, g, number, state, call)
+    o, final = _attend(q, k, v, g, number, state, call._replace(heads=state.shape[1]))
     return o[:, :time, :, :width], final[:, :, :keys, :width]
 
 
