@@ -13,7 +13,7 @@ from layers.kernels.delta_rule.gpu import Settings
 
 Arrays = dict[str, Any]
 
-_FORWARD = tuple(Settings(forward=stages) for stages in (3, 2, 1))
+_FORWARD = (*(Settings(forward=stages) for stages in (3, 2, 1)), Settings(refinements=1))
 _BACKWARD = (
     Settings(),
     Settings(states=2),
@@ -132,9 +132,13 @@ class Prepared:
         if part == "backward":
             return {_name(s): (s, _gradients(on(gpu.delta_rule, settings=s))) for s in self.problem.backward}
         forward, backward = (best.get(name, Settings()) for name in ("forward", "backward"))
-        fastest = dataclasses.replace(backward, forward=forward.forward)
+        fastest = dataclasses.replace(backward, forward=forward.forward, refinements=Settings.refinements)
         return {
             "gpu, the fastest of both": (None, _both(on(gpu.delta_rule, settings=fastest))),
+            "gpu, likewise, keeping": (
+                None,
+                _both(on(gpu.delta_rule, settings=dataclasses.replace(fastest, keep=True))),
+            ),
             "xla": (None, _both(on(xla.delta_rule))),
         }
 

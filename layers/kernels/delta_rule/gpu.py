@@ -32,11 +32,13 @@ class Settings:
     Attributes:
       keep: whether the forward pass keeps the states and squares of all chunks for the backward pass, which otherwise
         computes them again. They take 3.5 times the memory of q if a head has 128 features of keys and of values.
+      refinements: of the inverses of chunks; see `gpu_forward.prepare`.
       forward, states, backward: chunks of inputs that the walks of both passes have in shared memory, under way or in use;
         `states` is for a walk that computes states again.
     """
 
     keep: bool = False
+    refinements: int = 2
     forward: int = 3
     states: int = 3
     backward: int = 2
@@ -195,7 +197,7 @@ def token_vectors(beta, log_decay, segment_ids):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _rule(q, k, v, vectors, state, scale, settings):
     """Outputs and the final state, transposed as `state` is."""
-    made = gpu_forward.prepare(q, k, vectors, scale, inverse=False)
+    made = gpu_forward.prepare(q, k, vectors, scale, refinements=settings.refinements, inverse=False)
     reading = q, made["scores"]
     results = gpu_forward.forward(
         k, v, vectors, made["solve"], state, scale, settings.forward, reading=reading, keeping=False
@@ -206,7 +208,7 @@ def _rule(q, k, v, vectors, state, scale, settings):
 def _forward(q, k, v, vectors, state, scale, settings):
     if not settings.keep:
         return _rule(q, k, v, vectors, state, scale, settings), (q, k, v, vectors, state, None)
-    made = gpu_forward.prepare(q, k, vectors, scale, inverse=True)
+    made = gpu_forward.prepare(q, k, vectors, scale, refinements=settings.refinements, inverse=True)
     reading = q, made["scores"]
     results = gpu_forward.forward(
         k, v, vectors, made["solve"], state, scale, settings.forward_keeping, reading=reading, keeping=True
@@ -220,7 +222,7 @@ def gradients(scale, settings, residuals, cotangents):
     # The barrier keeps the compiler from storing what the forward pass computed in place of computing it again.
     (q, k, v, vectors, state, made), (do, dfinal) = jax.lax.optimization_barrier((residuals, cotangents))
     if made is None:
-        made = gpu_forward.prepare(q, k, vectors, scale, inverse=True)
+        made = gpu_forward.prepare(q, k, vectors, scale, refinements=settings.refinements, inverse=True)
         walked = gpu_forward.forward(
             k, v, vectors, made["solve"], state, scale, settings.states, reading=None, keeping=True
         )

@@ -2,13 +2,13 @@
 
 With dS' the gradient of the state that leaves a chunk, in which e = v - r k S is the error of what the state holds,
 
-    dy = P^T do + w k dS',   de = G^T dy = dv,   dS = total dS' + (scale r q)^T do - (r k)^T de,
+    dy = P^T do + w k dS',   de = beta G^T dy = dv,   dS = total dS' + (scale r q)^T do - (r k)^T de,
 
 which `chain` computes from the last chunk to the first, as `forward` does from the first to the last. Given S, dS', de and
 dy, the rest is local to the chunks and `chunk_gradients` computes it for all of them at once:
 
     dP = do y^T,          dq = scale r do S^T + (scale dP o D) k,
-    dG = dy e^T,          dT = dG o D with columns scaled by beta,   dA = - T^T dT T^T for j < i,
+    dG = dy (beta e)^T,   dT = dG o D,   dA = - T^T dT T^T for j < i,
     dk = w y dS'^T - r de S^T + (scale dP o D)^T q + (beta dA + (beta dA)^T) k,
 
 where A is that without decay. A sum of log-decay up to a token scales what its row of q and of e reads, and divides what
@@ -101,7 +101,7 @@ def chain(
         def step(chunk, slot, dleaving):
             tiles = walk.tiles(slot)
             vector = tiles["vectors"]
-            into, onward = (along_columns(by_column(vector.at[kind])) for kind in (READ, WRITE))
+            into, onward, beta = (along_columns(by_column(vector.at[kind])) for kind in (READ, WRITE, BETA))
             rounded = dleaving.astype(jnp.bfloat16)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             state_tile.at[here][...] = rounded
@@ -109,7 +109,7 @@ def chain(
             given = plgpu.load(tiles["do"].T, layout=plgpu.Layout.WGMMA, optimized=False)
             written = product(rounded, tiles["k"].T) * onward
             written = product(given, tiles["scores"], written).astype(jnp.bfloat16)
-            error = product(written, tiles["solve"])
+            error = product(written, tiles["solve"]) * beta
             dy_tile.at[here].T[...] = written
             dv_tile.at[here].T[...] = error.astype(jnp.bfloat16)
             place = row, pl.ds(chunk * CHUNK, CHUNK), head, walk.features
@@ -237,10 +237,12 @@ def chunk_gradients(
 
         def errors(_, features):  # in the place of v
             held = product(k, state.at[features].T)
-            v.at[:, features][...] = rounded(read(v.at[:, features]) - held * into)
+            error = read(v.at[:, features]) - held * into
+            v.at[:, features][...] = rounded(error)
+            y_tile.at[:, features][...] = rounded(error * along_rows(by_row(vector_tile.at[0, BETA]), BLOCK))
 
         def written(_, features):
-            y_tile.at[:, features][...] = rounded(product(solve, v.at[:, features]))
+            y_tile.at[:, features][...] = rounded(product(solve, y_tile.at[:, features]))
 
         shares(value_dim, errors)
         meet()

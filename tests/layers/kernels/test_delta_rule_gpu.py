@@ -76,6 +76,25 @@ def test_interpreted_wide_heads():
         check(arguments_of(rng, 1, 150, key_dim=128, value_dim=80))
 
 
+def test_interpreted_keeping_what_the_forward_pass_computed(monkeypatch):
+    monkeypatch.setattr(gpu, "SETTINGS", Settings(keep=True))
+    with mosaic_gpu.interpreted():
+        check(arguments_of(np.random.default_rng(7), 1, 90, heads=1))
+
+
+def test_interpreted_where_inverses_are_large():
+    """Keys that are alike and strengths near 2: as right as XLA, which inverts in float32."""
+    rng = np.random.default_rng(8)
+    arguments = arguments_of(rng, 1, 64, heads=1, decay=False)
+    k = 1.0 + 0.5 * rng.standard_normal((1, 64, 1, 64))
+    k = jnp.asarray(k / np.linalg.norm(k, axis=-1, keepdims=True), jnp.bfloat16)
+    arguments |= {"k": k, "beta": jnp.full((1, 64, 1), 1.9, jnp.float32)}
+    want = delta_rule(**jax.tree.map(lambda x: x.astype(jnp.float32), arguments), impl="reference")
+    want = jax.tree.map(np.asarray, want)
+    with mosaic_gpu.interpreted():
+        shared.close(delta_rule(**arguments, impl="gpu"), want, 1.5e-2, "outputs")
+
+
 def test_interpreted_padding_holds_anything():
     """What stands at padding has no influence, not even NaN, and takes no gradient."""
     rng = np.random.default_rng(3)
@@ -253,7 +272,9 @@ def test_on_gpu(shape, decay):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("settings", [SHORT, Settings(forward=1, states=1), Settings(states=4)])
+@pytest.mark.parametrize(
+    "settings", [SHORT, Settings(forward=1, states=1), Settings(states=4), Settings(keep=True)]
+)
 def test_layouts_on_gpu(monkeypatch, settings):
     monkeypatch.setattr(gpu, "SETTINGS", settings)
     rng = np.random.default_rng()
