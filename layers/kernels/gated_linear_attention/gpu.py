@@ -232,19 +232,23 @@ def gradients(call, residuals, cotangents):
     batch, time, span, settings = q.shape[0], q.shape[1], call.span, call.backward
     given = gates(g, number, batch, time, call)
     length = piece_length(given.chunks, batch * call.heads, span, settings)
-    dq, queries = gpu_backward.query_gradients(q, k, v, do, given, states, call.scale, span, length, settings)
+    dq, queries, ends = gpu_backward.query_gradients(
+        q, k, v, do, given, states, call.scale, span, length, settings
+    )
     # The interpreter cannot run two kernels at once.
     do, dq, queries = jax.lax.optimization_barrier((do, dq, queries))
     dleaving = _at_pieces(q, do, given, READ, dfinal, length, settings, reverse=True)
-    dk, dv, keys, squares, flows, dstate = gpu_backward.key_value_gradients(
-        q, k, v, do, given, states, dleaving, call.scale, span, length, settings
+    dk, dv, keys, written, flows, dstate = gpu_backward.key_value_gradients(
+        q, k, v, do, given, ends, dleaving, call.scale, span, length, settings
     )
     dg = None
     if g is not None:
-        total, read, entering = jnp.moveaxis(queries.sum(2), 3, 0)
-        bound = given.rows[:, :, :, KEEP, 0] * jnp.sqrt(entering.sum(-1) * squares.sum(-1))
-        total, written = total - keys[:, :, :, 0], keys[:, :, :, 1]
-        dg = _decay_gradient(total, read.sum(-1), written.sum(-1), bound, flows.sum(-1), span)[:, :time]
+        total, read = jnp.moveaxis(queries.sum(2), 3, 0)
+        through = _flows(flows.sum(-1), read.sum(-1), written.sum(-1), span)
+        # In the chunk itself, what was written before a step counts as `dk` has it.
+        sums = jax.lax.cumsum(total - keys[:, :, :, 0], axis=3, reverse=True)
+        sums += (keys[:, :, :, 1].sum(-1) + through)[..., None]
+        dg = sums.reshape(batch, call.heads, -1).swapaxes(1, 2)[:, :time]
     dq, dk, dv = (_shared(dx, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, dg, None, dstate
 
@@ -252,30 +256,24 @@ def gradients(call, residuals, cotangents):
 _attend.defvjp(_forward, gradients)
 
 
-def _decay_gradient(terms, read, written, bound, flows, span):
-    """(b, n c, h): sums of terms (b, h, n, c) to the ends of chunks, and the flows (b, h, n) through these.
+def _flows(ends, read, written, span):
+    """What passes through every chunk (b, h, n), from the flows through the ends of spans (b, h, s).
 
-    The flow through the end of a chunk is what the chunk wrote and what passed through it, and that through its start is what
-    passed and what the chunk read; which gives all flows from those through the ends of spans (b, h, s). What passes is at most
-    the decay of the chunk times the norms of the states, `bound`: so rounding leaves nothing of it where nothing passes.
+    The flow through the end of a chunk is what passed through it and what it wrote, that through its start what passed and
+    what it read.
     """
-    batch, heads, chunks, _ = terms.shape
-    missing = flows.shape[2] * span - chunks
+    chunks = read.shape[2]
+    missing = ends.shape[2] * span - chunks
 
-    def by_span(x, fill=0.0):
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=fill)
-        return jnp.moveaxis(x.reshape(*flows.shape, span), 3, 0)
+    def by_span(x):
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, missing))).reshape(*ends.shape, span)
+        return jnp.moveaxis(x, 3, 0)[::-1]
 
-    through, flow = [], flows
-    for read_, written_, bound_ in zip(
-        by_span(read)[::-1], by_span(written)[::-1], by_span(bound, jnp.inf)[::-1], strict=True
-    ):
-        passed = jnp.clip(flow - written_, -bound_, bound_)
-        through.append(passed + written_)
-        flow = passed + read_
-    through = jnp.stack(through[::-1], axis=3).reshape(batch, heads, -1)[:, :, :chunks]
-    sums = jax.lax.cumsum(terms, axis=3, reverse=True) + through[..., None]
-    return sums.reshape(batch, heads, -1).swapaxes(1, 2)
+    passed, flow = [], ends
+    for read_, written_ in zip(by_span(read), by_span(written), strict=True):
+        passed.append(flow - written_)
+        flow = passed[-1] + read_
+    return jnp.stack(passed[::-1], axis=3).reshape(*read.shape[:2], -1)[:, :, :chunks]
 
 
 def _shared(dx, heads):

@@ -10,8 +10,9 @@ With the state S that enters a chunk and the gradient R of the one that leaves i
 
 Every log-decay collects the terms of pairs of steps on either side of it. Those of dq . q are what a step reads, those of
 dk . k what it writes, so for step t they are the sum of dq . q - dk . k from t to the end of its chunk, in which the terms of
-pairs on one side cancel, for they come from the same rounded factors, and the flow S' . R through the end of the chunk. `flows`
-has that through the ends of spans; see `gpu` for the others.
+pairs on one side cancel, for they come from the same rounded factors, and the flow S' . R through the end of the chunk. That
+is known at the ends of spans. From there, what the chunk wrote is taken off and what it read added, products of the very
+numbers that S and R are sums of, so that nothing of a large flow is left where little passes.
 """
 
 import jax
@@ -44,10 +45,10 @@ def query_gradients(
     span: int,
     length: int,
     settings: Settings,
-) -> tuple[jax.Array, jax.Array]:
-    """dq (b, t, h, k), in the type of q, and sums (b, h, parts of keys, n, 3, c), float32.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dq (b, t, h, k), in the type of q, sums (b, h, parts of keys, n, 2, c) and ends (b, h, s, k, v), float32.
 
-    The sums are dq . q, what of it comes from the state, and, of the state that enters, the squares of each key.
+    The sums are dq . q, and S . q^T (b do) for each key; the ends are the states at the ends of spans.
 
     Args:
       states, span: as of `forward`; pieces are of whole spans, if there are several.
@@ -65,14 +66,15 @@ def query_gradients(
         "column_tiles": plgpu.SMEM((stages, *gates.columns.shape[3:]), jnp.float32),
         "state_tile": matrices((count, PART, width), v.dtype),
         "written_tile": matrices((count, CHUNK, PART), k.dtype),
+        "read_tile": matrices((count, CHUNK, PART), q.dtype),
         "dq_tile": matrices((count, CHUNK, PART), q.dtype),
         "full": plgpu.Barrier(num_arrivals=4 + 2 * count, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=count, num_barriers=stages),
     }
 
-    def body(*, q, k, v, do, rows, columns, states, dq, sums, **tiles):
+    def body(*, q, k, v, do, rows, columns, states, dq, sums, ends, **tiles):
         (q,), (k,), (v,), (do,), (rows,), (columns,) = q, k, v, do, rows, columns
-        (states,), (dq,), (sums,) = states, dq, sums
+        (states,), (dq,), (sums,), (ends,) = states, dq, sums, ends
         me, row, piece = (
             jax.lax.axis_index("warpgroup"),
             jax.lax.axis_index("row"),
@@ -82,8 +84,8 @@ def query_gradients(
         q_tiles, k_tiles = tiles["q_tiles"].at[me], tiles["k_tiles"].at[me]
         v_tiles, do_tiles = tiles["v_tiles"], tiles["do_tiles"]
         row_tiles, column_tiles = tiles["row_tiles"], tiles["column_tiles"]
-        state_tile, written_tile, dq_tile = (
-            tiles[f"{name}_tile"].at[me] for name in ("state", "written", "dq")
+        state_tile, written_tile, read_tile, dq_tile = (
+            tiles[f"{name}_tile"].at[me] for name in ("state", "written", "read", "dq")
         )
         full, free = tiles["full"], tiles["free"]
 
@@ -104,17 +106,24 @@ def query_gradients(
         def step(chunk, slot, refill, state):
             plgpu.barrier_wait(full.at[slot])
             factors, keys = row_tiles.at[slot], in_registers(k_tiles.at[slot]).astype(jnp.float32)
+            queries = in_registers(q_tiles.at[slot]).astype(jnp.float32)
             state_tile[...] = state.astype(v.dtype)
             written_tile[...] = (keys * by_rows(factors.at[WRITE], PART)).astype(k.dtype)
+            read_tile[...] = (queries * by_rows(factors.at[READ], PART)).astype(q.dtype)
             plgpu.commit_smem()
+            sums[row, head, me, chunk, 1] = (state * product(read_tile.T, do_tiles.at[slot])).sum(axis=1)
+            state = product(written_tile.T, v_tiles.at[slot], state * row_tiles[slot, KEEP, 0])
+            last = jnp.logical_or(jax.lax.rem(chunk + 1, span) == 0, chunk == walk.chunks - 1)
+
+            @pl.when(last)
+            def _():
+                ends[row, head, jax.lax.div(chunk, span), lanes] = state
+
             scores = product(do_tiles.at[slot], v_tiles.at[slot].T)
             scores = scale * scores * decays(factors, column_tiles.at[slot])
             gradient = product(do_tiles.at[slot], state_tile.T) * by_rows(factors.at[READ], PART)
-            queries = in_registers(q_tiles.at[slot]).astype(jnp.float32)
-            sums[row, head, me, chunk, 1] = (gradient * queries).sum(axis=1)
-            sums[row, head, me, chunk, 2] = (state * state).sum(axis=1)
             gradient = product(scores.astype(k.dtype), k_tiles.at[slot], gradient)
-            state = product(written_tile.T, v_tiles.at[slot], state * row_tiles[slot, KEEP, 0])
+            queries = in_registers(q_tiles.at[slot]).astype(jnp.float32)
             sums[row, head, me, chunk, 0] = (gradient * queries).sum(axis=1)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             dq_tile[...] = gradient.astype(q.dtype)
@@ -131,7 +140,8 @@ def query_gradients(
         walk.run(fetch, step, state)
         plgpu.wait_smem_to_gmem(0)
 
-    sums = batch, heads, count, gates.chunks, 3, CHUNK
+    sums = batch, heads, count, gates.chunks, 2, CHUNK
+    ends = batch, heads, states.shape[2] - 1, keys, width
     results = launch(
         body,
         name="gated_linear_attention_queries",
@@ -148,11 +158,12 @@ def query_gradients(
         outputs={
             "dq": (jax.ShapeDtypeStruct((batch, time, heads, keys), q.dtype),),
             "sums": (jax.ShapeDtypeStruct(sums, jnp.float32),),
+            "ends": (jax.ShapeDtypeStruct(ends, jnp.float32),),
         },
         scratch=scratch,
         warpgroups=count,
     )
-    return results["dq"][0], results["sums"][0]
+    return results["dq"][0], results["sums"][0], results["ends"][0]
 
 
 def key_value_gradients(
@@ -161,25 +172,25 @@ def key_value_gradients(
     v: jax.Array,
     do: jax.Array,
     gates: Gates,
-    states: jax.Array,
+    ends: jax.Array,
     dleaving: jax.Array,
     scale: float,
     span: int,
     length: int,
     settings: Settings,
 ) -> tuple[jax.Array, ...]:
-    """dk (b, t, h, k), dv (b, t, h, v), sums, squares, flows (b, h, s, k) and the gradient of the first state.
+    """dk (b, t, h, k), dv (b, t, h, v), sums, written, flows (b, h, s, k) and the gradient of the first state.
 
-    The sums, (b, h, n, 2, c), are dk . k and what of it comes from R; the squares, (b, h, n, k), those of R for each key; flows
-    those through the ends of spans, for each key.
+    The sums, (b, h, n, 2, c), are dk . k and what of it comes from R; `written`, (b, h, n, k), is R . k^T (w v) for each key,
+    `flows` what flows through the ends of spans.
 
     Args:
-      states, span: as of `forward`.
+      ends, span: as of `query_gradients`.
       dleaving: (b, pieces, h, k, v), float32: the gradient of the state at the end of every piece.
     """
     batch, time, _, keys = q.shape
     heads, width = gates.rows.shape[1], v.shape[3]
-    parts, stages, spans = keys // PART, settings.stages, states.shape[2] - 1
+    parts, stages, spans = keys // PART, settings.stages, ends.shape[2]
     walk = Walk(gates.chunks, length, stages, reverse=True)
     scratch = {
         "q_tiles": tuple(matrices((stages, CHUNK, PART), q.dtype) for _ in range(parts)),
@@ -197,12 +208,10 @@ def key_value_gradients(
         "done": plgpu.Barrier(num_arrivals=2),
     }
 
-    def body(
-        *, q, k, v, do, rows, columns, states, dleaving, dk, dv, sums, squares, flows, dentering, **tiles
-    ):
+    def body(*, q, k, v, do, rows, columns, ends, dleaving, dk, dv, sums, written, flows, dentering, **tiles):
         (q,), (k,), (v,), (do,), (rows,), (columns,) = q, k, v, do, rows, columns
-        (states,), (dleaving,), (dk,), (dv,) = states, dleaving, dk, dv
-        (sums,), (squares,), (flows,), (dentering,) = sums, squares, flows, dentering
+        (ends,), (dleaving,), (dk,), (dv,) = ends, dleaving, dk, dv
+        (sums,), (written,), (flows,), (dentering,) = sums, written, flows, dentering
         q_tiles, k_tiles, v_tiles, do_tiles = (tiles[f"{name}_tiles"] for name in ("q", "k", "v", "do"))
         row_tiles, column_tiles = tiles["row_tiles"], tiles["column_tiles"]
         leaving_tile, read_tile = tiles["leaving_tile"], tiles["read_tile"]
@@ -248,17 +257,17 @@ def key_value_gradients(
             scores = scale * scores * decays(factors, column_tiles.at[slot], transposed=True)
             scores = scores.astype(q.dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            total, written = 0.0, 0.0
+            total, passed = 0.0, 0.0
             for part in range(parts):
                 gradient = product(v_tiles.at[slot], leaving_tile[part].T)
                 gradient = gradient * by_rows(factors.at[WRITE], PART)
                 keys = in_registers(k_tiles[part].at[slot]).astype(jnp.float32)
-                written = written + (gradient * keys).sum(axis=1)
+                passed = passed + (gradient * keys).sum(axis=1)
                 gradient = product(scores, q_tiles[part].at[slot], gradient)
                 total = total + (gradient * keys).sum(axis=1)
                 dk_tile[part][...] = gradient.astype(k.dtype)
             sums[row, head, chunk, 0] = total
-            sums[row, head, chunk, 1] = written
+            sums[row, head, chunk, 1] = passed
             plgpu.commit_smem()
             steps = pl.ds(chunk * CHUNK, CHUNK)
             for part in range(parts):
@@ -271,7 +280,7 @@ def key_value_gradients(
             mine = me < parts
 
             def flow(place, leaving):
-                state = in_registers(states.at[row, head, place + 1, lanes])
+                state = in_registers(ends.at[row, head, place, lanes])
                 flows[row, head, place, lanes] = (state * leaving).sum(axis=1)
 
             def step(chunk, slot, refill, leaving):
@@ -280,11 +289,17 @@ def key_value_gradients(
                     pl.when(last)(lambda: flow(jax.lax.div(chunk, span), leaving))
                 plgpu.barrier_wait(full.at[slot])
                 if mine:
+                    keys = in_registers(k_tiles[me].at[slot]).astype(jnp.float32)
+                    wrote = keys * by_rows(row_tiles.at[slot, WRITE], PART)
+                    read_tile[me][...] = wrote.astype(k.dtype)
+                    plgpu.commit_smem()
+                    added = product(read_tile[me].T, v_tiles.at[slot])
+                    written[row, head, chunk, lanes] = (added * leaving).sum(axis=1)
+                    plgpu.commit_smem()
                     queries = in_registers(q_tiles[me].at[slot]).astype(jnp.float32)
                     read = queries * by_rows(row_tiles.at[slot, READ], PART)
                     read_tile[me][...] = read.astype(q.dtype)
                     leaving_tile[me][...] = leaving.astype(v.dtype)
-                    squares[row, head, chunk, lanes] = (leaving * leaving).sum(axis=1)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready)
                 plgpu.barrier_wait(ready)
@@ -328,18 +343,18 @@ def key_value_gradients(
             "do": (do,),
             "rows": (gates.rows,),
             "columns": (gates.columns,),
-            "states": (states,),
+            "ends": (ends,),
             "dleaving": (dleaving,),
         },
         outputs={
             "dk": (jax.ShapeDtypeStruct((batch, time, heads, keys), k.dtype),),
             "dv": (jax.ShapeDtypeStruct((batch, time, heads, width), v.dtype),),
             "sums": float32(batch, heads, gates.chunks, 2, CHUNK),
-            "squares": float32(batch, heads, gates.chunks, keys),
+            "written": float32(batch, heads, gates.chunks, keys),
             "flows": float32(batch, heads, spans, keys),
             "dentering": float32(batch, heads, keys, width),
         },
         scratch=scratch,
         warpgroups=2,
     )
-    return tuple(results[name][0] for name in ("dk", "dv", "sums", "squares", "flows", "dentering"))
+    return tuple(results[name][0] for name in ("dk", "dv", "sums", "written", "flows", "dentering"))
