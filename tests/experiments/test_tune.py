@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmark import tune, tune_linear_recurrence
+from experiments.benchmark import tune, tune_delta_rule, tune_linear_recurrence
 from layers.kernels import mosaic_gpu
 from layers.kernels.linear_recurrence import gpu, gpu_kernels
 from layers.kernels.linear_recurrence.gpu_kernels import Settings
@@ -44,6 +44,20 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
     (row,) = (row for row in rows if row["part"] == "forward" and "steps" in row["layout"])
     assert row["failure"].startswith("wrong: relative error")
     assert "ms" not in row
+
+
+def test_delta_rule(monkeypatch):
+    """Every pass of the kernels and of XLA is checked against float64."""
+    tiny = tune_delta_rule.Problem("tiny", (1, 20, 1, 64), segments=True)
+    monkeypatch.setitem(tune.PROBLEMS, "delta_rule", lambda: iter([tiny]))
+    kept = []
+    with mosaic_gpu.interpreted():
+        tune.run(("delta_rule/tiny",), tune.Sizes(rounds=1), 1e9, lambda line: None, kept.append)
+    timed = {(row["part"], row["layout"]): row["error"] for row in kept[-1] if "ms" in row}
+    assert len(timed) == 6
+    assert all(0 < error < 1e-2 for error in timed.values())
+    layout = "keep False, refinements 2, forward 3, states 3, backward 2"
+    assert {("forward", layout), ("backward", layout), ("both", "gpu, likewise, keeping")} < timed.keys()
 
 
 def test_errors_are_relative():
