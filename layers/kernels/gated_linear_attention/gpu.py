@@ -214,7 +214,7 @@ def forward(q, k, v, g, number, state, call, span):
     batch, time, settings = q.shape[0], q.shape[1], call.forward
     given = gates(g, number, batch, time, call)
     parts = v.shape[3] // PART
-    count = gpu_kernels.together(*(call.heads // x.shape[2] for x in (q, k)), parts=parts)
+    count = gpu_kernels.warpgroups(*(call.heads // x.shape[2] for x in (q, k)), parts=parts)
     length = piece_length(given.chunks, batch * call.heads * parts // count, call.span, settings)
     entering = _at_pieces(k, v, given, WRITE, state, length, settings, reverse=False)
     return gpu_kernels.forward(q, k, v, given, entering, call.scale, span, length, settings)

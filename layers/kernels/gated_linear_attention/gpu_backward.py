@@ -30,6 +30,7 @@ from layers.kernels.gated_linear_attention.gpu_kernels import (
     by_rows,
     decays,
     shared_head,
+    together,
 )
 from layers.kernels.mosaic_gpu import in_registers, launch, matrices, pl, plgpu, product
 
@@ -70,6 +71,7 @@ def query_gradients(
         "dq_tile": matrices((count, CHUNK, PART), q.dtype),
         "full": plgpu.Barrier(num_arrivals=4 + 2 * count, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=count, num_barriers=stages),
+        "finished": plgpu.Barrier(num_arrivals=count),
     }
 
     def body(*, q, k, v, do, rows, columns, states, dq, sums, ends, **tiles):
@@ -139,6 +141,7 @@ def query_gradients(
         state = 1.0 * in_registers(states.at[row, head, place, lanes])
         walk.run(fetch, step, state)
         plgpu.wait_smem_to_gmem(0)
+        together(tiles["finished"])
 
     sums = batch, heads, count, gates.chunks, 2, CHUNK
     ends = batch, heads, states.shape[2] - 1, keys, width
@@ -301,15 +304,13 @@ def key_value_gradients(
                     read_tile[me][...] = read.astype(q.dtype)
                     leaving_tile[me][...] = leaving.astype(v.dtype)
                 plgpu.commit_smem()
-                plgpu.barrier_arrive(ready)
-                plgpu.barrier_wait(ready)
+                together(ready)
                 (of_keys if me else of_values)(chunk, slot)
                 if mine:
                     keep = row_tiles[slot, KEEP, 0]
                     leaving = product(read_tile[me].T, do_tiles.at[slot], leaving * keep)
                 plgpu.commit_smem()
-                plgpu.barrier_arrive(done)
-                plgpu.barrier_wait(done)
+                together(done)
                 if me == 0:
                     refill()
                 return leaving

@@ -125,7 +125,13 @@ def by_rows(vector: Any, width: int) -> jax.Array:
     return spread(along(vector, 0), 0, (CHUNK, width))
 
 
-def together(*counts: int, parts: int) -> int:
+def together(barrier: Any) -> None:
+    """Waits for the other warpgroups of the block: one that ends while another multiplies can break off the kernel."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
+def warpgroups(*counts: int, parts: int) -> int:
     """Warpgroups of a block: two if two neighbouring parts of heads share queries and keys, else one.
 
     Args:
@@ -160,7 +166,7 @@ def forward(
     heads, width = gates.rows.shape[1], v.shape[3]
     parts = width // PART
     shares = [heads // x.shape[2] for x in (q, k)]
-    count = together(*shares, parts=parts)
+    count = warpgroups(*shares, parts=parts)
     walk = Walk(gates.chunks, length, settings.stages)
     spans = pl.cdiv(gates.chunks, span) if span else 0
     stages = settings.stages
@@ -175,6 +181,7 @@ def forward(
         "o_tile": matrices((count, CHUNK, PART), v.dtype),
         "full": plgpu.Barrier(num_arrivals=2 + 3 * count, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=count, num_barriers=stages),
+        "finished": plgpu.Barrier(num_arrivals=count),
     }
 
     def body(*, q, k, v, rows, columns, entering, o, states, **tiles):
@@ -237,6 +244,7 @@ def forward(
             states[row, head, spans, :, lanes] = state
 
         plgpu.wait_smem_to_gmem(0)
+        together(tiles["finished"])
 
     results = launch(
         body,

@@ -224,8 +224,8 @@ def test_time_is_cut_only_where_blocks_are_few():
     assert gpu.piece_length(64, 128, 8, Settings()) == 64
     assert gpu.piece_length(512, 8, 8, Settings()) == 32
     assert gpu.piece_length(3, 1, 8, Settings()) == 3
-    assert gpu_kernels.together(1, 1, parts=2) == gpu_kernels.together(64, 64, parts=1) == 2
-    assert gpu_kernels.together(1, 64, parts=1) == 1
+    assert gpu_kernels.warpgroups(1, 1, parts=2) == gpu_kernels.warpgroups(64, 64, parts=1) == 2
+    assert gpu_kernels.warpgroups(1, 64, parts=1) == 1
 
 
 def exact(case, time, *, segments=False):
