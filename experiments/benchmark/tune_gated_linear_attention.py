@@ -14,7 +14,9 @@ from layers.kernels.segments import segment_numbers
 
 Arrays = dict[str, Any]
 
-_STAGES = tuple(Settings(stages=stages) for stages in (2, 1, 3))
+
+def _stages(*counts: int) -> tuple[Settings, ...]:
+    return tuple(Settings(stages=count) for count in counts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Problem:
     shape: tuple[int, int, int, int, int, int]
     decay: bool = True
     segments: bool = False
-    forward: tuple[Settings, ...] = _STAGES
-    backward: tuple[Settings, ...] = _STAGES
+    forward: tuple[Settings, ...] = _stages(2)
+    backward: tuple[Settings, ...] = _stages(2)
 
     def refusal(self) -> str | None:
         """Why the kernels cannot run here, or None."""
@@ -48,11 +50,13 @@ class Problem:
 def problems() -> Iterator[Problem]:
     """The shapes of the tables: 16 heads of 128, Mamba-2's, small heads, packed rows, and one row of few heads."""
     wide = (8, 4096, 16, 16, 128, 128)
-    yield Problem("scalar decay", wide)
-    yield Problem("no decay", wide, decay=False, forward=_STAGES[:1], backward=_STAGES[:1])
-    yield Problem("Mamba-2", (8, 4096, 64, 1, 128, 64))
-    yield Problem("segments", wide, segments=True, forward=_STAGES[:1], backward=_STAGES[:1])
-    yield Problem("heads of 64", (8, 4096, 32, 32, 64, 64))
+    yield Problem("scalar decay", wide, forward=_stages(2, 3, 1), backward=_stages(2, 1))
+    yield Problem("no decay", wide, decay=False)
+    mamba2 = (8, 4096, 64, 1, 128, 64)
+    yield Problem("Mamba-2", mamba2, forward=_stages(2, 3), backward=_stages(2, 3))
+    yield Problem("segments", wide, segments=True)
+    small = (8, 4096, 32, 32, 64, 64)
+    yield Problem("heads of 64", small, forward=_stages(2, 3), backward=_stages(2, 3))
     pieces = tuple(Settings(pieces=pieces) for pieces in (None, 8, 32, 1))
     yield Problem("one row", (1, 32768, 8, 8, 128, 128), forward=pieces, backward=pieces)
 

@@ -1,9 +1,11 @@
 """Tuning: a layout that is right is timed, one that is wrong or fails is told, and the rest goes on."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmark import tune, tune_delta_rule, tune_linear_recurrence
+from experiments.benchmark import tune, tune_delta_rule, tune_gated_linear_attention, tune_linear_recurrence
 from layers.kernels import mosaic_gpu
 from layers.kernels.linear_recurrence import gpu, gpu_kernels
 from layers.kernels.linear_recurrence.gpu_kernels import Settings
@@ -58,6 +60,20 @@ def test_delta_rule(monkeypatch):
     assert all(0 < error < 1e-2 for error in timed.values())
     layout = "keep False, refinements 2, forward 3, states 3, backward 2"
     assert {("forward", layout), ("backward", layout), ("both", "gpu, likewise, keeping")} < timed.keys()
+
+
+def test_gated_linear_attention(monkeypatch):
+    """Every pass of the kernels is checked against XLA in float32."""
+    tiny = tune_gated_linear_attention.Problem("tiny", (1, 8, 1, 1, 64, 64), segments=True)
+    tiny = dataclasses.replace(tiny, forward=tiny.forward[:1], backward=tiny.backward[:1])
+    monkeypatch.setitem(tune.PROBLEMS, "gated_linear_attention", lambda: iter([tiny]))
+    kept = []
+    with mosaic_gpu.interpreted():
+        tune.run(("gated_linear_attention/tiny",), tune.Sizes(rounds=1), 1e9, lambda line: None, kept.append)
+    timed = {(row["part"], row["layout"]): row["error"] for row in kept[-1] if "ms" in row}
+    assert len(timed) == 5
+    assert all(0 < error < 1e-2 for error in timed.values())
+    assert {("forward", "stages 2"), ("backward", "stages 2"), ("both", "xla")} < timed.keys()
 
 
 def test_errors_are_relative():

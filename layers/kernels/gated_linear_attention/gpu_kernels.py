@@ -7,9 +7,16 @@ With the notation of `chunked`, in chunks of 64 steps,
 A block takes one row of the batch, one piece of the time axis and as many parts of heads as it has warpgroups. A warpgroup
 walks through the chunks with its part of the state, all keys by 64 values, in registers in float32; q, k and v come into
 shared memory by asynchronous copies, `stages` chunks of them under way. Two warpgroups share the queries and keys of their
-head or group of heads, and hide each other's waits. So each input is read once (Mamba-2's queries and keys once for two
-heads, mostly from the L2 cache) and only outputs are written: at 8 x 4096 tokens of 16 heads of 128, 0.54 GB and 43
-GFLOP of matrix products.
+head or group of heads, and hide each other's waits.
+
+At 8 x 4096 tokens and 16 heads of 128 in bfloat16, the forward pass moves 0.54 GB, which take 0.18 ms at 3.0 TB/s, and does
+0.06 TFLOP of matrix products, less than 0.1 ms at half the peak. The backward pass moves 1.5 GB, 0.49 ms, and does 0.23
+TFLOP. Mamba-2's heads of 64 that share 128 keys have 0.3 and 1.7 GB, for the gradients of queries and keys leave the kernels
+for every head. Not yet measured; compiled for Hopper, registers suffice but for 16 to 44 bytes a lane in the kernel of keys
+and values at 128 x 128.
+
+Where rows and heads are too few to fill the machine, time is cut into pieces. A first launch finds what each piece adds to
+the state, a short scan the states between pieces.
 
 The numbers of every step that depend on decay and segments come ready made, see `Gates`. The tail of the sequence needs no
 masks: copies in fill with zeros beyond the ends of an array, and copies out write nothing there.
