@@ -117,6 +117,7 @@ def _benchmark(name, draw, inputs, products):
 SUITE = Suite(
     function=delta_rule,
     implementations=("xla",),
+    gpu_implementations=("gpu",),
     time_arguments=("q", "k", "v", "beta", "log_decay"),
     cases=(
         Case("plain", _plain, {"scale": 0.7}, state=_state),

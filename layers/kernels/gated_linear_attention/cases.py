@@ -130,6 +130,7 @@ SUITE = Suite(
     function=gated_linear_attention,
     implementations=("xla",),
     tpu_implementations=("tpu",),
+    gpu_implementations=("gpu",),
     time_arguments=("q", "k", "v", "log_decay"),
     cases=(
         Case("scalar", _scalar, state=_state, tpu=True),
