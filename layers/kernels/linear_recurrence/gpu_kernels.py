@@ -24,8 +24,8 @@ and 256 channels takes 0.13 ms forward in 64 pieces (XLA 0.25), and 0.34 in 8.
 
 A complex array is two arrays, real and imaginary: XLA removes `real(complex(re, im))` on both sides of the call. Where it
 cannot, because the array is in memory, that is what bounds the call: 4 times the floor at 64 x 1024 x 128. The tail
-of the sequence and channels beyond the last need no masks: copies in fill with zeros beyond the ends of an array, copies
-out write nothing behind the last channel, and the last tile leaves step by step.
+of the sequence and channels beyond the last need no masks: copies in fill with zeros beyond the ends of an array, and
+copies out write nothing there, unless what they copy is one stretch of memory.
 
 Not done: a single launch with pieces, each waiting for the state of the one before (decoupled look-back). It would save
 the second reading, at the price of blocks that wait for blocks that may not be running.
@@ -518,10 +518,10 @@ class _Block:
                 target = ref.at[self.row, pl.ds(first + row, count), self.channels]
                 plgpu.copy_smem_to_gmem(tiles.at[turn, pl.ds(row, count)], target)
 
-        if time % steps == 0:
+        if time % steps == 0 or self.plan.channels != self.width:
             copy(0, steps)
             return
-        # Where a tile spans all channels, a copy goes on behind the end of time into the next row of the batch.
+        # A tile of all channels is one stretch of memory, and a copy of it would not end where the row of the batch ends.
         pl.when(first + steps <= time)(lambda: copy(0, steps))
 
         @pl.when(first + steps > time)
