@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
+COLOURS = mpl.colormaps["tab20"].colors[::2] + mpl.colormaps["tab20"].colors[1::2]
 
 HEADER = (
     f"{'':58}  {'forward':>9}  {'x floor':>7}  {'x ours':>6}  {'GB':>6}  "
@@ -58,6 +60,7 @@ def draw_scaling(rows: Sequence[Row], path: Path, title: str) -> None:
         strict=True,
     ):
         names = dict.fromkeys((row["primitive"], row["case"]) for row in rows)
+        axes.set_prop_cycle(color=COLOURS)
         for number, name in enumerate(names):
             points = [
                 (row["time"], row[field])

@@ -14,7 +14,8 @@ from layers.kernels.delta_rule.gpu_tiles import CHUNK
 from layers.kernels.segments import segment_starts
 from layers.kernels.varying import vary_as
 
-# Whether `impl=None` may choose these kernels. They have run in the interpreter and through the compiler only.
+# Whether `impl=None` may choose these kernels. On a GPU they were timed and right in the cases of
+# `experiments.benchmark kernels`; their GPU tests have not been run.
 MEASURED = False
 
 SHORTEST = 128

