@@ -1,19 +1,47 @@
 """What is timed: a primitive called with random arrays, forward, and forward with all its gradients."""
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmark.timing import peak_bytes
 from layers.kernels.case import Benchmark, Suite
 from layers.typing import Array
 
 Arrays = dict[str, Any]
 Function = Callable[..., Any]
+
+
+class Compiled(NamedTuple):
+    """A function ready to run: of arrays; of arrays and a cotangent, with gradients; and the memory each needs."""
+
+    forward: Callable[[Arrays], Any]
+    both: Callable[[Arrays, Any], Any]
+    forward_peak_bytes: int
+    both_peak_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class JaxFunction:
+    """A function of arrays by name that gives the output, for `jax.jit`."""
+
+    run: Function
+
+    def compiled(self, arrays: Arrays, cotangent: np.ndarray) -> Compiled:
+        """Both passes, compiled."""
+        forward = jax.jit(lambda arrays: self.run(**arrays)).lower(arrays).compile()
+        both = jax.jit(forward_and_backward(self.run)).lower(arrays, cotangent).compile()
+        return Compiled(forward, both, peak_bytes(forward), peak_bytes(both))
+
+    def results(self, arrays: Arrays, cotangent: np.ndarray) -> tuple[Array, Arrays]:
+        """The output and the gradients."""
+        return jax.jit(forward_and_backward(self.run))(arrays, cotangent)
 
 
 def draw(benchmark: Benchmark, dtype: str) -> Arrays:
@@ -70,14 +98,14 @@ def cotangent(function: Function, arrays: Arrays) -> np.ndarray:
     return real.astype(shape.dtype)
 
 
-def errors(function: Function, suite: Suite, benchmark: Benchmark, arrays: Arrays) -> tuple[float, float]:
-    """Relative error against the float64 reference: of the output, and the largest of the gradients.
+def errors(function: Any, suite: Suite, benchmark: Benchmark, arrays: Arrays) -> tuple[float, float]:
+    """Relative error of a `JaxFunction`, or of what has its methods, against the float64 reference: of the output, and the largest of the gradients.
 
     ||result - reference|| / ||reference|| with both fed the same arrays, rounded to the benchmark's type.
     """
     reference = with_implementation(suite, benchmark, "reference")
-    direction = cotangent(function, arrays)
-    output, gradients = jax.jit(forward_and_backward(function))(arrays, direction)
+    direction = cotangent(reference, arrays)
+    output, gradients = function.results(arrays, direction)
     with jax.enable_x64(True):
         wide = {name: _widen(array) for name, array in arrays.items()}
         expected, expected_gradients = jax.jit(forward_and_backward(reference))(wide, _widen(direction))

@@ -10,7 +10,7 @@ import jax
 
 from experiments.benchmark import calls
 from experiments.benchmark.peers import peers
-from experiments.benchmark.timing import Ceilings, interleaved, peak_bytes
+from experiments.benchmark.timing import Ceilings, interleaved
 from layers.kernels.case import Benchmark, Suite
 from layers.kernels.suites import SUITES
 
@@ -106,22 +106,20 @@ class Study:
         self._ours = set(ours)
         self._contestants = {name: self._prepare(function) for name, function in functions.items()}
 
-    def _own_functions(self) -> dict[str, calls.Function]:
+    def _own_functions(self) -> dict[str, calls.JaxFunction]:
         on_gpu = self.suite.gpu_implementations if jax.default_backend() == "gpu" else ()
         names = (*self.suite.implementations, *on_gpu)
         # What impl=None takes, then each by name: where the choice is wrong, the table shows it.
         wanted = {"default": None} | ({name: name for name in names} if len(names) > 1 else {})
         return {
-            label: calls.with_implementation(self.suite, self.benchmark, impl)
+            label: calls.JaxFunction(calls.with_implementation(self.suite, self.benchmark, impl))
             for label, impl in wanted.items()
         }
 
-    def _prepare(self, function: calls.Function) -> dict[str, Any]:
+    def _prepare(self, function: Any) -> dict[str, Any]:
         """The compiled functions with their errors and memory, or why there are none."""
-        both = calls.forward_and_backward(function)
         try:
-            forward = jax.jit(lambda arrays: function(**arrays)).lower(self._arrays).compile()
-            backward = jax.jit(both).lower(self._arrays, self._cotangent).compile()
+            compiled = function.compiled(self._arrays, self._cotangent)
             error, gradient_error = calls.errors(
                 function, self.suite, self._small, calls.draw(self._small, self.dtype)
             )
@@ -130,11 +128,11 @@ class Study:
             refused = isinstance(problem, ValueError) and "cannot take this call" in text
             return {"problem": f"{type(problem).__name__}: {text[:200]}", "refused": refused}
         return {
-            "functions": (forward, backward),
+            "functions": (compiled.forward, compiled.both),
             "error": error,
             "gradient_error": gradient_error,
-            "forward_peak_bytes": peak_bytes(forward),
-            "both_peak_bytes": peak_bytes(backward),
+            "forward_peak_bytes": compiled.forward_peak_bytes,
+            "both_peak_bytes": compiled.both_peak_bytes,
         }
 
     def measure(self, ceilings: Ceilings, rounds: int) -> list[dict[str, Any]]:

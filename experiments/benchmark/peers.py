@@ -4,19 +4,32 @@
 imported is left out.
 """
 
+import functools
+import importlib
 import importlib.util
 from typing import Any
 
 import jax
 
-from experiments.benchmark.calls import Function
+from experiments.benchmark.calls import Function, JaxFunction
+from experiments.benchmark.torch_functions import TorchFunction
 
 
-def peers(primitive: str, case: str) -> dict[str, Function]:
+def peers(primitive: str, case: str) -> dict[str, JaxFunction | TorchFunction]:
     """Whatever else here computes the case called `case` of a primitive."""
-    found = dict(PLAIN.get((primitive, case), {}))
+    found: dict[str, JaxFunction | TorchFunction] = {
+        name: JaxFunction(function) for name, function in PLAIN.get((primitive, case), {}).items()
+    }
     if importlib.util.find_spec("jla") is not None:
-        found |= _jax_linear_attention(primitive, case)
+        found |= {
+            name: JaxFunction(function) for name, function in _jax_linear_attention(primitive, case).items()
+        }
+    if importlib.util.find_spec("torch") is not None and (primitive, case) == ("attention", "causal"):
+        found["PyTorch, scaled_dot_product_attention"] = TorchFunction(lambda: _torch_attention)
+    if importlib.util.find_spec("fla") is not None and jax.default_backend() == "gpu":
+        kernel = _FLASH_LINEAR_ATTENTION.get((primitive, case))
+        if kernel is not None:
+            found["flash-linear-attention"] = TorchFunction(functools.partial(_fla_kernel, *kernel))
     return found
 
 
@@ -68,3 +81,41 @@ def _jax_linear_attention(primitive: str, case: str) -> dict[str, Function]:
     if case == "Mamba-2":
         forms.remove("chunked")  # has no groups of keys
     return {f"jax-linear-attention, {impl}": function(impl) for impl in forms}
+
+
+def _torch_attention(q: Any, k: Any, v: Any) -> Any:
+    import torch
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+# Module and name of the Triton kernels of flash-linear-attention, what they call our arguments, and options.
+_GATED = {"q": "q", "k": "k", "v": "v", "log_decay": "g"}
+_DELTA = _GATED | {"beta": "beta"}
+_RWKV7 = {"q": "r", "k": "k", "v": "v", "log_decay": "w", "a": "a", "b": "b"}
+_RWKV6 = {"q": "r", "k": "k", "v": "v", "log_decay": "w", "bonus": "u"}
+_FLASH_LINEAR_ATTENTION: dict[tuple[str, str], tuple[str, str, dict[str, str], dict[str, Any]]] = {
+    ("gated_linear_attention", "no decay"): (
+        "linear_attn",
+        "chunk_linear_attn",
+        _GATED,
+        {"normalize": False},
+    ),
+    ("gated_linear_attention", "scalar decay"): ("simple_gla", "chunk_simple_gla", _GATED, {}),
+    ("gated_linear_attention", "channel decay"): ("gla", "chunk_gla", _GATED, {}),
+    ("gated_linear_attention", "channel decay, bonus"): ("rwkv6", "chunk_rwkv6", _RWKV6, {}),
+    ("delta_rule", "delta rule"): ("delta_rule", "chunk_delta_rule", _DELTA, {}),
+    ("delta_rule", "gated delta rule"): ("gated_delta_rule", "chunk_gated_delta_rule", _DELTA, {}),
+    ("delta_rule", "KDA"): ("kda", "chunk_kda", _DELTA, {}),
+    ("dplr_delta_rule", "RWKV-7"): ("rwkv7", "chunk_rwkv7", _RWKV7, {"scale": 128**-0.5}),
+}
+
+
+def _fla_kernel(module: str, name: str, names: dict[str, str], options: dict[str, Any]) -> Function:
+    kernel = getattr(importlib.import_module(f"fla.ops.{module}"), name)
+
+    def run(**arguments: Any) -> Any:
+        return kernel(**{names[key]: value for key, value in arguments.items()}, **options)[0]
+
+    return run

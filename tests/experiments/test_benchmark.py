@@ -57,15 +57,19 @@ def test_errors_notice_a_wrong_result_and_a_wrong_gradient():
     suite, case = SUITES["linear_recurrence"], benchmark("linear_recurrence").resized(1, 24, 8)
     arrays = calls.draw(case, "float32")
     right = calls.with_implementation(suite, case, None)
-    assert max(calls.errors(right, suite, case, arrays)) < 1e-6
-    error, gradient_error = calls.errors(lambda **a: 1.1 * right(**a), suite, case, arrays)
+
+    def errors(function):
+        return calls.errors(calls.JaxFunction(function), suite, case, arrays)
+
+    assert max(errors(right)) < 1e-6
+    error, gradient_error = errors(lambda **a: 1.1 * right(**a))
     assert error == pytest.approx(0.1, rel=1e-3)
     assert gradient_error == pytest.approx(0.1, rel=1e-3)
 
     def half_gradient(a, x):
         return right(a=a, x=x / 2 + jax.lax.stop_gradient(x / 2))
 
-    error, gradient_error = calls.errors(half_gradient, suite, case, arrays)
+    error, gradient_error = errors(half_gradient)
     assert error < 1e-6
     assert gradient_error == pytest.approx(0.5, rel=1e-3)
 
