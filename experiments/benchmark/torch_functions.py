@@ -1,6 +1,7 @@
 """Functions of PyTorch tensors, such as Triton kernels, timed on the arrays that JAX functions are timed on."""
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,9 @@ import jax
 import numpy as np
 
 from experiments.benchmark.calls import Arrays, Compiled, split
+
+# PyTorch counts what all threads allocate, and its compilers try kernels out by timing them.
+_ALONE = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,21 +22,24 @@ class TorchFunction:
 
     def compiled(self, arrays: Arrays, cotangent: np.ndarray) -> Compiled:
         """Both passes, run once, so that nothing is left to compile. Memory is what PyTorch allocates, and the arguments."""
-        passes = _Passes(self.load(), arrays, cotangent)
+        function = self.load()
+        passes = _Passes(function, *jax.device_put((arrays, cotangent)))
         arguments = sum(array.nbytes for array in arrays.values())
-        forward_peak, _ = passes.measured(passes.forward)
-        both_peak, _ = passes.measured(passes.both)
+        with _ALONE:
+            forward, both = _peak_bytes(passes.forward), _peak_bytes(passes.both)
         return Compiled(
-            lambda _: passes.forward(),
-            lambda *_: passes.both(),
-            arguments + forward_peak,
-            arguments + cotangent.nbytes + both_peak,
+            # Tensors are views of JAX's arrays, made anew for every call, so that none outlives its study.
+            lambda arrays: _Passes(function, arrays).forward(),
+            lambda arrays, cotangent: _Passes(function, arrays, cotangent).both(),
+            arguments + forward,
+            arguments + cotangent.nbytes + both,
         )
 
     def results(self, arrays: Arrays, cotangent: np.ndarray) -> tuple[np.ndarray, Arrays]:
         """The output and the gradients, as numpy arrays."""
-        passes = _Passes(self.load(), arrays, cotangent)
-        output, gradients = passes.both().values
+        passes = _Passes(self.load(), *jax.device_put((arrays, cotangent)))
+        with _ALONE:
+            output, gradients = passes.both().block_until_ready().values
         return _array(output), {name: _array(gradient) for name, gradient in gradients.items()}
 
 
@@ -51,14 +58,17 @@ class _Launched:
 
 
 class _Passes:
-    """Both passes of a function over copies of the arrays as tensors."""
+    """Both passes of a function over JAX's arrays as tensors."""
 
-    def __init__(self, function: Callable[..., Any], arrays: Arrays, cotangent: np.ndarray):
+    def __init__(self, function: Callable[..., Any], arrays: Arrays, cotangent: jax.Array | None = None):
+        import torch
+
         differentiable, rest = split(arrays)
-        self._function = function
-        self._leaves = {name: _tensor(array).requires_grad_() for name, array in differentiable.items()}
-        self._rest = {name: _tensor(array) for name, array in rest.items()}
-        self._cotangent = _tensor(cotangent)
+        self._function, self._cotangent = function, cotangent
+        self._leaves = {
+            name: torch.from_dlpack(array).requires_grad_() for name, array in differentiable.items()
+        }
+        self._rest = {name: torch.from_dlpack(array) for name, array in rest.items()}
 
     def forward(self) -> _Launched:
         import torch
@@ -70,27 +80,22 @@ class _Passes:
         import torch
 
         output = self._function(**self._leaves, **self._rest)
-        gradients = torch.autograd.grad(output, list(self._leaves.values()), self._cotangent.to(output.dtype))
+        cotangent = torch.from_dlpack(self._cotangent).to(output.dtype)
+        gradients = torch.autograd.grad(output, list(self._leaves.values()), cotangent)
         return _Launched((output.detach(), dict(zip(self._leaves, gradients, strict=True))))
 
-    def measured(self, run: Callable[[], _Launched]) -> tuple[int, _Launched]:
-        """Bytes that a call allocates at the most, after one that compiles."""
-        import torch
 
-        run().block_until_ready()
-        if not torch.cuda.is_available():
-            return 0, run()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        launched = run().block_until_ready()
-        return torch.cuda.max_memory_allocated() - before, launched
-
-
-def _tensor(array: np.ndarray) -> Any:
+def _peak_bytes(run: Callable[[], _Launched]) -> int:
+    """What a call allocates at the most, after one that compiles."""
     import torch
 
-    tensor = torch.from_dlpack(jax.device_put(array))
-    return tensor.clone()
+    run().block_until_ready()
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run().block_until_ready()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _array(tensor: Any) -> np.ndarray:

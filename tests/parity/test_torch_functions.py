@@ -37,9 +37,11 @@ def test_errors_of_a_right_and_of_a_wrong_function(attention):
 def test_compiled_passes_can_be_waited_for(attention):
     suite, case, arrays = attention
     reference = calls.with_implementation(suite, case, "reference")
-    compiled = peers("attention", "causal")[NAME].compiled(arrays, calls.cotangent(reference, arrays))
-    output, gradients = jax.block_until_ready(compiled.both(arrays, None)).values
+    cotangent = calls.cotangent(reference, arrays)
+    compiled = peers("attention", "causal")[NAME].compiled(arrays, cotangent)
+    given, direction = jax.device_put((arrays, cotangent))
+    output, gradients = jax.block_until_ready(compiled.both(given, direction)).values
     assert output.shape == arrays["v"].shape
     assert set(gradients) == {"q", "k", "v"}
-    assert not jax.block_until_ready(compiled.forward(arrays)).values.requires_grad
+    assert not jax.block_until_ready(compiled.forward(given)).values.requires_grad
     assert compiled.both_peak_bytes > compiled.forward_peak_bytes >= 3 * arrays["q"].nbytes
