@@ -19,7 +19,7 @@ from tests.layers.kernels.suites import SUITES, by_call
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
 LENGTHS = (
     pytest.param(1, marks=pytest.mark.slow),
-    2,
+    pytest.param(2, marks=pytest.mark.slow),
     pytest.param(37, marks=[pytest.mark.smoke, pytest.mark.slow]),
     130,
 )
@@ -211,7 +211,7 @@ def test_cut_anywhere(name, case, impl, data):
     close(state, jax.tree.map(np.asarray, final), tolerance_of(case, "float32"), "final state")
 
 
-@calls
+@calls_of_two
 @settings(max_examples=3)
 @given(data=st.data())
 def test_packed_equals_separate_and_padding_is_skipped(name, case, impl, data):

@@ -168,7 +168,10 @@ def test_packed_and_cut(entry, ids, cuts):
 
 
 @every_mixer
-@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize(
+    "side",
+    [pytest.param("left", marks=pytest.mark.slow), pytest.param("right", marks=pytest.mark.slow), "both"],
+)
 def test_padding_never_leaks(entry, side):
     """Whatever stands in the padding, outputs and what follows the state are those of the tokens alone."""
     left, right = {"left": (8, 0), "right": (0, 8), "both": (5, 3)}[side]
