@@ -260,16 +260,17 @@ def key_value_gradients(
             scores = scale * scores * decays(factors, column_tiles.at[slot], transposed=True)
             scores = scores.astype(q.dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            total, passed = 0.0, 0.0
+            inside, passed = 0.0, 0.0
             for part in range(parts):
                 gradient = product(v_tiles.at[slot], leaving_tile[part].T)
                 gradient = gradient * by_rows(factors.at[WRITE], PART)
                 keys = in_registers(k_tiles[part].at[slot]).astype(jnp.float32)
                 passed = passed + (gradient * keys).sum(axis=1)
-                gradient = product(scores, q_tiles[part].at[slot], gradient)
-                total = total + (gradient * keys).sum(axis=1)
-                dk_tile[part][...] = gradient.astype(k.dtype)
-            sums[row, head, chunk, 0] = total
+                # A product that starts with the gradient would change its sum with the keys; see `product`.
+                scored = product(scores, q_tiles[part].at[slot])
+                inside = inside + (scored * keys).sum(axis=1)
+                dk_tile[part][...] = (gradient + scored).astype(k.dtype)
+            sums[row, head, chunk, 0] = inside + passed
             sums[row, head, chunk, 1] = passed
             plgpu.commit_smem()
             steps = pl.ds(chunk * CHUNK, CHUNK)
