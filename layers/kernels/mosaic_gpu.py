@@ -189,7 +189,7 @@ def product(a: Any, b: Any, start: jax.Array | None = None) -> jax.Array:
     Args:
       a: (m, k), in shared memory as `matrices`, or in registers in the layout of `in_registers`; m a multiple of 64.
       b: (k, n), in shared memory.
-      start: used nowhere else. The product takes its registers, and ptxas (13.5, of CUDA 13) does not see that they change:
+      start: used nowhere else. The product takes its registers, and ptxas (12.9, 13.0, 13.5) does not see that they change:
         of two equal expressions, of `start` and of the result, it computes one.
     """
     if _interpreted.get():  # which knows neither operands in registers nor sums that start with a value

@@ -12,8 +12,8 @@ head or group of heads, and hide each other's waits.
 At 8 x 4096 tokens and 16 heads of 128 in bfloat16, the forward pass moves 0.54 GB, which take 0.18 ms at 3.0 TB/s, and does
 0.06 TFLOP of matrix products, less than 0.1 ms at half the peak. The backward pass moves 1.5 GB, 0.49 ms, and does 0.23
 TFLOP. Mamba-2's heads of 64 that share 128 keys have 0.3 and 1.7 GB, for the gradients of queries and keys leave the kernels
-for every head. Not yet measured; compiled for Hopper, registers suffice but for 92 bytes a lane in the kernel of keys and
-values at 128 x 128.
+for every head. Not yet measured; compiled for Hopper, registers suffice but for 92 to 120 bytes a lane in the kernel of keys
+and values at 128 x 128.
 
 Where rows and heads are too few to fill the machine, time is cut into pieces. A first launch finds what each piece adds to
 the state, a short scan the states between pieces.
