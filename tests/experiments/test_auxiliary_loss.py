@@ -62,13 +62,18 @@ def first_step(plan, batch):
     return state, dict(zip(names, np.asarray(metrics), strict=True))
 
 
+OTHERS = dict(scan=False), dict(remat="full"), dict(remat="dots")
+
+
 def routers(gradients):
     found = {path: g for path, g in gradients.items() if "router" in path}
     assert len(found) == 2
     return found
 
 
-@pytest.mark.parametrize("model", [dict(), dict(scan=False), dict(remat="full"), dict(remat="dots")])
+@pytest.mark.parametrize(
+    "model", [dict(), *(pytest.param(other, marks=pytest.mark.slow) for other in OTHERS)]
+)
 def test_every_router_has_a_gradient_from_the_auxiliary_loss_alone(model):
     plan = plan_of(**model)
     batch = first_batch(plan)
@@ -109,7 +114,13 @@ def test_a_step_follows_the_loss_with_its_auxiliary_part(accumulate):
     assert float(plan.model.auxiliary_loss(statistics)) == 0.0
 
 
-@pytest.mark.parametrize("options", [dict(), dict(accumulate=2), dict(remat="full")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        *(pytest.param(other, marks=pytest.mark.slow) for other in (dict(accumulate=2), dict(remat="full"))),
+    ],
+)
 def test_biases_of_experts_move_in_a_step_and_rest_in_evaluation(options):
     """Every layer has its own, and every micro-batch moves it."""
     rate, accumulate = 2.0**-10, options.get("accumulate", 1)

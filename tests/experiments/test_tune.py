@@ -48,6 +48,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
     assert "ms" not in row
 
 
+@pytest.mark.slow
 def test_delta_rule(monkeypatch):
     """Every pass of the kernels and of XLA is checked against float64."""
     tiny = tune_delta_rule.Problem("tiny", (1, 20, 1, 64), segments=True)
@@ -62,6 +63,7 @@ def test_delta_rule(monkeypatch):
     assert {("forward", layout), ("backward", layout), ("both", "gpu, likewise, keeping")} < timed.keys()
 
 
+@pytest.mark.slow
 def test_gated_linear_attention(monkeypatch):
     """Every pass of the kernels is checked against XLA in float32."""
     tiny = tune_gated_linear_attention.Problem("tiny", (1, 8, 1, 1, 64, 64), segments=True)

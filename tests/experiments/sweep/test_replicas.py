@@ -58,6 +58,7 @@ def alone(rate, seed):
     return losses, sums["loss"] / sums["count"]
 
 
+@pytest.mark.slow
 def test_every_copy_is_the_run_of_its_rate_and_seed(trained):
     copies, found = trained
     assert copies.runs == RUNS

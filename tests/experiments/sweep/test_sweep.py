@@ -76,6 +76,7 @@ def test_the_best_rate_is_chosen_by_validation():
     assert lines[-1] == "Guessing gives 50.0."
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_where_it_left(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(command.STUDIES, "parity", lambda: STUDY)
     arguments = ["--study=parity", f"--out={tmp_path}"]

@@ -207,6 +207,7 @@ def test_errors(name, options, message):
         make_task(name, **options)
 
 
+@pytest.mark.slow
 def test_a_small_model_learns_to_recall():
     """One layer of DeltaNet on multi-query recall, through the parts that training is made of."""
     config = dict(

@@ -69,6 +69,7 @@ def test_interpreted(case):
         check(arguments, segment_ids=ids_of(np.random.default_rng(1), 1, 90), **case.options)
 
 
+@pytest.mark.slow
 def test_interpreted_wide_heads():
     """Heads that take two warpgroups, three chunks, heads that share a key, no segments."""
     rng = np.random.default_rng(2)
@@ -76,12 +77,14 @@ def test_interpreted_wide_heads():
         check(arguments_of(rng, 1, 150, key_dim=128, value_dim=80))
 
 
+@pytest.mark.slow
 def test_interpreted_keeping_what_the_forward_pass_computed(monkeypatch):
     monkeypatch.setattr(gpu, "SETTINGS", Settings(keep=True))
     with mosaic_gpu.interpreted():
         check(arguments_of(np.random.default_rng(7), 1, 90, heads=1))
 
 
+@pytest.mark.slow
 def test_interpreted_where_inverses_are_large():
     """Keys that are alike and strengths near 2: as right as XLA, which inverts in float32."""
     rng = np.random.default_rng(8)
@@ -95,6 +98,7 @@ def test_interpreted_where_inverses_are_large():
         shared.close(delta_rule(**arguments, impl="gpu"), want, 1.5e-2, "outputs")
 
 
+@pytest.mark.slow
 def test_interpreted_padding_holds_anything():
     """What stands at padding has no influence, not even NaN, and takes no gradient."""
     rng = np.random.default_rng(3)
@@ -114,6 +118,7 @@ def test_interpreted_padding_holds_anything():
     assert all(not np.asarray(got[1][name])[:, :5].any() for name in got[1] if name != "initial_state")
 
 
+@pytest.mark.slow
 def test_interpreted_under_transformations():
     arguments = arguments_of(np.random.default_rng(4), 2, 20, heads=1)
     want = jax.tree.map(np.asarray, delta_rule(**arguments, impl="reference"))
@@ -132,6 +137,7 @@ def over_one_device(function):
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fenced", [True, False])
 def test_races(monkeypatch, capsys, fenced):
     """Buffers are used again only after all warpgroups and copies are done with them; without fences that shows."""
@@ -156,6 +162,7 @@ def both(run):
     return passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segments", [True, False])
 def test_lowers_for_a_gpu(segments):
     """The compiler's front end takes both passes: two kernels forward, four backward."""
@@ -170,6 +177,7 @@ def test_lowers_for_a_gpu(segments):
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups, across", [(4, "model"), (1, None)], ids=["heads", "shared"])
 def test_explicit_mesh(groups, across):
     """Rows are shared out, and heads if queries and keys have enough; time is not."""

@@ -79,6 +79,7 @@ def test_interpreted(interpreted, case):
     check(shared.cast(shared.draw(case, 1, 67), "bfloat16"), case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("widths", [(128, 64), (64, 128)])
 def test_interpreted_in_pieces_with_segments(interpreted, monkeypatch, widths):
     for name in ("FORWARD", "BACKWARD"):
@@ -87,6 +88,7 @@ def test_interpreted_in_pieces_with_segments(interpreted, monkeypatch, widths):
     check(arguments_of(rng, (1, 150), (1, 1, 1), widths), segment_ids=ids_of(rng, (1, 150)))
 
 
+@pytest.mark.slow
 def test_interpreted_under_transformations(interpreted):
     arguments = arguments_of(np.random.default_rng(2), (2, 5), (1, 1, 1), (6, 5))
     want = jax.tree.map(np.asarray, gated_linear_attention(**arguments, impl="xla"))
@@ -100,6 +102,7 @@ def test_interpreted_under_transformations(interpreted):
     shared.close(over_one_device(run)(arguments), want, TOLERANCE, "shard_map")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fenced", [True, False])
 def test_races(monkeypatch, capsys, fenced):
     """Buffers are used again only after all lanes and copies are done with them; without fences that shows."""
@@ -141,6 +144,7 @@ def lowered(heads, widths, settings, *, segments):
     return jax.jit(both).trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "heads, widths, pieces",
     [
@@ -156,6 +160,7 @@ def test_lowers_for_a_gpu(heads, widths, pieces):
     assert text.count("@mosaic_gpu_v2") == (3 if pieces == 1 else 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "heads, split", [((8, 8, 8), "model"), ((1, 1, 8), "model"), ((2, 2, 8), None)], ids=str
 )

@@ -24,9 +24,8 @@ LENGTHS = (
     130,
 )
 calls = by_call()
-# The first two cases, or one, stand for the others where those are compared otherwise too.
+# The first two cases stand for the others where those are compared otherwise too.
 calls_of_two = by_call(slow=lambda name, case, impl: impl == "tpu" or case not in SUITES[name].cases[:2])
-calls_of_one = by_call(slow=lambda name, case, impl: impl == "tpu" or case is not SUITES[name].cases[0])
 
 
 def draw(case, batch, time, *, with_state=True, seed=0):
@@ -295,7 +294,8 @@ def over_devices(function, in_specs, out_specs):
 ROWS, SHARED = PartitionSpec("data"), PartitionSpec()
 
 
-@calls_of_one
+@pytest.mark.slow
+@calls
 def test_transformations(name, case, impl):
     """jit, vmap, checkpoint, scan and shard_map give what the plain call gives."""
     suite = SUITES[name]

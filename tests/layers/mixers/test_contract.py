@@ -153,6 +153,7 @@ def test_packed_equals_separate(entry, ids):
 cut_between_segments = np.repeat(np.asarray([[1, 2], [2, 1]], np.int32), [7, 17], axis=1)
 
 
+@pytest.mark.slow
 @every_mixer
 @settings(max_examples=3)
 @given(ids=packings(), cuts=cuts_of_24)
