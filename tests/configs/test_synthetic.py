@@ -66,6 +66,7 @@ def test_every_section_holds(config):
     assign_groups(optimizer, {path: group_of(variable) for path, variable in parameters})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
 def test_every_causal_mixer_can_be_named(mixer):
     for name in ("mqar", "selective_copying", "associative_recall", "mad", "algorithms"):

@@ -138,6 +138,7 @@ def results(arguments, options, impl):
     return {"output": outputs[0], "lse": outputs[1], **gradients}
 
 
+@pytest.mark.slow
 @combinations
 def test_blocked_options_match_the_reference(name, small_blocks):
     arguments = draw(*COMBINATIONS[name][0])

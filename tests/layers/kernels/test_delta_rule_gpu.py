@@ -61,6 +61,7 @@ def check(arguments, tolerance=TOLERANCE, **options):
     assert [x.dtype for x in got[0]] == [jnp.bfloat16, jnp.float32]
 
 
+@pytest.mark.slow
 @by_case
 def test_interpreted(case):
     """Segments, padding and an odd length, in two chunks."""

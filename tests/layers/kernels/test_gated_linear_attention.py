@@ -77,6 +77,7 @@ def test_chunks_of_every_size_with_one_decay_per_head(chunk, bonus):
     assert max(found.values()) < 1e-6, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bonus", [False, True])
 @pytest.mark.parametrize("chunk, leaf", [(1, 1), (8, 1), (16, 4), (32, 8)])
 def test_chunks_and_leaves_of_every_size_with_a_decay_per_channel(chunk, leaf, bonus):

@@ -73,6 +73,7 @@ def check(arguments, case=CASES[0], **options):
     assert got[0][1].dtype == jnp.float32
 
 
+@pytest.mark.slow
 @by_case
 def test_interpreted(interpreted, case):
     """Odd lengths and widths, shared heads, and every decay that the kernels take."""

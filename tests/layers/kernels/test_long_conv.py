@@ -36,6 +36,7 @@ def test_causal_is_numpys_convolution(impl, time, taps):
     np.testing.assert_array_equal(state, want)
 
 
+@pytest.mark.slow
 @implementations
 @pytest.mark.parametrize("time", [1, 24, 29, 37])
 @pytest.mark.parametrize("taps", [1, 5, 80])

@@ -179,7 +179,7 @@ def test_bfloat16_inputs(name, case, impl):
             )
 
 
-@calls
+@calls_of_two
 @settings(max_examples=2)
 @given(data=st.data())
 def test_cut_anywhere(name, case, impl, data):
@@ -254,7 +254,8 @@ def test_packed_equals_separate_and_padding_is_skipped(name, case, impl, data):
         close(final, jax.tree.map(np.asarray, want), tolerance_of(case, "float32"), "final state")
 
 
-@calls_of_two
+@pytest.mark.slow
+@calls
 def test_segment_gradients_match_reference(name, case, impl):
     if not case.segments:
         return

@@ -168,11 +168,9 @@ def test_packed_and_cut(entry, ids, cuts):
     assert_close(joined, whole, where=ids != 0)
 
 
+@pytest.mark.slow
 @every_mixer
-@pytest.mark.parametrize(
-    "side",
-    [pytest.param("left", marks=pytest.mark.slow), pytest.param("right", marks=pytest.mark.slow), "both"],
-)
+@pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_padding_never_leaks(entry, side):
     """Whatever stands in the padding, outputs and what follows the state are those of the tokens alone."""
     left, right = {"left": (8, 0), "right": (0, 8), "both": (5, 3)}[side]
@@ -195,6 +193,7 @@ def test_padding_never_leaks(entry, side):
         assert_close(outputs[0], runner(entry)(inputs(SHORT, seed=1), state)[0])
 
 
+@pytest.mark.slow
 @every_mixer
 def test_short_row_with_no_token_leaves_the_state(entry):
     if not causal(entry):
@@ -246,6 +245,7 @@ def test_gradients_are_finite_and_reach_every_parameter(entry):
     assert (np.asarray(by_input)[padding] == 0).all(), "padding has a gradient"
 
 
+@pytest.mark.slow
 @every_mixer
 def test_bfloat16_activations(entry):
     x = inputs()
