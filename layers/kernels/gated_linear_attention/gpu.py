@@ -19,15 +19,15 @@ FORWARD = Settings()
 BACKWARD = Settings()
 SPAN = 8  # chunks between the states that are kept for the backward pass
 
-# Whether `impl=None` may choose these kernels. They have run in the interpreter and through the compiler only.
+# Whether `impl=None` may choose these kernels. On a GPU outputs were right and the gradient of the decay was not; since
+# then they have run in the interpreter and through the compiler only.
 MEASURED = False
 
 WIDEST = 128  # keys and values of a head
 _PROCESSORS = 132  # of an H100
 _MAX_PIECES = 64
-_LOWEST = (
-    -100.0
-)  # a log-decay below this leaves nothing of a float32 either, and an infinity would meet zeros
+# A log-decay below this leaves nothing of a float32 either, and an infinity would meet zeros.
+_LOWEST = -100.0
 
 
 class Call(NamedTuple):

@@ -15,7 +15,8 @@ from layers.kernels.linear_recurrence.gpu_kernels import Planes, Settings
 from layers.kernels.segments import segment_starts
 from layers.kernels.varying import vary_as
 
-# Within 3% of the best of the candidates of `python -m experiments.benchmark tune` on an H100, in every real problem there.
+# Within 3% of the best candidates of `python -m experiments.benchmark tune` on an H100: forward, and backward in float32.
+# Backward in bfloat16 two channels a lane were 4% faster than one with 4 stages; 3 were not timed.
 FORWARD = Settings()
 BACKWARD = Settings(stages=3)
 

@@ -16,6 +16,7 @@ from layers.kernels.delta_rule import DELTA_RULE, delta_rule, gpu
 from layers.kernels.delta_rule.cases import SUITE
 from layers.kernels.delta_rule.gpu import Settings
 from tests.layers.kernels import test_primitives as shared
+from tests.layers.kernels.test_linear_recurrence_gpu import over_one_device, poisoned
 
 TAKEN = [case for case in SUITE.cases if "channel" not in case.name]
 TOLERANCE = shared.TOLERANCE["bfloat16"]
@@ -47,13 +48,7 @@ def ids_of(rng, batch, time, often=0.03):
 def check(arguments, tolerance=TOLERANCE, **options):
     """Compares outputs and all gradients with the float64 reference; `options` go to the call."""
     case = dataclasses.replace(TAKEN[0], options={})
-    with jax.enable_x64(True):
-        exact = jax.tree.map(jnp.asarray, shared.wide(arguments))
-        shapes = jax.eval_shape(lambda a: shared.call(SUITE, case, "reference", a, **options), exact)
-        weights = shared.weights_like(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
-        want = shared.value_and_gradients(SUITE, case, "reference", exact, weights, **options)
-        want = jax.tree.map(np.asarray, want)
-    got = shared.value_and_gradients(SUITE, case, "gpu", arguments, weights, **options)
+    got, want, weights = shared.beside_reference(SUITE, case, "gpu", arguments, **options)
     shared.close(got[0], want[0], tolerance, "outputs")
     shared.close_gradients(got[1], want[1], arguments, want[0], weights, tolerance)
     for name, gradient in got[1].items():
@@ -131,11 +126,6 @@ def test_interpreted_under_transformations():
         mapped = jax.jit(jax.vmap(run))(jax.tree.map(lambda x: x[:, None], arguments))
         shared.close(jax.tree.map(lambda x: x[:, 0], mapped), want, TOLERANCE, "vmap")
         shared.close(over_one_device(run)(arguments), want, TOLERANCE, "shard_map")
-
-
-def over_one_device(function):
-    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
 
 
 @pytest.mark.slow
@@ -233,14 +223,6 @@ def test_left_to_xla_until_measured():
 
 def test_probe_lowers():
     gpu._probe()
-
-
-def poisoned(size):
-    """Fills memory that the next results will be put in with NaN, and gives it back."""
-    filled = [jnp.full((size,), jnp.nan, jnp.float32) for _ in range(4)]
-    jax.block_until_ready(filled)
-    for array in filled:
-        array.delete()
 
 
 @pytest.mark.gpu

@@ -59,13 +59,7 @@ def ids_of(rng, shape, often=0.03):
 
 def check(arguments, case=CASES[0], **options):
     """Compares outputs and all gradients with the float64 reference; `options` go to the call."""
-    with jax.enable_x64(True):
-        exact = jax.tree.map(jnp.asarray, shared.wide(arguments))
-        shapes = jax.eval_shape(lambda a: shared.call(SUITE, case, "reference", a, **options), exact)
-        weights = shared.weights_like(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
-        want = shared.value_and_gradients(SUITE, case, "reference", exact, weights, **options)
-        want = jax.tree.map(np.asarray, want)
-    got = shared.value_and_gradients(SUITE, case, "gpu", arguments, weights, **options)
+    got, want, _ = shared.beside_reference(SUITE, case, "gpu", arguments, **options)
     shared.close(got[0], want[0], TOLERANCE, "outputs")
     for key in want[1]:
         shared.close(got[1][key], want[1][key], TOLERANCE, f"gradient of {key}")

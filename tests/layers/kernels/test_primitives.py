@@ -137,6 +137,17 @@ def value_and_gradients(suite, case, impl, arguments, weights, **extra):
     return out, gradients
 
 
+def beside_reference(suite, case, impl, arguments, **extra):
+    """Outputs and gradients, those of the float64 reference, and what weights the outputs; `extra` goes to the calls."""
+    with jax.enable_x64(True):
+        exact = jax.tree.map(jnp.asarray, wide(arguments))
+        shapes = jax.eval_shape(lambda a: call(suite, case, "reference", a, **extra), exact)
+        weights = weights_like(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
+        want = value_and_gradients(suite, case, "reference", exact, weights, **extra)
+        want = jax.tree.map(np.asarray, want)
+    return value_and_gradients(suite, case, impl, arguments, weights, **extra), want, weights
+
+
 @functools.cache
 def reference(name, case_index, time, dtype):
     """Float64 outputs and gradients on the numbers that the type under test can hold. Computed once per shape."""
@@ -259,19 +270,9 @@ def test_packed_equals_separate_and_padding_is_skipped(name, case, impl, data):
 def test_segment_gradients_match_reference(name, case, impl):
     if not case.segments:
         return
-    suite = SUITES[name]
     ids = np.array([[0] * 3 + [1] * 10 + [0] * 2 + [2] * 9 + [5] * 6 + [0] * 4, [2] * 34], np.int32)
-    weights = None
     arguments = cast(draw(case, 2, ids.shape[1]), "float32")
-    with jax.enable_x64(True):
-        exact = jax.tree.map(jnp.asarray, wide(arguments))
-        shapes = jax.eval_shape(
-            lambda a: call(suite, case, "reference", a, segment_ids=jnp.asarray(ids)), exact
-        )
-        weights = weights_like(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
-        want = value_and_gradients(suite, case, "reference", exact, weights, segment_ids=jnp.asarray(ids))
-        want = jax.tree.map(np.asarray, want)
-    got = value_and_gradients(suite, case, impl, arguments, weights, segment_ids=jnp.asarray(ids))
+    got, want, weights = beside_reference(SUITES[name], case, impl, arguments, segment_ids=jnp.asarray(ids))
     close(got[0], want[0], tolerance_of(case, "float32"), "outputs")
     close_gradients(got[1], want[1], arguments, want[0], weights, tolerance_of(case, "float32"))
 
