@@ -211,14 +211,18 @@ def test_refusals(monkeypatch):
             delta_rule(**arguments | change, impl="gpu")
     with jax.enable_x64(True), pytest.raises(ValueError, match="beta has dtype float64"):
         delta_rule(**arguments | {"beta": arguments["beta"].astype(jnp.float64)}, impl="gpu")
-    monkeypatch.setattr(gpu, "MEASURED", True)
     assert not gpu.automatic(**arguments)
     delta_rule(**arguments)
 
 
-def test_left_to_xla_until_measured():
-    assert not gpu.MEASURED
+def test_automatic(monkeypatch):
+    """Long enough calls with enough heads take the kernels on a GPU."""
+    monkeypatch.setattr(gpu.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: False)
     assert next(iter(DELTA_RULE)) == "gpu"
+    assert gpu.automatic(v=jnp.zeros((8, 128, 8, 4)))
+    assert not gpu.automatic(v=jnp.zeros((8, 127, 8, 4)))
+    assert not gpu.automatic(v=jnp.zeros((9, 128, 7, 4)))
 
 
 def test_probe_lowers():
@@ -234,8 +238,9 @@ def test_shared_cases_on_gpu(case, time, segments):
     rng = np.random.default_rng()
     arguments = shared.cast(shared.draw(case, 2, time, seed=int(rng.integers(2**31))), "bfloat16")
     ids = {"segment_ids": ids_of(rng, 2, time)} if segments else {}
-    # A gradient of one or two tokens may be one number that is left of terms that cancel.
-    tolerance = TOLERANCE if time > 2 else 5 * TOLERANCE
+    # A gradient of one or two tokens may be one number that is left of terms that cancel. Without decay, XLA's gradient of
+    # the initial state is 1.2e-2 off at some seeds.
+    tolerance = 1.5 * TOLERANCE if time > 2 else 5 * TOLERANCE
     check(arguments, tolerance, **ids, **case.options)
 
 

@@ -217,6 +217,22 @@ def test_refusals(monkeypatch, caplog):
     assert "NotImplementedError: a new interface" in caplog.text
 
 
+def test_automatic(monkeypatch):
+    """Calls that fill chunks, matrices and the machine take the kernels on a GPU."""
+    monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: False)
+
+    def taken(batch=8, time=64, heads=(1, 8), width=32):
+        q, v = (jax.ShapeDtypeStruct((batch, time, count, width), jnp.bfloat16) for count in heads)
+        return gpu.automatic(q=q, k=q, v=v)
+
+    assert not taken()
+    monkeypatch.setattr(gpu.jax, "default_backend", lambda: "gpu")
+    assert taken() and taken(heads=(8, 1))
+    assert not any((taken(batch=7), taken(time=63), taken(width=31), taken(heads=(1, 7))))
+    monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: True)
+    assert not taken()
+
+
 def test_probe_lowers():
     gpu._probe()
 
