@@ -20,6 +20,7 @@ _BACKWARD = (
     Settings(states=4),
     Settings(backward=1),
 )
+_PIECES = tuple(Settings(pieces=pieces) for pieces in (None, 8, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,8 @@ def problems() -> Iterator[Problem]:
     yield Problem("no decay", wide, decay=False)
     yield Problem("segments", wide, segments=True)
     yield Problem("small heads", (8, 4096, 32, 64), forward=_FORWARD[:2], backward=_BACKWARD[:3])
-    yield Problem("one long row", (1, 32768, 8, 128), forward=_FORWARD[:2], backward=_BACKWARD[:2])
+    yield Problem("one long row", (1, 32768, 8, 128), forward=_PIECES, backward=_PIECES)
+    yield Problem("few heads", (2, 8192, 8, 128), forward=_PIECES, backward=_PIECES)
 
 
 class Prepared:
@@ -132,7 +134,9 @@ class Prepared:
         if part == "backward":
             return {_name(s): (s, _gradients(on(gpu.delta_rule, settings=s))) for s in self.problem.backward}
         forward, backward = (best.get(name, Settings()) for name in ("forward", "backward"))
-        fastest = dataclasses.replace(backward, forward=forward.forward, refinements=Settings.refinements)
+        fastest = dataclasses.replace(
+            backward, forward=forward.forward, pieces=forward.pieces, refinements=Settings.refinements
+        )
         return {
             "gpu, the fastest of both": (None, _both(on(gpu.delta_rule, settings=fastest))),
             "gpu, likewise, keeping": (

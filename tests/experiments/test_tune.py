@@ -59,7 +59,7 @@ def test_delta_rule(monkeypatch):
     timed = {(row["part"], row["layout"]): row["error"] for row in kept[-1] if "ms" in row}
     assert len(timed) == 6
     assert all(0 < error < 1e-2 for error in timed.values())
-    layout = "keep False, refinements 2, forward 3, states 3, backward 2"
+    layout = "keep False, refinements 2, forward 3, states 3, backward 2, pieces None"
     assert {("forward", layout), ("backward", layout), ("both", "gpu, likewise, keeping")} < timed.keys()
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from layers.kernels import mosaic_gpu
-from layers.kernels.delta_rule import gpu_backward, gpu_forward
+from layers.kernels.delta_rule import gpu_backward, gpu_forward, gpu_pieces
 from layers.kernels.delta_rule.gpu_tiles import CHUNK
 from layers.kernels.segments import segment_starts
 from layers.kernels.varying import vary_as
@@ -34,6 +34,7 @@ class Settings:
       refinements: of the inverses of chunks; see `gpu_forward.prepare`.
       forward, states, backward: chunks of inputs that the walks of both passes have in shared memory, under way or in use;
         `states` is for a walk that computes states again.
+      pieces: of the time axis, which are walked through side by side; by `gpu_pieces.piece_length` if None.
     """
 
     keep: bool = False
@@ -41,6 +42,7 @@ class Settings:
     forward: int = 3
     states: int = 3
     backward: int = 2
+    pieces: int | None = None
 
     @property
     def forward_keeping(self) -> int:
@@ -133,8 +135,10 @@ def _local(
 ):
     """The rule on one device: masks, norms and decays here, the rest in kernels."""
     batch, time, heads, value_dim = v.shape
-    key_dim = k.shape[-1]
-    if missing := -time % ROWS:  # zeros are no-ops
+    key_dim, chunks = k.shape[-1], -(-time // CHUNK)
+    length = gpu_pieces.piece_length(chunks, batch * heads, settings.pieces)
+    pieces = -(-chunks // length)
+    if missing := -time % (ROWS if pieces == 1 else length * CHUNK):  # zeros are no-ops
         arrays = q, k, v, beta, log_decay, segment_ids
         q, k, v, beta, log_decay, segment_ids = jax.tree.map(
             lambda x: jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)), arrays
@@ -152,9 +156,11 @@ def _local(
     else:
         state = jnp.swapaxes(initial_state, 2, 3).astype(jnp.float32)
         state = jnp.pad(state, [(0, 0)] * 2 + [(0, x - y) for x, y in zip(shape[2:], state.shape[2:])])
-    vectors = token_vectors(beta, log_decay, segment_ids)
+    vectors = gpu_pieces.vectors_as_rows(token_vectors(beta, log_decay, segment_ids), pieces)
     q, k, vectors, state = (vary_as(x, v, q, k, beta) for x in (q, k, vectors, state))
-    o, final = _rule(q, k, vary_as(v, q), vectors, state, scale, settings)
+    q, k, v = (gpu_pieces.as_rows(x, pieces) for x in (q, k, vary_as(v, q)))
+    o, final = _rule(q, k, v, vectors, state, scale, settings)
+    o = o.reshape(batch, -1, *o.shape[2:])
     return o[:, :time, :, :value_dim], jnp.swapaxes(final, 2, 3)[:, :, :key_dim, :value_dim]
 
 
@@ -195,42 +201,46 @@ def token_vectors(beta, log_decay, segment_ids):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _rule(q, k, v, vectors, state, scale, settings):
-    """Outputs and the final state, transposed as `state` is."""
-    made = gpu_forward.prepare(q, k, vectors, scale, refinements=settings.refinements, inverse=False)
-    reading = q, made["scores"]
+    """Outputs and the final state, transposed as `state` is. Rows but those of `state` are pieces of rows, in order."""
+    return _run(q, k, v, vectors, state, scale, settings, keeping=False)[0]
+
+
+def _run(q, k, v, vectors, state, scale, settings, *, keeping):
+    """What `_rule` gives, and what enters pieces, takes states through them, and was made for chunks, if `keeping`."""
+    made = gpu_forward.prepare(q, k, vectors, scale, refinements=settings.refinements, inverse=keeping)
+    entering, passages = gpu_pieces.entering(k, v, vectors, made["solve"], state, settings.states)
+    stages = settings.forward_keeping if keeping else settings.forward
     results = gpu_forward.forward(
-        k, v, vectors, made["solve"], state, scale, settings.forward, reading=reading, keeping=False
+        k, v, vectors, made["solve"], entering, scale, stages, reading=(q, made["scores"]), keeping=keeping
     )
-    return results["o"], results["final"]
+    made = made | {"states": results["states"]} if keeping else None
+    return (results["o"], gpu_pieces.last(results["final"], state)), (entering, passages, made)
 
 
 def _forward(q, k, v, vectors, state, scale, settings):
-    if not settings.keep:
-        return _rule(q, k, v, vectors, state, scale, settings), (q, k, v, vectors, state, None)
-    made = gpu_forward.prepare(q, k, vectors, scale, refinements=settings.refinements, inverse=True)
-    reading = q, made["scores"]
-    results = gpu_forward.forward(
-        k, v, vectors, made["solve"], state, scale, settings.forward_keeping, reading=reading, keeping=True
-    )
-    kept = made | {"states": results["states"]}
-    return (results["o"], results["final"]), (q, k, v, vectors, state, kept)
+    results, kept = _run(q, k, v, vectors, state, scale, settings, keeping=settings.keep)
+    return results, (q, k, v, vectors, *kept)
 
 
 def gradients(scale, settings, residuals, cotangents):
     """The backward pass, from the inputs and the gradients of outputs and of the final state."""
     # The barrier keeps the compiler from storing what the forward pass computed in place of computing it again.
-    (q, k, v, vectors, state, made), (do, dfinal) = jax.lax.optimization_barrier((residuals, cotangents))
+    residuals, (do, dfinal) = jax.lax.optimization_barrier((residuals, cotangents))
+    q, k, v, vectors, entering, passages, made = residuals
     if made is None:
         made = gpu_forward.prepare(q, k, vectors, scale, refinements=settings.refinements, inverse=True)
         walked = gpu_forward.forward(
-            k, v, vectors, made["solve"], state, scale, settings.states, reading=None, keeping=True
+            k, v, vectors, made["solve"], entering, scale, settings.states, reading=None, keeping=True
         )
         made |= {"states": walked["states"]}
-    chain = gpu_backward.chain(q, k, do, vectors, made, dfinal, scale, settings.backward)
+    # One kernel after the other: the interpreter cannot run two at once.
+    made, do = jax.lax.optimization_barrier((made, do))
+    dleaving = gpu_pieces.leaving(q, k, do, vectors, made, passages, dfinal, scale, settings.backward)
+    chain = gpu_backward.chain(q, k, do, vectors, made, dleaving, scale, settings.backward)
     local = gpu_backward.chunk_gradients(q, k, v, do, vectors, made, chain, scale)
     dq, dk = (_over_group(local[name], q) for name in ("dq", "dk"))
     dvectors = gpu_backward.vector_gradients(local["dvectors"], vectors, k.shape[-1])
-    return dq, dk, chain["dv"], dvectors, chain["dstate"]
+    return dq, dk, chain["dv"], dvectors, gpu_pieces.first(chain["dstate"], dfinal)
 
 
 _rule.defvjp(_forward, gradients)

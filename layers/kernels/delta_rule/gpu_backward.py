@@ -62,6 +62,8 @@ def chain(
     dfinal: jax.Array,
     scale: float,
     stages: int,
+    *,
+    keeping: bool = True,
 ) -> dict[str, jax.Array]:
     """Walks through the chunks from the last to the first, with states transposed.
 
@@ -69,10 +71,11 @@ def chain(
       made: what `prepare` gives.
       dfinal: (b, h, v, k), float32.
       stages: chunks of inputs under way or in use.
+      keeping: whether anything but `dstate` is needed.
 
     Returns:
-      dstates: (b, h, chunks, v, k), bfloat16, gradients of the states that leave the chunks.
-      dstate: (b, h, v, k), float32, that of the state that enters the first.
+      dstate: (b, h, v, k), float32, the gradient of the state that enters the first chunk.
+      dstates: (b, h, chunks, v, k), bfloat16, those of the states that leave the chunks.
       dv, dy: (b, t, h, v), bfloat16.
     """
     sizes = sizes_of(k, do)
@@ -82,20 +85,21 @@ def chain(
     }
     inputs |= {name: (made[name],) for name in ("solve", "scores")}
     wide = jax.ShapeDtypeStruct((batch, time, heads, value_dim), jnp.bfloat16)
-    outputs = {
-        "dstates": (jax.ShapeDtypeStruct((batch, heads, sizes.chunks, value_dim, key_dim), jnp.bfloat16),),
-        "dstate": (jax.ShapeDtypeStruct((batch, heads, value_dim, key_dim), jnp.float32),),
-        "dv": (wide,),
-        "dy": (wide,),
-    }
+    outputs = {"dstate": (jax.ShapeDtypeStruct((batch, heads, value_dim, key_dim), jnp.float32),)}
     arriving = [name for name in inputs if name != "dfinal"]
-    scratch = chain_scratch(sizes, stages, vectors.shape[-2], arriving) | {
-        "state_tile": matrices((sizes.blocks, BLOCK, key_dim), jnp.bfloat16),
-        "dv_tile": matrices((sizes.blocks, CHUNK, BLOCK), jnp.bfloat16),
-        "dy_tile": matrices((sizes.blocks, CHUNK, BLOCK), jnp.bfloat16),
-    }
+    scratch = chain_scratch(sizes, stages, vectors.shape[-2], arriving)
+    if keeping:
+        shape = (batch, heads, sizes.chunks, value_dim, key_dim)
+        outputs |= {"dstates": (jax.ShapeDtypeStruct(shape, jnp.bfloat16),), "dv": (wide,), "dy": (wide,)}
+        scratch |= {
+            "state_tile": matrices((sizes.blocks, BLOCK, key_dim), jnp.bfloat16),
+            "dv_tile": matrices((sizes.blocks, CHUNK, BLOCK), jnp.bfloat16),
+            "dy_tile": matrices((sizes.blocks, CHUNK, BLOCK), jnp.bfloat16),
+        }
 
-    def body(*, dfinal, dstates, dstate, dv, dy, state_tile, dv_tile, dy_tile, **refs):
+    def body(*, dfinal, dstate, **refs):
+        kept = {name: refs.pop(name)[0] for name in ("dstates", "dv", "dy") if keeping}
+        own = {name: refs.pop(name) for name in ("state_tile", "dv_tile", "dy_tile") if keeping}
         walk = Chain(sizes, stages, refs)
         (row, head), here = walk.at, walk.block
 
@@ -104,17 +108,20 @@ def chain(
             vector = tiles["vectors"]
             into, onward, beta = (along_columns(by_column(vector.at[kind])) for kind in (READ, WRITE, BETA))
             rounded = dleaving.astype(jnp.bfloat16)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            state_tile.at[here][...] = rounded
-            send([(state_tile.at[here], dstates[0].at[row, head, chunk, walk.features])])
+            if keeping:
+                tile = own["state_tile"].at[here]
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                tile[...] = rounded
+                send([(tile, kept["dstates"].at[row, head, chunk, walk.features])])
             given = plgpu.load(tiles["do"].T, layout=plgpu.Layout.WGMMA, optimized=False)
             written = product(rounded, tiles["k"].T) * onward
             written = product(given, tiles["scores"], written).astype(jnp.bfloat16)
             error = product(written, tiles["solve"]) * beta
-            dy_tile.at[here].T[...] = written
-            dv_tile.at[here].T[...] = error.astype(jnp.bfloat16)
-            place = row, pl.ds(chunk * CHUNK, CHUNK), head, walk.features
-            send([(dy_tile.at[here], dy[0].at[*place]), (dv_tile.at[here], dv[0].at[*place])])
+            if keeping:
+                place = row, pl.ds(chunk * CHUNK, CHUNK), head, walk.features
+                own["dy_tile"].at[here].T[...] = written
+                own["dv_tile"].at[here].T[...] = error.astype(jnp.bfloat16)
+                send([(own[f"{name}_tile"].at[here], kept[name].at[*place]) for name in ("dy", "dv")])
             asked = (given.astype(jnp.float32) * (into * scale)).astype(jnp.bfloat16)
             entering = product(asked, tiles["q"], dleaving * vector[READ, CHUNK - 1])
             return product((error * (0.0 - into)).astype(jnp.bfloat16), tiles["k"], entering)
@@ -126,7 +133,7 @@ def chain(
 
     results = launch(
         body,
-        name="delta_rule_backward",
+        name="delta_rule_backward" if keeping else "delta_rule_backward_ends",
         grid={"row": batch, "head": heads},
         inputs=inputs,
         outputs=outputs,

@@ -38,7 +38,6 @@ from layers.kernels.delta_rule.gpu_tiles import (
     places,
     read,
     send,
-    sizes_of,
     visible,
 )
 from layers.kernels.mosaic_gpu import launch, matrices, pl, plgpu, product
@@ -135,7 +134,7 @@ def _joins(rows: jax.Array, columns: jax.Array, block: int) -> jax.Array:
 
 def forward(
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     vectors: jax.Array,
     solve: jax.Array,
     state: jax.Array,
@@ -148,6 +147,7 @@ def forward(
     """Walks through the chunks, with states transposed.
 
     Args:
+      v: None for zeros.
       state: (b, h, v, k), float32.
       stages: chunks of inputs under way or in use.
       reading: q and `scores`, or None if the output is not needed.
@@ -158,12 +158,15 @@ def forward(
       o: (b, t, h, v), bfloat16, the output; only if `reading`.
       states: (b, h, chunks, v, k), bfloat16, those that enter the chunks; only if `keeping`.
     """
-    sizes = sizes_of(k, v)
-    batch, time, heads, _, key_dim, value_dim = sizes
+    _, heads, value_dim, _ = state.shape
+    batch, time, groups, key_dim = k.shape
+    sizes = Sizes(batch, time, heads, heads // groups, key_dim, value_dim)
     carried = jax.ShapeDtypeStruct((batch, heads, value_dim, key_dim), jnp.float32)
-    inputs = {"k": (k,), "v": (v,), "vectors": (vectors,), "solve": (solve,), "state": (state,)}
+    inputs = {"k": (k,), "vectors": (vectors,), "solve": (solve,), "state": (state,)}
     outputs = {"final": (carried,)}
     scratch = {}
+    if v is not None:
+        inputs["v"] = (v,)
     if keeping:
         shape = (batch, heads, sizes.chunks, value_dim, key_dim)
         outputs["states"] = (jax.ShapeDtypeStruct(shape, jnp.bfloat16),)
@@ -188,8 +191,8 @@ def forward(
                 state_tile.at[here][...] = rounded
                 send([(state_tile.at[here], states[0].at[*at, chunk, chain.features])])
             seen = product(rounded, tiles["k"].T)
-            error = ((read(tiles["v"].T) - seen * into) * beta).astype(jnp.bfloat16)
-            written = product(error, tiles["solve"].T)
+            error = read(tiles["v"].T) - seen * into if "v" in tiles else seen * (0.0 - into)
+            written = product((error * beta).astype(jnp.bfloat16), tiles["solve"].T)
             if o is not None:
                 before = product(rounded, tiles["q"].T) * into * scale
                 result = product(written.astype(jnp.bfloat16), tiles["scores"].T, before)

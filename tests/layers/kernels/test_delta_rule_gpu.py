@@ -80,6 +80,50 @@ def test_interpreted_keeping_what_the_forward_pass_computed(monkeypatch):
         check(arguments_of(np.random.default_rng(7), 1, 90, heads=1))
 
 
+def in_pieces(monkeypatch, pieces, **settings):
+    monkeypatch.setattr(gpu, "SETTINGS", Settings(pieces=pieces, **settings))
+
+
+@pytest.mark.parametrize(
+    "pieces, decay, often",
+    [
+        (5, False, None),
+        pytest.param(3, True, None, marks=pytest.mark.slow),
+        pytest.param(5, True, 0.02, marks=pytest.mark.slow),
+        pytest.param(2, False, 0.2, marks=pytest.mark.slow),
+    ],
+)
+def test_interpreted_in_pieces(monkeypatch, pieces, decay, often):
+    """Pieces of one or two chunks, the last one shorter; without decay the first state reaches the last piece."""
+    in_pieces(monkeypatch, pieces)
+    rng = np.random.default_rng(9)
+    ids = None if often is None else ids_of(rng, 1, 300, often)
+    with mosaic_gpu.interpreted():
+        check(arguments_of(rng, 1, 300, heads=1, decay=decay), segment_ids=ids)
+
+
+@pytest.mark.slow
+def test_interpreted_in_pieces_where_segments_start_between_them(monkeypatch):
+    """Two rows, heads that share a key, more keys than values; padding before, at and after the start of a piece."""
+    in_pieces(monkeypatch, 3, keep=True)
+    rng = np.random.default_rng(10)
+    ids = np.repeat(
+        [[3] * 64 + [4] * 60 + [0] * 8 + [4] * 60, [0] * 70 + [1] * 50 + [0] * 20 + [2] * 52], 1, 0
+    )
+    with mosaic_gpu.interpreted():
+        check(arguments_of(rng, 2, 192, key_dim=128, value_dim=40), segment_ids=jnp.asarray(ids))
+
+
+def test_pieces_fill_the_machine():
+    """Chunks a piece: no fewer than there are pieces, and few enough to fill the processors, or all of them."""
+    assert gpu.gpu_pieces.piece_length(512, 8, None) == 32
+    assert gpu.gpu_pieces.piece_length(2048, 1, None) == 46
+    assert gpu.gpu_pieces.piece_length(64, 128, None) == 64
+    assert gpu.gpu_pieces.piece_length(15, 1, None) == 15
+    assert gpu.gpu_pieces.piece_length(10, 128, 3) == 4
+    assert gpu.gpu_pieces.piece_length(2, 1, 5) == 1
+
+
 @pytest.mark.slow
 def test_interpreted_where_inverses_are_large():
     """Keys that are alike and strengths near 2: as right as XLA, which inverts in float32."""
@@ -115,8 +159,10 @@ def test_interpreted_padding_holds_anything():
 
 
 @pytest.mark.slow
-def test_interpreted_under_transformations():
-    arguments = arguments_of(np.random.default_rng(4), 2, 20, heads=1)
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_interpreted_under_transformations(monkeypatch, pieces):
+    in_pieces(monkeypatch, pieces)
+    arguments = arguments_of(np.random.default_rng(4), 2, 20 if pieces == 1 else 70, heads=1)
     want = jax.tree.map(np.asarray, delta_rule(**arguments, impl="reference"))
 
     def run(arguments):
@@ -278,6 +324,18 @@ def test_layouts_on_gpu(monkeypatch, settings):
     rng = np.random.default_rng()
     poisoned(2**26)
     check(arguments_of(rng, 2, 777, key_dim=128, value_dim=128), segment_ids=ids_of(rng, 2, 777))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pieces", [None, 3, 30])
+@pytest.mark.parametrize("decay, often", [(True, None), (False, None), (True, 0.001)])
+def test_pieces_on_gpu(monkeypatch, pieces, decay, often):
+    """A long row of few heads in pieces; without decay and segments, all of it reaches the end."""
+    in_pieces(monkeypatch, pieces)
+    rng = np.random.default_rng()
+    arguments = arguments_of(rng, 1, 5000, groups=2, heads=4, key_dim=128, value_dim=128, decay=decay)
+    poisoned(2**26)
+    check(arguments, segment_ids=None if often is None else ids_of(rng, 1, 5000, often))
 
 
 @pytest.mark.gpu
