@@ -25,7 +25,7 @@ from experiments.devices import Devices
 from experiments.interrupts import Interrupted
 from experiments.run_directory import git_revision, versions
 from experiments.sweep.replicas import Replicas
-from experiments.sweep.report import draw, summarize, table
+from experiments.sweep.report import draw, made_by, summarize, table
 from experiments.sweep.studies import STUDIES, Job, Study
 
 AHEAD = 2  # jobs made and compiled while another trains
@@ -39,12 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--study", required=True, choices=tuple(STUDIES))
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
     parser.add_argument("--stop_after_seconds", type=float, help="start nothing and leave after so long")
-    parser.add_argument("--rows", help="only these rows of the table, separated by commas")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="run only these rows of the table")
     parser.add_argument("--steps", type=int, help="of every run, in place of the study's: for a quick look")
     args = parser.parse_args(argv)
     deadline = None if args.stop_after_seconds is None else time.monotonic() + args.stop_after_seconds
     try:
-        study = _chosen(STUDIES[args.study](), args.rows, args.steps)
+        study = _shortened(STUDIES[args.study](), args.steps)
+        chosen = _chosen(study, args.rows)
         args.out.mkdir(parents=True, exist_ok=True)
         if jax.default_backend() != "cpu":
             jax.config.update(
@@ -52,38 +53,43 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     except REFUSALS as error:
         return refuse(error)
-    left, failed = _run(study, args.out / "runs.jsonl", deadline)
-    cells = summarize(study, [record for job in study.jobs for record in _done(job, args.out / "runs.jsonl")])
-    if cells:
-        text = table(study, cells)
+    file = args.out / "runs.jsonl"
+    left, failed = _run(chosen, file, deadline)
+    found = {number: _done(job, file) for number, job in enumerate(study.jobs)}
+    records = [record for runs in found.values() for record in runs]
+    if cells := summarize(study, records):
+        missing = sum(not runs for runs in found.values())
+        text = f"{table(study, cells)}\n{made_by(args.study, records, missing)}"
         (args.out / "table.md").write_text(text, encoding="utf-8")
         draw(study, cells, args.out / "plot.png")
         print(f"\n{text}")
     if left:
-        print(f"{left} of {len(study.jobs)} jobs are left; the same command goes on", file=sys.stderr)
+        print(f"{left} of {len(chosen)} jobs are left; the same command goes on", file=sys.stderr)
     if failed:
-        print(f"{failed} of {len(study.jobs)} jobs failed", file=sys.stderr)
+        print(f"{failed} of {len(chosen)} jobs failed", file=sys.stderr)
     return EXIT_INTERRUPTED if left else 1 if failed else 0
 
 
-def _chosen(study: Study, rows: str | None, steps: int | None) -> Study:
-    jobs = study.jobs
-    if rows is not None:
-        known = dict.fromkeys(job.row for job in jobs)
-        for row in (wanted := rows.split(",")):
-            if row not in known:
-                raise ValueError(f"rows={row!r}; expected some of {', '.join(known)}")
-        jobs = tuple(job for job in jobs if job.row in wanted)
-    if steps is not None:
-        changes = {"train.steps": steps, "optimizer.warmup_steps": min(10, steps - 1)}
-        jobs = tuple(dataclasses.replace(job, changes=job.changes | changes) for job in jobs)
-    return dataclasses.replace(study, jobs=jobs)
+def _shortened(study: Study, steps: int | None) -> Study:
+    if steps is None:
+        return study
+    changes = {"train.steps": steps, "optimizer.warmup_steps": min(10, steps - 1)}
+    jobs = (dataclasses.replace(job, changes=job.changes | changes) for job in study.jobs)
+    return dataclasses.replace(study, jobs=tuple(jobs))
 
 
-def _run(study: Study, file: Path, deadline: float | None) -> tuple[int, int]:
+def _chosen(study: Study, rows: Sequence[str] | None) -> tuple[Job, ...]:
+    known = dict.fromkeys(job.row for job in study.jobs)
+    for row in rows or ():
+        if row not in known:
+            raise ValueError(f"rows={row!r}; expected some of {'; '.join(known)}")
+    return tuple(job for job in study.jobs if rows is None or job.row in rows)
+
+
+def _run(jobs: Sequence[Job], file: Path, deadline: float | None) -> tuple[int, int]:
     """Runs the jobs that have no lines in the file; returns how many are left at the deadline, and how many failed."""
-    missing = [job for job in study.jobs if len(_done(job, file)) < len(job.rates) * len(job.seeds)]
-    print(f"{len(study.jobs) - len(missing)} of {len(study.jobs)} jobs are done", flush=True)
+    missing = [job for job in jobs if len(_done(job, file)) < len(job.rates) * len(job.seeds)]
+    print(f"{len(jobs) - len(missing)} of {len(jobs)} jobs are done", flush=True)
     pool = concurrent.futures.ThreadPoolExecutor(AHEAD)
     prepared = [pool.submit(_prepare, job) for job in missing[:AHEAD]]
     failed = 0

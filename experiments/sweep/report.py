@@ -55,6 +55,26 @@ def table(study: Study, cells: Cells) -> str:
     return f"{study.title}: {study.metric} on the test split, percent\n\n{body}{chance}\n"
 
 
+def made_by(name: str, records: Iterable[Mapping[str, Any]], missing: int) -> str:
+    """The command, devices and versions behind a table, and how many jobs it lacks."""
+    records = list(records)
+
+    def several(values: Iterable[str]) -> str:
+        return "; ".join(dict.fromkeys(values))
+
+    versions = (
+        ", ".join(f"{package} {number}" for package, number in record["versions"].items())
+        for record in records
+    )
+    lines = [
+        f"`python -m experiments.sweep --study={name} --out=runs/sweeps/{name}`: {len(records)} runs on {several(r['device'] for r in records)}",
+        several(versions),
+    ]
+    if missing:
+        lines.append(f"{missing} jobs have not been run; cells and rows without them are left out.")
+    return "\n\n".join(lines) + "\n"
+
+
 def draw(study: Study, cells: Cells, path: Path) -> None:
     """Curves against the numbers that the columns are, or bars of the average over columns."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -77,7 +97,7 @@ def draw(study: Study, cells: Cells, path: Path) -> None:
         axes.set(xlabel=study.axis, ylabel=study.metric, ylim=(-0.02, 1.02))
         if study.chance is not None:
             axes.axhline(study.chance, color="0.4", linestyle="--", linewidth=1, label="guessing")
-        axes.legend(fontsize=8)
+        figure.legend(fontsize=8, loc="outside right upper")
     axes.set_title(study.title, fontsize=10)
     axes.grid(alpha=0.3)
     FigureCanvasAgg(figure).print_png(path)
