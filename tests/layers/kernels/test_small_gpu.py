@@ -1,0 +1,70 @@
+"""One small call of every Hopper kernel, both passes, beside XLA: quick enough for NVIDIA's compute-sanitizer.
+
+    XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool memcheck python -m pytest -m gpu tests/layers/kernels/test_small_gpu.py
+
+and with `--tool racecheck`. With the platform's allocator every array is an allocation, whose ends are watched.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layers.kernels.delta_rule import delta_rule
+from layers.kernels.gated_linear_attention import gated_linear_attention
+from layers.kernels.linear_recurrence import linear_recurrence
+
+BATCH, TIME, HEADS, WIDTH = 2, 77, 2, 64
+
+
+def recurrence():
+    rng = np.random.default_rng(0)
+    a, x = rng.uniform(0.5, 1.0, (BATCH, TIME, 136)), rng.standard_normal((BATCH, TIME, 136))
+    return linear_recurrence, {"a": jnp.asarray(a, jnp.float32), "x": jnp.asarray(x, jnp.float32)}, 2e-5
+
+
+def attention(decay):
+    rng = np.random.default_rng(0)
+    arguments = {name: rng.standard_normal((BATCH, TIME, HEADS, WIDTH)) for name in ("q", "k", "v")}
+    arguments["k"] /= np.linalg.norm(arguments["k"], axis=-1, keepdims=True)
+    arguments = {name: jnp.asarray(value, jnp.bfloat16) for name, value in arguments.items()}
+    if decay:
+        arguments["log_decay"] = -jnp.asarray(rng.exponential(0.2, (BATCH, TIME, HEADS)), jnp.float32)
+    return arguments
+
+
+def scalar_decay():
+    return gated_linear_attention, attention(True), 2e-2
+
+
+def shared_keys():
+    arguments = attention(True)
+    return gated_linear_attention, arguments | {name: arguments[name][:, :, :1] for name in ("q", "k")}, 2e-2
+
+
+def gated_delta_rule():
+    beta = np.random.default_rng(1).uniform(0.1, 0.9, (BATCH, TIME, HEADS))
+    return delta_rule, attention(True) | {"beta": jnp.asarray(beta, jnp.float32)}, 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "call", [recurrence, scalar_decay, shared_keys, gated_delta_rule], ids=lambda call: call.__name__
+)
+@pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])
+def test_small_call(call, segments):
+    function, arguments, tolerance = call()
+    ids = jnp.asarray(np.repeat([[1, 0, 2, 3]], BATCH, 0).repeat([30, 7, 20, 20], 1)) if segments else None
+
+    def passes(impl):
+        def loss(arguments):
+            output, state = function(**arguments, segment_ids=ids, impl=impl)
+            return (output.astype(jnp.float32) ** 2).sum() + state.sum(), (output, state)
+
+        (_, results), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arguments)
+        return jax.tree.leaves_with_path((results, gradients))
+
+    for (path, got), (_, want) in zip(passes("gpu"), passes("xla"), strict=True):
+        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: relative difference {error:.1e}"
