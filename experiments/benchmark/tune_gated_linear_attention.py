@@ -19,6 +19,16 @@ def _stages(*counts: int) -> tuple[Settings, ...]:
     return tuple(Settings(stages=count) for count in counts)
 
 
+# Heads that share queries and keys, by heads of a block; without them by stages.
+_GROUPED = (
+    Settings(heads=2),
+    Settings(heads=4),
+    Settings(heads=2, stages=1),
+    Settings(heads=1),
+    Settings(heads=1, stages=3),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """A call of one size, with the layouts to try forward and backward, beside XLA.
@@ -53,7 +63,7 @@ def problems() -> Iterator[Problem]:
     yield Problem("scalar decay", wide, forward=_stages(2, 3, 1), backward=_stages(2, 1))
     yield Problem("no decay", wide, decay=False)
     mamba2 = (8, 4096, 64, 1, 128, 64)
-    yield Problem("Mamba-2", mamba2, forward=_stages(2, 3), backward=_stages(2, 3))
+    yield Problem("Mamba-2", mamba2, forward=_GROUPED, backward=_GROUPED)
     yield Problem("segments", wide, segments=True)
     small = (8, 4096, 32, 32, 64, 64)
     yield Problem("heads of 64", small, forward=_stages(2, 3), backward=_stages(2, 3))

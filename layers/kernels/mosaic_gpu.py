@@ -209,6 +209,38 @@ def product(a: Any, b: Any, start: jax.Array | None = None) -> jax.Array:
     return jax.lax.optimization_barrier(result)
 
 
+def products(*sums: tuple[Any, ...], meanwhile: Callable[[], Any] = lambda: None) -> tuple[Any, ...]:
+    """Sums of products, all under way together on the matrix units, and what `meanwhile` returns, computed beside them.
+
+    Args:
+      sums: (pairs, start) or (pairs,), pairs (a, b) and start as of `product`; the results come in the same order.
+      meanwhile: reads nothing that the products need changed; its result comes last.
+    """
+    if _interpreted.get():
+        results = []
+        for pairs, *start in sums:
+            result = start[0] if start else None
+            for a, b in pairs:
+                result = product(a, b, result)
+            results.append(result)
+        return *results, meanwhile()
+
+    def run(*totals: Any) -> tuple[Any, ...]:
+        for total, (pairs, *start) in zip(totals, sums, strict=True):
+            if start:
+                total[...] = start[0]
+            for a, b in pairs:
+                plgpu.wgmma(total, a, b)
+        other = meanwhile()
+        if jax.tree.leaves(other):  # keeps them from moving behind the wait
+            other = jax.lax.optimization_barrier(other)
+        return *(total[...] for total in totals), other
+
+    shapes = ((pairs[0][0].shape[0], pairs[0][1].shape[1]) for pairs, *_ in sums)
+    *results, other = pl.run_scoped(run, *(plgpu.ACC(shape, jax.numpy.float32) for shape in shapes))
+    return *(jax.lax.optimization_barrier(result) for result in results), other
+
+
 def in_registers(ref: Any) -> jax.Array:
     """A matrix from memory, in the layout in which `product` takes and gives them."""
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)

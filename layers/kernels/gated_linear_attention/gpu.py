@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from layers.kernels import mosaic_gpu
-from layers.kernels.gated_linear_attention import gpu_backward, gpu_kernels
+from layers.kernels.gated_linear_attention import (
+    gpu_backward,
+    gpu_grouped,
+    gpu_grouped_keys,
+    gpu_grouped_queries,
+    gpu_kernels,
+)
 from layers.kernels.gated_linear_attention.gpu_kernels import CHUNK, KEEP, PART, READ, WRITE, Gates, Settings
 from layers.kernels.segments import segment_numbers
 from layers.kernels.varying import vary_as
@@ -215,6 +221,12 @@ def forward(q, k, v, g, number, state, call, span):
     """Outputs, and states as `gpu_kernels.forward` gives them."""
     batch, time, settings = q.shape[0], q.shape[1], call.forward
     given = gates(g, number, batch, time, call)
+    block = gpu_grouped.heads_per_block(q, k, v, call.heads, settings)
+    if block > 1:
+        length = piece_length(given.chunks, batch * call.heads // block, call.span, settings)
+        entering = _at_pieces(k, v, given, WRITE, state, length, settings, reverse=False)
+        scored = gpu_grouped.scores(q, k, number, call.scale)
+        return gpu_grouped.forward(q, k, v, given, scored, entering, span, length, settings)
     parts = v.shape[3] // PART
     count = gpu_kernels.warpgroups(*(call.heads // x.shape[2] for x in (q, k)), parts=parts)
     length = piece_length(given.chunks, batch * call.heads * parts // count, call.span, settings)
@@ -233,15 +245,24 @@ def gradients(call, residuals, cotangents):
     do, dfinal = cotangents
     batch, time, span, settings = q.shape[0], q.shape[1], call.span, call.backward
     given = gates(g, number, batch, time, call)
-    length = piece_length(given.chunks, batch * call.heads, span, settings)
-    dq, queries, ends = gpu_backward.query_gradients(
-        q, k, v, do, given, states, call.scale, span, length, settings
+    queries_kernel, keys_kernel = gpu_backward.query_gradients, gpu_backward.key_value_gradients
+    blocks, scored, swapped = call.heads, (), ()
+    block = gpu_grouped.heads_per_block(q, k, v, call.heads, settings)
+    if block > 1 and k.shape[3] == gpu_grouped_queries.KEYS:
+        queries_kernel = gpu_grouped_queries.query_gradients
+        keys_kernel = gpu_grouped_keys.key_value_gradients
+        blocks = call.heads // gpu_grouped_queries.HEADS
+        scored = (gpu_grouped.scores(q, k, number, call.scale),)
+        swapped = (scored[0].swapaxes(3, 4),)
+    length = piece_length(given.chunks, batch * blocks, span, settings)
+    dq, queries, ends = queries_kernel(
+        q, k, v, do, given, *scored, states, call.scale, span, length, settings
     )
     # The interpreter cannot run two kernels at once.
     do, dq, queries = jax.lax.optimization_barrier((do, dq, queries))
     dleaving = _at_pieces(q, do, given, READ, dfinal, length, settings, reverse=True)
-    dk, dv, keys, written, flows, dstate = gpu_backward.key_value_gradients(
-        q, k, v, do, given, ends, dleaving, call.scale, span, length, settings
+    dk, dv, keys, written, flows, dstate = keys_kernel(
+        q, k, v, do, given, *swapped, ends, dleaving, call.scale, span, length, settings
     )
     dg = None
     if g is not None:
@@ -288,14 +309,18 @@ def _shared(dx, heads):
 
 
 def _probe() -> None:
-    """Lowers both passes of a small call."""
+    """Lowers both passes of small calls, of a single head and of many that share queries and keys."""
 
     def loss(q, k, v, g, number, state):
-        o, final = _attend(q, k, v, g, number, state, Call(1.0, 1, SPAN, FORWARD, BACKWARD))
+        call = Call(1.0, v.shape[2], SPAN, FORWARD, BACKWARD)
+        o, final = _attend(q, k, v, g, number, state, call)
         return o.sum() + final.sum()
 
-    tokens = jax.ShapeDtypeStruct((1, 16, 1, 128), jnp.bfloat16)
-    g, number = jax.ShapeDtypeStruct((1, 16, 1), jnp.float32), jax.ShapeDtypeStruct((1, 16), jnp.int32)
-    state = jax.ShapeDtypeStruct((1, 1, 128, 128), jnp.float32)
-    traced = jax.jit(jax.grad(loss, (0, 1, 2, 3, 5))).trace(tokens, tokens, tokens, g, number, state)
-    traced.lower(lowering_platforms=("cuda",))
+    shared = jax.ShapeDtypeStruct((1, 16, 1, WIDEST), jnp.bfloat16)
+    number = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    for heads, width in ((1, WIDEST), (gpu_grouped.FEWEST, PART)):
+        v = jax.ShapeDtypeStruct((1, 16, heads, width), jnp.bfloat16)
+        g = jax.ShapeDtypeStruct((1, 16, heads), jnp.float32)
+        state = jax.ShapeDtypeStruct((1, heads, WIDEST, width), jnp.float32)
+        traced = jax.jit(jax.grad(loss, (0, 1, 2, 3, 5))).trace(shared, shared, v, g, number, state)
+        traced.lower(lowering_platforms=("cuda",))

@@ -73,10 +73,13 @@ class Settings:
     Attributes:
       stages: chunks of inputs in shared memory, under way or in use.
       pieces: pieces of the time axis; chosen by shape if None.
+      heads: most heads of a group with the same queries and keys that a block takes, see gpu_grouped.py; 1 for the kernels
+        here.
     """
 
     stages: int = 2
     pieces: int | None = None
+    heads: int = 2
 
 
 @dataclasses.dataclass(frozen=True)

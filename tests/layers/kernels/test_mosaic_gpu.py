@@ -17,6 +17,11 @@ def _attend(q, k, v, g, state):
     return gated_linear_attention.gated_linear_attention(q, k, v, g, None, 1.0, False, state, IDS, 0)
 
 
+def _attend_grouped(q, k, v, g, state):
+    v, g, state = jnp.repeat(v[..., :64], 8, 2), jnp.repeat(g, 8, 2), jnp.repeat(state[..., :64], 8, 1)
+    return _attend(q, k, v, g, state)
+
+
 def _delta(q, k, v, g, state):
     return delta_rule.delta_rule(q, k, v, g, g, 1.0, False, state, IDS)
 
@@ -29,19 +34,34 @@ def _inner(equation):
                 yield item
 
 
-def _starts(jaxpr):
-    """How often the value that a product starts with is used, for every product that starts with one."""
+def _uses(jaxpr, variable):
     used = [x for equation in jaxpr.eqns for x in equation.invars] + jaxpr.outvars
+    return sum(x is variable for x in used)
+
+
+def _starts(jaxpr, given=None):
+    """How often the value that a product starts with is used, for every product that starts with one.
+
+    Args:
+      given: uses outside of the variables that come from there.
+    """
     for equation in jaxpr.eqns:
         if equation.primitive.name == "run_state":
             start = equation.invars[-1]
             assert (start.aval.dtype, start.aval.ndim) == (jnp.float32, 2)
-            yield sum(x is start for x in used)
+            yield _uses(jaxpr, start)
+        if equation.primitive.name == "wgmma_accumulator_store_p":
+            start = equation.invars[1]
+            yield _uses(jaxpr, start) * (given or {}).get(start, 1)
         for inner in _inner(equation):
-            yield from _starts(inner)
+            outside = {}
+            if equation.primitive.name == "run_scoped":
+                assert len(inner.constvars) == len(equation.invars)
+                outside = {x: _uses(jaxpr, y) for x, y in zip(inner.constvars, equation.invars, strict=True)}
+            yield from _starts(inner, outside)
 
 
-@pytest.mark.parametrize("call", [_attend, _delta])
+@pytest.mark.parametrize("call", [_attend, _attend_grouped, _delta])
 def test_what_a_product_starts_with_is_used_nowhere_else(call):
     """On a GPU, a sum over it can come out as the same sum over the result; the interpreter does not show that."""
 

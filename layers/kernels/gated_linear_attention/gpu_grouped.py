@@ -1,0 +1,218 @@
+"""Mosaic GPU kernels of `gated_linear_attention` for heads that share queries and keys, forward; see gpu_kernels.py.
+
+The scores q k^T of a chunk are the same for all heads of a group. XLA computes them once, scaled and with zeros where a step
+does not see another, so that a head has only its decay to put on. A block takes several heads of a group, every warpgroup
+the same number of them one after the other, with their states in registers. Products that read the state and those that
+write it are under way together, while the weights are computed.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layers.kernels.gated_linear_attention.gpu_kernels import (
+    CHUNK,
+    KEEP,
+    PART,
+    READ,
+    WRITE,
+    Gates,
+    Settings,
+    Walk,
+    by_rows,
+    shared_head,
+    together,
+)
+from layers.kernels.mosaic_gpu import (
+    along,
+    in_registers,
+    launch,
+    matrices,
+    pl,
+    plgpu,
+    product,
+    products,
+    spread,
+)
+
+WARPGROUPS = 2
+MOST = 4  # heads of a block, for the registers of their states
+FEWEST = 8  # heads of a group, for the scores to be few beside the values
+# Stands for the scores of pairs that do not see each other: a number that is not one of a score, and adds nothing.
+UNSEEN = 2.0**-120
+
+_SQUARE = (CHUNK, CHUNK)
+
+
+def heads_per_block(q: Any, k: Any, v: Any, heads: int, settings: Settings) -> int:
+    """Heads of a group that a block takes; 1, for the kernels of single heads, where groups are small or heads wide.
+
+    Args:
+      heads: of the states.
+    """
+    groups = q.shape[2]
+    if k.shape[2] != groups or v.shape[2:] != (heads, PART) or heads < FEWEST * groups:
+        return 1
+    most = min(settings.heads, MOST)
+    return max((n for n in range(WARPGROUPS, most + 1, WARPGROUPS) if heads // groups % n == 0), default=1)
+
+
+def scores(q: jax.Array, k: jax.Array, number: jax.Array | None, scale: float) -> jax.Array:
+    """scale q_i k_j of every chunk, (b, groups, n, c, c), float32, and `UNSEEN` where step i does not see step j.
+
+    Args:
+      q, k: (b, t, groups, width).
+      number: of the segment of every step, (b, t), or None.
+    """
+    time = q.shape[1]
+    missing = -time % CHUNK
+    q, k = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k))
+    q, k = (x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]) for x in (q, k))
+    result = scale * jnp.einsum("bnigk,bnjgk->bgnij", q, k, preferred_element_type=jnp.float32)
+    seen = jnp.ones((1, 1, 1, *_SQUARE), bool)
+    if number is not None:
+        number = jnp.pad(number, ((0, 0), (0, missing))).reshape(number.shape[0], 1, -1, CHUNK)
+        seen = (number[..., None] == number[..., None, :]) & (number[..., None] > 0)
+    seen = jnp.tril(seen)
+    return jnp.where(seen, jnp.where(result == UNSEEN, 0.0, result), UNSEEN)
+
+
+def decay(rows: Any, columns: Any, transposed: bool = False) -> jax.Array:
+    """d_ij of a chunk, or d_ji, from its gates in shared memory; at most 1 for pairs that do not see each other."""
+    row, column = spread(along(rows.at[0], 0), 0, _SQUARE), spread(along(columns.at[0], 1), 1, _SQUARE)
+    return jnp.exp2(jnp.minimum(column - row if transposed else row - column, 0.0))
+
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    gates: Gates,
+    scored: jax.Array,
+    entering: jax.Array,
+    span: int | None,
+    length: int,
+    settings: Settings,
+) -> tuple[jax.Array, jax.Array]:
+    """As `gpu_kernels.forward`, with `scores` and as many heads a block as `heads_per_block` says."""
+    batch, time, groups, keys = q.shape
+    heads, width, stages = gates.rows.shape[1], v.shape[3], settings.stages
+    block = heads_per_block(q, k, v, heads, settings)
+    mine = block // WARPGROUPS
+    walk = Walk(gates.chunks, length, stages)
+    spans = pl.cdiv(gates.chunks, span) if span else 0
+    scratch = {
+        "q_tiles": matrices((stages, CHUNK, keys), q.dtype),
+        "k_tiles": matrices((stages, CHUNK, keys), k.dtype),
+        "score_tiles": matrices((stages, *_SQUARE), jnp.float32),
+        "v_tiles": matrices((WARPGROUPS, stages * mine, CHUNK, PART), v.dtype),
+        "row_tiles": plgpu.SMEM((WARPGROUPS, stages * mine, *gates.rows.shape[3:]), jnp.float32),
+        "column_tiles": plgpu.SMEM((WARPGROUPS, stages * mine, *gates.columns.shape[3:]), jnp.float32),
+        "state_tile": matrices((WARPGROUPS, keys, PART), v.dtype),
+        "written_tile": matrices((WARPGROUPS, CHUNK, PART), v.dtype),  # afterwards outputs
+        "full": plgpu.Barrier(num_arrivals=3 + 3 * block, num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+        "finished": plgpu.Barrier(num_arrivals=WARPGROUPS),
+    }
+
+    def body(*, q, k, v, rows, columns, scored, entering, o, states, **tiles):
+        (q,), (k,), (v,), (rows,), (columns,), (scored,) = q, k, v, rows, columns, scored
+        (entering,), (o,), (states,) = entering, o, states
+        me, row, piece = (jax.lax.axis_index(name) for name in ("warpgroup", "row", "piece"))
+        first = jax.lax.axis_index("block") * block + me * mine
+        group = shared_head(first, heads, groups)
+        q_tiles, k_tiles, score_tiles = tiles["q_tiles"], tiles["k_tiles"], tiles["score_tiles"]
+        v_tiles, row_tiles, column_tiles = (tiles[f"{name}_tiles"].at[me] for name in ("v", "row", "column"))
+        state_tile, written_tile = (tiles[f"{name}_tile"].at[me] for name in ("state", "written"))
+        full, free = tiles["full"], tiles["free"]
+
+        def fetch(chunk, slot):
+            steps, barrier = pl.ds(chunk * CHUNK, CHUNK), full.at[slot]
+            for at in range(mine):
+                place, head = slot * mine + at, first + at
+                plgpu.copy_gmem_to_smem(v.at[row, steps, head], v_tiles.at[place], barrier)
+                plgpu.copy_gmem_to_smem(rows.at[row, head, chunk], row_tiles.at[place], barrier)
+                plgpu.copy_gmem_to_smem(columns.at[row, head, chunk], column_tiles.at[place], barrier)
+
+            @pl.when(me == 0)
+            def _():
+                for source, target in ((q, q_tiles), (k, k_tiles)):
+                    plgpu.copy_gmem_to_smem(source.at[row, steps, group], target.at[slot], barrier)
+                plgpu.copy_gmem_to_smem(scored.at[row, group, chunk], score_tiles.at[slot], barrier)
+
+        def one(at, chunk, slot, state):
+            """The outputs of a head and its next state."""
+            place = slot * mine + at
+            factors = row_tiles.at[place]
+            values = in_registers(v_tiles.at[place]).astype(jnp.float32)
+            written = (values * by_rows(factors.at[WRITE], PART)).astype(v.dtype)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.commit_smem()
+            state_tile[...] = state.astype(v.dtype)
+            written_tile[...] = written
+            plgpu.commit_smem()
+
+            def weigh():
+                weights = in_registers(score_tiles.at[slot]) * decay(factors, column_tiles.at[place])
+                return weights.astype(v.dtype)
+
+            outputs, state, weights = products(
+                ([(q_tiles.at[slot], state_tile)],),
+                ([(k_tiles.at[slot].T, written_tile)], state * row_tiles[place, KEEP, 0]),
+                meanwhile=weigh,
+            )
+            outputs = outputs * by_rows(factors.at[READ], PART)
+            outputs = product(weights, v_tiles.at[place], outputs)
+            plgpu.commit_smem()
+            written_tile[...] = outputs.astype(v.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(written_tile, o.at[row, pl.ds(chunk * CHUNK, CHUNK), first + at])
+            return state
+
+        def step(chunk, slot, refill, carried):
+            def keep():
+                for at, state in enumerate(carried):
+                    states[row, first + at, jax.lax.div(chunk, span)] = state
+
+            if span:
+                pl.when(jax.lax.rem(chunk, span) == 0)(keep)
+            plgpu.barrier_wait(full.at[slot])
+            carried = tuple(one(at, chunk, slot, state) for at, state in enumerate(carried))
+            plgpu.barrier_arrive(free.at[slot])
+            pl.when(me == 0)(lambda: plgpu.barrier_wait(free.at[slot]))
+            refill()
+            return carried
+
+        carried = tuple(1.0 * in_registers(entering.at[row, piece, first + at]) for at in range(mine))
+        carried = walk.run(fetch, step, carried)
+
+        @pl.when(piece == walk.pieces - 1)
+        def _():
+            for at, state in enumerate(carried):
+                states[row, first + at, spans] = state
+
+        plgpu.wait_smem_to_gmem(0)
+        together(tiles["finished"])
+
+    results = launch(
+        body,
+        name="gated_linear_attention_grouped",
+        grid={"row": batch, "piece": walk.pieces, "block": heads // block},
+        inputs={
+            "q": (q,),
+            "k": (k,),
+            "v": (v,),
+            "rows": (gates.rows,),
+            "columns": (gates.columns,),
+            "scored": (scored,),
+            "entering": (entering,),
+        },
+        outputs={
+            "o": (jax.ShapeDtypeStruct((batch, time, heads, width), v.dtype),),
+            "states": (jax.ShapeDtypeStruct((batch, heads, spans + 1, keys, width), jnp.float32),),
+        },
+        scratch=scratch,
+        warpgroups=WARPGROUPS,
+    )
+    return results["o"][0], results["states"][0]
