@@ -13,12 +13,20 @@ from layers.kernels.delta_rule.gpu import Settings
 
 Arrays = dict[str, Any]
 
-_FORWARD = (*(Settings(forward=stages) for stages in (3, 2, 1)), Settings(refinements=1))
+_FORWARD = (
+    Settings(),
+    Settings(forward=2),
+    Settings(workers=3),
+    Settings(workers=2),
+    Settings(refinements=1),
+)
 _BACKWARD = (
     Settings(),
     Settings(states=2),
     Settings(states=4),
     Settings(backward=1),
+    Settings(turns=8),
+    Settings(turns=1),
 )
 _PIECES = tuple(Settings(pieces=pieces) for pieces in (None, 8, 1))
 
@@ -134,17 +142,22 @@ class Prepared:
         if part == "backward":
             return {_name(s): (s, _gradients(on(gpu.delta_rule, settings=s))) for s in self.problem.backward}
         forward, backward = (best.get(name, Settings()) for name in ("forward", "backward"))
-        fastest = dataclasses.replace(
-            backward, forward=forward.forward, pieces=forward.pieces, refinements=Settings.refinements
-        )
-        return {
-            "gpu, the fastest of both": (None, _both(on(gpu.delta_rule, settings=fastest))),
-            "gpu, likewise, keeping": (
-                None,
-                _both(on(gpu.delta_rule, settings=dataclasses.replace(fastest, keep=True))),
-            ),
-            "xla": (None, _both(on(xla.delta_rule))),
+        taken = {name: getattr(forward, name) for name in ("forward", "workers", "pieces")}
+        fastest = dataclasses.replace(backward, **taken)
+        changed = {
+            "the fastest of both": {},
+            "likewise, keeping states": {"keep": True},
+            "likewise, keeping nothing": {"keep_inverse": False},
+            "likewise, one refinement": {"refinements": 1},
         }
+        trials = {
+            f"gpu, {name}": (
+                None,
+                _both(on(gpu.delta_rule, settings=dataclasses.replace(fastest, **change))),
+            )
+            for name, change in changed.items()
+        }
+        return trials | {"xla": (None, _both(on(xla.delta_rule)))}
 
 
 def _call(function: Any, ids: Any, arrays: Arrays) -> Arrays:
@@ -182,4 +195,6 @@ def _gradients(call: Any) -> Any:
 
 
 def _name(settings: Settings) -> str:
-    return ", ".join(f"{field} {value}" for field, value in dataclasses.asdict(settings).items())
+    """What differs from the defaults."""
+    changed = {field: x for field, x in dataclasses.asdict(settings).items() if x != getattr(Settings, field)}
+    return ", ".join(f"{field} {value}" for field, value in changed.items()) or "default"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from layers.kernels import mosaic_gpu
-from layers.kernels.delta_rule import gpu_backward, gpu_forward, gpu_pieces
+from layers.kernels.delta_rule import gpu_backward, gpu_forward, gpu_gradients, gpu_pieces
 from layers.kernels.delta_rule.gpu_tiles import CHUNK
 from layers.kernels.segments import segment_starts
 from layers.kernels.varying import vary_as
@@ -29,19 +29,24 @@ class Settings:
     """How the kernels are run.
 
     Attributes:
-      keep: whether the forward pass keeps the states and squares of all chunks for the backward pass, which otherwise
-        computes them again. They take 3.5 times the memory of q if a head has 128 features of keys and of values.
-      refinements: of the inverses of chunks; see `gpu_forward.prepare`.
+      keep: whether the forward pass keeps the states of all chunks for the backward pass, which otherwise computes them
+        again, and the inverses. The states take twice the memory of q if a head has 128 features of keys and of values.
+      keep_inverse: whether it keeps the inverses at least, which take half the memory of q.
+      refinements, workers: see `gpu_forward.prepare`.
       forward, states, backward: chunks of inputs that the walks of both passes have in shared memory, under way or in use;
         `states` is for a walk that computes states again.
+      turns: see `gpu_gradients.chunk_gradients`.
       pieces: of the time axis, which are walked through side by side; by `gpu_pieces.piece_length` if None.
     """
 
     keep: bool = False
+    keep_inverse: bool = True
     refinements: int = 2
+    workers: int = 4
     forward: int = 3
     states: int = 3
     backward: int = 2
+    turns: int = 16
     pieces: int | None = None
 
     @property
@@ -206,20 +211,18 @@ def _rule(q, k, v, vectors, state, scale, settings):
 
 
 def _run(q, k, v, vectors, state, scale, settings, *, keeping):
-    """What `_rule` gives, and what enters pieces, takes states through them, and was made for chunks, if `keeping`."""
-    made = gpu_forward.prepare(q, k, vectors, scale, refinements=settings.refinements, inverse=keeping)
-    entering, passages = gpu_pieces.entering(k, v, vectors, made["solve"], state, settings.states)
+    """What `_rule` gives, and what enters pieces, takes states through them, and is known of chunks, if `keeping`."""
+    inverse = gpu_forward.prepare(k, vectors, settings.refinements, settings.workers)
+    entering, passages = gpu_pieces.entering(k, v, vectors, inverse, state, settings.states)
     stages = settings.forward_keeping if keeping else settings.forward
-    results = gpu_forward.forward(
-        k, v, vectors, made["solve"], entering, scale, stages, reading=(q, made["scores"]), keeping=keeping
-    )
-    made = made | {"states": results["states"]} if keeping else None
+    results = gpu_forward.forward(k, v, vectors, inverse, entering, scale, stages, q=q, keeping=keeping)
+    made = {"inverse": inverse} | ({"states": results["states"]} if keeping else {})
     return (results["o"], gpu_pieces.last(results["final"], state)), (entering, passages, made)
 
 
 def _forward(q, k, v, vectors, state, scale, settings):
-    results, kept = _run(q, k, v, vectors, state, scale, settings, keeping=settings.keep)
-    return results, (q, k, v, vectors, *kept)
+    results, (*kept, made) = _run(q, k, v, vectors, state, scale, settings, keeping=settings.keep)
+    return results, (q, k, v, vectors, *kept, made if settings.keep or settings.keep_inverse else {})
 
 
 def gradients(scale, settings, residuals, cotangents):
@@ -227,19 +230,20 @@ def gradients(scale, settings, residuals, cotangents):
     # The barrier keeps the compiler from storing what the forward pass computed in place of computing it again.
     residuals, (do, dfinal) = jax.lax.optimization_barrier((residuals, cotangents))
     q, k, v, vectors, entering, passages, made = residuals
-    if made is None:
-        made = gpu_forward.prepare(q, k, vectors, scale, refinements=settings.refinements, inverse=True)
+    if "inverse" not in made:
+        made = {"inverse": gpu_forward.prepare(k, vectors, settings.refinements, settings.workers)}
+    if "states" not in made:
         walked = gpu_forward.forward(
-            k, v, vectors, made["solve"], entering, scale, settings.states, reading=None, keeping=True
+            k, v, vectors, made["inverse"], entering, scale, settings.states, q=None, keeping=True
         )
-        made |= {"states": walked["states"]}
+        made = made | {"states": walked["states"]}
     # One kernel after the other: the interpreter cannot run two at once.
     made, do = jax.lax.optimization_barrier((made, do))
     dleaving = gpu_pieces.leaving(q, k, do, vectors, made, passages, dfinal, scale, settings.backward)
     chain = gpu_backward.chain(q, k, do, vectors, made, dleaving, scale, settings.backward)
-    local = gpu_backward.chunk_gradients(q, k, v, do, vectors, made, chain, scale)
+    local = gpu_gradients.chunk_gradients(q, k, v, do, vectors, made, chain, scale, settings.turns)
     dq, dk = (_over_group(local[name], q) for name in ("dq", "dk"))
-    dvectors = gpu_backward.vector_gradients(local["dvectors"], vectors, k.shape[-1])
+    dvectors = gpu_gradients.vector_gradients(local["dvectors"], vectors, k.shape[-1])
     return dq, dk, chain["dv"], dvectors, gpu_pieces.first(chain["dstate"], dfinal)
 
 

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.delta_rule import gpu_backward, gpu_forward
+from layers.kernels.delta_rule.gpu_tiles import PROCESSORS
 from layers.kernels.varying import vary_as
 
-_PROCESSORS = 132  # of an H100
 _FEWEST = 4  # pieces that win more than the walks more lose
 
 
@@ -36,7 +36,7 @@ def piece_length(chunks: int, blocks: int, pieces: int | None) -> int:
       pieces: how many, if not by that rule.
     """
     if pieces is None:
-        pieces = min(_PROCESSORS // blocks, math.isqrt(chunks))
+        pieces = min(PROCESSORS // blocks, math.isqrt(chunks))
         pieces = pieces if pieces >= _FEWEST else 1
     return -(-chunks // max(1, min(pieces, chunks)))
 
@@ -70,12 +70,12 @@ def _by_piece(x: jax.Array, batch: int) -> jax.Array:
 
 
 def entering(
-    k: jax.Array, v: jax.Array, vectors: jax.Array, solve: jax.Array, state: jax.Array, stages: int
+    k: jax.Array, v: jax.Array, vectors: jax.Array, inverse: jax.Array, state: jax.Array, stages: int
 ) -> tuple[jax.Array, jax.Array | None]:
     """The states that enter pieces, (b * pieces, h, v, k), and M, transposed as they are; None if there is one piece.
 
     Args:
-      k, v, vectors, solve, stages: see `gpu_forward.forward`; pieces are their rows.
+      k, v, vectors, inverse, stages: see `gpu_forward.forward`; pieces are their rows.
       state: (b, h, v, k), float32, that which enters the first.
     """
     (batch, heads, value_dim, key_dim), rows = state.shape, k.shape[0]
@@ -84,9 +84,7 @@ def entering(
 
     def walk(v, state):
         state = vary_as(jnp.broadcast_to(state, (rows, heads, *state.shape)), k)
-        return gpu_forward.forward(k, v, vectors, solve, state, 1.0, stages, reading=None, keeping=False)[
-            "final"
-        ]
+        return gpu_forward.forward(k, v, vectors, inverse, state, 1.0, stages, q=None, keeping=False)["final"]
 
     added = walk(v, jnp.zeros((value_dim, key_dim), jnp.float32))
     # One after the other: the interpreter cannot run two kernels at once.

@@ -15,6 +15,7 @@ from layers.kernels.mosaic_gpu import pl, plgpu
 
 CHUNK = 64
 SQUARE = (CHUNK, CHUNK)
+PROCESSORS = 132  # of an H100
 BLOCK = 64  # features of the values that a warpgroup holds
 
 # Rows of `vectors`: the sum of log-decay from the start of the chunk, beta, the decay from the state that enters the chunk,
@@ -101,6 +102,11 @@ def decay_matrix(vectors: Any, rows: jax.Array, columns: jax.Array) -> jax.Array
     between = along_rows(by_row(vectors.at[0, DECAY])) - along_columns(by_column(vectors.at[1, DECAY]))
     seen = visible(vectors, rows >= columns)
     return jnp.where(seen, jnp.exp(jnp.where(seen, jnp.minimum(between, 0.0), 0.0)), 0.0)
+
+
+def in_turn(chunks: int, most: int) -> int:
+    """How many of all chunks of a call a block takes in turn: so few that every processor has several blocks."""
+    return max(1, min(most, chunks // (4 * PROCESSORS)))
 
 
 def fetch(pairs: Sequence[tuple[Any, Any]], barrier: Any) -> None:

@@ -20,7 +20,7 @@ from tests.layers.kernels.test_linear_recurrence_gpu import over_one_device, poi
 
 TAKEN = [case for case in SUITE.cases if "channel" not in case.name]
 TOLERANCE = shared.TOLERANCE["bfloat16"]
-SHORT = Settings(forward=2, states=2, backward=1)
+SHORT = Settings(forward=2, states=2, backward=1, workers=1)
 by_case = pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
 
 
@@ -73,9 +73,30 @@ def test_interpreted_wide_heads():
         check(arguments_of(rng, 1, 150, key_dim=128, value_dim=80))
 
 
+def in_turn(monkeypatch):
+    """Blocks take as many chunks in turn as on a GPU they would if there were more of them."""
+    for kernels in (gpu.gpu_forward, gpu.gpu_gradients):
+        monkeypatch.setattr(kernels, "in_turn", lambda chunks, most: most)
+
+
+@pytest.mark.parametrize(
+    "key_dim, value_dim",
+    [(64, 64), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((128, 128), (64, 128)))],
+)
+def test_interpreted_chunks_in_turn(monkeypatch, key_dim, value_dim):
+    """Five chunks, of which blocks take two, or one warpgroup four, in turn."""
+    in_turn(monkeypatch)
+    monkeypatch.setattr(gpu, "SETTINGS", Settings(turns=2, workers=1))
+    rng = np.random.default_rng(11)
+    arguments = arguments_of(rng, 1, 300, heads=1, key_dim=key_dim, value_dim=value_dim)
+    with mosaic_gpu.interpreted():
+        check(arguments, segment_ids=ids_of(rng, 1, 300))
+
+
 @pytest.mark.slow
-def test_interpreted_keeping_what_the_forward_pass_computed(monkeypatch):
-    monkeypatch.setattr(gpu, "SETTINGS", Settings(keep=True))
+@pytest.mark.parametrize("settings", [Settings(keep=True), Settings(keep_inverse=False, workers=1)])
+def test_interpreted_keeping_what_the_forward_pass_computed(monkeypatch, settings):
+    monkeypatch.setattr(gpu, "SETTINGS", settings)
     with mosaic_gpu.interpreted():
         check(arguments_of(np.random.default_rng(7), 1, 90, heads=1))
 
@@ -181,6 +202,7 @@ def test_races(monkeypatch, capsys, fenced):
     if not fenced:
         monkeypatch.setattr(mosaic_gpu.plgpu, "commit_smem", lambda: None)
     monkeypatch.setattr(gpu, "SETTINGS", SHORT)
+    in_turn(monkeypatch)
     arguments = arguments_of(np.random.default_rng(5), 1, 150, heads=1, value_dim=128)
 
     def loss(arguments):
@@ -202,7 +224,7 @@ def both(run):
 @pytest.mark.slow
 @pytest.mark.parametrize("segments", [True, False])
 def test_lowers_for_a_gpu(segments):
-    """The compiler's front end takes both passes: two kernels forward, four backward."""
+    """The compiler's front end takes both passes: two kernels forward, three backward."""
     shapes = [((2, 200, 2, 128), jnp.bfloat16)] * 2 + [((2, 200, 4, 128), jnp.bfloat16)]
     shapes += [((2, 200, 4), jnp.float32)] * 2 + [((2, 4, 128, 128), jnp.float32)]
     ids = jnp.ones((2, 200), jnp.int32) if segments else None
@@ -211,7 +233,7 @@ def test_lowers_for_a_gpu(segments):
         return gpu.delta_rule(q, k, v, beta, log_decay, 0.1, True, state, ids)
 
     traced = jax.jit(both(run)).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
-    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 6
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 5
 
 
 @pytest.mark.slow
@@ -317,7 +339,14 @@ def test_on_gpu(shape, decay):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "settings", [SHORT, Settings(forward=1, states=1), Settings(states=4), Settings(keep=True)]
+    "settings",
+    [
+        SHORT,
+        Settings(forward=1, states=1),
+        Settings(states=4, workers=3),
+        Settings(keep=True, workers=2),
+        Settings(keep_inverse=False, turns=3),
+    ],
 )
 def test_layouts_on_gpu(monkeypatch, settings):
     monkeypatch.setattr(gpu, "SETTINGS", settings)
