@@ -1,4 +1,7 @@
-"""`gated_linear_attention` on Hopper GPUs, with at most one decay per head and step; see gpu_kernels.py and gpu_backward.py."""
+"""`gated_linear_attention` on Hopper GPUs, with at most one decay per head and step.
+
+See gpu_kernels.py and gpu_backward.py, and gpu_grouped.py for many heads that share queries and keys.
+"""
 
 import functools
 import math
@@ -23,7 +26,7 @@ from layers.kernels.varying import vary_as
 # The fastest candidates of `python -m experiments.benchmark tune` on an H100: three stages were 0 to 4% slower, one 20 to 30%.
 FORWARD = Settings()
 BACKWARD = Settings()
-SPAN = 8  # chunks between the states that are kept for the backward pass
+SPAN = 8  # chunks between the states at which the backward pass takes what flows through them
 
 WIDEST = 128  # keys and values of a head
 FEWEST = 64  # rows times heads that `impl=None` takes
@@ -235,28 +238,40 @@ def forward(q, k, v, g, number, state, call, span):
 
 
 def _forward(q, k, v, g, number, state, call):
-    o, states = forward(q, k, v, g, number, state, call, call.span)
+    length = _layout_backward(q, k, v, call)[1]
+    o, states = forward(q, k, v, g, number, state, call, length)
     return (o, states[:, :, -1]), (q, k, v, g, number, states)
 
 
-def gradients(call, residuals, cotangents):
-    """The backward pass, from (q, k, v, g, number, states) and the gradients of outputs and the final state."""
+def _layout_backward(q, k, v, call):
+    """Whether blocks take several heads of a group, and chunks a piece."""
+    block = gpu_grouped.heads_per_block(q, k, v, call.heads, call.backward)
+    grouped = block > 1 and k.shape[3] == gpu_grouped_queries.KEYS
+    blocks = q.shape[0] * call.heads // (gpu_grouped_queries.HEADS if grouped else 1)
+    return grouped, piece_length(-(-q.shape[1] // CHUNK), blocks, call.span, call.backward)
+
+
+def gradients(call, residuals, cotangents, kept=None):
+    """The backward pass, from (q, k, v, g, number, states) and the gradients of outputs and the final state.
+
+    Args:
+      kept: chunks between the states, by default those of a piece.
+    """
     q, k, v, g, number, states = residuals
     do, dfinal = cotangents
     batch, time, span, settings = q.shape[0], q.shape[1], call.span, call.backward
     given = gates(g, number, batch, time, call)
+    grouped, length = _layout_backward(q, k, v, call)
     queries_kernel, keys_kernel = gpu_backward.query_gradients, gpu_backward.key_value_gradients
-    blocks, scored, swapped = call.heads, (), ()
-    block = gpu_grouped.heads_per_block(q, k, v, call.heads, settings)
-    if block > 1 and k.shape[3] == gpu_grouped_queries.KEYS:
+    scored, swapped = (), ()
+    if grouped:
         queries_kernel = gpu_grouped_queries.query_gradients
         keys_kernel = gpu_grouped_keys.key_value_gradients
-        blocks = call.heads // gpu_grouped_queries.HEADS
         scored = (gpu_grouped.scores(q, k, number, call.scale),)
         swapped = (scored[0].swapaxes(3, 4),)
-    length = piece_length(given.chunks, batch * blocks, span, settings)
+    at_pieces = states[:, :, :: max(1, length // kept)] if kept else states
     dq, queries, ends = queries_kernel(
-        q, k, v, do, given, *scored, states, call.scale, span, length, settings
+        q, k, v, do, given, *scored, at_pieces, call.scale, span, length, settings
     )
     # The interpreter cannot run two kernels at once.
     do, dq, queries = jax.lax.optimization_barrier((do, dq, queries))

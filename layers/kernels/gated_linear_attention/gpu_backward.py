@@ -52,7 +52,8 @@ def query_gradients(
     The sums are dq . q, and S . q^T (b do) for each key; the ends are the states at the ends of spans.
 
     Args:
-      states, span: as of `forward`; pieces are of whole spans, if there are several.
+      states: (b, h, pieces or more, k, v), float32: those at the start of every piece come first.
+      span: chunks between ends; pieces are of whole spans, if there are several.
     """
     batch, time, _, keys = q.shape
     heads, width = gates.rows.shape[1], v.shape[3]
@@ -137,14 +138,13 @@ def query_gradients(
             refill()
             return state
 
-        place = piece * (walk.length // span)
-        state = 1.0 * in_registers(states.at[row, head, place, lanes])
+        state = 1.0 * in_registers(states.at[row, head, piece, lanes])
         walk.run(fetch, step, state)
         plgpu.wait_smem_to_gmem(0)
         together(tiles["finished"])
 
     sums = batch, heads, count, gates.chunks, 2, CHUNK
-    ends = batch, heads, states.shape[2] - 1, keys, width
+    ends = batch, heads, pl.cdiv(gates.chunks, span), keys, width
     results = launch(
         body,
         name="gated_linear_attention_queries",

@@ -1,9 +1,23 @@
 """Mosaic GPU kernels of `gated_linear_attention` for heads that share queries and keys, forward; see gpu_kernels.py.
 
-The scores q k^T of a chunk are the same for all heads of a group. XLA computes them once, scaled and with zeros where a step
+The scores q k^T of a chunk are the same for all heads of a group. XLA computes them once, scaled and with a mark where a step
 does not see another, so that a head has only its decay to put on. A block takes several heads of a group, every warpgroup
 the same number of them one after the other, with their states in registers. Products that read the state and those that
 write it are under way together, while the weights are computed.
+
+The kernels of single heads take 0.394 ms forward for Mamba-2's 64 heads of 64 that share 128 keys, at 8 x 4096 tokens in
+bfloat16 on an H100 (0.412 with three stages), and 2.729 both ways, 2.343 of it backward. Of that, memory explains 0.22 and
+1.2 ms, 0.5 of it for gradients of queries and keys that leave the kernels once a head and are read again to be summed:
+warpgroups that wait for their own products do the rest. Here, compiled for Hopper,
+
+                                   forward   backward, q   backward, k and v
+    GB through memory              0.6       1.0           1.3                 and 0.5 for the sums over blocks
+    products of 64 x 64 x 16       20 (28)   18 (20)       24 (28)             a head, chunk and warpgroup, in brackets before
+    instructions                   860 (1010)  920 (1160)  1070 (1450)         as above
+
+with 0.13 and 0.31 KB of spills a lane backward. Not yet measured. Four heads a block forward, which halve what is read of
+queries, keys and scores, spill 0.16 KB a lane. Code of its own for each warpgroup, instead of addresses that depend on it,
+spilled more; three heads' warpgroups would have 168 registers each, of the 193 they need.
 """
 
 from typing import Any

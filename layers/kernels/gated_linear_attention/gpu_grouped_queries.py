@@ -176,13 +176,12 @@ def query_gradients(
             plgpu.copy_smem_to_gmem(pair_tile.at[me], dq.at[row, steps, block, lanes])
             return next_own, next_other
 
-        place = piece * (walk.length // span)
-        start = tuple(1.0 * in_registers(states.at[row, block * HEADS + at, place, lanes]) for at in order)
+        start = tuple(1.0 * in_registers(states.at[row, block * HEADS + at, piece, lanes]) for at in order)
         walk.run(fetch, step, start)
         plgpu.wait_smem_to_gmem(0)
 
     sums = batch, heads, WARPGROUPS, gates.chunks, 2, CHUNK
-    ends = batch, heads, states.shape[2] - 1, keys, width
+    ends = batch, heads, pl.cdiv(gates.chunks, span), keys, width
     results = launch(
         body,
         name="gated_linear_attention_grouped_queries",

@@ -85,28 +85,6 @@ def test_interpreted_in_pieces_with_segments(interpreted, monkeypatch, widths):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "heads, width, settings, segments",
-    [
-        ((1, 1, 4), 128, Settings(), True),
-        ((2, 2, 4), 128, Settings(pieces=2), False),
-        ((1, 1, 4), 128, Settings(heads=4), False),
-        ((2, 2, 4), 64, Settings(), True),
-    ],
-    ids=str,
-)
-def test_interpreted_heads_that_share_queries_and_keys(
-    interpreted, monkeypatch, heads, width, settings, segments
-):
-    monkeypatch.setattr(gpu_grouped, "FEWEST", 2)
-    for name in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(gpu, name, settings)
-    rng = np.random.default_rng(5)
-    arguments = arguments_of(rng, (1, 150), heads, (width, 64), strong=0.03 if segments else 0.0)
-    check(arguments, segment_ids=ids_of(rng, (1, 150)) if segments else None)
-
-
-@pytest.mark.slow
 def test_interpreted_under_transformations(interpreted):
     arguments = arguments_of(np.random.default_rng(2), (2, 5), (1, 1, 1), (6, 5))
     want = jax.tree.map(np.asarray, gated_linear_attention(**arguments, impl="xla"))
@@ -273,18 +251,6 @@ def test_time_is_cut_only_where_blocks_are_few():
     assert gpu_kernels.warpgroups(1, 64, parts=1) == 1
 
 
-def test_blocks_take_heads_of_one_group():
-    def taken(heads=(1, 1, 8), width=64, count=8, most=2):
-        q, k, v = (jax.ShapeDtypeStruct((1, 8, n, width), jnp.bfloat16) for n in heads)
-        return gpu_grouped.heads_per_block(q, k, v, count, Settings(heads=most))
-
-    assert (taken(), taken(most=4), taken(most=1)) == (2, 4, 1)
-    assert taken(heads=(1, 1, 10), count=10) == 2
-    assert taken(heads=(1, 1, 9), count=9) == 1
-    for other in ({"width": 128}, {"heads": (1, 2, 8)}, {"heads": (2, 2, 8)}, {"count": 16}):
-        assert taken(**other) == 1
-
-
 def exact(case, time, *, segments=False):
     """A shared case in bfloat16, against its float64 reference."""
     arguments = shared.cast(shared.draw(case, 2, time), "bfloat16")
@@ -325,9 +291,6 @@ SHAPES = {
     "one head size": ((3, 1000), (4, 4, 4), (128, 128)),
     "Mamba-2": ((2, 777), (1, 1, 8), (128, 64)),
     "two groups": ((2, 640), (2, 2, 6), (64, 64)),
-    "two groups of many": ((3, 1000), (2, 2, 32), (128, 64)),
-    "groups, narrow keys": ((2, 300), (2, 2, 16), (64, 64)),
-    "groups, one row": ((1, 8200), (1, 1, 8), (128, 64)),
     "shared values": ((2, 300), (4, 2, 1), (64, 128)),
     "odd widths": ((2, 129), (3, 3, 3), (96, 40)),
     "one row, in pieces": ((1, 8200), (2, 2, 2), (128, 128)),
@@ -357,15 +320,6 @@ def test_layouts_on_gpu(monkeypatch, span, stages, pieces):
         monkeypatch.setattr(gpu, name, Settings(stages=stages, pieces=pieces))
     rng = np.random.default_rng()
     check(arguments_of(rng, (2, 2100), (2, 2, 2), (128, 128)), segment_ids=ids_of(rng, (2, 2100), 0.002))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("stages, heads", [(2, 1), (1, 2), (2, 4)])
-def test_layouts_of_groups_on_gpu(monkeypatch, stages, heads):
-    for name in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(gpu, name, Settings(stages=stages, heads=heads))
-    rng = np.random.default_rng()
-    check(arguments_of(rng, (2, 2100), (1, 1, 16), (128, 64)), segment_ids=ids_of(rng, (2, 2100), 0.002))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,82 @@
+"""The Hopper kernels of `gated_linear_attention` for heads that share queries and keys."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layers.kernels import mosaic_gpu
+from layers.kernels.gated_linear_attention import gpu, gpu_grouped
+from layers.kernels.gated_linear_attention.gpu_kernels import Settings
+from tests.layers.kernels.test_gated_linear_attention_gpu import arguments_of, check, ids_of
+from tests.layers.kernels.test_linear_recurrence_gpu import poisoned
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels run in the interpreter, with a flow taken at every chunk, and take groups of two heads."""
+    monkeypatch.setattr(gpu, "SPAN", 1)
+    monkeypatch.setattr(gpu_grouped, "FEWEST", 2)
+    with mosaic_gpu.interpreted():
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "heads, width, settings, segments",
+    [
+        ((1, 1, 4), 128, Settings(), True),
+        ((2, 2, 4), 128, Settings(pieces=2), False),
+        ((1, 1, 4), 128, Settings(heads=4), False),
+        ((2, 2, 4), 64, Settings(), True),
+    ],
+    ids=str,
+)
+def test_interpreted_heads_that_share_queries_and_keys(
+    interpreted, monkeypatch, heads, width, settings, segments
+):
+    for name in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(gpu, name, settings)
+    rng = np.random.default_rng(5)
+    arguments = arguments_of(rng, (1, 150), heads, (width, 64), strong=0.03 if segments else 0.0)
+    check(arguments, segment_ids=ids_of(rng, (1, 150)) if segments else None)
+
+
+def test_blocks_take_heads_of_one_group():
+    def taken(heads=(1, 1, 8), width=64, count=8, most=2):
+        q, k, v = (jax.ShapeDtypeStruct((1, 8, n, width), jnp.bfloat16) for n in heads)
+        return gpu_grouped.heads_per_block(q, k, v, count, Settings(heads=most))
+
+    assert (taken(), taken(most=4), taken(most=1)) == (2, 4, 1)
+    assert taken(heads=(1, 1, 10), count=10) == 2
+    assert taken(heads=(1, 1, 9), count=9) == 1
+    for other in ({"width": 128}, {"heads": (1, 2, 8)}, {"heads": (2, 2, 8)}, {"count": 16}):
+        assert taken(**other) == 1
+
+
+SHAPES = {
+    "two groups of many": ((3, 1000), (2, 2, 32), (128, 64)),
+    "narrow keys": ((2, 300), (2, 2, 16), (64, 64)),
+    "one row, in pieces": ((1, 8200), (1, 1, 8), (128, 64)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_gpu(shape, segments):
+    """Fresh random inputs over memory that was filled with NaN."""
+    rng = np.random.default_rng()
+    size, heads, widths = SHAPES[shape]
+    arguments = arguments_of(rng, size, heads, widths, strong=0.03 if segments else 0.0)
+    poisoned(2**26)
+    check(arguments, segment_ids=ids_of(rng, size, 0.01) if segments else None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stages, heads", [(2, 1), (1, 2), (2, 4)])
+def test_layouts_of_groups_on_gpu(monkeypatch, stages, heads):
+    for name in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(gpu, name, Settings(stages=stages, heads=heads))
+    rng = np.random.default_rng()
+    check(arguments_of(rng, (2, 2100), (1, 1, 16), (128, 64)), segment_ids=ids_of(rng, (2, 2100), 0.002))
