@@ -18,7 +18,8 @@ _FORWARD = (
     Settings(forward=2),
     Settings(workers=3),
     Settings(workers=2),
-    Settings(refinements=1),
+    Settings(refinements=0),
+    Settings(refinements=2),
 )
 _BACKWARD = (
     Settings(),
@@ -148,7 +149,7 @@ class Prepared:
             "the fastest of both": {},
             "likewise, keeping states": {"keep": True},
             "likewise, keeping nothing": {"keep_inverse": False},
-            "likewise, one refinement": {"refinements": 1},
+            "likewise, two refinements": {"refinements": 2},
         }
         trials = {
             f"gpu, {name}": (

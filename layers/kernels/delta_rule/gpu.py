@@ -41,7 +41,7 @@ class Settings:
 
     keep: bool = False
     keep_inverse: bool = True
-    refinements: int = 2
+    refinements: int = 1
     workers: int = 4
     forward: int = 3
     states: int = 3

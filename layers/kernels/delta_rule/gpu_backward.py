@@ -16,7 +16,7 @@ together 2.1 to 2.2 ms, 4.2 times the floor, where plain JAX takes 10 to 12. Thi
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.delta_rule.gpu_forward import Chain, chain_scratch
+from layers.kernels.delta_rule.gpu_chain import Chain, chain_scratch
 from layers.kernels.delta_rule.gpu_tiles import (
     BETA,
     BLOCK,
