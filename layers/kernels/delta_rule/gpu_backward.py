@@ -27,6 +27,7 @@ from layers.kernels.delta_rule.gpu_tiles import (
     by_column,
     send,
     sizes_of,
+    wait_to_send,
 )
 from layers.kernels.mosaic_gpu import launch, matrices, pl, plgpu, product
 
@@ -88,7 +89,7 @@ def chain(
             rounded = dleaving.astype(jnp.bfloat16)
             if keeping:
                 tile = own["state_tile"].at[here]
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                wait_to_send(2)
                 tile[...] = rounded
                 send([(tile, kept["dstates"].at[row, head, chunk, walk.features])])
             given = plgpu.load(tiles["do"].T, layout=plgpu.Layout.WGMMA, optimized=False)
@@ -97,6 +98,7 @@ def chain(
             error = product(written, tiles["inverse"]) * beta
             if keeping:
                 place = row, pl.ds(chunk * CHUNK, CHUNK), head, walk.features
+                wait_to_send(2)
                 own["dy_tile"].at[here].T[...] = written
                 own["dv_tile"].at[here].T[...] = error.astype(jnp.bfloat16)
                 send([(own[f"{name}_tile"].at[here], kept[name].at[*place]) for name in ("dy", "dv")])

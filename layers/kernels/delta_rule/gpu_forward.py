@@ -47,6 +47,7 @@ from layers.kernels.delta_rule.gpu_tiles import (
     read,
     send,
     visible,
+    wait_to_send,
 )
 from layers.kernels.mosaic_gpu import launch, matrices, pl, plgpu, product
 
@@ -207,14 +208,15 @@ def forward(
     def body(*, state, final, states=None, o=None, state_tile=None, o_tile=None, **refs):
         chain = Chain(sizes, stages, refs, scale)
         at, here = chain.at, chain.block
+        kinds = (states is not None) + (o is not None)
 
         def step(chunk, slot, state):
             tiles = chain.tiles(slot)
             vector = tiles["vectors"].at[1]
             into, beta = (along_columns(by_column(vector.at[kind])) for kind in (READ, BETA))
             rounded = state.astype(jnp.bfloat16)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if states is not None:
+                wait_to_send(kinds)
                 state_tile.at[here][...] = rounded
                 send([(state_tile.at[here], states[0].at[*at, chunk, chain.features])])
             seen = product(rounded, tiles["k"].T)
@@ -223,6 +225,7 @@ def forward(
             if o is not None:
                 before = product(rounded, tiles["q"].T) * into * scale
                 result = product(written.astype(jnp.bfloat16), tiles["scores"].T, before)
+                wait_to_send(kinds)
                 o_tile.at[here].T[...] = result.astype(jnp.bfloat16)
                 tokens = pl.ds(chunk * CHUNK, CHUNK)
                 send([(o_tile.at[here], o[0].at[at[0], tokens, at[1], chain.features])])

@@ -121,3 +121,8 @@ def send(pairs: Sequence[tuple[Any, Any]]) -> None:
     for source, target in pairs:
         plgpu.copy_smem_to_gmem(source, target, commit_group=False)
     plgpu.commit_smem_to_gmem_group()
+
+
+def wait_to_send(kinds: int) -> None:
+    """Waits until what was sent longest ago has left, where `kinds` sends take turns, so that its place can be used again."""
+    plgpu.wait_smem_to_gmem(kinds - 1, wait_read_only=True)
