@@ -241,6 +241,19 @@ def products(*sums: tuple[Any, ...], meanwhile: Callable[[], Any] = lambda: None
     return *(jax.lax.optimization_barrier(result) for result in results), other
 
 
+def exp2(x: jax.Array) -> jax.Array:
+    """2^x of a matrix in registers in float32, to 2 units in the last place, with 0 for what is below 2^-126."""
+    if _interpreted.get():
+        return jax.numpy.exp2(x)
+    result = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=result)
+    def run(_: Any, x: Any) -> Any:
+        return x.exp2(approx=True)
+
+    return run(x)
+
+
 def in_registers(ref: Any) -> jax.Array:
     """A matrix from memory, in the layout in which `product` takes and gives them."""
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)

@@ -7,13 +7,13 @@ write it are under way together, while the weights are computed.
 
 The kernels of single heads take 0.394 ms forward for Mamba-2's 64 heads of 64 that share 128 keys, at 8 x 4096 tokens in
 bfloat16 on an H100 (0.412 with three stages), and 2.729 both ways, 2.343 of it backward. Of that, memory explains 0.22 and
-1.2 ms, 0.5 of it for gradients of queries and keys that leave the kernels once a head and are read again to be summed:
-warpgroups that wait for their own products do the rest. Here, compiled for Hopper,
+1.2 ms, 0.5 of it for gradients of queries and keys that leave the kernels once a head and are read again to be summed. In the
+rest, warpgroups wait for their own products. Here, compiled for Hopper,
 
                                    forward   backward, q   backward, k and v
     GB through memory              0.6       1.0           1.3                 and 0.5 for the sums over blocks
     products of 64 x 64 x 16       20 (28)   18 (20)       24 (28)             a head, chunk and warpgroup, in brackets before
-    instructions                   860 (1010)  920 (1160)  1070 (1450)         as above
+    instructions                   750 (1010)  870 (1160)  1020 (1450)         as above
 
 with 0.13 and 0.31 KB of spills a lane backward. Not yet measured. Four heads a block forward, which halve what is read of
 queries, keys and scores, spill 0.16 KB a lane. Code of its own for each warpgroup, instead of addresses that depend on it,
@@ -40,6 +40,7 @@ from layers.kernels.gated_linear_attention.gpu_kernels import (
 )
 from layers.kernels.mosaic_gpu import (
     along,
+    exp2,
     in_registers,
     launch,
     matrices,
@@ -95,7 +96,7 @@ def scores(q: jax.Array, k: jax.Array, number: jax.Array | None, scale: float) -
 def decay(rows: Any, columns: Any, transposed: bool = False) -> jax.Array:
     """d_ij of a chunk, or d_ji, from its gates in shared memory; at most 1 for pairs that do not see each other."""
     row, column = spread(along(rows.at[0], 0), 0, _SQUARE), spread(along(columns.at[0], 1), 1, _SQUARE)
-    return jnp.exp2(jnp.minimum(column - row if transposed else row - column, 0.0))
+    return exp2(jnp.minimum(column - row if transposed else row - column, 0.0))
 
 
 def forward(

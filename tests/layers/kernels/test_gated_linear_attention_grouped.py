@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from layers.kernels import mosaic_gpu
-from layers.kernels.gated_linear_attention import gpu, gpu_grouped
+from layers.kernels.gated_linear_attention import gpu, gpu_grouped, gpu_grouped_queries
 from layers.kernels.gated_linear_attention.gpu_kernels import Settings
 from tests.layers.kernels.test_gated_linear_attention_gpu import arguments_of, check, ids_of
 from tests.layers.kernels.test_linear_recurrence_gpu import poisoned
@@ -52,6 +53,26 @@ def test_blocks_take_heads_of_one_group():
     assert taken(heads=(1, 1, 9), count=9) == 1
     for other in ({"width": 128}, {"heads": (1, 2, 8)}, {"heads": (2, 2, 8)}, {"count": 16}):
         assert taken(**other) == 1
+
+
+@pytest.mark.slow
+def test_explicit_mesh():
+    """Every device has whole groups of its rows, and its part of their heads."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2)
+
+    def array(heads, width, spec):
+        sharding = jax.NamedSharding(mesh, P("data", None, spec, None))
+        return jax.ShapeDtypeStruct((8, 24, heads, width), jnp.bfloat16, sharding=sharding)
+
+    def loss(q, k, v):
+        o, final = gpu.gated_linear_attention(q, k, v, None, None, 1.0, False, None, None, 0)
+        return o.astype(jnp.float32).sum() + final.sum()
+
+    inputs = array(1, 128, None), array(1, 128, None), array(16, 64, "model")
+    with jax.set_mesh(mesh):
+        result = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*inputs).lower(lowering_platforms=("cuda",))
+    assert f"tensor<2x24x{8 // gpu_grouped_queries.HEADS}x128xbf16>" in result.as_text()
+    assert [v.sharding.spec for v in result.out_info] == [v.sharding.spec for v in inputs]
 
 
 SHAPES = {
