@@ -42,6 +42,17 @@ def shared_keys():
     return gated_linear_attention, arguments | {name: arguments[name][:, :, :1] for name in ("q", "k")}, 2e-2
 
 
+def shared_keys_of_many():
+    """Enough heads, of the widths, that blocks take several."""
+    arguments = attention(True)
+    many = {
+        name: jnp.tile(arguments[name], (1, 1, 4) + (1,) * (arguments[name].ndim - 3))
+        for name in ("v", "log_decay")
+    }
+    wide = {name: jnp.tile(arguments[name][:, :, :1], (1, 1, 1, 2)) for name in ("q", "k")}
+    return gated_linear_attention, many | wide, 2e-2
+
+
 def gated_delta_rule():
     beta = np.random.default_rng(1).uniform(0.1, 0.9, (BATCH, TIME, HEADS))
     return delta_rule, attention(True) | {"beta": jnp.asarray(beta, jnp.float32)}, 2e-2
@@ -49,7 +60,9 @@ def gated_delta_rule():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "call", [recurrence, scalar_decay, shared_keys, gated_delta_rule], ids=lambda call: call.__name__
+    "call",
+    [recurrence, scalar_decay, shared_keys, shared_keys_of_many, gated_delta_rule],
+    ids=lambda call: call.__name__,
 )
 @pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])
 def test_small_call(call, segments):
