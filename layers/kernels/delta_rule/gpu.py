@@ -1,4 +1,8 @@
-"""`delta_rule` without decay or with one decay a head on Hopper GPUs; the kernels are in gpu_forward.py and gpu_backward.py."""
+"""`delta_rule` without decay or with one decay a head on Hopper GPUs.
+
+The kernels and what bounds them are in gpu_forward.py, gpu_backward.py and gpu_gradients.py, the walk that the first two share
+in gpu_chain.py; gpu_pieces.py cuts time into pieces for them.
+"""
 
 import dataclasses
 import functools

@@ -15,7 +15,7 @@ more fetches the chunks and makes G and P of them ahead of the walk.
 At 8 x 4096 tokens, 16 heads of 128, bfloat16, at 3.0 TB/s and 400 TFLOP/s:
 
                              read      written       bytes     products
-    prepare                  0.13 GB   0.07 GB     0.07 ms      0.19 ms
+    prepare                  0.13 GB   0.07 GB     0.07 ms      0.16 ms
     forward                  0.47 GB   0.13 GB     0.20 ms      0.19 ms
     forward, states alone    0.34 GB   0.27 GB     0.20 ms      0.11 ms
 

@@ -13,7 +13,8 @@ than twice the pieces' states, 17 MB if 128 of them have 128 x 128 features, wha
 and the scan multiplies them as such; inside the walks of M, as of the states, what is added to them is rounded to bfloat16.
 
 With `p` pieces the forward pass walks three times over a p-th of the chunks, the backward pass three times instead of
-twice. Segments need no care here: the decay into the first token of a segment is 0, and so is M behind it.
+twice, and each scan takes p steps of small products: one row of 32768 tokens and 8 heads, in 16 pieces, waits for 96
+chunks and 16 steps in place of 512 chunks. Not yet timed. Segments need no care here: the decay into the first token of a segment is 0, and so is M behind it.
 """
 
 import math

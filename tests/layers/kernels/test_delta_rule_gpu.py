@@ -348,8 +348,12 @@ def test_on_gpu(shape, decay):
         Settings(keep_inverse=False, turns=3),
     ],
 )
-def test_layouts_on_gpu(monkeypatch, settings):
+@pytest.mark.parametrize("several", [False, True])
+def test_layouts_on_gpu(monkeypatch, settings, several):
+    """Also with blocks that take several chunks, as they do where there are enough of them."""
     monkeypatch.setattr(gpu, "SETTINGS", settings)
+    if several:
+        in_turn(monkeypatch)
     rng = np.random.default_rng()
     poisoned(2**26)
     check(arguments_of(rng, 2, 777, key_dim=128, value_dim=128), segment_ids=ids_of(rng, 2, 777))
