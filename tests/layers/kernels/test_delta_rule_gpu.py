@@ -285,6 +285,8 @@ def test_refusals(monkeypatch):
 
 def test_automatic(monkeypatch):
     """Long enough calls with enough heads take the kernels on a GPU."""
+    assert not gpu.automatic(v=jnp.zeros((8, 128, 8, 4)))
+    monkeypatch.setattr(gpu, "VERIFIED", True)
     monkeypatch.setattr(gpu.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: False)
     assert next(iter(DELTA_RULE)) == "gpu"

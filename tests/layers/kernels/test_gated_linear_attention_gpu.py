@@ -231,6 +231,7 @@ def test_automatic(monkeypatch):
         return gpu.automatic(q=q, k=q, v=v)
 
     assert not taken()
+    monkeypatch.setattr(gpu, "VERIFIED", True)
     monkeypatch.setattr(gpu.jax, "default_backend", lambda: "gpu")
     assert taken()
     assert taken(heads=(8, 1))
