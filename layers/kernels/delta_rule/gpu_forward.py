@@ -79,9 +79,10 @@ def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) ->
         **{f"{name}_tiles": matrices((workers, *SQUARE), jnp.bfloat16) for name in ("x", "high", "low")},
         "vector_tiles": plgpu.SMEM((workers, 2, kinds, CHUNK), jnp.float32),
         "arrived": plgpu.Barrier(num_arrivals=3, num_barriers=workers),
+        "done": plgpu.Barrier(num_arrivals=workers),
     }
 
-    def body(*, k, vectors, inverse, k_tiles, x_tiles, high_tiles, low_tiles, vector_tiles, arrived):
+    def body(*, k, vectors, inverse, k_tiles, x_tiles, high_tiles, low_tiles, vector_tiles, arrived, done):
         row, head, span, here = (jax.lax.axis_index(x) for x in ("row", "head", "span", "warpgroup"))
         shared = jax.lax.div(head, heads // groups)
 
@@ -139,6 +140,9 @@ def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) ->
             pl.when(chunk < ends)(lambda: invert(chunk, chunk + workers))
 
         plgpu.wait_smem_to_gmem(0)
+        # A warpgroup that ends while another multiplies can break off the kernel.
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
 
     results = launch(
         body,

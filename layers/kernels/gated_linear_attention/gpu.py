@@ -145,12 +145,14 @@ def _padded(call, q, k, v, state, g=None, number=None):
     time, keys, width = q.shape[1], q.shape[3], v.shape[3]
     missing = -time % 8
     pads = ((0, 0), (0, missing), (0, 0))
+    if number is not None:  # what stands at padding may be anything
+        padding = number == 0
+        q, k, v = (jnp.where(padding[..., None, None], 0, x) for x in (q, k, v))
     q, k, v = (_pad(x, (*pads, (0, -x.shape[3] % PART))) for x in (q, k, v))
     state = _pad(state, ((0, 0), (0, 0), (0, -keys % PART), (0, -width % PART)))
     if g is not None:
         g = jnp.broadcast_to(g, (q.shape[0], time, state.shape[1]))
-        if number is not None:
-            g = jnp.where((number == 0)[..., None], 0, g)
+        g = g if number is None else jnp.where(padding[..., None], 0, g)
         g = _pad(g, pads)
     if number is not None:
         number = _pad(number, pads[:2])

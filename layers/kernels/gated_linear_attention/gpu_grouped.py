@@ -54,7 +54,7 @@ from layers.kernels.mosaic_gpu import (
 WARPGROUPS = 2
 MOST = 4  # heads of a block, for the registers of their states
 FEWEST = 8  # heads of a group, for the scores to be few beside the values
-# Stands for the scores of pairs that do not see each other: a number that is not one of a score, and adds nothing.
+# Stands for the scores of pairs that do not see each other: a number that is not one of a score.
 UNSEEN = 2.0**-120
 
 _SQUARE = (CHUNK, CHUNK)
@@ -91,6 +91,11 @@ def scores(q: jax.Array, k: jax.Array, number: jax.Array | None, scale: float) -
         seen = (number[..., None] == number[..., None, :]) & (number[..., None] > 0)
     seen = jnp.tril(seen)
     return jnp.where(seen, jnp.where(result == UNSEEN, 0.0, result), UNSEEN)
+
+
+def weights(kept: jax.Array, decayed: jax.Array) -> jax.Array:
+    """Scores with their decay, and zeros where they are `UNSEEN`."""
+    return jnp.where(kept != UNSEEN, kept * decayed, 0.0)
 
 
 def decay(rows: Any, columns: Any, transposed: bool = False) -> jax.Array:
@@ -169,16 +174,16 @@ def forward(
             plgpu.commit_smem()
 
             def weigh():
-                weights = in_registers(score_tiles.at[slot]) * decay(factors, column_tiles.at[place])
-                return weights.astype(v.dtype)
+                kept = in_registers(score_tiles.at[slot])
+                return weights(kept, decay(factors, column_tiles.at[place])).astype(v.dtype)
 
-            outputs, state, weights = products(
+            outputs, state, weighed = products(
                 ([(q_tiles.at[slot], state_tile)],),
                 ([(k_tiles.at[slot].T, written_tile)], state * row_tiles[place, KEEP, 0]),
                 meanwhile=weigh,
             )
             outputs = outputs * by_rows(factors.at[READ], PART)
-            outputs = product(weights, v_tiles.at[place], outputs)
+            outputs = product(weighed, v_tiles.at[place], outputs)
             plgpu.commit_smem()
             written_tile[...] = outputs.astype(v.dtype)
             plgpu.commit_smem()

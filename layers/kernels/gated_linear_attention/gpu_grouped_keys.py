@@ -10,7 +10,7 @@ sums over the heads of a block. Warpgroup `me` has 64 keys of all heads' states,
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.gated_linear_attention.gpu_grouped import WARPGROUPS, decay
+from layers.kernels.gated_linear_attention.gpu_grouped import WARPGROUPS, decay, weights
 from layers.kernels.gated_linear_attention.gpu_grouped_queries import HEADS, pair
 from layers.kernels.gated_linear_attention.gpu_kernels import (
     CHUNK,
@@ -102,7 +102,7 @@ def key_value_gradients(
             )
             kept = in_registers(score_tiles.at[slot])
             terms, gradients = pair(kept, scores, decayed, scale)
-            weights, inside = (kept * decayed).astype(do.dtype), terms.sum(axis=1)
+            weighed, inside = weights(kept, decayed).astype(do.dtype), terms.sum(axis=1)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()
             pair_tile.at[me][...] = gradients.astype(q.dtype)
@@ -120,7 +120,7 @@ def key_value_gradients(
             passed, (wrote, read) = products((both,), meanwhile=beside)
             through = (passed * wrote.astype(jnp.float32)).sum(axis=1)
             passed = passed * by_rows(factors.at[WRITE], PART)
-            values, _ = products(([(weights, own_do)], passed))
+            values, _ = products(([(weighed, own_do)], passed))
             plgpu.commit_smem()
             own_v[...], own_do[...] = wrote, read
             plgpu.commit_smem()

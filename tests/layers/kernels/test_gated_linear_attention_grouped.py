@@ -7,7 +7,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from layers.kernels import mosaic_gpu
-from layers.kernels.gated_linear_attention import gpu, gpu_grouped, gpu_grouped_queries
+from layers.kernels.gated_linear_attention import (
+    gated_linear_attention,
+    gpu,
+    gpu_grouped,
+    gpu_grouped_queries,
+)
 from layers.kernels.gated_linear_attention.gpu_kernels import Settings
 from tests.layers.kernels.test_gated_linear_attention_gpu import arguments_of, check, ids_of
 from tests.layers.kernels.test_linear_recurrence_gpu import poisoned
@@ -41,6 +46,32 @@ def test_interpreted_heads_that_share_queries_and_keys(
     rng = np.random.default_rng(5)
     arguments = arguments_of(rng, (1, 150), heads, (width, 64), strong=0.03 if segments else 0.0)
     check(arguments, segment_ids=ids_of(rng, (1, 150)) if segments else None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [(1, 1, 2), (2, 2, 2)], ids=["shared", "own"])
+def test_interpreted_unseen_tokens_have_no_influence(interpreted, heads):
+    """Not even NaN at padding; and what a token does not see takes a gradient of exactly zero."""
+    rng = np.random.default_rng(6)
+    ids = jnp.asarray([[0] * 5 + [1] * 30 + [2] * 45], jnp.int32)
+    arguments = arguments_of(rng, (1, 80), heads, (128, 64))
+    names = ("q", "k", "v", "log_decay")
+
+    def loss(arguments):
+        o, _ = gated_linear_attention(**arguments, segment_ids=ids, impl="gpu")
+        return o[:, 50].astype(jnp.float32).sum(), o
+
+    (_, o), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        arguments | {name: arguments[name].at[:, :5].set(jnp.nan) for name in names}
+    )
+    assert np.isfinite(np.asarray(o, np.float32)).all()
+    assert not np.asarray(o, np.float32)[:, :5].any()
+    assert np.isfinite(np.asarray(gradients["log_decay"])).all()
+    for name in names[:3]:
+        gradient = np.asarray(gradients[name], np.float32)
+        assert gradient[:, 35:51].any()
+        assert not gradient[:, :35].any()
+        assert not gradient[:, 51:].any()
 
 
 def test_blocks_take_heads_of_one_group():
