@@ -56,7 +56,7 @@ def gated_linear_attention(
     if segment_ids is not None:
         number = segment_numbers(segment_ids)
         padding = number == 0
-        q, k = (jnp.where(padding[..., None, None], 0, x) for x in (q, k))
+        q, k, v = (jnp.where(padding[..., None, None], 0, x) for x in (q, k, v))
         g = jnp.where(padding.reshape(*padding.shape, *(1,) * (g.ndim - 2)), 0, g)
     chunk = min(chunk or (CHANNEL_CHUNK if per_channel else SCALAR_CHUNK), _power_of_two(time))
     settings = Settings(

@@ -291,3 +291,31 @@ def test_errors_say_what_would_work():
         gated_linear_attention(**arguments, normalize=True, scale=2.0)
     with pytest.raises(TypeError, match="k has dtype int32"):
         gated_linear_attention(**{**arguments, "k": jnp.ones((B, 5, 4, K), jnp.int32)})
+
+
+@pytest.mark.parametrize("decay", [None, weak(), weak(K)], ids=["none", "scalar", "channel"])
+def test_padding_holds_anything(decay):
+    """What stands at padding, even NaN, changes neither results nor gradients."""
+    rng = np.random.default_rng(3)
+    arguments = {name: jnp.asarray(x, jnp.float32) for name, x in draw(12, decay=decay).items()}
+    ids = jnp.asarray([[0, 0, 1, 1, 1, 0, 2, 2, 0, 2, 3, 0]] * B, jnp.int32)
+    weights = jnp.asarray(rng.standard_normal((B, 12, H, V)), jnp.float32)
+
+    @jax.jit
+    def passes(arguments, fill):
+        def loss(arguments):
+            padding = (ids == 0)[..., None, None]
+            filled = {
+                name: x
+                if name == "initial_state"
+                else jnp.where(padding if x.ndim == 4 else padding[..., 0], fill, x)
+                for name, x in arguments.items()
+            }
+            o, state = gated_linear_attention(**filled, segment_ids=ids, impl="xla")
+            return (o * weights).sum() + (state**2).sum(), (o, state)
+
+        return jax.value_and_grad(loss, has_aux=True)(arguments)
+
+    want, with_nans = (passes(arguments, fill) for fill in (0.0, np.nan))
+    jax.tree.map(np.testing.assert_array_equal, with_nans, want)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(want))
