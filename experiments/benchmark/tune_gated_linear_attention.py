@@ -165,9 +165,11 @@ class Prepared:
         return gpu.forward(*self._residuals(arrays), arrays["state"], call, call.span)[1]
 
     def _backward(self, settings: Settings, arrays: Arrays, cotangents: Arrays, states: Any) -> Arrays:
-        residuals = (*self._residuals(arrays), states)
+        call, inputs = self._call(settings), self._residuals(arrays)
+        _, length = gpu.layout_backward(*inputs[:3], call)
+        residuals = (*inputs, states[:, :, :: max(1, length // call.span)])
         given = cotangents["o"], cotangents["final"]
-        dq, dk, dv, dg, _, dstate = gpu.gradients(self._call(settings), residuals, given, kept=gpu.SPAN)
+        dq, dk, dv, dg, _, dstate = gpu.gradients(call, residuals, given)
         if dg is not None and self._ids is not None:
             dg = jnp.where((self._ids == 0)[..., None], 0, dg)
         gradients = {"dq": dq, "dk": dk, "dv": dv, "dstate": dstate, "dlog_decay": dg}

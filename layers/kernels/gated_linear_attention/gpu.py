@@ -23,7 +23,8 @@ from layers.kernels.gated_linear_attention.gpu_kernels import CHUNK, KEEP, PART,
 from layers.kernels.segments import segment_numbers
 from layers.kernels.varying import vary_as
 
-# The fastest candidates of `python -m experiments.benchmark tune` on an H100: three stages were 0 to 4% slower, one 20 to 30%.
+# The fastest of `python -m experiments.benchmark tune` on an H100, before blocks took several heads of a group: three stages
+# were 0 to 5% slower, one 19 to 32%.
 FORWARD = Settings()
 BACKWARD = Settings()
 SPAN = 8  # chunks between the states at which the backward pass takes what flows through them
@@ -243,12 +244,12 @@ def forward(q, k, v, g, number, state, call, span):
 
 
 def _forward(q, k, v, g, number, state, call):
-    length = _layout_backward(q, k, v, call)[1]
+    length = layout_backward(q, k, v, call)[1]
     o, states = forward(q, k, v, g, number, state, call, length)
     return (o, states[:, :, -1]), (q, k, v, g, number, states)
 
 
-def _layout_backward(q, k, v, call):
+def layout_backward(q, k, v, call):
     """Whether blocks take several heads of a group, and chunks a piece."""
     block = gpu_grouped.heads_per_block(q, k, v, call.heads, call.backward)
     grouped = block > 1 and k.shape[3] == gpu_grouped_queries.KEYS
@@ -256,17 +257,16 @@ def _layout_backward(q, k, v, call):
     return grouped, piece_length(-(-q.shape[1] // CHUNK), blocks, call.span, call.backward)
 
 
-def gradients(call, residuals, cotangents, kept=None):
+def gradients(call, residuals, cotangents):
     """The backward pass, from (q, k, v, g, number, states) and the gradients of outputs and the final state.
 
-    Args:
-      kept: chunks between the states, by default those of a piece.
+    The states at the start of every piece, see `layout_backward`, come first.
     """
     q, k, v, g, number, states = residuals
     do, dfinal = cotangents
     batch, time, span, settings = q.shape[0], q.shape[1], call.span, call.backward
     given = gates(g, number, batch, time, call)
-    grouped, length = _layout_backward(q, k, v, call)
+    grouped, length = layout_backward(q, k, v, call)
     queries_kernel, keys_kernel = gpu_backward.query_gradients, gpu_backward.key_value_gradients
     scored, swapped = (), ()
     if grouped:
@@ -274,9 +274,8 @@ def gradients(call, residuals, cotangents, kept=None):
         keys_kernel = gpu_grouped_keys.key_value_gradients
         scored = (gpu_grouped.scores(q, k, number, call.scale),)
         swapped = (scored[0].swapaxes(3, 4),)
-    at_pieces = states[:, :, :: max(1, length // kept)] if kept else states
     dq, queries, ends = queries_kernel(
-        q, k, v, do, given, *scored, at_pieces, call.scale, span, length, settings
+        q, k, v, do, given, *scored, states, call.scale, span, length, settings
     )
     # The interpreter cannot run two kernels at once.
     do, dq, queries = jax.lax.optimization_barrier((do, dq, queries))
