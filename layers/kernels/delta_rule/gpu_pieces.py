@@ -14,7 +14,8 @@ and the scan multiplies them as such; inside the walks of M, as of the states, w
 
 With `p` pieces the forward pass walks three times over a p-th of the chunks, the backward pass three times instead of
 twice, and each scan takes p steps of small products: one row of 32768 tokens and 8 heads, in 16 pieces, waits for 96
-chunks and 16 steps in place of 512 chunks. Not yet timed. Segments need no care here: the decay into the first token of a segment is 0, and so is M behind it.
+chunks and 16 steps in place of 512 chunks. Not yet timed. Segments need no care here: the decay into the first token of a
+segment is 0, and so is M behind it.
 """
 
 import math

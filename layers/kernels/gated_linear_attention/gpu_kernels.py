@@ -10,10 +10,11 @@ shared memory by asynchronous copies, `stages` chunks of them under way. Two war
 head or group of heads, and hide each other's waits.
 
 At 8 x 4096 tokens and 16 heads of 128 in bfloat16, the forward pass moves 0.54 GB, which take 0.18 ms at 3.0 TB/s, and does
-0.06 TFLOP of matrix products, less than 0.1 ms at half the peak; on an H100 it takes 0.23 ms. Both passes move 2.0 GB, and
-take 0.99 ms. A block fills a multiprocessor by its shared memory, so that two warpgroups, of about a thousand instructions a
-chunk and most of them in turn with their products, set the time where memory does not. Mamba-2's heads of 64 that share 128 keys, twice
-the steps of such warpgroups, took 0.39 and 2.73 ms this way: for them, see gpu_grouped.py.
+0.06 TFLOP of matrix products, less than 0.1 ms at half the peak; on an H100 it took 0.23 ms. Both passes move 2.0 GB, and
+took 0.99 ms. (With `exp2` of mosaic_gpu.py, and fewer states kept, they have not been timed.) A block fills a multiprocessor by
+its shared memory, so that two warpgroups, of about a thousand instructions a chunk and most of them in turn with their
+products, set the time where memory does not. Mamba-2's heads of 64 that share 128 keys, twice the steps of such warpgroups,
+took 0.39 and 2.73 ms this way: for them, see gpu_grouped.py.
 
 Where rows and heads are too few to fill the machine, time is cut into pieces. A first launch finds what each piece adds to
 the state, a short scan the states between pieces.
