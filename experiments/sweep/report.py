@@ -71,7 +71,7 @@ def made_by(name: str, records: Iterable[Mapping[str, Any]], missing: int) -> st
         several(versions),
     ]
     if missing:
-        lines.append(f"{missing} jobs have not been run; cells and rows without them are left out.")
+        lines.append(f"Jobs not run: {missing}. Cells and rows without them are left out.")
     return "\n\n".join(lines) + "\n"
 
 

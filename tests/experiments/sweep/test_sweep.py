@@ -100,7 +100,7 @@ def test_the_command_goes_on_where_it_left(tmp_path, monkeypatch, capsys):
     assert "1 of 1 jobs are done" in out
     assert out.endswith((tmp_path / "table.md").read_text() + "\n")
     assert "4 runs on 1 x" in out
-    assert "1 jobs have not been run" in out
+    assert "Jobs not run: 1." in out
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert command.main([*arguments, "--rows=lru", "--steps=2"]) == 1  # other settings are other runs
     assert "lru failed: too large" in capsys.readouterr().err
