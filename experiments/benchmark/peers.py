@@ -55,10 +55,12 @@ PLAIN = {
 # What jax-linear-attention calls our cases.
 _JAX_LINEAR_ATTENTION = {
     ("gated_linear_attention", "scalar decay"): "simple_gla",
+    ("gated_linear_attention", "scalar decay on one row"): "simple_gla",
     ("gated_linear_attention", "channel decay"): "gla",
     ("gated_linear_attention", "Mamba-2"): "simple_gla",
     ("delta_rule", "delta rule"): "deltanet",
     ("delta_rule", "gated delta rule"): "gated_deltanet",
+    ("delta_rule", "gated delta rule on one row"): "gated_deltanet",
     ("delta_rule", "KDA"): "kda",
 }
 
@@ -103,10 +105,17 @@ _FLASH_LINEAR_ATTENTION: dict[tuple[str, str], tuple[str, str, dict[str, str], d
         {"normalize": False},
     ),
     ("gated_linear_attention", "scalar decay"): ("simple_gla", "chunk_simple_gla", _GATED, {}),
+    ("gated_linear_attention", "scalar decay on one row"): ("simple_gla", "chunk_simple_gla", _GATED, {}),
     ("gated_linear_attention", "channel decay"): ("gla", "chunk_gla", _GATED, {}),
     ("gated_linear_attention", "channel decay, bonus"): ("rwkv6", "chunk_rwkv6", _RWKV6, {}),
     ("delta_rule", "delta rule"): ("delta_rule", "chunk_delta_rule", _DELTA, {}),
     ("delta_rule", "gated delta rule"): ("gated_delta_rule", "chunk_gated_delta_rule", _DELTA, {}),
+    ("delta_rule", "gated delta rule on one row"): (
+        "gated_delta_rule",
+        "chunk_gated_delta_rule",
+        _DELTA,
+        {},
+    ),
     ("delta_rule", "KDA"): ("kda", "chunk_kda", _DELTA, {}),
     ("dplr_delta_rule", "RWKV-7"): ("rwkv7", "chunk_rwkv7", _RWKV7, {"scale": 128**-0.5}),
 }
@@ -114,6 +123,8 @@ _FLASH_LINEAR_ATTENTION: dict[tuple[str, str], tuple[str, str, dict[str, str], d
 
 def _fla_kernel(module: str, name: str, names: dict[str, str], options: dict[str, Any]) -> Function:
     kernel = getattr(importlib.import_module(f"fla.ops.{module}"), name)
+    # It refuses gated gradients on Hopper with Triton 3.4 to 3.7.0, which got some wrong; here the error stands beside the time.
+    importlib.import_module("fla.ops.common.chunk_o").TRITON_ABOVE_3_7_1 = True
 
     def run(**arguments: Any) -> Any:
         return kernel(**{names[key]: value for key, value in arguments.items()}, **options)[0]

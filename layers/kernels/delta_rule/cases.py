@@ -84,22 +84,23 @@ def _state(rng, batch):
     return rng.standard_normal((batch, HEADS, KEY_DIM, VALUE_DIM))
 
 
-def _benchmark(name, draw, inputs, products):
-    """8 x 4096 tokens, 16 heads of 128, all in bfloat16, which counts what is as large as q.
+def _benchmark(name, draw, inputs, products, *, batch=8, time=4096, heads=16):
+    """Heads of 128, all in bfloat16, which counts what is as large as q.
 
     Args:
       name: see `Benchmark`.
       draw: of the cases above.
       inputs: how many of them are as large as q.
       products: matrix products a chunk of 64 needs with one of its own matrices, and with the state.
+      batch, time, heads: of the call.
     """
-    batch, time, size, chunk = 8, 4096, 128, 64
-    numbers = batch * time * 16 * size
+    size, chunk = 128, 64
+    numbers = batch * time * heads * size
     flops = 2 * numbers * (products[0] * chunk + products[1] * size)
 
     def narrowed(rng, batch, time, narrow):
-        sizes = {"heads": 16 // narrow, "key_dim": size, "value_dim": size}
-        return draw(rng, batch, time, **(sizes if draw is _rwkv7 else {**sizes, "groups": 16 // narrow}))
+        sizes = {"heads": heads // narrow, "key_dim": size, "value_dim": size}
+        return draw(rng, batch, time, **(sizes if draw is _rwkv7 else {**sizes, "groups": heads // narrow}))
 
     return Benchmark(
         name,
@@ -129,6 +130,7 @@ SUITE = Suite(
     benchmarks=(
         _benchmark("delta rule", _plain, 3, (5, 3)),
         _benchmark("gated delta rule", _scalar, 3, (5, 3)),
+        _benchmark("gated delta rule on one row", _scalar, 3, (5, 3), batch=1, time=32768, heads=8),
         _benchmark("KDA", _channel, 4, (5, 3)),
     ),
 )

@@ -18,12 +18,9 @@ from layers.kernels.delta_rule.gpu_tiles import CHUNK
 from layers.kernels.segments import segment_starts
 from layers.kernels.varying import vary_as
 
-# Whether `impl=None` may take these kernels: not between a change to them and the next run of their GPU tests.
-VERIFIED = False
-
 # The shortest and the fewest rows times heads that were timed beside XLA, and `impl=None` takes.
 SHORTEST = 128
-FEWEST = 64
+FEWEST = 8
 WIDEST = 128  # features of keys and of values
 ROWS = 8  # tokens in a tile of shared memory, of which copies take whole ones
 
@@ -37,8 +34,7 @@ class Settings:
 
     Attributes:
       keep: whether the forward pass keeps the states of all chunks for the backward pass, which otherwise computes them
-        again, and the inverses. The states take twice the memory of q if a head has 128 features of keys and of values.
-      keep_inverse: whether it keeps the inverses at least, which take half the memory of q.
+        again. They take twice the memory of q if a head has 128 features of keys and of values.
       refinements, workers: see `gpu_forward.prepare`.
       forward, states, backward: chunks of inputs that the walks of both passes have in shared memory, under way or in use;
         `states` is for a walk that computes states again.
@@ -46,8 +42,7 @@ class Settings:
       pieces: of the time axis, which are walked through side by side; by `gpu_pieces.piece_length` if None.
     """
 
-    keep: bool = False
-    keep_inverse: bool = True
+    keep: bool = True
     refinements: int = 1
     workers: int = 4
     forward: int = 3
@@ -88,9 +83,7 @@ def refuses(q, k, v, beta, log_decay, initial_state, **_: Any) -> str | None:
 
 def automatic(v, **_: Any) -> bool:
     """Whether `impl=None` takes these kernels, if they do not refuse. Short calls, and few heads, are left to XLA."""
-    if not VERIFIED or jax.default_backend() != "gpu":
-        return False
-    if v.shape[1] < SHORTEST or v.shape[0] * v.shape[2] < FEWEST:
+    if jax.default_backend() != "gpu" or v.shape[1] < SHORTEST or v.shape[0] * v.shape[2] < FEWEST:
         return False
     return not mosaic_gpu.left_to_partitioner()
 
@@ -231,7 +224,7 @@ def _run(q, k, v, vectors, state, scale, settings, *, keeping):
 
 def _forward(q, k, v, vectors, state, scale, settings):
     results, (*kept, made) = _run(q, k, v, vectors, state, scale, settings, keeping=settings.keep)
-    return results, (q, k, v, vectors, *kept, made if settings.keep or settings.keep_inverse else {})
+    return results, (q, k, v, vectors, *kept, made)
 
 
 def gradients(scale, settings, residuals, cotangents):
@@ -239,8 +232,6 @@ def gradients(scale, settings, residuals, cotangents):
     # The barrier keeps the compiler from storing what the forward pass computed in place of computing it again.
     residuals, (do, dfinal) = jax.lax.optimization_barrier((residuals, cotangents))
     q, k, v, vectors, entering, passages, made = residuals
-    if "inverse" not in made:
-        made = {"inverse": gpu_forward.prepare(k, vectors, settings.refinements, settings.workers)}
     if "states" not in made:
         walked = gpu_forward.forward(
             k, v, vectors, made["inverse"], entering, scale, settings.states, q=None, keeping=True

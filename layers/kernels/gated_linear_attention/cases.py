@@ -71,37 +71,34 @@ def _sums(rng, batch):
     return (keys * values).sum(2)
 
 
-_BATCH, _TIME, _HEADS, _WIDTH = 8, 4096, 16, 128
-_TOKENS = _BATCH * _TIME * _HEADS
-# Arithmetic of chunks of 64: scores and their use, states and their use; twice that for the backward pass, with the
-# scores once more.
-_FLOPS = _TOKENS * (4 * 64 * _WIDTH + 4 * _WIDTH**2)
-_BACKWARD_FLOPS = _TOKENS * (10 * 64 * _WIDTH + 10 * _WIDTH**2)
+_BATCH, _TIME, _WIDTH = 8, 4096, 128
 
 
-def _benchmark(name, decays, *, bonus=False):
-    """8 x 4096 tokens and 16 heads of 128, in bfloat16, with `decays` numbers of log-decay per token and head."""
+def _benchmark(name, decays, *, bonus=False, batch=_BATCH, time=_TIME, heads=16):
+    """Heads of 128, in bfloat16, with `decays` numbers of log-decay per token and head."""
+    numbers = batch * time * heads
 
     def draw(rng, batch, time, narrow):
-        heads = _HEADS // narrow
-        tokens = _tokens(rng, batch, time, q=heads, k=heads, v=heads, keys=_WIDTH, values=_WIDTH)
-        shape = {0: None, 1: (batch, time, heads), _WIDTH: (batch, time, heads, _WIDTH)}[decays]
+        count = heads // narrow
+        tokens = _tokens(rng, batch, time, q=count, k=count, v=count, keys=_WIDTH, values=_WIDTH)
+        shape = {0: None, 1: (batch, time, count), _WIDTH: (batch, time, count, _WIDTH)}[decays]
         if shape is not None:
             tokens["log_decay"] = -0.1 * rng.random(shape)
         if bonus:
-            tokens["bonus"] = rng.standard_normal((heads, _WIDTH))
+            tokens["bonus"] = rng.standard_normal((count, _WIDTH))
         return tokens
 
     return Benchmark(
         name,
-        _BATCH,
-        _TIME,
+        batch,
+        time,
         draw,
         "bfloat16",
-        forward_bytes=2 * _TOKENS * (4 * _WIDTH + decays),
-        backward_bytes=2 * _TOKENS * (7 * _WIDTH + 2 * decays),
-        forward_flops=_FLOPS,
-        backward_flops=_BACKWARD_FLOPS,
+        forward_bytes=2 * numbers * (4 * _WIDTH + decays),
+        backward_bytes=2 * numbers * (7 * _WIDTH + 2 * decays),
+        # Chunks of 64: scores and their use, states and their use; twice that for the backward pass, with the scores again.
+        forward_flops=numbers * (4 * 64 * _WIDTH + 4 * _WIDTH**2),
+        backward_flops=numbers * (10 * 64 * _WIDTH + 10 * _WIDTH**2),
     )
 
 
@@ -144,6 +141,7 @@ SUITE = Suite(
     benchmarks=(
         _benchmark("no decay", 0),
         _benchmark("scalar decay", 1),
+        _benchmark("scalar decay on one row", 1, batch=1, time=32768, heads=8),
         _benchmark("channel decay", _WIDTH),
         _benchmark("channel decay, bonus", _WIDTH, bonus=True),
         _MAMBA2,

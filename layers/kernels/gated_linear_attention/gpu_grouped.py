@@ -1,9 +1,9 @@
 """Mosaic GPU kernels of `gated_linear_attention` for heads that share queries and keys, forward; see gpu_kernels.py.
 
 The scores q k^T of a chunk are the same for all heads of a group. XLA computes them once, scaled and with a mark where a step
-does not see another, so that a head has only its decay to put on. A block takes several heads of a group, every warpgroup
-the same number of them one after the other, with their states in registers. Products that read the state and those that
-write it are under way together, while the weights are computed.
+does not see another, so that a head has only its decay to put on. A block takes two heads of a group, a warpgroup
+each, with their states in registers. Products that read the state and those that write it are under way together, while the
+weights are computed.
 
 The kernels of single heads take 0.394 ms forward for Mamba-2's 64 heads of 64 that share 128 keys, at 8 x 4096 tokens in
 bfloat16 on an H100 (0.412 with three stages), and 2.729 both ways, 2.343 of it backward. Of that, memory explains 0.22 and
@@ -52,7 +52,6 @@ from layers.kernels.mosaic_gpu import (
 )
 
 WARPGROUPS = 2
-MOST = 4  # heads of a block, for the registers of their states
 FEWEST = 8  # heads of a group, for the scores to be few beside the values
 # Stands for the scores of pairs that do not see each other: a number that is not one of a score.
 UNSEEN = 2.0**-120
@@ -60,17 +59,16 @@ UNSEEN = 2.0**-120
 _SQUARE = (CHUNK, CHUNK)
 
 
-def heads_per_block(q: Any, k: Any, v: Any, heads: int, settings: Settings) -> int:
-    """Heads of a group that a block takes; 1, for the kernels of single heads, where groups are small or heads wide.
+def in_pairs(q: Any, k: Any, v: Any, heads: int, settings: Settings) -> bool:
+    """Whether blocks take two heads of a group: not where groups are small, or odd, or heads wide.
 
     Args:
       heads: of the states.
     """
     groups = q.shape[2]
     if k.shape[2] != groups or v.shape[2:] != (heads, PART) or heads < FEWEST * groups:
-        return 1
-    most = min(settings.heads, MOST)
-    return max((n for n in range(WARPGROUPS, most + 1, WARPGROUPS) if heads // groups % n == 0), default=1)
+        return False
+    return settings.pairs and heads // groups % WARPGROUPS == 0
 
 
 def scores(q: jax.Array, k: jax.Array, number: jax.Array | None, scale: float) -> jax.Array:
@@ -115,23 +113,21 @@ def forward(
     length: int,
     settings: Settings,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `gpu_kernels.forward`, with `scores` and as many heads a block as `heads_per_block` says."""
+    """As `gpu_kernels.forward`, with `scores` and a head for every warpgroup of a block."""
     batch, time, groups, keys = q.shape
     heads, width, stages = gates.rows.shape[1], v.shape[3], settings.stages
-    block = heads_per_block(q, k, v, heads, settings)
-    mine = block // WARPGROUPS
     walk = Walk(gates.chunks, length, stages)
     spans = pl.cdiv(gates.chunks, span) if span else 0
     scratch = {
         "q_tiles": matrices((stages, CHUNK, keys), q.dtype),
         "k_tiles": matrices((stages, CHUNK, keys), k.dtype),
         "score_tiles": matrices((stages, *_SQUARE), jnp.float32),
-        "v_tiles": matrices((WARPGROUPS, stages * mine, CHUNK, PART), v.dtype),
-        "row_tiles": plgpu.SMEM((WARPGROUPS, stages * mine, *gates.rows.shape[3:]), jnp.float32),
-        "column_tiles": plgpu.SMEM((WARPGROUPS, stages * mine, *gates.columns.shape[3:]), jnp.float32),
+        "v_tiles": matrices((WARPGROUPS, stages, CHUNK, PART), v.dtype),
+        "row_tiles": plgpu.SMEM((WARPGROUPS, stages, *gates.rows.shape[3:]), jnp.float32),
+        "column_tiles": plgpu.SMEM((WARPGROUPS, stages, *gates.columns.shape[3:]), jnp.float32),
         "state_tile": matrices((WARPGROUPS, keys, PART), v.dtype),
         "written_tile": matrices((WARPGROUPS, CHUNK, PART), v.dtype),  # afterwards outputs
-        "full": plgpu.Barrier(num_arrivals=3 + 3 * block, num_barriers=stages),
+        "full": plgpu.Barrier(num_arrivals=3 + 3 * WARPGROUPS, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
         "finished": plgpu.Barrier(num_arrivals=WARPGROUPS),
     }
@@ -140,8 +136,8 @@ def forward(
         (q,), (k,), (v,), (rows,), (columns,), (scored,) = q, k, v, rows, columns, scored
         (entering,), (o,), (states,) = entering, o, states
         me, row, piece = (jax.lax.axis_index(name) for name in ("warpgroup", "row", "piece"))
-        first = jax.lax.axis_index("block") * block + me * mine
-        group = shared_head(first, heads, groups)
+        head = jax.lax.axis_index("block") * WARPGROUPS + me
+        group = shared_head(head, heads, groups)
         q_tiles, k_tiles, score_tiles = tiles["q_tiles"], tiles["k_tiles"], tiles["score_tiles"]
         v_tiles, row_tiles, column_tiles = (tiles[f"{name}_tiles"].at[me] for name in ("v", "row", "column"))
         state_tile, written_tile = (tiles[f"{name}_tile"].at[me] for name in ("state", "written"))
@@ -149,11 +145,9 @@ def forward(
 
         def fetch(chunk, slot):
             steps, barrier = pl.ds(chunk * CHUNK, CHUNK), full.at[slot]
-            for at in range(mine):
-                place, head = slot * mine + at, first + at
-                plgpu.copy_gmem_to_smem(v.at[row, steps, head], v_tiles.at[place], barrier)
-                plgpu.copy_gmem_to_smem(rows.at[row, head, chunk], row_tiles.at[place], barrier)
-                plgpu.copy_gmem_to_smem(columns.at[row, head, chunk], column_tiles.at[place], barrier)
+            plgpu.copy_gmem_to_smem(v.at[row, steps, head], v_tiles.at[slot], barrier)
+            plgpu.copy_gmem_to_smem(rows.at[row, head, chunk], row_tiles.at[slot], barrier)
+            plgpu.copy_gmem_to_smem(columns.at[row, head, chunk], column_tiles.at[slot], barrier)
 
             @pl.when(me == 0)
             def _():
@@ -161,11 +155,16 @@ def forward(
                     plgpu.copy_gmem_to_smem(source.at[row, steps, group], target.at[slot], barrier)
                 plgpu.copy_gmem_to_smem(scored.at[row, group, chunk], score_tiles.at[slot], barrier)
 
-        def one(at, chunk, slot, state):
-            """The outputs of a head and its next state."""
-            place = slot * mine + at
-            factors = row_tiles.at[place]
-            values = in_registers(v_tiles.at[place]).astype(jnp.float32)
+        def step(chunk, slot, refill, state):
+            if span:
+
+                @pl.when(jax.lax.rem(chunk, span) == 0)
+                def _():
+                    states[row, head, jax.lax.div(chunk, span)] = state
+
+            plgpu.barrier_wait(full.at[slot])
+            factors = row_tiles.at[slot]
+            values = in_registers(v_tiles.at[slot]).astype(jnp.float32)
             written = (values * by_rows(factors.at[WRITE], PART)).astype(v.dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()
@@ -175,42 +174,29 @@ def forward(
 
             def weigh():
                 kept = in_registers(score_tiles.at[slot])
-                return weights(kept, decay(factors, column_tiles.at[place])).astype(v.dtype)
+                return weights(kept, decay(factors, column_tiles.at[slot])).astype(v.dtype)
 
             outputs, state, weighed = products(
                 ([(q_tiles.at[slot], state_tile)],),
-                ([(k_tiles.at[slot].T, written_tile)], state * row_tiles[place, KEEP, 0]),
+                ([(k_tiles.at[slot].T, written_tile)], state * row_tiles[slot, KEEP, 0]),
                 meanwhile=weigh,
             )
             outputs = outputs * by_rows(factors.at[READ], PART)
-            outputs = product(weighed, v_tiles.at[place], outputs)
+            outputs = product(weighed, v_tiles.at[slot], outputs)
             plgpu.commit_smem()
             written_tile[...] = outputs.astype(v.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(written_tile, o.at[row, pl.ds(chunk * CHUNK, CHUNK), first + at])
-            return state
-
-        def step(chunk, slot, refill, carried):
-            def keep():
-                for at, state in enumerate(carried):
-                    states[row, first + at, jax.lax.div(chunk, span)] = state
-
-            if span:
-                pl.when(jax.lax.rem(chunk, span) == 0)(keep)
-            plgpu.barrier_wait(full.at[slot])
-            carried = tuple(one(at, chunk, slot, state) for at, state in enumerate(carried))
+            plgpu.copy_smem_to_gmem(written_tile, o.at[row, pl.ds(chunk * CHUNK, CHUNK), head])
             plgpu.barrier_arrive(free.at[slot])
             pl.when(me == 0)(lambda: plgpu.barrier_wait(free.at[slot]))
             refill()
-            return carried
+            return state
 
-        carried = tuple(1.0 * in_registers(entering.at[row, piece, first + at]) for at in range(mine))
-        carried = walk.run(fetch, step, carried)
+        state = walk.run(fetch, step, 1.0 * in_registers(entering.at[row, piece, head]))
 
         @pl.when(piece == walk.pieces - 1)
         def _():
-            for at, state in enumerate(carried):
-                states[row, first + at, spans] = state
+            states[row, head, spans] = state
 
         plgpu.wait_smem_to_gmem(0)
         together(tiles["finished"])
@@ -218,7 +204,7 @@ def forward(
     results = launch(
         body,
         name="gated_linear_attention_grouped",
-        grid={"row": batch, "piece": walk.pieces, "block": heads // block},
+        grid={"row": batch, "piece": walk.pieces, "block": heads // WARPGROUPS},
         inputs={
             "q": (q,),
             "k": (k,),

@@ -75,13 +75,12 @@ class Settings:
     Attributes:
       stages: chunks of inputs in shared memory, under way or in use.
       pieces: pieces of the time axis; chosen by shape if None.
-      heads: most heads of a group with the same queries and keys that a block takes: 1 for the kernels here, 2 or 4 for those
-        of gpu_grouped.py, of which those backward take 2.
+      pairs: whether blocks take two heads of a group with the same queries and keys, where they can; see gpu_grouped.py.
     """
 
     stages: int = 2
     pieces: int | None = None
-    heads: int = 2
+    pairs: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

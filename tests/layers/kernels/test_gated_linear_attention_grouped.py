@@ -33,7 +33,7 @@ def interpreted(monkeypatch):
     [
         ((1, 1, 4), 128, Settings(), True),
         ((2, 2, 4), 128, Settings(pieces=2), False),
-        ((1, 1, 4), 128, Settings(heads=4), False),
+        ((1, 1, 4), 128, Settings(stages=1), False),
         ((2, 2, 4), 64, Settings(), True),
     ],
     ids=str,
@@ -75,15 +75,16 @@ def test_interpreted_unseen_tokens_have_no_influence(interpreted, heads):
 
 
 def test_blocks_take_heads_of_one_group():
-    def taken(heads=(1, 1, 8), width=64, count=8, most=2):
+    def taken(heads=(1, 1, 8), width=64, count=8, pairs=True):
         q, k, v = (jax.ShapeDtypeStruct((1, 8, n, width), jnp.bfloat16) for n in heads)
-        return gpu_grouped.heads_per_block(q, k, v, count, Settings(heads=most))
+        return gpu_grouped.in_pairs(q, k, v, count, Settings(pairs=pairs))
 
-    assert (taken(), taken(most=4), taken(most=1)) == (2, 4, 1)
-    assert taken(heads=(1, 1, 10), count=10) == 2
-    assert taken(heads=(1, 1, 9), count=9) == 1
+    assert taken()
+    assert not taken(pairs=False)
+    assert taken(heads=(1, 1, 10), count=10)
+    assert not taken(heads=(1, 1, 9), count=9)
     for other in ({"width": 128}, {"heads": (1, 2, 8)}, {"heads": (2, 2, 8)}, {"count": 16}):
-        assert taken(**other) == 1
+        assert not taken(**other)
 
 
 @pytest.mark.slow
@@ -126,9 +127,9 @@ def test_on_gpu(shape, segments):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stages, heads", [(2, 1), (1, 2), (2, 4)])
-def test_layouts_of_groups_on_gpu(monkeypatch, stages, heads):
+@pytest.mark.parametrize("stages, pairs", [(2, False), (1, True)])
+def test_layouts_of_groups_on_gpu(monkeypatch, stages, pairs):
     for name in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(gpu, name, Settings(stages=stages, heads=heads))
+        monkeypatch.setattr(gpu, name, Settings(stages=stages, pairs=pairs))
     rng = np.random.default_rng()
     check(arguments_of(rng, (2, 2100), (1, 1, 16), (128, 64)), segment_ids=ids_of(rng, (2, 2100), 0.002))
