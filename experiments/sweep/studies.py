@@ -86,7 +86,7 @@ def _copying() -> Study:
 
 def _induction() -> Study:
     """Batches of 64 for 6000 steps in place of 8 for 204,800; evaluated to 2^14."""
-    mixers = ("s4d", "s4", "hyena", "h3", "attention", "rwkv4", "mamba", "mamba2", "gated_deltanet")
+    mixers = ("s4d", "s4", "hyena", "h3", "attention", "rwkv4", "mamba", "mamba2")
     lengths = tuple(2**n for n in range(6, 15))
     changes = {
         "task.length": 256,
