@@ -151,6 +151,28 @@ def launch(
     return jax.tree.unflatten(outputs_structure, results)
 
 
+def lowered_once(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates a function of arrays that runs kernels: calls alike, as of a model's layers, are traced and lowered once.
+
+    A kernel takes about a second to lower, and a program would have all of them for every layer. Interpreted calls are left
+    alone: JAX would not tell them from others.
+
+    Args:
+      static: arguments that are not arrays, but hashable.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = jax.jit(function, static_argnames=static)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (function if _interpreted.get() else compiled)(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
 def left_to_partitioner() -> bool:
     """Whether XLA may have to split the call over devices, which it can do only by gathering what the kernel reads."""
     mesh = jax.sharding.get_abstract_mesh()

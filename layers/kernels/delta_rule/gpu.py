@@ -18,9 +18,9 @@ from layers.kernels.delta_rule.gpu_tiles import CHUNK
 from layers.kernels.segments import segment_starts
 from layers.kernels.varying import vary_as
 
-# The shortest and the fewest rows times heads that were timed beside XLA, and `impl=None` takes.
-SHORTEST = 128
-FEWEST = 8
+# The shortest calls and the fewest rows times heads that were timed beside XLA and `impl=None` takes; fewer if they are long.
+SHORTEST, LONG = 128, 32768
+FEWEST, FEWEST_IF_LONG = 64, 8
 WIDEST = 128  # features of keys and of values
 ROWS = 8  # tokens in a tile of shared memory, of which copies take whole ones
 
@@ -34,7 +34,8 @@ class Settings:
 
     Attributes:
       keep: whether the forward pass keeps the states of all chunks for the backward pass, which otherwise computes them
-        again. They take twice the memory of q if a head has 128 features of keys and of values.
+        again. They take twice the memory of q if a head has 128 features of keys and of values, and save a twelfth of the
+        time of both passes.
       refinements, workers: see `gpu_forward.prepare`.
       forward, states, backward: chunks of inputs that the walks of both passes have in shared memory, under way or in use;
         `states` is for a walk that computes states again.
@@ -82,8 +83,10 @@ def refuses(q, k, v, beta, log_decay, initial_state, **_: Any) -> str | None:
 
 
 def automatic(v, **_: Any) -> bool:
-    """Whether `impl=None` takes these kernels, if they do not refuse. Short calls, and few heads, are left to XLA."""
-    if jax.default_backend() != "gpu" or v.shape[1] < SHORTEST or v.shape[0] * v.shape[2] < FEWEST:
+    """Whether `impl=None` takes these kernels, if they do not refuse. Short calls, and few heads of them, are left to XLA."""
+    batch, time, heads, _ = v.shape
+    fewest = FEWEST_IF_LONG if time >= LONG else FEWEST
+    if jax.default_backend() != "gpu" or time < SHORTEST or batch * heads < fewest:
         return False
     return not mosaic_gpu.left_to_partitioner()
 
@@ -212,6 +215,7 @@ def _rule(q, k, v, vectors, state, scale, settings):
     return _run(q, k, v, vectors, state, scale, settings, keeping=False)[0]
 
 
+@mosaic_gpu.lowered_once("scale", "settings", "keeping")
 def _run(q, k, v, vectors, state, scale, settings, *, keeping):
     """What `_rule` gives, and what enters pieces, takes states through them, and is known of chunks, if `keeping`."""
     inverse = gpu_forward.prepare(k, vectors, settings.refinements, settings.workers)
@@ -227,6 +231,7 @@ def _forward(q, k, v, vectors, state, scale, settings):
     return results, (q, k, v, vectors, *kept, made)
 
 
+@mosaic_gpu.lowered_once("scale", "settings")
 def gradients(scale, settings, residuals, cotangents):
     """The backward pass, from the inputs and the gradients of outputs and of the final state."""
     # The barrier keeps the compiler from storing what the forward pass computed in place of computing it again.

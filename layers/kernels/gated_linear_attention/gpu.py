@@ -23,14 +23,14 @@ from layers.kernels.gated_linear_attention.gpu_kernels import CHUNK, KEEP, PART,
 from layers.kernels.segments import segment_numbers
 from layers.kernels.varying import vary_as
 
-# The fastest of `python -m experiments.benchmark tune` on an H100, before blocks took several heads of a group: three stages
-# were 0 to 5% slower, one 19 to 32%.
+# The fastest of `python -m experiments.benchmark tune` on an H100 (alone) and an H200 (in pairs): three stages were 0 to 5%
+# slower where they fit, one 19 to 64%.
 FORWARD = Settings()
 BACKWARD = Settings()
 SPAN = 8  # chunks between the states at which the backward pass takes what flows through them
 
 WIDEST = 128  # keys and values of a head
-FEWEST = 8  # rows times heads that `impl=None` takes
+FEWEST = 64  # rows times heads that `impl=None` takes
 _PROCESSORS = 132  # of an H100
 _MAX_PIECES = 64
 # A log-decay below this leaves nothing of a float32 either, and an infinity would meet zeros.
@@ -223,6 +223,7 @@ def _attend(q, k, v, g, number, state, call):
     return o, states[:, :, -1]
 
 
+@mosaic_gpu.lowered_once("call", "span")
 def forward(q, k, v, g, number, state, call, span):
     """Outputs, and states as `gpu_kernels.forward` gives them."""
     batch, time, settings = q.shape[0], q.shape[1], call.forward
@@ -253,6 +254,7 @@ def layout_backward(q, k, v, call):
     return grouped, piece_length(-(-q.shape[1] // CHUNK), blocks, call.span, call.backward)
 
 
+@mosaic_gpu.lowered_once("call")
 def gradients(call, residuals, cotangents):
     """The backward pass, from (q, k, v, g, number, states) and the gradients of outputs and the final state.
 

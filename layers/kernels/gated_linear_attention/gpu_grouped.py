@@ -1,9 +1,9 @@
 """Mosaic GPU kernels of `gated_linear_attention` for heads that share queries and keys, forward; see gpu_kernels.py.
 
 The scores q k^T of a chunk are the same for all heads of a group. XLA computes them once, scaled and with a mark where a step
-does not see another, so that a head has only its decay to put on. A block takes two heads of a group, a warpgroup
-each, with their states in registers. Products that read the state and those that write it are under way together, while the
-weights are computed.
+does not see another, so that a head has only its decay to put on. A block takes two heads of a group, a warpgroup each, with
+their states in registers. Products that read the state and those that write it are under way together, while the weights are
+computed.
 
 The kernels of single heads take 0.394 ms forward for Mamba-2's 64 heads of 64 that share 128 keys, at 8 x 4096 tokens in
 bfloat16 on an H100 (0.412 with three stages), and 2.729 both ways, 2.343 of it backward. Of that, memory explains 0.22 and
@@ -15,9 +15,11 @@ rest, warpgroups wait for their own products. Here, compiled for Hopper,
     products of 64 x 64 x 16       20 (28)   18 (20)       24 (28)             a head, chunk and warpgroup, in brackets before
     instructions                   750 (1010)  870 (1160)  1020 (1450)         as above
 
-with 0.13 and 0.31 KB of spills a lane backward. Not yet measured. Four heads a block forward, which halve what is read of
-queries, keys and scores, spill 0.16 KB a lane. Code of its own for each warpgroup, instead of addresses that depend on it,
-spilled more; three heads' warpgroups would have 168 registers each, of the 193 they need.
+with 0.14 and 0.30 KB of spills a lane backward. An H200 takes 0.348 ms forward and 2.27 both ways; with the kernels of single
+heads 0.366 (three stages) or 0.424 forward and 2.14 instead of 2.01 backward. So fewer bytes and products gained less than
+they should: spills and one block a processor are left to blame. One stage takes 0.57 and 2.54. Four heads a block, two a
+warpgroup, halve what is read of queries, keys and scores, and took 0.405 forward. Code of its own for each warpgroup, instead
+of addresses that depend on it, spilled more; three heads' warpgroups would have 168 registers each, of the 177 they need.
 """
 
 from typing import Any

@@ -104,6 +104,11 @@ def token_codes(segment_ids, reverse) -> jax.Array | None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _recurrence(a, x, state, codes, call):
     """Outputs in the type of x (complex if a is), the final state in the type of `state`."""
+    return _run(a, x, state, codes, call)
+
+
+@mosaic_gpu.lowered_once("call")
+def _run(a, x, state, codes, call):
     channels = x.shape[-1]
     dtype = jnp.float32 if jnp.iscomplexobj(state) else x.dtype
     h, final = gpu_kernels.forward(
@@ -117,6 +122,7 @@ def _forward(a, x, state, codes, call):
     return (h, final), (a, state, codes, h)
 
 
+@mosaic_gpu.lowered_once("call")
 def gradients(call, residuals, cotangents):
     """The backward pass, from (a, state, codes, h) and the gradients of h and the final state."""
     a, state, codes, h = residuals

@@ -73,19 +73,22 @@ def test_interpreted_wide_heads():
         check(arguments_of(rng, 1, 150, key_dim=128, value_dim=80))
 
 
+@pytest.fixture
 def in_turn(monkeypatch):
-    """Blocks take as many chunks in turn as on a GPU they would if there were more of them."""
+    """Blocks take as many chunks in turn as on a GPU they would if there were more of them; JAX forgets it afterwards."""
+    jax.clear_caches()
     for kernels in (gpu.gpu_forward, gpu.gpu_gradients):
         monkeypatch.setattr(kernels, "in_turn", lambda chunks, most: most)
+    yield
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize(
     "key_dim, value_dim",
     [(64, 64), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((128, 128), (64, 128)))],
 )
-def test_interpreted_chunks_in_turn(monkeypatch, key_dim, value_dim):
+def test_interpreted_chunks_in_turn(in_turn, monkeypatch, key_dim, value_dim):
     """Five chunks, of which blocks take two, or one warpgroup four, in turn."""
-    in_turn(monkeypatch)
     monkeypatch.setattr(gpu, "SETTINGS", Settings(turns=2, workers=1))
     rng = np.random.default_rng(11)
     arguments = arguments_of(rng, 1, 300, heads=1, key_dim=key_dim, value_dim=value_dim)
@@ -197,12 +200,11 @@ def test_interpreted_under_transformations(monkeypatch, pieces):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fenced", [True, False])
-def test_races(monkeypatch, capsys, fenced):
+def test_races(in_turn, monkeypatch, capsys, fenced):
     """Buffers are used again only after all warpgroups and copies are done with them; without fences that shows."""
     if not fenced:
         monkeypatch.setattr(mosaic_gpu.plgpu, "commit_smem", lambda: None)
     monkeypatch.setattr(gpu, "SETTINGS", SHORT)
-    in_turn(monkeypatch)
     arguments = arguments_of(np.random.default_rng(5), 1, 150, heads=1, value_dim=128)
 
     def loss(arguments):
@@ -285,13 +287,17 @@ def test_refusals(monkeypatch):
 
 def test_automatic(monkeypatch):
     """Long enough calls with enough heads take the kernels on a GPU."""
-    assert not gpu.automatic(v=jnp.zeros((8, 128, 8, 4)))
+
+    def taken(*shape):
+        return gpu.automatic(v=jax.ShapeDtypeStruct((*shape, 4), jnp.bfloat16))
+
+    assert not taken(8, 128, 8)
     monkeypatch.setattr(gpu.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: False)
     assert next(iter(DELTA_RULE)) == "gpu"
-    assert gpu.automatic(v=jnp.zeros((1, 128, 8, 4)))
-    assert not gpu.automatic(v=jnp.zeros((1, 127, 8, 4)))
-    assert not gpu.automatic(v=jnp.zeros((1, 128, 7, 4)))
+    assert taken(8, 128, 8)
+    assert taken(1, 32768, 8)
+    assert not any((taken(8, 127, 8), taken(9, 128, 7), taken(1, 32767, 8), taken(1, 32768, 7)))
 
 
 def test_probe_lowers():
@@ -350,11 +356,11 @@ def test_on_gpu(shape, decay):
     ],
 )
 @pytest.mark.parametrize("several", [False, True])
-def test_layouts_on_gpu(monkeypatch, settings, several):
+def test_layouts_on_gpu(request, monkeypatch, settings, several):
     """Also with blocks that take several chunks, as they do where there are enough of them."""
     monkeypatch.setattr(gpu, "SETTINGS", settings)
     if several:
-        in_turn(monkeypatch)
+        request.getfixturevalue("in_turn")
     rng = np.random.default_rng()
     poisoned(2**26)
     check(arguments_of(rng, 2, 777, key_dim=128, value_dim=128), segment_ids=ids_of(rng, 2, 777))

@@ -226,15 +226,15 @@ def test_automatic(monkeypatch):
     """Calls that fill chunks, matrices and the machine take the kernels on a GPU."""
     monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: False)
 
-    def taken(batch=2, time=64, heads=(1, 4), width=32):
+    def taken(batch=8, time=64, heads=(1, 8), width=32):
         q, v = (jax.ShapeDtypeStruct((batch, time, count, width), jnp.bfloat16) for count in heads)
         return gpu.automatic(q=q, k=q, v=v)
 
     assert not taken()
     monkeypatch.setattr(gpu.jax, "default_backend", lambda: "gpu")
     assert taken()
-    assert taken(heads=(4, 1))
-    assert not any((taken(batch=1), taken(time=63), taken(width=31), taken(heads=(1, 3))))
+    assert taken(heads=(8, 1))
+    assert not any((taken(batch=7), taken(time=63), taken(width=31), taken(heads=(1, 7))))
     monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: True)
     assert not taken()
 

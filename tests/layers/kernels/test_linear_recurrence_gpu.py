@@ -193,6 +193,22 @@ def test_refusals(monkeypatch, caplog):
     assert len([r for r in caplog.records if "a new interface" in r.getMessage()]) == 1
 
 
+def test_layers_of_a_model_share_their_kernels():
+    """A deeper stack of the same calls has no more kernels to lower."""
+
+    def kernels(depth):
+        def loss(a, x):
+            for _ in range(depth):
+                x, _ = gpu.linear_recurrence(a, x, None, None, False)
+            return x.sum()
+
+        shape = jax.ShapeDtypeStruct((1, 70, 8), jnp.float32)
+        traced = jax.jit(jax.grad(loss, (0, 1))).trace(shape, shape)
+        return traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2")
+
+    assert kernels(4) == kernels(2) > 0
+
+
 def test_automatic_for_long_real_calls(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: False)
     real, other = jnp.ones((1, 64, 8)), jnp.ones((1, 64, 8), jnp.complex64)
