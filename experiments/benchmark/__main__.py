@@ -68,7 +68,12 @@ def main(argv: list[str]) -> int:
         limits = {dtype: ceilings(dtype) for dtype in {options.dtype or case.dtype for _, _, case in chosen}}
         record["ceilings"] = {dtype: limit._asdict() for dtype, limit in limits.items()}
         print(f"{device}; {_describe(limits)}\n{report.HEADER}", flush=True)
-        kernels.run(options, limits, lambda row: add(row, report.line(row)))
+        kernels.run(
+            options,
+            limits,
+            lambda row: add(row, report.line(row)),
+            lambda line: print(line, file=sys.stderr, flush=True),
+        )
         report.draw_bars(rows, folder / "kernels.png", device)
     else:
         print(f"{device}; one row; both passes", flush=True)

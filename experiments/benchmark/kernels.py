@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -61,18 +62,25 @@ def failures(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["ours"] and "problem" in row and not row["refused"]]
 
 
-def run(options: Options, ceilings: Mapping[str, Ceilings], report: Callable[[dict], None]) -> list[dict]:
-    """Compiles and checks everything, then times it; `report` gets each row as soon as it is known.
+def run(
+    options: Options,
+    ceilings: Mapping[str, Ceilings],
+    report: Callable[[dict], None],
+    say: Callable[[str], None] = lambda line: None,
+) -> list[dict]:
+    """Compiles and checks everything, then times it, so that compilers do not slow what is timed.
 
     Args:
       ceilings: of the device, by type of the inputs.
+      report: gets each row as soon as it is known.
+      say: gets a line for everything that is ready to be timed.
 
     Raises:
       ValueError: see `selected`.
     """
     chosen = list(selected(options.only))
     with ThreadPoolExecutor(options.workers) as pool:
-        prepared = list(pool.map(lambda entry: Study(*entry, options), chosen))
+        prepared = list(pool.map(lambda entry: Study(*entry, options, say), chosen))
     rows = []
     for study in prepared:
         for row in study.measure(ceilings[study.dtype], options.rounds):
@@ -88,7 +96,14 @@ class Study:
       dtype: type of the real inputs.
     """
 
-    def __init__(self, primitive: str, suite: Suite, benchmark: Benchmark, options: Options):
+    def __init__(
+        self,
+        primitive: str,
+        suite: Suite,
+        benchmark: Benchmark,
+        options: Options,
+        say: Callable[[str], None] = lambda line: None,
+    ):
         self.primitive, self.suite = primitive, suite
         # Errors are measured on less, where the float64 reference and all its intermediate states fit.
         self._small = benchmark.resized(1, min(options.time or benchmark.time, ERROR_TIME), ERROR_NARROWER)
@@ -104,7 +119,11 @@ class Study:
             calls.with_implementation(suite, self.benchmark, "reference"), self._arrays
         )
         self._ours = set(ours)
-        self._contestants = {name: self._prepare(function) for name, function in functions.items()}
+        self._contestants = {}
+        for name, function in functions.items():
+            started = time.perf_counter()
+            self._contestants[name] = self._prepare(function)
+            say(f"{primitive}/{benchmark.name}, {name}: ready after {time.perf_counter() - started:.0f} s")
 
     def _own_functions(self) -> dict[str, calls.JaxFunction]:
         on_gpu = self.suite.gpu_implementations if jax.default_backend() == "gpu" else ()

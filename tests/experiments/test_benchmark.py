@@ -79,8 +79,9 @@ def test_a_study_times_everything_and_records_what_fails(monkeypatch):
         raise NotImplementedError("not on this device\nmore")
 
     monkeypatch.setitem(peers.PLAIN[("linear_recurrence", "real")], "broken", broken)
-    printed = []
-    rows = {row["implementation"]: row for row in kernels.run(SMALL, CEILINGS, printed.append)}
+    printed, said = [], []
+    rows = {row["implementation"]: row for row in kernels.run(SMALL, CEILINGS, printed.append, said.append)}
+    assert [line.split(": ready")[0] for line in said] == [f"linear_recurrence/real, {name}" for name in rows]
     assert list(rows) == [row["implementation"] for row in printed]
     assert set(rows) >= {"default", "lax.associative_scan", "broken"}
     assert rows["broken"]["problem"] == "NotImplementedError: not on this device"
