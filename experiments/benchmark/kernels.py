@@ -66,7 +66,7 @@ def run(
     options: Options,
     ceilings: Mapping[str, Ceilings],
     report: Callable[[dict], None],
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None],
 ) -> list[dict]:
     """Compiles and checks everything, then times it, so that compilers do not slow what is timed.
 
@@ -102,7 +102,7 @@ class Study:
         suite: Suite,
         benchmark: Benchmark,
         options: Options,
-        say: Callable[[str], None] = lambda line: None,
+        say: Callable[[str], None],
     ):
         self.primitive, self.suite = primitive, suite
         # Errors are measured on less, where the float64 reference and all its intermediate states fit.

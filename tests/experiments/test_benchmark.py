@@ -110,7 +110,7 @@ def test_what_fails_of_ours_is_told_apart_from_what_refuses(monkeypatch):
 
     broken = dataclasses.replace(suite, function=faulty, implementations=("xla", "gpu"))
     monkeypatch.setattr(kernels, "SUITES", {"linear_recurrence": broken})
-    rows = kernels.run(SMALL, CEILINGS, lambda row: report.line(row))
+    rows = kernels.run(SMALL, CEILINGS, lambda row: report.line(row), print)
     assert {row["implementation"] for row in kernels.failures(rows)} == {"default"}
     assert {row["implementation"] for row in rows if "both_ms" in row} == {"lax.associative_scan"}
     assert "it is Monday" in next(row["problem"] for row in rows if row["implementation"] == "gpu")
@@ -118,7 +118,7 @@ def test_what_fails_of_ours_is_told_apart_from_what_refuses(monkeypatch):
 
 def test_the_floor_is_the_slower_of_memory_and_arithmetic():
     study = kernels.Study(
-        "linear_recurrence", SUITES["linear_recurrence"], benchmark("linear_recurrence"), SMALL
+        "linear_recurrence", SUITES["linear_recurrence"], benchmark("linear_recurrence"), SMALL, print
     )
     slow_arithmetic = timing.Ceilings(bytes=1e9, matrix=1e12, vector=1e3)
     (row, *_) = study.measure(slow_arithmetic, 1)
@@ -155,7 +155,7 @@ def test_scaling_covers_every_linear_primitive_and_draws(tmp_path):
 
 
 def test_bars_are_drawn(tmp_path):
-    rows = kernels.run(SMALL, CEILINGS, lambda row: None)
+    rows = kernels.run(SMALL, CEILINGS, lambda row: None, print)
     report.draw_bars(rows, tmp_path / "bars.png", "test")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
     assert "linear_recurrence: real, default" in report.line(rows[0])
