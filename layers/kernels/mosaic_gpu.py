@@ -114,20 +114,24 @@ def launch(
     *,
     name: str,
     grid: Mapping[str, int],
-    inputs: Mapping[str, Sequence[jax.Array]],
-    outputs: Mapping[str, Sequence[jax.ShapeDtypeStruct]],
+    inputs: Mapping[str, jax.Array | tuple[jax.Array, ...]],
+    outputs: Mapping[str, jax.ShapeDtypeStruct | tuple[jax.ShapeDtypeStruct, ...]],
     scratch: Mapping[str, Any],
     barriers: bool = False,
     warpgroups: int | None = None,
-) -> dict[str, tuple[jax.Array, ...]]:
+) -> dict[str, Any]:
     """Runs a kernel, by default without automatic barriers: `body` fences every buffer that a copy refills.
 
     Args:
-      body: called with keyword arguments, one a name of `inputs`, `outputs` (tuples of refs) and `scratch`.
+      body: called with keyword arguments, one a name of `inputs`, `outputs` and `scratch`: refs, or tuples of them where
+        those are tuples.
       grid: sizes by axis name; the last axis runs fastest.
       barriers: whether the compiler puts a barrier of the warpgroup around every store to shared memory.
       warpgroups: of a block, which run `body` side by side and know themselves by the axis "warpgroup"; one, without
         that axis, if None.
+
+    Returns:
+      The arrays, by the names of `outputs`, in tuples where those are.
     """
     flat, structure = jax.tree.flatten((dict(inputs), dict(outputs)))
     flat_outputs, outputs_structure = jax.tree.flatten(dict(outputs))

@@ -61,17 +61,14 @@ def chain(
     """
     sizes = sizes_of(k, do)
     batch, time, heads, _, key_dim, value_dim = sizes
-    inputs = {
-        name: (x,) for name, x in {"q": q, "k": k, "do": do, "vectors": vectors, "dfinal": dfinal}.items()
-    }
-    inputs["inverse"] = (made["inverse"],)
+    inputs = {"q": q, "k": k, "do": do, "vectors": vectors, "dfinal": dfinal, "inverse": made["inverse"]}
     wide = jax.ShapeDtypeStruct((batch, time, heads, value_dim), jnp.bfloat16)
-    outputs = {"dstate": (jax.ShapeDtypeStruct((batch, heads, value_dim, key_dim), jnp.float32),)}
+    outputs = {"dstate": jax.ShapeDtypeStruct((batch, heads, value_dim, key_dim), jnp.float32)}
     arriving = [name for name in inputs if name != "dfinal"]
     scratch = chain_scratch(sizes, stages, vectors.shape[-2], arriving)
     if keeping:
         shape = (batch, heads, sizes.chunks, value_dim, key_dim)
-        outputs |= {"dstates": (jax.ShapeDtypeStruct(shape, jnp.bfloat16),), "dv": (wide,), "dy": (wide,)}
+        outputs |= {"dstates": jax.ShapeDtypeStruct(shape, jnp.bfloat16), "dv": wide, "dy": wide}
         scratch |= {
             "state_tile": matrices((sizes.blocks, BLOCK, key_dim), jnp.bfloat16),
             "dv_tile": matrices((sizes.blocks, CHUNK, BLOCK), jnp.bfloat16),
@@ -79,7 +76,7 @@ def chain(
         }
 
     def body(*, dfinal, dstate, **refs):
-        kept = {name: refs.pop(name)[0] for name in ("dstates", "dv", "dy") if keeping}
+        kept = {name: refs.pop(name) for name in ("dstates", "dv", "dy") if keeping}
         own = {name: refs.pop(name) for name in ("state_tile", "dv_tile", "dy_tile") if keeping}
         walk = Chain(sizes, stages, refs, scale, reverse=True)
         (row, head), here = walk.at, walk.block
@@ -109,13 +106,13 @@ def chain(
             return product((error * (0.0 - into)).astype(jnp.bfloat16), tiles["k"], entering)
 
         def back():
-            first = walk.walk(step, walk.enter(dfinal[0]))
-            dstate[0].at[row, head, walk.features][...] = first
+            first = walk.walk(step, walk.enter(dfinal))
+            dstate.at[row, head, walk.features][...] = first
             plgpu.wait_smem_to_gmem(0)
 
         walk.run(back)
 
-    results = launch(
+    return launch(
         body,
         name="delta_rule_backward" if keeping else "delta_rule_backward_ends",
         grid={"row": batch, "head": heads},
@@ -125,4 +122,3 @@ def chain(
         barriers=True,
         warpgroups=sizes.blocks + 1,
     )
-    return {name: result[0] for name, result in results.items()}

@@ -57,7 +57,7 @@ class Chain:
         names = ("arrived", "made", "used", "done")
         self._arrived, self._made, self._used, self._done = (refs.pop(name) for name in names)
         self._tiles = {name.removesuffix("_tiles"): refs[name] for name in refs if name.endswith("_tiles")}
-        self._sources = {name: refs[name][0] for name in self._tiles if name != "scores"}
+        self._sources = {name: refs[name] for name in self._tiles if name != "scores"}
         self.at = jax.lax.axis_index("row"), jax.lax.axis_index("head")
         self.block = jax.lax.axis_index("warpgroup")
         self.features = pl.ds(self.block * BLOCK, BLOCK)

@@ -88,8 +88,8 @@ def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) ->
         shared = jax.lax.div(head, heads // groups)
 
         def bring(chunk):
-            numbers = [(vectors[0].at[row, head, chunk], vector_tiles.at[here, i]) for i in range(2)]
-            keys = k[0].at[row, pl.ds(chunk * CHUNK, CHUNK), shared]
+            numbers = [(vectors.at[row, head, chunk], vector_tiles.at[here, i]) for i in range(2)]
+            keys = k.at[row, pl.ds(chunk * CHUNK, CHUNK), shared]
             fetch([(keys, k_tiles.at[here]), *numbers], arrived.at[here])
 
         def invert(chunk, after):
@@ -129,7 +129,7 @@ def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) ->
                 plgpu.commit_smem()
                 x = (x.astype(jnp.float32) - product(x, x_tile)).astype(jnp.bfloat16)
             x_tile[...] = x
-            send([(x_tile, inverse[0].at[row, head, pl.ds(chunk * CHUNK, CHUNK)])])
+            send([(x_tile, inverse.at[row, head, pl.ds(chunk * CHUNK, CHUNK)])])
 
         start = span * share + here
         ends = jnp.minimum((span + 1) * share, chunks)
@@ -145,17 +145,16 @@ def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) ->
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
 
-    results = launch(
+    return launch(
         body,
         name="delta_rule_prepare",
         grid={"row": batch, "head": heads, "span": pl.cdiv(chunks, share)},
-        inputs={"k": (k,), "vectors": (vectors,)},
-        outputs={"inverse": (inverse,)},
+        inputs={"k": k, "vectors": vectors},
+        outputs={"inverse": inverse},
         scratch=scratch,
         barriers=True,
         warpgroups=workers,
-    )
-    return results["inverse"][0]
+    )["inverse"]
 
 
 def _joins(rows: jax.Array, columns: jax.Array, block: int) -> jax.Array:
@@ -195,18 +194,18 @@ def forward(
     batch, time, groups, key_dim = k.shape
     sizes = Sizes(batch, time, heads, heads // groups, key_dim, value_dim)
     carried = jax.ShapeDtypeStruct((batch, heads, value_dim, key_dim), jnp.float32)
-    inputs = {"k": (k,), "vectors": (vectors,), "inverse": (inverse,), "state": (state,)}
-    outputs = {"final": (carried,)}
+    inputs = {"k": k, "vectors": vectors, "inverse": inverse, "state": state}
+    outputs = {"final": carried}
     scratch = {}
     if v is not None:
-        inputs["v"] = (v,)
+        inputs["v"] = v
     if keeping:
         shape = (batch, heads, sizes.chunks, value_dim, key_dim)
-        outputs["states"] = (jax.ShapeDtypeStruct(shape, jnp.bfloat16),)
+        outputs["states"] = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
         scratch["state_tile"] = matrices((sizes.blocks, BLOCK, key_dim), jnp.bfloat16)
     if q is not None:
-        inputs["q"] = (q,)
-        outputs["o"] = (jax.ShapeDtypeStruct((batch, time, heads, value_dim), jnp.bfloat16),)
+        inputs["q"] = q
+        outputs["o"] = jax.ShapeDtypeStruct((batch, time, heads, value_dim), jnp.bfloat16)
         scratch["o_tile"] = matrices((sizes.blocks, CHUNK, BLOCK), jnp.bfloat16)
     scratch |= chain_scratch(sizes, stages, vectors.shape[-2], [name for name in inputs if name != "state"])
 
@@ -223,7 +222,7 @@ def forward(
             if states is not None:
                 wait_to_send(kinds)
                 state_tile.at[here][...] = rounded
-                send([(state_tile.at[here], states[0].at[*at, chunk, chain.features])])
+                send([(state_tile.at[here], states.at[*at, chunk, chain.features])])
             seen = product(rounded, tiles["k"].T)
             error = read(tiles["v"].T) - seen * into if "v" in tiles else seen * (0.0 - into)
             written = product((error * beta).astype(jnp.bfloat16), tiles["inverse"].T)
@@ -233,18 +232,18 @@ def forward(
                 wait_to_send(kinds)
                 o_tile.at[here].T[...] = result.astype(jnp.bfloat16)
                 tokens = pl.ds(chunk * CHUNK, CHUNK)
-                send([(o_tile.at[here], o[0].at[at[0], tokens, at[1], chain.features])])
+                send([(o_tile.at[here], o.at[at[0], tokens, at[1], chain.features])])
             onward = (written * along_columns(by_column(vector.at[WRITE]))).astype(jnp.bfloat16)
             return product(onward, tiles["k"], state * vector[READ, CHUNK - 1])
 
         def walk():
-            last = chain.walk(step, chain.enter(state[0]))
-            final[0].at[*at, chain.features][...] = last
+            last = chain.walk(step, chain.enter(state))
+            final.at[*at, chain.features][...] = last
             plgpu.wait_smem_to_gmem(0)
 
         chain.run(walk)
 
-    results = launch(
+    return launch(
         body,
         name="delta_rule_states" if q is None else "delta_rule",
         grid={"row": batch, "head": heads},
@@ -254,4 +253,3 @@ def forward(
         barriers=True,
         warpgroups=sizes.blocks + 1,
     )
-    return {name: result[0] for name, result in results.items()}

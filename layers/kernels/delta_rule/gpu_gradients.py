@@ -92,9 +92,9 @@ def chunk_gradients(
     kinds = part_rows(key_dim)
     parts = max(rows.stop for rows in kinds.values())
     outputs = {
-        "dq": (keys,),
-        "dk": (keys,),
-        "dvectors": (jax.ShapeDtypeStruct((batch, heads, sizes.chunks, parts, CHUNK), jnp.float32),),
+        "dq": keys,
+        "dk": keys,
+        "dvectors": jax.ShapeDtypeStruct((batch, heads, sizes.chunks, parts, CHUNK), jnp.float32),
     }
     shapes |= {"y": (CHUNK, value_dim), "score": SQUARE, "solve": SQUARE}
     if key_dim != value_dim:
@@ -128,9 +128,9 @@ def chunk_gradients(
         def bring(chunk, *names):
             for name in names:
                 barrier = refs["arrived" if name in FIRST else "arrived_later"]
-                fetch([(refs[name][0].at[*place(name, chunk)], tiles[name].at[0])], barrier)
+                fetch([(refs[name].at[*place(name, chunk)], tiles[name].at[0])], barrier)
             if "inverse" in names:
-                numbers = vectors[0].at[row, head, chunk]
+                numbers = vectors.at[row, head, chunk]
                 fetch([(numbers, vector_tile.at[i]) for i in range(2)], refs["arrived"])
 
         def meet():
@@ -246,8 +246,8 @@ def chunk_gradients(
             @pl.when(here == 0)
             def _():
                 at = place("do", chunk)
-                send([(dq_staged, dq[0].at[*at]), (q, dk[0].at[*at])])
-                send([(part_tile, dvectors[0].at[row, head, chunk])])
+                send([(dq_staged, dq.at[*at]), (q, dk.at[*at])])
+                send([(part_tile, dvectors.at[row, head, chunk])])
 
             pl.when(more)(lambda: bring(chunk + 1, "k", "inverse", "dstates"))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -263,17 +263,16 @@ def chunk_gradients(
         plgpu.wait_smem_to_gmem(0)
         meet()
 
-    results = launch(
+    return launch(
         body,
         name="delta_rule_gradients",
         grid={"row": batch, "head": heads, "span": spans},
-        inputs={"vectors": (vectors,)} | {name: (source,) for name, source in sources.items()},
+        inputs=sources | {"vectors": vectors},
         outputs=outputs,
         scratch=scratch,
         barriers=True,
         warpgroups=2,
     )
-    return {name: result[0] for name, result in results.items()}
 
 
 def part_rows(key_dim: int) -> dict[str, range]:

@@ -76,8 +76,6 @@ def query_gradients(
     }
 
     def body(*, q, k, v, do, rows, columns, states, dq, sums, ends, **tiles):
-        (q,), (k,), (v,), (do,), (rows,), (columns,) = q, k, v, do, rows, columns
-        (states,), (dq,), (sums,), (ends,) = states, dq, sums, ends
         me, row, piece = (
             jax.lax.axis_index("warpgroup"),
             jax.lax.axis_index("row"),
@@ -149,24 +147,16 @@ def query_gradients(
         body,
         name="gated_linear_attention_queries",
         grid={"row": batch, "piece": walk.pieces, "head": heads},
-        inputs={
-            "q": (q,),
-            "k": (k,),
-            "v": (v,),
-            "do": (do,),
-            "rows": (gates.rows,),
-            "columns": (gates.columns,),
-            "states": (states,),
-        },
+        inputs={"q": q, "k": k, "v": v, "do": do, **gates._asdict(), "states": states},
         outputs={
-            "dq": (jax.ShapeDtypeStruct((batch, time, heads, keys), q.dtype),),
-            "sums": (jax.ShapeDtypeStruct(sums, jnp.float32),),
-            "ends": (jax.ShapeDtypeStruct(ends, jnp.float32),),
+            "dq": jax.ShapeDtypeStruct((batch, time, heads, keys), q.dtype),
+            "sums": jax.ShapeDtypeStruct(sums, jnp.float32),
+            "ends": jax.ShapeDtypeStruct(ends, jnp.float32),
         },
         scratch=scratch,
         warpgroups=count,
     )
-    return results["dq"][0], results["sums"][0], results["ends"][0]
+    return results["dq"], results["sums"], results["ends"]
 
 
 def key_value_gradients(
@@ -212,9 +202,6 @@ def key_value_gradients(
     }
 
     def body(*, q, k, v, do, rows, columns, ends, dleaving, dk, dv, sums, written, flows, dentering, **tiles):
-        (q,), (k,), (v,), (do,), (rows,), (columns,) = q, k, v, do, rows, columns
-        (ends,), (dleaving,), (dk,), (dv,) = ends, dleaving, dk, dv
-        (sums,), (written,), (flows,), (dentering,) = sums, written, flows, dentering
         q_tiles, k_tiles, v_tiles, do_tiles = (tiles[f"{name}_tiles"] for name in ("q", "k", "v", "do"))
         row_tiles, column_tiles = tiles["row_tiles"], tiles["column_tiles"]
         leaving_tile, read_tile = tiles["leaving_tile"], tiles["read_tile"]
@@ -332,25 +319,16 @@ def key_value_gradients(
             pl.when(jax.lax.axis_index("warpgroup") == me)(lambda me=me: walk_as(me))
 
     def float32(*shape):
-        return (jax.ShapeDtypeStruct(shape, jnp.float32),)
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     results = launch(
         body,
         name="gated_linear_attention_keys_values",
         grid={"row": batch, "piece": walk.pieces, "head": heads},
-        inputs={
-            "q": (q,),
-            "k": (k,),
-            "v": (v,),
-            "do": (do,),
-            "rows": (gates.rows,),
-            "columns": (gates.columns,),
-            "ends": (ends,),
-            "dleaving": (dleaving,),
-        },
+        inputs={"q": q, "k": k, "v": v, "do": do, **gates._asdict(), "ends": ends, "dleaving": dleaving},
         outputs={
-            "dk": (jax.ShapeDtypeStruct((batch, time, heads, keys), k.dtype),),
-            "dv": (jax.ShapeDtypeStruct((batch, time, heads, width), v.dtype),),
+            "dk": jax.ShapeDtypeStruct((batch, time, heads, keys), k.dtype),
+            "dv": jax.ShapeDtypeStruct((batch, time, heads, width), v.dtype),
             "sums": float32(batch, heads, gates.chunks, 2, CHUNK),
             "written": float32(batch, heads, gates.chunks, keys),
             "flows": float32(batch, heads, spans, keys),
@@ -359,4 +337,4 @@ def key_value_gradients(
         scratch=scratch,
         warpgroups=2,
     )
-    return tuple(results[name][0] for name in ("dk", "dv", "sums", "written", "flows", "dentering"))
+    return tuple(results[name] for name in ("dk", "dv", "sums", "written", "flows", "dentering"))

@@ -135,8 +135,6 @@ def forward(
     }
 
     def body(*, q, k, v, rows, columns, scored, entering, o, states, **tiles):
-        (q,), (k,), (v,), (rows,), (columns,), (scored,) = q, k, v, rows, columns, scored
-        (entering,), (o,), (states,) = entering, o, states
         me, row, piece = (jax.lax.axis_index(name) for name in ("warpgroup", "row", "piece"))
         head = jax.lax.axis_index("block") * WARPGROUPS + me
         group = shared_head(head, heads, groups)
@@ -207,20 +205,12 @@ def forward(
         body,
         name="gated_linear_attention_grouped",
         grid={"row": batch, "piece": walk.pieces, "block": heads // WARPGROUPS},
-        inputs={
-            "q": (q,),
-            "k": (k,),
-            "v": (v,),
-            "rows": (gates.rows,),
-            "columns": (gates.columns,),
-            "scored": (scored,),
-            "entering": (entering,),
-        },
+        inputs={"q": q, "k": k, "v": v, **gates._asdict(), "scored": scored, "entering": entering},
         outputs={
-            "o": (jax.ShapeDtypeStruct((batch, time, heads, width), v.dtype),),
-            "states": (jax.ShapeDtypeStruct((batch, heads, spans + 1, keys, width), jnp.float32),),
+            "o": jax.ShapeDtypeStruct((batch, time, heads, width), v.dtype),
+            "states": jax.ShapeDtypeStruct((batch, heads, spans + 1, keys, width), jnp.float32),
         },
         scratch=scratch,
         warpgroups=WARPGROUPS,
     )
-    return results["o"][0], results["states"][0]
+    return results["o"], results["states"]

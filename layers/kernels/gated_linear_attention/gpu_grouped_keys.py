@@ -62,20 +62,17 @@ def key_value_gradients(
         "done": plgpu.Barrier(num_arrivals=WARPGROUPS),
     }
 
-    def body(*, q, k, v, do, rows, columns, scored, ends, dleaving, **outputs_and_tiles):
-        (q,), (k,), (v,), (do,), (rows,), (columns,) = q, k, v, do, rows, columns
-        (scored,), (ends,), (dleaving,) = scored, ends, dleaving
-        tiles = outputs_and_tiles
-        (dk,), (dv,), (sums,), (written,), (flows,), (dentering,) = (
-            tiles[name] for name in ("dk", "dv", "sums", "written", "flows", "dentering")
-        )
+    names = "dk", "dv", "sums", "written", "flows", "dentering"
+
+    def body(*, q, k, v, do, rows, columns, scored, ends, dleaving, **refs):
+        dk, dv, sums, written, flows, dentering = (refs[name] for name in names)
         me, row, piece, block = (jax.lax.axis_index(name) for name in ("warpgroup", "row", "piece", "block"))
         group, lanes = shared_head(block * HEADS, heads, groups), pl.ds(me * PART, PART)
         order, head = (me, 1 - me), block * HEADS + me  # the heads of the block, the own first
-        q_tiles, k_tiles, v_tiles, do_tiles = (tiles[f"{name}_tiles"] for name in ("q", "k", "v", "do"))
-        row_tiles, column_tiles, score_tiles = (tiles[f"{name}_tiles"] for name in ("row", "column", "score"))
-        leaving_tile, pair_tile = tiles["leaving_tile"], tiles["pair_tile"]
-        full, ready, prepared, done = (tiles[name] for name in ("full", "ready", "prepared", "done"))
+        q_tiles, k_tiles, v_tiles, do_tiles = (refs[f"{name}_tiles"] for name in ("q", "k", "v", "do"))
+        row_tiles, column_tiles, score_tiles = (refs[f"{name}_tiles"] for name in ("row", "column", "score"))
+        leaving_tile, pair_tile = refs["leaving_tile"], refs["pair_tile"]
+        full, ready, prepared, done = (refs[name] for name in ("full", "ready", "prepared", "done"))
 
         def fetch(chunk, slot):
             steps, barrier = pl.ds(chunk * CHUNK, CHUNK), full.at[slot]
@@ -181,26 +178,25 @@ def key_value_gradients(
         plgpu.wait_smem_to_gmem(0)
 
     def float32(*shape):
-        return (jax.ShapeDtypeStruct(shape, jnp.float32),)
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     results = launch(
         body,
         name="gated_linear_attention_grouped_keys_values",
         grid={"row": batch, "piece": walk.pieces, "block": heads // HEADS},
         inputs={
-            "q": (q,),
-            "k": (k,),
-            "v": (v,),
-            "do": (do,),
-            "rows": (gates.rows,),
-            "columns": (gates.columns,),
-            "scored": (scored,),
-            "ends": (ends,),
-            "dleaving": (dleaving,),
+            "q": q,
+            "k": k,
+            "v": v,
+            "do": do,
+            **gates._asdict(),
+            "scored": scored,
+            "ends": ends,
+            "dleaving": dleaving,
         },
         outputs={
-            "dk": (jax.ShapeDtypeStruct((batch, time, heads // HEADS, keys), k.dtype),),
-            "dv": (jax.ShapeDtypeStruct((batch, time, heads, width), v.dtype),),
+            "dk": jax.ShapeDtypeStruct((batch, time, heads // HEADS, keys), k.dtype),
+            "dv": jax.ShapeDtypeStruct((batch, time, heads, width), v.dtype),
             "sums": float32(batch, heads, gates.chunks, 2, CHUNK),
             "written": float32(batch, heads, gates.chunks, keys),
             "flows": float32(batch, heads, spans, keys),
@@ -209,4 +205,4 @@ def key_value_gradients(
         scratch=scratch,
         warpgroups=WARPGROUPS,
     )
-    return tuple(results[name][0] for name in ("dk", "dv", "sums", "written", "flows", "dentering"))
+    return tuple(results[name] for name in names)

@@ -79,8 +79,6 @@ def query_gradients(
     }
 
     def body(*, q, k, v, do, rows, columns, scored, states, dq, sums, ends, **tiles):
-        (q,), (k,), (v,), (do,), (rows,), (columns,) = q, k, v, do, rows, columns
-        (scored,), (states,), (dq,), (sums,), (ends,) = scored, states, dq, sums, ends
         me, row, piece, block = (jax.lax.axis_index(name) for name in ("warpgroup", "row", "piece", "block"))
         group, lanes = shared_head(block * HEADS, heads, groups), pl.ds(me * PART, PART)
         order = me, 1 - me  # the heads of the block, the own first
@@ -186,22 +184,13 @@ def query_gradients(
         body,
         name="gated_linear_attention_grouped_queries",
         grid={"row": batch, "piece": walk.pieces, "block": heads // HEADS},
-        inputs={
-            "q": (q,),
-            "k": (k,),
-            "v": (v,),
-            "do": (do,),
-            "rows": (gates.rows,),
-            "columns": (gates.columns,),
-            "scored": (scored,),
-            "states": (states,),
-        },
+        inputs={"q": q, "k": k, "v": v, "do": do, **gates._asdict(), "scored": scored, "states": states},
         outputs={
-            "dq": (jax.ShapeDtypeStruct((batch, time, heads // HEADS, keys), q.dtype),),
-            "sums": (jax.ShapeDtypeStruct(sums, jnp.float32),),
-            "ends": (jax.ShapeDtypeStruct(ends, jnp.float32),),
+            "dq": jax.ShapeDtypeStruct((batch, time, heads // HEADS, keys), q.dtype),
+            "sums": jax.ShapeDtypeStruct(sums, jnp.float32),
+            "ends": jax.ShapeDtypeStruct(ends, jnp.float32),
         },
         scratch=scratch,
         warpgroups=WARPGROUPS,
     )
-    return results["dq"][0], results["sums"][0], results["ends"][0]
+    return results["dq"], results["sums"], results["ends"]

@@ -196,8 +196,6 @@ def forward(
     }
 
     def body(*, q, k, v, rows, columns, entering, o, states, **tiles):
-        (q,), (k,), (v,), (rows,), (columns,), (entering,) = q, k, v, rows, columns, entering
-        (o,), (states,) = o, states
         me, row, piece = (jax.lax.axis_index(name) for name in ("warpgroup", "row", "piece"))
         part = jax.lax.axis_index("part") * count + me
         head, lanes = jax.lax.div(part, parts), pl.ds(jax.lax.rem(part, parts) * PART, PART)
@@ -261,22 +259,15 @@ def forward(
         body,
         name="gated_linear_attention",
         grid={"row": batch, "piece": walk.pieces, "part": heads * parts // count},
-        inputs={
-            "q": (q,),
-            "k": (k,),
-            "v": (v,),
-            "rows": (gates.rows,),
-            "columns": (gates.columns,),
-            "entering": (entering,),
-        },
+        inputs={"q": q, "k": k, "v": v, **gates._asdict(), "entering": entering},
         outputs={
-            "o": (jax.ShapeDtypeStruct((batch, time, heads, width), v.dtype),),
-            "states": (jax.ShapeDtypeStruct((batch, heads, spans + 1, keys, width), jnp.float32),),
+            "o": jax.ShapeDtypeStruct((batch, time, heads, width), v.dtype),
+            "states": jax.ShapeDtypeStruct((batch, heads, spans + 1, keys, width), jnp.float32),
         },
         scratch=scratch,
         warpgroups=count,
     )
-    return results["o"][0], results["states"][0]
+    return results["o"], results["states"]
 
 
 def effects(
@@ -299,7 +290,6 @@ def effects(
     }
 
     def body(*, x, y, rows, added, x_tiles, y_tiles, row_tiles, written_tile, full):
-        (x,), (y,), (rows,), (added,) = x, y, rows, added
         row, piece, part = (jax.lax.axis_index(name) for name in ("row", "piece", "part"))
         head, lanes = jax.lax.div(part, parts), pl.ds(jax.lax.rem(part, parts) * PART, PART)
 
@@ -328,10 +318,10 @@ def effects(
         body,
         name="gated_linear_attention_effects",
         grid={"row": batch, "piece": walk.pieces, "part": heads * parts},
-        inputs={"x": (x,), "y": (y,), "rows": (gates.rows,)},
-        outputs={"added": (jax.ShapeDtypeStruct((batch, walk.pieces, heads, keys, width), jnp.float32),)},
+        inputs={"x": x, "y": y, "rows": gates.rows},
+        outputs={"added": jax.ShapeDtypeStruct((batch, walk.pieces, heads, keys, width), jnp.float32)},
         scratch=scratch,
-    )["added"][0]
+    )["added"]
 
 
 def shared_head(head: Any, heads: int, count: int) -> Any:
