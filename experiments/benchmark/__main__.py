@@ -12,6 +12,7 @@ inputs float32. `tune` checks and times layouts of the GPU kernels and writes tu
 our implementations failed, the others are in the table; 2 an argument cannot be used.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from experiments.files import to_json_text, write_atomically
 from experiments.run_directory import git_revision, versions
 
 STUDIES = ("kernels", "scaling", "tune")
-ON_CPU = {"dtype": "float32", "batch": 1, "time": 1024, "narrower": 8, "rounds": 5}
+ON_CPU = {"dtype": "float32", "batch": 1, "time": 1024, "narrower": 8, "rounds": 5, "workers": 1}
 
 
 def main(argv: list[str]) -> int:
@@ -38,6 +39,8 @@ def main(argv: list[str]) -> int:
     if values.verbosity <= 0:  # absl's default shows every move of every library
         logging.set_verbosity(logging.WARNING)
     study = argv[1]
+    # Several processes share the accelerator, and each would take most of its memory at once.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
         options = _options(values)
         lengths = tuple(map(int, values.lengths))
@@ -58,6 +61,9 @@ def main(argv: list[str]) -> int:
         return _tune(options.only, values, folder, record)
     rows: list[dict[str, Any]] = []
 
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     def add(row: dict[str, Any], line: str) -> None:
         """Prints a row and stores all so far, so that a run that is cut short keeps them."""
         print(line, flush=True)
@@ -72,12 +78,12 @@ def main(argv: list[str]) -> int:
             options,
             limits,
             lambda row: add(row, report.line(row)),
-            lambda line: print(line, file=sys.stderr, flush=True),
+            say,
         )
         report.draw_bars(rows, folder / "kernels.png", device)
     else:
         print(f"{device}; one row; both passes", flush=True)
-        scaling.run(options, lengths, lambda row: add(row, _scaling_line(row)))
+        scaling.run(options, lengths, lambda row: add(row, _scaling_line(row)), say)
         report.draw_scaling(rows, folder / "scaling.png", device)
     failed = kernels.failures(rows) if study == "kernels" else []
     for row in failed:
@@ -103,13 +109,13 @@ def _tune(only: tuple[str, ...], values: Any, folder: Path, record: dict[str, An
 
 def _options(values: Any) -> kernels.Options:
     defaults = ON_CPU if jax.default_backend() == "cpu" else {}
-    given = {name: getattr(values, name) for name in ("dtype", "batch", "time", "narrower", "rounds")}
+    given = {
+        name: getattr(values, name) for name in ("dtype", "batch", "time", "narrower", "rounds", "workers")
+    }
     given = {name: value for name, value in given.items() if value is not None}
     if given.get("narrower", 1) not in (1, 2, 4, 8):
         raise ValueError(f"narrower={values.narrower}; expected 1, 2, 4 or 8")
-    return kernels.Options(
-        only=tuple(values.only), peers=values.peers, workers=values.workers, **(defaults | given)
-    )
+    return kernels.Options(only=tuple(values.only), peers=values.peers, **(defaults | given))
 
 
 def _describe(limits: dict[str, Any]) -> str:
@@ -134,7 +140,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     flags.DEFINE_integer("time", None, "Tokens, in place of each benchmark's own.", lower_bound=1)
     flags.DEFINE_integer("narrower", None, "Divides the number of heads or channels: 1, 2, 4 or 8.")
     flags.DEFINE_integer("rounds", None, "Measurements of every function.", lower_bound=1)
-    flags.DEFINE_integer("workers", 4, "Threads that draw inputs and compile.", lower_bound=1)
+    flags.DEFINE_integer("workers", None, "Processes that trace and compile.", lower_bound=1)
     flags.DEFINE_list("lengths", ["2048", "8192", "32768", "131072"], "Tokens in a row, for `scaling`.")
     return app.parse_flags_with_usage(argv)
 

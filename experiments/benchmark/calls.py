@@ -98,20 +98,33 @@ def cotangent(function: Function, arrays: Arrays) -> np.ndarray:
     return real.astype(shape.dtype)
 
 
-def errors(function: Any, suite: Suite, benchmark: Benchmark, arrays: Arrays) -> tuple[float, float]:
-    """Relative error of a `JaxFunction`, or of what has its methods, against the float64 reference: of the output, and the largest of the gradients.
+class Check(NamedTuple):
+    """A call and what the float64 reference gives for it: the output and the gradients."""
 
-    ||result - reference|| / ||reference|| with both fed the same arrays, rounded to the benchmark's type.
-    """
+    arrays: Arrays
+    cotangent: np.ndarray
+    output: Array
+    gradients: Arrays
+
+
+def check(suite: Suite, benchmark: Benchmark, arrays: Arrays) -> Check:
+    """Runs the reference in float64 on these arrays, which are rounded to the benchmark's type."""
     reference = with_implementation(suite, benchmark, "reference")
     direction = cotangent(reference, arrays)
-    output, gradients = function.results(arrays, direction)
     with jax.enable_x64(True):
         wide = {name: _widen(array) for name, array in arrays.items()}
-        expected, expected_gradients = jax.jit(forward_and_backward(reference))(wide, _widen(direction))
+        return Check(arrays, direction, *jax.jit(forward_and_backward(reference))(wide, _widen(direction)))
+
+
+def errors(function: Any, expected: Check) -> tuple[float, float]:
+    """Relative error of a `JaxFunction`, or of what has its methods: of the output, and the largest of the gradients.
+
+    ||result - reference|| / ||reference||.
+    """
+    output, gradients = function.results(expected.arrays, expected.cotangent)
     return (
-        _relative(output, expected),
-        max(_relative(gradients[name], expected_gradients[name]) for name in gradients),
+        _relative(output, expected.output),
+        max(_relative(gradients[name], expected.gradients[name]) for name in gradients),
     )
 
 

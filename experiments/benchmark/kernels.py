@@ -1,17 +1,18 @@
 """The study `kernels`: every implementation of every primitive, side by side, with errors, memory and floors."""
 
+import contextlib
 import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 
-from experiments.benchmark import calls
+from experiments.benchmark import calls, processes
 from experiments.benchmark.peers import peers
 from experiments.benchmark.timing import Ceilings, interleaved
+from layers.kernels import dispatch
 from layers.kernels.case import Benchmark, Suite
 from layers.kernels.suites import SUITES
 
@@ -29,7 +30,7 @@ class Options:
       narrower: divides the number of heads or channels.
       rounds: measurements of every function.
       peers: whether to time other libraries too.
-      workers: threads that draw inputs and compile.
+      workers: processes that trace and compile.
     """
 
     only: tuple[str, ...] = ()
@@ -39,7 +40,7 @@ class Options:
     narrower: int = 1
     rounds: int = 15
     peers: bool = False
-    workers: int = 4
+    workers: int = 8
 
 
 def selected(only: tuple[str, ...]) -> Iterator[tuple[str, Suite, Benchmark]]:
@@ -78,15 +79,16 @@ def run(
     Raises:
       ValueError: see `selected`.
     """
-    chosen = list(selected(options.only))
-    with ThreadPoolExecutor(options.workers) as pool:
-        prepared = list(pool.map(lambda entry: Study(*entry, options, say), chosen))
-    rows = []
-    for study in prepared:
-        for row in study.measure(ceilings[study.dtype], options.rounds):
-            rows.append(row)
-            report(row)
-    return rows
+    keys = [(name, case.name) for name, _, case in selected(options.only)]
+    return processes.run(functools.partial(_prepare, options, ceilings), keys, options.workers, report, say)
+
+
+def _prepare(
+    options: Options, ceilings: Mapping[str, Ceilings], key: tuple[str, str], say: processes.Say
+) -> processes.Measure:
+    (entry,) = selected(("/".join(key),))
+    study = Study(*entry, options, say)
+    return lambda: study.measure(ceilings[study.dtype], options.rounds)
 
 
 class Study:
@@ -112,12 +114,14 @@ class Study:
         )
         self.dtype = options.dtype or benchmark.dtype
         self._arrays = calls.draw(self.benchmark, self.dtype)
+        self._default = self._choice()
         ours = self._own_functions()
         others = peers(primitive, benchmark.name) if options.peers else {}
         functions = ours | others
         self._cotangent = calls.cotangent(
             calls.with_implementation(suite, self.benchmark, "reference"), self._arrays
         )
+        self._check = calls.check(suite, self._small, calls.draw(self._small, self.dtype))
         self._ours = set(ours)
         self._contestants = {}
         for name, function in functions.items():
@@ -125,23 +129,26 @@ class Study:
             self._contestants[name] = self._prepare(function)
             say(f"{primitive}/{benchmark.name}, {name}: ready after {time.perf_counter() - started:.0f} s")
 
+    def _choice(self) -> str | None:
+        """What `impl=None` takes, or None if it fails."""
+        function = calls.with_implementation(self.suite, self.benchmark, None)
+        with dispatch.noted() as taken, contextlib.suppress(Exception):
+            jax.eval_shape(lambda arrays: function(**arrays), self._arrays)
+        return next((name for primitive, name in taken if primitive == self.primitive), None)
+
     def _own_functions(self) -> dict[str, calls.JaxFunction]:
         on_gpu = self.suite.gpu_implementations if jax.default_backend() == "gpu" else ()
-        names = (*self.suite.implementations, *on_gpu)
-        # What impl=None takes, then each by name: where the choice is wrong, the table shows it.
-        wanted = {"default": None} | ({name: name for name in names} if len(names) > 1 else {})
+        names = dict.fromkeys((self._default, *self.suite.implementations, *on_gpu))
         return {
-            label: calls.JaxFunction(calls.with_implementation(self.suite, self.benchmark, impl))
-            for label, impl in wanted.items()
+            name or "default": calls.JaxFunction(calls.with_implementation(self.suite, self.benchmark, name))
+            for name in names
         }
 
     def _prepare(self, function: Any) -> dict[str, Any]:
         """The compiled functions with their errors and memory, or why there are none."""
         try:
             compiled = function.compiled(self._arrays, self._cotangent)
-            error, gradient_error = calls.errors(
-                function, self.suite, self._small, calls.draw(self._small, self.dtype)
-            )
+            error, gradient_error = calls.errors(function, self._check)
         except Exception as problem:  # noqa: BLE001 - one that fails must not cost the results of the others
             text = (str(problem).splitlines() or [""])[0]
             refused = isinstance(problem, ValueError) and "cannot take this call" in text
@@ -174,7 +181,11 @@ class Study:
         }
         rows = []
         for name, contestant in self._contestants.items():
-            row = common | {"implementation": name, "ours": name in self._ours}
+            row = common | {
+                "implementation": name,
+                "ours": name in self._ours,
+                "default": name == self._default,
+            }
             row |= {key: value for key, value in contestant.items() if key != "functions"}
             if name in able:
                 for part, times, floor in zip(
@@ -186,8 +197,8 @@ class Study:
                         f"{part}_floor_ms": floor,
                         f"{part}_over_floor": times[name].median / floor,
                     }
-                    if "default" in able:
-                        row[f"{part}_over_default"] = times[name].median / times["default"].median
+                    if self._default in able:
+                        row[f"{part}_over_default"] = times[name].median / times[self._default].median
             rows.append(row)
         return rows
 

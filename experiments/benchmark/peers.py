@@ -10,6 +10,7 @@ import importlib.util
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from experiments.benchmark.calls import Function, JaxFunction
 from experiments.benchmark.torch_functions import TorchFunction
@@ -39,7 +40,7 @@ def _associative_scan(a: Any, x: Any) -> Any:
     def step(first, second):
         return first[0] * second[0], second[0] * first[1] + second[1]
 
-    return jax.lax.associative_scan(step, (a, x), axis=1)[1]
+    return jax.lax.associative_scan(step, (jnp.broadcast_to(a, x.shape), x), axis=1)[1]
 
 
 def _dense_attention(q: Any, k: Any, v: Any) -> Any:
@@ -48,6 +49,8 @@ def _dense_attention(q: Any, k: Any, v: Any) -> Any:
 
 PLAIN = {
     ("linear_recurrence", "real"): {"lax.associative_scan": _associative_scan},
+    ("linear_recurrence", "real in bfloat16"): {"lax.associative_scan": _associative_scan},
+    ("linear_recurrence", "complex with fixed factors"): {"lax.associative_scan": _associative_scan},
     ("attention", "causal"): {"jax.nn, dense": _dense_attention},
 }
 

@@ -19,7 +19,7 @@ HEADER = (
 
 def line(row: Row) -> str:
     """One row: milliseconds forward, and forward with backward, beside their floors, memory and errors."""
-    label = f"{row['primitive']}: {row['case']}, {row['implementation']}"
+    label = _label(row)
     if "problem" in row:
         return f"{label:58}  {row['problem']}"
     parts = (
@@ -31,17 +31,22 @@ def line(row: Row) -> str:
     return f"{label:58}  {'  '.join(parts)}  {row['error']:7.1e}  {row['gradient_error']:7.1e}"
 
 
+def _label(row: Row) -> str:
+    chosen = ", our choice" if row["default"] else ""
+    return f"{row['primitive']}: {row['case']}, {row['implementation']}{chosen}"
+
+
 def draw_bars(rows: Sequence[Row], path: Path, title: str) -> None:
     """Draws milliseconds of forward and backward as bars, with the floor as a black mark on each."""
     rows = [row for row in rows if "both_ms" in row]
     figure = Figure(figsize=(10, 1 + 0.22 * len(rows)), layout="constrained")
     axes = figure.subplots()
     heights = range(len(rows))
-    colours = ["C0" if row["implementation"] == "default" else "C7" for row in rows]
+    colours = ["C0" if row["default"] else "C7" for row in rows]
     axes.barh(heights, [row["both_ms"] for row in rows], color=colours, alpha=0.6, label="both passes")
     axes.barh(heights, [row["forward_ms"] for row in rows], color=colours, label="forward")
     axes.plot([row["both_floor_ms"] for row in rows], heights, "k|", markersize=9, label="floor of both")
-    axes.set_yticks(heights, [f"{row['primitive']}: {row['case']}, {row['implementation']}" for row in rows])
+    axes.set_yticks(heights, [_label(row) for row in rows])
     axes.tick_params(axis="y", labelsize=7)
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="milliseconds", title=title)

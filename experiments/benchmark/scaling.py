@@ -2,15 +2,13 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 
-from experiments.benchmark import calls
+from experiments.benchmark import calls, processes
 from experiments.benchmark.kernels import Options, selected
 from experiments.benchmark.timing import interleaved, peak_bytes
-from layers.kernels.case import Benchmark, Suite
 
 # One or two cases of a primitive; those with a kernel of fixed length or a quadratic cost say nothing here.
 CASES = (
@@ -28,7 +26,9 @@ CASES = (
 )
 
 
-def run(options: Options, lengths: Sequence[int], report: Callable[[dict], None]) -> list[dict]:
+def run(
+    options: Options, lengths: Sequence[int], report: Callable[[dict], None], say: processes.Say
+) -> list[dict]:
     """Times both passes at every length, one row of a batch; `report` gets each row as soon as it is known.
 
     Everything is compiled before the first measurement, so that compilers do not slow what is timed.
@@ -36,24 +36,15 @@ def run(options: Options, lengths: Sequence[int], report: Callable[[dict], None]
     Raises:
       ValueError: unknown names in `options.only`.
     """
-    chosen = [(*entry, length, options) for entry in selected(options.only or CASES) for length in lengths]
-    rows = []
-    with ThreadPoolExecutor(options.workers) as pool:
-        prepared = list(pool.map(lambda entry: _prepare(*entry), chosen))
-    while prepared:
-        row, compiled, arguments = prepared.pop(0)
-        call = functools.partial(compiled, *jax.device_put(arguments))
-        timing = interleaved({"both": call}, options.rounds)["both"]
-        row |= {"both_ms": timing.median, "both_quartiles_ms": [timing.low, timing.high]}
-        rows.append(row)
-        report(row)
-    return rows
+    cases = [(primitive, case.name) for primitive, _, case in selected(options.only or CASES)]
+    keys = [(*case, length) for case in cases for length in lengths]
+    return processes.run(functools.partial(_prepare, options), keys, options.workers, report, say)
 
 
-def _prepare(
-    primitive: str, suite: Suite, benchmark: Benchmark, length: int, options: Options
-) -> tuple[dict[str, Any], Any, Any]:
-    """What is known without a measurement, both passes compiled, and their arguments."""
+def _prepare(options: Options, key: tuple[str, str, int], say: processes.Say) -> processes.Measure:
+    """Compiles both passes at one length."""
+    *case, length = key
+    ((primitive, suite, benchmark),) = selected(("/".join(case),))
     sized = benchmark.resized(1, length, options.narrower)
     dtype = options.dtype or benchmark.dtype
     arrays = calls.draw(sized, dtype)
@@ -68,4 +59,11 @@ def _prepare(
         shapes={name: list(array.shape) for name, array in arrays.items()},
         both_peak_bytes=peak_bytes(compiled),
     )
-    return row, compiled, arguments
+    say(f"{primitive}/{benchmark.name}, {length} tokens: ready")
+
+    def measure() -> list[dict[str, Any]]:
+        call = functools.partial(compiled, *jax.device_put(arguments))
+        timing = interleaved({"both": call}, options.rounds)["both"]
+        return [row | {"both_ms": timing.median, "both_quartiles_ms": [timing.low, timing.high]}]
+
+    return measure

@@ -1,7 +1,6 @@
 """Functions of PyTorch tensors, such as Triton kernels, timed on the arrays that JAX functions are timed on."""
 
 import dataclasses
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +8,6 @@ import jax
 import numpy as np
 
 from experiments.benchmark.calls import Arrays, Compiled, split
-
-# PyTorch counts what all threads allocate, and its compilers try kernels out by timing them.
-_ALONE = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +21,7 @@ class TorchFunction:
         function = self.load()
         passes = _Passes(function, *jax.device_put((arrays, cotangent)))
         arguments = sum(array.nbytes for array in arrays.values())
-        with _ALONE:
-            forward, both = _peak_bytes(passes.forward), _peak_bytes(passes.both)
+        forward, both = _peak_bytes(passes.forward), _peak_bytes(passes.both)
         return Compiled(
             # Tensors are views of JAX's arrays, made anew for every call, so that none outlives its study.
             lambda arrays: _Passes(function, arrays).forward(),
@@ -38,8 +33,7 @@ class TorchFunction:
     def results(self, arrays: Arrays, cotangent: np.ndarray) -> tuple[np.ndarray, Arrays]:
         """The output and the gradients, as numpy arrays."""
         passes = _Passes(self.load(), *jax.device_put((arrays, cotangent)))
-        with _ALONE:
-            output, gradients = passes.both().block_until_ready().values
+        output, gradients = passes.both().block_until_ready().values
         return _array(output), {name: _array(gradient) for name, gradient in gradients.items()}
 
 

@@ -16,7 +16,7 @@ from experiments.benchmark import calls, kernels, peers, report, scaling, timing
 from layers.kernels.suites import SUITES
 
 SMALL = kernels.Options(
-    only=("linear_recurrence",),
+    only=("linear_recurrence/real",),
     dtype="float32",
     batch=2,
     time=16,
@@ -58,8 +58,10 @@ def test_errors_notice_a_wrong_result_and_a_wrong_gradient():
     arrays = calls.draw(case, "float32")
     right = calls.with_implementation(suite, case, None)
 
+    check = calls.check(suite, case, arrays)
+
     def errors(function):
-        return calls.errors(calls.JaxFunction(function), suite, case, arrays)
+        return calls.errors(calls.JaxFunction(function), check)
 
     assert max(errors(right)) < 1e-6
     error, gradient_error = errors(lambda **a: 1.1 * right(**a))
@@ -83,10 +85,11 @@ def test_a_study_times_everything_and_records_what_fails(monkeypatch):
     rows = {row["implementation"]: row for row in kernels.run(SMALL, CEILINGS, printed.append, said.append)}
     assert [line.split(": ready")[0] for line in said] == [f"linear_recurrence/real, {name}" for name in rows]
     assert list(rows) == [row["implementation"] for row in printed]
-    assert set(rows) >= {"default", "lax.associative_scan", "broken"}
+    assert {name for name, row in rows.items() if row["default"]} == {"xla"}
+    assert set(rows) == {"xla", "lax.associative_scan", "broken"}
     assert rows["broken"]["problem"] == "NotImplementedError: not on this device"
     assert "not on this device" in report.line(rows["broken"])
-    for name in ("default", "lax.associative_scan"):
+    for name in ("xla", "lax.associative_scan"):
         row = rows[name]
         assert row["error"] < 1e-6
         assert row["gradient_error"] < 1e-6
@@ -147,7 +150,7 @@ def test_unknown_names_are_refused():
 
 def test_scaling_covers_every_linear_primitive_and_draws(tmp_path):
     assert {name.partition("/")[0] for name in scaling.CASES} == set(SUITES)
-    rows = scaling.run(dataclasses.replace(SMALL, only=("short_conv",)), (16, 32), lambda row: None)
+    rows = scaling.run(dataclasses.replace(SMALL, only=("short_conv",)), (16, 32), lambda row: None, print)
     assert [row["time"] for row in rows] == [16, 32]
     assert rows[1]["both_peak_bytes"] > rows[0]["both_peak_bytes"]
     report.draw_scaling(rows, tmp_path / "scaling.png", "test")
@@ -158,7 +161,7 @@ def test_bars_are_drawn(tmp_path):
     rows = kernels.run(SMALL, CEILINGS, lambda row: None, print)
     report.draw_bars(rows, tmp_path / "bars.png", "test")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
-    assert "linear_recurrence: real, default" in report.line(rows[0])
+    assert "linear_recurrence: real, xla, our choice" in report.line(rows[0])
 
 
 def test_bfloat16_inputs_reach_everything_as_such():

@@ -22,9 +22,9 @@ def _complex_normal(rng, *shape):
     return rng.standard_normal(shape) + 1j * rng.standard_normal(shape)
 
 
-def _invariant(rng, batch, time):
-    arguments = _complex(rng, batch, time)
-    return {**arguments, "a": arguments["a"][:1, :1] if time else np.ones((1, 1, WIDTH), complex)}
+def _invariant(rng, batch, time, width=WIDTH):
+    arguments = _complex(rng, batch, time, width)
+    return {**arguments, "a": arguments["a"][:1, :1] if time else np.ones((1, 1, width), complex)}
 
 
 def _real_input(rng, batch, time):
@@ -83,6 +83,31 @@ SUITE = Suite(
             backward_bytes=5 * 4 * _ELEMENTS,
             forward_flops=2 * _ELEMENTS,
             backward_flops=3 * _ELEMENTS,
+            matrix_products=False,
+        ),
+        Benchmark(
+            "real in bfloat16",
+            8,
+            4096,
+            lambda rng, batch, time, narrow: _real(rng, batch, time, 2048 // narrow),
+            "bfloat16",
+            forward_bytes=3 * 2 * _ELEMENTS,
+            backward_bytes=5 * 2 * _ELEMENTS,
+            forward_flops=2 * _ELEMENTS,
+            backward_flops=3 * _ELEMENTS,
+            matrix_products=False,
+        ),
+        # As S5 and LRU call it; half as many channels, which are as many numbers.
+        Benchmark(
+            "complex with fixed factors",
+            8,
+            4096,
+            lambda rng, batch, time, narrow: _invariant(rng, batch, time, 1024 // narrow),
+            "float32",
+            forward_bytes=2 * 4 * _ELEMENTS,
+            backward_bytes=3 * 4 * _ELEMENTS,
+            forward_flops=4 * _ELEMENTS,
+            backward_flops=8 * _ELEMENTS,
             matrix_products=False,
         ),
     ),
