@@ -39,9 +39,8 @@ def main(argv: list[str]) -> int:
     if values.verbosity <= 0:  # absl's default shows every move of every library
         logging.set_verbosity(logging.WARNING)
     study = argv[1]
-    # Several processes share the accelerator, and each would take most of its memory at once.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
+        _share_memory(1 if study == "tune" else values.workers or kernels.Options.workers)
         options = _options(values)
         lengths = tuple(map(int, values.lengths))
         chosen = [] if study == "tune" else list(kernels.selected(options.only))
@@ -70,25 +69,34 @@ def main(argv: list[str]) -> int:
         rows.append(row)
         write_atomically(folder / f"{study}.json", to_json_text(record | {"rows": rows}))
 
+    problems = []
+    try:
+        if study == "kernels":
+            limits = {dtype: ceilings(dtype) for dtype in {options.dtype or c.dtype for _, _, c in chosen}}
+            record["ceilings"] = {dtype: limit._asdict() for dtype, limit in limits.items()}
+            print(f"{device}; {_describe(limits)}\n{report.HEADER}", flush=True)
+            kernels.run(options, limits, lambda row: add(row, report.line(row)), say)
+        else:
+            print(f"{device}; one row; both passes", flush=True)
+            scaling.run(options, lengths, lambda row: add(row, _scaling_line(row)), say)
+    except RuntimeError as error:
+        problems.append(str(error))
     if study == "kernels":
-        limits = {dtype: ceilings(dtype) for dtype in {options.dtype or case.dtype for _, _, case in chosen}}
-        record["ceilings"] = {dtype: limit._asdict() for dtype, limit in limits.items()}
-        print(f"{device}; {_describe(limits)}\n{report.HEADER}", flush=True)
-        kernels.run(
-            options,
-            limits,
-            lambda row: add(row, report.line(row)),
-            say,
-        )
-        report.draw_bars(rows, folder / "kernels.png", device)
-    else:
-        print(f"{device}; one row; both passes", flush=True)
-        scaling.run(options, lengths, lambda row: add(row, _scaling_line(row)), say)
-        report.draw_scaling(rows, folder / "scaling.png", device)
-    failed = kernels.failures(rows) if study == "kernels" else []
-    for row in failed:
-        print(f"{row['primitive']}/{row['case']}, {row['implementation']}: {row['problem']}", file=sys.stderr)
-    return 1 if failed else 0
+        problems += [report.line(row) for row in kernels.failures(rows)]
+    if rows:
+        draw = report.draw_bars if study == "kernels" else report.draw_scaling
+        draw(rows, folder / f"{study}.png", device)
+    for problem in problems:
+        say(problem)
+    return 1 if problems else 0
+
+
+def _share_memory(workers: int) -> None:
+    """Gives each of the processes that share the accelerator, and this one, a part of its memory, taken when needed."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault(
+        "XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.95 / (workers + 1) if workers > 1 else 0.9:.3f}"
+    )
 
 
 def _tune(only: tuple[str, ...], values: Any, folder: Path, record: dict[str, Any]) -> int:
@@ -141,6 +149,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     flags.DEFINE_integer("narrower", None, "Divides the number of heads or channels: 1, 2, 4 or 8.")
     flags.DEFINE_integer("rounds", None, "Measurements of every function.", lower_bound=1)
     flags.DEFINE_integer("workers", None, "Processes that trace and compile.", lower_bound=1)
+    flags.DEFINE_float("patience", None, "Seconds for one implementation to get ready, or it is left out.")
     flags.DEFINE_list("lengths", ["2048", "8192", "32768", "131072"], "Tokens in a row, for `scaling`.")
     return app.parse_flags_with_usage(argv)
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from layers.kernels import dispatch
 from layers.kernels.case import Benchmark, Suite
 from layers.kernels.suites import SUITES
 
-ERROR_TIME, ERROR_NARROWER = 512, 8
+ERROR_TIME = 256  # where the float64 reference and all its intermediate states fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Options:
       rounds: measurements of every function.
       peers: whether to time other libraries too.
       workers: processes that trace and compile.
+      patience: seconds that one implementation of a case may take to get ready; no limit if None.
     """
 
     only: tuple[str, ...] = ()
@@ -40,7 +42,8 @@ class Options:
     narrower: int = 1
     rounds: int = 15
     peers: bool = False
-    workers: int = 8
+    workers: int = 4
+    patience: float | None = None
 
 
 def selected(only: tuple[str, ...]) -> Iterator[tuple[str, Suite, Benchmark]]:
@@ -91,6 +94,25 @@ def _prepare(
     return lambda: study.measure(ceilings[study.dtype], options.rounds)
 
 
+@contextlib.contextmanager
+def _within(seconds: float | None) -> Iterator[None]:
+    """Raises TimeoutError inside the block when the time is over, as soon as Python runs again; in the main thread only."""
+    if seconds is None:
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not ready within {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 class Study:
     """One benchmark: its inputs on the host, and everything that computes it, compiled and checked.
 
@@ -107,11 +129,12 @@ class Study:
         say: Callable[[str], None],
     ):
         self.primitive, self.suite = primitive, suite
-        # Errors are measured on less, where the float64 reference and all its intermediate states fit.
-        self._small = benchmark.resized(1, min(options.time or benchmark.time, ERROR_TIME), ERROR_NARROWER)
         self.benchmark = benchmark.resized(
             options.batch or benchmark.batch, options.time or benchmark.time, options.narrower
         )
+        # As many heads as are timed: compilers that try kernels out do it anew for another number.
+        self._small = self.benchmark.resized(1, min(self.benchmark.time, ERROR_TIME))
+        self._patience = options.patience
         self.dtype = options.dtype or benchmark.dtype
         self._arrays = calls.draw(self.benchmark, self.dtype)
         self._default = self._choice()
@@ -147,8 +170,9 @@ class Study:
     def _prepare(self, function: Any) -> dict[str, Any]:
         """The compiled functions with their errors and memory, or why there are none."""
         try:
-            compiled = function.compiled(self._arrays, self._cotangent)
-            error, gradient_error = calls.errors(function, self._check)
+            with _within(self._patience):
+                compiled = function.compiled(self._arrays, self._cotangent)
+                error, gradient_error = calls.errors(function, self._check)
         except Exception as problem:  # noqa: BLE001 - one that fails must not cost the results of the others
             text = (str(problem).splitlines() or [""])[0]
             refused = isinstance(problem, ValueError) and "cannot take this call" in text

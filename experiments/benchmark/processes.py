@@ -31,36 +31,54 @@ def run(
       say: gets the lines that `prepare` says.
 
     Raises:
-      RuntimeError: a process ended early; what it raised is on its standard error.
+      RuntimeError: processes ended early, as they do when they raise something, which is then on their standard error. All that
+        the others measure is reported before.
     """
     if workers == 1 or len(keys) < 2:
         ready = [prepare(key, say) for key in keys]
         return [_reported(row, report) for measure in ready for row in measure()]
     context = multiprocessing.get_context("spawn")
-    rows, started = [], []
+    started = {}
     try:
         for part in _parts(keys, workers):
-            ours, theirs = context.Pipe()
+            pipe, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(prepare, part, theirs), daemon=True)
             process.start()
             theirs.close()
-            started.append((process, ours, part))
-        waiting = {pipe: part for _, pipe, part in started}
-        while waiting:
-            for pipe in wait(list(waiting)):
-                what, value = _received(pipe, waiting[pipe])
-                if what == "said":
-                    say(value)
-                else:
-                    del waiting[pipe]
-        for process, pipe, part in started:
-            pipe.send("measure")
-            while (message := _received(pipe, part))[0] != "done":
-                rows.append(_reported(message[1], report))
-            process.join()  # it gives its memory back before the next needs it
+            started[pipe] = process, part
+        rows = _measured(_prepared(list(started), say), report)
+        lost = [part for process, part in started.values() if process.join() or process.exitcode]
     finally:
-        for process, *_ in started:
+        for process, _ in started.values():
             process.kill()
+    if lost:
+        raise RuntimeError(
+            f"processes ended that had to measure {', '.join(str(k) for p in lost for k in p)}"
+        )
+    return rows
+
+
+def _prepared(pipes: list[Connection], say: Say) -> list[Connection]:
+    """Waits until every process is ready or has ended; those that are ready."""
+    waiting, ended = set(pipes), set()
+    while waiting:
+        for pipe in wait(waiting):
+            what, value = _received(pipe)
+            if what == "said":
+                say(value)
+                continue
+            waiting.remove(pipe)
+            if what == "ended":
+                ended.add(pipe)
+    return [pipe for pipe in pipes if pipe not in ended]
+
+
+def _measured(pipes: list[Connection], report: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
+    rows = []
+    for pipe in pipes:
+        pipe.send("measure")
+        while (message := _received(pipe))[0] == "row":
+            rows.append(_reported(message[1], report))
     return rows
 
 
@@ -78,14 +96,13 @@ def _serve(prepare: Prepare, keys: Sequence[Hashable], pipe: Connection) -> None
     for measure in measurements:
         for row in measure():
             pipe.send(("row", row))
-    pipe.send(("done", None))
 
 
-def _received(pipe: Connection, part: Sequence[Hashable]) -> tuple[str, Any]:
+def _received(pipe: Connection) -> tuple[str, Any]:
     try:
         return pipe.recv()
     except EOFError:
-        raise RuntimeError(f"the process that had to measure {', '.join(map(str, part))} ended") from None
+        return "ended", None
 
 
 def _reported(row: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

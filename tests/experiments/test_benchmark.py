@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -99,6 +100,20 @@ def test_a_study_times_everything_and_records_what_fails(monkeypatch):
         assert row["both_over_floor"] == pytest.approx(row["both_ms"] / row["both_floor_ms"])
         assert row["both_peak_bytes"] > 3 * 4 * 2 * 16 * 256
     json.dumps(list(rows.values()), allow_nan=False)
+
+
+def test_what_is_not_ready_in_time_is_left_out(monkeypatch):
+    def slow(a, x):
+        time.sleep(30)
+
+    monkeypatch.setitem(peers.PLAIN[("linear_recurrence", "real")], "slow", slow)
+    rows = kernels.run(dataclasses.replace(SMALL, patience=4.0), CEILINGS, lambda row: None, print)
+    problems = {row["implementation"]: row.get("problem") for row in rows}
+    assert problems == {
+        "xla": None,
+        "lax.associative_scan": None,
+        "slow": "TimeoutError: not ready within 4 s",
+    }
 
 
 def test_what_fails_of_ours_is_told_apart_from_what_refuses(monkeypatch):

@@ -37,6 +37,8 @@ def test_everything_is_ready_before_anything_is_measured(workers, count):
     assert max(row["ready"] for row in rows) <= measured[0]
 
 
-def test_a_process_that_ends_early_is_named():
-    with pytest.raises(RuntimeError, match="had to measure 2, 3 ended"):
-        processes.run(end_early, range(4), 2, print, print)
+def test_a_process_that_ends_early_is_named_and_costs_nothing_of_the_others():
+    reported = []
+    with pytest.raises(RuntimeError, match="had to measure 2, 3$"):
+        processes.run(end_early, range(6), 3, reported.append, print)
+    assert [row["key"] for row in reported] == [0, 1, 4, 5]

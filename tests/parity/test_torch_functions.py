@@ -22,14 +22,16 @@ def attention():
 def test_errors_of_a_right_and_of_a_wrong_function(attention):
     suite, case, arrays = attention
     right = peers("attention", "causal")[NAME]
-    assert max(calls.errors(right, suite, case, arrays)) < 1e-6
+    assert max(calls.errors(right, calls.check(suite, case, arrays))) < 1e-6
     wrong = TorchFunction(lambda: lambda q, k, v: 1.1 * right.load()(q, k, v))
-    assert calls.errors(wrong, suite, case, arrays) == pytest.approx((0.1, 0.1), rel=1e-3)
+    assert calls.errors(wrong, calls.check(suite, case, arrays)) == pytest.approx((0.1, 0.1), rel=1e-3)
 
     def half_gradient(q, k, v):
         return right.load()(q, k, v / 2 + v.detach() / 2)
 
-    error, gradient_error = calls.errors(TorchFunction(lambda: half_gradient), suite, case, arrays)
+    error, gradient_error = calls.errors(
+        TorchFunction(lambda: half_gradient), calls.check(suite, case, arrays)
+    )
     assert error < 1e-6
     assert gradient_error == pytest.approx(0.5, rel=1e-3)
 
