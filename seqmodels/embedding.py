@@ -57,8 +57,7 @@ class Embedding(nnx.Module):
         numbers, positions, new_place = walk(begin, segment_ids, x.shape[:2])
         positions = jnp.where(numbers == 0, 0, positions)
         if self.config.absolute_positions == "learned":
-            table = self.positions[...].astype(self.dtype)
-            added = table.at[positions].get(mode="fill", fill_value=jnp.nan)
+            added = self.positions[...].at[positions].get(mode="fill", fill_value=jnp.nan).astype(self.dtype)
         else:
             added = sinusoidal(positions, x.shape[2]).astype(self.dtype)
             if self.config.vocab_size is not None:
@@ -71,7 +70,9 @@ class Embedding(nnx.Module):
                 raise ValueError(
                     f"inputs are {inputs.dtype}{list(inputs.shape)}; expected integer token ids (b, t)"
                 )
-            return self.table[...].astype(self.dtype)[inputs]
+            # Converted after the look-up, so that the gradients of a token's many places are added up in float32: in
+            # bfloat16 the sum stops growing, and GPUs have no fast addition to memory for it.
+            return self.table[...][inputs].astype(self.dtype)
         if inputs.ndim != 3 or inputs.shape[-1] != self.config.input_size:
             raise ValueError(f"inputs have shape {inputs.shape}; expected (b, t, {self.config.input_size})")
         return self.map(inputs)

@@ -212,6 +212,19 @@ def test_untied_output_matrix_and_bfloat16():
     assert model.head.kernel.shape == (8, 7)
 
 
+def test_gradients_of_tables_are_summed_in_float32():
+    model = make("language_model", dtype="bfloat16", absolute_positions="learned", max_positions=4)
+    graph, parameters = nnx.split(model.embedding)
+
+    def loss(parameters):
+        x, _ = nnx.merge(graph, parameters)(jnp.full((500, 3), 2))
+        return x.astype(jnp.float32).sum()
+
+    gradients = jax.jit(jax.grad(loss))(parameters)
+    np.testing.assert_array_equal(gradients.table[...][:, 0], [0, 0, 1500, 0, 0, 0, 0])
+    np.testing.assert_array_equal(gradients.positions[...][:, 0], [500, 500, 500, 0])
+
+
 def test_vectors_as_inputs():
     model = make(vocab_size=None, input_size=2)
     logits, _ = model(jnp.ones((2, 5, 2)))
