@@ -2,14 +2,15 @@
 
     python -m experiments.profile --config=configs/lra/listops.py:mixer=s5 --out=profiles/listops-s5 --width=960
 
-Uses one GPU, a full batch of one bucket width, and the state before the first step. Prints a table and writes
+Uses one GPU, a full batch of one bucket width, and the state before the first step. `--prefer=linear_recurrence/gpu` takes
+an implementation of a primitive wherever it can be taken, to compare them in a whole model. Prints a table and writes
 profile.json. Exit codes: 0 done; 2 no GPU, or the config or an argument cannot be used.
 """
 
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from experiments.files import to_json_text, write_atomically
 from experiments.hlo_sources import attribute, kernel_sources
 from experiments.run_directory import git_revision, versions
 from experiments.train_state import initial_state
+from layers.kernels import dispatch
+from layers.kernels.suites import SUITES
 
 ROOT = Path(__file__).absolute().parents[1]
 WARM_UP = 5
@@ -59,6 +62,7 @@ def main(argv: list[str]) -> int:
         devices = Devices.first(1)
         plan.check_devices(devices)
         batch = training_batch(plan, values.width)
+        prefer = preferences(values.prefer)
     except REFUSALS as error:
         return refuse(error)
     record = dict(
@@ -69,10 +73,27 @@ def main(argv: list[str]) -> int:
         batch={name: list(array.shape) for name, array in batch.items()},
         steps=values.steps,
     )
-    record |= profile_step(plan, devices, batch, values.steps)
+    with dispatch.preferred(prefer):
+        record |= profile_step(plan, devices, batch, values.steps)
     write_atomically(folder / "profile.json", to_json_text(record))
     print(describe(record))
     return 0
+
+
+def preferences(names: Sequence[str]) -> dict[str, str]:
+    """Implementations by primitive, from "primitive/implementation".
+
+    Raises:
+      ValueError: there is no such primitive or implementation.
+    """
+    known = [
+        f"{primitive}/{impl}"
+        for primitive, suite in SUITES.items()
+        for impl in ("reference", *suite.implementations, *suite.gpu_implementations)
+    ]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"prefer={unknown[0]!r} is no implementation; choose from {', '.join(known)}")
+    return dict(name.split("/") for name in names)
 
 
 def training_batch(plan: experiment.Experiment, width: int | None) -> dict[str, np.ndarray]:
@@ -185,6 +206,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     flags.DEFINE_string("out", None, "Folder for profile.json; made if it does not exist.")
     flags.DEFINE_integer("width", None, "Width of the batch; that of most sequences if not given.")
     flags.DEFINE_integer("steps", 10, "Steps to time, and to trace.", lower_bound=1)
+    flags.DEFINE_list("prefer", [], "Implementations to take, as primitive/implementation.")
     flags.mark_flags_as_required(["config", "out"])
     try:
         return app.parse_flags_with_usage(argv)

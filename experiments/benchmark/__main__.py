@@ -8,7 +8,8 @@
 the forward pass and of both passes, the ratio to the floor, the ratio to what `impl=None` takes, memory, and errors
 against the float64 reference. The floor is the larger of the fewest bytes over the bandwidth of a copy and the
 arithmetic over the rate of the unit that does it, both measured at the start. On a CPU the sizes are smaller and the
-inputs float32. `tune` checks and times layouts of the GPU kernels and writes tune.json. Exit codes: 0 done; 1 one of
+inputs float32. On a GPU `--workers` processes get everything ready side by side, which takes longer than timing it;
+`--patience` bounds it. `tune` checks and times layouts of the GPU kernels and writes tune.json. Exit codes: 0 done; 1 one of
 our implementations failed, the others are in the table; 2 an argument cannot be used.
 """
 

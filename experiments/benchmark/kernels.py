@@ -94,6 +94,12 @@ def _prepare(
     return lambda: study.measure(ceilings[study.dtype], options.rounds)
 
 
+def _refusal(problem: Exception) -> dict[str, Any]:
+    text = (str(problem).splitlines() or [""])[0]
+    refused = isinstance(problem, ValueError) and "cannot take this call" in text
+    return {"problem": f"{type(problem).__name__}: {text[:200]}", "refused": refused}
+
+
 @contextlib.contextmanager
 def _within(seconds: float | None) -> Iterator[None]:
     """Raises TimeoutError inside the block when the time is over, as soon as Python runs again; in the main thread only."""
@@ -174,9 +180,7 @@ class Study:
                 compiled = function.compiled(self._arrays, self._cotangent)
                 error, gradient_error = calls.errors(function, self._check)
         except Exception as problem:  # noqa: BLE001 - one that fails must not cost the results of the others
-            text = (str(problem).splitlines() or [""])[0]
-            refused = isinstance(problem, ValueError) and "cannot take this call" in text
-            return {"problem": f"{type(problem).__name__}: {text[:200]}", "refused": refused}
+            return _refusal(problem)
         return {
             "functions": (compiled.forward, compiled.both),
             "error": error,
@@ -188,9 +192,22 @@ class Study:
     def measure(self, ceilings: Ceilings, rounds: int) -> list[dict[str, Any]]:
         """A row for everything that computes this benchmark."""
         arrays, cotangent = jax.device_put((self._arrays, self._cotangent))
-        able = {name: c for name, c in self._contestants.items() if "functions" in c}
-        forward = {name: functools.partial(c["functions"][0], arrays) for name, c in able.items()}
-        both = {name: functools.partial(c["functions"][1], arrays, cotangent) for name, c in able.items()}
+        able = {
+            name: (
+                functools.partial(c["functions"][0], arrays),
+                functools.partial(c["functions"][1], arrays, cotangent),
+            )
+            for name, c in self._contestants.items()
+            if "functions" in c
+        }
+        for name, passes in list(able.items()):
+            try:
+                for run in passes:
+                    jax.block_until_ready(run())
+            except Exception as problem:  # noqa: BLE001 - the memory may not do for all
+                del able[name]
+                self._contestants[name] = _refusal(problem)
+        forward, both = ({name: passes[part] for name, passes in able.items()} for part in (0, 1))
         forward_times, both_times = interleaved(forward, rounds), interleaved(both, rounds)
         floors = self._floors(ceilings)
         common = {

@@ -22,6 +22,7 @@ class TorchFunction:
         passes = _Passes(function, *jax.device_put((arrays, cotangent)))
         arguments = sum(array.nbytes for array in arrays.values())
         forward, both = _peak_bytes(passes.forward), _peak_bytes(passes.both)
+        _give_back()
         return Compiled(
             # Tensors are views of JAX's arrays, made anew for every call, so that none outlives its study.
             lambda arrays: _Passes(function, arrays).forward(),
@@ -34,7 +35,10 @@ class TorchFunction:
         """The output and the gradients, as numpy arrays."""
         passes = _Passes(self.load(), *jax.device_put((arrays, cotangent)))
         output, gradients = passes.both().block_until_ready().values
-        return _array(output), {name: _array(gradient) for name, gradient in gradients.items()}
+        results = _array(output), {name: _array(gradient) for name, gradient in gradients.items()}
+        del output, gradients
+        _give_back()
+        return results
 
 
 class _Launched:
@@ -90,6 +94,14 @@ def _peak_bytes(run: Callable[[], _Launched]) -> int:
     before = torch.cuda.memory_allocated()
     run().block_until_ready()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _give_back() -> None:
+    """Gives memory that PyTorch keeps for later back to the GPU, which other processes share."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _array(tensor: Any) -> np.ndarray:

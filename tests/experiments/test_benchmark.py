@@ -116,6 +116,20 @@ def test_what_is_not_ready_in_time_is_left_out(monkeypatch):
     }
 
 
+def test_what_fails_when_it_runs_costs_nothing_of_the_others():
+    study = kernels.Study(
+        "linear_recurrence", SUITES["linear_recurrence"], benchmark("linear_recurrence"), SMALL, print
+    )
+
+    def exhausted(*_):
+        raise RuntimeError("out of memory\nin detail")
+
+    study._contestants["lax.associative_scan"]["functions"] = (exhausted, exhausted)
+    rows = {row["implementation"]: row for row in study.measure(CEILINGS["float32"], 1)}
+    assert rows["lax.associative_scan"]["problem"] == "RuntimeError: out of memory"
+    assert rows["xla"]["both_ms"] > 0
+
+
 def test_what_fails_of_ours_is_told_apart_from_what_refuses(monkeypatch):
     suite = SUITES["linear_recurrence"]
 

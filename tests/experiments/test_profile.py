@@ -194,3 +194,12 @@ def test_without_a_gpu_the_command_refuses_before_anything_is_made(tmp_path):
     assert done.stderr == ("Profiling needs a GPU, whose kernels the trace names; JAX has found cpu only.\n")
     assert done.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_preferences():
+    assert profile.preferences(["linear_recurrence/gpu", "attention/xla"]) == {
+        "linear_recurrence": "gpu",
+        "attention": "xla",
+    }
+    with pytest.raises(ValueError, match="prefer='linear_recurrence/cpu' is no implementation"):
+        profile.preferences(["linear_recurrence/cpu"])

@@ -1,0 +1,46 @@
+"""Which implementation a call takes: the first that may, the one that is named, or the one that is preferred."""
+
+import pytest
+
+from layers.kernels.dispatch import Implementation, dispatch, noted, preferred
+
+IMPLEMENTATIONS = {
+    "even": Implementation(lambda x: ("even", x), refuses=lambda x: "it is odd" if x % 2 else None),
+    "small": Implementation(lambda x: ("small", x), automatic=lambda x: x < 10),
+    "by name": Implementation(lambda x: ("by name", x), automatic=lambda x: False),
+    "reference": Implementation(lambda x: ("reference", x), automatic=lambda x: False),
+}
+
+
+def taken(x, impl=None):
+    return dispatch("parity", IMPLEMENTATIONS, impl, x=x)[0]
+
+
+def test_the_first_that_may_and_can_is_taken():
+    assert [taken(x) for x in (2, 3, 12, 13)] == ["even", "small", "even", "reference"]
+    assert taken(2, "by name") == "by name"
+
+
+def test_names_that_cannot_be_taken():
+    with pytest.raises(ValueError, match="impl='even' of parity cannot take this call: it is odd"):
+        taken(3, "even")
+    with pytest.raises(ValueError, match="'evn' is not an implementation of parity.*did you mean 'even'"):
+        taken(3, "evn")
+
+
+def test_what_is_preferred_is_taken_where_it_can_be_and_nothing_is_named():
+    with preferred({"parity": "by name", "other": "even"}):
+        assert taken(2) == "by name"
+        assert taken(2, "small") == "small"
+    with preferred({"parity": "even"}):
+        assert [taken(12), taken(3)] == ["even", "small"]
+    with preferred({"parity": "none"}), pytest.raises(ValueError, match="'none' is not an implementation"):
+        taken(2)
+    assert taken(3) == "small"
+
+
+def test_calls_are_noted():
+    with noted() as names:
+        taken(2), taken(3), taken(3, "by name")
+    taken(2)
+    assert names == [("parity", "even"), ("parity", "small"), ("parity", "by name")]
