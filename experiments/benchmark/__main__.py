@@ -10,7 +10,7 @@ against the float64 reference. The floor is the larger of the fewest bytes over 
 arithmetic over the rate of the unit that does it, both measured at the start. On a CPU the sizes are smaller and the
 inputs float32. On a GPU `--workers` processes get everything ready side by side, which takes longer than timing it;
 `--patience` bounds it. `tune` checks and times layouts of the GPU kernels and writes tune.json. Exit codes: 0 done; 1 one of
-our implementations failed, the others are in the table; 2 an argument cannot be used.
+our implementations failed or a process ended, the others are in the table; 2 an argument cannot be used.
 """
 
 import os
