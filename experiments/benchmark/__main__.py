@@ -22,6 +22,7 @@ import jax
 from absl import app, flags, logging
 
 from experiments.benchmark import kernels, report, scaling, tune
+from experiments.benchmark.processes import EndedEarly
 from experiments.benchmark.timing import ceilings
 from experiments.command_line import REFUSALS, refuse
 from experiments.devices import Devices
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
         else:
             print(f"{device}; one row; both passes", flush=True)
             scaling.run(options, lengths, lambda row: add(row, _scaling_line(row)), say)
-    except RuntimeError as error:
+    except EndedEarly as error:
         problems.append(str(error))
     if study == "kernels":
         problems += [report.line(row) for row in kernels.failures(rows)]

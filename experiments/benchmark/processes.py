@@ -4,6 +4,7 @@ Python traces one program at a time in a process, and tracing kernels takes long
 while something is timed.
 """
 
+import contextlib
 import itertools
 import multiprocessing
 from collections.abc import Callable, Hashable, Sequence
@@ -13,6 +14,10 @@ from typing import Any
 Say = Callable[[str], None]
 Measure = Callable[[], list[dict[str, Any]]]
 Prepare = Callable[[Any, Say], Measure]
+
+
+class EndedEarly(RuntimeError):
+    """Processes ended before they had measured what they had to."""
 
 
 def run(
@@ -31,8 +36,8 @@ def run(
       say: gets the lines that `prepare` says.
 
     Raises:
-      RuntimeError: processes ended early, as they do when they raise something, which is then on their standard error. All that
-        the others measure is reported before.
+      EndedEarly: as processes do that raise something, which is then on their standard error. All that the others measure is
+        reported before.
     """
     if workers == 1 or len(keys) < 2:
         ready = [prepare(key, say) for key in keys]
@@ -52,9 +57,7 @@ def run(
         for process, _ in started.values():
             process.kill()
     if lost:
-        raise RuntimeError(
-            f"processes ended that had to measure {', '.join(str(k) for p in lost for k in p)}"
-        )
+        raise EndedEarly(f"processes ended that had to measure {', '.join(str(k) for p in lost for k in p)}")
     return rows
 
 
@@ -76,7 +79,8 @@ def _prepared(pipes: list[Connection], say: Say) -> list[Connection]:
 def _measured(pipes: list[Connection], report: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
     rows = []
     for pipe in pipes:
-        pipe.send("measure")
+        with contextlib.suppress(BrokenPipeError):  # it has ended since; the next line finds that out
+            pipe.send("measure")
         while (message := _received(pipe))[0] == "row":
             rows.append(_reported(message[1], report))
     return rows

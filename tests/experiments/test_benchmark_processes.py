@@ -23,6 +23,11 @@ def end_early(key, say):
     return lambda: [{"key": key}]
 
 
+def end_when_measured(key, say):
+    """Ends the process of one of the keys when it is to measure."""
+    return lambda: os._exit(3) if key == 2 else [{"key": key}]
+
+
 @pytest.mark.parametrize("workers, count", [(1, 1), (2, 2), (8, 4)])
 def test_everything_is_ready_before_anything_is_measured(workers, count):
     reported, said = [], []
@@ -37,8 +42,9 @@ def test_everything_is_ready_before_anything_is_measured(workers, count):
     assert max(row["ready"] for row in rows) <= measured[0]
 
 
-def test_a_process_that_ends_early_is_named_and_costs_nothing_of_the_others():
+@pytest.mark.parametrize("prepare", [end_early, end_when_measured])
+def test_a_process_that_ends_early_is_named_and_costs_nothing_of_the_others(prepare):
     reported = []
-    with pytest.raises(RuntimeError, match="had to measure 2, 3$"):
-        processes.run(end_early, range(6), 3, reported.append, print)
+    with pytest.raises(processes.EndedEarly, match="had to measure 2, 3$"):
+        processes.run(prepare, range(6), 3, reported.append, print)
     assert [row["key"] for row in reported] == [0, 1, 4, 5]
