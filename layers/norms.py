@@ -104,12 +104,12 @@ class BatchNorm(nnx.Module):
 
 def _moments(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Mean and (biased) variance over batch and time of the tokens that the mask keeps."""
-    if mask is None:
-        mean = x.mean((0, 1))
-        return mean, jnp.square(x - mean[None, None]).mean((0, 1))
-    weight = mask[..., None].astype(x.dtype) / jnp.maximum(mask.sum(), 1)
-    mean = (x * weight).sum((0, 1))
-    return mean, (jnp.square(x - mean[None, None]) * weight).sum((0, 1))
+    count = x.shape[0] * x.shape[1] if mask is None else jnp.maximum(mask.sum(), 1)
+    kept = (lambda v: v) if mask is None else (lambda v: jnp.where(mask[..., None], v, 0))
+    mean = kept(x).sum((0, 1)) / count
+    # The variance is smallest about the mean, so its derivative by the mean is zero: no pass over memory to find that out.
+    centre = jax.lax.stop_gradient(mean)[None, None]
+    return mean, kept(jnp.square(x - centre)).sum((0, 1)) / count
 
 
 NORMS = {

@@ -108,10 +108,13 @@ class Check(NamedTuple):
 
 
 def check(suite: Suite, benchmark: Benchmark, arrays: Arrays) -> Check:
-    """Runs the reference in float64 on these arrays, which are rounded to the benchmark's type."""
+    """Runs the reference in float64 on these arrays, which are rounded to the benchmark's type.
+
+    It runs on the CPU: it keeps every state, and what an accelerator's allocator once held it holds until the process ends.
+    """
     reference = with_implementation(suite, benchmark, "reference")
     direction = cotangent(reference, arrays)
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         wide = {name: _widen(array) for name, array in arrays.items()}
         return Check(arrays, direction, *jax.jit(forward_and_backward(reference))(wide, _widen(direction)))
 

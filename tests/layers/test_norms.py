@@ -1,5 +1,6 @@
 """Norms against their equations in NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,6 +46,25 @@ def test_batch_norm_uses_and_tracks_the_moments_of_real_tokens(mask):
     want = (X - 0.2 * real.mean(0)) / np.sqrt(0.8 + 0.2 * real.var(0) + 1e-5) * np.linspace(0.5, 1.5, 6)
     np.testing.assert_allclose(frozen, want, atol=1e-5)
     np.testing.assert_allclose(norm.mean[...], 0.2 * real.mean(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_gradient_of_batch_norm_goes_through_its_moments(mask):
+    weights = RNG.standard_normal(X.shape).astype(np.float32)
+    kept = np.ones(X.shape[:2], bool) if mask is None else mask
+
+    def literal(x):
+        real = x.reshape(-1, 6)[np.flatnonzero(kept)]
+        mean = real.mean(0, keepdims=True)
+        variance = jnp.square(real - mean).mean(0, keepdims=True)
+        return (weights * (x - mean[None]) / jnp.sqrt(variance + 1e-5)[None]).sum()
+
+    def loss(x):
+        norm = make("batch_norm")
+        norm.scale[...] = jnp.ones(6)
+        return (weights * norm(x, mask=None if mask is None else jnp.asarray(mask), training=True)).sum()
+
+    np.testing.assert_allclose(jax.grad(loss)(X), jax.grad(literal)(X), atol=1e-5)
 
 
 def test_batch_norm_does_not_see_padding():
