@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from layers.kernels import mosaic_gpu
 from layers.kernels.checks import accumulation_dtype
-from layers.kernels.linear_recurrence import gpu_kernels
+from layers.kernels.linear_recurrence import gpu_folded, gpu_kernels
 from layers.kernels.linear_recurrence.gpu_kernels import Planes, Settings
 from layers.kernels.segments import segment_starts
 from layers.kernels.varying import vary_as
@@ -111,7 +111,7 @@ def _recurrence(a, x, state, codes, call):
 def _run(a, x, state, codes, call):
     channels = x.shape[-1]
     dtype = jnp.float32 if jnp.iscomplexobj(state) else x.dtype
-    h, final = gpu_kernels.forward(
+    h, final = _kernels(x.shape, call.forward).forward(
         _planes(a), _planes(x), codes, _planes(state), call.reverse, dtype, call.forward
     )
     return _join(h, channels), _join(final, channels)
@@ -129,7 +129,7 @@ def gradients(call, residuals, cotangents):
     dh, dfinal = cotangents
     channels = h.shape[-1]
     is_complex = jnp.issubdtype(call.x_dtype, jnp.complexfloating)
-    da, dx, dstate = gpu_kernels.backward(
+    da, dx, dstate = _kernels(h.shape, call.backward).backward(
         _planes(a),
         _planes(h),
         _planes(dh),
@@ -146,6 +146,12 @@ def gradients(call, residuals, cotangents):
 
 
 _recurrence.defvjp(_forward, gradients)
+
+
+def _kernels(shape: tuple[int, ...], settings: Settings) -> Any:
+    """The module that runs a pass over arrays of this shape."""
+    padded = (*shape[:2], -(-shape[2] // 8) * 8)
+    return gpu_folded if settings.fold and gpu_folded.narrow(padded) else gpu_kernels
 
 
 def _planes(v: jax.Array) -> Planes:

@@ -68,6 +68,7 @@ class Settings:
       stages: tiles of inputs in shared memory, under way or in use.
       unroll: steps whose inputs are loaded into registers together.
       pieces: pieces of the time axis; chosen by shape if None.
+      fold: whether stretches of time fill the lanes that few channels leave idle (gpu_folded.py).
     """
 
     vector: int = 1
@@ -75,6 +76,7 @@ class Settings:
     stages: int = 4
     unroll: int = 8
     pieces: int | None = None
+    fold: bool = False
 
     @property
     def width(self) -> int:
@@ -160,11 +162,11 @@ def forward(
     Args:
       a: (b or 1, t or 1, d).
       x: (b, t, d).
-      codes: (b, t), int32: what each token does to the state.
+      codes: (b, t), or (b, t, d) if it differs between channels, int32: what each token does to the state.
       state: (b, d), float32: the state that enters.
     """
     staged = tuple(jax.ShapeDtypeStruct(x[0].shape, dtype) for _ in state)
-    plan = _plan(x[0].shape, settings, reverse, (a, x), (staged,), (a, x), _FORWARD_STEP_NS)
+    plan = _plan(x[0].shape, settings, reverse, (a, x, _each(codes)), (staged,), (a, x), _FORWARD_STEP_NS)
     effects = _effects(a, x, codes, plan, multiply_last=False) if plan.pieces > 1 else None
     width, steps = plan.settings.width, plan.settings.steps
     inputs = {"x": x, "state": _pad(state, plan), **_decay_inputs(a, plan), **_optional(codes, effects)}
@@ -188,7 +190,7 @@ def forward(
                 read = [(block.decay(slot, row), block.read(x_tiles, slot, row)) for row in rows]
                 marks = [block.mark(slot, row) for row in rows]
                 for row, (decay, value), mark in zip(rows, read, marks, strict=True):
-                    carry = _plus(_times(_masked(decay, mark), carry), _unless(mark, (SKIPPED,), value))
+                    carry = plus(times(_masked(decay, mark), carry), _unless(mark, (SKIPPED,), value))
                     _write(h_tiles, turn, row, carry)
                 return carry
 
@@ -227,7 +229,13 @@ def backward(
     staged = () if constant else tuple(jax.ShapeDtypeStruct(h[0].shape, out_a) for _ in a)
     gradients_x = tuple(jax.ShapeDtypeStruct(h[0].shape, out_x) for _ in range(planes_x))
     plan = _plan(
-        h[0].shape, settings, not reverse, (a, h, dh), (staged, gradients_x), (a, dh), _BACKWARD_STEP_NS
+        h[0].shape,
+        settings,
+        not reverse,
+        (a, h, dh, _each(codes)),
+        (staged, gradients_x),
+        (a, dh),
+        _BACKWARD_STEP_NS,
     )
     effects = _effects(a, dh, codes, plan, multiply_last=True) if plan.pieces > 1 else None
     width, steps = plan.settings.width, plan.settings.steps
@@ -290,11 +298,11 @@ def backward(
                 for row, decay, cotangent, state, mark in zip(
                     rows, decays, cotangents, states, marks, strict=True
                 ):
-                    g = _plus(cotangent, c)
-                    c = _times(_masked(decay, mark), g)
-                    gradient = _unless(mark, (RESET, SKIPPED), _times(g, state)[: len(a)])
+                    g = plus(cotangent, c)
+                    c = times(_masked(decay, mark), g)
+                    gradient = _unless(mark, (RESET, SKIPPED), times(g, state)[: len(a)])
                     if constant:
-                        sums = _plus(sums, gradient)
+                        sums = plus(sums, gradient)
                     else:
                         _write(da_tiles, turn, row, gradient)
                     _write(dx_tiles, turn, row, _unless(mark, (SKIPPED,), g[:planes_x]))
@@ -325,6 +333,16 @@ def backward(
     return da, results["dx"], _cut(results["dstate"], plan)
 
 
+def effects(
+    a: Planes, x: Planes, codes: jax.Array | None, reverse: bool, multiply_last: bool, settings: Settings
+) -> tuple[Planes, Planes]:
+    """The decay and the contribution of the whole of time, (b, d) each; the arguments are those of `forward`."""
+    settings = dataclasses.replace(settings, pieces=1)
+    plan = _plan(x[0].shape, settings, reverse, (a, x, _each(codes)), (), (), _FORWARD_STEP_NS)
+    decay, contribution = _effects(a, x, codes, plan, multiply_last)
+    return tuple(_cut(tuple(p[:, 0] for p in planes), plan) for planes in (decay, contribution))
+
+
 def _effects(
     a: Planes, x: Planes, codes: jax.Array | None, plan: _Plan, multiply_last: bool
 ) -> tuple[Planes, Planes]:
@@ -349,10 +367,10 @@ def _effects(
                 for (a, value), mark in zip(read, marks, strict=True):
                     a = _masked(a, mark)
                     if multiply_last:
-                        state = _times(a, _plus(state, value))
+                        state = times(a, plus(state, value))
                     else:
-                        state = _plus(_times(a, state), _unless(mark, (SKIPPED,), value))
-                    total = _times(a, total)
+                        state = plus(times(a, state), _unless(mark, (SKIPPED,), value))
+                    total = times(a, total)
                 return total, state
 
             carry = block.rows(index, run, carry)
@@ -414,8 +432,11 @@ class _Block:
         return self._constant or self.read(self._a_tiles, slot, row)
 
     def mark(self, slot: Any, row: Any) -> Any:
-        """The code of a token, the same for all lanes; None if there are no segments."""
-        return None if self._codes is None else self._codes[0][slot, row]
+        """The code of a token, one for all lanes or one for each; None if there are no segments."""
+        if self._codes is None:
+            return None
+        tiles = self._codes[0]
+        return tiles[slot, row] if len(tiles.shape) == 2 else strided(tiles.at[slot, row], self.width)
 
     def enter(self, state: Planes) -> Planes:
         """The state that enters this piece, from the one that enters the sequence."""
@@ -432,7 +453,7 @@ class _Block:
             parts = [(load(decay, piece), load(contribution, piece)) for piece in earlier]
             for piece, (a, x) in zip(earlier, parts, strict=True):
                 passed = jnp.broadcast_to(piece < self.piece, (self.width,))
-                after = _plus(_times(a, state), x)
+                after = plus(times(a, state), x)
                 state = tuple(jnp.where(passed, new, old) for new, old in zip(after, state, strict=True))
             return state
 
@@ -471,7 +492,8 @@ class _Block:
                 for source, target in zip(sources, tiles, strict=True):
                     plgpu.copy_gmem_to_smem(source.at[line, rows, self.channels], target.at[slot], barrier)
             if self._codes:
-                source = self._codes_source.at[self.row, rows]
+                each = len(self._codes[0].shape) == 3
+                source = self._codes_source.at[(self.row, rows, self.channels) if each else (self.row, rows)]
                 plgpu.copy_gmem_to_smem(source, self._codes[0].at[slot, pl.ds(0, steps)], barrier)
             for source, target in more(index, slot):
                 plgpu.copy_gmem_to_smem(source, target, barrier)
@@ -549,11 +571,16 @@ def _codes(codes: jax.Array | None) -> dict[str, Planes]:
     return {} if codes is None else {"codes": (codes,)}
 
 
+def _each(codes: jax.Array | None) -> Planes:
+    """Codes that differ between channels, as what arrives in tiles."""
+    return () if codes is None or codes.ndim == 2 else (codes,)
+
+
 def _optional(codes: jax.Array | None, effects: tuple[Planes, Planes] | None) -> dict[str, Any]:
     """Codes as copies want them, rows of a multiple of 16 bytes, and effects."""
     given: dict[str, Any] = {}
     if codes is not None:
-        given["codes"] = (jnp.pad(codes, ((0, 0), (0, -codes.shape[1] % 4))),)
+        given["codes"] = _each(codes) or (jnp.pad(codes, ((0, 0), (0, -codes.shape[1] % 4))),)
     if effects is not None:
         given["effects"] = effects
     return given
@@ -563,9 +590,11 @@ def _buffers(plan: _Plan, more: int, **arriving: Planes) -> dict[str, Any]:
     """Shared memory of the arrays that arrive in tiles, and the barriers of the stages, for `more` copies besides."""
     stages, steps, width = plan.settings.stages, plan.settings.steps, plan.settings.width
     # Every stage must start at a multiple of 128 bytes.
-    shapes = {"codes": (stages, pl.cdiv(steps, 32) * 32)}
+    by_token = stages, pl.cdiv(steps, 32) * 32
     buffers: dict[str, Any] = {
-        f"{name}_tiles": tuple(plgpu.SMEM(shapes.get(name, (stages, steps, width)), p.dtype) for p in planes)
+        f"{name}_tiles": tuple(
+            plgpu.SMEM((stages, steps, width) if p.ndim == 3 else by_token, p.dtype) for p in planes
+        )
         for name, planes in arriving.items()
     }
     copies = more + sum(map(len, arriving.values()))
@@ -586,14 +615,14 @@ def _write(tiles: Planes, turn: Any, row: Any, values: Planes) -> None:
         p[turn, row] = value.astype(p.dtype)
 
 
-def _times(p: Planes, q: Planes) -> Planes:
+def times(p: Planes, q: Planes) -> Planes:
     """The product of two numbers, real or complex."""
     if len(p) == len(q) == 2:
         return p[0] * q[0] - p[1] * q[1], p[0] * q[1] + p[1] * q[0]
     return tuple(u * v for u in p for v in q)
 
 
-def _plus(p: Planes, q: Planes) -> Planes:
+def plus(p: Planes, q: Planes) -> Planes:
     """The sum of two numbers, real or complex."""
     short, long = sorted((p, q), key=len)
     return tuple(u + v for u, v in zip(short, long, strict=False)) + tuple(long[len(short) :])

@@ -89,6 +89,43 @@ def test_interpreted_without_segments(interpreted):
     check(arguments_of(rng_of(3), (2, 3, 130), (2, 1, 130), complex_x=True), reverse=True)
 
 
+# time, channels, whether a is fixed, complex, x complex, reverse, segments
+FOLDED = {
+    "fixed": (37, 5, True, True, True, False, True),
+    "fixed_reverse": (37, 5, True, True, True, True, True),
+    "whole": (40, 5, False, False, False, False, False),
+    "complex_input_reverse": (37, 24, False, False, True, True, False),
+    "three_stretches": (37, 40, True, False, False, True, True),
+    "real_input": (64, 8, True, True, False, False, False),
+}
+FOLDED_IDS = np.repeat(np.array([[0, 1, 1, 2, 2, 0, 3], [1, 1, 1, 1, 2, 0, 0]], np.int32), 10, axis=1)
+
+
+def folded_arguments(kind, time=None):
+    steps, channels, fixed, complex_a, complex_x, reverse, segments = FOLDED[kind]
+    steps = time or steps
+    decay = (1, 1, channels) if fixed else (2, steps, channels)
+    arguments = arguments_of(
+        rng_of(8, steps), (2, steps, channels), decay, complex_a=complex_a, complex_x=complex_x
+    )
+    ids = jnp.asarray(np.resize(FOLDED_IDS, (2, steps))) if segments else None
+    return arguments, {"reverse": reverse, "segment_ids": ids}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "fixed_reverse")) for kind in FOLDED],
+)
+def test_stretches_of_time_in_the_lanes(monkeypatch, kind):
+    settings = Settings(steps=8, stages=2, unroll=4, fold=True)
+    monkeypatch.setattr(gpu, "FORWARD", settings)
+    monkeypatch.setattr(gpu, "BACKWARD", settings)
+    arguments, options = folded_arguments(kind)
+    assert gpu._kernels(arguments["x"].shape, settings) is gpu.gpu_folded
+    with mosaic_gpu.interpreted():
+        check(arguments, **options)
+
+
 def test_interpreted_under_transformations(interpreted):
     arguments = arguments_of(rng_of(4), (2, 11, 5), (2, 11, 5))
     want = reference.linear_recurrence(*arguments.values(), None, False)
@@ -314,6 +351,16 @@ def test_layouts_on_gpu(monkeypatch, vector, stages, steps, pieces):
     ids = jnp.asarray(np.cumsum(rng.random((2, 333)) < 0.02, axis=1), jnp.int32)
     poisoned(2**20)
     check(arguments, segment_ids=ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", FOLDED)
+def test_stretches_of_time_in_the_lanes_on_gpu(monkeypatch, kind):
+    monkeypatch.setattr(gpu, "FORWARD", Settings(fold=True))
+    monkeypatch.setattr(gpu, "BACKWARD", Settings(stages=3, fold=True))
+    arguments, options = folded_arguments(kind, 1003)
+    poisoned(4 * arguments["x"].nbytes)
+    check(arguments, **options)
 
 
 @pytest.mark.gpu
