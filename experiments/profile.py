@@ -3,13 +3,13 @@
     python -m experiments.profile --config=configs/lra/listops.py:mixer=s5 --out=profiles/listops-s5 --width=960
 
 Uses one GPU, a full batch of one bucket width, and the state before the first step. `--prefer=linear_recurrence/gpu` takes
-an implementation of a primitive wherever it can be taken, to compare them in a whole model. Prints a table and writes
-profile.json. Exit codes: 0 done; 2 no GPU, or the config or an argument cannot be used.
+an implementation of a primitive wherever it can be taken; `--compare=linear_recurrence/xla` times the step with it too, in
+turn with the one that is profiled. Prints a table and writes profile.json. Exit codes: 0 done; 2 no GPU, or the config or an
+argument cannot be used.
 """
 
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments import config_loading, experiment
+from experiments.benchmark.timing import Timing, interleaved
 from experiments.command_line import EXIT_REFUSED, REFUSALS, refuse
 from experiments.data import bucketing
 from experiments.devices import Devices
@@ -31,7 +32,6 @@ from layers.kernels import dispatch
 from layers.kernels.suites import SUITES
 
 ROOT = Path(__file__).absolute().parents[1]
-WARM_UP = 5
 
 
 class Kernel(NamedTuple):
@@ -63,6 +63,7 @@ def main(argv: list[str]) -> int:
         plan.check_devices(devices)
         batch = training_batch(plan, values.width)
         prefer = preferences(values.prefer)
+        others = {name: prefer | preferences([name], "compare") for name in values.compare}
     except REFUSALS as error:
         return refuse(error)
     record = dict(
@@ -73,15 +74,14 @@ def main(argv: list[str]) -> int:
         batch={name: list(array.shape) for name, array in batch.items()},
         steps=values.steps,
     )
-    with dispatch.preferred(prefer):
-        record |= profile_step(plan, devices, batch, values.steps)
+    record |= profile_step(plan, devices, batch, values.steps, prefer, others)
     write_atomically(folder / "profile.json", to_json_text(record))
     print(describe(record))
     return 0
 
 
-def preferences(names: Sequence[str]) -> dict[str, str]:
-    """Implementations by primitive, from "primitive/implementation".
+def preferences(names: Sequence[str], flag: str = "prefer") -> dict[str, str]:
+    """Implementations by primitive, from "primitive/implementation", as `flag` gives them.
 
     Raises:
       ValueError: there is no such primitive or implementation.
@@ -92,7 +92,7 @@ def preferences(names: Sequence[str]) -> dict[str, str]:
         for impl in ("reference", *suite.implementations, *suite.gpu_implementations)
     ]
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"prefer={unknown[0]!r} is no implementation; choose from {', '.join(known)}")
+        raise ValueError(f"{flag}={unknown[0]!r} is no implementation; choose from {', '.join(known)}")
     return dict(name.split("/") for name in names)
 
 
@@ -117,29 +117,61 @@ def training_batch(plan: experiment.Experiment, width: int | None) -> dict[str, 
     return source.gather(rows, width) | {"weight": np.ones(len(rows), np.float32)}
 
 
+class Steps:
+    """The training step, compiled, taken again and again on one batch.
+
+    Attributes:
+      compiled: the step.
+    """
+
+    def __init__(self, plan: experiment.Experiment, devices: Devices, batch: Any, prefer: Mapping[str, str]):
+        self._batch = batch
+        self._state = devices.replicate(
+            initial_state(plan.model, plan.layouts, plan.optimizer, plan.config["seed"])
+        )
+        with dispatch.preferred(prefer):
+            self.compiled = plan.step_functions(devices).train.lower(self._state, batch).compile()
+
+    def take(self) -> Any:
+        """Takes a step; gives its metrics, which may still be being computed."""
+        self._state, metrics = self.compiled(self._state, self._batch)
+        return metrics
+
+
 def profile_step(
-    plan: experiment.Experiment, devices: Devices, batch: Mapping[str, np.ndarray], steps: int
+    plan: experiment.Experiment,
+    devices: Devices,
+    batch: Mapping[str, np.ndarray],
+    steps: int,
+    prefer: Mapping[str, str],
+    others: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
-    """Compiles the training step, times `steps` of them, and traces as many: the figures of `summarize`."""
-    state = devices.replicate(initial_state(plan.model, plan.layouts, plan.optimizer, plan.config["seed"]))
+    """Compiles the training step, times `steps` of them, and traces as many: the figures of `summarize`.
+
+    Args:
+      prefer: implementations to take, by primitive.
+      others: the same by name, for steps that are timed beside it.
+    """
     batch = devices.put_batch(batch)
-    step = plan.step_functions(devices).train.lower(state, batch).compile()
-
-    def take(count: int, state: Any) -> tuple[Any, float]:
-        start = time.perf_counter()
-        for _ in range(count):
-            state, _ = step(state, batch)
-        jax.block_until_ready(state)
-        return state, 1e3 * (time.perf_counter() - start)
-
-    state, _ = take(WARM_UP, state)
-    state, milliseconds = take(steps, state)  # apart from the trace, which slows the host down
+    step = Steps(plan, devices, batch, prefer)
+    beside = {name: Steps(plan, devices, batch, choices) for name, choices in others.items()}
+    # Apart from the trace, which slows the host down.
+    times = interleaved({"profiled": step.take, **{name: one.take for name, one in beside.items()}}, steps)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            take(steps, state)
+            for _ in range(steps):
+                metrics = step.take()
+            jax.block_until_ready(metrics)
         (file,) = Path(folder).rglob("*.xplane.pb")
         kernels = kernels_in(jax.profiler.ProfileData.from_file(str(file)).planes)
-    return summarize(kernels, kernel_sources(step.as_text(), ROOT), steps, milliseconds)
+    figures = summarize(kernels, kernel_sources(step.compiled.as_text(), ROOT), steps, times.pop("profiled"))
+    return figures | {"others": {name: _milliseconds(timing) for name, timing in times.items()}}
+
+
+def _milliseconds(timing: Timing) -> dict[str, Any]:
+    return dict(
+        milliseconds_per_step=timing.median, quartiles_milliseconds_per_step=[timing.low, timing.high]
+    )
 
 
 def kernels_in(planes: Iterable[Any]) -> list[Kernel]:
@@ -150,13 +182,13 @@ def kernels_in(planes: Iterable[Any]) -> list[Kernel]:
 
 
 def summarize(
-    kernels: Iterable[Kernel], sources: Mapping[str, str], steps: int, milliseconds: float
+    kernels: Iterable[Kernel], sources: Mapping[str, str], steps: int, timing: Timing
 ) -> dict[str, Any]:
     """Averages over the steps, altogether and by source file, most time first.
 
     Args:
       sources: files by kernel, from `hlo_sources.kernel_sources`.
-      milliseconds: that the steps took without a trace.
+      timing: of a step without a trace.
 
     Raises:
       RuntimeError: if there are no kernels.
@@ -169,8 +201,7 @@ def summarize(
     busy = sum(spent for spent, _ in totals.values())
     if not busy:
         raise RuntimeError("the trace holds no kernels of a GPU; another profiler may be using it")
-    return dict(
-        milliseconds_per_step=milliseconds / steps,
+    return _milliseconds(timing) | dict(
         busy_milliseconds_per_step=busy / steps,
         kernels_per_step=sum(count for _, count in totals.values()) / steps,
         sources={
@@ -184,11 +215,13 @@ def describe(record: Mapping[str, Any]) -> str:
     """The table for people."""
     shape = " x ".join(map(str, record["batch"]["inputs"]))
     whole, busy = record["milliseconds_per_step"], record["busy_milliseconds_per_step"]
+    others = {name: other["milliseconds_per_step"] for name, other in record["others"].items()}
     rows = record["sources"] | {"all": dict(milliseconds=busy, share=1.0, kernels=record["kernels_per_step"])}
     wide = max(map(len, rows))
     return "\n".join(
         [
             f"{record['devices']}, batch {shape}: {whole:.2f} ms a step, kernels {busy:.2f} ms",
+            *(f"with {name}: {other:.2f} ms a step, {other / whole:.2f}x" for name, other in others.items()),
             f"{'':{wide}}  {'ms':>8}  {'share':>6}  {'kernels':>7}",
             *(
                 f"{name:{wide}}  {row['milliseconds']:8.3f}  {row['share']:6.1%}  {row['kernels']:7.0f}"
@@ -205,8 +238,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     )
     flags.DEFINE_string("out", None, "Folder for profile.json; made if it does not exist.")
     flags.DEFINE_integer("width", None, "Width of the batch; that of most sequences if not given.")
-    flags.DEFINE_integer("steps", 10, "Steps to time, and to trace.", lower_bound=1)
+    flags.DEFINE_integer("steps", 10, "Steps to trace, and rounds in which steps are timed.", lower_bound=1)
     flags.DEFINE_list("prefer", [], "Implementations to take, as primitive/implementation.")
+    flags.DEFINE_list("compare", [], "Implementations, each of which the step is timed with beside it.")
     flags.mark_flags_as_required(["config", "out"])
     try:
         return app.parse_flags_with_usage(argv)

@@ -43,7 +43,8 @@ _SMALL = [
 
 def _pieces(*counts: int) -> list[Settings]:
     return [
-        Settings(steps=steps, stages=3, pieces=pieces) for steps, pieces in itertools.product((8, 16), counts)
+        Settings(steps=steps, stages=3, pieces=pieces, fold=False)
+        for steps, pieces in itertools.product((8, 16), counts)
     ]
 
 
@@ -94,13 +95,13 @@ def problems() -> Iterator[Problem]:
         (50, 2048, 8),
         dtype="complex64",
         constant=True,
-        forward=_try(1, 2, 5, 10),
-        backward=_try(1, 2, 5, 10),
+        forward=(Settings(), *_try(1, 2, 5, 10)),
+        backward=(Settings(stages=3), *_try(1, 2, 5, 10)),
     )
 
 
 def _try(*counts: int) -> tuple[Settings, ...]:
-    return (Settings(stages=3), *_pieces(*counts))
+    return (Settings(stages=3, fold=False), *_pieces(*counts))
 
 
 class Prepared:

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import experiment, profile
+from experiments.benchmark.timing import Timing
 from experiments.devices import Devices
 from experiments.hlo_sources import attribute, kernel_sources
 from experiments.profile import Kernel
+from layers.kernels import dispatch
 from tests.experiments.tiny import build_tiny_model, make_tiny_task, tiny_config
 
 # Frames: 1 train_step, 2 norms in it, 3 a library in norms, 4 mixer in train_step, 5 a library on its own,
@@ -125,9 +127,10 @@ def test_only_streams_of_gpus_count_and_figures_are_of_one_step():
     ]
     kernels = profile.kernels_in(planes)
     assert kernels[-1] == Kernel("cutlass_gemm", "custom-call.2", 4.0)
-    record = profile.summarize(kernels, SOURCES, steps=2, milliseconds=10.0)
+    record = profile.summarize(kernels, SOURCES, steps=2, timing=Timing(5.0, 4.5, 6.0))
     assert record == dict(
         milliseconds_per_step=5.0,
+        quartiles_milliseconds_per_step=[4.5, 6.0],
         busy_milliseconds_per_step=4.0,
         kernels_per_step=2.0,
         sources={
@@ -137,9 +140,14 @@ def test_only_streams_of_gpus_count_and_figures_are_of_one_step():
         },
     )
     assert list(record["sources"]) == ["layers/mixers/s5.py", "layers/norms.py", "other"]
-    table = profile.describe(record | dict(devices="1 x GPU", batch={"inputs": (8, 4)})).splitlines()
-    assert table[0] == "1 x GPU, batch 8 x 4: 5.00 ms a step, kernels 4.00 ms"
-    assert [line.split() for line in table[3:]] == [
+    others = {"linear_recurrence/xla": dict(milliseconds_per_step=7.5)}
+    about = dict(devices="1 x GPU", batch={"inputs": (8, 4)}, others=others)
+    table = profile.describe(record | about).splitlines()
+    assert table[:2] == [
+        "1 x GPU, batch 8 x 4: 5.00 ms a step, kernels 4.00 ms",
+        "with linear_recurrence/xla: 7.50 ms a step, 1.50x",
+    ]
+    assert [line.split() for line in table[4:]] == [
         ["layers/norms.py", "1.500", "37.5%", "1"],
         ["other", "0.500", "12.5%", "0"],
         ["all", "4.000", "100.0%", "2"],
@@ -168,9 +176,14 @@ def test_a_step_is_timed_and_traced_and_its_frames_are_read(tiny, monkeypatch):
 
     monkeypatch.setattr(profile, "kernel_sources", read)
     monkeypatch.setattr(profile, "kernels_in", lambda planes: [Kernel("fusion", None, 3.0)])
-    record = profile.profile_step(plan, devices, profile.training_batch(plan, 4), steps=2)
+    others = {"linear_recurrence/reference": {"linear_recurrence": "reference"}}
+    asked, preferred = [], dispatch.preferred
+    monkeypatch.setattr(dispatch, "preferred", lambda choices: asked.append(choices) or preferred(choices))
+    record = profile.profile_step(plan, devices, profile.training_batch(plan, 4), 2, {}, others)
+    assert asked == [{}, *others.values()]
     assert record["busy_milliseconds_per_step"] == 1.5
     assert record["milliseconds_per_step"] > 0
+    assert record["others"]["linear_recurrence/reference"]["milliseconds_per_step"] > 0
     files = set(found.values()) - {"other"}
     assert {"experiments/optimizers.py", "experiments/tasks/classification.py"} <= files
     assert [file for file in files if not (profile.ROOT / file).is_file()] == []
@@ -178,7 +191,7 @@ def test_a_step_is_timed_and_traced_and_its_frames_are_read(tiny, monkeypatch):
 
 def test_a_trace_without_kernels_is_an_error():
     with pytest.raises(RuntimeError, match="no kernels of a GPU"):
-        profile.summarize([], SOURCES, steps=1, milliseconds=1.0)
+        profile.summarize([], SOURCES, steps=1, timing=Timing(1.0, 1.0, 1.0))
 
 
 def test_without_a_gpu_the_command_refuses_before_anything_is_made(tmp_path):
@@ -203,3 +216,5 @@ def test_preferences():
     }
     with pytest.raises(ValueError, match="prefer='linear_recurrence/cpu' is no implementation"):
         profile.preferences(["linear_recurrence/cpu"])
+    with pytest.raises(ValueError, match="compare='s5' is no implementation"):
+        profile.preferences(["s5"], "compare")

@@ -19,7 +19,7 @@ from layers.kernels.segments import segment_starts
 from layers.kernels.varying import vary_as
 
 # The shortest calls and the fewest rows times heads that were timed beside XLA and `impl=None` takes; fewer if they are long.
-SHORTEST, LONG = 128, 32768
+SHORTEST, LONG = 128, 2048
 FEWEST, FEWEST_IF_LONG = 64, 8
 WIDEST = 128  # features of keys and of values
 ROWS = 8  # tokens in a tile of shared memory, of which copies take whole ones

@@ -30,7 +30,8 @@ BACKWARD = Settings()
 SPAN = 8  # chunks between the states at which the backward pass takes what flows through them
 
 WIDEST = 128  # keys and values of a head
-FEWEST = 64  # rows times heads that `impl=None` takes
+# Rows times heads that `impl=None` takes at the least, and of calls of LONG tokens or more.
+FEWEST, FEWEST_IF_LONG, LONG = 64, 8, 2048
 _PROCESSORS = 132  # of an H100
 _MAX_PIECES = 64
 # A log-decay below this leaves nothing of a float32 either, and an infinity would meet zeros.
@@ -73,11 +74,12 @@ def refuses(q, k, v, log_decay, bonus, normalize, initial_state, **_: Any) -> st
 def automatic(q, k, v, **_: Any) -> bool:
     """Whether `impl=None` takes these kernels, if they do not refuse.
 
-    Sequences have to fill chunks, heads matrices, and rows and heads the machine: time in pieces was not timed.
+    Sequences have to fill chunks, heads matrices, and rows and heads, or else pieces of time, the machine.
     """
     if jax.default_backend() != "gpu" or q.shape[1] < CHUNK:
         return False
-    if q.shape[0] * max(x.shape[2] for x in (q, k, v)) < FEWEST or k.shape[3] < 32 or v.shape[3] < 32:
+    fewest = FEWEST_IF_LONG if q.shape[1] >= LONG else FEWEST
+    if q.shape[0] * max(x.shape[2] for x in (q, k, v)) < fewest or k.shape[3] < 32 or v.shape[3] < 32:
         return False
     return not mosaic_gpu.left_to_partitioner()
 

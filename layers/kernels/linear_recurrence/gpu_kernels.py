@@ -68,7 +68,7 @@ class Settings:
       stages: tiles of inputs in shared memory, under way or in use.
       unroll: steps whose inputs are loaded into registers together.
       pieces: pieces of the time axis; chosen by shape if None.
-      fold: whether stretches of time fill the lanes that few channels leave idle (gpu_folded.py).
+      fold: whether stretches of time fill the lanes that few channels leave idle (gpu_folded.py); of complex numbers if None.
     """
 
     vector: int = 1
@@ -76,7 +76,7 @@ class Settings:
     stages: int = 4
     unroll: int = 8
     pieces: int | None = None
-    fold: bool = False
+    fold: bool | None = None
 
     @property
     def width(self) -> int:

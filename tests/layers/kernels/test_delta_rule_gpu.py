@@ -296,8 +296,8 @@ def test_automatic(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: False)
     assert next(iter(DELTA_RULE)) == "gpu"
     assert taken(8, 128, 8)
-    assert taken(1, 32768, 8)
-    assert not any((taken(8, 127, 8), taken(9, 128, 7), taken(1, 32767, 8), taken(1, 32768, 7)))
+    assert taken(1, 2048, 8)
+    assert not any((taken(8, 127, 8), taken(9, 128, 7), taken(1, 2047, 8), taken(1, 2048, 7)))
 
 
 def test_probe_lowers():

@@ -234,6 +234,8 @@ def test_automatic(monkeypatch):
     monkeypatch.setattr(gpu.jax, "default_backend", lambda: "gpu")
     assert taken()
     assert taken(heads=(8, 1))
+    assert taken(batch=1, time=2048)
+    assert not any((taken(batch=1, time=2047), taken(batch=1, time=2048, heads=(1, 7))))
     assert not any((taken(batch=7), taken(time=63), taken(width=31), taken(heads=(1, 7))))
     monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: True)
     assert not taken()

@@ -121,7 +121,7 @@ def test_stretches_of_time_in_the_lanes(monkeypatch, kind):
     monkeypatch.setattr(gpu, "FORWARD", settings)
     monkeypatch.setattr(gpu, "BACKWARD", settings)
     arguments, options = folded_arguments(kind)
-    assert gpu._kernels(arguments["x"].shape, settings) is gpu.gpu_folded
+    assert gpu._kernels(arguments["x"].shape, jnp.float32, settings) is gpu.gpu_folded
     with mosaic_gpu.interpreted():
         check(arguments, **options)
 
@@ -246,7 +246,7 @@ def test_layers_of_a_model_share_their_kernels():
     assert kernels(4) == kernels(2) > 0
 
 
-def test_automatic_for_long_real_calls(monkeypatch):
+def test_automatic_for_long_calls(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: False)
     real, other = jnp.ones((1, 64, 8)), jnp.ones((1, 64, 8), jnp.complex64)
     assert not gpu.automatic(a=real, x=real, initial_state=None)
@@ -254,6 +254,9 @@ def test_automatic_for_long_real_calls(monkeypatch):
     assert gpu.automatic(a=real, x=real, initial_state=None)
     assert not gpu.automatic(a=other, x=real, initial_state=None)
     assert not gpu.automatic(a=real, x=real, initial_state=other[:, 0])
+    for channels, taken in ((8, True), (64, True), (65, False)):
+        long = jax.ShapeDtypeStruct((1, 704, channels), jnp.complex64)
+        assert gpu.automatic(a=other, x=long, initial_state=None) is taken
     for time in (48, 65):
         other_length = jnp.ones((1, time, 8))
         assert gpu.automatic(a=other_length, x=other_length, initial_state=None) == (time > 64)

@@ -10,6 +10,7 @@ from layers.kernels import mosaic_gpu
 from layers.mixers import make_mixer
 
 MIXERS = {
+    "s5": {"state_size": 16, "bidirectional": True},
     "rg_lru": {},
     "retnet": {"heads": 2},
     "lightning_attention": {"heads": 2},
@@ -17,13 +18,13 @@ MIXERS = {
     "deltanet": {"heads": 2},
     "gated_deltanet": {"heads": 2},
 }
-SHAPE = (32, 128, 128)
+SHAPES = dict.fromkeys(MIXERS, (32, 128, 128)) | {"s5": (4, 704, 128)}
 TOLERANCE = 3e-2  # activations are rounded to bfloat16 between the parts of a mixer too
 
 
 def both_passes(name):
     """A function of variables and inputs that gives outputs and gradients; and variables."""
-    given = {"width": SHAPE[2], "dtype": jnp.dtype("bfloat16")}
+    given = {"width": SHAPES[name][2], "dtype": jnp.dtype("bfloat16")}
     graph, variables = nnx.split(make_mixer(name, MIXERS[name], given=given, rngs=nnx.Rngs(0)))
 
     def loss(variables, x, weights):
@@ -45,7 +46,7 @@ def test_mixers_take_kernels(monkeypatch, name):
     monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: False)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     run, variables = both_passes(name)
-    x, weights = (jax.ShapeDtypeStruct(SHAPE, dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    x, weights = (jax.ShapeDtypeStruct(SHAPES[name], dtype) for dtype in (jnp.bfloat16, jnp.float32))
     text = jax.jit(run).trace(variables, x, weights).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu_v2") >= 2  # of either pass
 
@@ -54,7 +55,7 @@ def test_mixers_take_kernels(monkeypatch, name):
 @pytest.mark.parametrize("name", MIXERS)
 def test_kernels_agree_with_xla_on_gpu(monkeypatch, name):
     run, variables = both_passes(name)
-    x, weights = np.random.default_rng().standard_normal((2, *SHAPE))
+    x, weights = np.random.default_rng().standard_normal((2, *SHAPES[name]))
     arguments = variables, jnp.asarray(x, jnp.bfloat16), jnp.asarray(weights, jnp.float32)
     kernels = jax.jit(run).lower(*arguments)
     assert "@mosaic_gpu_v2" in kernels.as_text()
