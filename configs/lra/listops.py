@@ -48,7 +48,7 @@ def get_config(arg: str = "mixer=s5") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.task = dict(name="listops", preset="full")
-    config.model = dict(kind="classifier", width=128, **MODELS[mixer])
+    config.model = dict(kind="classifier", width=128, dtype="float32", **MODELS[mixer])
     config.data = dict(bucket_bounds=(704, 960, 1280, 1600, 2048))
     config.train = dict(batch_size=50, epochs=40)
     if mixer == "s5":
