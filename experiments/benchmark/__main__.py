@@ -69,6 +69,9 @@ def main(argv: list[str]) -> int:
         """Prints a row and stores all so far, so that a run that is cut short keeps them."""
         print(line, flush=True)
         rows.append(row)
+        store()
+
+    def store() -> None:
         write_atomically(folder / f"{study}.json", to_json_text(record | {"rows": rows}))
 
     problems = []
@@ -77,10 +80,11 @@ def main(argv: list[str]) -> int:
             limits = {dtype: ceilings(dtype) for dtype in {options.dtype or c.dtype for _, _, c in chosen}}
             record["ceilings"] = {dtype: limit._asdict() for dtype, limit in limits.items()}
             print(f"{device}; {_describe(limits)}\n{report.HEADER}", flush=True)
-            kernels.run(options, limits, lambda row: add(row, report.line(row)), say)
+            rows[:] = kernels.run(options, limits, lambda row: add(row, report.line(row)), say)
         else:
             print(f"{device}; one row; both passes", flush=True)
-            scaling.run(options, lengths, lambda row: add(row, _scaling_line(row)), say)
+            rows[:] = scaling.run(options, lengths, lambda row: add(row, _scaling_line(row)), say)
+        store()
     except EndedEarly as error:
         problems.append(str(error))
     if study == "kernels":

@@ -88,10 +88,10 @@ def run(
 
 def _prepare(
     options: Options, ceilings: Mapping[str, Ceilings], key: tuple[str, str], say: processes.Say
-) -> processes.Measure:
+) -> processes.Ready:
     (entry,) = selected(("/".join(key),))
     study = Study(*entry, options, say)
-    return lambda: study.measure(ceilings[study.dtype], options.rounds)
+    return processes.Ready(lambda: study.measure(ceilings[study.dtype], options.rounds), study.peak_bytes)
 
 
 def _refusal(problem: Exception) -> dict[str, Any]:
@@ -124,6 +124,7 @@ class Study:
 
     Attributes:
       dtype: type of the real inputs.
+      peak_bytes: memory of what needs the most.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class Study:
             started = time.perf_counter()
             self._contestants[name] = self._prepare(function)
             say(f"{primitive}/{benchmark.name}, {name}: ready after {time.perf_counter() - started:.0f} s")
+        self.peak_bytes = max(c.get("both_peak_bytes", 0) for c in self._contestants.values())
 
     def _choice(self) -> str | None:
         """What `impl=None` takes, or None if it fails."""

@@ -9,11 +9,19 @@ import itertools
 import multiprocessing
 from collections.abc import Callable, Hashable, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 Say = Callable[[str], None]
-Measure = Callable[[], list[dict[str, Any]]]
-Prepare = Callable[[Any, Say], Measure]
+
+
+class Ready(NamedTuple):
+    """A measurement that is prepared: what makes its rows, and the bytes of the accelerator's memory that it needs."""
+
+    measure: Callable[[], list[dict[str, Any]]]
+    peak_bytes: int
+
+
+Prepare = Callable[[Any, Say], Ready]
 
 
 class EndedEarly(RuntimeError):
@@ -27,11 +35,13 @@ def run(
     report: Callable[[dict[str, Any]], None],
     say: Say,
 ) -> list[dict[str, Any]]:
-    """Rows of every key: `prepare(key, say)()`, prepared side by side and measured one after another, in order.
+    """Rows of every key, in order: prepared side by side, then measured one after another.
+
+    The process that needs the least memory measures first, and gives back what it holds before the next one starts.
 
     Args:
       prepare: a function of a module, or a `functools.partial` of one; with its keys and rows, it is sent between processes.
-      workers: processes; with one, everything happens in this process.
+      workers: processes; with one, everything happens in this process, in order.
       report: gets each row as soon as it is known.
       say: gets the lines that `prepare` says.
 
@@ -40,8 +50,8 @@ def run(
         reported before.
     """
     if workers == 1 or len(keys) < 2:
-        ready = [prepare(key, say) for key in keys]
-        return [_reported(row, report) for measure in ready for row in measure()]
+        prepared = [prepare(key, say) for key in keys]
+        return [_reported(row, report) for ready in prepared for row in ready.measure()]
     context = multiprocessing.get_context("spawn")
     started = {}
     try:
@@ -51,19 +61,23 @@ def run(
             process.start()
             theirs.close()
             started[pipe] = process, part
-        rows = _measured(_prepared(list(started), say), report)
+        needs = _prepared(list(started), say)
+        rows = {}
+        for pipe in sorted((pipe for pipe in started if pipe in needs), key=needs.get):
+            rows[pipe] = _measured(pipe, report)
+            started[pipe][0].join()
         lost = [part for process, part in started.values() if process.join() or process.exitcode]
     finally:
         for process, _ in started.values():
             process.kill()
     if lost:
         raise EndedEarly(f"processes ended that had to measure {', '.join(str(k) for p in lost for k in p)}")
-    return rows
+    return [row for pipe in started for row in rows[pipe]]
 
 
-def _prepared(pipes: list[Connection], say: Say) -> list[Connection]:
-    """Waits until every process is ready or has ended; those that are ready."""
-    waiting, ended = set(pipes), set()
+def _prepared(pipes: list[Connection], say: Say) -> dict[Connection, int]:
+    """Waits until every process is ready or has ended; the bytes that those that are ready need."""
+    waiting, needs = set(pipes), {}
     while waiting:
         for pipe in wait(waiting):
             what, value = _received(pipe)
@@ -71,18 +85,17 @@ def _prepared(pipes: list[Connection], say: Say) -> list[Connection]:
                 say(value)
                 continue
             waiting.remove(pipe)
-            if what == "ended":
-                ended.add(pipe)
-    return [pipe for pipe in pipes if pipe not in ended]
+            if what == "ready":
+                needs[pipe] = value
+    return needs
 
 
-def _measured(pipes: list[Connection], report: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
+def _measured(pipe: Connection, report: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
+    with contextlib.suppress(BrokenPipeError):  # it has ended since; the next line finds that out
+        pipe.send("measure")
     rows = []
-    for pipe in pipes:
-        with contextlib.suppress(BrokenPipeError):  # it has ended since; the next line finds that out
-            pipe.send("measure")
-        while (message := _received(pipe))[0] == "row":
-            rows.append(_reported(message[1], report))
+    while (message := _received(pipe))[0] == "row":
+        rows.append(_reported(message[1], report))
     return rows
 
 
@@ -94,11 +107,11 @@ def _parts(keys: Sequence[Hashable], workers: int) -> list[Sequence[Hashable]]:
 
 
 def _serve(prepare: Prepare, keys: Sequence[Hashable], pipe: Connection) -> None:
-    measurements = [prepare(key, lambda line: pipe.send(("said", line))) for key in keys]
-    pipe.send(("ready", None))
+    prepared = [prepare(key, lambda line: pipe.send(("said", line))) for key in keys]
+    pipe.send(("ready", max(ready.peak_bytes for ready in prepared)))
     pipe.recv()
-    for measure in measurements:
-        for row in measure():
+    for ready in prepared:
+        for row in ready.measure():
             pipe.send(("row", row))
 
 

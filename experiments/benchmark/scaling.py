@@ -41,7 +41,7 @@ def run(
     return processes.run(functools.partial(_prepare, options), keys, options.workers, report, say)
 
 
-def _prepare(options: Options, key: tuple[str, str, int], say: processes.Say) -> processes.Measure:
+def _prepare(options: Options, key: tuple[str, str, int], say: processes.Say) -> processes.Ready:
     """Compiles both passes at one length."""
     *case, length = key
     ((primitive, suite, benchmark),) = selected(("/".join(case),))
@@ -66,4 +66,4 @@ def _prepare(options: Options, key: tuple[str, str, int], say: processes.Say) ->
         timing = interleaved({"both": call}, options.rounds)["both"]
         return [row | {"both_ms": timing.median, "both_quartiles_ms": [timing.low, timing.high]}]
 
-    return measure
+    return processes.Ready(measure, row["both_peak_bytes"])

@@ -18,7 +18,7 @@ from layers.kernels.linear_recurrence.cases import SUITE
 from layers.kernels.linear_recurrence.gpu_kernels import Settings
 from tests.layers.kernels import test_primitives as shared
 
-SHORT = Settings(steps=8, stages=2, unroll=4, pieces=2)
+SHORT = Settings(steps=8, stages=2, unroll=4, pieces=2, fold=False)
 IDS = np.array([[0, 0, 1, 1, 1, 1, 0, 2, 2, 2, 2, 2, 3, 3, 3, 0, 5, 5, 0], [4] * 12 + [1] * 7], np.int32)
 by_case = pytest.mark.parametrize("case", SUITE.cases, ids=lambda case: case.name)
 INTERPRETED = [c for c in SUITE.cases if c.name not in ("complex", "real_reverse", "large_values")]
@@ -166,7 +166,7 @@ def test_lowers_for_a_gpu(case):
     """The compiler's front end takes both passes, in pieces and with segments."""
     arguments = shared.cast(shared.draw(case, 2, 200), "float32")
     ids = jnp.ones((2, 200), jnp.int32)
-    settings = Settings(unroll=1, pieces=3)
+    settings = Settings(unroll=1, pieces=3, fold=False)
 
     def run(a, x, state):
         reverse = case.options.get("reverse", False)
