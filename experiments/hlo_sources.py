@@ -13,6 +13,7 @@ from pathlib import Path
 OTHER = "other"
 FOLDERS = ("configs", "experiments", "layers", "seqmodels")
 
+_MOSAIC = "_mosaic_gpu_kernel"
 _FIELD = re.compile(r"(\w+)=(\d+)")
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = ")
@@ -55,13 +56,15 @@ def kernel_name(instruction: str) -> str:
 
 
 def attribute(kernel: str, operation: str | None, sources: Mapping[str, str]) -> str:
-    """The source file of a kernel in a trace, or "other".
+    """The source file of a kernel in a trace, or "other"; "Pallas: name" of one that Mosaic GPU made.
 
     Args:
       operation: name of the instruction that launched it, if the trace tells. It is asked first: kernels of libraries
         have names of their own, and instructions that are alike share one kernel, named after the first.
       sources: from `kernel_sources`.
     """
+    if kernel.endswith(_MOSAIC):  # these name no instruction, and one is launched from several
+        return f"Pallas: {kernel.removesuffix(_MOSAIC)}"
     for name in (operation, kernel):
         if name is not None and (file := sources.get(kernel_name(name))) is not None:
             return file

@@ -102,6 +102,7 @@ def test_the_instruction_that_launched_a_kernel_is_asked_before_its_name():
     assert attribute("loop_add_fusion_14", "wrapped_neg", SOURCES) == "experiments/train_step.py"
     assert attribute("loop_add_fusion_14", "unknown.1", SOURCES) == "layers/norms.py"
     assert attribute("memcpy32_post", None, SOURCES) == "other"
+    assert attribute("linear_recurrence_mosaic_gpu_kernel", None, SOURCES) == "Pallas: linear_recurrence"
 
 
 def test_only_streams_of_gpus_count_and_figures_are_of_one_step():

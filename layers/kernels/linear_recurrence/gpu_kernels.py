@@ -22,8 +22,9 @@ of the pieces before its own. The forward pass then moves 5 numbers an element i
 of 5; small calls find the second reading in the L2 cache. `_plan` reckons whether that is worth it: a row of 65536 steps
 and 256 channels takes 0.13 ms forward in 64 pieces (XLA 0.25), and 0.34 in 8.
 
-A complex array is two arrays, real and imaginary: XLA removes `real(complex(re, im))` on both sides of the call. Where it
-cannot, because the array is in memory, that is what bounds the call: 4 times the floor at 64 x 1024 x 128. The tail
+A complex array is two arrays, real and imaginary: XLA removes `real(complex(re, im))` on both sides of the call, and 16 calls
+of 50 x 2048 x 128 make a training step of S5 19.5 ms long instead of XLA's 24.8. Where it cannot, because the array is in memory,
+that is what bounds the call: 3 to 4 times the floor at 64 x 1024 x 128, XLA 2. The tail
 of the sequence and channels beyond the last need no masks: copies in fill with zeros beyond the ends of an array, and
 copies out write nothing there, unless what they copy is one stretch of memory.
 

@@ -11,6 +11,7 @@ from layers.mixers import make_mixer
 
 MIXERS = {
     "s5": {"state_size": 16, "bidirectional": True},
+    "lru": {},
     "rg_lru": {},
     "retnet": {"heads": 2},
     "lightning_attention": {"heads": 2},
@@ -18,7 +19,7 @@ MIXERS = {
     "deltanet": {"heads": 2},
     "gated_deltanet": {"heads": 2},
 }
-SHAPES = dict.fromkeys(MIXERS, (32, 128, 128)) | {"s5": (4, 704, 128)}
+SHAPES = dict.fromkeys(MIXERS, (32, 128, 128)) | dict.fromkeys(("s5", "lru"), (4, 704, 128))
 TOLERANCE = 3e-2  # activations are rounded to bfloat16 between the parts of a mixer too
 
 
