@@ -74,3 +74,11 @@ class Devices:
         """Number and kind of the devices, for records."""
         device = self.mesh.devices.flat[0]
         return f"{len(self)} x {device.device_kind} ({device.platform})"
+
+
+def cpu() -> jax.Device | None:
+    """The CPU as a device of JAX; None, which leaves the default device as it is, if JAX_PLATFORMS leaves out the CPU."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None

@@ -11,7 +11,7 @@ from flax import nnx
 from experiments import config_loading
 from experiments.config_loading import DataConfig, TrainConfig
 from experiments.data import bucketing, pipeline
-from experiments.devices import Devices
+from experiments.devices import Devices, cpu
 from experiments.optimizers import Optimizer, OptimizerConfig, assign_groups, groups_table
 from experiments.split_model import Layout, SplitModel
 from experiments.tasks import TASKS, make_task
@@ -218,12 +218,5 @@ def _with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str
 def _make_model(config: Mapping[str, Any], sizes: Mapping[str, int]) -> SplitModel:
     values = _with_sizes(config, sizes)
     # On the CPU whatever the device of training: faster for many small draws, and the same numbers everywhere.
-    with jax.default_device(_cpu()):
+    with jax.default_device(cpu()):
         return SplitModel(build_model(values, rngs=nnx.Rngs(config["seed"])))
-
-
-def _cpu() -> jax.Device | None:
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves out the CPU
-        return None

@@ -13,9 +13,8 @@ from layers.positions import sinusoidal
 from layers.typing import Array, Float, Int, Num
 from seqmodels.config import InputConfig
 
-SMALL_TABLE = (
-    64  # rows; an H100 adds 100,000 gradients of 128 features to 18 rows in 0.27 ms, and multiplies in 0.05
-)
+# Rows. An H100 adds 100,000 gradients of 128 features to 18 rows in 0.27 ms, and multiplies in less than 0.08.
+SMALL_TABLE = 64
 
 
 class Embedding(nnx.Module):

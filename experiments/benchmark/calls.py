@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmark.timing import peak_bytes
+from experiments.devices import cpu
 from layers.kernels.case import Benchmark, Suite
 from layers.typing import Array
 
@@ -114,7 +115,7 @@ def check(suite: Suite, benchmark: Benchmark, arrays: Arrays) -> Check:
     """
     reference = with_implementation(suite, benchmark, "reference")
     direction = cotangent(reference, arrays)
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.enable_x64(True), jax.default_device(cpu()):
         wide = {name: _widen(array) for name, array in arrays.items()}
         return Check(arrays, direction, *jax.jit(forward_and_backward(reference))(wide, _widen(direction)))
 
