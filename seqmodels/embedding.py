@@ -1,6 +1,5 @@
 """From inputs to vectors."""
 
-import functools
 import math
 
 import jax
@@ -86,28 +85,30 @@ class Embedding(nnx.Module):
         return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def look_up(table: Float[Array, "v d"], ids: Int[Array, "b t"], dtype: jnp.dtype) -> Float[Array, "b t d"]:
-    """Rows of a float32 table, converted to `dtype`; their gradients are added up in float32.
+    """Rows of a float32 table, converted to `dtype` afterwards: their gradients are added up in float32.
 
-    In bfloat16 a sum over a token's many places stops growing. Adding many places to few rows in memory makes them wait
-    for each other, so for a small table the sum is a matrix product.
+    In bfloat16 a sum over a token's many places stops growing.
     """
-    return table[ids].astype(dtype)
+    return (_look_up_few if table.shape[0] <= SMALL_TABLE else _look_up)(table, ids, dtype)
 
 
 def _look_up(table, ids, dtype):
-    return look_up(table, ids, dtype), (table, ids)
+    return table[ids].astype(dtype)
 
 
-def _gradient(dtype, residuals, d):
-    del dtype  # that of d
+# Sums in memory make the many places of few rows wait for each other: here they are a matrix product.
+_look_up_few = jax.custom_vjp(_look_up, nondiff_argnums=(2,))
+
+
+def _forward(table, ids, dtype):
+    return _look_up(table, ids, dtype), (table, ids)
+
+
+def _backward(_, residuals, d):
     table, ids = residuals
-    rows = table.shape[0]
-    if rows > SMALL_TABLE:
-        return jnp.zeros_like(table).at[ids].add(d.astype(table.dtype)), None
-    chosen = jax.nn.one_hot(ids, rows, dtype=d.dtype)
+    chosen = jax.nn.one_hot(ids, table.shape[0], dtype=d.dtype)
     return jnp.einsum("btv,btd->vd", chosen, d, preferred_element_type=table.dtype), None
 
 
-look_up.defvjp(_look_up, _gradient)
+_look_up_few.defvjp(_forward, _backward)

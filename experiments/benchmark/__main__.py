@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from experiments.benchmark import kernels, report, scaling, tune
+from experiments.benchmark import kernels, peers, report, scaling, tune
 from experiments.benchmark.processes import EndedEarly
 from experiments.benchmark.timing import ceilings
 from experiments.command_line import REFUSALS, refuse
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     record: dict[str, Any] = dict(
         command=["experiments.benchmark", *sys.argv[1:]],
         device=device,
-        versions=versions(),
+        versions=versions() | (peers.versions() if options.peers else {}),
         git=git_revision(),
         rounds=options.rounds,
     )

@@ -4,8 +4,10 @@
 imported is left out.
 """
 
+import contextlib
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 from typing import Any
 
@@ -14,6 +16,17 @@ import jax.numpy as jnp
 
 from experiments.benchmark.calls import Function, JaxFunction
 from experiments.benchmark.torch_functions import TorchFunction
+
+PACKAGES = ("jax-linear-attention", "flash-linear-attention", "torch", "triton")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that can be imported."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def peers(primitive: str, case: str) -> dict[str, JaxFunction | TorchFunction]:

@@ -116,6 +116,11 @@ def test_what_is_not_ready_in_time_is_left_out(monkeypatch):
     }
 
 
+def test_versions_are_of_what_is_installed(monkeypatch):
+    monkeypatch.setattr(peers, "PACKAGES", ("numpy", "no-such-library"))
+    assert peers.versions() == {"numpy": np.__version__}
+
+
 def test_what_fails_when_it_runs_costs_nothing_of_the_others():
     study = kernels.Study(
         "linear_recurrence", SUITES["linear_recurrence"], benchmark("linear_recurrence"), SMALL, print

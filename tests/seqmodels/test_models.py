@@ -10,7 +10,7 @@ from flax import nnx
 
 from seqmodels import build_model
 from seqmodels.classifier import pool
-from seqmodels.embedding import SMALL_TABLE
+from seqmodels.embedding import SMALL_TABLE, look_up
 
 CLASSIFIER = {
     "kind": "classifier",
@@ -227,6 +227,20 @@ def test_gradients_of_tables_are_summed_in_float32(rows):
     gradients = jax.jit(jax.grad(loss))(parameters)
     np.testing.assert_array_equal(gradients.table[...][:, 0], 1500 * np.eye(rows)[2])
     np.testing.assert_array_equal(gradients.positions[...][:, 0], [500, 500, 500, 0])
+
+
+@pytest.mark.parametrize("rows", [SMALL_TABLE, SMALL_TABLE + 1])
+def test_gradients_of_a_look_up(rows):
+    rng = np.random.default_rng(0)
+    table, ids = rng.standard_normal((rows, 3)), rng.integers(0, rows, (4, 50))
+    weights = rng.standard_normal((4, 50, 3)).astype(np.float32)
+    want = np.zeros_like(table)
+    np.add.at(want, ids, weights)
+
+    def loss(table):
+        return (look_up(table, jnp.asarray(ids), jnp.float32) * weights).sum()
+
+    np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(table, jnp.float32)), want, atol=1e-5)
 
 
 def test_vectors_as_inputs():

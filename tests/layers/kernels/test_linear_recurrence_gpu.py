@@ -126,6 +126,21 @@ def test_stretches_of_time_in_the_lanes(monkeypatch, kind):
         check(arguments, **options)
 
 
+def test_few_complex_channels_are_folded():
+    def folded(*shape, dtype=jnp.complex64, settings=gpu.FORWARD):
+        return gpu._kernels(shape, dtype, settings) is gpu.gpu_folded
+
+    assert gpu.FORWARD.fold is gpu.BACKWARD.fold is None
+    assert folded(50, 2048, 8)
+    assert folded(1, 704, 57)  # padded to 64
+    assert folded(1, 16, 8)
+    assert folded(50, 2048, 8, dtype=jnp.float32, settings=Settings(fold=True))
+    assert not folded(1, 704, 65)
+    assert not folded(1, 15, 8)
+    assert not folded(50, 2048, 8, dtype=jnp.float32)
+    assert not folded(50, 2048, 8, settings=Settings(fold=False))
+
+
 def test_interpreted_under_transformations(interpreted):
     arguments = arguments_of(rng_of(4), (2, 11, 5), (2, 11, 5))
     want = reference.linear_recurrence(*arguments.values(), None, False)
