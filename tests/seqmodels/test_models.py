@@ -238,7 +238,7 @@ def test_gradients_of_a_look_up(rows):
     np.add.at(want, ids, weights)
 
     def loss(table):
-        return (look_up(table, jnp.asarray(ids), jnp.float32) * weights).sum()
+        return (look_up(table, jnp.asarray(ids), jnp.dtype("float32")) * weights).sum()
 
     np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(table, jnp.float32)), want, atol=1e-5)
 
