@@ -189,15 +189,18 @@ def token_vectors(beta, log_decay, segment_ids):
         x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, padding), (0, 0)), mode=mode)
         return jnp.swapaxes(x, 1, 2).reshape(batch, x.shape[2], -1, CHUNK)
 
-    if log_decay is None:
-        log_decay = jnp.zeros_like(beta, dtype=jnp.float32)
-    log_decay = jnp.maximum(log_decay.astype(jnp.float32), STRONGEST)
     if segment_ids is not None:
         starts = segment_starts(segment_ids)
-        log_decay = jnp.where((starts | (segment_ids == 0))[..., None], 0.0, log_decay)
         segment = chunked(jnp.cumsum(starts, axis=1, dtype=jnp.int32)[..., None], "edge")
-    total = jnp.cumsum(chunked(log_decay), axis=-1)
-    enters, leaves = jnp.exp(total), jnp.exp(jnp.minimum(total[..., -1:] - total, 0.0))
+    if log_decay is None:  # sums of zeros are left out: XLA would take half a minute to find them out
+        total = jnp.zeros_like(chunked(beta))
+        enters = leaves = jnp.ones_like(total)
+    else:
+        log_decay = jnp.maximum(log_decay.astype(jnp.float32), STRONGEST)
+        if segment_ids is not None:
+            log_decay = jnp.where((starts | (segment_ids == 0))[..., None], 0.0, log_decay)
+        total = jnp.cumsum(chunked(log_decay), axis=-1)
+        enters, leaves = jnp.exp(total), jnp.exp(jnp.minimum(total[..., -1:] - total, 0.0))
     if segment_ids is None:
         rows = [total, chunked(beta), enters, leaves]
     else:

@@ -28,6 +28,7 @@ blocks run on a processor. What is left is the wait of 64 chunks for each other:
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from layers.kernels.delta_rule.gpu_chain import Chain, chain_scratch
 from layers.kernels.delta_rule.gpu_tiles import (
@@ -50,8 +51,22 @@ from layers.kernels.delta_rule.gpu_tiles import (
     visible,
     wait_to_send,
 )
-from layers.kernels.mosaic_gpu import launch, matrices, pl, plgpu, product
+from layers.kernels.mosaic_gpu import in_registers, launch, matrices, pl, plgpu, product
+from layers.kernels.varying import vary_as
 
+
+def _masks() -> np.ndarray:
+    """All bits set where a level of the inversion puts entries of X, (levels, c, c): the diagonal and the first, the others."""
+    row, column = np.indices(SQUARE)
+    levels = [
+        ((row >> level) & 1 == 1) & (column >> level == (row >> level) - 1)
+        for level in range(CHUNK.bit_length() - 1)
+    ]
+    levels[0] |= row == column
+    return np.where(levels, -1, 0).astype(np.int16)
+
+
+_MASKS = _masks()
 TURNS = 4  # chunks that a warpgroup of `prepare` inverts, at most
 
 
@@ -78,12 +93,28 @@ def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) ->
     scratch = {
         "k_tiles": matrices((workers, CHUNK, key_dim), jnp.bfloat16),
         **{f"{name}_tiles": matrices((workers, *SQUARE), jnp.bfloat16) for name in ("x", "high", "low")},
+        "mask_tiles": matrices(_MASKS.shape, jnp.int16),
         "vector_tiles": plgpu.SMEM((workers, 2, kinds, CHUNK), jnp.float32),
+        "masked": plgpu.Barrier(),
         "arrived": plgpu.Barrier(num_arrivals=3, num_barriers=workers),
         "done": plgpu.Barrier(num_arrivals=workers),
     }
 
-    def body(*, k, vectors, inverse, k_tiles, x_tiles, high_tiles, low_tiles, vector_tiles, arrived, done):
+    def body(
+        *,
+        k,
+        vectors,
+        masks,
+        inverse,
+        k_tiles,
+        x_tiles,
+        high_tiles,
+        low_tiles,
+        mask_tiles,
+        vector_tiles,
+        **barriers,
+    ):
+        masked, arrived, done = (barriers[name] for name in ("masked", "arrived", "done"))
         row, head, span, here = (jax.lax.axis_index(x) for x in ("row", "head", "span", "warpgroup"))
         shared = jax.lax.div(head, heads // groups)
 
@@ -100,40 +131,39 @@ def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) ->
             plgpu.barrier_wait(arrived.at[here])
             rows, columns = places()
             products = product(k_tile, k_tile.T) * along_rows(by_row(vector_tile.at[0, BETA]))
-            lower = jnp.where(visible(vector_tile, rows > columns), products, 0.0)
-            high = lower.astype(jnp.bfloat16)
+            whole = jnp.where(rows == columns, -1.0, 0.0)
+            whole = jnp.where(visible(vector_tile, rows > columns), products, whole)
+            high = _rounded(whole)
             high_tile[...] = high
-            low_tile[...] = (lower - high.astype(jnp.float32)).astype(jnp.bfloat16)
-            x = jnp.where(rows == columns, 1.0, jnp.where(_joins(rows, columns, 1), 0.0 - lower, 0.0))
-            x = x.astype(jnp.bfloat16)
+            low_tile[...] = (whole - high.astype(jnp.float32)).astype(jnp.bfloat16)
             plgpu.commit_smem()
             pl.when(after < ends)(lambda: bring(after))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            block = 2
-            while block < CHUNK:
-                # X is zero but in blocks on the diagonal: where L joins two of them, X L X has no other part of it, and
-                # what is there already stays as it is.
-                x_tile[...] = x
+            # -X, of which an entry is the sum of what a level gives it and zeros, or of their bits.
+            x = _bits(high) & in_registers(mask_tiles.at[0])
+            for level in range(1, len(_MASKS)):
+                x_tile[...] = _from_bits(x)
                 plgpu.commit_smem()
-                joined = product(product(x, high_tile).astype(jnp.bfloat16), x_tile)
-                joined = jnp.where(_joins(rows, columns, block), joined, 0.0)
-                x = (x.astype(jnp.float32) - joined).astype(jnp.bfloat16)
-                block *= 2
+                joined = product(_rounded(product(_from_bits(x), high_tile)), x_tile)
+                x |= _bits(_rounded(joined)) & in_registers(mask_tiles.at[level])
+            x = _from_bits(x)
             for _ in range(refinements):
                 x_tile[...] = x
                 plgpu.commit_smem()
-                start = x.astype(jnp.float32)
-                start = jnp.where(rows == columns, start - 1.0, start)
-                residual = product(low_tile, x_tile, product(high_tile, x_tile, start))
+                residual = product(low_tile, x_tile, product(high_tile, x_tile, 2.0 * read(x_tile)))
+                twice = 2.0 * read(x_tile)
+                plgpu.commit_smem()
                 x_tile[...] = residual.astype(jnp.bfloat16)
                 plgpu.commit_smem()
-                x = (x.astype(jnp.float32) - product(x, x_tile)).astype(jnp.bfloat16)
-            x_tile[...] = x
+                x = _rounded(product(x, x_tile, twice))
+            x_tile[...] = 0.0 - x
             send([(x_tile, inverse.at[row, head, pl.ds(chunk * CHUNK, CHUNK)])])
 
         start = span * share + here
         ends = jnp.minimum((span + 1) * share, chunks)
         pl.when(start < ends)(lambda: bring(start))
+        pl.when(here == 0)(lambda: fetch([(masks, mask_tiles)], masked))
+        plgpu.barrier_wait(masked)
 
         @pl.loop(0, turns)
         def _(turn):
@@ -149,7 +179,7 @@ def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) ->
         body,
         name="delta_rule_prepare",
         grid={"row": batch, "head": heads, "span": pl.cdiv(chunks, share)},
-        inputs={"k": k, "vectors": vectors},
+        inputs={"k": k, "vectors": vectors, "masks": vary_as(jnp.asarray(_MASKS), k)},
         outputs={"inverse": inverse},
         scratch=scratch,
         barriers=True,
@@ -157,10 +187,17 @@ def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) ->
     )["inverse"]
 
 
-def _joins(rows: jax.Array, columns: jax.Array, block: int) -> jax.Array:
-    """Where the row is in an odd block and the column in the block before it."""
-    rows, columns = (jax.lax.shift_right_logical(x, block.bit_length() - 1) for x in (rows, columns))
-    return ((rows & 1) == 1) & (columns == rows - 1)
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int16)
+
+
+def _from_bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    """To bfloat16, two numbers at once: without the barrier the compiler splits pairs that are used as float32 again."""
+    return jax.lax.optimization_barrier(x.astype(jnp.bfloat16))
 
 
 def forward(
