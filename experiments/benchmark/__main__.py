@@ -98,11 +98,9 @@ def main(argv: list[str]) -> int:
 
 
 def _share_memory(workers: int) -> None:
-    """Gives each of the processes that share the accelerator, and this one, a part of its memory, taken when needed."""
+    """Lets each of the processes that share the accelerator take memory when it needs it: most while others only compile."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    os.environ.setdefault(
-        "XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.95 / (workers + 1) if workers > 1 else 0.9:.3f}"
-    )
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9" if workers == 1 else "0.4")
 
 
 def _tune(only: tuple[str, ...], values: Any, folder: Path, record: dict[str, Any]) -> int:
