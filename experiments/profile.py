@@ -31,6 +31,7 @@ from experiments.train_state import initial_state
 from layers.kernels import dispatch
 from layers.kernels.suites import SUITES
 
+STEPS_SECONDS = 0.2
 ROOT = Path(__file__).absolute().parents[1]
 
 
@@ -155,8 +156,9 @@ def profile_step(
     batch = devices.put_batch(batch)
     step = Steps(plan, devices, batch, prefer)
     beside = {name: Steps(plan, devices, batch, choices) for name, choices in others.items()}
-    # Apart from the trace, which slows the host down.
-    times = interleaved({"profiled": step.take, **{name: one.take for name, one in beside.items()}}, steps)
+    # Apart from the trace, which slows the host down, and many in a row: as in training, the host runs ahead.
+    takers = {"profiled": step.take, **{name: one.take for name, one in beside.items()}}
+    times = interleaved(takers, steps, seconds=STEPS_SECONDS)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(steps):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MIN_SECONDS = 0.01  # of a measurement; shorter calls are repeated within it
+MIN_SECONDS = 0.01  # of a measurement, if nothing else is asked for; shorter calls are repeated within it
 
 
 class Timing(NamedTuple):
@@ -33,12 +33,18 @@ def peak_bytes(compiled: Any) -> int:
     return sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, seconds: float = MIN_SECONDS
+) -> dict[str, Timing]:
     """Times every call once a round, so that a change of the machine's pace meets all of them.
 
     A call starts work and returns arrays; every measurement waits for them.
+
+    Args:
+      seconds: of a measurement, which repeats shorter calls, 50 times at most. What the host takes to start the first of
+        them is measured too.
     """
-    repeats = {name: _repeats(call) for name, call in calls.items()}
+    repeats = {name: _repeats(call, seconds) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for turn in range(rounds):
@@ -48,9 +54,9 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
     return {name: _summary(values) for name, values in samples.items()}
 
 
-def _repeats(call: Callable[[], Any]) -> int:
+def _repeats(call: Callable[[], Any], seconds: float) -> int:
     _seconds(call, 2)  # the first call is never typical
-    return max(1, min(50, int(np.ceil(MIN_SECONDS / max(_seconds(call, 1), 1e-6)))))
+    return max(1, min(50, int(np.ceil(seconds / max(_seconds(call, 1), 1e-6)))))
 
 
 def _seconds(call: Callable[[], Any], repeats: int) -> float:

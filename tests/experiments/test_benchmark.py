@@ -1,6 +1,7 @@
 """Timing primitives: sizes and floors, errors that notice a wrong result, peers that fail, and the command."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -173,6 +174,19 @@ def test_every_round_times_every_call_starting_with_another():
     assert set(timings) == set("abc")
     firsts = [name for name, before in zip(order, [None, *order]) if name != before]
     assert firsts[-9:] == list("abcbcacab")
+
+
+def test_longer_measurements_repeat_calls_more_often():
+    counts = dict.fromkeys((0.001, 0.1), 0)
+
+    def call(seconds):
+        counts[seconds] += 1
+        time.sleep(0.004)
+
+    for seconds in counts:
+        timing.interleaved({"call": functools.partial(call, seconds)}, rounds=2, seconds=seconds)
+    assert counts[0.001] == 3 + 2
+    assert counts[0.1] > 3 + 2 * 5
 
 
 def test_unknown_names_are_refused():

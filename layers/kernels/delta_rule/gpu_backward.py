@@ -9,11 +9,13 @@ dy, the rest is local to the chunks; see gpu_gradients.py.
 
 At 8 x 4096 tokens, 16 heads of 128, bfloat16, `chain` reads 0.47 GB and writes 0.54 GB, 0.34 ms at 3.0 TB/s; its products
 take 0.19 ms at 400 TFLOP/s. The backward pass, with the states computed again by `forward`, moves 3.3 GB, 1.1 ms; without,
-if the forward pass keeps them, 2.7 GB. An H100 takes 1.63 to 1.70 ms for both passes: 0.69 for gpu_gradients.py, 0.38 here,
-0.32 and 0.16 in gpu_forward.py. An H200 (4.1 TB/s, at which 2.7 GB take 0.66 ms) takes 1.64 ms for both passes where states
-are kept, 4.6 times the floor of the primitive, and 1.78 where they are not; plain JAX takes 10.7. One stage instead of
-two takes 0.15 ms more. The H100 took 2.1 to 2.2 ms when inverses were made again too. Half of the bytes are states, dS', dy and
-de on their way from the walks to gpu_gradients.py; a walk that did its work as well would leave most of them where they are.
+if the forward pass keeps them, 2.7 GB. An H100 takes 1.68 to 1.71 ms for both passes, 3.3 and 3.4 times the floor of the
+primitive: 0.69 for gpu_gradients.py, 0.38 here, 0.32 and 0.16 in gpu_forward.py. An H200 (4.1 TB/s, at which 2.7 GB take 0.66 ms)
+takes 1.64 ms for both passes where states are kept and 1.78 where they are not; plain JAX takes 10.7. One stage instead of
+two takes 0.15 ms more. With products under way together where they can be, three waits a chunk instead of five, lanes spill 230
+bytes instead of 32, the compiler serialises the products, and the walk takes 1.2 times as long. The H100 took 2.1 to 2.2 ms when
+inverses were made again too. Half of the bytes are states, dS', dy and de on their way from the walks to gpu_gradients.py; a walk
+that did its work as well would leave most of them where they are.
 """
 
 import jax

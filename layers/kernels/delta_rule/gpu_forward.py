@@ -19,11 +19,15 @@ At 8 x 4096 tokens, 16 heads of 128, bfloat16, at 3.0 TB/s and 400 TFLOP/s:
     forward                  0.47 GB   0.13 GB     0.20 ms      0.19 ms
     forward, states alone    0.34 GB   0.27 GB     0.20 ms      0.11 ms
 
-The products of `prepare` are a chain, of 64 x 64 each, that waits for itself: with warpgroups for several chunks on every
-processor it is bound by instructions: 0.16 ms of the 0.42 that an H100 takes, 2.3 times the floor of the primitive. An H200
-(4.1 TB/s) takes 0.37 ms, 0.34 without the refinement of inverses, 0.39 with two of them, with two stages or with two workers.
+The products of `prepare` are a chain, of 64 x 64 each, in which a warpgroup waits for itself; warpgroups for several chunks are
+on every processor. It took 0.17 ms of the 0.42 that an H100 took for all, 2.3 times the floor of the primitive. Compiled for
+Hopper it has 1500 instructions a chunk and no spills, where it had 2340 and 52 bytes a lane: entries come to X as bits behind a
+mask, not by comparing places at every level, and pairs of bfloat16 are not converted one by one. That gained 0.01 ms, so
+instructions were not what it waits for; the H100 takes 0.41 (2.2 times the floor) with and without decay. An H200 (4.1 TB/s)
+took 0.37 ms before that, 0.34 without the refinement of inverses, 0.39 with two of them, with two stages or with two workers.
 An H100 took 0.52 ms when `prepare` made G and P as well (1.07 GB in all, not 0.8), one chunk a block, and registers let two
-blocks run on a processor. What is left is the wait of 64 chunks for each other: a row and head has one block to walk it.
+blocks run on a processor. What is left is the wait of 64 chunks for each other: a row and head has one block to walk it. To
+have the walk's products for y and o, or for o and S, under way together did not change its time.
 """
 
 import jax
@@ -77,7 +81,7 @@ def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) ->
     them. What a chunk needs comes while the one before is inverted.
 
     Args:
-      workers: warpgroups of a block. Four leave each lane 128 registers, which spills some of what all chunks share.
+      workers: warpgroups of a block. Four leave each lane 128 registers.
       refinements: steps of Newton's method, X <- X - X ((I + A) X - I), with X rounded and A the sum of two rounded
         matrices. Rounding in the products before leaves a twentieth of T wrong where beta is near 2 and keys are alike.
         After one step that is 2e-3 to 3e-3, after two 1.5e-3, as much as rounding T to bfloat16 leaves wrong. One is enough:
@@ -131,7 +135,7 @@ def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) ->
             plgpu.barrier_wait(arrived.at[here])
             rows, columns = places()
             products = product(k_tile, k_tile.T) * along_rows(by_row(vector_tile.at[0, BETA]))
-            whole = jnp.where(rows == columns, -1.0, 0.0)
+            whole = jnp.where(rows == columns, -1.0, 0.0)  # A - I
             whole = jnp.where(visible(vector_tile, rows > columns), products, whole)
             high = _rounded(whole)
             high_tile[...] = high
@@ -139,7 +143,8 @@ def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) ->
             plgpu.commit_smem()
             pl.when(after < ends)(lambda: bring(after))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            # -X, of which an entry is the sum of what a level gives it and zeros, or of their bits.
+            # Of -X: it grows by X L X, which is (-X)(A - I)(-X) where a level adds entries. Elsewhere they are masked, and
+            # where it adds them there were zeros, so that bits can be put together.
             x = _bits(high) & in_registers(mask_tiles.at[0])
             for level in range(1, len(_MASKS)):
                 x_tile[...] = _from_bits(x)
@@ -147,7 +152,7 @@ def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) ->
                 joined = product(_rounded(product(_from_bits(x), high_tile)), x_tile)
                 x |= _bits(_rounded(joined)) & in_registers(mask_tiles.at[level])
             x = _from_bits(x)
-            for _ in range(refinements):
+            for _ in range(refinements):  # -X <- -2 X + (-X) ((A - I) (-X) + 2 (-X))
                 x_tile[...] = x
                 plgpu.commit_smem()
                 residual = product(low_tile, x_tile, product(high_tile, x_tile, 2.0 * read(x_tile)))

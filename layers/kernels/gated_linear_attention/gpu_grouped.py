@@ -15,7 +15,7 @@ rest, warpgroups wait for their own products. Here, compiled for Hopper,
     products of 64 x 64 x 16       20 (28)   18 (20)       24 (28)             a head, chunk and warpgroup, in brackets before
     instructions                   750 (1010)  870 (1160)  1020 (1450)         as above
 
-with 0.14 and 0.30 KB of spills a lane backward. An H100 takes 0.369 ms forward and 2.29 both ways, an H200 0.348 and 2.27;
+with 0.14 and 0.30 KB of spills a lane backward. An H100 takes 0.357 ms forward and 2.29 both ways, an H200 0.348 and 2.27;
 the H200 with the kernels of single heads 0.366 (three stages) or 0.424 forward and 2.14 instead of 2.01 backward. So fewer
 bytes and products gained less than they should: spills and one block a processor are left to blame. One stage takes 0.57 and
 2.54. Four heads a block, two a warpgroup, halve what is read of queries, keys and scores, and took 0.405 forward. Code of its

@@ -138,6 +138,16 @@ def test_interpreted_in_pieces_where_segments_start_between_them(monkeypatch):
         check(arguments_of(rng, 2, 192, key_dim=128, value_dim=40), segment_ids=jnp.asarray(ids))
 
 
+def test_sums_no_decays_where_there_are_none():
+    """XLA would compute sums of zeros while it compiles, for half a minute."""
+    beta = jnp.ones((2, 70, 2))
+    with_decay, without = (
+        str(jax.make_jaxpr(gpu.token_vectors)(beta, log_decay, None)) for log_decay in (-beta, None)
+    )
+    assert "cumsum" in with_decay
+    assert "cumsum" not in without
+
+
 def test_pieces_fill_the_machine():
     """Chunks a piece: no fewer than there are pieces, and few enough to fill the processors, or all of them."""
     assert gpu.gpu_pieces.piece_length(512, 8, None) == 32

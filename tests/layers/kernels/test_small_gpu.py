@@ -72,11 +72,11 @@ def test_small_call(call, segments):
     ids = jnp.asarray(np.repeat([[1, 0, 2, 3]], BATCH, 0).repeat([30, 7, 20, 20], 1)) if segments else None
 
     def passes(impl, arguments, ids):
-        def loss(arguments):
+        def loss(arguments, ids):
             output, state = function(**arguments, segment_ids=ids, impl=impl)
             return (output.astype(jnp.float32) ** 2).sum() + state.sum(), (output, state)
 
-        (_, results), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arguments)
+        (_, results), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arguments, ids)
         return jax.tree.leaves_with_path((results, gradients))
 
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
