@@ -31,7 +31,7 @@ from experiments.train_state import initial_state
 from layers.kernels import dispatch
 from layers.kernels.suites import SUITES
 
-STEPS_SECONDS = 0.2
+STEPS_SECONDS = 0.2  # of a measurement
 ROOT = Path(__file__).absolute().parents[1]
 
 
@@ -147,9 +147,10 @@ def profile_step(
     prefer: Mapping[str, str],
     others: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
-    """Compiles the training step, times `steps` of them, and traces as many: the figures of `summarize`.
+    """Compiles the training step, times and traces it: the figures of `summarize`.
 
     Args:
+      steps: to trace, and rounds in which steps are timed.
       prefer: implementations to take, by primitive.
       others: the same by name, for steps that are timed beside it.
     """

@@ -98,7 +98,10 @@ def main(argv: list[str]) -> int:
 
 
 def _share_memory(workers: int) -> None:
-    """Lets each of the processes that share the accelerator take memory when it needs it: most while others only compile."""
+    """Lets the processes that share the accelerator take memory when they need it.
+
+    More than an equal share: one measures, which takes most, while others hold what they compiled with, or nothing.
+    """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9" if workers == 1 else "0.4")
 

@@ -20,14 +20,14 @@ At 8 x 4096 tokens, 16 heads of 128, bfloat16, at 3.0 TB/s and 400 TFLOP/s:
     forward, states alone    0.34 GB   0.27 GB     0.20 ms      0.11 ms
 
 The products of `prepare` are a chain, of 64 x 64 each, in which a warpgroup waits for itself; warpgroups for several chunks are
-on every processor. It took 0.17 ms of the 0.42 that an H100 took for all, 2.3 times the floor of the primitive. Compiled for
+on every processor. It took 0.16 ms of the 0.42 that an H100 took for all, 2.3 times the floor of the primitive. Compiled for
 Hopper it has 1500 instructions a chunk and no spills, where it had 2340 and 52 bytes a lane: entries come to X as bits behind a
 mask, not by comparing places at every level, and pairs of bfloat16 are not converted one by one. That gained 0.01 ms, so
 instructions were not what it waits for; the H100 takes 0.41 (2.2 times the floor) with and without decay. An H200 (4.1 TB/s)
 took 0.37 ms before that, 0.34 without the refinement of inverses, 0.39 with two of them, with two stages or with two workers.
 An H100 took 0.52 ms when `prepare` made G and P as well (1.07 GB in all, not 0.8), one chunk a block, and registers let two
 blocks run on a processor. What is left is the wait of 64 chunks for each other: a row and head has one block to walk it. To
-have the walk's products for y and o, or for o and S, under way together did not change its time.
+have the walk's k S and q S under way together, and then o and the next S, did not change its time.
 """
 
 import jax
