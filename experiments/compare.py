@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.files import to_json_text, write_atomically
-from experiments.interrupts import SIGNALS
-from experiments.logs import read_lines
-from experiments.plots import draw_curves
-from experiments.run_directory import RunDirectory
-from experiments.run_results import total_seconds
+from experiments.runs.directory import RunDirectory
+from experiments.runs.files import to_json_text, write_atomically
+from experiments.runs.interrupts import SIGNALS
+from experiments.runs.logs import read_lines
+from experiments.runs.plots import draw_curves
+from experiments.runs.results import total_seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@
     python -m experiments.describe --config=configs/lra/listops.py:mixer=attention --lengths=1024,8192 --json
 
 Nothing is allocated, and no data are read. Operations are those of one row without padding, in inference, as the
-implementations for the devices that JAX finds compute it (`experiments.flops`); the state is what a causal model
+implementations for the devices that JAX finds compute it (`experiments.analysis.flops`); the state is what a causal model
 carries for one row after that many tokens. Exit codes: 0 done; 2 the config or an argument cannot be used.
 """
 
@@ -19,10 +19,11 @@ from absl import app, flags, logging
 from flax import nnx
 from ml_collections import config_flags
 
-from experiments import config_loading, experiment
-from experiments.command_line import REFUSALS, refuse
-from experiments.files import to_json_text
-from experiments.flops import Flops, count_flops
+from experiments.analysis.flops import Flops, count_flops
+from experiments.config import loading as config_loading
+from experiments.config.command_line import REFUSALS, refuse
+from experiments.runs.files import to_json_text
+from experiments.training import experiment
 
 PREFIXES = ("", "k", "M", "G", "T", "P")
 LENGTHS = (1024, 4096, 16384, 65536)

@@ -9,14 +9,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from experiments import experiment
-from experiments.checkpoints import Checkpoints
-from experiments.command_line import REFUSALS, refuse
-from experiments.devices import Devices
-from experiments.evaluation import Evaluator
-from experiments.files import to_json_text, write_atomically
-from experiments.loop import restore
-from experiments.run_directory import RunDirectory
+from experiments.config.command_line import REFUSALS, refuse
+from experiments.parallel.devices import Devices
+from experiments.runs.checkpoints import Checkpoints
+from experiments.runs.directory import RunDirectory
+from experiments.runs.files import to_json_text, write_atomically
+from experiments.training import experiment
+from experiments.training.evaluation import Evaluator
+from experiments.training.loop import restore
 
 
 def main(argv: Sequence[str] | None = None) -> int:

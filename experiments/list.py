@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.files import to_json_text
+from experiments.runs.files import to_json_text
 from experiments.tasks import TASKS
 from layers.mixers import MIXERS
 

@@ -19,15 +19,16 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import config_loading, experiment
+from experiments.analysis.hlo_sources import attribute, kernel_sources
 from experiments.benchmark.timing import Timing, interleaved
-from experiments.command_line import EXIT_REFUSED, REFUSALS, refuse
+from experiments.config import loading as config_loading
+from experiments.config.command_line import EXIT_REFUSED, REFUSALS, refuse
 from experiments.data import bucketing
-from experiments.devices import Devices
-from experiments.files import to_json_text, write_atomically
-from experiments.hlo_sources import attribute, kernel_sources
-from experiments.run_directory import git_revision, versions
-from experiments.train_state import initial_state
+from experiments.parallel.devices import Devices
+from experiments.runs.directory import git_revision, versions
+from experiments.runs.files import to_json_text, write_atomically
+from experiments.training import experiment
+from experiments.training.state import initial_state
 from layers.kernels import dispatch
 from layers.kernels.suites import SUITES
 

@@ -17,13 +17,16 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import config_loading, experiment, loop, plots, run_results
-from experiments.command_line import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_REFUSED, REFUSALS, refuse
-from experiments.devices import Devices
-from experiments.interrupts import Interrupted, Stop
-from experiments.logs import read_lines
-from experiments.run_directory import RunDirectory
-from experiments.step_records import NonFiniteError
+from experiments.config import loading as config_loading
+from experiments.config.command_line import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_REFUSED, REFUSALS, refuse
+from experiments.parallel.devices import Devices
+from experiments.runs import plots
+from experiments.runs import results as run_results
+from experiments.runs.directory import RunDirectory
+from experiments.runs.interrupts import Interrupted, Stop
+from experiments.runs.logs import read_lines
+from experiments.training import experiment, loop
+from experiments.training.records import NonFiniteError
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Path of the config, and its arguments after a colon.", lock_config=True

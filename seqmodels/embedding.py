@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.mixers.carry import Place, start, walk
 from layers.parameters import NO_DECAY, linear, parameter
+from layers.parts.carry import Place, start, walk
 from layers.positions import sinusoidal
 from layers.typing import Array, Float, Int, Num
 from seqmodels.config import InputConfig

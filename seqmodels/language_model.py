@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.mixers.carry import Place
 from layers.norms import make_norm
 from layers.parameters import linear
+from layers.parts.carry import Place
 from layers.typing import Array, Float, Int, Key
 from seqmodels.config import LanguageModelConfig
 from seqmodels.embedding import Embedding

@@ -95,7 +95,7 @@ def test_every_folder_of_a_package_can_be_imported():
         ("layers/norms.py", "import seqmodels.block"),
         ("layers/norms.py", "def f():\n    from experiments import train"),
         ("layers/norms.py", "import optax"),
-        ("seqmodels/block.py", "from experiments.checkpoints import save"),
+        ("seqmodels/block.py", "from experiments.runs.checkpoints import save"),
         ("seqmodels/block.py", "import ml_collections"),
         ("experiments/train.py", "from configs.lra import listops"),
         ("experiments/train.py", "import tests.conftest"),
@@ -124,7 +124,7 @@ def test_an_import_upwards_is_found(tmp_path, path, source):
             "from layers.kernels.checks import check_shape\nfrom . import reference",
         ),
         (
-            "layers/mixers/s5.py",
+            "layers/mixers/state_space/s5.py",
             "from flax import nnx\nfrom layers.kernels.scan import scan\nfrom .. import norms",
         ),
         ("seqmodels/block.py", "import layers.norms\nfrom seqmodels import stack"),

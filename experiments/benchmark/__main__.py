@@ -24,10 +24,10 @@ from absl import app, flags, logging
 from experiments.benchmark import kernels, peers, report, scaling, tune
 from experiments.benchmark.processes import EndedEarly
 from experiments.benchmark.timing import ceilings
-from experiments.command_line import REFUSALS, refuse
-from experiments.devices import Devices
-from experiments.files import to_json_text, write_atomically
-from experiments.run_directory import git_revision, versions
+from experiments.config.command_line import REFUSALS, refuse
+from experiments.parallel.devices import Devices
+from experiments.runs.directory import git_revision, versions
+from experiments.runs.files import to_json_text, write_atomically
 
 STUDIES = ("kernels", "scaling", "tune")
 ON_CPU = {"dtype": "float32", "batch": 1, "time": 1024, "narrower": 8, "rounds": 5, "workers": 1}

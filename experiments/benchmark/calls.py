@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmark.timing import peak_bytes
-from experiments.devices import cpu
-from layers.kernels.case import Benchmark, Suite
+from experiments.parallel.devices import cpu
+from layers.kernels.suite import Benchmark, Suite
 from layers.typing import Array
 
 Arrays = dict[str, Any]

@@ -14,7 +14,7 @@ from experiments.benchmark import calls, processes
 from experiments.benchmark.peers import peers
 from experiments.benchmark.timing import Ceilings, interleaved
 from layers.kernels import dispatch
-from layers.kernels.case import Benchmark, Suite
+from layers.kernels.suite import Benchmark, Suite
 from layers.kernels.suites import SUITES
 
 ERROR_TIME = 256  # where the float64 reference and all its intermediate states fit

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.gated_linear_attention import gpu, xla
-from layers.kernels.gated_linear_attention.gpu_kernels import Settings
+from layers.kernels.gated_linear_attention.gpu.kernels import Settings
 from layers.kernels.segments import segment_numbers
 
 Arrays = dict[str, Any]

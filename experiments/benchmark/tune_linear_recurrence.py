@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from experiments.benchmark.peers import PLAIN
 from layers.kernels.linear_recurrence import gpu, reference, xla
-from layers.kernels.linear_recurrence.gpu_kernels import Settings
+from layers.kernels.linear_recurrence.gpu.kernels import Settings
 
 Arrays = dict[str, Any]
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import jax
 
-from experiments.command_line import EXIT_INTERRUPTED, REFUSALS, refuse
-from experiments.devices import Devices
-from experiments.interrupts import Interrupted
-from experiments.run_directory import git_revision, versions
+from experiments.config.command_line import EXIT_INTERRUPTED, REFUSALS, refuse
+from experiments.parallel.devices import Devices
+from experiments.runs.directory import git_revision, versions
+from experiments.runs.interrupts import Interrupted
 from experiments.sweep.replicas import Replicas
 from experiments.sweep.report import draw, made_by, summarize, table
 from experiments.sweep.studies import STUDIES, Job, Study

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments import config_loading
-from experiments.config_loading import TrainConfig
+from experiments.config import loading as config_loading
+from experiments.config.loading import TrainConfig
 from experiments.data import pipeline
-from experiments.interrupts import Interrupted
-from experiments.optimizers import Group, Optimizer, OptimizerConfig, assign_groups
-from experiments.split_model import Layout, SplitModel
+from experiments.runs.interrupts import Interrupted
 from experiments.tasks import make_task
-from experiments.train_step import means
+from experiments.training.model import Layout, SplitModel
+from experiments.training.optimizers import Group, Optimizer, OptimizerConfig, assign_groups
+from experiments.training.step import means
 from seqmodels import build_model
 
 STEPS_AT_ONCE = 50

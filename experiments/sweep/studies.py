@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.config_loading import to_plain
+from experiments.config.loading import to_plain
 
 CONFIGS = Path(__file__).absolute().parents[2] / "configs" / "synthetic"
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels.varying import vary_as
+from layers.kernels.shard_map_types import vary_as
 
 try:
     import jax.experimental.pallas as pl

@@ -5,42 +5,42 @@ from typing import Any
 
 from flax import nnx
 
-from layers.mixers.attention import Attention, AttentionConfig
+from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.mixers.attention.gated_attention import GatedAttention, GatedAttentionConfig
+from layers.mixers.attention.linformer import Linformer, LinformerConfig
+from layers.mixers.attention.mega import Mega, MegaConfig
+from layers.mixers.attention.mla import MLA, MLAConfig
+from layers.mixers.attention.selective_attention import SelectiveAttention, SelectiveAttentionConfig
 from layers.mixers.bidirectional import Bidirectional, BidirectionalConfig
-from layers.mixers.deltanet import DeltaNet, DeltaNetConfig
-from layers.mixers.dss import DSS, DSSConfig
-from layers.mixers.fnet import FNet, FNetConfig
-from layers.mixers.gated_attention import GatedAttention, GatedAttentionConfig
-from layers.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
-from layers.mixers.gla import GLA, GLAConfig
-from layers.mixers.gss import GSS, GSSConfig
-from layers.mixers.h3 import H3, H3Config
-from layers.mixers.hgrn import HGRN, HGRNConfig
-from layers.mixers.hyena import Hyena, HyenaConfig
-from layers.mixers.hypermixer import HyperMixer, HyperMixerConfig
-from layers.mixers.kda import KDA, KDAConfig
-from layers.mixers.lightning_attention import LightningAttention, LightningAttentionConfig
-from layers.mixers.lightweight_conv import DynamicConv, LightweightConv, LightweightConvConfig
-from layers.mixers.linear_attention import LinearAttention, LinearAttentionConfig
-from layers.mixers.linformer import Linformer, LinformerConfig
-from layers.mixers.liquid_s4 import LiquidS4, LiquidS4Config
-from layers.mixers.lru import LRU, LRUConfig
-from layers.mixers.lstm import LSTM, LSTMConfig
-from layers.mixers.mamba import Mamba, MambaConfig
-from layers.mixers.mamba2 import Mamba2, Mamba2Config
-from layers.mixers.mega import Mega, MegaConfig
-from layers.mixers.mla import MLA, MLAConfig
-from layers.mixers.performer import Performer, PerformerConfig
-from layers.mixers.retnet import RetNet, RetNetConfig
-from layers.mixers.rg_lru import RGLRU, RGLRUConfig
-from layers.mixers.rwkv4 import RWKV4, RWKV4Config
-from layers.mixers.rwkv7 import RWKV7, RWKV7Config
-from layers.mixers.s4 import S4, S4Config
-from layers.mixers.s4d import S4D, S4DConfig
-from layers.mixers.s5 import S5, S5Config
-from layers.mixers.selective_attention import SelectiveAttention, SelectiveAttentionConfig
-from layers.mixers.sgconv import SGConv, SGConvConfig
-from layers.mixers.wersa import WERSA, WERSAConfig
+from layers.mixers.convolution.hyena import Hyena, HyenaConfig
+from layers.mixers.convolution.lightweight_conv import DynamicConv, LightweightConv, LightweightConvConfig
+from layers.mixers.convolution.sgconv import SGConv, SGConvConfig
+from layers.mixers.delta_rule.deltanet import DeltaNet, DeltaNetConfig
+from layers.mixers.delta_rule.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
+from layers.mixers.delta_rule.kda import KDA, KDAConfig
+from layers.mixers.delta_rule.rwkv7 import RWKV7, RWKV7Config
+from layers.mixers.linear_attention.gla import GLA, GLAConfig
+from layers.mixers.linear_attention.lightning_attention import LightningAttention, LightningAttentionConfig
+from layers.mixers.linear_attention.linear_attention import LinearAttention, LinearAttentionConfig
+from layers.mixers.linear_attention.performer import Performer, PerformerConfig
+from layers.mixers.linear_attention.retnet import RetNet, RetNetConfig
+from layers.mixers.recurrence.hgrn import HGRN, HGRNConfig
+from layers.mixers.recurrence.lru import LRU, LRUConfig
+from layers.mixers.recurrence.lstm import LSTM, LSTMConfig
+from layers.mixers.recurrence.rg_lru import RGLRU, RGLRUConfig
+from layers.mixers.recurrence.rwkv4 import RWKV4, RWKV4Config
+from layers.mixers.state_space.dss import DSS, DSSConfig
+from layers.mixers.state_space.gss import GSS, GSSConfig
+from layers.mixers.state_space.h3 import H3, H3Config
+from layers.mixers.state_space.liquid_s4 import LiquidS4, LiquidS4Config
+from layers.mixers.state_space.mamba import Mamba, MambaConfig
+from layers.mixers.state_space.mamba2 import Mamba2, Mamba2Config
+from layers.mixers.state_space.s4 import S4, S4Config
+from layers.mixers.state_space.s4d import S4D, S4DConfig
+from layers.mixers.state_space.s5 import S5, S5Config
+from layers.mixers.token_mixing.fnet import FNet, FNetConfig
+from layers.mixers.token_mixing.hypermixer import HyperMixer, HyperMixerConfig
+from layers.mixers.token_mixing.wersa import WERSA, WERSAConfig
 from layers.registry import build
 
 MIXERS = {

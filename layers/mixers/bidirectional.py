@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers import mixers
-from layers.mixers.carry import check_inputs, refuse_state
-from layers.mixers.each_segment import reverse
 from layers.parameters import linear
+from layers.parts.carry import check_inputs, refuse_state
+from layers.parts.each_segment import reverse
 from layers.typing import Array, Float, Int
 
 PROJECTIONS = ("input", "output")

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from experiments.config_loading import DataConfig, TrainConfig, section, to_plain
-from experiments.optimizers import OptimizerConfig, assign_groups
-from experiments.split_model import SplitModel
-from layers.mixers.attention import Attention
+from experiments.config.loading import DataConfig, TrainConfig, section, to_plain
+from experiments.training.model import SplitModel
+from experiments.training.optimizers import OptimizerConfig, assign_groups
+from layers.mixers.attention.attention import Attention
 from layers.positions import Rotary
 from layers.positions.position import NoPosition
 from seqmodels import build_model

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from experiments.config_loading import DataConfig, TrainConfig, section, to_plain
-from experiments.experiment import model_without_data
-from experiments.optimizers import OptimizerConfig, assign_groups
+from experiments.config.loading import DataConfig, TrainConfig, section, to_plain
 from experiments.tasks import make_task
+from experiments.training.experiment import model_without_data
+from experiments.training.optimizers import OptimizerConfig, assign_groups
 from layers.mixers import MIXERS
 from layers.parameters import group_of
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import experiment
-from experiments.devices import Devices
-from experiments.train_state import initial_state
+from experiments.parallel.devices import Devices
+from experiments.training import experiment
+from experiments.training.state import initial_state
 from tests.experiments.tiny import make_tiny_task, tiny_config
 
 BALANCE = 5.0

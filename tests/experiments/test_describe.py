@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from experiments import describe, experiment
-from experiments.flops import count_flops
+from experiments import describe
+from experiments.analysis.flops import count_flops
+from experiments.training import experiment
 from layers.mixers import make_mixer
 from seqmodels import build_model
 from tests.layers.mixers.table import MIXERS

@@ -4,10 +4,12 @@ import json
 
 import pytest
 
-from experiments import compare, evaluate, experiment, loop, run_results
-from experiments.devices import Devices
-from experiments.interrupts import Stop
-from experiments.run_directory import RunDirectory
+from experiments import compare, evaluate
+from experiments.parallel.devices import Devices
+from experiments.runs import results as run_results
+from experiments.runs.directory import RunDirectory
+from experiments.runs.interrupts import Stop
+from experiments.training import experiment, loop
 from tests.experiments.tiny import build_tiny_model, make_tiny_task, tiny_config
 
 

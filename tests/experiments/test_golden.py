@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import experiment
-from experiments.devices import Devices
-from experiments.train_state import initial_state
+from experiments.parallel.devices import Devices
+from experiments.training import experiment
+from experiments.training.state import initial_state
 
 NAMES = ("accuracy", "count", "loss", "gradient_norm", "learning_rate", "tokens")
 

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import experiment, profile
+from experiments import profile
+from experiments.analysis.hlo_sources import attribute, kernel_sources
 from experiments.benchmark.timing import Timing
-from experiments.devices import Devices
-from experiments.hlo_sources import attribute, kernel_sources
+from experiments.parallel.devices import Devices
 from experiments.profile import Kernel
+from experiments.training import experiment
 from layers.kernels import dispatch
 from tests.experiments.tiny import build_tiny_model, make_tiny_task, tiny_config
 
@@ -71,8 +72,8 @@ ENTRY %main.9 (x.1: f32[4]) -> (f32[4]) {
 """
 SOURCES = {
     "loop_add_fusion_14": "layers/norms.py",  # three instructions in norms and below, one in the mixer
-    "wrapped_neg": "experiments/train_step.py",  # nothing inside tells
-    "custom_call_2": "layers/mixers/s5.py",
+    "wrapped_neg": "experiments/training/step.py",  # nothing inside tells
+    "custom_call_2": "layers/mixers/state_space/s5.py",
     "copy_3": "other",
 }
 
@@ -98,8 +99,8 @@ def test_a_kernel_belongs_to_the_innermost_file_of_ours_of_most_of_its_instructi
 
 
 def test_the_instruction_that_launched_a_kernel_is_asked_before_its_name():
-    assert attribute("cutlass_gemm", "custom-call.2", SOURCES) == "layers/mixers/s5.py"
-    assert attribute("loop_add_fusion_14", "wrapped_neg", SOURCES) == "experiments/train_step.py"
+    assert attribute("cutlass_gemm", "custom-call.2", SOURCES) == "layers/mixers/state_space/s5.py"
+    assert attribute("loop_add_fusion_14", "wrapped_neg", SOURCES) == "experiments/training/step.py"
     assert attribute("loop_add_fusion_14", "unknown.1", SOURCES) == "layers/norms.py"
     assert attribute("memcpy32_post", None, SOURCES) == "other"
     assert attribute("linear_recurrence_mosaic_gpu_kernel", None, SOURCES) == "Pallas: linear_recurrence"
@@ -135,12 +136,12 @@ def test_only_streams_of_gpus_count_and_figures_are_of_one_step():
         busy_milliseconds_per_step=4.0,
         kernels_per_step=2.0,
         sources={
-            "layers/mixers/s5.py": dict(milliseconds=2.0, kernels=0.5, share=0.5),
+            "layers/mixers/state_space/s5.py": dict(milliseconds=2.0, kernels=0.5, share=0.5),
             "layers/norms.py": dict(milliseconds=1.5, kernels=1.0, share=0.375),
             "other": dict(milliseconds=0.5, kernels=0.5, share=0.125),
         },
     )
-    assert list(record["sources"]) == ["layers/mixers/s5.py", "layers/norms.py", "other"]
+    assert list(record["sources"]) == ["layers/mixers/state_space/s5.py", "layers/norms.py", "other"]
     others = {"linear_recurrence/xla": dict(milliseconds_per_step=7.5)}
     about = dict(devices="1 x GPU", batch={"inputs": (8, 4)}, others=others)
     table = profile.describe(record | about).splitlines()
@@ -186,7 +187,7 @@ def test_a_step_is_timed_and_traced_and_its_frames_are_read(tiny, monkeypatch):
     assert record["milliseconds_per_step"] > 0
     assert record["others"]["linear_recurrence/reference"]["milliseconds_per_step"] > 0
     files = set(found.values()) - {"other"}
-    assert {"experiments/optimizers.py", "experiments/tasks/classification.py"} <= files
+    assert {"experiments/training/optimizers.py", "experiments/tasks/classification.py"} <= files
     assert [file for file in files if not (profile.ROOT / file).is_file()] == []
 
 

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.checkpoints import Checkpoints
-from experiments.command_line import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_REFUSED
-from experiments.logs import read_lines
-from experiments.run_directory import RunDirectory
+from experiments.config.command_line import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_REFUSED
+from experiments.runs.checkpoints import Checkpoints
+from experiments.runs.directory import RunDirectory
+from experiments.runs.logs import read_lines
 
 TIMED = {"seconds", "tokens_per_second"}
 PATIENCE = 120.0

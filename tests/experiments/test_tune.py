@@ -7,8 +7,9 @@ import pytest
 
 from experiments.benchmark import tune, tune_delta_rule, tune_gated_linear_attention, tune_linear_recurrence
 from layers.kernels import mosaic_gpu
-from layers.kernels.linear_recurrence import gpu, gpu_kernels
-from layers.kernels.linear_recurrence.gpu_kernels import Settings
+from layers.kernels.linear_recurrence import gpu
+from layers.kernels.linear_recurrence.gpu import kernels as gpu_kernels
+from layers.kernels.linear_recurrence.gpu.kernels import Settings
 
 RIGHT, FAILS = Settings(steps=8, stages=2, unroll=4), Settings(stages=0)
 SIZES = tune.Sizes(batch=1, time=11, rounds=1)

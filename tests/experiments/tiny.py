@@ -11,9 +11,10 @@ import numpy as np
 from absl import app
 from flax import nnx
 
-from experiments import experiment, train
+from experiments import train
 from experiments.data.sequences import Sequences
 from experiments.tasks.classification import cross_entropy
+from experiments.training import experiment
 
 WIDTHS = (4, 8)
 CLASSES = 3

@@ -8,7 +8,7 @@ from flax import nnx
 from transformers.models.fnet.configuration_fnet import FNetConfig as TheirConfig
 from transformers.models.fnet.modeling_fnet import FNetBasicFourierTransform
 
-from layers.mixers.fnet import FNet, FNetConfig
+from layers.mixers.token_mixing.fnet import FNet, FNetConfig
 
 
 @pytest.mark.parametrize("by_matrices", [False, True])

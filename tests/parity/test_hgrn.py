@@ -12,7 +12,7 @@ from fla.layers import hgrn as theirs
 from fla.ops.hgrn.naive import naive_recurrent_hgrn
 from flax import nnx
 
-from layers.mixers.hgrn import HGRN, HGRNConfig
+from layers.mixers.recurrence.hgrn import HGRN, HGRNConfig
 
 B, T, D = 2, 40, 12
 

@@ -12,10 +12,10 @@ import torch
 from fla.modules.long_conv import PositionalEmbedding, fft_conv
 from flax import nnx
 
-from layers.mixers.implicit_filter import ImplicitFilter
-from layers.mixers.segmented_convolution import convolve
-from layers.mixers.sgconv import SGConv, SGConvConfig
-from layers.mixers.window import window_sum
+from layers.mixers.convolution.sgconv import SGConv, SGConvConfig
+from layers.parts.implicit_filter import ImplicitFilter
+from layers.parts.segmented_convolution import convolve
+from layers.parts.window import window_sum
 
 B, T, D = 2, 33, 5
 

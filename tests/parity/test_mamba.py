@@ -14,8 +14,8 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config as TheirMamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from layers.mixers.mamba import Mamba, MambaConfig
-from layers.mixers.mamba2 import Mamba2, Mamba2Config
+from layers.mixers.state_space.mamba import Mamba, MambaConfig
+from layers.mixers.state_space.mamba2 import Mamba2, Mamba2Config
 
 B, T, D = 2, 70, 16
 

@@ -12,8 +12,8 @@ from flax import nnx
 from transformers.models.rwkv.configuration_rwkv import RwkvConfig
 from transformers.models.rwkv.modeling_rwkv import RwkvSelfAttention
 
-from layers.mixers.lstm import LSTM, LSTMConfig
-from layers.mixers.rwkv4 import RWKV4, RWKV4Config
+from layers.mixers.recurrence.lstm import LSTM, LSTMConfig
+from layers.mixers.recurrence.rwkv4 import RWKV4, RWKV4Config
 
 B, T, D = 2, 50, 12
 

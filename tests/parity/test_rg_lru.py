@@ -11,7 +11,7 @@ from flax import nnx
 from transformers.models.recurrent_gemma.configuration_recurrent_gemma import RecurrentGemmaConfig
 from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
 
-from layers.mixers.rg_lru import RGLRU, RGLRUConfig
+from layers.mixers.recurrence.rg_lru import RGLRU, RGLRUConfig
 
 B, T, D, HEADS = 2, 40, 12, 3
 

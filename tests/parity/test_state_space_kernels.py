@@ -15,9 +15,9 @@ from espnet2.asr.state_spaces import s4 as espnet
 from flax import nnx
 
 from layers import hippo
-from layers.mixers.dss import DSS, DSSConfig
-from layers.mixers.s4 import S4, S4Config
-from layers.mixers.s4d import S4D, S4DConfig, initial_modes
+from layers.mixers.state_space.dss import DSS, DSSConfig
+from layers.mixers.state_space.s4 import S4, S4Config
+from layers.mixers.state_space.s4d import S4D, S4DConfig, initial_modes
 
 WIDTH, STATE, TIME = 6, 8, 40
 STEPS = {"dt_min": 0.01, "dt_max": 0.2}

@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from experiments.config_loading import check_integer
+from experiments.config.loading import check_integer
 from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.synthetic.rows import Arrays, joined, next_tokens
 from experiments.tasks.synthetic.task import SyntheticTask, length_splits

@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 
-from experiments.config_loading import check_integer, check_number
+from experiments.config.loading import check_integer, check_number
 from experiments.tasks.synthetic.associative_recall import random_member
 from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.synthetic.rows import Arrays

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from experiments.config_loading import check_integer, check_number
+from experiments.config.loading import check_integer, check_number
 from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.synthetic.rows import Arrays
 from experiments.tasks.synthetic.task import SyntheticTask

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.config_loading import check_integer
+from experiments.config.loading import check_integer
 from experiments.tasks.synthetic.draws import GOLDEN, Draws, mix
 from experiments.tasks.synthetic.rows import Arrays
 from experiments.tasks.synthetic.task import SyntheticTask

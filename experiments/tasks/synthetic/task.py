@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from experiments.config_loading import check_integer
+from experiments.config.loading import check_integer
 from experiments.tasks import tokens
 from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.synthetic.rows import Arrays, Rows

@@ -3,7 +3,7 @@
 import numpy as np
 
 from layers.kernels.attention import attention
-from layers.kernels.case import Benchmark, Case, Suite
+from layers.kernels.suite import Benchmark, Case, Suite
 
 HEADS, KV_HEADS, KEY, VALUE = 4, 2, 5, 3
 BLOCK = 8

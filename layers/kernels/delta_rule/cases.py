@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from layers.kernels.case import Benchmark, Case, Suite
 from layers.kernels.delta_rule import delta_rule, dplr_delta_rule
+from layers.kernels.suite import Benchmark, Case, Suite
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 5, 4
 

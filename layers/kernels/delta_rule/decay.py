@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.delta_rule.triangular import BASE, join_blocks, level_mask
-from layers.kernels.products import contract, product
+from layers.kernels.mixed_precision import contract, product
 
 # Log-decay that forgets: its exponential is exactly 0 in float32 and float64, and sums of it stay finite.
 RESET = -1e4

@@ -14,7 +14,7 @@ is formed, which could be large although the inverse is not.
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.products import contract
+from layers.kernels.mixed_precision import contract
 
 # Side of the tiles that tiny blocks are treated in: the smallest product that a matrix unit takes.
 BASE = 16

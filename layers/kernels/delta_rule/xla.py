@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.delta_rule.decay import RESET, scores
 from layers.kernels.delta_rule.triangular import inverse
-from layers.kernels.products import product, solve
+from layers.kernels.mixed_precision import product, solve
 from layers.kernels.segments import segment_starts
 
 # Steps a chunk; a power of two. Longer chunks do more arithmetic and fewer steps of the scan; with a decay per channel

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from layers.kernels.case import Benchmark, Case, Suite
 from layers.kernels.gated_linear_attention import gated_linear_attention
+from layers.kernels.suite import Benchmark, Case, Suite
 
 HEADS, KEYS, VALUES = 4, 6, 5
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.gated_linear_attention.scalar_decay import exact_parts
-from layers.kernels.products import product
+from layers.kernels.mixed_precision import product
 
 
 def within_chunks(q, k, g, bonus, same, scale, dtype, leaf):

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.gated_linear_attention import channel_decay, scalar_decay
-from layers.kernels.products import contract
+from layers.kernels.mixed_precision import contract
 
 # Chunks a step of the scan over chunks: fewer, larger kernels.
 UNROLL = 8

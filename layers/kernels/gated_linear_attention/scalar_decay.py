@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.products import contract, product
+from layers.kernels.mixed_precision import contract, product
 
 
 def within_chunks(q, k, g, bonus, same, scale, dtype):

@@ -30,9 +30,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from layers.kernels import mosaic_tpu
 from layers.kernels.gated_linear_attention import tpu_kernels
-from layers.kernels.products import operand_dtype
+from layers.kernels.mixed_precision import operand_dtype
 from layers.kernels.segments import segment_numbers
-from layers.kernels.varying import vary_as
+from layers.kernels.shard_map_types import vary_as
 
 # Steps a chunk, the size of matrix units, and chunks a block (half as many in float32): fewer, longer steps
 # of the grid.

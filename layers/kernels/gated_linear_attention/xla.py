@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.gated_linear_attention.chunked import Settings, attend
-from layers.kernels.products import operand_dtype
+from layers.kernels.mixed_precision import operand_dtype
 from layers.kernels.segments import segment_numbers
 
 # Steps a chunk: what is stored for scores grows with it, what is stored for states falls.

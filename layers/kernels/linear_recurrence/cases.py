@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from layers.kernels.case import Benchmark, Case, Suite
 from layers.kernels.linear_recurrence import linear_recurrence
+from layers.kernels.suite import Benchmark, Case, Suite
 
 WIDTH = 5
 

@@ -30,7 +30,7 @@ from layers.kernels.checks import accumulation_dtype
 from layers.kernels.linear_recurrence import tpu_kernels
 from layers.kernels.linear_recurrence.tpu_kernels import HALO, OUTSIDE, PADDING, START
 from layers.kernels.segments import segment_starts
-from layers.kernels.varying import vary_as
+from layers.kernels.shard_map_types import vary_as
 
 # Steps a block of time and channels a block of lanes (half of these if complex): 0.5 MB an array, twice buffered.
 STEPS, CHANNELS = 256, 512

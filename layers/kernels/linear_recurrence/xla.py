@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.segments import segment_starts
-from layers.kernels.varying import vary_like
+from layers.kernels.shard_map_types import vary_like
 
 # Steps a block, the best of 4, 8, 16 and 32 over forward and backward passes: on an H100 at 8 x 4096 x 2048 (real) and
 # 64 x 1024 x 128 (complex), on a CPU at 50 x 1024 x 8 (complex) and 8 x 1024 x 256 (real).

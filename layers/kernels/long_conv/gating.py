@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
-from layers.kernels.varying import vary_like
+from layers.kernels.shard_map_types import vary_like
 
 
 class Convolution(NamedTuple):

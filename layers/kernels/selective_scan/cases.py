@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from layers.kernels.case import Benchmark, Case, Suite
 from layers.kernels.selective_scan import selective_scan
+from layers.kernels.suite import Benchmark, Case, Suite
 
 CHANNELS, STATES = 6, 3
 

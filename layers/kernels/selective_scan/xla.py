@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.segments import segment_starts
 from layers.kernels.selective_scan import chunk
-from layers.kernels.varying import vary_like
+from layers.kernels.shard_map_types import vary_like
 
 # Steps of a block, written out: a CPU takes long to compile more than 4.
 MAX_BLOCK = 8

@@ -1,7 +1,7 @@
 """The calls of `short_conv` that tests and benchmarks share."""
 
-from layers.kernels.case import Benchmark, Case, Suite
 from layers.kernels.short_conv import short_conv
+from layers.kernels.suite import Benchmark, Case, Suite
 
 CHANNELS = 5
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
+from layers.kernels.shard_map_types import vary_like
 from layers.kernels.short_conv.taps import Packed, Whole
-from layers.kernels.varying import vary_like
 
 
 def short_conv(x, weight, bias, activation, initial_state, segment_ids):

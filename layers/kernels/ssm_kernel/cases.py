@@ -7,8 +7,8 @@ the length of the kernel, given to the suite as the shape of an array.
 import numpy as np
 
 from layers.kernels import checks
-from layers.kernels.case import Benchmark, Case, Suite
 from layers.kernels.ssm_kernel import ssm_kernel
+from layers.kernels.suite import Benchmark, Case, Suite
 
 WIDTH, STATES = 3, 4
 PAIRS = 32

@@ -1,4 +1,4 @@
-"""Copies that train together do what each does alone through `experiments.train_step`."""
+"""Copies that train together do what each does alone through `experiments.training.step`."""
 
 import time
 
@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import experiment
-from experiments.devices import Devices
-from experiments.interrupts import Interrupted
+from experiments.parallel.devices import Devices
+from experiments.runs.interrupts import Interrupted
 from experiments.sweep import replicas
 from experiments.sweep.replicas import Replicas
-from experiments.train_state import initial_state
+from experiments.training import experiment
+from experiments.training.state import initial_state
 
 CONFIG = dict(
     seed=3,

@@ -5,12 +5,12 @@ import json
 import pytest
 
 from experiments import sweep
-from experiments.config_loading import TrainConfig, section
-from experiments.experiment import model_without_data
+from experiments.config.loading import TrainConfig, section
 from experiments.sweep import __main__ as command
 from experiments.sweep.report import summarize, table
 from experiments.sweep.studies import STUDIES, Job, Study
 from experiments.tasks import make_task
+from experiments.training.experiment import model_without_data
 
 TINY = {
     "task.train": 40,

@@ -5,16 +5,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import describe, experiment
+from experiments import describe
 from experiments.data.pipeline import eval_batches
-from experiments.devices import Devices
+from experiments.parallel.devices import Devices
 from experiments.tasks import TASKS, make_task
 from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.synthetic.rows import Rows, joined, next_tokens
 from experiments.tasks.synthetic.task import SyntheticTask
 from experiments.tasks.tokens import IGNORE
-from experiments.train_state import initial_state
-from experiments.train_step import means
+from experiments.training import experiment
+from experiments.training.state import initial_state
+from experiments.training.step import means
 
 SIZES = dict(train=40, validation=8, test=12)
 SYNTHETIC = {name: task for name, task in TASKS.items() if issubclass(task, SyntheticTask)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.tasks.tokens import IGNORE, cross_entropy
-from experiments.train_step import means
+from experiments.training.step import means
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(5, 4, 3)).astype(np.float32)

@@ -12,15 +12,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from layers.kernels import mosaic_gpu
-from layers.kernels.gated_linear_attention import (
-    IMPLEMENTATIONS,
-    gated_linear_attention,
-    gpu,
-    gpu_grouped,
-    gpu_kernels,
-)
+from layers.kernels.gated_linear_attention import IMPLEMENTATIONS, gated_linear_attention, gpu
 from layers.kernels.gated_linear_attention.cases import SUITE
-from layers.kernels.gated_linear_attention.gpu_kernels import Settings
+from layers.kernels.gated_linear_attention.gpu import grouped as gpu_grouped
+from layers.kernels.gated_linear_attention.gpu import kernels as gpu_kernels
+from layers.kernels.gated_linear_attention.gpu.kernels import Settings
 from tests.layers.kernels import test_primitives as shared
 from tests.layers.kernels.test_linear_recurrence_gpu import over_one_device, poisoned
 

@@ -7,13 +7,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from layers.kernels import mosaic_gpu
-from layers.kernels.gated_linear_attention import (
-    gated_linear_attention,
-    gpu,
-    gpu_grouped,
-    gpu_grouped_queries,
-)
-from layers.kernels.gated_linear_attention.gpu_kernels import Settings
+from layers.kernels.gated_linear_attention import gated_linear_attention, gpu
+from layers.kernels.gated_linear_attention.gpu import grouped as gpu_grouped
+from layers.kernels.gated_linear_attention.gpu import grouped_queries as gpu_grouped_queries
+from layers.kernels.gated_linear_attention.gpu.kernels import Settings
 from tests.layers.kernels.test_gated_linear_attention_gpu import arguments_of, check, ids_of
 from tests.layers.kernels.test_linear_recurrence_gpu import poisoned
 

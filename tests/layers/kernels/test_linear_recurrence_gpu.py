@@ -13,9 +13,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from layers.kernels import mosaic_gpu
-from layers.kernels.linear_recurrence import IMPLEMENTATIONS, gpu, gpu_kernels, linear_recurrence, reference
+from layers.kernels.linear_recurrence import IMPLEMENTATIONS, gpu, linear_recurrence, reference
 from layers.kernels.linear_recurrence.cases import SUITE
-from layers.kernels.linear_recurrence.gpu_kernels import Settings
+from layers.kernels.linear_recurrence.gpu import kernels as gpu_kernels
+from layers.kernels.linear_recurrence.gpu.kernels import Settings
 from tests.layers.kernels import test_primitives as shared
 
 SHORT = Settings(steps=8, stages=2, unroll=4, pieces=2, fold=False)

@@ -7,9 +7,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from layers.kernels import mosaic_tpu
-from layers.kernels.case import Case
 from layers.kernels.gated_linear_attention import tpu as gated_linear_attention
 from layers.kernels.linear_recurrence import tpu as linear_recurrence
+from layers.kernels.suite import Case
 from tests.layers.kernels import test_primitives as shared
 from tests.layers.kernels.suites import SUITES
 

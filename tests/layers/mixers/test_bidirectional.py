@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layers.mixers import make_mixer
-from layers.mixers.each_segment import reverse
+from layers.parts.each_segment import reverse
 from seqmodels import build_model
 
 WIDTH, TIME = 4, 9

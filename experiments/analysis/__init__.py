@@ -1,0 +1,1 @@
+"""Analysis of programs: operation counts and their places in the sources."""

@@ -1,0 +1,1 @@
+"""Configs of experiments: loading, checks and command-line flags."""

@@ -1,0 +1,1 @@
+"""Run directories: checkpoints, logs, plots and results."""

@@ -1,0 +1,1 @@
+"""Training: experiment, step, state, loop and evaluation."""

@@ -1,0 +1,55 @@
+"""Batches on the devices, copied ahead of their use, with the position in the data that belongs to each."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from experiments.parallel.devices import Devices
+from layers.typing import Array
+
+AHEAD = 2
+
+
+class TrainBatches:
+    """Training batches on the devices.
+
+    Attributes:
+      position: the state of the iterator after the batch that was handed out last, as JSON.
+    """
+
+    def __init__(self, iterator: Any, devices: Devices, position: Any = None):
+        """Goes on from `position`, which an earlier object had, or from the start of the iterator.
+
+        Args:
+          iterator: of batches of NumPy arrays, with `get_state` and `set_state`.
+        """
+        if position is not None:
+            iterator.set_state(position)
+        self.position = iterator.get_state()
+        self._iterator, self._devices = iterator, devices
+        self._waiting: deque[tuple[dict[str, Array], Any]] = deque()
+
+    def __next__(self) -> dict[str, Array]:
+        while len(self._waiting) < AHEAD:
+            try:
+                batch = self._devices.put_batch(next(self._iterator))
+            except StopIteration:
+                break
+            self._waiting.append((batch, self._iterator.get_state()))
+        if not self._waiting:
+            raise StopIteration
+        batch, self.position = self._waiting.popleft()
+        return batch
+
+    def __iter__(self) -> "TrainBatches":
+        return self
+
+
+def ahead(batches: Iterable[Any], devices: Devices) -> Iterator[dict[str, Array]]:
+    """The batches in order on the devices."""
+    waiting: deque[dict[str, Array]] = deque()
+    for batch in batches:
+        waiting.append(devices.put_batch(batch))
+        if len(waiting) > AHEAD:
+            yield waiting.popleft()
+    yield from waiting

@@ -1,0 +1,50 @@
+"""Metrics of a model over whole splits."""
+
+import time
+
+import numpy as np
+
+from experiments.parallel.devices import Devices
+from experiments.training.batches import ahead
+from experiments.training.compilation import PerShape
+from experiments.training.experiment import Experiment
+from experiments.training.state import TrainState
+from experiments.training.step import StepFunctions, means
+
+
+class Evaluator:
+    """Evaluates states of training on splits of a task."""
+
+    def __init__(self, experiment: Experiment, functions: StepFunctions, devices: Devices):
+        """Prepares; nothing is compiled yet."""
+        self._experiment, self._devices, self._functions = experiment, devices, functions
+        self._step = PerShape(functions.evaluate)
+
+    @property
+    def compile_seconds(self) -> float:
+        """Time spent compiling so far."""
+        return self._step.compile_seconds
+
+    def compile(self, state: TrainState, split: str) -> None:
+        """Compiles for all widths of batches of a split, with a state on the devices."""
+        examples = self._experiment.example_batches(split, self._experiment.eval_batch_size)
+        self._step.compile(
+            state.evaluated,
+            state.statistics,
+            self._functions.zero_totals(),
+            batches=map(self._devices.abstract_batch, examples),
+        )
+
+    def __call__(self, state: TrainState, split: str) -> dict[str, float]:
+        """Averages over what the task counts (examples or labels), their number as "examples", and the "seconds".
+
+        With an average of the parameters, that is what is evaluated.
+        """
+        start = time.perf_counter()
+        totals = self._functions.zero_totals()
+        for batch in ahead(self._experiment.eval_batches(split), self._devices):
+            totals = self._step(state.evaluated, state.statistics, totals, batch)
+        sums = np.asarray(totals, np.float64)
+        names = self._functions.metric_names
+        examples = round(sums[names.index("count")])
+        return means(names, sums) | dict(examples=examples, seconds=time.perf_counter() - start)

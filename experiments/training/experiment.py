@@ -1,0 +1,222 @@
+"""What a config describes, put together: task, model, optimizer and the batches that they meet."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments.config import loading as config_loading
+from experiments.config.loading import DataConfig, TrainConfig
+from experiments.data import bucketing, pipeline
+from experiments.parallel.devices import Devices, cpu
+from experiments.tasks import TASKS, make_task
+from experiments.training.model import Layout, SplitModel
+from experiments.training.optimizers import Optimizer, OptimizerConfig, assign_groups, groups_table
+from experiments.training.state import Layouts
+from experiments.training.step import StepFunctions, metric_names_of
+from layers.registry import suggestion
+from seqmodels import build_model
+
+GIVEN_BY_TASK = ("vocab_size", "input_size", "num_classes")
+STATISTICS = "statistics"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A task, a model and how to train it.
+
+    Attributes:
+      config: the plain config that all of it comes from.
+      train, data: its sections.
+      layouts: of the model's parameters and statistics.
+      steps_per_epoch: full batches in a pass over the training split.
+      eval_interval: steps between evaluations.
+      metric_names: of the sums that the task gives.
+      groups_table: the optimizer's groups for people.
+    """
+
+    config: Mapping[str, Any]
+    train: TrainConfig
+    data: DataConfig
+    task: Any
+    model: SplitModel
+    optimizer: Optimizer
+    layouts: Layouts
+    steps_per_epoch: int
+    metric_names: tuple[str, ...]
+    groups_table: str
+
+    @property
+    def total_steps(self) -> int:
+        return self.optimizer.total_steps
+
+    @property
+    def eval_interval(self) -> int:
+        return max(1, round(self.train.eval_every * self.steps_per_epoch))
+
+    @property
+    def eval_batch_size(self) -> int:
+        return self.train.eval_batch_size or self.train.batch_size
+
+    @property
+    def selection(self) -> tuple[str, str]:
+        """The validation metric that chooses the best checkpoint, and "max" or "min"."""
+        default = ("accuracy", "max") if "accuracy" in self.metric_names else ("loss", "min")
+        return getattr(self.task, "selection_metric", default)
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """The selection metric of a validation, turned so that higher is better."""
+        name, direction = self.selection
+        return metrics[name] if direction == "max" else -metrics[name]
+
+    def train_batches(self) -> Any:
+        """The iterator over all batches of training."""
+        return pipeline.train_iterator(
+            self.task.splits["train"],
+            batch_size=self.train.batch_size,
+            bucket_bounds=self.data.bucket_bounds,
+            seed=self.config["seed"],
+            num_steps=self.total_steps,
+            prefetch=self.data.prefetch,
+        )
+
+    def eval_batches(self, split: str) -> Iterable[Any]:
+        """The batches of one pass over a split.
+
+        Raises:
+          ValueError: if the task has no such split.
+        """
+        if split not in self.task.splits:
+            raise ValueError(f"the task has no split {split!r}; it has {', '.join(self.task.splits)}")
+        return pipeline.eval_batches(
+            self.task.splits[split],
+            batch_size=self.eval_batch_size,
+            bucket_bounds=self.data.bucket_bounds,
+            prefetch=self.data.prefetch,
+        )
+
+    def example_batches(self, split: str, batch_size: int) -> list[dict[str, np.ndarray]]:
+        """One batch of every width that batches of a split can have."""
+        source = self.task.splits[split]
+        bounds = bucketing.check_bucket_bounds(source.lengths, self.data.bucket_bounds)
+        widths = bounds[np.unique(np.searchsorted(bounds, source.lengths))]
+        shortest = np.full(batch_size, np.argmin(source.lengths))
+        weight = {"weight": np.ones(batch_size, np.float32)}
+        return [source.gather(shortest, int(width)) | weight for width in widths]
+
+    def baselines(self, split: str) -> dict[str, float]:
+        """Metrics of trivial predictors that the task knows; empty if it knows none."""
+        return self.task.baselines(split) if hasattr(self.task, "baselines") else {}
+
+    def check_devices(self, devices: Devices) -> None:
+        """Raises ValueError unless the devices divide the batches."""
+        devices.check_rows("train.batch_size", self.train.batch_size, self.train.accumulate)
+        devices.check_rows("train.eval_batch_size", self.eval_batch_size)
+
+    def step_functions(self, devices: Devices) -> StepFunctions:
+        """The jitted steps on these devices."""
+        self.check_devices(devices)
+        return StepFunctions(
+            self.model,
+            self.layouts,
+            self.optimizer,
+            self.task.loss,
+            metric_names=self.metric_names,
+            devices=devices,
+            accumulate=self.train.accumulate,
+        )
+
+
+def build(config: Mapping[str, Any]) -> Experiment:
+    """Puts together what a plain config (see `config_loading.to_plain`) describes.
+
+    Raises:
+      ValueError, TypeError: if a section does not make sense; the message names the field.
+    """
+    train = config_loading.section(config, "train", TrainConfig)
+    data = config_loading.section(config, "data", DataConfig)
+    optimizer_config = config_loading.section(config, "optimizer", OptimizerConfig)
+    task_options = dict(config["task"])
+    if "name" not in task_options:
+        raise ValueError("config.task has no 'name'")
+    name = task_options.pop("name")
+    # A task whose class knows these sizes may take minutes to make its data: the model is checked first.
+    sizes = _sizes_without_data(name, task_options)
+    model = _make_model(config, sizes) if sizes else None
+    task = make_task(name, **task_options)
+    if model is None or _sizes(task) != sizes:
+        model = _make_model(config, _sizes(task))
+    chosen, groups = assign_groups(optimizer_config, model.declared_groups)
+    layouts = Layouts(
+        Layout.of(model.parameters, chosen),
+        Layout.of(model.statistics, dict.fromkeys(model.statistics, STATISTICS)),
+    )
+    source = task.splits["train"]
+    steps_per_epoch = bucketing.count_train_batches(len(source), train.batch_size)
+    warmup = optimizer_config.warmup_steps
+    if warmup is None:
+        warmup = round((optimizer_config.warmup_epochs or 0) * steps_per_epoch)
+    optimizer = Optimizer(
+        optimizer_config,
+        groups,
+        warmup_steps=warmup,
+        total_steps=train.steps or train.epochs * steps_per_epoch,
+    )
+    example = source.gather(np.array([np.argmin(source.lengths)]), int(source.lengths.min()))
+    return Experiment(
+        config=config,
+        train=train,
+        data=data,
+        task=task,
+        model=model,
+        optimizer=optimizer,
+        layouts=layouts,
+        steps_per_epoch=steps_per_epoch,
+        metric_names=metric_names_of(model, task.loss, example | {"weight": np.ones(1, np.float32)}),
+        groups_table=groups_table(layouts.parameters, groups, model.declared_groups),
+    )
+
+
+def model_without_data(config: Mapping[str, Any]) -> Any:
+    """The model of a plain config with shapes in place of arrays: nothing is allocated, and no data are made or read.
+
+    Raises:
+      ValueError: if the config does not make sense, or the task tells the sizes of a model only once it has its data.
+    """
+    options = dict(config["task"])
+    name = options.pop("name", None)
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}{suggestion(name, TASKS)}; available: {', '.join(TASKS)}")
+    sizes = _sizes_without_data(name, options)
+    if not sizes:
+        raise ValueError(f"the task {name!r} tells the sizes of a model only once it has its data")
+    values = _with_sizes(config, sizes)
+    return nnx.eval_shape(lambda: build_model(values, rngs=nnx.Rngs(config["seed"])))
+
+
+def _sizes_without_data(name: str, options: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes of a model that are known before there are data; none if there is no such task."""
+    task = TASKS.get(name)
+    return _sizes(make_task(name, **options) if getattr(task, "makes_no_data", False) else task)
+
+
+def _sizes(task: Any) -> dict[str, int]:
+    """What a task, or its class, says of the sizes of a model."""
+    sizes = {name: getattr(task, name, None) for name in GIVEN_BY_TASK}
+    return {name: size for name, size in sizes.items() if isinstance(size, int)}
+
+
+def _with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+    if clash := sorted(sizes.keys() & config["model"].keys()):
+        raise ValueError(f"config.model sets {', '.join(clash)}, which the task gives; leave it out")
+    return config["model"] | sizes
+
+
+def _make_model(config: Mapping[str, Any], sizes: Mapping[str, int]) -> SplitModel:
+    values = _with_sizes(config, sizes)
+    # On the CPU whatever the device of training: faster for many small draws, and the same numbers everywhere.
+    with jax.default_device(cpu()):
+        return SplitModel(build_model(values, rngs=nnx.Rngs(config["seed"])))

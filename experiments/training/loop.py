@@ -1,0 +1,203 @@
+"""The training loop: steps, lines of the log, evaluations, checkpoints, and leaving when asked to."""
+
+import dataclasses
+from contextlib import ExitStack
+from typing import Any
+
+from experiments.parallel.devices import Devices
+from experiments.runs.checkpoints import Checkpoints
+from experiments.runs.directory import RunDirectory
+from experiments.runs.interrupts import Interrupted, Stop
+from experiments.runs.logs import Logs, progress_bar
+from experiments.training.batches import TrainBatches
+from experiments.training.compilation import PerShape
+from experiments.training.evaluation import Evaluator
+from experiments.training.experiment import Experiment
+from experiments.training.records import StepRecords, Stopwatch, check_finite
+from experiments.training.state import TrainState, from_stored, initial_state, to_stored
+
+VALIDATION, TEST = "validation", "test"
+# Steps in flight while the metrics of earlier ones are fetched, so that the device does not wait for the log.
+LAG = 2
+
+
+@dataclasses.dataclass
+class Note:
+    """What a checkpoint holds besides the state of training, as JSON.
+
+    Attributes:
+      data: position in the training data.
+      records: what is collected of the steps (see `StepRecords.save`).
+      validation: metrics, if the checkpoint was made after an evaluation.
+      training_seconds, eval_seconds, compile_seconds: spent on each, over all sessions of the run.
+    """
+
+    data: Any = None
+    records: dict[str, Any] | None = None
+    validation: dict[str, float] | None = None
+    training_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    compile_seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a finished training came to.
+
+    Attributes:
+      best_step: of the checkpoint that validated best.
+      validation: its metrics.
+      test: its metrics there, or None if the task has no such split.
+      note: of the last checkpoint.
+    """
+
+    best_step: int
+    validation: dict[str, float]
+    test: dict[str, float] | None
+    note: Note
+
+
+def train(experiment: Experiment, run: RunDirectory, *, devices: Devices, stop: Stop) -> Outcome:
+    """Trains from the newest checkpoint, or the start, to the end, and tests the best checkpoint.
+
+    Where training was interrupted, and how often, changes neither the steps nor, on a CPU, a bit of the losses.
+
+    Raises:
+      Interrupted: when `stop` asks for it, after saving.
+      step_records.NonFiniteError: naming the step; all checkpoints are of earlier steps.
+    """
+    with ExitStack() as stack:
+        return _Training(experiment, run, devices, stop, stack).to_the_end()
+
+
+def restore(experiment: Experiment, checkpoints: Checkpoints, step: int) -> tuple[TrainState, Note]:
+    """The state, on the host, and the note of a checkpoint."""
+    arrays, note = checkpoints.load(step)
+    return from_stored(arrays, experiment.layouts), Note(**note)
+
+
+class _Training:
+    """One session of a run."""
+
+    def __init__(
+        self, experiment: Experiment, run: RunDirectory, devices: Devices, stop: Stop, stack: ExitStack
+    ):
+        options = experiment.train
+        self._experiment, self._devices, self._stop = experiment, devices, stop
+        functions = experiment.step_functions(devices)
+        self._train_step = PerShape(functions.train)
+        self._evaluate = Evaluator(experiment, functions, devices)
+        self._checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep_last=options.keep_last))
+        latest = self._checkpoints.latest
+        if latest is None:
+            state = initial_state(
+                experiment.model, experiment.layouts, experiment.optimizer, experiment.config["seed"]
+            )
+            self._note = Note()
+        else:
+            state, self._note = restore(experiment, self._checkpoints, latest)
+        self._step = int(state.step)
+        self._state = devices.replicate(state)
+        self._compiled_before = self._note.compile_seconds
+        self._batches = TrainBatches(experiment.train_batches(), devices, self._note.data)
+        run.add_session(step=self._step, devices=devices.describe())
+        self._logs = stack.enter_context(
+            Logs(
+                run.folder,
+                after_step=self._step,
+                config=experiment.config,
+                tensorboard=options.tensorboard,
+                wandb=options.wandb,
+            )
+        )
+        self._bar = stack.enter_context(progress_bar(step=self._step, total=experiment.total_steps))
+        self._stopwatch = Stopwatch(self._note.training_seconds)
+        self._records = StepRecords(
+            functions.train_metric_names,
+            log_every=options.log_every,
+            stopwatch=self._stopwatch,
+            emit=self._write_steps,
+            saved=self._note.records,
+        )
+
+    def to_the_end(self) -> Outcome:
+        """Takes all steps that are left, then tests."""
+        options, total = self._experiment.train, self._experiment.total_steps
+        if self._step < total:
+            self._compile()
+        self._bar.set_description("training")
+        self._stopwatch.start()
+        while self._step < total:
+            self._take_step()
+            evaluate = self._step % self._experiment.eval_interval == 0 or self._step == total
+            save = options.checkpoint_every is not None and self._step % options.checkpoint_every == 0
+            reason = self._stop.reason
+            if evaluate or save or reason:
+                self._records.collect(self._step)
+                with self._stopwatch.paused():
+                    self._save(evaluate=evaluate)
+            if reason:
+                raise Interrupted(f"{reason} after step {self._step} of {total}")
+        self._stopwatch.stop()
+        return self._test()
+
+    def _compile(self) -> None:
+        self._bar.set_description("compiling")
+        examples = self._experiment.example_batches("train", self._experiment.train.batch_size)
+        self._train_step.compile(self._state, batches=map(self._devices.abstract_batch, examples))
+        self._evaluate.compile(self._state, VALIDATION)
+        self._bar.unpause()
+
+    def _take_step(self) -> None:
+        self._state, metrics = self._train_step(self._state, next(self._batches))
+        self._step += 1
+        self._records.add(self._step, metrics)
+        self._bar.update()
+        if (self._step - LAG) % self._experiment.train.log_every == 0:
+            self._records.collect(self._step - LAG)
+
+    def _validate(self) -> dict[str, float]:
+        self._bar.set_description("evaluating")
+        metrics = self._evaluate(self._state, VALIDATION)
+        self._note.eval_seconds += metrics["seconds"]
+        self._write(VALIDATION, self._step, metrics)
+        self._bar.set_description("training")
+        return metrics
+
+    def _save(self, *, evaluate: bool) -> None:
+        arrays = to_stored(self._state, self._experiment.layouts)
+        check_finite(self._step, arrays)
+        note = self._note
+        note.validation = self._validate() if evaluate else None
+        note.data = self._batches.position
+        note.records = self._records.save()
+        note.training_seconds = self._stopwatch.seconds
+        note.compile_seconds = (
+            self._compiled_before + self._train_step.compile_seconds + self._evaluate.compile_seconds
+        )
+        score = None if note.validation is None else self._experiment.score(note.validation)
+        self._checkpoints.save(self._step, arrays, dataclasses.asdict(note), score=score)
+
+    def _test(self) -> Outcome:
+        self._checkpoints.wait()
+        best = self._checkpoints.best
+        if best is None:  # no validation gave a finite score
+            best = self._step
+        state, note = restore(self._experiment, self._checkpoints, best)
+        test = None
+        if TEST in self._experiment.task.splits:
+            self._bar.set_description("testing")
+            state = self._devices.replicate(state)
+            self._evaluate.compile(state, TEST)
+            test = self._evaluate(state, TEST)
+            self._write(TEST, self._step, test)
+        return Outcome(best, note.validation or {}, test, self._note)
+
+    def _write_steps(self, step: int, values: dict[str, float]) -> None:
+        self._write("train", step, values)
+        shown = {"loss": f"{values['loss']:.4g}", "tokens/s": f"{values['tokens_per_second']:.3g}"}
+        self._bar.set_postfix(shown, refresh=False)
+
+    def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        epoch = {"epoch": round(step / self._experiment.steps_per_epoch, 4)}
+        self._logs.write(kind, step, epoch | values)

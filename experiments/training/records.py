@@ -1,0 +1,138 @@
+"""From the metrics of steps on the device to lines of the log, without making the device wait at every step."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.training.step import STEP_METRICS, means
+from layers.typing import Array, Float
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss, a gradient norm or the state of training was infinite or not a number.
+
+    Attributes:
+      step: the step that gave it.
+    """
+
+    def __init__(self, step: int, what: str):
+        self.step = step
+        super().__init__(f"step {step}: {what}")
+
+
+def check_finite(step: int, arrays: Mapping[str, Any]) -> None:
+    """Raises NonFiniteError, naming an array, unless all numbers in a tree of NumPy arrays are finite."""
+    for path, array in jax.tree.leaves_with_path(arrays):
+        if not np.all(np.isfinite(array)):
+            raise NonFiniteError(step, jax.tree_util.keystr(path, simple=True, separator=" "))
+
+
+class Stopwatch:
+    """Seconds of training, over all sessions of a run."""
+
+    def __init__(self, seconds: float = 0.0):
+        """Goes on from `seconds`, standing still."""
+        self._before = seconds
+        self._start: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        running = 0.0 if self._start is None else time.perf_counter() - self._start
+        return self._before + running
+
+    def start(self) -> None:
+        """Lets it run."""
+        self._start = time.perf_counter()
+
+    def stop(self) -> None:
+        """Holds it."""
+        self._before, self._start = self.seconds, None
+
+    @contextmanager
+    def paused(self):
+        """Holds it for the length of the context."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+
+
+class StepRecords:
+    """Collects the metrics of steps, and makes a line of every `log_every` of them.
+
+    Attributes:
+      tokens: real tokens of all steps collected, over all sessions of the run.
+    """
+
+    def __init__(
+        self,
+        metric_names: tuple[str, ...],
+        *,
+        log_every: int,
+        stopwatch: Stopwatch,
+        emit: Callable[[int, dict[str, float]], None],
+        saved: Mapping[str, Any] | None = None,
+    ):
+        """Starts empty, or from what `save` returned.
+
+        Args:
+          metric_names: of the sums over examples.
+          emit: called with the last step and the measurements of a line.
+        """
+        self._names = (*metric_names, *STEP_METRICS)
+        self._sums = len(metric_names)
+        self._log_every, self._stopwatch, self._emit = log_every, stopwatch, emit
+        saved = saved or dict(interval=[], since=0.0, tokens=0)
+        self._on_device: deque[tuple[int, Array]] = deque()
+        self._interval: list[Sequence[float]] = list(saved["interval"])
+        self._since: float = saved["since"]
+        self.tokens: int = saved["tokens"]
+
+    def add(self, step: int, metrics: Float[Array, "m"]) -> None:
+        """Takes the metrics of a step; they stay on the device."""
+        self._on_device.append((step, metrics))
+
+    def collect(self, last_step: int) -> None:
+        """Fetches the metrics up to a step, checks them, and emits the lines that are due.
+
+        Raises:
+          NonFiniteError: naming the first step with a loss or gradient norm that is not finite.
+        """
+        due = []
+        while self._on_device and self._on_device[0][0] <= last_step:
+            due.append(self._on_device.popleft())
+        for (step, _), metrics in zip(due, jax.device_get([metrics for _, metrics in due]), strict=True):
+            self._take(step, np.asarray(metrics))
+
+    def save(self) -> dict[str, Any]:
+        """What has been collected and not emitted, as JSON."""
+        return dict(interval=self._interval, since=self._since, tokens=self.tokens)
+
+    def _take(self, step: int, metrics: np.ndarray) -> None:
+        values = dict(zip(self._names, map(float, metrics), strict=True))
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+            raise NonFiniteError(step, f"loss {values['loss']}, gradient_norm {values['gradient_norm']}")
+        self.tokens += round(values["tokens"])
+        self._interval.append(list(map(float, metrics)))
+        if step % self._log_every == 0:
+            self._emit(step, self._line())
+            self._interval, self._since = [], self._stopwatch.seconds
+
+    def _line(self) -> dict[str, float]:
+        rows = np.array(self._interval, np.float64)
+        last = dict(zip(self._names, self._interval[-1], strict=True))
+        seconds = self._stopwatch.seconds
+        tokens = rows[:, self._names.index("tokens")].sum()
+        return means(self._names[: self._sums], rows[:, : self._sums].sum(axis=0)) | dict(
+            gradient_norm=float(rows[:, self._names.index("gradient_norm")].mean()),
+            learning_rate=last["learning_rate"],
+            tokens_per_second=float(tokens / max(seconds - self._since, 1e-9)),
+            seconds=seconds,
+        )

@@ -1,0 +1,285 @@
+"""`delta_rule` without decay or with one decay a head on Hopper GPUs.
+
+The kernels and what bounds them are in forward.py, backward.py and gradients.py, the walk that the first two share
+in chain.py; pieces.py cuts time into pieces for them.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from layers.kernels import mosaic_gpu
+from layers.kernels.delta_rule.gpu import backward as gpu_backward
+from layers.kernels.delta_rule.gpu import forward as gpu_forward
+from layers.kernels.delta_rule.gpu import gradients as gpu_gradients
+from layers.kernels.delta_rule.gpu import pieces as gpu_pieces
+from layers.kernels.delta_rule.gpu.tiles import CHUNK
+from layers.kernels.segments import segment_starts
+from layers.kernels.shard_map_types import vary_as
+
+# The shortest calls and the fewest rows times heads that were timed beside XLA and `impl=None` takes; fewer if they are long.
+SHORTEST, LONG = 128, 2048
+FEWEST, FEWEST_IF_LONG = 64, 8
+WIDEST = 128  # features of keys and of values
+ROWS = 8  # tokens in a tile of shared memory, of which copies take whole ones
+
+# What decays more is 0 in bfloat16 as well, and sums over a chunk keep their digits.
+STRONGEST = -100.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How the kernels are run.
+
+    Attributes:
+      keep: whether the forward pass keeps the states of all chunks for the backward pass, which otherwise computes them
+        again. They take twice the memory of q if a head has 128 features of keys and of values, and save a twelfth of the
+        time of both passes.
+      refinements, workers: see `gpu_forward.prepare`.
+      forward, states, backward: chunks of inputs that the walks of both passes have in shared memory, under way or in use;
+        `states` is for a walk that computes states again.
+      turns: see `gpu_gradients.chunk_gradients`.
+      pieces: of the time axis, which are walked through side by side; by `gpu_pieces.piece_length` if None.
+    """
+
+    keep: bool = True
+    refinements: int = 1
+    workers: int = 4
+    forward: int = 3
+    states: int = 3
+    backward: int = 2
+    turns: int = 16
+    pieces: int | None = None
+
+    @property
+    def forward_keeping(self) -> int:
+        """`forward`, but leaving room for states on their way out."""
+        return min(self.forward, 2)
+
+
+SETTINGS = Settings()
+
+
+def refuses(q, k, v, beta, log_decay, initial_state, **_: Any) -> str | None:
+    """Why these kernels cannot take a call, or None."""
+    for name, array in {"beta": beta, "log_decay": log_decay, "initial_state": initial_state}.items():
+        if array is not None and array.dtype == jnp.float64:
+            return f"{name} has dtype float64; expected float32 or narrower"
+    for name, array in {"q": q, "k": k, "v": v}.items():
+        if array.dtype != jnp.bfloat16:
+            return f"{name} has dtype {array.dtype}; expected bfloat16, as matrix units take it"
+        if array.shape[-1] > WIDEST:
+            return f"{name} has {array.shape[-1]} features a head; expected at most {WIDEST}"
+    if log_decay is not None and log_decay.ndim == 4:
+        return f"log_decay has shape {log_decay.shape}; expected one decay a head, (b, t, h), or None"
+    if jax.typeof(v).sharding.spec[1] is not None:
+        return f"v is sharded {jax.typeof(v).sharding.spec}; expected whole rows, time not sharded"
+    if max(v.shape[0], v.shape[2]) > mosaic_gpu.MAX_GRID:
+        return (
+            f"v has {v.shape[0]} rows of {v.shape[2]} heads; expected at most {mosaic_gpu.MAX_GRID} of either"
+        )
+    return mosaic_gpu.refusal(_probe)
+
+
+def automatic(v, **_: Any) -> bool:
+    """Whether `impl=None` takes these kernels, if they do not refuse. Short calls, and few heads of them, are left to XLA."""
+    batch, time, heads, _ = v.shape
+    fewest = FEWEST_IF_LONG if time >= LONG else FEWEST
+    if jax.default_backend() != "gpu" or time < SHORTEST or batch * heads < fewest:
+        return False
+    return not mosaic_gpu.left_to_partitioner()
+
+
+def delta_rule(
+    q,
+    k,
+    v,
+    beta,
+    log_decay,
+    scale,
+    normalize_qk,
+    initial_state,
+    segment_ids,
+    settings: Settings | None = None,
+):
+    """Runs the delta rule; the arguments are checked by the public function.
+
+    Args:
+      settings: in place of the tuned ones.
+    """
+    rows, _, across, _ = jax.typeof(v).sharding.spec
+    if k.shape[2] != v.shape[2] and k.shape[2] % _devices(across):
+        across = None
+    wide, vector = P(rows, None, across, None), P(rows, None, across)
+    arrays = [(q, wide), (k, wide), (v, wide), (beta, vector)]
+    names = ["q", "k", "v", "beta"]
+    optional = {
+        "log_decay": (log_decay, vector),
+        "initial_state": (initial_state, P(rows, across, None, None)),
+        "segment_ids": (segment_ids, P(rows, None)),
+    }
+    for name, (array, spec) in optional.items():
+        if array is not None:
+            names.append(name)
+            arrays.append((array, spec))
+
+    def run(*arrays):
+        return _local(scale, normalize_qk, settings or SETTINGS, **dict(zip(names, arrays, strict=True)))
+
+    return mosaic_gpu.over_shards(run, *zip(*arrays, strict=True), (wide, P(rows, across, None, None)))
+
+
+def _devices(axes) -> int:
+    """How many devices an axis is sharded over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    size = 1
+    for name in names:
+        size *= mesh.shape[name]
+    return size
+
+
+def _local(
+    scale, normalize_qk, settings, q, k, v, beta, log_decay=None, initial_state=None, segment_ids=None
+):
+    """The rule on one device: masks, norms and decays here, the rest in kernels."""
+    batch, time, heads, value_dim = v.shape
+    key_dim, chunks = k.shape[-1], -(-time // CHUNK)
+    length = gpu_pieces.piece_length(chunks, batch * heads, settings.pieces)
+    pieces = -(-chunks // length)
+    if missing := -time % (ROWS if pieces == 1 else length * CHUNK):  # zeros are no-ops
+        arrays = q, k, v, beta, log_decay, segment_ids
+        q, k, v, beta, log_decay, segment_ids = jax.tree.map(
+            lambda x: jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)), arrays
+        )
+    if segment_ids is not None:
+        real = (segment_ids != 0)[..., None]
+        beta = jnp.where(real, beta, 0)
+        q, k, v = (jnp.where(real[..., None], x, 0) for x in (q, k, v))
+    if normalize_qk:
+        q, k = (_normalized(x) for x in (q, k))
+    q, k, v = (jnp.pad(x, [(0, 0)] * 3 + [(0, -x.shape[-1] % 64)]) for x in (q, k, v))
+    shape = (batch, heads, v.shape[-1], k.shape[-1])
+    if initial_state is None:
+        state = jnp.zeros(shape, jnp.float32)
+    else:
+        state = jnp.swapaxes(initial_state, 2, 3).astype(jnp.float32)
+        state = jnp.pad(state, [(0, 0)] * 2 + [(0, x - y) for x, y in zip(shape[2:], state.shape[2:])])
+    vectors = gpu_pieces.vectors_as_rows(token_vectors(beta, log_decay, segment_ids), pieces)
+    q, k, vectors, state = (vary_as(x, v, q, k, beta) for x in (q, k, vectors, state))
+    q, k, v = (gpu_pieces.as_rows(x, pieces) for x in (q, k, vary_as(v, q)))
+    o, final = _rule(q, k, v, vectors, state, scale, settings)
+    o = o.reshape(batch, -1, *o.shape[2:])
+    return o[:, :time, :, :value_dim], jnp.swapaxes(final, 2, 3)[:, :, :key_dim, :value_dim]
+
+
+def _normalized(x):
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def token_vectors(beta, log_decay, segment_ids):
+    """The numbers of every token that the kernels read, (b, h, chunks, kinds, c); see tiles.py."""
+    batch, time, _ = beta.shape
+    padding = -time % CHUNK
+
+    def chunked(x, mode="constant"):
+        """(b, t, h or 1) to (b, h or 1, chunks, c)."""
+        x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, padding), (0, 0)), mode=mode)
+        return jnp.swapaxes(x, 1, 2).reshape(batch, x.shape[2], -1, CHUNK)
+
+    if segment_ids is not None:
+        starts = segment_starts(segment_ids)
+        segment = chunked(jnp.cumsum(starts, axis=1, dtype=jnp.int32)[..., None], "edge")
+    if log_decay is None:  # sums of zeros are left out: XLA would take half a minute to find them out
+        total = jnp.zeros_like(chunked(beta))
+        enters = leaves = jnp.ones_like(total)
+    else:
+        log_decay = jnp.maximum(log_decay.astype(jnp.float32), STRONGEST)
+        if segment_ids is not None:
+            log_decay = jnp.where((starts | (segment_ids == 0))[..., None], 0.0, log_decay)
+        total = jnp.cumsum(chunked(log_decay), axis=-1)
+        enters, leaves = jnp.exp(total), jnp.exp(jnp.minimum(total[..., -1:] - total, 0.0))
+    if segment_ids is None:
+        rows = [total, chunked(beta), enters, leaves]
+    else:
+        last = segment[..., -1:]
+        before = jnp.pad(last[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
+        segment = jnp.broadcast_to(segment, total.shape)
+        enters, leaves = jnp.where(segment == before, enters, 0.0), jnp.where(segment == last, leaves, 0.0)
+        rows = [total, chunked(beta), enters, leaves, segment]
+    return jnp.stack(rows, axis=3)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _rule(q, k, v, vectors, state, scale, settings):
+    """Outputs and the final state, transposed as `state` is. Rows but those of `state` are pieces of rows, in order."""
+    return _run(q, k, v, vectors, state, scale, settings, keeping=False)[0]
+
+
+@mosaic_gpu.lowered_once("scale", "settings", "keeping")
+def _run(q, k, v, vectors, state, scale, settings, *, keeping):
+    """What `_rule` gives, and what enters pieces, takes states through them, and is known of chunks, if `keeping`."""
+    inverse = gpu_forward.prepare(k, vectors, settings.refinements, settings.workers)
+    entering, passages = gpu_pieces.entering(k, v, vectors, inverse, state, settings.states)
+    stages = settings.forward_keeping if keeping else settings.forward
+    results = gpu_forward.forward(k, v, vectors, inverse, entering, scale, stages, q=q, keeping=keeping)
+    made = {"inverse": inverse} | ({"states": results["states"]} if keeping else {})
+    return (results["o"], gpu_pieces.last(results["final"], state)), (entering, passages, made)
+
+
+def _forward(q, k, v, vectors, state, scale, settings):
+    results, (*kept, made) = _run(q, k, v, vectors, state, scale, settings, keeping=settings.keep)
+    return results, (q, k, v, vectors, *kept, made)
+
+
+@mosaic_gpu.lowered_once("scale", "settings")
+def gradients(scale, settings, residuals, cotangents):
+    """The backward pass, from the inputs and the gradients of outputs and of the final state."""
+    # The barrier keeps the compiler from storing what the forward pass computed in place of computing it again.
+    residuals, (do, dfinal) = jax.lax.optimization_barrier((residuals, cotangents))
+    q, k, v, vectors, entering, passages, made = residuals
+    if "states" not in made:
+        walked = gpu_forward.forward(
+            k, v, vectors, made["inverse"], entering, scale, settings.states, q=None, keeping=True
+        )
+        made = made | {"states": walked["states"]}
+    # One kernel after the other: the interpreter cannot run two at once.
+    made, do = jax.lax.optimization_barrier((made, do))
+    dleaving = gpu_pieces.leaving(q, k, do, vectors, made, passages, dfinal, scale, settings.backward)
+    chain = gpu_backward.chain(q, k, do, vectors, made, dleaving, scale, settings.backward)
+    local = gpu_gradients.chunk_gradients(q, k, v, do, vectors, made, chain, scale, settings.turns)
+    dq, dk = (_over_group(local[name], q) for name in ("dq", "dk"))
+    dvectors = gpu_gradients.vector_gradients(local["dvectors"], vectors, k.shape[-1])
+    return dq, dk, chain["dv"], dvectors, gpu_pieces.first(chain["dstate"], dfinal)
+
+
+_rule.defvjp(_forward, gradients)
+
+
+def _over_group(gradient, like):
+    """Sums (b, t, h, k) over the heads that share a key."""
+    batch, time, groups, key_dim = like.shape
+    if gradient.shape == like.shape:
+        return gradient
+    gradient = gradient.reshape(batch, time, groups, -1, key_dim).astype(jnp.float32)
+    return gradient.sum(3).astype(like.dtype)
+
+
+def _probe() -> None:
+    """Lowers both passes of a small call."""
+
+    def loss(q, k, v, beta, state):
+        o, final = delta_rule(q, k, v, beta, None, 1.0, False, state, None)
+        return o.sum().astype(jnp.float32) + final.sum()
+
+    wide = jax.ShapeDtypeStruct((1, 70, 1, 64), jnp.bfloat16)
+    beta = jax.ShapeDtypeStruct((1, 70, 1), jnp.float32)
+    state = jax.ShapeDtypeStruct((1, 1, 64, 64), jnp.float32)
+    jax.jit(jax.grad(loss, (0, 1, 2, 3, 4))).trace(wide, wide, wide, beta, state).lower(
+        lowering_platforms=("cuda",)
+    )

@@ -1,0 +1,343 @@
+"""`gated_linear_attention` on Hopper GPUs, with at most one decay per head and step.
+
+See kernels.py and backward.py, and grouped.py for many heads that share queries and keys.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from layers.kernels import mosaic_gpu
+from layers.kernels.gated_linear_attention.gpu import backward as gpu_backward
+from layers.kernels.gated_linear_attention.gpu import grouped as gpu_grouped
+from layers.kernels.gated_linear_attention.gpu import grouped_keys as gpu_grouped_keys
+from layers.kernels.gated_linear_attention.gpu import grouped_queries as gpu_grouped_queries
+from layers.kernels.gated_linear_attention.gpu import kernels as gpu_kernels
+from layers.kernels.gated_linear_attention.gpu.kernels import CHUNK, KEEP, PART, READ, WRITE, Gates, Settings
+from layers.kernels.segments import segment_numbers
+from layers.kernels.shard_map_types import vary_as
+
+# The fastest of `python -m experiments.benchmark tune` on an H100 (alone) and an H200 (in pairs): three stages were 0 to 5%
+# slower where they fit, one 19 to 64%.
+FORWARD = Settings()
+BACKWARD = Settings()
+SPAN = 8  # chunks between the states at which the backward pass takes what flows through them
+
+WIDEST = 128  # keys and values of a head
+# Rows times heads that `impl=None` takes at the least, and of calls of LONG tokens or more.
+FEWEST, FEWEST_IF_LONG, LONG = 64, 8, 2048
+_PROCESSORS = 132  # of an H100
+_MAX_PIECES = 64
+# A log-decay below this leaves nothing of a float32 either, and an infinity would meet zeros.
+_LOWEST = -100.0
+
+
+class Call(NamedTuple):
+    """What is static in a call."""
+
+    scale: float
+    heads: int
+    span: int
+    forward: Settings
+    backward: Settings
+
+
+def refuses(q, k, v, log_decay, bonus, normalize, initial_state, **_: Any) -> str | None:
+    """Why these kernels cannot take a call, or None."""
+    if normalize:
+        return "normalize=True is not implemented; use impl='xla'"
+    if bonus is not None:
+        return "a bonus is not implemented; use impl='xla'"
+    if log_decay is not None and log_decay.ndim == 4:
+        return "a decay per key channel is not implemented; use impl='xla'"
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if x.dtype != jnp.bfloat16:
+            return f"{name} has dtype {x.dtype}, which matrix units would round; expected bfloat16"
+        if x.shape[3] > WIDEST:
+            return f"{name} has heads of {x.shape[3]}; expected at most {WIDEST}"
+    for name, x in {"log_decay": log_decay, "initial_state": initial_state}.items():
+        if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            return f"{name} has dtype {x.dtype}; expected float32 or narrower"
+    if any(jax.typeof(x).sharding.spec[1] is not None for x in (q, k, v)):
+        return f"v is sharded {jax.typeof(v).sharding.spec}; expected whole rows, time not sharded"
+    if q.shape[0] > mosaic_gpu.MAX_GRID:
+        return f"q has {q.shape[0]} rows; expected at most {mosaic_gpu.MAX_GRID}"
+    return mosaic_gpu.refusal(_probe)
+
+
+def automatic(q, k, v, **_: Any) -> bool:
+    """Whether `impl=None` takes these kernels, if they do not refuse.
+
+    Sequences have to fill chunks, heads matrices, and rows and heads, or else pieces of time, the machine.
+    """
+    if jax.default_backend() != "gpu" or q.shape[1] < CHUNK:
+        return False
+    fewest = FEWEST_IF_LONG if q.shape[1] >= LONG else FEWEST
+    if q.shape[0] * max(x.shape[2] for x in (q, k, v)) < fewest or k.shape[3] < 32 or v.shape[3] < 32:
+        return False
+    return not mosaic_gpu.left_to_partitioner()
+
+
+def gated_linear_attention(
+    q,
+    k,
+    v,
+    log_decay,
+    bonus,
+    scale,
+    normalize,
+    initial_state,
+    segment_ids,
+    smallest,
+    *,
+    forward: Settings | None = None,
+    backward: Settings | None = None,
+):
+    """Runs the kernels; the arguments are checked by the public function and by `refuses`.
+
+    Args:
+      forward, backward: layout of the kernels, in place of the tuned ones.
+    """
+    del bonus, normalize, smallest
+    batch, _, _, keys = q.shape
+    own = 1 if log_decay is None else log_decay.shape[0 if log_decay.ndim == 1 else 2]
+    heads, width = max(*(x.shape[2] for x in (q, k, v)), own), v.shape[3]
+    state = jnp.zeros((batch, heads, keys, width), jnp.float32) if initial_state is None else initial_state
+    call = Call(scale, heads, SPAN, forward or FORWARD, backward or BACKWARD)
+    rows, split = _sharding(q, k, v, heads)
+
+    def head_axis(x, axis):
+        return split if x.shape[axis] == heads else None
+
+    arrays = {name: (x, P(rows, None, head_axis(x, 2), None)) for name, x in (("q", q), ("k", k), ("v", v))}
+    arrays["state"] = state.astype(jnp.float32), P(rows, split, None, None)
+    if log_decay is not None:
+        g = jnp.maximum(log_decay.astype(jnp.float32), _LOWEST)
+        g = g[None, None] if g.ndim == 1 else g
+        arrays["g"] = g, P(rows if g.shape[0] > 1 else None, None, head_axis(g, 2))
+    if segment_ids is not None:
+        arrays["number"] = segment_numbers(segment_ids), P(rows, None)
+
+    def run(*given):
+        given = dict(zip(arrays, (vary_as(x, *given) for x in given), strict=True))
+        return _padded(call, **given)
+
+    out_specs = P(rows, None, split, None), P(rows, split, None, None)
+    return mosaic_gpu.over_shards(run, *zip(*arrays.values(), strict=True), out_specs)
+
+
+def _sharding(q, k, v, heads):
+    """Mesh axes over which rows and heads are shared out: as those of v, heads only where all or one of them are given."""
+    rows, _, split, _ = jax.typeof(v).sharding.spec
+    if v.shape[2] != heads or any(x.shape[2] not in (1, heads) for x in (q, k)):
+        split = None
+    return rows, split
+
+
+def _padded(call, q, k, v, state, g=None, number=None):
+    """Runs on one device, with widths filled up to multiples of 64 and time to multiples of 8."""
+    time, keys, width = q.shape[1], q.shape[3], v.shape[3]
+    missing = -time % 8
+    pads = ((0, 0), (0, missing), (0, 0))
+    if number is not None:  # what stands at padding may be anything
+        padding = number == 0
+        q, k, v = (jnp.where(padding[..., None, None], 0, x) for x in (q, k, v))
+    q, k, v = (_pad(x, (*pads, (0, -x.shape[3] % PART))) for x in (q, k, v))
+    state = _pad(state, ((0, 0), (0, 0), (0, -keys % PART), (0, -width % PART)))
+    if g is not None:
+        g = jnp.broadcast_to(g, (q.shape[0], time, state.shape[1]))
+        g = g if number is None else jnp.where(padding[..., None], 0, g)
+        g = _pad(g, pads)
+    if number is not None:
+        number = _pad(number, pads[:2])
+    o, final = _attend(q, k, v, g, number, state, call._replace(heads=state.shape[1]))
+    return o[:, :time, :, :width], final[:, :, :keys, :width]
+
+
+def _pad(x, pads):
+    return jnp.pad(x, pads) if any(after for _, after in pads) else x
+
+
+def gates(g, number, batch: int, time: int, call: Call) -> Gates:
+    """See `Gates`; g (b, t, h) is the log-decay, number (b, t) that of the segment of every step."""
+    count = -(-time // CHUNK)
+    missing = count * CHUNK - time
+    shape = (batch, call.heads, count, CHUNK)
+    sums = jnp.zeros(shape, jnp.float32)
+    if g is not None:
+        g = jnp.pad(g, ((0, 0), (0, missing), (0, 0))) * math.log2(math.e)
+        sums = jnp.cumsum(g.swapaxes(1, 2).reshape(shape), axis=-1)
+    total = sums[..., -1:]
+    read, write = call.scale * jnp.exp2(sums), jnp.exp2(jnp.minimum(total - sums, 0))
+    keep = jnp.broadcast_to(jnp.exp2(total), shape)
+    if number is None:
+        return Gates(jnp.stack([sums, read, write, keep], axis=3), sums[:, :, :, None])
+    number = jnp.pad(number, ((0, 0), (0, missing))).reshape(batch, 1, count, CHUNK)
+    leaving = jnp.maximum(jax.lax.cummax(number.max(3, keepdims=True), axis=2), 1)
+    entering = jnp.pad(leaving, ((0, 0), (0, 0), (1, 0), (0, 0)), constant_values=1)[:, :, :-1]
+    rows = [
+        sums,
+        jnp.where(number == entering, read, 0),
+        jnp.where(number == leaving, write, 0),
+        jnp.where(entering == leaving, keep, 0),
+        jnp.broadcast_to(jnp.where(number == 0, -1, number), shape).astype(jnp.float32),
+    ]
+    columns = jnp.broadcast_to(jnp.where(number == 0, -2, number), shape).astype(jnp.float32)
+    return Gates(jnp.stack(rows, axis=3), jnp.stack([sums, columns], axis=3))
+
+
+def piece_length(chunks: int, blocks: int, span: int, settings: Settings) -> int:
+    """Chunks a piece of the time axis: all of them if blocks of one piece fill the machine, else whole spans."""
+    spans = -(-chunks // span)
+    pieces = settings.pieces or (1 if 2 * blocks > _PROCESSORS else _PROCESSORS // blocks)
+    pieces = min(pieces, spans, _MAX_PIECES)
+    return chunks if pieces == 1 else span * -(-spans // pieces)
+
+
+def _at_pieces(x, y, given: Gates, factor, edge, length, settings, *, reverse):
+    """The states at which pieces start, in the order of the walk, (b, pieces, h, k, v); `edge` is the first, (b, h, k, v)."""
+    if length == given.chunks:
+        return edge[:, None]
+    added = gpu_kernels.effects(x, y, given, factor, reverse, length, settings)
+    keep = given.rows[:, :, :, KEEP, 0]
+    keep = jnp.pad(keep, ((0, 0), (0, 0), (0, -keep.shape[2] % length)), constant_values=1)
+    keep = keep.reshape(*keep.shape[:2], -1, length).prod(-1)
+
+    def step(state, piece):
+        keep, added = piece
+        return keep[..., None, None] * state + added, state
+
+    pieces = jnp.moveaxis(keep, 2, 0), jnp.moveaxis(added, 1, 0)
+    _, states = jax.lax.scan(step, edge, pieces, reverse=reverse, unroll=8)
+    return jnp.moveaxis(states, 0, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q, k, v, g, number, state, call):
+    """Outputs (b, t, h, v), in the type of v, and the final state (b, h, k, v), float32."""
+    o, states = forward(q, k, v, g, number, state, call, None)
+    return o, states[:, :, -1]
+
+
+@mosaic_gpu.lowered_once("call", "span")
+def forward(q, k, v, g, number, state, call, span):
+    """Outputs, and states as `gpu_kernels.forward` gives them."""
+    batch, time, settings = q.shape[0], q.shape[1], call.forward
+    given = gates(g, number, batch, time, call)
+    if gpu_grouped.in_pairs(q, k, v, call.heads, settings):
+        length = piece_length(given.chunks, batch * call.heads // gpu_grouped.WARPGROUPS, call.span, settings)
+        entering = _at_pieces(k, v, given, WRITE, state, length, settings, reverse=False)
+        scored = gpu_grouped.scores(q, k, number, call.scale)
+        return gpu_grouped.forward(q, k, v, given, scored, entering, span, length, settings)
+    parts = v.shape[3] // PART
+    count = gpu_kernels.warpgroups(*(call.heads // x.shape[2] for x in (q, k)), parts=parts)
+    length = piece_length(given.chunks, batch * call.heads * parts // count, call.span, settings)
+    entering = _at_pieces(k, v, given, WRITE, state, length, settings, reverse=False)
+    return gpu_kernels.forward(q, k, v, given, entering, call.scale, span, length, settings)
+
+
+def _forward(q, k, v, g, number, state, call):
+    length = layout_backward(q, k, v, call)[1]
+    o, states = forward(q, k, v, g, number, state, call, length)
+    return (o, states[:, :, -1]), (q, k, v, g, number, states)
+
+
+def layout_backward(q, k, v, call):
+    """Whether blocks take two heads of a group, and chunks a piece."""
+    grouped = gpu_grouped.in_pairs(q, k, v, call.heads, call.backward)
+    grouped = grouped and k.shape[3] == gpu_grouped_queries.KEYS
+    blocks = q.shape[0] * call.heads // (gpu_grouped_queries.HEADS if grouped else 1)
+    return grouped, piece_length(-(-q.shape[1] // CHUNK), blocks, call.span, call.backward)
+
+
+@mosaic_gpu.lowered_once("call")
+def gradients(call, residuals, cotangents):
+    """The backward pass, from (q, k, v, g, number, states) and the gradients of outputs and the final state.
+
+    The states at the start of every piece, see `layout_backward`, come first.
+    """
+    q, k, v, g, number, states = residuals
+    do, dfinal = cotangents
+    batch, time, span, settings = q.shape[0], q.shape[1], call.span, call.backward
+    given = gates(g, number, batch, time, call)
+    grouped, length = layout_backward(q, k, v, call)
+    queries_kernel, keys_kernel = gpu_backward.query_gradients, gpu_backward.key_value_gradients
+    scored, swapped = (), ()
+    if grouped:
+        queries_kernel = gpu_grouped_queries.query_gradients
+        keys_kernel = gpu_grouped_keys.key_value_gradients
+        scored = (gpu_grouped.scores(q, k, number, call.scale),)
+        swapped = (scored[0].swapaxes(3, 4),)
+    dq, queries, ends = queries_kernel(
+        q, k, v, do, given, *scored, states, call.scale, span, length, settings
+    )
+    # The interpreter cannot run two kernels at once.
+    do, dq, queries = jax.lax.optimization_barrier((do, dq, queries))
+    dleaving = _at_pieces(q, do, given, READ, dfinal, length, settings, reverse=True)
+    dk, dv, keys, written, flows, dstate = keys_kernel(
+        q, k, v, do, given, *swapped, ends, dleaving, call.scale, span, length, settings
+    )
+    dg = None
+    if g is not None:
+        total, read = jnp.moveaxis(queries.sum(2), 3, 0)
+        through = _flows(flows.sum(-1), read.sum(-1), written.sum(-1), span)
+        # In the chunk itself, what was written before a step counts as `dk` has it.
+        sums = jax.lax.cumsum(total - keys[:, :, :, 0], axis=3, reverse=True)
+        sums += (keys[:, :, :, 1].sum(-1) + through)[..., None]
+        dg = sums.reshape(batch, call.heads, -1).swapaxes(1, 2)[:, :time]
+    dq, dk, dv = (_shared(dx, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
+    return dq, dk, dv, dg, None, dstate
+
+
+_attend.defvjp(_forward, gradients)
+
+
+def _flows(ends, read, written, span):
+    """What passes through every chunk (b, h, n), from the flows through the ends of spans (b, h, s).
+
+    The flow through the end of a chunk is what passed through it and what it wrote, that through its start what passed and
+    what it read.
+    """
+    chunks = read.shape[2]
+    missing = ends.shape[2] * span - chunks
+
+    def by_span(x):
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, missing))).reshape(*ends.shape, span)
+        return jnp.moveaxis(x, 3, 0)[::-1]
+
+    passed, flow = [], ends
+    for read_, written_ in zip(by_span(read), by_span(written), strict=True):
+        passed.append(flow - written_)
+        flow = passed[-1] + read_
+    return jnp.stack(passed[::-1], axis=3).reshape(*read.shape[:2], -1)[:, :, :chunks]
+
+
+def _shared(dx, heads):
+    """The gradient of an array whose `heads` heads are shared, from one a head."""
+    if dx.shape[2] == heads:
+        return dx
+    batch, time, count, width = dx.shape
+    dx = dx.reshape(batch, time, heads, count // heads, width)
+    return dx.sum(3, dtype=jnp.float32).astype(dx.dtype)
+
+
+def _probe() -> None:
+    """Lowers both passes of small calls, of a single head and of many that share queries and keys."""
+
+    def loss(q, k, v, g, number, state):
+        call = Call(1.0, v.shape[2], SPAN, FORWARD, BACKWARD)
+        o, final = _attend(q, k, v, g, number, state, call)
+        return o.sum() + final.sum()
+
+    shared = jax.ShapeDtypeStruct((1, 16, 1, WIDEST), jnp.bfloat16)
+    number = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    for heads, width in ((1, WIDEST), (gpu_grouped.FEWEST, PART)):
+        v = jax.ShapeDtypeStruct((1, 16, heads, width), jnp.bfloat16)
+        g = jax.ShapeDtypeStruct((1, 16, heads), jnp.float32)
+        state = jax.ShapeDtypeStruct((1, heads, WIDEST, width), jnp.float32)
+        traced = jax.jit(jax.grad(loss, (0, 1, 2, 3, 5))).trace(shared, shared, v, g, number, state)
+        traced.lower(lowering_platforms=("cuda",))

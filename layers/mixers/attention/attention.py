@@ -1,0 +1,213 @@
+"""Attention: softmax attention, grouped heads, positions, windows, sinks, a cache (Vaswani et al. 2017, arXiv:1706.03762)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.kernels.attention.options import segment_positions
+from layers.norms import NormConfig, RMSNorm
+from layers.parameters import NO_DECAY, linear, parameter
+from layers.parts.cache import Cache, empty_cache, extend
+from layers.parts.carry import check_inputs, refuse_state, walk
+from layers.parts.heads import join_heads, shared_heads, split_heads
+from layers.parts.relative_attention import relative_attention
+from layers.parts.streaming_attention import streaming_attention
+from layers.positions import Position, PositionConfig, Rotary, read_position
+from layers.typing import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Options of `Attention`.
+
+    Attributes:
+      width: d, features in and out.
+      heads: h, query heads.
+      kv_heads: g, key/value heads; divides h; h if None. 1 is multi-query attention.
+      head_dim: features of a head; width / h if None.
+      causal: a token sees only itself and what came before.
+      window: causal: the last `window` tokens, its own included; otherwise tokens at a distance up to `window`.
+      sink_tokens: the first so many tokens of a segment stay visible beyond the window (StreamingLLM, Xiao et al. 2023,
+        arXiv:2309.17453).
+      sink_distance: how far from a query sinks beyond the window count: "true", or "cache": no farther than in a
+        sequence of sink_tokens + window tokens, as in StreamingLLM; the latter for causal rotary attention.
+      sink_logits: every head learns the logit of one more key, without a value, that all queries see (gpt-oss).
+      position: "rope", "none", "alibi", "t5" or "fire", or a mapping with that "name" and the options of `Rotary`,
+        `T5Bias` or `Fire` in `layers.positions`.
+      scale: of the logits; 1 / sqrt(head_dim) if None. T5 has 1.
+      logit_cap: bounds the scaled logits to +-logit_cap by tanh (Gemma 2).
+      qk_norm: RMSNorm over the features of every query and key head, before the rotation.
+      bias: add biases in the projections.
+      dtype: type of activations and of the cache.
+    """
+
+    width: int
+    heads: int = 8
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    causal: bool = True
+    window: int | None = None
+    sink_tokens: int = 0
+    sink_distance: Literal["true", "cache"] = "true"
+    sink_logits: bool = False
+    position: str | Mapping[str, Any] | PositionConfig = "rope"
+    scale: float | None = None
+    logit_cap: float | None = None
+    qk_norm: bool = False
+    bias: bool = False
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.heads < 1:
+            raise ValueError(f"heads={self.heads}; expected at least 1")
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(
+                f"heads={self.heads} does not divide width={self.width}; "
+                "choose heads that do, or set head_dim to give heads a size of their own"
+            )
+        _ = self.groups
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window}; expected at least 1, or None")
+        if self.sink_tokens < 0 or (self.sink_tokens and self.window is None):
+            raise ValueError(
+                f"sink_tokens={self.sink_tokens} with window={self.window}; expected at least 0, and 0 without window"
+            )
+        if self.logit_cap is not None and self.logit_cap <= 0:
+            raise ValueError(f"logit_cap={self.logit_cap}; expected a positive number, or None")
+        object.__setattr__(self, "position", read_position(self.position))
+        if self.sink_distance not in ("true", "cache"):
+            raise ValueError(f"sink_distance={self.sink_distance!r}; expected 'true' or 'cache'")
+        if self.sink_distance == "cache" and not (
+            self.sink_tokens and self.causal and isinstance(self.position, Rotary)
+        ):
+            raise ValueError("sink_distance='cache' needs sink_tokens, causal=True and position='rope'")
+        if isinstance(self.position, Rotary):
+            try:
+                self.position.size(self.size)
+            except ValueError as error:
+                raise ValueError(f"head_dim={self.size}: {error}; or use position='none'") from None
+
+    @property
+    def size(self) -> int:
+        """Features of a head."""
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def groups(self) -> int:
+        """Key/value heads."""
+        return shared_heads(self)
+
+
+class Attention(nnx.Module):
+    """Attention: softmax attention with grouped heads and a choice of positions (Vaswani et al. 2017, arXiv:1706.03762).
+
+        q, k, v = W_q x, W_k x, W_v x;  y = W_o softmax(q k^T / sqrt(head_dim)) v
+
+    Query head i reads key/value head i // (h / g) (Ainslie et al. 2023, arXiv:2305.13245). Positions restart in every
+    segment.
+    """
+
+    def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.causal = config.causal
+        options = {"bias": config.bias, "dtype": config.dtype, "rngs": rngs}
+        self.query = linear(config.width, config.heads * config.size, **options)
+        self.key = linear(config.width, config.groups * config.size, **options)
+        self.value = linear(config.width, config.groups * config.size, **options)
+        self.output = linear(config.heads * config.size, config.width, **options)
+        norm = NormConfig(config.size, dtype=config.dtype)
+        self.query_norm = RMSNorm(norm, rngs=rngs) if config.qk_norm else None
+        self.key_norm = RMSNorm(norm, rngs=rngs) if config.qk_norm else None
+        self.position = Position(
+            config.position, width=config.width, heads=config.heads, causal=config.causal, rngs=rngs
+        )
+        small = nnx.initializers.normal(0.02)
+        self.sinks = parameter(rngs, small, (config.heads,), **NO_DECAY) if config.sink_logits else None
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> Cache:
+        """An empty cache of rotated keys, and values.
+
+        Args:
+          batch_size: rows.
+          max_length: the most real tokens that a row will hold; outputs of tokens beyond are NaN. With a window the
+            cache has that many slots, and those of the sinks, whatever the length.
+        """
+        config = self.config
+        if not self.causal:
+            raise ValueError("attention with causal=False has no state; it needs the whole sequence at once")
+        return empty_cache(
+            "attention",
+            batch_size,
+            ((config.groups, config.size),) * 2,
+            config.dtype,
+            max_length=max_length,
+            window=config.window,
+            sinks=config.sink_tokens,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: Cache | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Cache | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("attention", x, config.width, segment_ids)
+        if not self.causal:
+            refuse_state("attention with causal=False", state)
+        options = {
+            "causal": config.causal,
+            "window": config.window,
+            "sink_tokens": config.sink_tokens,
+            "sink_logits": None if self.sinks is None else self.sinks[...],
+            "scale": config.scale,
+            "logit_cap": config.logit_cap,
+        }
+        attend = streaming_attention if config.sink_distance == "cache" else relative_attention
+        if state is None:
+            positions = (
+                jnp.arange(x.shape[1])[None] if segment_ids is None else segment_positions(segment_ids)
+            )
+            q, k, v = self.project(x, positions, segment_ids)
+            o = attend(self.position, q, k, v, segment_ids=segment_ids, **options)
+            return self.finish(o, x), None
+        numbers, positions, place = walk(state.place, segment_ids, x.shape[:2])
+        q, k, v = self.project(x, positions, segment_ids)
+        rule = {"window": config.window, "sinks": config.sink_tokens}
+        state, seen, beyond = extend(state, (k, v), numbers, positions, place, **rule)
+        o = attend(
+            self.position,
+            q,
+            *seen.entries,
+            segment_ids=numbers,
+            kv_segment_ids=seen.numbers,
+            q_positions=positions,
+            kv_positions=seen.positions,
+            **options,
+        )
+        return self.finish(jnp.where(beyond[..., None, None], jnp.nan, o), x), state
+
+    def project(
+        self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], segment_ids: Int[Array, "b t"] | None
+    ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
+        """Queries, keys and values of every token, normalised and rotated as the options say."""
+        q, k, v = self.heads(x)
+        return self.position.rotate(q, positions), self.position.rotate(k, positions), v
+
+    def heads(
+        self, x: Float[Array, "b t d"]
+    ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
+        """Queries, keys and values before the rotation."""
+        config = self.config
+        q = split_heads(self.query(x), config.heads)
+        k, v = (split_heads(f(x), config.groups) for f in (self.key, self.value))
+        return (self.query_norm(q), self.key_norm(k), v) if config.qk_norm else (q, k, v)
+
+    def finish(self, o: Float[Array, "b t h k"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """From the heads' outputs, and the mixer's input, to its output."""
+        return self.output(join_heads(o))

@@ -1,0 +1,76 @@
+"""Gated attention: a sigmoid gate at the positions that its paper compares (Qiu et al. 2025, arXiv:2505.06708)."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.parameters import linear
+from layers.typing import Array, Float
+
+GATE_AT = ("attention", "value", "key", "query", "output")
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedAttentionConfig(AttentionConfig):
+    """Options of `GatedAttention`: those of `AttentionConfig`, and two more.
+
+    Attributes:
+      qk_norm: RMSNorm over the features of every query and key head, before the rotation; on here.
+      gate: what is gated: the "attention" output before the output projection (the paper's G1, its best), the "value"
+        (G2), "key" (G3) or "query" (G4) after projection and norm and before the rotation, or the "output" after the
+        output projection (G5).
+      gate_size: "elementwise": a gate for every feature; "headwise": one for every head. "output" has only the first.
+    """
+
+    qk_norm: bool = True
+    gate: Literal["attention", "value", "key", "query", "output"] = "attention"
+    gate_size: Literal["elementwise", "headwise"] = "elementwise"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gate not in GATE_AT:
+            raise ValueError(f"gate={self.gate!r}; expected one of {', '.join(GATE_AT)}")
+        if self.gate_size not in ("elementwise", "headwise"):
+            raise ValueError(f"gate_size={self.gate_size!r}; expected 'elementwise' or 'headwise'")
+        if self.gate == "output" and self.gate_size == "headwise":
+            raise ValueError("gate='output' comes after the heads are mixed; use gate_size='elementwise'")
+
+
+class GatedAttention(Attention):
+    """Gated attention: softmax attention whose output a sigmoid of the input gates (Qiu et al. 2025, arXiv:2505.06708).
+
+        y = W_o (o * sigmoid(W_g x)),  o the heads' outputs of `Attention`
+
+    or, by the option `gate`, the same gate on queries, keys, values or y. Gates start near 1/2.
+    """
+
+    def __init__(self, config: GatedAttentionConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        count = config.groups if config.gate in ("key", "value") else config.heads
+        each = config.size if config.gate_size == "elementwise" else 1
+        outputs = config.width if config.gate == "output" else count * each
+        self.gate = linear(config.width, outputs, bias=config.bias, dtype=config.dtype, rngs=rngs)
+
+    def heads(
+        self, x: Float[Array, "b t d"]
+    ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
+        """Queries, keys and values before the rotation, one of them gated if the option says so."""
+        return tuple(
+            self._gated(y, x) if self.config.gate == name else y
+            for name, y in zip(("query", "key", "value"), super().heads(x), strict=True)
+        )
+
+    def finish(self, o: Float[Array, "b t h k"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """From the heads' outputs to the mixer's, either of them gated if the option says so."""
+        y = super().finish(self._gated(o, x) if self.config.gate == "attention" else o, x)
+        return y * jax.nn.sigmoid(self.gate(x)) if self.config.gate == "output" else y
+
+    def _gated(self, y, x):
+        gate = jax.nn.sigmoid(self.gate(x))
+        if self.config.gate_size == "headwise":
+            return y * gate[..., None]
+        return y * jnp.reshape(gate, y.shape)

@@ -1,0 +1,124 @@
+"""Linformer: attention over a fixed number of mixtures of keys and values (Wang et al. 2020, arXiv:2006.04768)."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.parameters import linear, parameter
+from layers.parts.carry import check_inputs, refuse_state
+from layers.parts.each_segment import each_segment
+from layers.parts.heads import join_heads, split_heads
+from layers.typing import Array, Float, Int
+
+# Xavier with gain 1 / sqrt(2), as the authors' code draws all matrices of the layer.
+_projection = nnx.initializers.variance_scaling(
+    0.5, "fan_avg", "uniform", in_axis=-1, out_axis=-2, batch_axis=(0,)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinformerConfig:
+    """Options of `Linformer`.
+
+    Attributes:
+      width: d, features in and out.
+      max_length: T, the longest sequence. A longer one is refused, or gives NaN if only its segment_ids tell.
+      projected: n, the number of mixtures of keys and of values.
+      heads: h.
+      sharing: which projections along time are one: "none", "heads" (E for all heads, F for all heads), or
+        "key_value" (one E for all heads, keys and values).
+      bias: add biases in the projections of features.
+      dtype: type of activations.
+    """
+
+    width: int
+    max_length: int
+    projected: int = 256
+    heads: int = 8
+    sharing: Literal["none", "heads", "key_value"] = "heads"
+    bias: bool = False
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide width={self.width}")
+        for name in ("max_length", "projected"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        if self.sharing not in ("none", "heads", "key_value"):
+            raise ValueError(f"sharing={self.sharing!r}; expected 'none', 'heads' or 'key_value'")
+
+
+class Linformer(nnx.Module):
+    """Linformer: attention with keys and values projected along time (Wang et al. 2020, arXiv:2006.04768).
+
+        q, k, v = W_q x, W_k x, W_v x;  y = W_o softmax(q (E k)^T / sqrt(head_dim)) (F v)
+
+    with E and F (n x T) for every head. A sequence of t < T tokens uses the first t columns. Linear in t, not causal.
+    """
+
+    causal = False
+
+    def __init__(self, config: LinformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        options = {"bias": config.bias, "dtype": config.dtype, "rngs": rngs}
+        self.query = linear(config.width, config.width, **options)
+        self.key = linear(config.width, config.width, **options)
+        self.value = linear(config.width, config.width, **options)
+        self.output = linear(config.width, config.width, **options)
+        heads = config.heads if config.sharing == "none" else 1
+        self.projections = nnx.List(
+            parameter(rngs, _projection, (heads, config.projected, config.max_length))
+            for _ in range(1 if config.sharing == "key_value" else 2)
+        )
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> None:
+        """Refuses: every output needs the whole sequence."""
+        raise ValueError("Linformer is not causal and has no state; it needs the whole sequence at once")
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("Linformer", x, config.width, segment_ids)
+        refuse_state("Linformer", state)
+        if segment_ids is None and x.shape[1] > config.max_length:
+            raise ValueError(
+                f"x has {x.shape[1]} tokens; Linformer was made for max_length={config.max_length}"
+            )
+        qkv = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
+        projections = [p[...] for p in self.projections]
+        y = each_segment(partial(_attend, config), projections, qkv, segment_ids=segment_ids)
+        return self.output(y), None
+
+
+def _attend(config, projections, qkv, lengths):
+    """Attention within sequences that are zero from their lengths on."""
+    t = qkv.shape[1]
+    q, k, v = (split_heads(part, config.heads) for part in jnp.split(qkv, 3, axis=-1))
+    missing = max(0, t - config.max_length)
+    used = [jnp.pad(p[..., :t], ((0, 0), (0, 0), (0, missing))).astype(qkv.dtype) for p in projections]
+    k, v = (_mixtures(p, part) for p, part in zip((used[0], used[-1]), (k, v), strict=True))
+    logits = jnp.einsum("bthk,bnhk->bhtn", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1]), axis=-1).astype(qkv.dtype)
+    y = join_heads(jnp.einsum("bhtn,bnhk->bthk", weights, v))
+    return jnp.where((lengths > config.max_length)[:, None, None], jnp.nan, y)
+
+
+def _mixtures(projection, x):
+    """(h or 1, n, t) times (b, t, h, k), summed in float32."""
+    if projection.shape[0] == 1:
+        y = jnp.einsum("nt,bthk->bnhk", projection[0], x, preferred_element_type=jnp.float32)
+    else:
+        y = jnp.einsum("hnt,bthk->bnhk", projection, x, preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)

@@ -1,0 +1,250 @@
+"""MEGA: single-head gated attention over moving averages, whole or within chunks (Ma et al. 2022, arXiv:2209.10655)."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.kernels.attention.options import segment_positions
+from layers.parameters import linear, parameter
+from layers.parts.blocks import in_blocks, with_neighbours
+from layers.parts.cache import Cache, empty_cache, extend
+from layers.parts.carry import check_inputs, continues, enter, refuse_state, walk
+from layers.parts.moving_average import MovingAverage
+from layers.parts.segmented_convolution import move, pack
+from layers.positions import rotary
+from layers.typing import Array, Float, Int
+
+_normal = nnx.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class MegaConfig:
+    """Options of `Mega`.
+
+    Attributes:
+      width: d, features in and out.
+      key_dim: s, features of queries and keys.
+      value_dim: e, features of values; twice the width if None.
+      averages: n, moving averages a channel.
+      attention: "softmax", or "laplace" (weights are not normalised, logits are divided by the number of keys).
+      chunk: a token attends only to its chunk of so many tokens, counted from the start of its segment; to all if None.
+      bidirectional: averages and attention in both directions; not causal.
+      position_bias: added to logits by distance: "rotary", the product of two learnt vectors that turn by position, or
+        "simple", a learnt number for every distance.
+      max_length: with position_bias="simple" and no chunk, the longest sequence; outputs that need more are NaN.
+      dtype: type of activations and of cached keys and values; averages are float32.
+    """
+
+    width: int
+    key_dim: int = 64
+    value_dim: int | None = None
+    averages: int = 16
+    attention: Literal["softmax", "laplace"] = "softmax"
+    chunk: int | None = None
+    bidirectional: bool = False
+    position_bias: Literal["rotary", "simple"] = "rotary"
+    max_length: int | None = None
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        for name in ("key_dim", "value_dim", "averages", "chunk", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}; expected at least 1")
+        if self.attention not in ("softmax", "laplace"):
+            raise ValueError(f"attention={self.attention!r}; expected 'softmax' or 'laplace'")
+        if self.position_bias not in ("rotary", "simple"):
+            raise ValueError(f"position_bias={self.position_bias!r}; expected 'rotary' or 'simple'")
+        if self.position_bias == "rotary" and self.key_dim % 2:
+            raise ValueError(f"key_dim={self.key_dim} is odd; position_bias='rotary' needs an even one")
+        if (self.max_length is not None) != (self.position_bias == "simple" and self.chunk is None):
+            raise ValueError(
+                f"max_length={self.max_length} with position_bias={self.position_bias!r} and chunk={self.chunk}; "
+                "it is needed with position_bias='simple' and no chunk, and only there"
+            )
+
+    @property
+    def values(self) -> int:
+        """Features of values."""
+        return self.value_dim or 2 * self.width
+
+    @property
+    def reach(self) -> int | None:
+        """Distances that the table of position_bias="simple" covers."""
+        return self.chunk or self.max_length
+
+
+class MegaState(NamedTuple):
+    """The moving averages, and the keys and values that are still to be read, of the last chunk or of all tokens."""
+
+    averages: Float[Array, "b d n"]
+    cache: Cache
+
+
+class Mega(nnx.Module):
+    """Moving average equipped gated attention.
+
+        m = moving_average(x)                                               (see `MovingAverage`)
+        v = silu(W_v x);  [u, z, r, c] = W_m m;  z, r = silu(z), silu(r)    (sizes e; d, s, e, d)
+        q, k = gamma_1 * z + beta_1, gamma_2 * z + beta_2
+        o = f(q k^T * scale + bias) v
+        y = sigmoid(u) * (silu(c + W_o (r * o)) - x)
+
+    f is softmax with scale s^(-1/2), or with "laplace" (1 + erf((a - sqrt(1/2)) / sqrt(1/(2 pi)))) / 2 of every logit a
+    for itself, with one over the number of keys that the query sees as scale.
+
+    The paper adds y to the residual, and subtracts the residual in y. That is what a block with norm behind the sum
+    does; with the norm in front of the mixer the normalised input is subtracted in its place.
+    """
+
+    def __init__(self, config: MegaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.causal = not config.bidirectional
+        width, keys, values = config.width, config.key_dim, config.values
+        options = {"dtype": config.dtype, "rngs": rngs}
+        self.average = MovingAverage(width, config.averages, bidirectional=config.bidirectional, **options)
+        self.value = linear(width, values, init=_normal, **options)
+        self.mixed = linear(width, 2 * width + keys + values, init=_normal, **options)
+        self.output = linear(values, width, init=_normal, **options)
+        # Of query and key.
+        self.gamma = parameter(rngs, _normal, (2, keys))
+        self.beta = parameter(rngs, nnx.initializers.zeros_init(), (2, keys), group="no_decay")
+        if config.position_bias == "rotary":
+            self.bias = parameter(rngs, _normal, (2, keys))
+        else:
+            distances = config.reach if self.causal else 2 * config.reach - 1
+            self.bias = parameter(rngs, _normal, (distances,))
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> MegaState:
+        """Nothing seen yet. Without a chunk, `max_length` is the most real tokens of a row; outputs beyond are NaN."""
+        config = self.config
+        if not self.causal:
+            raise ValueError("a bidirectional MEGA has no state; set bidirectional=False to run it in steps")
+        shapes = (config.key_dim,), (config.values,)
+        slots = {"max_length": max_length, "window": config.chunk}
+        cache = empty_cache("MEGA", batch_size, shapes, config.dtype, **slots)
+        return MegaState(self.average.init_state(batch_size), cache)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: MegaState | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], MegaState | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("MEGA", x, config.width, segment_ids)
+        if not self.causal:
+            refuse_state("MEGA with bidirectional=True", state)
+        x = x.astype(config.dtype)
+        h = cache = None
+        if state is not None:
+            cache = state.cache
+            h = enter(state.averages, continues(cache.place.segment, segment_ids))
+        m, h = self.average(x, h, segment_ids=segment_ids)
+        width, keys = config.width, config.key_dim
+        borders = [width, width + keys, width + keys + config.values]
+        u, z, r, c = jnp.split(self.mixed(m), borders, axis=-1)
+        gamma, beta = (v[...].astype(config.dtype)[:, None, None] for v in (self.gamma, self.beta))
+        q, k = gamma * jax.nn.silu(z)[None] + beta
+        v = jax.nn.silu(self.value(x))
+        if cache is None:
+            o = self._whole(q, k, v, segment_ids)
+        else:
+            o, cache = self._continued(q, k, v, cache, segment_ids)
+        candidate = jax.nn.silu(c + self.output(jax.nn.silu(r) * o))
+        y = jax.nn.sigmoid(u) * (candidate - x)
+        return y, None if state is None else MegaState(h, cache)
+
+    def _whole(self, q, k, v, segment_ids):
+        """Attention over all of the sequence: in blocks of a chunk, so that the work grows with length times chunk."""
+        time = q.shape[1]
+        if segment_ids is None:
+            packing, numbers = None, jnp.ones((1, time), jnp.int32)
+            positions = jnp.arange(time)[None]
+        else:
+            packing = pack(segment_ids)
+            numbers, positions = packing.numbers, move(segment_positions(segment_ids), packing.order)
+            q, k, v = (move(tokens, packing.order) for tokens in (q, k, v))
+        blocks = functools.partial(in_blocks, size=min(self.config.chunk or time, max(time, 1)))
+        q, k, v, *at = map(blocks, (q, k, v, numbers, positions))
+        there = at
+        if packing is not None and q.shape[1] > 1:
+            # Chunks begin with segments, so that they straddle blocks.
+            k, v, *there = (with_neighbours(tokens, ahead=not self.causal) for tokens in (k, v, *at))
+        o = self._attend(q, k, v, at, there)
+        o = o.reshape(o.shape[0], o.shape[1] * o.shape[2], o.shape[3])[:, :time]
+        return o if packing is None else move(o, packing.place)
+
+    def _continued(self, q, k, v, cache, segment_ids):
+        """Attention over the cache and the new tokens, a chunk at a time; and the cache with them in it."""
+        time, chunk = q.shape[1], self.config.chunk
+        numbers, positions, place = walk(cache.place, segment_ids, q.shape[:2])
+
+        def run(cache, stretch):
+            q, *new, numbers, positions = stretch
+            cache, seen, beyond = extend(cache, tuple(new), numbers, positions, place, window=chunk)
+            q, k, v, *at = (tokens[:, None] for tokens in (q, *seen.entries, numbers, positions))
+            o = self._attend(q, k, v, at, (seen.numbers[:, None], seen.positions[:, None]))[:, 0]
+            return cache, jnp.where(beyond[..., None], jnp.nan, o)
+
+        stretch = (q, k, v, numbers, positions)
+        if chunk is None or time <= chunk:
+            cache, o = run(cache, stretch)
+            return o, cache
+        stretches = tuple(jnp.swapaxes(in_blocks(tokens, size=chunk), 0, 1) for tokens in stretch)
+        cache, o = jax.lax.scan(run, cache, stretches)
+        o = jnp.swapaxes(o, 0, 1)
+        return o.reshape(o.shape[0], o.shape[1] * chunk, o.shape[3])[:, :time], cache
+
+    def _attend(self, q, k, v, at, there):
+        """f(q k^T scale + bias) v in every block, (b, m, t, e).
+
+        Args:
+          q, k, v: (b, m, t, s), (b, m, keys, s), (b, m, keys, e).
+          at, there: number of the segment, 0 for none, and position in it, of queries and of keys: (b or 1, m, ...).
+        """
+        config = self.config
+        (number, position), (key_number, key_position) = at, there
+        seen = (number[..., None] == key_number[..., None, :]) & (number[..., None] != 0)
+        if config.chunk is not None:
+            seen &= (position // config.chunk)[..., None] == (key_position // config.chunk)[..., None, :]
+            position, key_position = position % config.chunk, key_position % config.chunk
+        if self.causal:
+            seen &= position[..., None] >= key_position[..., None, :]
+        logits = jnp.einsum("bmts,bmks->bmtk", q, k, preferred_element_type=jnp.float32)
+        bias = self._bias(position, key_position)
+        if config.attention == "softmax":
+            logits = jnp.where(seen, config.key_dim**-0.5 * logits + bias, -1e30)
+            weights = jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0)
+        else:
+            count = jnp.maximum(seen.sum(-1, keepdims=True), 1)
+            weights = jnp.where(seen, laplace(logits / count + bias), 0)
+        return jnp.einsum("bmtk,bmke->bmte", weights.astype(v.dtype), v)
+
+    def _bias(self, position, key_position):
+        """What is added to the logits, (b or 1, m, t, keys)."""
+        if self.config.position_bias == "simple":
+            distance = position[..., None] - key_position[..., None, :]
+            index = distance if self.causal else distance + self.config.reach - 1
+            inside = (index >= 0) & (index < self.bias.shape[0])
+            return jnp.where(inside, self.bias[...].at[index].get(mode="clip"), jnp.nan)
+
+        def turned(vector, position):
+            flat = position.reshape(position.shape[0], -1)
+            tokens = jnp.broadcast_to(vector, (*flat.shape, 1, len(vector)))
+            return rotary(tokens, flat).reshape(*position.shape, len(vector))
+
+        query, key = turned(self.bias[0], position), turned(self.bias[1], key_position)
+        return jnp.einsum("bmts,bmks->bmtk", query, key)
+
+
+def laplace(a: Float[Array, "*a"]) -> Float[Array, "*a"]:
+    """The distribution function of a normal variable of mean sqrt(1/2) and variance 1 / (4 pi): a smooth squared ReLU."""
+    return 0.5 * (1 + jax.lax.erf((a - math.sqrt(0.5)) * math.sqrt(2 * math.pi)))

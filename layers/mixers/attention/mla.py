@@ -1,0 +1,191 @@
+"""MLA: attention that makes keys and values from one small vector a token (Liu et al. 2024, arXiv:2405.04434)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.kernels.attention import attention
+from layers.kernels.attention.options import segment_positions
+from layers.norms import NormConfig, RMSNorm
+from layers.parameters import linear
+from layers.parts.cache import Cache, empty_cache, extend
+from layers.parts.carry import check_inputs, walk
+from layers.parts.heads import join_heads, split_heads
+from layers.positions import PositionConfig, Rotary, read_position, rotary
+from layers.positions.position import NoPosition
+from layers.typing import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAConfig:
+    """Options of `MLA`; the defaults of sizes are those of DeepSeek-V2 and V3.
+
+    Attributes:
+      width: d, features in and out.
+      heads: h.
+      latent: r, features of the vector that keys and values are made from.
+      query_latent: features of the vector that queries are made from; None makes them from x directly.
+      head_dim: features of queries and keys that carry no position.
+      rope_dim: further features, turned by their position; on the keys' side one for all heads.
+      value_dim: features of values.
+      position: "rope" or a mapping with that "name" and the options of `layers.positions.Rotary`, whose amplitude acts
+        on all features here; "none" keeps the `rope_dim` features and turns nothing (Kimi Linear).
+      absorbed: whether attention runs over latent vectors, with the maps to keys and values moved to queries and
+        outputs, or over keys and values; None takes with a state what needs fewer products, and else the latter.
+      scale: of the logits; 1 / sqrt(head_dim + rope_dim) if None.
+      dtype: type of activations and of the cache.
+    """
+
+    width: int
+    heads: int = 8
+    latent: int = 512
+    query_latent: int | None = None
+    head_dim: int = 128
+    rope_dim: int = 64
+    value_dim: int = 128
+    position: str | Mapping[str, Any] | PositionConfig = "rope"
+    absorbed: bool | None = None
+    scale: float | None = None
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "latent", "query_latent", "head_dim", "value_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}; expected at least 1")
+        if self.rope_dim < 0:
+            raise ValueError(f"rope_dim={self.rope_dim}; expected at least 0")
+        object.__setattr__(self, "position", read_position(self.position))
+        if not isinstance(self.position, Rotary | NoPosition):
+            raise ValueError(
+                f"position={self.position!r}; latent attention takes 'rope' or 'none', which leave keys free of the query"
+            )
+        if isinstance(self.position, Rotary):
+            try:
+                self.position.size(self.rope_dim)
+            except ValueError as error:
+                raise ValueError(f"rope_dim={self.rope_dim}: {error}; or use position='none'") from None
+
+
+class MLA(nnx.Module):
+    """MLA: multi-head latent attention, which caches one small vector a token (Liu et al. 2024, arXiv:2405.04434).
+
+        c = norm(W_c x),  k_r = R W_r x               (b t r), (b t rope_dim): all that the cache holds
+        k, v = W_k c, W_v c                           (b t h head_dim), (b t h value_dim)
+        q, q_r = W_q x, R W_q' x                      or from norm(W_a x)
+        y = W_o softmax((q k^T + q_r k_r^T) scale) v
+
+    R turns by the position in the segment. Since q . W_k c = (W_k^T q) . c, the same outputs come from attention of one
+    key/value head over the vectors c themselves (absorbed), where W_v follows the softmax. The amplitude a of YaRN
+    multiplies all logits by a^2, as in the authors' code.
+    """
+
+    def __init__(self, config: MLAConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.causal = True
+        options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
+        size = config.head_dim + config.rope_dim
+        if config.query_latent is None:
+            self.query_down = self.query_norm = None
+        else:
+            self.query_down = linear(config.width, config.query_latent, **options)
+            self.query_norm = RMSNorm(NormConfig(config.query_latent, dtype=config.dtype), rngs=rngs)
+        self.query = linear(config.query_latent or config.width, config.heads * size, **options)
+        self.latent = linear(config.width, config.latent + config.rope_dim, **options)
+        self.latent_norm = RMSNorm(NormConfig(config.latent, dtype=config.dtype), rngs=rngs)
+        self.expand = linear(config.latent, config.heads * (config.head_dim + config.value_dim), **options)
+        self.output = linear(config.heads * config.value_dim, config.width, **options)
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> Cache:
+        """An empty cache of latent vectors and turned keys: latent + rope_dim numbers a token.
+
+        Args:
+          batch_size: rows.
+          max_length: the most real tokens that a row will hold; outputs of tokens beyond are NaN.
+        """
+        shapes = ((self.config.latent,), (self.config.rope_dim,))
+        return empty_cache("mla", batch_size, shapes, self.config.dtype, max_length=max_length)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: Cache | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Cache | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("mla", x, config.width, segment_ids)
+        if state is None:
+            positions = (
+                jnp.arange(x.shape[1])[None] if segment_ids is None else segment_positions(segment_ids)
+            )
+            q, q_turned = self._queries(x, positions)
+            o = self._attend(q, q_turned, *self._latents(x, positions), segment_ids=segment_ids)
+            return self.output(join_heads(o)), None
+        numbers, positions, place = walk(state.place, segment_ids, x.shape[:2])
+        q, q_turned = self._queries(x, positions)
+        state, seen, beyond = extend(state, self._latents(x, positions), numbers, positions, place)
+        o = self._attend(
+            q,
+            q_turned,
+            *seen.entries,
+            segment_ids=numbers,
+            kv_segment_ids=seen.numbers,
+            q_positions=positions,
+            kv_positions=seen.positions,
+        )
+        o = jnp.where(beyond[..., None, None], jnp.nan, o)
+        return self.output(join_heads(o)), state
+
+    def _queries(self, x, positions):
+        """Queries without position (b t h head_dim) and turned ones (b t h rope_dim)."""
+        if self.query_down is not None:
+            x = self.query_norm(self.query_down(x))
+        q = split_heads(self.query(x), self.config.heads)
+        return q[..., : self.config.head_dim], self._turn(q[..., self.config.head_dim :], positions)
+
+    def _latents(self, x, positions):
+        """What the cache holds: latent vectors (b t r) and turned keys (b t rope_dim)."""
+        c = self.latent(x)
+        turned = self._turn(c[:, :, None, self.config.latent :], positions)
+        return self.latent_norm(c[..., : self.config.latent]), turned[:, :, 0]
+
+    def _turn(self, x, positions):
+        rope = self.config.position
+        return (
+            rotary(x, positions, dataclasses.replace(rope, amplitude=1.0)) if isinstance(rope, Rotary) else x
+        )
+
+    def _attend(self, q, q_turned, c, k_turned, **places):
+        """The heads' outputs (b t h value_dim) over latent vectors c (b s r) and turned keys (b s rope_dim)."""
+        config = self.config
+        scale = (config.head_dim + config.rope_dim) ** -0.5 if config.scale is None else config.scale
+        scale *= config.position.gain**2 if isinstance(config.position, Rotary) else 1
+        options = {"causal": True, "scale": scale, **places}
+        to_key, to_value = jnp.split(
+            self.expand.kernel[...].astype(config.dtype).reshape(config.latent, config.heads, -1),
+            [config.head_dim],
+            axis=2,
+        )
+        if self._absorbs(q.shape[1], c.shape[1], places):
+            q = jnp.concatenate([jnp.einsum("bthk,rhk->bthr", q, to_key), q_turned], axis=-1)
+            k = jnp.concatenate([c, k_turned], axis=-1)[:, :, None]
+            return jnp.einsum("bthr,rhv->bthv", attention(q, k, c[:, :, None], **options), to_value)
+        k, v = jnp.einsum("bsr,rhk->bshk", c, to_key), jnp.einsum("bsr,rhv->bshv", c, to_value)
+        k_turned = jnp.broadcast_to(k_turned[:, :, None], (*k.shape[:3], config.rope_dim))
+        q, k = jnp.concatenate([q, q_turned], axis=-1), jnp.concatenate([k, k_turned], axis=-1)
+        return attention(q, k, v, **options)
+
+    def _absorbs(self, t, s, places):
+        """Whether to attend to latent vectors: as configured, or where that takes fewer products a head."""
+        config = self.config
+        if config.absorbed is not None:
+            return config.absorbed
+        outside = config.latent * (config.head_dim + config.value_dim)
+        plain = s * outside + t * s * (config.head_dim + config.rope_dim + config.value_dim)
+        absorbed = t * outside + t * s * (2 * config.latent + config.rope_dim)
+        return "kv_segment_ids" in places and absorbed < plain

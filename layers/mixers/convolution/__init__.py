@@ -1,0 +1,1 @@
+"""Convolutions, long and short."""

@@ -1,0 +1,1 @@
+"""Delta rules: matrix memories that overwrite."""

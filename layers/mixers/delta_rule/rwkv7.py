@@ -1,0 +1,209 @@
+"""RWKV-7: a generalised delta rule with token shift and learnt rates of every channel (Peng et al. 2025, arXiv:2503.14456)."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from layers.kernels.delta_rule import dplr_delta_rule
+from layers.parameters import NO_DECAY, linear
+from layers.parts.carry import check_inputs, continues, enter, next_segment
+from layers.parts.heads import HeadLayerNorm, join_heads, split_heads
+from layers.parts.low_rank import LowRank
+from layers.parts.token_shift import token_shift
+from layers.typing import Array, Float, Int
+
+STREAMS = ("r", "w", "k", "v", "a", "g")
+
+
+@dataclasses.dataclass(frozen=True)
+class RWKV7Config:
+    """Options of `RWKV7`.
+
+    Attributes:
+      width: d, features in and out.
+      head_dim: K, features of a head; divides the width.
+      decay_rank, rate_rank, gate_rank: ranks of the maps that make w, a and g; if None 2.5, 2.5 and 5 times the root of
+        the width, to the nearest multiple of 32, at least 32.
+      zero_init: the output matrix and the first factors of those maps start at zero, as the authors train; otherwise
+        normal with variance 1 / inputs.
+      epsilon: of the norm of every head, for each of its features.
+      layer, depth: which layer of how many this is; mixing weights, decays and the norm's scale start accordingly.
+      dtype: type of activations; decays and state are float32.
+    """
+
+    width: int
+    head_dim: int = 64
+    decay_rank: int | None = None
+    rate_rank: int | None = None
+    gate_rank: int | None = None
+    zero_init: bool = True
+    epsilon: float = 1e-5
+    layer: int = 0
+    depth: int = 1
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.head_dim < 2 or self.width % self.head_dim:
+            raise ValueError(
+                f"head_dim={self.head_dim} does not divide width={self.width} into heads of two features or more"
+            )
+        if not 0 <= self.layer < self.depth:
+            raise ValueError(f"layer={self.layer}, depth={self.depth}; expected 0 <= layer < depth")
+        if min(self.ranks) < 1:
+            raise ValueError(
+                f"decay_rank={self.decay_rank}, rate_rank={self.rate_rank}, gate_rank={self.gate_rank}; "
+                "expected at least 1"
+            )
+
+    @property
+    def heads(self) -> int:
+        """h."""
+        return self.width // self.head_dim
+
+    @property
+    def ranks(self) -> tuple[int, int, int]:
+        """Ranks of the maps that make w, a and g."""
+        given = zip((self.decay_rank, self.rate_rank, self.gate_rank), (2.5, 2.5, 5.0), strict=True)
+        return tuple(
+            max(32, 32 * round(factor * math.sqrt(self.width) / 32)) if rank is None else rank
+            for rank, factor in given
+        )
+
+
+class RWKV7State(NamedTuple):
+    """The last token, the matrix memory of every head, float32, and the segment that both belong to."""
+
+    token: Float[Array, "b 1 d"]
+    memory: Float[Array, "b h k v"]
+    segment: Int[Array, "b"]
+
+
+class RWKV7(nnx.Module):
+    """RWKV-7: time mixing by a generalised delta rule (Peng et al. 2025, arXiv:2503.14456).
+
+        x_s = x_t + mu_s * (x_{t-1} - x_t)                                  for s = r, w, k, v, a, g
+        r, k, v = W_r x_r, W_k x_k, W_v x_v
+        w = exp(-e^(-1/2) sigmoid(w_0 + tanh(x_w W_1) W_2))                 decays, by channel
+        a = sigmoid(a_0 + x_a A_1 A_2),   g = sigmoid(x_g G_1) G_2          learning rates, gate
+        kappa = k * k_k by head over its norm,   k~ = k * (1 + (a - 1) * k_a)
+        S_t = (Diag(w_t) - (a_t * kappa_t) kappa_t^T) S_{t-1} + k~_t v_t^T,   o_t = S_t^T r_t
+        y = W_o (g * (GroupNorm(o) + (r . (r_k * k~)) v))                   norm and product by head
+
+    The authors' later layers mix their values with those of the first layer. A mixer sees its own input alone: here
+    every layer is as their first, without that value residual. Initial values are theirs; they depend on the layer and
+    on how many there are.
+    """
+
+    causal = True
+
+    def __init__(self, config: RWKV7Config, *, rngs: nnx.Rngs):
+        self.config = config
+        width, heads = config.width, config.heads
+        values = _initial_values(config)
+        self.mixing = nnx.Param(jnp.asarray(values["mixing"], jnp.float32), **NO_DECAY)
+        options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
+        self.receptance = linear(width, width, init=_uniform(0.5 / math.sqrt(width)), **options)
+        self.key = linear(width, width, init=_uniform(0.05 / math.sqrt(width)), **options)
+        self.value = linear(width, width, init=_uniform(0.5 / math.sqrt(width)), **options)
+        first = nnx.initializers.zeros_init() if config.zero_init else nnx.initializers.lecun_normal()
+        self.output = linear(width, width, init=first, **options)
+        low_rank = {"init": (first, _orthogonal), "dtype": config.dtype, "rngs": rngs, **NO_DECAY}
+        decay_rank, rate_rank, gate_rank = config.ranks
+        self.decay = LowRank(width, decay_rank, width, activation=jnp.tanh, **low_rank)
+        self.rate = LowRank(width, rate_rank, width, **low_rank)
+        self.gate = LowRank(width, gate_rank, width, activation=jax.nn.sigmoid, bias=False, **low_rank)
+        self.decay.outer.bias[...] = jnp.asarray(values["decay"], jnp.float32)
+        self.rate.outer.bias[...] = jnp.asarray(values["rate"], jnp.float32)
+        self.removal = nnx.Param(jnp.asarray(values["removal"], jnp.float32), **NO_DECAY)
+        self.replacement = nnx.Param(jnp.full(width, 1.02, jnp.float32), **NO_DECAY)
+        self.bonus = nnx.Param(jnp.full((heads, config.head_dim), -0.04, jnp.float32), **NO_DECAY)
+        self.norm = HeadLayerNorm(heads, config.head_dim, epsilon=config.epsilon * config.head_dim, rngs=rngs)
+        self.norm.scale[...] *= ((config.layer + 1) / config.depth) ** 0.7
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> RWKV7State:
+        """The state before the first token; its size does not depend on the length."""
+        config = self.config
+        return RWKV7State(
+            jnp.zeros((batch_size, 1, config.width), jnp.float32),
+            jnp.zeros((batch_size, config.heads, config.head_dim, config.head_dim), jnp.float32),
+            jnp.zeros(batch_size, jnp.int32),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: RWKV7State | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], RWKV7State | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("RWKV-7", x, config.width, segment_ids)
+        token = memory = None
+        if state is not None:
+            keep = continues(state.segment, segment_ids)
+            token, memory = enter(state.token, keep), enter(state.memory, keep)
+        x = x.astype(config.dtype)
+        before, token = token_shift(x, token, segment_ids=segment_ids)
+        mixed = x[None] + self.mixing[...].astype(config.dtype)[:, None, None] * (before - x)[None]
+        stream = dict(zip(STREAMS, mixed, strict=True))
+        r, v = self.receptance(stream["r"]), self.value(stream["v"])
+        k = self.key(stream["k"]).astype(jnp.float32)
+        log_decay = -math.exp(-0.5) * jax.nn.sigmoid(self.decay(stream["w"]))
+        rate = jax.nn.sigmoid(self.rate(stream["a"]))
+        kappa = split_heads(k * self.removal[...][None, None], config.heads)
+        # The root of a number that is not zero: its derivative is finite where a key vanishes.
+        kappa = kappa * jax.lax.rsqrt(jnp.maximum(jnp.square(kappa).sum(-1, keepdims=True), 1e-24))
+        k = k * (1 + (rate - 1) * self.replacement[...][None, None])
+        r, k, v, rate, log_decay = (split_heads(u, config.heads) for u in (r, k, v, rate, log_decay))
+        o, memory = dplr_delta_rule(
+            r,
+            k.astype(config.dtype),
+            v,
+            (-kappa).astype(config.dtype),
+            (rate * kappa).astype(config.dtype),
+            log_decay=log_decay,
+            scale=1.0,
+            initial_state=memory,
+            segment_ids=segment_ids,
+        )
+        own = (r.astype(jnp.float32) * k * self.bonus[...][None, None]).sum(-1, keepdims=True)
+        y = (self.norm(o) + join_heads(own * v.astype(jnp.float32))) * self.gate(stream["g"])
+        y = self.output(y.astype(config.dtype))
+        if state is None:
+            return y, None
+        return y, RWKV7State(token, memory, next_segment(state.segment, segment_ids, x.shape[1]))
+
+
+def _uniform(bound: float):
+    """Initialiser: uniform between -bound and bound."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _orthogonal(key, shape, dtype):
+    """Initialiser of second factors: orthogonal, a tenth of what would keep the variance of many inputs."""
+    gain = 0.1 * max(1.0, math.sqrt(shape[0] / shape[1]))
+    return nnx.initializers.orthogonal(gain)(key, shape, dtype)
+
+
+def _initial_values(config: RWKV7Config) -> dict[str, np.ndarray]:
+    """What starts differently by channel and layer, as in the authors' code."""
+    early = 1 - config.layer / config.depth
+    late = config.layer / max(config.depth - 1, 1)
+    channel = np.arange(config.width)
+    place = channel / (config.width - 1)
+    middle = (config.head_dim - 1) / 2
+    zigzag = (channel % config.head_dim - middle) / middle
+    zigzag *= np.abs(zigzag)
+    powers = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
+    return {
+        "mixing": np.stack([1 - (channel / config.width) ** (powers[s] * early) for s in STREAMS]),
+        "decay": -5.5 + 6 * place ** (1 + late**0.3) + 2.5 * zigzag,
+        "rate": -0.19 + 0.3 * zigzag + 0.4 * (place - 0.5),
+        "removal": 0.71 - 0.1 * (place - 0.5),
+    }

@@ -1,0 +1,1 @@
+"""Linear attention: matrix memories that add."""

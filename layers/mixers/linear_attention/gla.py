@@ -1,0 +1,143 @@
+"""GLA: linear attention whose state forgets by a learnt gate on every key channel (Yang et al. 2023, arXiv:2312.06635)."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.parameters import linear, xavier_uniform
+from layers.parts.carry import check_inputs, continues, enter
+from layers.parts.heads import HeadNorm, MemoryState, head_size, remember, shared_heads, split_heads
+from layers.parts.low_rank import LowRank
+from layers.parts.short_convolution import ShortConvolution
+from layers.typing import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class GLAConfig:
+    """Options of `GLA`.
+
+    Attributes:
+      width: d, features in and out.
+      heads: h, query heads.
+      kv_heads: g, heads of keys, values and decays; divides h; h if None. Head i of h uses head i // (h / g).
+      key_dim: K, features of a query and key head; width / (2 heads) if None.
+      value_dim: V, features of a value head; width / heads if None.
+      taps: inputs that short convolutions of queries, keys and values see, 2 to 8; None for no convolutions.
+      gate_rank: rank of the map that makes the decays.
+      temperature: tau; the decays are the tau-th root of a sigmoid, so that they start near 1.
+      epsilon: of the norm of every head.
+      dtype: type of activations; decays and state are float32.
+    """
+
+    width: int
+    heads: int = 4
+    kv_heads: int | None = None
+    key_dim: int | None = None
+    value_dim: int | None = None
+    taps: int | None = None
+    gate_rank: int = 16
+    temperature: float = 16.0
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        _ = self.sizes, self.groups
+        if self.gate_rank < 1:
+            raise ValueError(f"gate_rank={self.gate_rank}; expected at least 1")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature}; expected a positive number")
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """K and V."""
+        return head_size("key_dim", self.key_dim, self, 0.5), head_size("value_dim", self.value_dim, self)
+
+    @property
+    def groups(self) -> int:
+        """Heads of keys, values and decays."""
+        return shared_heads(self)
+
+
+class GLAState(NamedTuple):
+    """The matrix memory of every head, float32, the last inputs of the convolutions if there are, and the segment."""
+
+    memory: Float[Array, "b h k v"]
+    inputs: Float[Array, "b w-1 n"] | None
+    segment: Int[Array, "b"]
+
+
+class GLA(nnx.Module):
+    """GLA: gated linear attention (Yang et al. 2023, arXiv:2312.06635).
+
+        q, k, v = W_q x, W_k x, W_v x                                  with taps, silu(conv(.)) of each
+        alpha = sigmoid(W_2 W_1 x + b)^(1 / tau)                       (g, K), W_1: (gate_rank, d)
+        S_t = Diag(alpha_t) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)   in every head
+        y = W_o (RMSNorm(o) * silu(W_g x))                             norm by head
+
+    Queries, keys and the decay's map start Xavier-uniform with gain 2^-2.5 as in the authors' first code; the norm and
+    the gate without bias are those of their later layer, as are convolutions and shared keys and values.
+    """
+
+    causal = True
+
+    def __init__(self, config: GLAConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        key_dim, value_dim = config.sizes
+        queries, values = config.heads * key_dim, config.heads * value_dim
+        keys, shared_values = config.groups * key_dim, config.groups * value_dim
+        options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
+        small = xavier_uniform(2**-2.5)
+        self.query = linear(config.width, queries, init=small, **options)
+        self.key = linear(config.width, keys, init=small, **options)
+        self.value = linear(config.width, shared_values, **options)
+        features = queries + keys + shared_values
+        self.convolution = (
+            ShortConvolution(features, config.taps, dtype=config.dtype, rngs=rngs) if config.taps else None
+        )
+        self.gate = linear(config.width, values, **options)
+        self.decay = LowRank(
+            config.width, config.gate_rank, keys, init=(small, small), dtype=config.dtype, rngs=rngs
+        )
+        self.norm = HeadNorm(value_dim, gate="silu", epsilon=config.epsilon, dtype=config.dtype, rngs=rngs)
+        self.output = linear(values, config.width, **options)
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> GLAState:
+        """The zero state; its size does not depend on the length."""
+        return GLAState(
+            jnp.zeros((batch_size, self.config.heads, *self.config.sizes), jnp.float32),
+            None if self.convolution is None else self.convolution.init_state(batch_size),
+            jnp.zeros(batch_size, jnp.int32),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: GLAState | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], GLAState | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("GLA", x, config.width, segment_ids)
+        log_decay = jax.nn.log_sigmoid(self.decay(x)) / config.temperature
+        qkv, inputs = (self.query(x), self.key(x), self.value(x)), None
+        if self.convolution is not None:
+            if state is not None:
+                inputs = enter(state.inputs, continues(state.segment, segment_ids))
+            ends = (qkv[0].shape[2], qkv[0].shape[2] + qkv[1].shape[2])
+            joined, inputs = self.convolution(jnp.concatenate(qkv, axis=-1), inputs, segment_ids=segment_ids)
+            qkv = jnp.split(joined, ends, axis=-1)
+        heads = (config.heads, config.groups, config.groups)
+        o, after = remember(
+            *(split_heads(part, count) for part, count in zip(qkv, heads, strict=True)),
+            None if state is None else MemoryState(state.memory, state.segment),
+            log_decay=jnp.repeat(
+                split_heads(log_decay, config.groups), config.heads // config.groups, axis=2
+            ),
+            segment_ids=segment_ids,
+        )
+        y = self.output(self.norm(o, self.gate(x)))
+        return y, None if after is None else GLAState(after.memory, inputs, after.segment)

@@ -1,0 +1,100 @@
+"""Lightning Attention: linear attention whose heads and layers forget at fixed rates (MiniMax 2025, arXiv:2501.08313)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from layers.norms import NormConfig, RMSNorm
+from layers.parameters import Constant, linear
+from layers.parts.carry import check_inputs
+from layers.parts.heads import MemoryState, head_size, join_heads, remember, split_heads
+from layers.typing import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class LightningAttentionConfig:
+    """Options of `LightningAttention`.
+
+    Attributes:
+      width: d, features in and out.
+      heads: h.
+      head_dim: K, features of a query, key and value head; width / heads if None.
+      epsilon: of the norm.
+      layer, depth: number of the layer, from 0, and of all layers of the model: fix the rates of forgetting.
+      dtype: type of activations; rates and state are float32.
+    """
+
+    width: int
+    heads: int = 8
+    head_dim: int | None = None
+    epsilon: float = 1e-6
+    layer: int = 0
+    depth: int = 1
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        _ = self.size
+        if not 0 <= self.layer < self.depth:
+            raise ValueError(f"layer={self.layer}, depth={self.depth}; expected 0 <= layer < depth")
+
+    @property
+    def size(self) -> int:
+        """Features of a head."""
+        return head_size("head_dim", self.head_dim, self)
+
+
+class LightningAttention(nnx.Module):
+    """Lightning Attention: linear attention with fixed rates of forgetting, as in MiniMax-01 (MiniMax 2025, arXiv:2501.08313).
+
+        q, k, v = silu(W_q x), silu(W_k x), silu(W_v x)
+        S_t = exp(-s) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t                        in every head
+        s = 2^(-8 (i + 1) / h) (1 - l / (L - 1) + 1e-5)                             head i, layer l of L
+        y = W_o (sigmoid(W_g x) * RMSNorm(o))                                       norm over all heads together
+
+    The rates are those of ALiBi, slower in later layers; the last layer forgets almost nothing. The recurrence is that
+    of Lightning Attention-2 (Qin et al. 2024, arXiv:2401.04658). The residual stream of MiniMax's model carries
+    normalised values, which is a matter of the block.
+    """
+
+    causal = True
+
+    def __init__(self, config: LightningAttentionConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        features = config.heads * config.size
+        options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
+        self.query = linear(config.width, features, **options)
+        self.key = linear(config.width, features, **options)
+        self.value = linear(config.width, features, **options)
+        self.gate = linear(config.width, features, **options)
+        self.norm = RMSNorm(NormConfig(features, config.epsilon), rngs=rngs)
+        self.output = linear(features, config.width, **options)
+        alibi = 2.0 ** (-8.0 * np.arange(1, config.heads + 1) / config.heads)
+        # The first 1e-5 keeps a model of one layer defined; both are those of the released code.
+        by_layer = 1 - config.layer / (config.depth - 1 + 1e-5) + 1e-5
+        self.rates = Constant(jnp.asarray(alibi * by_layer, jnp.float32))
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> MemoryState:
+        """The zero state; its size does not depend on the length."""
+        size = self.config.size
+        memory = jnp.zeros((batch_size, self.config.heads, size, size), jnp.float32)
+        return MemoryState(memory, jnp.zeros(batch_size, jnp.int32))
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: MemoryState | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], MemoryState | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("Lightning Attention", x, config.width, segment_ids)
+        q, k, v = (split_heads(jax.nn.silu(f(x)), config.heads) for f in (self.query, self.key, self.value))
+        o, state = remember(q, k, v, state, log_decay=-self.rates[...], scale=1.0, segment_ids=segment_ids)
+        # Without a normaliser the sums grow with the length: the norm comes before the rounding to `dtype`.
+        y = self.norm(join_heads(o)) * jax.nn.sigmoid(self.gate(x).astype(jnp.float32))
+        return self.output(y.astype(config.dtype)), state

@@ -1,0 +1,139 @@
+"""RetNet: retention, linear attention with a fixed decay for every head and rotations (Sun et al. 2023, arXiv:2307.08621)."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from layers.kernels.gated_linear_attention import gated_linear_attention
+from layers.parameters import linear, xavier_uniform
+from layers.parts.carry import Place, check_inputs, continues, enter, start, walk
+from layers.parts.heads import HeadNorm, head_size, shared_heads, split_heads
+from layers.positions import rotary
+from layers.typing import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class RetNetConfig:
+    """Options of `RetNet`.
+
+    Attributes:
+      width: d, features in and out.
+      heads: h, query heads.
+      kv_heads: g, heads of keys and values; divides h; h if None. Head i of h uses head i // (h / g).
+      key_dim: K, features of a query and key head; even; width / heads if None.
+      value_dim: V, features of a value head; 2 width / heads if None.
+      rope_base: the slowest pair of features turns once in about 2 pi rope_base tokens, the fastest in 2 pi.
+      affine: give the norm of the heads a scale; W_o can take its place.
+      epsilon: of that norm.
+      dtype: type of activations; decays and state are float32.
+    """
+
+    width: int
+    heads: int = 4
+    kv_heads: int | None = None
+    key_dim: int | None = None
+    value_dim: int | None = None
+    rope_base: float = 10_000.0
+    affine: bool = False
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        _ = self.groups
+        key_dim, _ = self.sizes
+        if key_dim % 2:
+            raise ValueError(f"key_dim={key_dim} is odd; rotations need an even one")
+        if self.rope_base <= 1:
+            raise ValueError(f"rope_base={self.rope_base}; expected more than 1")
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """K and V."""
+        return head_size("key_dim", self.key_dim, self), head_size("value_dim", self.value_dim, self, 2.0)
+
+    @property
+    def groups(self) -> int:
+        """Heads of keys and values."""
+        return shared_heads(self)
+
+    @property
+    def base(self) -> float:
+        """RoPE's base by which pair i of n = K / 2 turns by rope_base^(-i / (n - 1)) a token, not by its -i / n."""
+        key_dim, _ = self.sizes
+        return self.rope_base ** (key_dim / (key_dim - 2)) if key_dim > 2 else self.rope_base
+
+
+class RetNetState(NamedTuple):
+    """The matrix memory of every head, float32, and where the rows stand."""
+
+    memory: Float[Array, "b h k v"]
+    place: Place
+
+
+class RetNet(nnx.Module):
+    """RetNet: multi-scale retention with rotations, group norm and gate (Sun et al. 2023, arXiv:2307.08621).
+
+        q, k, v = W_q x, W_k x, W_v x;   q and k turned by angles that grow with the position
+        S_t = (1 - 2^(-5-h)) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)       in head h = 0, 1, ...
+        y = W_o (RMSNorm(o) * silu(W_g x))                                          norm by head, the paper's group norm
+
+    The turned pairs are feature i and i + K / 2. The divisions of scores and decays in the authors' parallel form are
+    left out: they multiply o by a positive number, which the norm takes away but for its epsilon. All projections
+    start Xavier-uniform, with gain 2^-2.5 but for W_o, as in the authors' code.
+    """
+
+    causal = True
+
+    def __init__(self, config: RetNetConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        key_dim, value_dim = config.sizes
+        values = config.heads * value_dim
+        options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
+        small = xavier_uniform(2**-2.5)
+        self.query = linear(config.width, config.heads * key_dim, init=small, **options)
+        self.key = linear(config.width, config.groups * key_dim, init=small, **options)
+        self.value = linear(config.width, config.groups * value_dim, init=small, **options)
+        self.gate = linear(config.width, values, init=small, **options)
+        self.norm = HeadNorm(
+            value_dim,
+            gate="silu",
+            affine=config.affine,
+            epsilon=config.epsilon,
+            dtype=config.dtype,
+            rngs=rngs,
+        )
+        self.output = linear(values, config.width, init=xavier_uniform(), **options)
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> RetNetState:
+        """The zero state; its size does not depend on the length."""
+        memory = jnp.zeros((batch_size, self.config.heads, *self.config.sizes), jnp.float32)
+        return RetNetState(memory, start(batch_size))
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: RetNetState | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], RetNetState | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("RetNet", x, config.width, segment_ids)
+        memory, place = None, start(x.shape[0])
+        if state is not None:
+            memory = enter(state.memory, continues(state.place.segment, segment_ids))
+            place = state.place
+        _, positions, place = walk(place, segment_ids, x.shape[:2])
+        o, memory = gated_linear_attention(
+            rotary(split_heads(self.query(x), config.heads), positions, config.base),
+            rotary(split_heads(self.key(x), config.groups), positions, config.base),
+            split_heads(self.value(x), config.groups),
+            log_decay=jnp.asarray(np.log1p(-(2.0 ** (-5.0 - np.arange(config.heads)))), jnp.float32),
+            initial_state=memory,
+            segment_ids=segment_ids,
+        )
+        y = self.output(self.norm(o, self.gate(x)))
+        return y, None if state is None else RetNetState(memory, place)

@@ -1,0 +1,137 @@
+"""HGRN: a gated linear recurrence that forgets the less the deeper it stands (Qin et al. 2023, arXiv:2311.04823)."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from layers.kernels.linear_recurrence import linear_recurrence
+from layers.norms import make_norm
+from layers.parameters import NO_DECAY, Constant, linear
+from layers.parts.carry import check_inputs, continues, enter, next_segment
+from layers.typing import Array, Float, Int, Num
+
+
+@dataclasses.dataclass(frozen=True)
+class HGRNConfig:
+    """Options of `HGRN`.
+
+    Attributes:
+      width: d, features in and out.
+      state: "complex", states that also turn, by an angle of their own; or "real".
+      norm: "layer_norm" or "rms_norm", of the states, before the gate.
+      bias: add biases in the projections.
+      epsilon: of the norm.
+      layer, depth: which layer of how many this is; its lower bound starts at layer / depth.
+      dtype: type of activations; the state is float32 or complex64.
+    """
+
+    width: int
+    state: Literal["complex", "real"] = "complex"
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    bias: bool = True
+    epsilon: float = 1e-5
+    layer: int = 0
+    depth: int = 1
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.state not in ("complex", "real"):
+            raise ValueError(f"state={self.state!r}; expected 'complex' or 'real'")
+        if self.norm not in ("layer_norm", "rms_norm"):
+            raise ValueError(f"norm={self.norm!r}; expected 'layer_norm' or 'rms_norm'")
+        if not 0 <= self.layer < self.depth:
+            raise ValueError(f"layer={self.layer}, depth={self.depth}; expected 0 <= layer < depth")
+
+    @property
+    def parts(self) -> int:
+        """Real numbers a state: 2 if it is complex."""
+        return 2 if self.state == "complex" else 1
+
+
+class HGRNState(NamedTuple):
+    """The state h of every channel, and the segment that it belongs to."""
+
+    h: Num[Array, "b d"]
+    segment: Int[Array, "b"]
+
+
+class HGRN(nnx.Module):
+    """The token mixer of the hierarchically gated recurrent network.
+
+        lambda_t = bound + (1 - bound) sigmoid(W_f x_t)                   (d)
+        c_t = silu(W_i x_t)                                               (d complex numbers, or real ones)
+        h_t = lambda_t exp(i theta) * h_{t-1} + (1 - lambda_t) * c_t      (theta = 0 if real)
+        y_t = W_o (norm([Re h_t, Im h_t]) * silu(W_g x_t))
+
+    theta starts at 10000^(-2 k / d) for channel k. W_i gives real and imaginary parts in turn.
+
+    The paper makes the bounds of all layers from one matrix, by a softmax and a cumulative sum over depth. A layer by
+    itself has its own, sigmoid(bound_logit), which starts where the paper's do: 0 in the first layer, where it stays,
+    then layer / depth. Nothing forces trained bounds to grow with depth.
+    """
+
+    causal = True
+
+    def __init__(self, config: HGRNConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width, features = config.width, config.parts * config.width
+        options = {"bias": config.bias, "dtype": config.dtype, "rngs": rngs}
+        self.input = linear(width, features, **options)
+        self.forget = linear(width, width, **options)
+        self.gate = linear(width, features, **options)
+        self.output = linear(features, width, **options)
+        self.norm = make_norm(
+            config.norm, {"epsilon": config.epsilon}, width=features, dtype=config.dtype, rngs=rngs
+        )
+        if config.state == "complex":
+            angles = 10_000.0 ** (-2 * np.arange(width) / width)
+            self.theta = nnx.Param(jnp.asarray(angles, jnp.float32), **NO_DECAY)
+        # The first layer has no bound, but the same parameters as the others.
+        start = max(config.layer, 1) / max(config.depth, 2)
+        self.bound_logit = nnx.Param(jnp.full(width, np.log(start / (1 - start)), jnp.float32), **NO_DECAY)
+        self.bounded = Constant(jnp.float32(config.layer > 0))
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> HGRNState:
+        """The zero state; its size does not depend on the length."""
+        dtype = jnp.complex64 if self.config.state == "complex" else jnp.float32
+        return HGRNState(jnp.zeros((batch_size, self.config.width), dtype), jnp.zeros(batch_size, jnp.int32))
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: HGRNState | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], HGRNState | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("HGRN", x, config.width, segment_ids)
+        bound = (self.bounded[...] * jax.nn.sigmoid(self.bound_logit[...]))[None, None]
+        logits = self.forget(x).astype(jnp.float32)
+        # 1 - lambda as a product: a difference would lose it where lambda is near 1.
+        decay, complement = (
+            bound + (1 - bound) * jax.nn.sigmoid(logits),
+            (1 - bound) * jax.nn.sigmoid(-logits),
+        )
+        c = jax.nn.silu(self.input(x)).astype(jnp.float32)
+        if config.state == "complex":
+            pairs = c.reshape(*x.shape, 2)
+            c = jax.lax.complex(pairs[..., 0], pairs[..., 1])
+            theta = self.theta[...][None, None]
+            decay = decay * jax.lax.complex(jnp.cos(theta), jnp.sin(theta))
+        h, last = linear_recurrence(
+            decay,
+            complement * c,
+            initial_state=None if state is None else enter(state.h, continues(state.segment, segment_ids)),
+            segment_ids=segment_ids,
+        )
+        if config.state == "complex":
+            h = jnp.concatenate([h.real, h.imag], axis=-1)
+        y = self.output(self.norm(h) * jax.nn.silu(self.gate(x)))
+        if state is None:
+            return y, None
+        return y, HGRNState(last, next_segment(state.segment, segment_ids, x.shape[1]))

@@ -1,0 +1,120 @@
+"""LRU: a complex diagonal linear recurrence that cannot become unstable (Orvieto et al. 2023, arXiv:2303.06349)."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.kernels.linear_recurrence import linear_recurrence
+from layers.parameters import log_of_uniform, parameter
+from layers.parts.carry import check_inputs, continues, enter, next_segment
+from layers.typing import Array, Complex, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class LRUConfig:
+    """Options of `LRU`.
+
+    Attributes:
+      width: d, features in and out.
+      state_size: n, complex eigenvalues.
+      r_min, r_max: the eigenvalues start uniform by area in the ring of these radii.
+      max_phase: their phases start between 0 and this angle. Long-range tasks want r_min near 1 and a small angle.
+      dtype: type of activations; the state is complex64.
+    """
+
+    width: int
+    state_size: int = 128
+    r_min: float = 0.0
+    r_max: float = 1.0
+    max_phase: float = 2 * math.pi
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.state_size < 1:
+            raise ValueError(f"state_size={self.state_size}; expected at least 1")
+        if not 0 <= self.r_min < self.r_max <= 1:
+            raise ValueError(f"r_min={self.r_min}, r_max={self.r_max}; expected 0 <= r_min < r_max <= 1")
+        if not 0 < self.max_phase <= 2 * math.pi:
+            raise ValueError(f"max_phase={self.max_phase}; expected an angle above 0 and up to 2 pi")
+
+
+class LRUState(NamedTuple):
+    """The state h of every eigenvalue, and the segment that it belongs to."""
+
+    h: Complex[Array, "b n"]
+    segment: Int[Array, "b"]
+
+
+class LRU(nnx.Module):
+    """The linear recurrent unit.
+
+        lambda = exp(-exp(nu) + i exp(theta))
+        h_t = lambda * h_{t-1} + exp(gamma) * (B x_t)
+        y_t = Re(C h_t) + D * x_t
+
+    with nu, theta, gamma (n), B (n x d) and C (d x n) complex, D (d). |lambda| < 1 whatever nu is. gamma starts at
+    log sqrt(1 - |lambda|^2), which gives every state the variance of its input, and is free from then on. The GELU and
+    the gate that the paper puts behind it are a channel mixer in a joint residual branch: `full_glu`.
+    """
+
+    causal = True
+
+    def __init__(self, config: LRUConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        modes, width = config.state_size, config.width
+        self.nu = parameter(rngs, _ring(config.r_min, config.r_max), (modes,), group="ssm")
+        self.theta = parameter(rngs, log_of_uniform(1e-6, config.max_phase), (modes,), group="ssm")
+        self.gamma = nnx.Param(0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(self.nu[...]))), group="ssm")
+        normal = nnx.initializers.normal
+        self.b = parameter(rngs, normal((2 * width) ** -0.5), (2, modes, width), group="ssm/b")
+        self.c = parameter(rngs, normal(modes**-0.5), (2, width, modes), group="ssm_output")
+        self.d = parameter(rngs, normal(1.0), (width,), group="ssm_output")
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> LRUState:
+        """The zero state; its size does not depend on the length."""
+        return LRUState(
+            jnp.zeros((batch_size, self.config.state_size), jnp.complex64), jnp.zeros(batch_size, jnp.int32)
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: LRUState | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], LRUState | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        dtype = self.config.dtype
+        check_inputs("LRU", x, self.config.width, segment_ids)
+        x = x.astype(dtype)
+        b = jnp.exp(self.gamma[...])[None, :, None] * self.b[...]
+        inputs = jnp.einsum("btd,cnd->cbtn", x, b.astype(dtype), preferred_element_type=jnp.float32)
+        decay = jnp.exp(jax.lax.complex(-jnp.exp(self.nu[...]), jnp.exp(self.theta[...])))
+        h, last = linear_recurrence(
+            decay[None, None],
+            jax.lax.complex(inputs[0], inputs[1]),
+            initial_state=None if state is None else enter(state.h, continues(state.segment, segment_ids)),
+            segment_ids=segment_ids,
+        )
+        # The real part of C h, as one real product.
+        features = jnp.concatenate([h.real, h.imag], axis=-1).astype(dtype)
+        weights = jnp.concatenate([self.c[0], -self.c[1]], axis=-1).astype(dtype)
+        y = jnp.einsum("btn,dn->btd", features, weights) + self.d[...].astype(dtype)[None, None] * x
+        if state is None:
+            return y, None
+        return y, LRUState(last, next_segment(state.segment, segment_ids, x.shape[1]))
+
+
+def _ring(inner: float, outer: float):
+    """Initialiser of nu: exp(-exp(nu)) has the distribution of radii of points uniform by area in a ring."""
+
+    def init(key, shape, dtype):
+        # Neither radius 0 nor 1, whose nu would be infinite.
+        area = jax.random.uniform(key, shape, dtype, 1e-6, 1 - 1e-6) * (outer**2 - inner**2) + inner**2
+        return jnp.log(-0.5 * jnp.log(area))
+
+    return init

@@ -1,0 +1,176 @@
+"""RG-LRU: Griffin's recurrent block, a gated linear recurrence beside a GELU branch (De et al. 2024, arXiv:2402.19427)."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.kernels.linear_recurrence import linear_recurrence
+from layers.parameters import NO_DECAY, linear, parameter
+from layers.parts.carry import Place, check_inputs, continues, enter, start, walk
+from layers.parts.short_convolution import ShortConvolution
+from layers.parts.step_size import inverse_softplus
+from layers.typing import Array, Float, Int
+
+# The decay of a step is sigmoid(...) to the power of at most so much.
+POWER = 8.0
+STEEPEST = 1000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RGLRUConfig:
+    """Options of `RGLRU`.
+
+    Attributes:
+      width: d, features in and out.
+      state_size: e, channels of the recurrence; width if None.
+      heads: blocks on the diagonal of the gates' matrices; divides the state size.
+      taps: w, inputs that the short convolution sees.
+      r_min, r_max: the base decays start uniform by area in the ring of these radii.
+      depth: layers of the model; the output projection starts with variance 2 / (e depth).
+      dtype: type of activations; the state is float32.
+    """
+
+    width: int
+    state_size: int | None = None
+    heads: int = 8
+    taps: int = 4
+    r_min: float = 0.9
+    r_max: float = 0.999
+    depth: int = 1
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.state_size is not None and self.state_size < 1:
+            raise ValueError(f"state_size={self.state_size}; expected at least 1, or None")
+        if self.heads < 1 or self.channels % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide the {self.channels} channels of the state")
+        if not 0 < self.r_min < self.r_max < 1:
+            raise ValueError(f"r_min={self.r_min}, r_max={self.r_max}; expected 0 < r_min < r_max < 1")
+
+    @property
+    def channels(self) -> int:
+        """Channels of the recurrence."""
+        return self.state_size or self.width
+
+
+class RGLRUState(NamedTuple):
+    """The last inputs of the short convolution, the state h, and where the rows stand."""
+
+    inputs: Float[Array, "b taps e"]
+    h: Float[Array, "b e"]
+    place: Place
+
+
+class RGLRU(nnx.Module):
+    """Griffin's recurrent block around the real-gated linear recurrent unit.
+
+        u   = short_conv(W_x x)
+        r_t = sigmoid(W_r u_t + b_r),  i_t = sigmoid(W_i u_t + b_i)       (e), block-diagonal matrices
+        log a_t = -8 r_t softplus(lambda)
+        h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * u_t)
+        y   = W_o (h * gelu(W_y x))
+
+    The first token of a segment enters with weight 1 in place of sqrt(1 - a_t^2), and exp(-softplus(lambda)) rather than
+    its eighth power starts in [r_min, r_max]: both as in the authors' code, where the paper says otherwise.
+    """
+
+    causal = True
+
+    def __init__(self, config: RGLRUConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        channels, heads = config.channels, config.heads
+        options = {"dtype": config.dtype, "rngs": rngs}
+        self.gate = linear(config.width, channels, **options)
+        self.input = linear(config.width, channels, **options)
+        scaled = nnx.initializers.variance_scaling
+        self.convolution = ShortConvolution(
+            channels,
+            config.taps,
+            bias=True,
+            activation=None,
+            init=scaled(0.01, "fan_in", "normal"),
+            **options,
+        )
+        blocks = (2, heads, channels // heads, channels // heads)
+        # Both gates: recurrence, input.
+        self.gates = parameter(rngs, nnx.initializers.normal(channels**-0.5), blocks)
+        self.gate_biases = parameter(
+            rngs, nnx.initializers.zeros_init(), (2, heads, channels // heads), **NO_DECAY
+        )
+        self.decay = parameter(rngs, _ring(config.r_min, config.r_max), (channels,), **NO_DECAY)
+        small = scaled(2 / config.depth, "fan_in", "normal")
+        self.output = linear(channels, config.width, init=small, **options)
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> RGLRUState:
+        """The zero state; its size does not depend on the length."""
+        return RGLRUState(
+            self.convolution.init_state(batch_size),
+            jnp.zeros((batch_size, self.config.channels), jnp.float32),
+            start(batch_size),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: RGLRUState | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], RGLRUState | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("RG-LRU", x, config.width, segment_ids)
+        inputs = h0 = None
+        if state is not None:
+            keep = continues(state.place.segment, segment_ids)
+            inputs, h0 = enter(state.inputs, keep), enter(state.h, keep)
+        before = start(x.shape[0]) if state is None else state.place
+        _, positions, place = walk(before, segment_ids, x.shape[:2])
+        u, inputs = self.convolution(self.input(x), inputs, segment_ids=segment_ids)
+        log_decay, driven = self._gated(u)
+        # 1 - a^2 as it is: a difference would lose it where a is near 1.
+        weight = bounded_sqrt(-jnp.expm1(2 * log_decay))
+        weight = jnp.where((positions == 0)[..., None], 1.0, weight)
+        h, last = linear_recurrence(
+            jnp.exp(log_decay), weight * driven, initial_state=h0, segment_ids=segment_ids
+        )
+        y = self.output(h.astype(config.dtype) * jax.nn.gelu(self.gate(x)))
+        return y, None if state is None else RGLRUState(inputs, last, place)
+
+    def _gated(self, u):
+        """Logarithm of the decay, and the gated input, in float32."""
+        config = self.config
+        blocks = u.reshape(*u.shape[:2], config.heads, config.channels // config.heads)
+        logits = jnp.einsum(
+            "bthi,chij->cbthj",
+            blocks,
+            self.gates[...].astype(config.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        opened = jax.nn.sigmoid(logits + self.gate_biases[...][:, None, None]).reshape(2, *u.shape)
+        rate = POWER * jax.nn.softplus(self.decay[...])
+        return -rate[None, None] * opened[0], opened[1] * u
+
+
+@jax.custom_jvp
+def bounded_sqrt(x: jax.Array) -> jax.Array:
+    """The square root, whose derivative is held at 1000 or less: a decay near 1 would send it to infinity."""
+    return jnp.sqrt(x)
+
+
+@bounded_sqrt.defjvp
+def _bounded_sqrt_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return jnp.sqrt(x), dx * (0.5 * jax.lax.rsqrt(jnp.maximum(x, 1 / (4 * STEEPEST**2))))
+
+
+def _ring(inner: float, outer: float):
+    """Initialiser of lambda: exp(-softplus(lambda)) as radii of points uniform by area in a ring."""
+
+    def init(key, shape, dtype):
+        area = jax.random.uniform(key, shape, dtype, inner**2, outer**2)
+        return inverse_softplus(-0.5 * jnp.log(area))
+
+    return init

@@ -1,0 +1,198 @@
+"""RWKV-4: averages over the past by keys and a decay of every channel (Peng et al. 2023, arXiv:2305.13048)."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from layers.kernels.linear_recurrence import linear_recurrence
+from layers.kernels.segments import segment_starts
+from layers.parameters import NO_DECAY, linear
+from layers.parts.carry import check_inputs, continues, enter, next_segment
+from layers.parts.token_shift import token_shift
+from layers.typing import Array, Float, Int
+
+# The logarithm of no weight at all; sums of many of them are still numbers.
+EMPTY = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class RWKV4Config:
+    """Options of `RWKV4`.
+
+    Attributes:
+      width: d, features in and out.
+      zero_init: the matrices of keys, receptance and output start at zero, as the authors train; otherwise orthogonal,
+        as that of values.
+      layer, depth: which layer of how many this is; decays and mixing weights start accordingly.
+      dtype: type of activations; averages and states are float32.
+    """
+
+    width: int
+    zero_init: bool = True
+    layer: int = 0
+    depth: int = 1
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.layer < self.depth:
+            raise ValueError(f"layer={self.layer}, depth={self.depth}; expected 0 <= layer < depth")
+
+
+class WKVState(NamedTuple):
+    """Sums over the past, exp(-top) times what they are: of weighted values, of weights; and `top`, their logarithm."""
+
+    values: Float[Array, "b d"]
+    weights: Float[Array, "b d"]
+    top: Float[Array, "b d"]
+
+
+class RWKV4State(NamedTuple):
+    """The last token, the sums over the past, and the segment that both belong to."""
+
+    token: Float[Array, "b 1 d"]
+    sums: WKVState
+    segment: Int[Array, "b"]
+
+
+class RWKV4(nnx.Module):
+    """The time mixing of RWKV-4.
+
+        k, v, r = W_k m_k(x), W_v m_v(x), W_r m_r(x),    m(x)_t = mu * x_t + (1 - mu) * x_{t-1}
+        y_t = W_o (sigmoid(r_t) * wkv_t)
+
+    where wkv is the average of `wkv` below with the decay -exp(log_rate) and the bonus u of the current token.
+    """
+
+    causal = True
+
+    def __init__(self, config: RWKV4Config, *, rngs: nnx.Rngs):
+        self.config = config
+        orthogonal = nnx.initializers.orthogonal()
+        first = nnx.initializers.zeros_init() if config.zero_init else orthogonal
+        options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
+        self.key = linear(config.width, config.width, init=first, **options)
+        self.value = linear(config.width, config.width, init=orthogonal, **options)
+        self.receptance = linear(config.width, config.width, init=first, **options)
+        self.output = linear(config.width, config.width, init=first, **options)
+        log_rate, bonus, mixing = _initial_values(config)
+        self.log_rate = nnx.Param(jnp.asarray(log_rate, jnp.float32), **NO_DECAY)
+        self.bonus = nnx.Param(jnp.asarray(bonus, jnp.float32), **NO_DECAY)
+        # Of key, value and receptance.
+        self.mixing = nnx.Param(jnp.asarray(mixing, jnp.float32), **NO_DECAY)
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> RWKV4State:
+        """The state before the first token; its size does not depend on the length."""
+        width = self.config.width
+        return RWKV4State(
+            jnp.zeros((batch_size, 1, width), jnp.float32),
+            _empty(batch_size, width),
+            jnp.zeros(batch_size, jnp.int32),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: RWKV4State | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], RWKV4State | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("RWKV-4", x, config.width, segment_ids)
+        token, sums = None, _empty(x.shape[0], config.width)
+        if state is not None:
+            keep = continues(state.segment, segment_ids)
+            token = enter(state.token, keep)
+            sums = jax.tree.map(lambda kept, fresh: jnp.where(keep[:, None], kept, fresh), state.sums, sums)
+        x = x.astype(config.dtype)
+        before, token = token_shift(x, token, segment_ids=segment_ids)
+        mu = self.mixing[...].astype(config.dtype)[:, None, None]
+        mixed = mu * x[None] + (1 - mu) * before[None]
+        keys, values = self.key(mixed[0]), self.value(mixed[1])
+        averages, sums = wkv(
+            keys.astype(jnp.float32),
+            values.astype(jnp.float32),
+            -jnp.exp(self.log_rate[...]),
+            self.bonus[...],
+            sums,
+            segment_ids=segment_ids,
+        )
+        y = self.output(jax.nn.sigmoid(self.receptance(mixed[2])) * averages.astype(config.dtype))
+        if state is None:
+            return y, None
+        return y, RWKV4State(token, sums, next_segment(state.segment, segment_ids, x.shape[1]))
+
+
+def wkv(
+    keys: Float[Array, "b t d"],
+    values: Float[Array, "b t d"],
+    log_decay: Float[Array, " d"],
+    bonus: Float[Array, " d"],
+    state: WKVState,
+    *,
+    segment_ids: Int[Array, "b t"] | None = None,
+) -> tuple[Float[Array, "b t d"], WKVState]:
+    """Averages of the values so far, for every channel by itself.
+
+        wkv_t = sum_{i<=t} e_ti v_i / sum_{i<=t} e_ti,    log e_ti = k_i + (t - 1 - i) log_decay, or k_t + bonus if i = t
+
+    All exponentials are at most 1: sums are kept relative to the largest weight in them, which is found first, by a scan
+    of maxima. The result does not depend on what they are relative to, so that no gradient goes through the maxima.
+    """
+    b, t, d = keys.shape
+    steps = jnp.broadcast_to(log_decay[None, None], keys.shape)
+    start = jnp.zeros((b, t, 1), bool)
+    if segment_ids is not None:
+        start, padding = segment_starts(segment_ids)[..., None], (segment_ids == 0)[..., None]
+        keys = jnp.where(padding, EMPTY, keys)
+        steps = jnp.where(padding, 0, steps)
+    # Held fixed from here on: the largest weight after every step and before it.
+    top = jax.lax.stop_gradient(_running_maximum(keys, jnp.where(start, EMPTY, steps), state.top))
+    tops = jnp.concatenate([state.top[:, None], top], axis=1)
+    earlier = jax.lax.stop_gradient(jnp.where(start, EMPTY, tops[:, :t]))
+    kept, written = jnp.exp(earlier + steps - top), jnp.exp(keys - top)
+    sums, final = linear_recurrence(
+        jnp.concatenate([kept, kept], axis=-1),
+        jnp.concatenate([written * values, written], axis=-1),
+        initial_state=jnp.concatenate([state.values, state.weights], axis=-1),
+        segment_ids=segment_ids,
+    )
+    past = jnp.concatenate([state.values, state.weights], axis=-1)[:, None]
+    past = jnp.concatenate([past, sums], axis=1)[:, :t]
+    now = keys + bonus[None, None]
+    highest = jax.lax.stop_gradient(jnp.maximum(earlier, now))
+    past_weight, weight = jnp.exp(earlier - highest), jnp.exp(now - highest)
+    average = (past_weight * past[..., :d] + weight * values) / (past_weight * past[..., d:] + weight)
+    return average, WKVState(final[:, :d], final[:, d:], tops[:, -1])
+
+
+def _running_maximum(values, steps, initial):
+    """m_t = max(m_{t-1} + steps_t, values_t) from m_0 = `initial`."""
+
+    def join(first, second):
+        return first[0] + second[0], jnp.maximum(first[1] + second[0], second[1])
+
+    total, highest = jax.lax.associative_scan(join, (steps, values), axis=1)
+    return jnp.maximum(highest, total + initial[:, None])
+
+
+def _empty(batch_size: int, width: int) -> WKVState:
+    """Sums over nothing."""
+    zero = jnp.zeros((batch_size, width), jnp.float32)
+    return WKVState(zero, zero, jnp.full_like(zero, EMPTY))
+
+
+def _initial_values(config: RWKV4Config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log-rates of decay, bonuses, and mixing weights of key, value and receptance, by channel and by layer."""
+    channel = np.arange(config.width)
+    upwards, downwards = config.layer / max(config.depth - 1, 1), 1 - config.layer / config.depth
+    log_rate = -5 + 8 * (channel / max(config.width - 1, 1)) ** (0.7 + 1.3 * upwards)
+    bonus = math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1)
+    share = channel / config.width
+    mixing = np.stack([share**downwards, share**downwards + 0.3 * upwards, share ** (0.5 * downwards)])
+    return log_rate, bonus, mixing

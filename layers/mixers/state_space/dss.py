@@ -1,0 +1,142 @@
+"""DSS: diagonal state spaces whose kernel a softmax over time normalises, or not (Gupta et al. 2022, arXiv:2203.14343)."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers import hippo
+from layers.kernels.ssm_kernel import ssm_kernel, zoh
+from layers.kernels.ssm_kernel.vandermonde import SOFTMAX_EPSILON
+from layers.parameters import parameter
+from layers.parts.carry import check_inputs, continues, enter, next_segment
+from layers.parts.segmented_convolution import convolve
+from layers.parts.state_space import as_complex, check_steps, complex_normal, log_uniform, run_modes
+from layers.typing import Array, Complex, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class DSSConfig:
+    """Options of `DSS`.
+
+    Attributes:
+      width: d, features in and out, each with a system of its own; the eigenvalues are common to all.
+      state_size: N, complex modes, none of which stands for a conjugate.
+      kernel: "softmax" or "exp".
+      max_length: L, the length over which "softmax" normalises; inputs may not be longer, while a state runs on.
+      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one a channel.
+      dtype: type of activations; kernels and states are float32 and complex64.
+    """
+
+    width: int
+    state_size: int = 64
+    kernel: Literal["softmax", "exp"] = "softmax"
+    max_length: int = 1024
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.kernel not in ("softmax", "exp"):
+            raise ValueError(f"kernel={self.kernel!r}; expected 'softmax' or 'exp'")
+        if self.state_size < 1 or self.max_length < 1:
+            raise ValueError(
+                f"state_size={self.state_size}, max_length={self.max_length}; expected at least 1"
+            )
+        check_steps(self.dt_min, self.dt_max)
+
+
+class DSSState(NamedTuple):
+    """The state h of every mode of every channel, and the segment that it belongs to."""
+
+    h: Complex[Array, "b d n"]
+    segment: Int[Array, "b"]
+
+
+class DSS(nnx.Module):
+    """DSS: diagonal state spaces, softmax and exponential kernels (Gupta et al. 2022, arXiv:2203.14343).
+
+        y_t = sum_l K_l x_{t-l} + D x_t
+        exp       K_l = Re sum_n W_n (exp(z_n) - 1) / A_n exp(l z_n)
+        softmax   K_l = Re sum_n W_n / A_n exp(l z_n) / sum_{m<L} exp(m z_n)
+
+    for every channel, with A (N) and W (d x N) complex, D (d) real, z = dt_re Re A + i dt_im Im A; the two step sizes of a
+    channel start equal. Without a state it is a convolution, with one the recurrence of its modes. The real parts of A are
+    free with "softmax", where a growing mode is normalised by its last term, and negative with "exp". Initially A is -1/2
+    plus the N imaginary parts above zero of HiPPO-LegS of size 2N. The activation and the linear map that the paper puts
+    behind it are a channel mixer in a joint residual branch.
+    """
+
+    def __init__(self, config: DSSConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.causal = True
+        a = hippo.dplr_legs(2 * config.state_size, half=True).eigenvalues
+        # The logarithm of -Re A with "exp", Re A itself with "softmax".
+        rate = jnp.log(-a.real) if config.kernel == "exp" else a.real
+        self.rate = nnx.Param(jnp.asarray(rate, jnp.float32), group="ssm")
+        self.frequency = nnx.Param(jnp.asarray(a.imag, jnp.float32), group="ssm")
+        log_dt = log_uniform(config.dt_min, config.dt_max)(rngs.params(), (config.width, 1), jnp.float32)
+        self.log_dt = nnx.Param(jnp.tile(log_dt, (1, 2)), group="ssm/dt")
+        self.w = complex_normal(rngs, (config.width, config.state_size), variance=2.0, group="ssm")
+        self.d = parameter(rngs, nnx.initializers.normal(1.0), (config.width,), group="ssm_output")
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> DSSState:
+        """The zero state; its size does not depend on the length."""
+        h = jnp.zeros((batch_size, self.config.width, self.config.state_size), jnp.complex64)
+        return DSSState(h, jnp.zeros(batch_size, jnp.int32))
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: DSSState | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], DSSState | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("DSS", x, config.width, segment_ids)
+        x = x.astype(config.dtype)
+        skip = self.d[...].astype(config.dtype)[None, None] * x
+        a, c, dt = self._system()
+        if state is None:
+            return convolve(x, self._kernel(a, c, dt, x.shape[1]), segment_ids=segment_ids) + skip, None
+        a_bar, b = zoh(a, dt[:, None])
+        if config.kernel == "softmax":
+            b = _softmax_input(a, dt[:, None], config.max_length)
+        h = enter(state.h, continues(state.segment, segment_ids))
+        y, h = run_modes(a_bar, b, c, x, h, segment_ids=segment_ids)
+        segment = next_segment(state.segment, segment_ids, x.shape[1])
+        return y.astype(config.dtype) + skip, DSSState(h, segment)
+
+    def _kernel(self, a, c, dt, time):
+        longest = self.config.max_length
+        options = {"discretization": "zoh", "length": max(1, time)}
+        if self.config.kernel == "softmax":
+            if time > longest:
+                raise ValueError(
+                    f"x of DSS has {time} steps, more than max_length={longest}, over which its kernel is normalised; "
+                    "set max_length to the longest input"
+                )
+            options = {"discretization": "softmax", "length": longest}
+        return ssm_kernel(a, None, c, dt, conjugate_pairs=False, **options)[:, :time]
+
+    def _system(self):
+        """Eigenvalues (d, n) in units of the first step size, W to match, and that step size (d)."""
+        rate = -jnp.exp(self.rate[...]) if self.config.kernel == "exp" else self.rate[...]
+        common = jax.lax.complex(rate, self.frequency[...])[None]
+        dt, ratio = jnp.exp(self.log_dt[:, 0]), jnp.exp(self.log_dt[:, 1] - self.log_dt[:, 0])
+        own = jax.lax.complex(jnp.broadcast_to(common.real, self.w.shape[1:]), ratio[:, None] * common.imag)
+        size = jnp.maximum(jnp.square(common.real) + jnp.square(common.imag), SOFTMAX_EPSILON)
+        return own, as_complex(self.w) * own * common.conj() / size, dt
+
+
+def _softmax_input(a, dt, length):
+    """(exp(z) - 1) / (a (exp(z L) - 1)) with z = dt a; for a growing mode, the same from the end, exp(-z (L - 1)) apart."""
+    growing = a.real > 0
+    decaying = jnp.where(growing, -a, a)
+    step, total = (zoh(decaying, dt * steps)[1] * decaying for steps in (1, length))
+    scaled = total * a
+    b = step * scaled.conj() / (jnp.abs(scaled) ** 2 + SOFTMAX_EPSILON)
+    return b * jnp.where(growing, jnp.exp(decaying * dt * (length - 1)), 1)

@@ -1,0 +1,120 @@
+"""GSS: gating around a narrow diagonal state space model (Mehta et al. 2022, arXiv:2206.13947)."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.kernels.ssm_kernel import ssm_kernel, zoh
+from layers.norms import LayerNorm, NormConfig
+from layers.parameters import linear, parameter
+from layers.parts.carry import check_inputs, continues, enter, next_segment
+from layers.parts.segmented_convolution import convolve
+from layers.parts.state_space import as_complex, complex_normal, run_modes
+from layers.typing import Array, Complex, Float, Int
+
+STEP = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class GSSConfig:
+    """Options of `GSS`.
+
+    Attributes:
+      width: d, features in and out.
+      gate_width: features of the gate; 4 d if None.
+      ssm_width: channels of the state space model; d / 4 if None.
+      state_size: N, complex modes, common to all channels.
+      dtype: type of activations; kernels and states are float32 and complex64.
+    """
+
+    width: int
+    gate_width: int | None = None
+    ssm_width: int | None = None
+    state_size: int = 512
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("gate_width", self.gated),
+            ("ssm_width", self.narrow),
+            ("state_size", self.state_size),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}={value}; expected at least 1")
+
+    @property
+    def gated(self) -> int:
+        """Features of the gate."""
+        return 4 * self.width if self.gate_width is None else self.gate_width
+
+    @property
+    def narrow(self) -> int:
+        """Channels of the state space model."""
+        return self.width // 4 if self.ssm_width is None else self.ssm_width
+
+
+class GSSState(NamedTuple):
+    """The state h of every mode of every channel, and the segment that it belongs to."""
+
+    h: Complex[Array, "b d n"]
+    segment: Int[Array, "b"]
+
+
+class GSS(nnx.Module):
+    """GSS: gated state spaces, a gate around a narrow DSS (Mehta et al. 2022, arXiv:2206.13947).
+
+        u = LayerNorm(gelu(W_v x)),  s_t = sum_l K_l u_{t-l} + D u_t
+        y = W_o (W_u s * gelu(W_g x)) + b_o,    K_l = Re sum_n C_n (exp(A_n) - 1) / A_n exp(l A_n)
+
+    with A (N) and C (channels x N) complex: a DSS with the exponential kernel whose step size is fixed at 1 and whose
+    eigenvalues are random, A = -exp(r) + i exp(w) with r, w standard normal. C and D are standard normal as well. Without a
+    state it is a convolution, with one the recurrence of its modes.
+    """
+
+    def __init__(self, config: GSSConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.causal = True
+        options = {"dtype": config.dtype, "rngs": rngs}
+        self.gate = linear(config.width, config.gated, bias=False, **options)
+        self.value = linear(config.width, config.narrow, bias=False, **options)
+        self.norm = LayerNorm(NormConfig(config.narrow, dtype=config.dtype), rngs=rngs)
+        normal = nnx.initializers.normal(1.0)
+        self.log_rate = parameter(rngs, normal, (config.state_size,), group="ssm")
+        self.log_frequency = parameter(rngs, normal, (config.state_size,), group="ssm")
+        self.c = complex_normal(rngs, (config.narrow, config.state_size), variance=2.0, group="ssm_output")
+        self.d = parameter(rngs, normal, (config.narrow,), group="ssm_output")
+        self.expand = linear(config.narrow, config.gated, bias=False, **options)
+        self.output = linear(config.gated, config.width, **options)
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> GSSState:
+        """The zero state; its size does not depend on the length."""
+        h = jnp.zeros((batch_size, self.config.narrow, self.config.state_size), jnp.complex64)
+        return GSSState(h, jnp.zeros(batch_size, jnp.int32))
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: GSSState | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], GSSState | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config, time = self.config, x.shape[1]
+        check_inputs("GSS", x, config.width, segment_ids)
+        gate = jax.nn.gelu(self.gate(x), approximate=False)
+        u = self.norm(jax.nn.gelu(self.value(x), approximate=False))
+        a = jax.lax.complex(-jnp.exp(self.log_rate[...]), jnp.exp(self.log_frequency[...]))[None]
+        c = as_complex(self.c)
+        if state is None:
+            steps = jnp.full(config.narrow, STEP)
+            kernel = ssm_kernel(a, None, c, steps, length=max(1, time), conjugate_pairs=False)
+            s = convolve(u, kernel, segment_ids=segment_ids)
+        else:
+            h = enter(state.h, continues(state.segment, segment_ids))
+            s, h = run_modes(*zoh(a, jnp.full((1, 1), STEP)), c, u, h, segment_ids=segment_ids)
+            state = GSSState(h, next_segment(state.segment, segment_ids, time))
+        s = s.astype(config.dtype) + self.d[...].astype(config.dtype)[None, None] * u
+        return self.output(self.expand(s) * gate), state

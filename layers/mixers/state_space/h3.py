@@ -1,0 +1,154 @@
+"""H3: a shift and a diagonal state space model between two products (Fu et al. 2023, arXiv:2212.14052)."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.mixers.state_space.s4d import S4D, S4DConfig, S4DState
+from layers.parameters import linear, parameter
+from layers.parts.carry import check_inputs, continues, enter
+from layers.parts.segmented_convolution import convolve, remember
+from layers.parts.state_space import check_steps
+from layers.typing import Array, Complex, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class H3Config:
+    """Options of `H3`.
+
+    Attributes:
+      width: d, features in and out.
+      head_dim: features of a head, whose keys and values are multiplied as an outer product; divides the width.
+      state_size: N, past keys that the shift sees, and state of a diagonal system (N / 2 conjugate pairs).
+      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one a head.
+      dtype: type of activations; kernels and states are float32 and complex64.
+    """
+
+    width: int
+    head_dim: int = 1
+    state_size: int = 64
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.head_dim < 1 or self.width % self.head_dim:
+            raise ValueError(f"head_dim={self.head_dim} does not divide width={self.width}")
+        if self.state_size < 2 or self.state_size % 2:
+            raise ValueError(f"state_size={self.state_size}; expected an even number, for conjugate pairs")
+        check_steps(self.dt_min, self.dt_max)
+
+    @property
+    def heads(self) -> int:
+        """How many heads there are."""
+        return self.width // self.head_dim
+
+
+class H3State(NamedTuple):
+    """What H3 carries.
+
+    Attributes:
+      keys: the last N - 1 keys of the segment, the latest last.
+      h: the modes of every head, for every pair of features of its key and its value.
+      segment: the segment that they belong to.
+    """
+
+    keys: Float[Array, "b s d"]
+    h: Complex[Array, "b k v h n"]
+    segment: Int[Array, "b"]
+
+
+class H3(nnx.Module):
+    """H3: two state space models between multiplicative gates (Fu et al. 2023, arXiv:2212.14052).
+
+        q, k, v = W_q x + b_q, W_k x + b_k, W_v x + b_v
+        y = W_o (q * SSM_diag(SSM_shift(k) * v)) + b_o
+
+    SSM_shift is a filter of N taps, C (S^l B) with S the shift matrix and B = e_1 at the start, so that the taps are C; and a
+    skip. SSM_diag is S4D with Lin eigenvalues and its own skip, one system a head. With heads of r > 1 features the
+    products are an outer product and its contraction, o_j = sum_i q_i SSM_diag(k_i v_j).
+    """
+
+    def __init__(self, config: H3Config, *, rngs: nnx.Rngs):
+        self.config = config
+        self.causal = True
+        options = {"dtype": config.dtype, "rngs": rngs}
+        self.query = linear(config.width, config.width, **options)
+        self.key = linear(config.width, config.width, **options)
+        self.value = linear(config.width, config.width, **options)
+        self.output = linear(config.width, config.width, **options)
+        shape, bound = (config.width, config.state_size), 1 / math.sqrt(config.state_size)
+        self.shift_b = nnx.Param(jnp.zeros(shape, jnp.float32).at[:, 0].set(1.0), group="ssm/b")
+        self.shift_c = parameter(rngs, _uniform(bound), shape, group="ssm_output")
+        self.shift_d = parameter(rngs, nnx.initializers.normal(1.0), (config.width,), group="ssm_output")
+        self.ssm = S4D(
+            S4DConfig(
+                config.heads,
+                state_size=config.state_size,
+                init="lin",
+                systems=config.heads,
+                dt_min=config.dt_min,
+                dt_max=config.dt_max,
+            ),
+            rngs=rngs,
+        )
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> H3State:
+        """The zero state; its size does not depend on the length."""
+        config = self.config
+        shape = (batch_size, config.head_dim, config.head_dim, config.heads, config.state_size // 2)
+        keys = jnp.zeros((batch_size, config.state_size - 1, config.width), jnp.float32)
+        return H3State(keys, jnp.zeros(shape, jnp.complex64), jnp.zeros(batch_size, jnp.int32))
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: H3State | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], H3State | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        check_inputs("H3", x, self.config.width, segment_ids)
+        k = self.key(x)
+        past = None if state is None else enter(state.keys, continues(state.segment, segment_ids))
+        shifted = convolve(k, self._shift_taps(), past=past, segment_ids=segment_ids)
+        shifted = shifted + self.shift_d[...].astype(k.dtype)[None, None] * k
+        y, ssm = self._attend(
+            self._split(self.query(x)), self._split(shifted), self._split(self.value(x)), state, segment_ids
+        )
+        y = self.output(y.reshape(x.shape).astype(self.config.dtype))
+        if state is None:
+            return y, None
+        h = ssm.h.reshape(state.h.shape)
+        return y, H3State(remember(past, k, segment_ids), h, ssm.segment[:: self.config.head_dim**2])
+
+    def _attend(self, q, k, v, state, segment_ids):
+        """o_tj = sum_i q_ti SSM_diag(k_i v_j)_t; every pair (i, j) is a row of the state space model."""
+        rows, time, heads, size = q.shape
+        pairs = size * size
+        products = jnp.einsum("bthi,bthj->bijth", k.astype(jnp.float32), v.astype(jnp.float32))
+        products = products.reshape(rows * pairs, time, heads)
+        ids = None if segment_ids is None else jnp.repeat(segment_ids, pairs, axis=0)
+        if state is not None:
+            h = state.h.reshape(rows * pairs, heads, state.h.shape[-1])
+            state = S4DState(h, jnp.repeat(state.segment, pairs))
+        y, state = self.ssm(products, state, segment_ids=ids)
+        y = y.reshape(rows, size, size, time, heads)
+        return jnp.einsum("bthi,bijth->bthj", q.astype(jnp.float32), y), state
+
+    def _split(self, x):
+        return x.reshape(*x.shape[:2], self.config.heads, self.config.head_dim)
+
+    def _shift_taps(self):
+        """C S^l B = sum_n B_n C_{n+l}, for l < N."""
+        size = self.config.state_size
+        b, c = (jnp.fft.rfft(v[...], 2 * size) for v in (self.shift_b, self.shift_c))
+        return jnp.fft.irfft(b.conj() * c, 2 * size)[:, :size]
+
+
+def _uniform(bound):
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -1,0 +1,120 @@
+"""Liquid-S4: S4 plus products of neighbouring inputs (Hasani et al. 2022, arXiv:2209.12951)."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.kernels.short_conv import short_conv
+from layers.mixers.state_space.s4 import S4, S4Config, S4State
+from layers.parts.carry import check_inputs, continues, enter
+from layers.typing import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class LiquidS4Config:
+    """Options of `LiquidS4`.
+
+    Attributes:
+      width: d, features in and out, each with a system of its own.
+      degree: P, the highest degree of the products, at least 2.
+      kernel: "pb" lets a product act at its own step only, "kb" lets it enter the state.
+      state_size, systems, max_length, dt_min, dt_max: those of `S4Config`.
+      dtype: type of activations; kernels and states are float32.
+    """
+
+    width: int
+    degree: int = 2
+    kernel: Literal["pb", "kb"] = "pb"
+    state_size: int = 64
+    systems: int = 1
+    max_length: int | None = None
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.degree < 2:
+            raise ValueError(f"degree={self.degree}; expected at least 2 (1 is S4 itself)")
+        if self.kernel not in ("pb", "kb"):
+            raise ValueError(f"kernel={self.kernel!r}; expected 'pb' or 'kb'")
+        _ = self.s4
+
+    @property
+    def s4(self) -> S4Config:
+        """The options of the S4 inside."""
+        names = ("width", "state_size", "systems", "max_length", "dt_min", "dt_max", "dtype")
+        return S4Config(**{name: getattr(self, name) for name in names})
+
+
+class LiquidS4State(NamedTuple):
+    """The state of the S4 inside, and the last product of every degree below P."""
+
+    s4: S4State
+    products: Float[Array, "b p d"]
+
+
+class LiquidS4(nnx.Module):
+    """Liquid-S4: a linearised liquid state space model, S4 with products of inputs (Hasani et al. 2022, arXiv:2209.12951).
+
+        y_t = sum_l C a^l b x_{t-l} + D x_t + sum_{p=2}^P C b^(p) u^(p)_t                      (pb)
+        y_t = sum_l C a^l b x_{t-l} + D x_t + sum_{p=2}^P sum_l C a^l b^(p) u^(p)_{t-l}        (kb)
+        u^(1) = x,  u^(p)_t = u^(p-1)_t u^(p-1)_{t-1},    b^(1) = b,  b^(p) = b^(p-1) sum_n b^(p-1)_n
+
+    with the discretised a, b and C, D of `S4`. b^(p) is b times a power of s = sum_n b_n: the term of degree p is one input
+    more, s^(2^(p-1) - 1) u^(p). Published code reads the products backwards in time in some versions; here a product acts at
+    the step of its last factor and afterwards.
+    """
+
+    def __init__(self, config: LiquidS4Config, *, rngs: nnx.Rngs):
+        self.config = config
+        self.causal = True
+        self.s4 = S4(config.s4, rngs=rngs)
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> LiquidS4State:
+        """The zero state; its size does not depend on the length."""
+        products = jnp.zeros((batch_size, self.config.degree - 1, self.config.width), jnp.float32)
+        return LiquidS4State(self.s4.init_state(batch_size), products)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: LiquidS4State | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], LiquidS4State | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("LiquidS4", x, config.width, segment_ids)
+        x = x.astype(config.dtype)
+        inner = None if state is None else state.s4
+        past = None
+        if state is not None:
+            past = enter(state.products, continues(state.s4.segment, segment_ids))
+        system = self.s4.system()
+        # The other half of the modes are conjugates, so the sum over all is twice that of the real parts.
+        total = 2 * system.b_bar[:, : config.state_size // 2].sum(1)
+        liquid, products = _liquid_input(x.astype(jnp.float32), total, config.degree, past, segment_ids)
+        liquid = liquid.astype(config.dtype)
+        if config.kernel == "pb":
+            y, inner = self.s4(x, inner, segment_ids=segment_ids)
+            extra = (system.c * system.b_bar).sum(1).astype(config.dtype)[None, None] * liquid
+        else:
+            y, inner = self.s4(x + liquid, inner, segment_ids=segment_ids)
+            # The skip of the S4 inside is for the input alone.
+            extra = -self.s4.d[...].astype(config.dtype)[None, None] * liquid
+        return y + extra, None if state is None else LiquidS4State(inner, products)
+
+
+def _liquid_input(x, total, degree, past, segment_ids):
+    """sum_{p=2}^P s^(2^(p-1) - 1) u^(p) with s = `total` (d), and the last u^(p) of every p < P."""
+    previous = jnp.broadcast_to(jnp.array([[1.0], [0.0]]), (2, x.shape[-1]))
+    u, liquid, last = x, jnp.zeros_like(x), []
+    for p in range(2, degree + 1):
+        initial = None if past is None else past[:, p - 2 : p - 1]
+        before, final = short_conv(u, previous, initial_state=initial, segment_ids=segment_ids)
+        u = u * before
+        liquid = liquid + (total ** (2 ** (p - 1) - 1))[None, None] * u
+        last.append(final)
+    return liquid, jnp.concatenate(last, axis=1)

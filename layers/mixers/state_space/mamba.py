@@ -1,0 +1,167 @@
+"""Mamba: a gated state space whose step, input and output depend on the token (Gu and Dao 2023, arXiv:2312.00752)."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.kernels.selective_scan import selective_scan
+from layers.norms import NormConfig, RMSNorm
+from layers.parameters import NO_DECAY, linear, parameter, uniform_fan_in
+from layers.parts.carry import check_inputs, continues, enter, next_segment
+from layers.parts.short_convolution import ShortConvolution
+from layers.parts.state_space import check_steps
+from layers.parts.step_size import step_size_bias
+from layers.typing import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class MambaConfig:
+    """Options of `Mamba`.
+
+    Attributes:
+      width: d, features in and out.
+      state_size: n, states of every channel.
+      expand: channels of the state space, as a multiple of width.
+      taps: w, inputs that the short convolution sees.
+      dt_rank: rank of the map to step sizes; width / 16, rounded up, if None.
+      dt_min, dt_max: range of the initial step sizes, log-uniform.
+      dt_floor: no initial step size is smaller.
+      conv_bias: add a bias in the short convolution.
+      bias: add biases in the outer projections.
+      inner_norm: normalise r, B and C of every token, as in Jamba.
+      epsilon: of these norms.
+      depth: layers of the model; the output projection starts smaller by its root.
+      dtype: type of activations; the state is float32.
+    """
+
+    width: int
+    state_size: int = 16
+    expand: int = 2
+    taps: int = 4
+    dt_rank: int | None = None
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_floor: float = 1e-4
+    conv_bias: bool = True
+    bias: bool = False
+    inner_norm: bool = False
+    epsilon: float = 1e-6
+    depth: int = 1
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        for name in ("state_size", "expand"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        if self.dt_rank is not None and self.dt_rank < 1:
+            raise ValueError(f"dt_rank={self.dt_rank}; expected at least 1, or None")
+        check_steps(self.dt_min, self.dt_max)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the state space."""
+        return self.expand * self.width
+
+    @property
+    def rank(self) -> int:
+        """Rank of the map to step sizes."""
+        return self.dt_rank or math.ceil(self.width / 16)
+
+
+class MambaState(NamedTuple):
+    """The last inputs of the short convolution, the state h, and the segment that both belong to."""
+
+    inputs: Float[Array, "b taps d"]
+    h: Float[Array, "b d n"]
+    segment: Int[Array, "b"]
+
+
+class Mamba(nnx.Module):
+    """Mamba's block, with e = expand d channels inside.
+
+        [u, z] = W_in x                                       (e, e)
+        u      = silu(short_conv(u))
+        [r, B_t, C_t] = W_x u                                 (rank, n, n)
+        dt_t   = softplus(W_dt r + b_dt)                      (e)
+        h_t    = exp(dt_t A) h_{t-1} + (dt_t u_t) B_t^T       (e x n)
+        y      = W_out ((h_t C_t + D u_t) silu(z))
+
+    A = -exp(log_a) starts as -1, ..., -n in every channel, D as one. The decay is discretised exactly and the input by
+    the step size times B, as in the authors' code; the paper writes zero-order hold for both. With `inner_norm`, an
+    RMSNorm each follows r, B_t and C_t, which keeps large models stable (Jamba, Lieber et al. 2024, arXiv:2403.19887).
+    """
+
+    causal = True
+
+    def __init__(self, config: MambaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        channels, size, rank = config.channels, config.state_size, config.rank
+        options = {"dtype": config.dtype, "rngs": rngs}
+        self.input = linear(config.width, 2 * channels, bias=config.bias, **options)
+        self.convolution = ShortConvolution(channels, config.taps, bias=config.conv_bias, **options)
+        self.selection = linear(channels, rank + 2 * size, bias=False, **options)
+        norms = [NormConfig(features, config.epsilon, config.dtype) for features in (rank, size, size)]
+        self.inner_norms = (
+            nnx.List([RMSNorm(norm, rngs=rngs) for norm in norms]) if config.inner_norm else None
+        )
+        self.dt = linear(rank, channels, bias=False, init=uniform_fan_in(), **options)
+        self.dt_bias = parameter(
+            rngs, step_size_bias(config.dt_min, config.dt_max, config.dt_floor), (channels,), **NO_DECAY
+        )
+        rates = jnp.broadcast_to(jnp.log(jnp.arange(1.0, size + 1)), (channels, size))
+        self.log_a = nnx.Param(rates.astype(jnp.float32), **NO_DECAY)
+        self.d = parameter(rngs, nnx.initializers.ones_init(), (channels,), **NO_DECAY)
+        # Smaller by the root of the number of layers that add to the residual.
+        small = uniform_fan_in(config.depth**-0.5)
+        self.output = linear(channels, config.width, bias=config.bias, init=small, **options)
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> MambaState:
+        """The zero state; its size does not depend on the length."""
+        config = self.config
+        return MambaState(
+            self.convolution.init_state(batch_size),
+            jnp.zeros((batch_size, config.channels, config.state_size), jnp.float32),
+            jnp.zeros(batch_size, jnp.int32),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: MambaState | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], MambaState | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("Mamba", x, config.width, segment_ids)
+        inputs = h0 = None
+        if state is not None:
+            keep = continues(state.segment, segment_ids)
+            inputs, h0 = enter(state.inputs, keep), enter(state.h, keep)
+        u, gate = jnp.split(self.input(x), 2, axis=-1)
+        u, inputs = self.convolution(u, inputs, segment_ids=segment_ids)
+        size = config.state_size
+        selected = jnp.split(self.selection(u), [config.rank, config.rank + size], axis=-1)
+        if self.inner_norms is not None:
+            selected = [norm(part) for norm, part in zip(self.inner_norms, selected, strict=True)]
+        r, b, c = selected
+        y, h = selective_scan(
+            u,
+            self.dt(r),
+            -jnp.exp(self.log_a[...]),
+            b[:, :, None],
+            c[:, :, None],
+            skip=self.d[...],
+            gate=gate,
+            dt_bias=self.dt_bias[...],
+            dt_softplus=True,
+            initial_state=h0,
+            segment_ids=segment_ids,
+        )
+        y = self.output(y)
+        if state is None:
+            return y, None
+        return y, MambaState(inputs, h, next_segment(state.segment, segment_ids, x.shape[1]))

@@ -1,0 +1,180 @@
+"""Mamba-2: a gated state space with one decay a head and token (Dao and Gu 2024, arXiv:2405.21060)."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.kernels.gated_linear_attention import gated_linear_attention
+from layers.parameters import NO_DECAY, linear, log_of_uniform, parameter, uniform_fan_in
+from layers.parts.carry import check_inputs, continues, enter, next_segment
+from layers.parts.short_convolution import ShortConvolution
+from layers.parts.state_space import check_steps
+from layers.parts.step_size import step_size_bias
+from layers.typing import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba2Config:
+    """Options of `Mamba2`.
+
+    Attributes:
+      width: d, features in and out.
+      state_size: n, states of every channel: the size of B and C.
+      expand: channels of the state space, as a multiple of width.
+      head_dim: p, channels that share a decay.
+      groups: g, pairs of B and C; divides the heads. The norm is over the channels of a group.
+      taps: w, inputs that the short convolution sees.
+      a_min, a_max: range of the initial decay rates, uniform.
+      dt_min, dt_max: range of the initial step sizes, log-uniform.
+      dt_floor: no initial step size is smaller.
+      dt_limit: step sizes are held in this interval.
+      conv_bias: add a bias in the short convolution.
+      bias: add biases in the outer projections.
+      epsilon: of the norm.
+      depth: layers of the model; the output projection starts smaller by its root.
+      dtype: type of activations; the state is float32.
+    """
+
+    width: int
+    state_size: int = 128
+    expand: int = 2
+    head_dim: int = 64
+    groups: int = 1
+    taps: int = 4
+    a_min: float = 1.0
+    a_max: float = 16.0
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_floor: float = 1e-4
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    conv_bias: bool = True
+    bias: bool = False
+    epsilon: float = 1e-5
+    depth: int = 1
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        for name in ("state_size", "expand", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        if self.channels % self.head_dim:
+            raise ValueError(
+                f"head_dim={self.head_dim} does not divide expand * width = {self.channels}; choose one that does"
+            )
+        if self.groups < 1 or self.heads % self.groups:
+            raise ValueError(f"groups={self.groups} does not divide the {self.heads} heads")
+        if not 0 < self.a_min <= self.a_max:
+            raise ValueError(f"a_min={self.a_min}, a_max={self.a_max}; expected 0 < a_min <= a_max")
+        check_steps(self.dt_min, self.dt_max)
+        if not 0 <= self.dt_limit[0] < self.dt_limit[1]:
+            raise ValueError(f"dt_limit={self.dt_limit}; expected 0 <= lower < upper")
+
+    @property
+    def channels(self) -> int:
+        """Channels of the state space."""
+        return self.expand * self.width
+
+    @property
+    def heads(self) -> int:
+        """Heads, each with one decay."""
+        return self.channels // self.head_dim
+
+
+class Mamba2State(NamedTuple):
+    """The last inputs of the short convolution, the state S, and the segment that both belong to."""
+
+    inputs: Float[Array, "b taps channels"]
+    s: Float[Array, "b h n p"]
+    segment: Int[Array, "b"]
+
+
+class Mamba2(nnx.Module):
+    """Mamba-2's block, with e = expand d channels in h heads of p inside.
+
+        [z, u, B, C, dt] = W_in x                                        (e, e, g n, g n, h)
+        [u, B, C] = silu(short_conv([u, B, C]))
+        dt_t = softplus(dt_t + b_dt), clipped to dt_limit                (h)
+        S_t  = exp(-dt_t exp(log_a)) S_{t-1} + B_t (dt_t u_t)^T          (n x p, in every head)
+        y    = W_out RMSNorm((S_t^T C_t + D u_t) silu(z))
+
+    Head i reads group i // (h / g) of B and C. The gate comes before the norm, which is over the e / g channels of a
+    group.
+    """
+
+    causal = True
+
+    def __init__(self, config: Mamba2Config, *, rngs: nnx.Rngs):
+        self.config = config
+        channels, heads, shared = config.channels, config.heads, config.groups * config.state_size
+        options = {"dtype": config.dtype, "rngs": rngs}
+        self.input = linear(config.width, 2 * (channels + shared) + heads, bias=config.bias, **options)
+        self.convolution = ShortConvolution(
+            channels + 2 * shared, config.taps, bias=config.conv_bias, **options
+        )
+        self.dt_bias = parameter(
+            rngs, step_size_bias(config.dt_min, config.dt_max, config.dt_floor), (heads,), **NO_DECAY
+        )
+        self.log_a = parameter(rngs, log_of_uniform(config.a_min, config.a_max), (heads,), **NO_DECAY)
+        self.d = parameter(rngs, nnx.initializers.ones_init(), (heads,), **NO_DECAY)
+        self.scale = parameter(rngs, nnx.initializers.ones_init(), (channels,), **NO_DECAY)
+        # Smaller by the root of the number of layers that add to the residual.
+        small = uniform_fan_in(config.depth**-0.5)
+        self.output = linear(channels, config.width, bias=config.bias, init=small, **options)
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> Mamba2State:
+        """The zero state; its size does not depend on the length."""
+        config = self.config
+        return Mamba2State(
+            self.convolution.init_state(batch_size),
+            jnp.zeros((batch_size, config.heads, config.state_size, config.head_dim), jnp.float32),
+            jnp.zeros(batch_size, jnp.int32),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: Mamba2State | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Mamba2State | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("Mamba-2", x, config.width, segment_ids)
+        inputs = s0 = None
+        if state is not None:
+            keep = continues(state.segment, segment_ids)
+            inputs, s0 = enter(state.inputs, keep), enter(state.s, keep)
+        b, t = x.shape[:2]
+        channels, shared = config.channels, config.groups * config.state_size
+        gate, mixed, dt = jnp.split(self.input(x), [channels, 2 * (channels + shared)], axis=-1)
+        mixed, inputs = self.convolution(mixed, inputs, segment_ids=segment_ids)
+        u, key, query = jnp.split(mixed, [channels, channels + shared], axis=-1)
+        u = u.reshape(b, t, config.heads, config.head_dim)
+        key, query = (v.reshape(b, t, config.groups, config.state_size) for v in (key, query))
+        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...][None, None])
+        dt = jnp.clip(dt, *config.dt_limit)
+        y, s = gated_linear_attention(
+            query,
+            key,
+            (dt[..., None] * u).astype(config.dtype),
+            log_decay=-jnp.exp(self.log_a[...])[None, None] * dt,
+            scale=1.0,
+            initial_state=s0,
+            segment_ids=segment_ids,
+        )
+        y = y.astype(jnp.float32) + self.d[...][None, None, :, None] * u
+        y = self.output(self._norm(y.reshape(b, t, channels) * jax.nn.silu(gate.astype(jnp.float32))))
+        if state is None:
+            return y, None
+        return y, Mamba2State(inputs, s, next_segment(state.segment, segment_ids, t))
+
+    def _norm(self, y: jax.Array) -> jax.Array:
+        """Divides the channels of every group by the root of their mean square, and scales."""
+        groups = self.config.groups
+        grouped = y.reshape(*y.shape[:2], groups, self.config.channels // groups)
+        inverse = jax.lax.rsqrt(jnp.square(grouped).mean(-1, keepdims=True) + self.config.epsilon)
+        return (grouped * inverse).reshape(y.shape) * self.scale[...][None, None]

@@ -1,0 +1,169 @@
+"""S4: a diagonal plus low-rank state space model in every channel (Gu et al. 2022, arXiv:2111.00396)."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from layers import hippo
+from layers.kernels.segments import segment_starts
+from layers.kernels.ssm_kernel import RealSystem, real_system, restore_output, ssm_kernel, truncate_output
+from layers.parameters import parameter
+from layers.parts.carry import check_inputs, continues, enter, next_segment, refuse_state
+from layers.parts.segmented_convolution import convolve
+from layers.parts.state_space import (
+    Modes,
+    as_complex,
+    check_systems,
+    complex_normal,
+    complex_parameter,
+    log_uniform,
+    to_channels,
+)
+from layers.typing import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class S4Config:
+    """Options of `S4`.
+
+    Attributes:
+      width: d, features in and out, each with a system of its own.
+      state_size: N, the state of a channel; N / 2 conjugate pairs are stored.
+      systems: how many different sets of A and B there are; channel i has set i modulo systems. Divides the width; C and
+        the step size always belong to the channel.
+      max_length: L. If given, C~ = C (I - a^L) is trained in the place of C, as in the paper, and kernels of up to L taps
+        are Cauchy sums; longer inputs and states recover C from it. If None, C is trained and kernels come from powers of a.
+      bidirectional: a second output vector whose kernel looks ahead; not causal.
+      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one a channel.
+      dtype: type of activations; kernels and states are float32.
+    """
+
+    width: int
+    state_size: int = 64
+    systems: int = 1
+    max_length: int | None = None
+    bidirectional: bool = False
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        check_systems(self)
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length={self.max_length}; expected at least 1, or None")
+
+
+class S4State(NamedTuple):
+    """The state h of every channel, real and imaginary parts of its pairs, and the segment that it belongs to."""
+
+    h: Float[Array, "b d n"]
+    segment: Int[Array, "b"]
+
+
+class S4(nnx.Module):
+    """S4: state space models with a diagonal plus low-rank matrix, HiPPO-LegS (Gu et al. 2022, arXiv:2111.00396).
+
+        y_t = sum_l K_l x_{t-l} + D x_t,    K_l = C a^l b,    A = diag(Lambda) - P P^*
+        a = (I - dt/2 A)^{-1} (I + dt/2 A),  b = dt (I - dt/2 A)^{-1} B
+
+    for every channel, with Lambda, P, B, C (N/2) complex, standing for themselves and their conjugates, and dt, D real.
+    Without a state it is a convolution, with one the recurrence h_t = a h_{t-1} + b x_t, y_t = C h_t + D x_t. With
+    `bidirectional` a second C gives a kernel whose tap l weighs x_{t+1+l}. Initially A and B are HiPPO-LegS in the
+    eigenbasis of its normal part. The activation and the linear map that the paper puts behind it are a channel mixer,
+    such as `half_glu2`, in a joint residual branch.
+    """
+
+    def __init__(self, config: S4Config, *, rngs: nnx.Rngs):
+        self.config = config
+        self.causal = not config.bidirectional
+        initial = hippo.dplr_legs(config.state_size, half=True)
+        shape = (config.systems, config.state_size // 2)
+        self.modes = Modes(initial.eigenvalues, initial.b, config.systems)
+        self.p = complex_parameter(np.broadcast_to(initial.p[:, 0], shape), group="ssm")
+        self.log_dt = parameter(
+            rngs, log_uniform(config.dt_min, config.dt_max), (config.width,), group="ssm/dt"
+        )
+        outputs = 2 if config.bidirectional else 1
+        self.c = complex_normal(rngs, (outputs, config.width, shape[1]), group="ssm_output")
+        if config.max_length is not None:
+            a, _, c, dt, p = self._parameters()
+            c = truncate_output(a, c, dt, p, length=config.max_length)
+            self.c[...] = jnp.stack([c.real, c.imag])
+        self.d = parameter(rngs, nnx.initializers.normal(1.0), (config.width,), group="ssm_output")
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> S4State:
+        """The zero state; its size does not depend on the length."""
+        config = self.config
+        if not self.causal:
+            raise ValueError(
+                "a bidirectional S4 has no state; set bidirectional=False to run it step by step"
+            )
+        h = jnp.zeros((batch_size, config.width, config.state_size), jnp.float32)
+        return S4State(h, jnp.zeros(batch_size, jnp.int32))
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: S4State | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], S4State | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("S4", x, config.width, segment_ids)
+        if not self.causal:
+            refuse_state("S4 with bidirectional=True", state)
+        x = x.astype(config.dtype)
+        skip = self.d[...].astype(config.dtype)[None, None] * x
+        if state is None:
+            kernel = self.kernel(max(1, x.shape[1]))
+            ahead = kernel[1] if config.bidirectional else None
+            return convolve(x, kernel[0], ahead=ahead, segment_ids=segment_ids) + skip, None
+        h = enter(state.h, continues(state.segment, segment_ids))
+        y, h = _run(self.system(), x.astype(jnp.float32), h, segment_ids)
+        segment = next_segment(state.segment, segment_ids, x.shape[1])
+        return y.astype(config.dtype) + skip, S4State(h, segment)
+
+    def kernel(self, length: int) -> Float[Array, "k d l"]:
+        """The kernel of every output vector."""
+        a, b, c, dt, p = self._parameters()
+        options = {"p": p, "discretization": "bilinear"}
+        trained = self.config.max_length
+        if trained is not None and length <= trained:
+            return ssm_kernel(a, b, c, dt, length=trained, truncated=True, **options)[..., :length]
+        return ssm_kernel(a, b, self._output(), dt, length=length, **options)
+
+    def system(self) -> RealSystem:
+        """The discretised system of every channel in real numbers."""
+        a, b, _, dt, p = self._parameters()
+        return real_system(a, b, self._output()[0], dt, p)
+
+    def _output(self):
+        a, _, c, dt, p = self._parameters()
+        trained = self.config.max_length
+        return c if trained is None else restore_output(a, c, dt, p, length=trained)
+
+    def _parameters(self):
+        width = self.config.width
+        p = to_channels(as_complex(self.p), width)[..., None]
+        return *self.modes(width), as_complex(self.c), jnp.exp(self.log_dt[...]), p
+
+
+def _run(system, x, h, segment_ids):
+    """y_t = c h_t with h_t = a h_{t-1} + b x_t, one step after the other."""
+    ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+
+    def step(h, inputs):
+        x, real, starts = inputs
+        h = jnp.where(starts[:, None, None], 0, h)
+        new = jnp.einsum("dij,bdj->bdi", system.a_bar, h, precision=jax.lax.Precision.HIGHEST)
+        h = jnp.where(real[:, None, None], new + system.b_bar[None] * x[..., None], h)
+        return h, jnp.einsum("di,bdi->bd", system.c, h, precision=jax.lax.Precision.HIGHEST)
+
+    by_time = tuple(jnp.swapaxes(v, 0, 1) for v in (x, ids != 0, segment_starts(ids)))
+    h, y = jax.lax.scan(step, h, by_time)
+    return jnp.swapaxes(y, 0, 1), h

@@ -1,0 +1,214 @@
+"""S5: one multi-input, multi-output diagonal state space model (Smith et al. 2023, arXiv:2208.04933)."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from layers import hippo
+from layers.kernels.linear_recurrence import linear_recurrence
+from layers.kernels.ssm_kernel.discretize import bilinear, zoh
+from layers.parameters import parameter
+from layers.parts.carry import check_inputs, continues, enter, next_segment, refuse_state
+from layers.parts.state_space import check_steps, log_uniform
+from layers.typing import Array, Complex, Float, Int
+
+DISCRETIZATIONS = {"zoh": zoh, "bilinear": bilinear}
+
+
+@dataclasses.dataclass(frozen=True)
+class S5Config:
+    """Options of `S5`.
+
+    Attributes:
+      width: d, features in and out.
+      state_size: P, eigenvalues of the full system. With conj_sym half of them are stored.
+      blocks: J, HiPPO-N blocks of size P / J on the diagonal at initialisation.
+      bidirectional: a second scan from the end, with its own output matrix; not causal.
+      conj_sym: keep one of each conjugate pair and take twice the real part of the output.
+      discretization: "zoh" or "bilinear".
+      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one for every mode.
+      c_init: "lecun_normal" or "truncated_normal" (drawn real in the HiPPO basis), or "complex_normal".
+      clip_eigs: keep real parts of eigenvalues at or below -1e-4; wise for sequences longer than those of training.
+      step_rescale: factor on all step sizes, for inputs sampled at another rate than in training.
+      dtype: type of activations; the state is complex64.
+    """
+
+    width: int
+    state_size: int = 64
+    blocks: int = 1
+    bidirectional: bool = False
+    conj_sym: bool = True
+    discretization: Literal["zoh", "bilinear"] = "zoh"
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    c_init: Literal["lecun_normal", "truncated_normal", "complex_normal"] = "lecun_normal"
+    clip_eigs: bool = False
+    step_rescale: float = 1.0
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        parts = self.blocks * (2 if self.conj_sym else 1)
+        if self.blocks < 1 or self.state_size % parts:
+            raise ValueError(
+                f"state_size={self.state_size} cannot be cut into blocks={self.blocks}"
+                f"{' of conjugate pairs' if self.conj_sym else ''}; it must be a multiple of {parts}"
+            )
+        if self.discretization not in DISCRETIZATIONS:
+            raise ValueError(
+                f"discretization={self.discretization!r}; expected one of {sorted(DISCRETIZATIONS)}"
+            )
+        if self.c_init not in ("lecun_normal", "truncated_normal", "complex_normal"):
+            raise ValueError(
+                f"c_init={self.c_init!r}; expected lecun_normal, truncated_normal or complex_normal"
+            )
+        check_steps(self.dt_min, self.dt_max)
+
+    @property
+    def modes(self) -> int:
+        """Eigenvalues stored: P, or P / 2 with conjugate symmetry."""
+        return self.state_size // (2 if self.conj_sym else 1)
+
+
+class S5State(NamedTuple):
+    """The state h of every mode, and the segment that it belongs to."""
+
+    h: Complex[Array, "b n"]
+    segment: Int[Array, "b"]
+
+
+class S5(nnx.Module):
+    """S5: one diagonal state space model for all channels, run by a parallel scan (Smith et al. 2023, arXiv:2208.04933).
+
+        h_t = exp(dt a) * h_{t-1} + (exp(dt a) - 1) / a * (B x_t)        (zero-order hold)
+        y_t = 2 Re(C h_t) + D * x_t
+
+    with a, dt (P/2), B (P/2 x d), C (d x P/2) complex but for dt, and D (d). With `bidirectional` a second h runs from
+    the end and C has a half for each. Initially a are the eigenvalues of the normal part of HiPPO-LegS of size P / J,
+    J times, and B and C are real matrices carried into that eigenbasis. The activation that the paper puts behind it
+    is a channel mixer: `half_glu1`, `half_glu2`, `full_glu` or `gelu`, in a joint residual branch.
+    """
+
+    def __init__(self, config: S5Config, *, rngs: nnx.Rngs):
+        self.config = config
+        self.causal = not config.bidirectional
+        eigenvalues, vectors = _block_diagonal_hippo(config)
+        self.eigenvalues = nnx.Param(
+            jnp.asarray(np.stack([eigenvalues.real, eigenvalues.imag]), jnp.float32), group="ssm"
+        )
+        self.log_dt = parameter(
+            rngs, log_uniform(config.dt_min, config.dt_max), (config.modes,), group="ssm/dt"
+        )
+        self.b = parameter(rngs, _input_matrix(vectors), (2, config.modes, config.width), group="ssm/b")
+        self.c = nnx.List(
+            parameter(
+                rngs, _output_matrix(config, vectors), (2, config.width, config.modes), group="ssm_output"
+            )
+            for _ in range(2 if config.bidirectional else 1)
+        )
+        self.d = parameter(rngs, nnx.initializers.normal(1.0), (config.width,), group="ssm_output")
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> S5State:
+        """The zero state; its size does not depend on the length."""
+        if not self.causal:
+            raise ValueError(
+                "a bidirectional S5 has no state; set bidirectional=False to run it step by step"
+            )
+        return S5State(
+            jnp.zeros((batch_size, self.config.modes), jnp.complex64), jnp.zeros(batch_size, jnp.int32)
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: S5State | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], S5State | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("S5", x, config.width, segment_ids)
+        if not self.causal:
+            refuse_state("S5 with bidirectional=True", state)
+        real, imaginary = self.eigenvalues[...]
+        if config.clip_eigs:
+            real = jnp.minimum(real, -1e-4)
+        a, scale = DISCRETIZATIONS[config.discretization](
+            jax.lax.complex(real, imaginary), config.step_rescale * jnp.exp(self.log_dt[...])
+        )
+        b = scale[:, None] * jax.lax.complex(self.b[0], self.b[1])
+        x = x.astype(config.dtype)
+        inputs = jnp.einsum(
+            "btd,cnd->cbtn",
+            x,
+            jnp.stack([b.real, b.imag]).astype(config.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        inputs, a = jax.lax.complex(inputs[0], inputs[1]), a[None, None]
+        h0 = None if state is None else enter(state.h, continues(state.segment, segment_ids))
+        h, last = linear_recurrence(a, inputs, initial_state=h0, segment_ids=segment_ids)
+        states = [h]
+        if config.bidirectional:
+            states.append(linear_recurrence(a, inputs, segment_ids=segment_ids, reverse=True)[0])
+        features = jnp.concatenate([part for h in states for part in (h.real, h.imag)], axis=-1)
+        weights = jnp.concatenate([part for c in self.c for part in (c[0], -c[1])], axis=-1)
+        factor = 2.0 if config.conj_sym else 1.0
+        y = jnp.einsum("btn,dn->btd", features.astype(config.dtype), (factor * weights).astype(config.dtype))
+        y = y + self.d[...].astype(config.dtype)[None, None] * x
+        if state is None:
+            return y, None
+        return y, S5State(last, next_segment(state.segment, segment_ids, x.shape[1]))
+
+
+def _block_diagonal_hippo(config: S5Config) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues (modes) and eigenvectors (P x modes) of J copies of the normal part of HiPPO-LegS."""
+    system = hippo.dplr_legs(config.state_size // config.blocks, half=config.conj_sym)
+    size, modes = system.v.shape
+    vectors = np.zeros((config.blocks, size, config.blocks, modes), complex)
+    vectors[np.arange(config.blocks), :, np.arange(config.blocks)] = system.v
+    return np.tile(system.eigenvalues, config.blocks), vectors.reshape(config.state_size, config.modes)
+
+
+def _input_matrix(vectors: np.ndarray):
+    """Initialiser of B: a real matrix P x d of variance 1 / P in the eigenbasis (V unitary, so its inverse is V*)."""
+
+    def init(key, shape, dtype):
+        # The paper's code calls lecun_normal on (P, d), whose fan-in is P rather than d.
+        real = nnx.initializers.lecun_normal()(key, (vectors.shape[0], shape[-1]), dtype)
+        inverse = vectors.conj().T
+        return jnp.stack([_exact(inverse.real, real), _exact(inverse.imag, real)]).astype(dtype)
+
+    return init
+
+
+def _output_matrix(config: S5Config, vectors: np.ndarray):
+    """Initialiser of C by `c_init`."""
+
+    def init(key, shape, dtype):
+        if config.c_init == "complex_normal":
+            return np.sqrt(0.5) * jax.random.normal(key, shape, dtype)
+        full = (config.width, vectors.shape[0], 2)
+        if config.c_init == "lecun_normal":
+            # Fan-in as in the paper's code: axis -2 times the leading axis.
+            c = nnx.initializers.lecun_normal()(key, full, dtype)
+        else:
+            c = nnx.initializers.truncated_normal(1.0)(key, full, dtype) / np.sqrt(vectors.shape[0])
+        real, imaginary = c[..., 0], c[..., 1]
+        return jnp.stack(
+            [
+                _exact(real, vectors.real) - _exact(imaginary, vectors.imag),
+                _exact(real, vectors.imag) + _exact(imaginary, vectors.real),
+            ]
+        ).astype(dtype)
+
+    return init
+
+
+def _exact(left, right):
+    """A float32 matrix product in full precision on every device."""
+    return jnp.matmul(
+        jnp.asarray(left, jnp.float32), jnp.asarray(right, jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )

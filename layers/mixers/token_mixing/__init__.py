@@ -1,0 +1,1 @@
+"""Mixing of whole sequences by fixed or generated maps."""

@@ -1,0 +1,111 @@
+"""HyperMixer: a token-mixing MLP whose weights are made from the tokens (Mai et al. 2022, arXiv:2203.03691)."""
+
+import dataclasses
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.norms import LayerNorm, NormConfig
+from layers.parameters import parameter
+from layers.parts.carry import check_inputs, refuse_state
+from layers.parts.each_segment import each_segment
+from layers.positions import sinusoidal
+from layers.typing import Array, Float, Int
+
+# Xavier with the gain of the authors' code, sqrt(2), for every head's matrix by itself.
+_xavier = nnx.initializers.variance_scaling(2.0, "fan_avg", "uniform", batch_axis=(0,))
+
+
+@dataclasses.dataclass(frozen=True)
+class HyperMixerConfig:
+    """Options of `HyperMixer`.
+
+    Attributes:
+      width: d, features in and out.
+      hidden: m, hidden units of the token-mixing MLP, all heads together.
+      heads: h; each mixes its share of the features with its share of the hidden units.
+      tied: use W1 as W2 too.
+      position: "sinusoid" adds sinusoids to what makes the weights; "none" leaves the mixer blind to order.
+      norm: LayerNorm behind the mixing.
+      epsilon: of that norm.
+      dtype: type of activations; hidden units are summed over time in float32.
+    """
+
+    width: int
+    hidden: int = 512
+    heads: int = 1
+    tied: bool = False
+    position: Literal["sinusoid", "none"] = "sinusoid"
+    norm: bool = True
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        for name in ("width", "hidden"):
+            size = getattr(self, name)
+            if self.heads < 1 or size < 1 or size % self.heads:
+                raise ValueError(f"heads={self.heads} does not divide {name}={size}")
+        if self.position not in ("sinusoid", "none"):
+            raise ValueError(f"position={self.position!r}; expected 'sinusoid' or 'none'")
+
+
+class HyperMixer(nnx.Module):
+    """HyperMixer: an MLP over time with generated weights (Mai et al. 2022, arXiv:2203.03691).
+
+        W1 = MLP_1(x + p),  W2 = MLP_2(x + p)        t x m, token by token; MLP(u) = B gelu(A u)
+        y = LayerNorm(W2 gelu(W1^T x))
+
+    Linear in t, for sequences of any length, and not causal. With heads all matrices are block diagonal.
+    """
+
+    causal = False
+
+    def __init__(self, config: HyperMixerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width, hidden = config.width // config.heads, config.hidden // config.heads
+        count = 1 if config.tied else 2
+        self.inner = nnx.List(parameter(rngs, _xavier, (config.heads, width, width)) for _ in range(count))
+        self.outer = nnx.List(parameter(rngs, _xavier, (config.heads, width, hidden)) for _ in range(count))
+        norm = NormConfig(config.width, epsilon=config.epsilon, dtype=config.dtype)
+        self.norm = LayerNorm(norm, rngs=rngs) if config.norm else None
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> None:
+        """Refuses: the weights are made from the whole sequence."""
+        raise ValueError("HyperMixer is not causal and has no state; it needs the whole sequence at once")
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("HyperMixer", x, config.width, segment_ids)
+        refuse_state("HyperMixer", state)
+        weights = [
+            (i[...].astype(config.dtype), o[...].astype(config.dtype)) for i, o in zip(self.inner, self.outer)
+        ]
+        y = each_segment(partial(_mix, config), weights, x.astype(config.dtype), segment_ids=segment_ids)
+        return (y if self.norm is None else self.norm(y)), None
+
+
+def _mix(config, weights, x, _lengths):
+    """The mixing of sequences by themselves; x is zero from their lengths on, so those rows of W1 do not count."""
+    b, t, _ = x.shape
+    source = x
+    if config.position == "sinusoid":
+        source = x + sinusoidal(jnp.arange(t)[None], config.width).astype(x.dtype)
+    heads = (b, t, config.heads, config.width // config.heads)
+    source, x = source.reshape(heads), x.reshape(heads)
+    gelu = partial(jax.nn.gelu, approximate=False)
+    made = [
+        jnp.einsum("bthf,hfm->bthm", gelu(jnp.einsum("bthk,hkf->bthf", source, inner)), outer)
+        for inner, outer in weights
+    ]
+    hidden = gelu(jnp.einsum("bthm,bthk->bhmk", made[0], x, preferred_element_type=jnp.float32))
+    return jnp.einsum("bthm,bhmk->bthk", made[-1], hidden.astype(x.dtype)).reshape(b, t, config.width)

@@ -1,0 +1,234 @@
+"""WERSA: linear attention between queries and keys whose wavelet scales are weighted (Dentamaro 2025, arXiv:2507.08637)."""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.kernels.linear_recurrence import linear_recurrence
+from layers.mixers.linear_attention.performer import LARGEST_EXPONENT, orthogonal_directions
+from layers.parameters import NO_DECAY, Constant, linear, parameter
+from layers.parts.carry import check_inputs, continues, enter, refuse_state
+from layers.parts.each_segment import each_segment
+from layers.parts.feature_attention import feature_attention
+from layers.parts.heads import MemoryState, head_size, join_heads, split_heads
+from layers.parts.segmented_convolution import move, pack, remember
+from layers.typing import Array, Float, Int
+
+_ones, _zeros = nnx.initializers.ones_init(), nnx.initializers.zeros_init()
+
+
+@dataclasses.dataclass(frozen=True)
+class WERSAConfig:
+    """Options of `WERSA`.
+
+    Attributes:
+      width: d, features in and out.
+      heads: h.
+      head_dim: K, features of a head; width / heads if None.
+      levels: L, scales of the wavelet transform; the coarsest averages 2^L tokens.
+      features: m, random features of a head.
+      epsilon: added to every feature, so that no weight vanishes.
+      causal: a token sees only itself and what came before; then averages trail instead of lying on a grid.
+      bias: add biases in the projections.
+      dtype: type of activations; filters, sums and state are float32.
+    """
+
+    width: int
+    heads: int = 8
+    head_dim: int | None = None
+    levels: int = 4
+    features: int = 128
+    epsilon: float = 1e-6
+    causal: bool = False
+    bias: bool = False
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        _ = self.size
+        for name in ("levels", "features"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        if self.epsilon < 0:
+            raise ValueError(f"epsilon={self.epsilon}; expected at least 0")
+
+    @property
+    def size(self) -> int:
+        """Features of a head."""
+        return head_size("head_dim", self.head_dim, self)
+
+
+class WERSAState(NamedTuple):
+    """What a causal WERSA carries.
+
+    Attributes:
+      past: queries and keys of the last 2^L - 1 tokens of the segment, the latest last.
+      total: sum of the queries of the segment, and in the last place their number.
+      memory: of the attention, with the segment that all belongs to.
+    """
+
+    past: Float[Array, "b s f"]
+    total: Float[Array, "b f"]
+    memory: MemoryState
+
+
+class WERSA(nnx.Module):
+    """WERSA: wavelet-enhanced random spectral attention (Dentamaro 2025, arXiv:2507.08637).
+
+        g = s * sigmoid(MLP(mean of q))                      one weight for each of L scales and the rest, by head
+        filter(u) = g_0 A_L u + sum_{l<=L} g_l (A_{l-1} - A_l) u,    A_0 u = u
+        phi(u)_i = exp(w_i . beta u - |beta u|^2 / 2) + epsilon
+        y = W_o sum_s (phi(q'_t) . phi(k'_s)) v_s / sum_s (phi(q'_t) . phi(k'_s)),    q', k' = filter(q), filter(k)
+
+    A_l averages over blocks of 2^l tokens, and (A_{l-1} - A_l) u is what the Haar wavelets of level l hold of u: the
+    filter is the transform, the weights, and the inverse transform. With all weights 1 it is the identity. s (h, L + 1)
+    and the bandwidths beta (h) are learnt; beta begins at K^(-1/4), so that the mean over w ~ N(0, 1)^K is
+    proportional to exp(q' . k' / sqrt(K)).
+
+    Causal: A_l u_t is the mean of the last 2^l inputs (zero before the first), and the mean of q is that of the tokens
+    so far. On a grid of blocks, averages would see the future.
+
+    Certain are the parts: Haar wavelets of queries and keys, weights from an MLP times learnt weights of the scales,
+    random features for the kernel of softmax, linear attention. What the MLP sees, weights and bandwidths by head, the
+    exponential features and the causal form are our reading.
+    """
+
+    def __init__(self, config: WERSAConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.causal = config.causal
+        width = config.heads * config.size
+        options = {"bias": config.bias, "dtype": config.dtype, "rngs": rngs}
+        self.query = linear(config.width, width, **options)
+        self.key = linear(config.width, width, **options)
+        self.value = linear(config.width, width, **options)
+        self.output = linear(width, config.width, **options)
+        self.inner = linear(config.size, config.size, rngs=rngs)
+        self.outer = linear(config.size, config.levels + 1, rngs=rngs)
+        self.scales = parameter(rngs, _ones, (config.heads, config.levels + 1), **NO_DECAY)
+        self.log_bandwidth = parameter(rngs, _zeros, (config.heads,), **NO_DECAY)
+        self.directions = Constant(orthogonal_directions(rngs.params(), config.features, config.size))
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> WERSAState:
+        """The state before the first token; its size does not depend on the length."""
+        config = self.config
+        if not self.causal:
+            raise ValueError("WERSA with causal=False has no state; it needs the whole sequence at once")
+        width = config.heads * config.size
+        memory = jnp.zeros((batch_size, config.heads, config.features, config.size + 1), jnp.float32)
+        return WERSAState(
+            past=jnp.zeros((batch_size, 2**config.levels - 1, 2 * width), jnp.float32),
+            total=jnp.zeros((batch_size, width + 1), jnp.float32),
+            memory=MemoryState(memory, jnp.zeros(batch_size, jnp.int32)),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: WERSAState | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], WERSAState | None]:
+        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        config = self.config
+        check_inputs("WERSA", x, config.width, segment_ids)
+        if not self.causal:
+            refuse_state("WERSA with causal=False", state)
+        qk = jnp.concatenate([self.query(x), self.key(x)], axis=-1).astype(jnp.float32)
+        before = None if state is None else state.memory
+        if config.causal:
+            qk, past, total = self._filter_causally(qk, state, segment_ids)
+        else:
+            qk = each_segment(partial(_filter, config), self._gates(), qk, segment_ids=segment_ids)
+        q, k = (self._features(part, i) for i, part in enumerate(jnp.split(qk, 2, axis=-1)))
+        v = split_heads(self.value(x), config.heads)
+        o, memory = feature_attention(q, k, v, before, causal=config.causal, segment_ids=segment_ids)
+        y = self.output(join_heads(o))
+        return y, None if state is None else WERSAState(past, total, memory)
+
+    def _gates(self) -> tuple[Array, ...]:
+        layers = (self.inner, self.outer)
+        return *(v[...] for layer in layers for v in (layer.kernel, layer.bias)), self.scales[...]
+
+    def _filter_causally(self, qk, state, segment_ids):
+        """Filtered queries and keys, and what the next call needs: past inputs and the sum of queries."""
+        config = self.config
+        b, t, f = qk.shape
+        if state is None:
+            past, total = jnp.zeros((b, 2**config.levels - 1, f), qk.dtype), None
+        else:
+            keep = continues(state.memory.segment, segment_ids)
+            past, total = enter(state.past, keep), enter(state.total, keep)
+        counted = jnp.concatenate([qk[..., : f // 2], jnp.ones((b, t, 1), qk.dtype)], axis=-1)
+        sums, total = linear_recurrence(
+            jnp.ones((1, 1, f // 2 + 1), qk.dtype), counted, initial_state=total, segment_ids=segment_ids
+        )
+        mean = sums[..., :-1] / jnp.maximum(sums[..., -1:], 1)
+        averages = _trailing_averages(qk, past, config.levels, segment_ids)
+        gates = _gates(config, self._gates(), mean)
+        return _weighted(averages, gates), remember(past, qk, segment_ids), total
+
+    def _features(self, x: Float[Array, "b t f"], is_key: int) -> Float[Array, "b t h m"]:
+        """phi of queries or keys; a factor common to all features of a query cancels."""
+        config = self.config
+        bandwidth = jnp.exp(self.log_bandwidth[...]) * config.size**-0.25
+        x = split_heads(x, config.heads) * bandwidth[None, None, :, None]
+        exponent = jnp.einsum("bthk,mk->bthm", x, self.directions[...])
+        if is_key:
+            exponent = jnp.minimum(exponent - jnp.square(x).sum(-1, keepdims=True) / 2, LARGEST_EXPONENT)
+        else:
+            exponent = exponent - jax.lax.stop_gradient(exponent.max(-1, keepdims=True))
+        return (jnp.exp(exponent) + config.epsilon).astype(config.dtype)
+
+
+def _gates(config, weights, mean):
+    """g (b, t, 1, h, 1, L + 1) of mean queries (b, t, h K): an axis for queries and keys, and one for features."""
+    inner, inner_bias, outer, outer_bias, scales = weights
+    hidden = jax.nn.gelu(
+        jnp.einsum("bthk,kf->bthf", split_heads(mean, config.heads), inner) + inner_bias[None, None, None]
+    )
+    logits = jnp.einsum("bthf,fl->bthl", hidden, outer) + outer_bias[None, None, None]
+    return (scales[None, None] * jax.nn.sigmoid(logits))[:, :, None, :, None]
+
+
+def _weighted(averages, gates):
+    """g_0 A_L + sum_l g_l (A_{l-1} - A_l) of queries and keys (b, t, 2 h K)."""
+    b, t, f = averages[0].shape
+    heads = gates.shape[3]
+    averages = [a.reshape(b, t, 2, heads, f // (2 * heads)) for a in averages]
+    y = gates[..., 0] * averages[-1]
+    for level in range(1, len(averages)):
+        y = y + gates[..., level] * (averages[level - 1] - averages[level])
+    return y.reshape(b, t, f)
+
+
+def _filter(config, weights, qk, lengths):
+    """The filter on sequences that are zero from their lengths on, by averages over a grid of blocks."""
+    b, t, f = qk.shape
+    mean = qk[..., : f // 2].sum(1, keepdims=True) / lengths.astype(qk.dtype)[:, None, None]
+    whole = jnp.pad(qk, ((0, 0), (0, -t % 2**config.levels), (0, 0)))
+    averages = [qk]
+    for level in range(1, config.levels + 1):
+        blocks = whole.reshape(b, -1, 2**level, f).mean(2)
+        averages.append(jnp.repeat(blocks, 2**level, axis=1)[:, :t])
+    return _weighted(averages, _gates(config, weights, mean))
+
+
+def _trailing_averages(x, past, levels, segment_ids):
+    """x and the means of the last 2, 4, ... 2^levels inputs of the segment, those before its first being zero."""
+    size, t = past.shape[1], x.shape[1]
+    packing = None if segment_ids is None else pack(segment_ids)
+    ordered = x if packing is None else move(x, packing.order)
+    numbers = jnp.ones(x.shape[:2], jnp.int32) if packing is None else packing.numbers
+    numbers = jnp.pad(numbers, ((0, 0), (size, 0)), constant_values=1)
+    average, averages = jnp.concatenate([past, ordered], axis=1), [x]
+    for level in range(levels):
+        back = ((0, 0), (2**level, 0))
+        same = jnp.pad(numbers, back)[:, : size + t] == numbers
+        earlier = jnp.pad(average, (*back, (0, 0)))[:, : size + t]
+        average = (average + jnp.where(same[..., None], earlier, 0)) / 2
+        new = average[:, size:]
+        averages.append(new if packing is None else move(new, packing.place))
+    return averages

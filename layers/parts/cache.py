@@ -1,0 +1,124 @@
+"""The cache of past keys and values, or of what they are made from, that attention reads again.
+
+A row has `sinks` slots for the first tokens of its current segment and others for the rest: as many as tokens are
+expected, filled in order, or with a window as many as that, used in turn.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from layers.parts.carry import Place, start
+from layers.typing import Array, Bool, Int, Num
+
+
+class Cache(NamedTuple):
+    """Slots `s` of every row, and where the row stands.
+
+    Attributes:
+      entries: what is kept of a token.
+      numbers: which segment of its row, counted from 1, a slot belongs to; 0 is empty.
+      positions: position of a slot's token within its segment.
+      length: real tokens seen by each row.
+      place: of the last real token of each row.
+    """
+
+    entries: tuple[Num[Array, "b s *_f"], ...]
+    numbers: Int[Array, "b s"]
+    positions: Int[Array, "b s"]
+    length: Int[Array, "b"]
+    place: Place
+
+
+class Seen(NamedTuple):
+    """What new tokens may attend to: cached and new entries (b, s, ...), their segments and positions."""
+
+    entries: tuple[Num[Array, "b s *_f"], ...]
+    numbers: Int[Array, "b s"]
+    positions: Int[Array, "b s"]
+
+
+def empty_cache(
+    mixer: str,
+    batch_size: int,
+    shapes: tuple[tuple[int, ...], ...],
+    dtype,
+    *,
+    max_length: int | None,
+    window: int | None = None,
+    sinks: int = 0,
+) -> Cache:
+    """A cache of entries of these shapes (without batch and slots).
+
+    Raises:
+      ValueError: neither a window nor max_length bounds the slots.
+    """
+    if max_length is None and window is None:
+        raise ValueError(
+            f"{mixer} without a window needs max_length, the most tokens that its cache will hold"
+        )
+    slots = max_length if window is None else sinks + window
+    entries = tuple(jnp.zeros((batch_size, slots, *shape), dtype) for shape in shapes)
+    empty = jnp.zeros((batch_size, slots), jnp.int32)
+    return Cache(entries, empty, empty, jnp.zeros(batch_size, jnp.int32), start(batch_size))
+
+
+def extend(
+    cache: Cache,
+    new: tuple[Num[Array, "b t *_f"], ...],
+    numbers: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    place: Place,
+    *,
+    window: int | None = None,
+    sinks: int = 0,
+) -> tuple[Cache, Seen, Bool[Array, "b t"]]:
+    """Puts new tokens into the cache.
+
+    Args:
+      new: entries of the new tokens.
+      numbers, positions, place: from `layers.parts.carry.walk`.
+      window, sinks: as in `empty_cache`.
+
+    Returns:
+      The cache, what the new tokens may attend to, and which of them found no slot.
+    """
+    real, slots = numbers != 0, cache.numbers.shape[1]
+    count = cache.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+    length = cache.length + real.sum(1, dtype=jnp.int32)
+    if window is None:
+        index = jnp.where(real, count, slots)
+        beyond = real & (count >= slots)
+    else:
+        # Kept are the first tokens of the segment that goes on, and the last tokens of all.
+        sink = real & (positions < sinks) & (numbers == place.number[:, None])
+        recent = real & (positions >= sinks) & (count >= length[:, None] - window)
+        index = jnp.where(recent, sinks + count % window, slots)
+        index = jnp.where(sink, positions, index)
+        beyond = jnp.zeros_like(real)
+    rows = jnp.arange(real.shape[0])[:, None]
+    old, fresh = (
+        Seen(cache.entries, cache.numbers, cache.positions),
+        Seen(tuple(x.astype(e.dtype) for x, e in zip(new, cache.entries, strict=True)), numbers, positions),
+    )
+
+    def put(into, x):
+        return into.at[rows, index].set(x, mode="drop")
+
+    def join(before, x):
+        return jnp.concatenate([before, x], axis=1)
+
+    written = Seen(
+        tuple(map(put, old.entries, fresh.entries)),
+        put(old.numbers, numbers),
+        put(old.positions, positions),
+    )
+    # A ring overwrites what early queries of a long call still need: they read what was there and what is new.
+    seen = written
+    if window is not None:
+        seen = Seen(
+            tuple(map(join, old.entries, fresh.entries)),
+            join(old.numbers, numbers),
+            join(old.positions, positions),
+        )
+    return Cache(*written, length, place), seen, beyond

@@ -1,0 +1,108 @@
+"""Mixers that need a whole sequence at once, kept to one segment at a time.
+
+What they compute depends on the length of the sequence and on positions in it, so every segment is brought to the
+start of its row and mixed there by itself: first the first segment of all rows, then the second, and so on. A batch
+without packing costs one pass, a packed one as many as the fullest row has segments.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layers.parts.carry import mask_padding
+from layers.parts.segmented_convolution import Packing, move, pack
+from layers.typing import Array, Bool, Float, Int
+
+Mix = Callable[[Any, Float[Array, "b t d"], Int[Array, "b"]], Float[Array, "b t f"]]
+
+
+def each_segment(
+    mix: Mix,
+    weights: Any,
+    x: Float[Array, "b t d"],
+    *,
+    segment_ids: Int[Array, "b t"] | None,
+) -> Float[Array, "b t f"]:
+    """y = mix(weights, x, lengths) on every segment by itself.
+
+    Args:
+      mix: takes sequences (b, t, d) that are zero from their lengths (b) on, and gives outputs (b, t, f), of which
+        those from the lengths on are thrown away. Lengths are at least 1: a row that has no such segment is given as
+        one zero token. It must not close over arrays: all it reads is in `weights`.
+      weights: pytree of floating arrays.
+      x: inputs; without segment_ids each row is one sequence.
+      segment_ids: see `layers.kernels.segments`; the output on padding is zero.
+    """
+    if segment_ids is None or x.shape[1] == 0:
+        return mix(weights, x, jnp.full(x.shape[:1], max(1, x.shape[1]), jnp.int32))
+    return mask_padding(_loop(mix, weights, x, pack(segment_ids)), segment_ids)
+
+
+def inside(lengths: Int[Array, "b"], time: int) -> Bool[Array, "b t"]:
+    """Whether each of `time` places holds a token of a sequence of that length."""
+    return jnp.arange(time)[None] < lengths[:, None]
+
+
+def reverse(
+    x: Float[Array, "b t *f"], segment_ids: Int[Array, "b t"] | None = None
+) -> Float[Array, "b t *f"]:
+    """The tokens of every segment in the reverse order, in the places of that segment; padding stays where it is."""
+    if segment_ids is None:
+        return x[:, ::-1]
+    if x.shape[1] == 0:
+        return x
+    order, place, numbers = pack(segment_ids)
+    # Numbers ascend over the tokens; padding comes last.
+    ascending = jnp.where(numbers == 0, x.shape[1] + 1, numbers)
+    first, beyond = (
+        move(jax.vmap(partial(jnp.searchsorted, side=side))(ascending, numbers), place)
+        for side in ("left", "right")
+    )
+    index = move(order, jnp.clip(first + beyond - 1 - place, 0, x.shape[1] - 1))
+    return move(x, jnp.where(segment_ids != 0, index, jnp.arange(x.shape[1], dtype=index.dtype)[None]))
+
+
+def _one(mix: Mix, weights: Any, x: Array, packing: Packing, number: Int[Array, ""]) -> Array:
+    """The outputs of segment `number` of every row in the places of its tokens, and zero in those of other segments."""
+    time = x.shape[1]
+    own = packing.numbers == number
+    start, length = jnp.argmax(own, axis=1)[:, None], own.sum(1)
+    there = jnp.clip(start + jnp.arange(time)[None], 0, time - 1)
+    sequence = move(x, move(packing.order, there))
+    y = mix(weights, jnp.where(inside(length, time)[..., None], sequence, 0), jnp.maximum(length, 1))
+    index = packing.place - start
+    back = (index >= 0) & (index < length[:, None])
+    return jnp.where(back[..., None], move(y, jnp.where(back, index, 0)), 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loop(mix, weights, x, packing):
+    """The sum over segments, a loop as long as the data need; its transpose is a loop of the same length."""
+    shape = jax.eval_shape(partial(_one, mix), weights, x, packing, 1)
+
+    def add(number, y):
+        return y + _one(mix, weights, x, packing, number)
+
+    zeros = jnp.zeros(shape.shape, shape.dtype)
+    return jax.lax.fori_loop(1, packing.numbers.max(initial=0) + 1, add, zeros)
+
+
+def _forward(mix, weights, x, packing):
+    return _loop(mix, weights, x, packing), (weights, x, packing)
+
+
+def _backward(mix, arguments, dy):
+    weights, x, packing = arguments
+
+    def add(number, totals):
+        _, pullback = jax.vjp(lambda weights, x: _one(mix, weights, x, packing, number), weights, x)
+        return jax.tree.map(jnp.add, totals, pullback(dy))
+
+    zeros = jax.tree.map(jnp.zeros_like, (weights, x))
+    return *jax.lax.fori_loop(1, packing.numbers.max(initial=0) + 1, add, zeros), None
+
+
+_loop.defvjp(_forward, _backward)

@@ -1,0 +1,49 @@
+"""Attention whose weights are products of positive features, in a memory that is causal or spans the whole segment."""
+
+import jax.numpy as jnp
+
+from layers.kernels.gated_linear_attention import SMALLEST_DENOMINATOR, gated_linear_attention
+from layers.parts.carry import refuse_state
+from layers.parts.heads import MemoryState, remember
+from layers.typing import Array, Float, Int
+
+
+def feature_attention(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    state: MemoryState | None,
+    *,
+    causal: bool,
+    segment_ids: Int[Array, "b t"] | None,
+) -> tuple[Float[Array, "b t h v"], MemoryState | None]:
+    """o_i = sum_j (q_i . k_j) v_j / sum_j (q_i . k_j) over j <= i, or over all j of the segment, for features q, k >= 0.
+
+    The last column of the memory is the sum of keys that divides. Denominators below 1e-6 are replaced by it.
+    """
+    if causal:
+        return remember(q, k, v, state, segment_ids=segment_ids, normalize=True)
+    refuse_state("linear attention with causal=False", state)
+    wide = jnp.concatenate([v.astype(jnp.float32), jnp.ones((*v.shape[:3], 1), jnp.float32)], axis=-1)
+    if segment_ids is None:
+        memory = jnp.einsum("bthk,bthv->bhkv", k, wide, preferred_element_type=jnp.float32)
+        sums = jnp.einsum("bthk,bhkv->bthv", q.astype(jnp.float32), memory)
+    else:
+        sums = _both_directions(q, k, wide, segment_ids)
+    o = sums[..., :-1] / jnp.maximum(sums[..., -1:], SMALLEST_DENOMINATOR)
+    return o.astype(v.dtype), None
+
+
+def _both_directions(q, k, v, segment_ids):
+    """What comes before, the token itself included, and what comes after, each up to the end of the segment."""
+
+    def flip(x):
+        return jnp.flip(x, axis=1)
+
+    before, _ = gated_linear_attention(q, k, v, scale=1.0, segment_ids=segment_ids)
+    # A bonus of zero leaves out the token itself, which the first pass has counted.
+    nothing = jnp.zeros((q.shape[2], q.shape[3]), jnp.float32)
+    after, _ = gated_linear_attention(
+        flip(q), flip(k), flip(v), scale=1.0, bonus=nothing, segment_ids=flip(segment_ids)
+    )
+    return before + flip(after)

@@ -1,0 +1,139 @@
+"""Long convolutions that stay within segments, and the past inputs that a causal one carries from call to call.
+
+A kernel that does not change with time cannot forget, so every segment is convolved by itself: padding is moved to the
+ends of the rows, and a loop takes the first segment of all rows, then the second, and so on. A batch without packing
+costs one convolution, a packed one as many as the fullest row has segments.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from layers.kernels.long_conv import long_conv
+from layers.kernels.segments import segment_numbers
+from layers.parts.carry import mask_padding
+from layers.typing import Array, Float, Int, Num
+
+
+class Packing(NamedTuple):
+    """Where the tokens of each row stand once its padding is moved to its end.
+
+    Attributes:
+      order: the token at every place.
+      place: the place of every token.
+      numbers: number of the segment at every place, from 1; 0 is padding.
+    """
+
+    order: Int[Array, "b t"]
+    place: Int[Array, "b t"]
+    numbers: Int[Array, "b t"]
+
+
+def pack(segment_ids: Int[Array, "b t"]) -> Packing:
+    """Moves padding to the ends of rows."""
+    real = segment_ids != 0
+    order = jnp.argsort(~real, axis=1, stable=True).astype(jnp.int32)
+    place = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
+    return Packing(order, place, jnp.take_along_axis(segment_numbers(segment_ids), order, axis=1))
+
+
+def move(x: Num[Array, "b t *f"], index: Int[Array, "b s"]) -> Num[Array, "b s *f"]:
+    """Takes `index` of every row along time."""
+    return jnp.take_along_axis(x, jnp.expand_dims(index, tuple(range(2, x.ndim))), axis=1)
+
+
+def convolve(
+    x: Float[Array, "b t d"],
+    kernel: Float[Array, "d l"],
+    *,
+    ahead: Float[Array, "d m"] | None = None,
+    past: Float[Array, "b s d"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+) -> Float[Array, "b t d"]:
+    """y_t = sum_j kernel_j x_{t-j} + sum_j ahead_j x_{t+1+j}, over the tokens of the segment of t.
+
+    Args:
+      x: input.
+      kernel: taps on the token itself and what came before; computed in float32 or wider.
+      ahead: taps on what comes after, as many as t or fewer; not with `past`.
+      past: the l - 1 inputs before the first real token, the latest last, zeros where its segment had not begun.
+      segment_ids: see `layers.kernels.segments`; the output on padding is zero.
+    """
+    if x.shape[1] == 0:
+        return x
+    if segment_ids is None:
+        return _convolve(x, kernel, ahead, past)
+    packing = pack(segment_ids)
+    y = _by_segment(move(x, packing.order), kernel, ahead, past, packing.numbers)
+    return mask_padding(move(y, packing.place), segment_ids)
+
+
+def remember(
+    past: Float[Array, "b s d"], x: Float[Array, "b t d"], segment_ids: Int[Array, "b t"] | None
+) -> Float[Array, "b s d"]:
+    """The last s inputs of the current segment, the latest last, with zeros before its beginning.
+
+    Args:
+      past: what this gave for the tokens before x, emptied already if they belong to another segment.
+      x: new inputs.
+    """
+    size, time = past.shape[1], x.shape[1]
+    if size == 0 or time == 0:
+        return past
+    if segment_ids is None:
+        return jnp.concatenate([past, x.astype(past.dtype)], axis=1)[:, time:]
+    order, _, numbers = pack(segment_ids)
+    inputs = jnp.concatenate([past, move(x, order).astype(past.dtype)], axis=1)
+    numbers = jnp.pad(numbers, ((0, 0), (size, 0)), constant_values=1)
+    index = (numbers != 0).sum(1)[:, None] - size + jnp.arange(size)[None]
+    current = move(numbers, index) == numbers.max(1)[:, None]
+    return jnp.where(current[..., None], move(inputs, index), 0)
+
+
+def _convolve(x, kernel, ahead, past):
+    if ahead is None:
+        return long_conv(x, kernel, initial_state=past)[0]
+    # Taps at the end of a circle twice as long look ahead, into zeros at the end of the row.
+    time = x.shape[1]
+    both = [_fit(kernel, time), _fit(ahead, time)[:, ::-1]]
+    circle = jnp.pad(x, ((0, 0), (0, time), (0, 0)))
+    return long_conv(circle, jnp.concatenate(both, axis=1), circular=True)[0][:, :time]
+
+
+def _fit(kernel, length):
+    return jnp.pad(kernel[:, :length], ((0, 0), (0, max(0, length - kernel.shape[1]))))
+
+
+def _one_segment(x, kernel, ahead, past, numbers, number):
+    own = (numbers == number)[..., None]
+    past = None if past is None else jnp.where(number == 1, past, 0)
+    return jnp.where(own, _convolve(jnp.where(own, x, 0), kernel, ahead, past), 0)
+
+
+@jax.custom_vjp
+def _by_segment(x, kernel, ahead, past, numbers):
+    """The sum over segments, a loop as long as the data need; its transpose is a loop of the same length."""
+
+    def add(number, y):
+        return y + _one_segment(x, kernel, ahead, past, numbers, number)
+
+    return jax.lax.fori_loop(1, numbers.max() + 1, add, jnp.zeros_like(x))
+
+
+def _forward(*arguments):
+    return _by_segment(*arguments), arguments
+
+
+def _backward(arguments, dy):
+    *arrays, numbers = arguments
+
+    def add(number, totals):
+        _, pullback = jax.vjp(lambda *arrays: _one_segment(*arrays, numbers, number), *arrays)
+        return jax.tree.map(jnp.add, totals, pullback(dy))
+
+    zeros = tuple(jax.tree.map(jnp.zeros_like, array) for array in arrays)
+    return *jax.lax.fori_loop(1, numbers.max() + 1, add, zeros), None
+
+
+_by_segment.defvjp(_forward, _backward)

@@ -1,0 +1,58 @@
+"""The short convolution inside mixers: a depthwise causal filter with its own parameters and carried inputs."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.kernels.short_conv import WIDTHS, short_conv
+from layers.parameters import NO_DECAY, Initializer, parameter, uniform_fan_in
+from layers.typing import Array, Float, Int
+
+
+class ShortConvolution(nnx.Module):
+    """y_t = activation(bias + sum_j weight_j x_{t-(w-1)+j}), for every channel by itself; see `short_conv`.
+
+    Part of a mixer rather than a mixer: its state holds the last w - 1 inputs, and the mixer that owns it remembers
+    which segment they belong to (`layers.parts.carry`). Weights (w, d) start uniform in +-1/sqrt(w), as in Mamba's code,
+    unless `init` draws them.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        taps: int = 4,
+        *,
+        bias: bool = False,
+        activation: str | None = "silu",
+        init: Initializer | None = None,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if taps not in WIDTHS:
+            raise ValueError(f"taps={taps}; expected {WIDTHS[0]} to {WIDTHS[-1]}")
+        self.activation, self.dtype = activation, dtype
+        self.weight = parameter(rngs, init or uniform_fan_in(), (taps, width))
+        self.bias = parameter(rngs, nnx.initializers.zeros_init(), (width,), **NO_DECAY) if bias else None
+
+    def init_state(self, batch_size: int) -> Float[Array, "b memory d"]:
+        """No inputs yet."""
+        taps, width = self.weight.shape
+        return jnp.zeros((batch_size, taps - 1, width), jnp.float32)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: Float[Array, "b memory d"] | None = None,
+        *,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b memory d"]]:
+        """The filtered input, and the last inputs; a state given here must already be that of the first segment."""
+        return short_conv(
+            x.astype(self.dtype),
+            self.weight[...],
+            None if self.bias is None else self.bias[...],
+            activation=self.activation,
+            initial_state=state,
+            segment_ids=segment_ids,
+        )

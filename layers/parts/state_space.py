@@ -1,0 +1,124 @@
+"""What linear state space models share: initial values, parameters, and running diagonal modes step by step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from layers.kernels.linear_recurrence import linear_recurrence
+from layers.parameters import Initializer, parameter
+from layers.parts.carry import continues, enter, next_segment
+from layers.typing import Array, Complex, Float, Int, Num
+
+# A stretch that is run at once: bounds the states that are held, b t d n of them.
+STRETCH = 64
+
+
+def log_uniform(low: float, high: float) -> Initializer:
+    """Initialiser: the logarithm of a log-uniform number between low and high."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, np.log(low), np.log(high))
+
+
+def check_steps(low: float, high: float) -> None:
+    """Raises ValueError unless 0 < dt_min <= dt_max."""
+    if not 0 < low <= high:
+        raise ValueError(f"dt_min={low}, dt_max={high}; expected 0 < dt_min <= dt_max")
+
+
+def check_systems(config: Any) -> None:
+    """Raises ValueError unless width, state_size, systems and step sizes of a config fit."""
+    if config.state_size < 2 or config.state_size % 2:
+        raise ValueError(f"state_size={config.state_size}; expected an even number, for conjugate pairs")
+    if config.systems < 1 or config.width % config.systems:
+        raise ValueError(f"systems={config.systems} does not divide width={config.width}")
+    check_steps(config.dt_min, config.dt_max)
+
+
+def complex_parameter(value: np.ndarray, *, group: str) -> nnx.Param:
+    """A complex array as a float32 parameter with a leading axis for its real and imaginary part."""
+    return nnx.Param(jnp.asarray(np.stack([np.real(value), np.imag(value)]), jnp.float32), group=group)
+
+
+def complex_normal(rngs: nnx.Rngs, shape: tuple[int, ...], *, variance: float = 1.0, group: str) -> nnx.Param:
+    """Complex normal numbers as `complex_parameter` stores them; `variance` is that of both parts together."""
+    return parameter(rngs, nnx.initializers.normal(np.sqrt(variance / 2)), (2, *shape), group=group)
+
+
+def as_complex(pair: nnx.Param) -> Complex[Array, "..."]:
+    """The complex array of a `complex_parameter`."""
+    return jax.lax.complex(pair[0], pair[1])
+
+
+class Modes(nnx.Module):
+    """Eigenvalues A and inputs B of systems in conjugate pairs, shared in turn by the channels: (m, n) each.
+
+    Real parts are kept as logarithms of -Re A, so that they stay negative.
+    """
+
+    def __init__(self, a: np.ndarray, b: np.ndarray, systems: int):
+        shape = (systems, len(a))
+        self.log_rate = nnx.Param(
+            jnp.asarray(np.broadcast_to(np.log(-a.real), shape), jnp.float32), group="ssm"
+        )
+        self.frequency = nnx.Param(jnp.asarray(np.broadcast_to(a.imag, shape), jnp.float32), group="ssm")
+        self.b = complex_parameter(np.broadcast_to(b, shape), group="ssm/b")
+
+    def __call__(self, width: int) -> tuple[Complex[Array, "#d n"], Complex[Array, "#d n"]]:
+        """A and B of every channel."""
+        a = jax.lax.complex(-jnp.exp(self.log_rate[...]), self.frequency[...])
+        return to_channels(a, width), to_channels(as_complex(self.b), width)
+
+
+def to_channels(v: Complex[Array, "m n"], width: int) -> Complex[Array, "#d n"]:
+    """What every channel has: set i modulo m for channel i; a single set is left as it is."""
+    return v if v.shape[0] == 1 else jnp.tile(v, (width // v.shape[0], 1))
+
+
+def run_modes(
+    a: Num[Array, "#d n"],
+    b: Num[Array, "#d n"],
+    c: Num[Array, "d n"],
+    x: Float[Array, "b t d"],
+    h: Complex[Array, "b d n"],
+    *,
+    segment_ids: Int[Array, "b t"] | None = None,
+) -> tuple[Float[Array, "b t d"], Complex[Array, "b d n"]]:
+    """y_t = Re sum_n c_n h_tn with h_t = a h_{t-1} + b x_t for every channel: the recurrence of a diagonal system.
+
+    Args:
+      a: discretised eigenvalues.
+      b: discretised inputs.
+      c: outputs; twice as large where a mode stands for a conjugate pair.
+      x: input.
+      h: the state of the segment of the first real token.
+      segment_ids: see `layers.kernels.segments`.
+
+    Returns:
+      y float32, and the last state.
+    """
+    rows, time, width = x.shape
+    shape, size = (width, c.shape[-1]), width * c.shape[-1]
+    a, b = (jnp.broadcast_to(v, shape).astype(jnp.complex64) for v in (a, b))
+
+    def run(carried, stretch):
+        h, segment = carried
+        x, ids = stretch
+        h = enter(h, continues(segment, ids)).reshape(rows, size)
+        inputs = (x[..., None] * b[None, None]).reshape(*x.shape[:2], size)
+        states, h = linear_recurrence(a.reshape(1, 1, size), inputs, initial_state=h, segment_ids=ids)
+        y = jnp.einsum("btdn,dn->btd", states.reshape(*x.shape[:2], *shape), c.astype(jnp.complex64)).real
+        return (h.reshape(rows, *shape), next_segment(segment, ids, x.shape[1])), y
+
+    start = (h.astype(jnp.complex64), jnp.zeros(rows, jnp.int32))
+    x = x.astype(jnp.float32)
+    if time <= STRETCH:
+        (h, _), y = run(start, (x, segment_ids))
+        return y, h
+    ids = jnp.ones((rows, time), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+    missing = -time % STRETCH
+    x, ids = jnp.pad(x, ((0, 0), (0, missing), (0, 0))), jnp.pad(ids, ((0, 0), (0, missing)))
+    stretches = tuple(jnp.swapaxes(v.reshape(rows, -1, STRETCH, *v.shape[2:]), 0, 1) for v in (x, ids))
+    (h, _), y = jax.lax.scan(run, start, stretches)
+    return jnp.swapaxes(y, 0, 1).reshape(rows, -1, width)[:, :time], h

@@ -1,0 +1,93 @@
+"""From metrics on the device to lines of the log."""
+
+import jax.numpy as jnp
+import pytest
+
+from experiments.training.records import NonFiniteError, StepRecords, Stopwatch
+
+NAMES = ("accuracy", "count", "loss")
+
+
+def metrics(loss, *, count=2.0, accuracy=1.0, norm=0.5, rate=0.1, tokens=10):
+    return jnp.array([accuracy, count, loss, norm, rate, tokens], jnp.float32)
+
+
+def make(log_every=2, saved=None):
+    lines = []
+    stopwatch = Stopwatch()
+    stopwatch.start()
+    records = StepRecords(
+        NAMES,
+        log_every=log_every,
+        stopwatch=stopwatch,
+        emit=lambda step, values: lines.append((step, values)),
+        saved=saved,
+    )
+    return records, lines
+
+
+def test_a_line_holds_the_averages_over_its_steps():
+    records, lines = make()
+    records.add(1, metrics(4.0, norm=0.5, rate=0.1))
+    records.add(2, metrics(2.0, count=6.0, norm=1.5, rate=0.2))
+    records.add(3, metrics(1.0))
+    assert lines == []
+    records.collect(2)
+    (step, values), *more = lines
+    assert more == []
+    assert step == 2
+    assert values["loss"] == 6.0 / 8.0
+    assert values["accuracy"] == 2.0 / 8.0
+    assert values["gradient_norm"] == 1.0
+    assert values["learning_rate"] == pytest.approx(0.2)
+    assert values["tokens_per_second"] == pytest.approx(20 / values["seconds"], rel=1e-3)
+    assert records.tokens == 20
+
+
+def test_lines_do_not_depend_on_an_interruption():
+    records, whole = make(log_every=3)
+    for step in range(1, 7):
+        records.add(step, metrics(step / 3))
+    records.collect(6)
+    first, lines = make(log_every=3)
+    for step in range(1, 5):
+        first.add(step, metrics(step / 3))
+    first.collect(4)
+    second, rest = make(log_every=3, saved=first.save())
+    for step in range(5, 7):
+        second.add(step, metrics(step / 3))
+    second.collect(6)
+    timed = {"tokens_per_second", "seconds"}
+    assert [(s, {k: v for k, v in line.items() if k not in timed}) for s, line in lines + rest] == [
+        (s, {k: v for k, v in line.items() if k not in timed}) for s, line in whole
+    ]
+    assert second.tokens == records.tokens
+
+
+@pytest.mark.parametrize("bad", [dict(loss=float("nan")), dict(loss=1.0, norm=float("inf"))])
+def test_the_first_step_that_is_not_finite_is_named(bad):
+    records, lines = make(log_every=1)
+    for step in range(1, 6):
+        records.add(step, metrics(**bad) if step >= 3 else metrics(1.0))
+    with pytest.raises(NonFiniteError, match=r"step 3: loss \S+, gradient_norm \S+") as caught:
+        records.collect(5)
+    assert caught.value.step == 3
+    assert [step for step, _ in lines] == [1, 2]
+
+
+def test_a_stopwatch_stands_still_while_paused(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("experiments.training.records.time.perf_counter", lambda: now[0])
+    watch = Stopwatch(5.0)
+    now[0] += 1
+    assert watch.seconds == 5.0
+    watch.start()
+    now[0] += 2
+    with watch.paused():
+        now[0] += 4
+        assert watch.seconds == 7.0
+    now[0] += 8
+    assert watch.seconds == 15.0
+    watch.stop()
+    now[0] += 16
+    assert watch.seconds == 15.0
