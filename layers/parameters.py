@@ -1,4 +1,4 @@
-"""Parameters and the groups that optimizers treat differently.
+"""Parameters, the groups that optimizers treat differently, and the logical axes that meshes of devices divide.
 
 A parameter declares its group where it is created. A group is a path: an experiment that sets "ssm" sets "ssm/b" too,
 unless it sets that one itself. Parameters without a group are "default".
@@ -7,6 +7,16 @@ unless it sets that one itself. Parameters without a group are "default".
     ssm          what fixes the time scales of a state space model: eigenvalues, step sizes ("ssm/dt"), and its
                  input matrix ("ssm/b"); usually a small learning rate and no weight decay
     ssm_output   the output matrix and the skip of a state space model; usually as the rest
+
+It declares a name for each of its axes there too. `experiments.parallel.sharding` says which axis of a mesh of devices
+divides which of them:
+
+    embed    features of the residual stream           heads    heads, or heads times their features
+    inner    channels inside a mixer                   mlp      hidden features of a channel mixer
+    vocab    tokens of a vocabulary                    expert   experts of a mixture
+    state    modes or features of a recurrent state    layer    repeats of a pattern, in front of all others
+
+None stands for an axis that is never divided, such as taps, ranks and the features of a single head.
 """
 
 from collections.abc import Callable
@@ -17,16 +27,41 @@ import jax.numpy as jnp
 from flax import nnx
 
 NO_DECAY = {"group": "no_decay"}
+LOGICAL_AXES = ("embed", "heads", "inner", "mlp", "vocab", "expert", "state", "layer")
+Axes = tuple[str | None, ...]
 
 _lecun_normal = nnx.initializers.lecun_normal()
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
 def parameter(
-    rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], *, group: str = "default"
+    rngs: nnx.Rngs,
+    init: Initializer,
+    shape: tuple[int, ...],
+    *,
+    group: str = "default",
+    axes: Axes | None = None,
 ) -> nnx.Param:
-    """A float32 parameter drawn from `init`, in an optimizer group."""
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), group=group)
+    """A float32 parameter drawn from `init`, in an optimizer group and with logical axes.
+
+    Args:
+      axes: a name of `LOGICAL_AXES` or None for each axis of `shape`; None for an array that is never divided.
+
+    Raises:
+      ValueError: `axes` names something else, or another number of axes.
+    """
+    return declared(init(rngs.params(), shape, jnp.float32), group=group, axes=axes)
+
+
+def declared(value: jax.Array, *, group: str = "default", axes: Axes | None = None) -> nnx.Param:
+    """A parameter with this initial value, in an optimizer group and with logical axes; see `parameter`."""
+    axes = (None,) * value.ndim if axes is None else tuple(axes)
+    unknown = [name for name in axes if name is not None and name not in LOGICAL_AXES]
+    if unknown or len(axes) != value.ndim:
+        raise ValueError(
+            f"axes={axes} of a parameter of shape {value.shape}; expected {value.ndim} of {', '.join(LOGICAL_AXES)} or None"
+        )
+    return nnx.Param(value, group=group, axes=axes)
 
 
 def log_of_uniform(low: float, high: float) -> Initializer:
@@ -44,15 +79,14 @@ def xavier_uniform(gain: float = 1.0) -> Initializer:
     return nnx.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
 
 
-class Constant(nnx.BatchStat):
+class Constant(nnx.Variable):
     """Float32 numbers that a layer draws or computes when it is made and that training leaves alone.
 
-    For what must be saved with the parameters (random features) or differs from layer to layer (slopes by depth): as a
-    variable it passes through checkpoints and through scans over layers like a running statistic.
+    For what must be saved with the parameters (random features) or differs from layer to layer (slopes by depth).
     """
 
 
-class AuxiliaryLoss(nnx.BatchStat):
+class AuxiliaryLoss(nnx.Variable):
     """A float32 scalar that a layer adds to the loss of training, such as the balance of a router, scaled as it counts.
 
     The layer writes it in every call with a key; training adds the sum over all layers, once for every example. It is
@@ -65,17 +99,27 @@ def group_of(variable: nnx.Variable) -> str:
     return variable.get_metadata().get("group", "default")
 
 
+def axes_of(variable: nnx.Variable) -> Axes:
+    """The logical axes that a parameter declared; None for each if it declared none."""
+    return variable.get_metadata().get("axes") or (None,) * variable.ndim
+
+
 def linear(
     inputs: int,
     outputs: int,
     *,
+    axes: tuple[str | None, str | None] = (None, None),
     bias: bool = True,
     dtype: Any = jnp.float32,
     init: Initializer = _lecun_normal,
     group: str = "default",
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """The map y = x W + b with float32 parameters, computed in `dtype`; the bias starts at zero and is not decayed."""
+    """The map y = x W + b with float32 parameters, computed in `dtype`; the bias starts at zero and is not decayed.
+
+    Args:
+      axes: logical axes of inputs and outputs, see `parameter`.
+    """
     return nnx.Linear(
         inputs,
         outputs,
@@ -83,7 +127,7 @@ def linear(
         dtype=dtype,
         param_dtype=jnp.float32,
         kernel_init=init,
-        kernel_metadata={"group": group},
-        bias_metadata=NO_DECAY,
+        kernel_metadata={"group": group, "axes": axes},
+        bias_metadata={**NO_DECAY, "axes": axes[1:]},
         rngs=rngs,
     )

@@ -10,6 +10,7 @@ from flax import nnx
 from layers.norms import make_norm
 from layers.parameters import linear
 from layers.positions import sinusoidal
+from layers.segments import SegmentIds
 from layers.typing import Array, Float, Int, Key
 from seqmodels.classifier import pool
 from seqmodels.config import AutoencoderConfig
@@ -43,7 +44,7 @@ class Autoencoder(nnx.Module):
         inputs: Int[Array, "b t"],
         state: Any = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t v"], None]:
         """Encodes and decodes whole sequences.

@@ -10,7 +10,8 @@ from layers.channel import make_channel_mixer
 from layers.dropout import dropout
 from layers.mixers import make_mixer
 from layers.norms import make_norm
-from layers.typing import Array, Float, Int, Key
+from layers.segments import SegmentIds
+from layers.typing import Array, Float, Key
 from seqmodels.config import StackConfig
 
 
@@ -50,7 +51,7 @@ class Block(nnx.Module):
         x: Float[Array, "b t d"],
         state: Any = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t d"], Any]:
         """Runs the layer; the state is the mixer's. A key means training."""

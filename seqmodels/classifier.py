@@ -8,7 +8,8 @@ from flax import nnx
 
 from layers.norms import make_norm
 from layers.parameters import linear
-from layers.typing import Array, Bool, Float, Int, Key, Num
+from layers.segments import SegmentIds
+from layers.typing import Array, Bool, Float, Key, Num
 from seqmodels.config import ClassifierConfig
 from seqmodels.embedding import Embedding
 from seqmodels.stack import Stack
@@ -34,7 +35,7 @@ class Classifier(nnx.Module):
         inputs: Num[Array, "b t *c"],
         state: Any = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b c"], None]:
         """Classifies whole sequences.

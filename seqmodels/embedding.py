@@ -9,6 +9,7 @@ from flax import nnx
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.parts.carry import Place, start, walk
 from layers.positions import sinusoidal
+from layers.segments import SegmentIds
 from layers.typing import Array, Float, Int, Num
 from seqmodels.config import InputConfig
 
@@ -39,7 +40,7 @@ class Embedding(nnx.Module):
         inputs: Num[Array, "b t *c"],
         place: Place | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], Place | None]:
         """Embeds inputs, and adds their positions if the config says so.
 

@@ -9,6 +9,7 @@ from flax import nnx
 from layers.norms import make_norm
 from layers.parameters import linear
 from layers.parts.carry import Place
+from layers.segments import SegmentIds
 from layers.typing import Array, Float, Int, Key
 from seqmodels.config import LanguageModelConfig
 from seqmodels.embedding import Embedding
@@ -57,7 +58,7 @@ class LanguageModel(nnx.Module):
         inputs: Int[Array, "b t"],
         state: LanguageModelState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t v"], LanguageModelState | None]:
         """Scores the next token at every position.

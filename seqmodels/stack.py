@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.typing import Array, Float, Int, Key
+from layers.segments import SegmentIds
+from layers.typing import Array, Float, Key
 from seqmodels.block import Block
 from seqmodels.config import StackConfig
 
@@ -41,7 +42,7 @@ class Stack(nnx.Module):
         x: Float[Array, "b t d"],
         state: tuple[Any, ...] | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t d"], tuple[Any, ...] | None]:
         """Runs all layers. A key means training."""

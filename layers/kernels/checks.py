@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from layers.kernels.segments import SegmentIds, Segments
+
 
 def check_shape(name: str, array: jax.Array, pattern: str, sizes: dict[str, int]) -> None:
     """Checks `array` against a pattern such as "b t d", and records sizes of letters seen for the first time.
@@ -47,13 +49,15 @@ def check_real(**arrays: jax.Array | None) -> None:
             raise TypeError(f"{name} has dtype {array.dtype}; expected a real floating-point type")
 
 
-def check_segment_ids(segment_ids: jax.Array | None, sizes: Mapping[str, int]) -> None:
-    """Checks that segment ids are integers of shape (b, t)."""
+def check_segment_ids(segment_ids: SegmentIds, sizes: Mapping[str, int]) -> Segments | None:
+    """Checks that segment ids are integers of shape (b, t), and returns them as `Segments`."""
     if segment_ids is None:
-        return
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise TypeError(f"segment_ids has dtype {segment_ids.dtype}; expected an integer type")
-    check_shape("segment_ids", segment_ids, "b t", dict(sizes))
+        return None
+    ids = segment_ids.ids if isinstance(segment_ids, Segments) else segment_ids
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"segment_ids has dtype {ids.dtype}; expected an integer type")
+    check_shape("segment_ids", ids, "b t", dict(sizes))
+    return Segments.of(segment_ids)
 
 
 def accumulation_dtype(*arrays: jax.Array | None) -> jnp.dtype:

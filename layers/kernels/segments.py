@@ -3,13 +3,106 @@
 `segment_ids` is an integer array (b, t). 0 is padding: such a token changes no state and is seen by no other. The
 other tokens of a row form segments, maximal runs of equal ids with the padding left out; tokens of different segments
 do not see each other. An initial state belongs to the segment of the first real token of the row.
+
+Every layer needs the same things of the ids: numbers, positions, starts. `Segments` holds them, derived once a call of a
+model. Every function that takes `segment_ids` takes `Segments` in their place.
 """
+
+import dataclasses
+import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from layers.typing import Array, Bool, Int, Num
 
-def last_real_id(segment_ids: jax.Array, before: jax.Array | None = None) -> jax.Array:
+Padding = Literal["anywhere", "end"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["ids", "numbers", "positions", "starts"],
+    meta_fields=["padding", "packed"],
+)
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """Segment ids and what follows from them. `Segments.of` makes one.
+
+    Attributes:
+      ids: as given, (b, t).
+      numbers: 1, 2, ... for the tokens of the first, second, ... segment of each row, and 0 for padding: two real tokens
+        share a segment if and only if their numbers agree.
+      positions: the number of earlier real tokens of the same segment.
+      starts: True at the first token of every segment but the row's first, where a state must be forgotten.
+      padding: "end" if padding stands only behind all real tokens of its row; static. The neighbours of a token are then
+        the tokens beside it, so that shifts and masks do what takes gathers otherwise.
+      packed: False if no row holds more than one segment; static. Then `starts` is False everywhere.
+    """
+
+    ids: Int[Array, "b t"]
+    numbers: Int[Array, "b t"]
+    positions: Int[Array, "b t"]
+    starts: Bool[Array, "b t"]
+    padding: Padding = "anywhere"
+    packed: bool = True
+
+    @classmethod
+    def of(
+        cls, segment_ids: "SegmentIds", *, padding: Padding = "anywhere", packed: bool = True
+    ) -> "Segments | None":
+        """`segment_ids` as `Segments`; None and `Segments` come back as they are.
+
+        Args:
+          segment_ids: (b, t), integers.
+          padding, packed: what is known of the ids beforehand. They are trusted: wrong ones give wrong results.
+
+        Raises:
+          ValueError: `padding` is not "anywhere" or "end".
+        """
+        if padding not in ("anywhere", "end"):
+            raise ValueError(f"padding={padding!r}; expected 'anywhere' or 'end'")
+        if segment_ids is None or isinstance(segment_ids, Segments):
+            return segment_ids
+        real = segment_ids != 0
+        count = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+        if not packed:
+            numbers, positions = real.astype(jnp.int32), jnp.maximum(count, 0)
+            return cls(segment_ids, numbers, positions, jnp.zeros_like(real), padding, packed)
+        starts = _starts_at_end(segment_ids) if padding == "end" else _starts_anywhere(segment_ids)
+        numbers = jnp.where(real, 1 + jnp.cumsum(starts, axis=1, dtype=jnp.int32), 0)
+        first = jax.lax.cummax(jnp.where(starts, count, 0), axis=1)
+        return cls(segment_ids, numbers, jnp.maximum(count - first, 0), starts, padding, packed)
+
+    @property
+    def real(self) -> Bool[Array, "b t"]:
+        """True for tokens, False for padding."""
+        return self.ids != 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(b, t)."""
+        return self.ids.shape
+
+    def cut(self, start: int, stop: int) -> "Segments":
+        """The segments of tokens `start` to `stop`, numbered anew."""
+        return Segments.of(self.ids[:, start:stop], padding=self.padding, packed=self.packed)
+
+
+SegmentIds = Int[Array, "b t"] | Segments | None
+
+
+def _starts_at_end(ids):
+    before = jnp.pad(ids, ((0, 0), (1, 0)))[:, :-1]
+    return (ids != 0) & (before != 0) & (ids != before)
+
+
+def _starts_anywhere(ids):
+    before = jnp.pad(last_real_id(ids), ((0, 0), (1, 0)))[:, :-1]
+    return (ids != 0) & (before != 0) & (ids != before)
+
+
+def last_real_id(segment_ids: Int[Array, "b t"], before: Int[Array, "b"] | None = None) -> Int[Array, "b t"]:
     """The id of the last real token up to and including each position, (b, t); `before` (b), or 0, until there is one."""
     time = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     index = jax.lax.cummax(jnp.where(segment_ids != 0, time[None], -1), axis=1)
@@ -18,13 +111,24 @@ def last_real_id(segment_ids: jax.Array, before: jax.Array | None = None) -> jax
     return jnp.where(index >= 0, ids, first[:, None])
 
 
-def segment_starts(segment_ids: jax.Array) -> jax.Array:
-    """True (b, t) at the first token of every segment but the row's first: where a state must be forgotten."""
-    before = jnp.pad(last_real_id(segment_ids), ((0, 0), (1, 0)))[:, :-1]
-    return (segment_ids != 0) & (before != 0) & (segment_ids != before)
+def select_real(x: Num[Array, "b t *f"], segment_ids: SegmentIds) -> Num[Array, "b t *f"]:
+    """x where there are tokens, and zero at padding, whatever stands there."""
+    if segment_ids is None:
+        return x
+    real = segment_ids.real if isinstance(segment_ids, Segments) else segment_ids != 0
+    return jnp.where(jnp.expand_dims(real, tuple(range(2, x.ndim))), x, 0)
 
 
-def segment_numbers(segment_ids: jax.Array) -> jax.Array:
-    """Numbers the segments of a row 1, 2, ... and padding 0, so that two tokens share a segment iff numbers agree."""
-    number = 1 + jnp.cumsum(segment_starts(segment_ids), axis=1, dtype=jnp.int32)
-    return jnp.where(segment_ids != 0, number, 0)
+def segment_starts(segment_ids: SegmentIds) -> Bool[Array, "b t"]:
+    """`Segments.starts`."""
+    return Segments.of(segment_ids).starts
+
+
+def segment_numbers(segment_ids: SegmentIds) -> Int[Array, "b t"]:
+    """`Segments.numbers`."""
+    return Segments.of(segment_ids).numbers
+
+
+def segment_positions(segment_ids: SegmentIds) -> Int[Array, "b t"]:
+    """`Segments.positions`."""
+    return Segments.of(segment_ids).positions

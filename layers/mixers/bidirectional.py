@@ -11,7 +11,8 @@ from layers import mixers
 from layers.parameters import linear
 from layers.parts.carry import check_inputs, refuse_state
 from layers.parts.each_segment import reverse
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 PROJECTIONS = ("input", "output")
 
@@ -95,7 +96,7 @@ class Bidirectional(nnx.Module):
         x: Float[Array, "b t d"],
         state: None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         check_inputs("Bidirectional", x, self.config.width, segment_ids)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.attention.options import segment_positions
-from layers.kernels.segments import last_real_id, segment_numbers
+from layers.kernels.segments import SegmentIds, last_real_id, segment_numbers
 from layers.typing import Array, Bool, Int, Num
 
 
@@ -33,14 +33,14 @@ def check_inputs(mixer: str, x: jax.Array, width: int, segment_ids: jax.Array | 
             raise TypeError(f"segment_ids of {mixer} has dtype {segment_ids.dtype}; expected an integer type")
 
 
-def mask_padding(x: Num[Array, "b t *f"], segment_ids: Int[Array, "b t"] | None) -> Num[Array, "b t *f"]:
+def mask_padding(x: Num[Array, "b t *f"], segment_ids: SegmentIds) -> Num[Array, "b t *f"]:
     """Zeroes the features of padding tokens."""
     if segment_ids is None:
         return x
     return jnp.where(jnp.expand_dims(segment_ids != 0, tuple(range(2, x.ndim))), x, 0)
 
 
-def continues(segment: Int[Array, "b"], segment_ids: Int[Array, "b t"] | None) -> Bool[Array, "b"]:
+def continues(segment: Int[Array, "b"], segment_ids: SegmentIds) -> Bool[Array, "b"]:
     """Whether the state of each row belongs to the first real token of this call."""
     if segment_ids is None or segment_ids.shape[1] == 0:
         return jnp.ones(segment.shape, bool)
@@ -49,9 +49,7 @@ def continues(segment: Int[Array, "b"], segment_ids: Int[Array, "b t"] | None) -
     return (segment == 0) | (first == 0) | (first == segment)
 
 
-def next_segment(
-    segment: Int[Array, "b"], segment_ids: Int[Array, "b t"] | None, time: int
-) -> Int[Array, "b"]:
+def next_segment(segment: Int[Array, "b"], segment_ids: SegmentIds, time: int) -> Int[Array, "b"]:
     """The id to remember after a call of `time` tokens. Without ids, rows that had none yet count as segment 1."""
     if time == 0:
         return segment
@@ -86,7 +84,7 @@ def start(batch_size: int) -> Place:
 
 
 def walk(
-    place: Place, segment_ids: Int[Array, "b t"] | None, shape: tuple[int, int]
+    place: Place, segment_ids: SegmentIds, shape: tuple[int, int]
 ) -> tuple[Int[Array, "b t"], Int[Array, "b t"], Place]:
     """Number of the segment, counted over all calls, and position in it of every new token; and the new place.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.kernels.delta_rule import delta_rule
+from layers.kernels.segments import SegmentIds
 from layers.parameters import linear
 from layers.parts.carry import continues, enter, next_segment
 from layers.parts.heads import split_heads
@@ -69,7 +70,7 @@ class DeltaMemory(nnx.Module):
         state: DeltaState | None,
         *,
         log_decay: Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
-        segment_ids: Int[Array, "b t"] | None,
+        segment_ids: SegmentIds,
     ) -> tuple[Float[Array, "b t h v"], DeltaState | None]:
         """What the queries read, and the state after the last token if one was given."""
         memory = inputs = None

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layers.kernels.segments import SegmentIds
 from layers.parts.carry import mask_padding
 from layers.parts.segmented_convolution import Packing, move, pack
 from layers.typing import Array, Bool, Float, Int
@@ -24,7 +25,7 @@ def each_segment(
     weights: Any,
     x: Float[Array, "b t d"],
     *,
-    segment_ids: Int[Array, "b t"] | None,
+    segment_ids: SegmentIds,
 ) -> Float[Array, "b t f"]:
     """y = mix(weights, x, lengths) on every segment by itself.
 
@@ -46,9 +47,7 @@ def inside(lengths: Int[Array, "b"], time: int) -> Bool[Array, "b t"]:
     return jnp.arange(time)[None] < lengths[:, None]
 
 
-def reverse(
-    x: Float[Array, "b t *f"], segment_ids: Int[Array, "b t"] | None = None
-) -> Float[Array, "b t *f"]:
+def reverse(x: Float[Array, "b t *f"], segment_ids: SegmentIds = None) -> Float[Array, "b t *f"]:
     """The tokens of every segment in the reverse order, in the places of that segment; padding stays where it is."""
     if segment_ids is None:
         return x[:, ::-1]

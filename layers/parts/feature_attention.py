@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 
 from layers.kernels.gated_linear_attention import SMALLEST_DENOMINATOR, gated_linear_attention
+from layers.kernels.segments import SegmentIds
 from layers.parts.carry import refuse_state
 from layers.parts.heads import MemoryState, remember
-from layers.typing import Array, Float, Int
+from layers.typing import Array, Float
 
 
 def feature_attention(
@@ -15,7 +16,7 @@ def feature_attention(
     state: MemoryState | None,
     *,
     causal: bool,
-    segment_ids: Int[Array, "b t"] | None,
+    segment_ids: SegmentIds,
 ) -> tuple[Float[Array, "b t h v"], MemoryState | None]:
     """o_i = sum_j (q_i . k_j) v_j / sum_j (q_i . k_j) over j <= i, or over all j of the segment, for features q, k >= 0.
 

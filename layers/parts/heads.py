@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.kernels.gated_linear_attention import gated_linear_attention
+from layers.kernels.segments import SegmentIds
 from layers.parameters import NO_DECAY, parameter
 from layers.parts.carry import continues, enter, next_segment
 from layers.typing import Array, Float, Int
@@ -84,7 +85,7 @@ def remember(
     v: Float[Array, "b t g v"],
     state: MemoryState | None,
     *,
-    segment_ids: Int[Array, "b t"] | None,
+    segment_ids: SegmentIds,
     **options: Any,
 ) -> tuple[Float[Array, "b t h v"], MemoryState | None]:
     """`gated_linear_attention` with these options, from and to the state of a mixer."""

@@ -10,7 +10,8 @@ from layers.kernels.ssm_kernel import ssm_kernel
 from layers.parameters import NO_DECAY, parameter
 from layers.parts.segmented_convolution import convolve
 from layers.parts.state_space import run_modes
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 
 class MovingAverage(nnx.Module):
@@ -51,7 +52,7 @@ class MovingAverage(nnx.Module):
         x: Float[Array, "b t d"],
         h: Float[Array, "b d n"] | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b d n"] | None]:
         """The averages of x, and the last h; one given here must already be that of the first segment."""
         alpha, delta = jax.nn.sigmoid(self.alpha[...]), jax.nn.sigmoid(self.delta[...])

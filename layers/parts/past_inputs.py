@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from layers.kernels.segments import SegmentIds
 from layers.parts.carry import Place, continues, enter, start, walk
 from layers.parts.segmented_convolution import convolve, remember
-from layers.typing import Array, Bool, Float, Int
+from layers.typing import Array, Bool, Float
 
 
 class PastInputs(NamedTuple):
@@ -32,7 +33,7 @@ def no_inputs(batch_size: int, *, filters: int, taps: int, width: int, max_lengt
 
 
 def resume(
-    past: PastInputs, taps: int, segment_ids: Int[Array, "b t"] | None, shape: tuple[int, int]
+    past: PastInputs, taps: int, segment_ids: SegmentIds, shape: tuple[int, int]
 ) -> tuple[PastInputs, Bool[Array, "b t"]]:
     """The inputs that the first segment of this call continues, beside the place after the call.
 
@@ -50,7 +51,7 @@ def filter_next(
     x: Float[Array, "b t d"],
     kernel: Float[Array, "d l"],
     past: Float[Array, "b s d"],
-    segment_ids: Int[Array, "b t"] | None,
+    segment_ids: SegmentIds,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b s d"]]:
     """The causal convolution of x as it follows the past inputs, and the inputs to keep."""
     y = convolve(x, kernel[:, : past.shape[1] + 1], past=past, segment_ids=segment_ids)

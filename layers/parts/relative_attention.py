@@ -9,6 +9,7 @@ from layers.kernels.attention import attention
 from layers.kernels.attention.options import segment_positions
 from layers.kernels.segments import segment_numbers
 from layers.positions import Position
+from layers.segments import SegmentIds
 from layers.typing import Array, Float, Int
 
 # Queries whose bias is computed at once: memory is heads x this x keys instead of heads x queries x keys.
@@ -21,7 +22,7 @@ def relative_attention(
     k: Float[Array, "b s g k"],
     v: Float[Array, "b s g v"],
     *,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
     kv_segment_ids: Int[Array, "b s"] | None = None,
     q_positions: Int[Array, "#b t"] | None = None,
     kv_positions: Int[Array, "#b s"] | None = None,

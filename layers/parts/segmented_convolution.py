@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from layers.kernels.long_conv import long_conv
 from layers.kernels.segments import segment_numbers
 from layers.parts.carry import mask_padding
+from layers.segments import SegmentIds
 from layers.typing import Array, Float, Int, Num
 
 
@@ -49,7 +50,7 @@ def convolve(
     *,
     ahead: Float[Array, "d m"] | None = None,
     past: Float[Array, "b s d"] | None = None,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
 ) -> Float[Array, "b t d"]:
     """y_t = sum_j kernel_j x_{t-j} + sum_j ahead_j x_{t+1+j}, over the tokens of the segment of t.
 
@@ -70,7 +71,7 @@ def convolve(
 
 
 def remember(
-    past: Float[Array, "b s d"], x: Float[Array, "b t d"], segment_ids: Int[Array, "b t"] | None
+    past: Float[Array, "b s d"], x: Float[Array, "b t d"], segment_ids: SegmentIds
 ) -> Float[Array, "b s d"]:
     """The last s inputs of the current segment, the latest last, with zeros before its beginning.
 

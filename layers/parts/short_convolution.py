@@ -7,7 +7,8 @@ from flax import nnx
 
 from layers.kernels.short_conv import WIDTHS, short_conv
 from layers.parameters import NO_DECAY, Initializer, parameter, uniform_fan_in
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 
 class ShortConvolution(nnx.Module):
@@ -45,7 +46,7 @@ class ShortConvolution(nnx.Module):
         x: Float[Array, "b t d"],
         state: Float[Array, "b memory d"] | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b memory d"]]:
         """The filtered input, and the last inputs; a state given here must already be that of the first segment."""
         return short_conv(

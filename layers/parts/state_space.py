@@ -10,7 +10,8 @@ from flax import nnx
 from layers.kernels.linear_recurrence import linear_recurrence
 from layers.parameters import Initializer, parameter
 from layers.parts.carry import continues, enter, next_segment
-from layers.typing import Array, Complex, Float, Int, Num
+from layers.segments import SegmentIds
+from layers.typing import Array, Complex, Float, Num
 
 # A stretch that is run at once: bounds the states that are held, b t d n of them.
 STRETCH = 64
@@ -83,7 +84,7 @@ def run_modes(
     x: Float[Array, "b t d"],
     h: Complex[Array, "b d n"],
     *,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
 ) -> tuple[Float[Array, "b t d"], Complex[Array, "b d n"]]:
     """y_t = Re sum_n c_n h_tn with h_t = a h_{t-1} + b x_t for every channel: the recurrence of a diagonal system.
 

@@ -9,6 +9,7 @@ from layers.kernels.attention import attention_with_lse, compose
 from layers.kernels.attention.options import segment_positions
 from layers.kernels.segments import segment_numbers
 from layers.positions import Position, rotary
+from layers.segments import SegmentIds
 from layers.typing import Array, Float, Int
 
 
@@ -22,7 +23,7 @@ def streaming_attention(
     window: int,
     sink_tokens: int,
     sink_logits: Float[Array, "h"] | None = None,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
     kv_segment_ids: Int[Array, "b s"] | None = None,
     q_positions: Int[Array, "#b t"] | None = None,
     kv_positions: Int[Array, "#b s"] | None = None,

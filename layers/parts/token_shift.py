@@ -3,14 +3,15 @@
 import jax.numpy as jnp
 
 from layers.kernels.short_conv import short_conv
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 
 def token_shift(
     x: Float[Array, "b t d"],
     last: Float[Array, "b 1 d"] | None = None,
     *,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b 1 d"]]:
     """x_{t-1} for every t, zero at the start of a segment; and the last input, to be handed to the next call.
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 
 from layers.parts.carry import mask_padding
 from layers.parts.segmented_convolution import move, pack
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 
 def window_sum(
@@ -13,7 +14,7 @@ def window_sum(
     weights: Float[Array, "#b #t h w"],
     past: Float[Array, "b s d"],
     *,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
 ) -> Float[Array, "b t d"]:
     """y_t = sum_{j<w} weights_{t,h,j} x_{t-(w-1)+j} for the d / h neighbouring channels of every head h, in float32.
 

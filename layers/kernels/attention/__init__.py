@@ -9,6 +9,7 @@ from layers.kernels import checks
 from layers.kernels.attention import cudnn, reference, xla
 from layers.kernels.attention.options import Options, check
 from layers.kernels.dispatch import Implementation, dispatch
+from layers.kernels.segments import SegmentIds
 from layers.typing import Array, Float, Int
 
 __all__ = ["Piece", "attention", "attention_with_lse", "compose"]
@@ -37,7 +38,7 @@ def attention(
     logit_cap: float | None = None,
     sink_logits: Float[Array, "h"] | None = None,
     scale: float | None = None,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
     kv_segment_ids: Int[Array, "b s"] | None = None,
     q_positions: Int[Array, "#b t"] | None = None,
     kv_positions: Int[Array, "#b s"] | None = None,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from layers.kernels import checks
 from layers.kernels.delta_rule import gpu, reference, xla
 from layers.kernels.dispatch import Implementation, dispatch
-from layers.typing import Array, Float, Int
+from layers.kernels.segments import SegmentIds
+from layers.typing import Array, Float
 
 __all__ = ["Piece", "compose", "delta_rule", "dplr_delta_rule", "summarize", "summarize_dplr"]
 
@@ -33,7 +34,7 @@ def delta_rule(
     scale: float | None = None,
     normalize_qk: bool = False,
     initial_state: Float[Array, "b h k v"] | None = None,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
     """Runs the delta rule, which corrects what the state holds at a key instead of adding to it.
@@ -99,7 +100,7 @@ def dplr_delta_rule(
     log_decay: Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
     scale: float | None = None,
     initial_state: Float[Array, "b h k v"] | None = None,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
     """Runs a linear recurrence whose transition is diagonal plus low-rank, the general form of the delta rules.
@@ -155,7 +156,8 @@ def _checked(name, implementations, impl, sizes, inputs, options, initial_state,
         checks.check_shape("log_decay", log_decay, "b t h k" if log_decay.ndim == 4 else "b t h", sizes)
     if initial_state is not None:
         checks.check_shape("initial_state", initial_state, "b h k v", sizes)
-    checks.check_segment_ids(segment_ids, sizes)
+    segments = checks.check_segment_ids(segment_ids, sizes)
+    segment_ids = None if segments is None else segments.ids
     if options["scale"] is None:
         options["scale"] = sizes["k"] ** -0.5
     if v.shape[1] == 0:
@@ -183,7 +185,7 @@ def summarize(
     *,
     log_decay: Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
     normalize_k: bool = False,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> Piece:
     """The effect of a stretch on the state that enters it: a transition (b, h, k, k) and a state (b, h, k, v).
@@ -204,7 +206,7 @@ def summarize_dplr(
     b: Float[Array, "b t h k"],
     *,
     log_decay: Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> Piece:
     """As `summarize`, for `dplr_delta_rule`."""

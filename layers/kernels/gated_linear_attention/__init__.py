@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from layers.kernels import checks
 from layers.kernels.dispatch import Implementation, dispatch
 from layers.kernels.gated_linear_attention import gpu, reference, tpu, xla
-from layers.kernels.segments import segment_starts
-from layers.typing import Array, Float, Int
+from layers.kernels.segments import SegmentIds, segment_starts
+from layers.typing import Array, Float
 
 __all__ = ["SMALLEST_DENOMINATOR", "Piece", "compose", "gated_linear_attention", "summarize"]
 
@@ -36,7 +36,7 @@ def gated_linear_attention(
     scale: float | None = None,
     normalize: bool = False,
     initial_state: Float[Array, "b h k s"] | None = None,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k s"]]:
     """Attention whose scores are products, summed up in a matrix state that decays.
@@ -128,7 +128,7 @@ def summarize(
     *,
     log_decay: LogDecay | None = None,
     normalize: bool = False,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> Piece:
     """The effect of a stretch on the state that enters it: decay (b, h, k or 1, 1) and state (b, h, k, v or v + 1).
@@ -185,7 +185,8 @@ def _check(*, k, v, log_decay, segment_ids, q=None):
             raise ValueError(
                 f"{name} has {count} heads; expected a count that divides the largest, {sizes['h']}"
             )
-    checks.check_segment_ids(segment_ids, sizes)
+    segments = checks.check_segment_ids(segment_ids, sizes)
+    segment_ids = None if segments is None else segments.ids
     return sizes
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from layers.kernels import checks
 from layers.kernels.dispatch import Implementation, dispatch
 from layers.kernels.linear_recurrence import gpu, reference, tpu, xla
-from layers.typing import Array, Int, Num
+from layers.kernels.segments import SegmentIds
+from layers.typing import Array, Num
 
 __all__ = ["Piece", "compose", "linear_recurrence", "summarize"]
 
@@ -25,7 +26,7 @@ def linear_recurrence(
     x: Num[Array, "b t d"],
     *,
     initial_state: Num[Array, "b d"] | None = None,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
     reverse: bool = False,
     impl: str | None = None,
 ) -> tuple[Num[Array, "b t d"], Num[Array, "b d"]]:
@@ -56,7 +57,8 @@ def linear_recurrence(
     checks.check_shape("a", a, "b|1 t|1 d", sizes)
     if initial_state is not None:
         checks.check_shape("initial_state", initial_state, "b d", sizes)
-    checks.check_segment_ids(segment_ids, sizes)
+    segments = checks.check_segment_ids(segment_ids, sizes)
+    segment_ids = None if segments is None else segments.ids
     if (
         initial_state is not None
         and jnp.iscomplexobj(initial_state)
@@ -96,7 +98,7 @@ def summarize(
     a: Num[Array, "#b #t d"],
     x: Num[Array, "b t d"],
     *,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
     reverse: bool = False,
     impl: str | None = None,
 ) -> Piece:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from layers.kernels import checks
 from layers.kernels.dispatch import Implementation, dispatch
-from layers.kernels.segments import segment_starts
+from layers.kernels.segments import SegmentIds, segment_starts
 from layers.kernels.selective_scan import reference, xla
-from layers.typing import Array, Float, Int
+from layers.typing import Array, Float
 
 __all__ = ["Piece", "compose", "selective_scan", "summarize"]
 
@@ -31,7 +31,7 @@ def selective_scan(
     dt_bias: Float[Array, " d"] | None = None,
     dt_softplus: bool = False,
     initial_state: Float[Array, "b d n"] | None = None,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b d n"]]:
     """Runs a diagonal state space of n states a channel whose step size, input and output depend on the token.
@@ -96,7 +96,8 @@ def _check(arrays, initial_state, segment_ids):
         )
     if initial_state is not None:
         checks.check_shape("initial_state", initial_state, "b d n", sizes)
-    checks.check_segment_ids(segment_ids, sizes)
+    segments = checks.check_segment_ids(segment_ids, sizes)
+    segment_ids = None if segments is None else segments.ids
 
 
 class Piece(NamedTuple):
@@ -114,7 +115,7 @@ def summarize(
     *,
     dt_bias: Float[Array, " d"] | None = None,
     dt_softplus: bool = False,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> Piece:
     """The effect of a stretch on the state that enters it, as a `Piece` with leaves (b, d, n).

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from layers.kernels import checks
 from layers.kernels.dispatch import Implementation, dispatch
-from layers.kernels.segments import segment_starts
+from layers.kernels.segments import SegmentIds, segment_starts
 from layers.kernels.short_conv import reference, xla
-from layers.typing import Array, Float, Int
+from layers.typing import Array, Float
 
 __all__ = ["Piece", "compose", "short_conv", "summarize"]
 
@@ -28,7 +28,7 @@ def short_conv(
     *,
     activation: str | None = None,
     initial_state: Float[Array, "b w-1 d"] | None = None,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b w-1 d"]]:
     """Convolves every channel with its own w taps, the last of which is for the current token.
@@ -72,7 +72,8 @@ def short_conv(
     sizes["m"] = sizes["w"] - 1
     if initial_state is not None:
         checks.check_shape("initial_state", initial_state, "b m d", sizes)
-    checks.check_segment_ids(segment_ids, sizes)
+    segments = checks.check_segment_ids(segment_ids, sizes)
+    segment_ids = None if segments is None else segments.ids
     if x.shape[1] == 0:
         dtype = checks.accumulation_dtype(x, weight, bias, initial_state)
         if initial_state is None:
@@ -102,7 +103,7 @@ class Piece(NamedTuple):
     state: jax.Array
 
 
-def summarize(x: Float[Array, "b t d"], width: int, *, segment_ids: Int[Array, "b t"] | None = None) -> Piece:
+def summarize(x: Float[Array, "b t d"], width: int, *, segment_ids: SegmentIds = None) -> Piece:
     """The effect of a stretch on the state of a convolution with `width` taps: leaves (b,) and (b, w - 1, d).
 
     The first real token of the stretch is taken to continue what came before; where it starts a segment instead, set
@@ -111,7 +112,8 @@ def summarize(x: Float[Array, "b t d"], width: int, *, segment_ids: Int[Array, "
     sizes: dict[str, int] = {}
     checks.check_real(x=x)
     checks.check_shape("x", x, "b t d", sizes)
-    checks.check_segment_ids(segment_ids, sizes)
+    segments = checks.check_segment_ids(segment_ids, sizes)
+    segment_ids = None if segments is None else segments.ids
     if width not in WIDTHS:
         raise ValueError(f"width={width}; expected {WIDTHS[0]} to {WIDTHS[-1]}")
     memory = width - 1

@@ -16,6 +16,7 @@ from layers.parts.heads import join_heads, shared_heads, split_heads
 from layers.parts.relative_attention import relative_attention
 from layers.parts.streaming_attention import streaming_attention
 from layers.positions import Position, PositionConfig, Rotary, read_position
+from layers.segments import SegmentIds
 from layers.typing import Array, Float, Int
 
 
@@ -153,7 +154,7 @@ class Attention(nnx.Module):
         x: Float[Array, "b t d"],
         state: Cache | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config
@@ -193,7 +194,7 @@ class Attention(nnx.Module):
         return self.finish(jnp.where(beyond[..., None, None], jnp.nan, o), x), state
 
     def project(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], segment_ids: Int[Array, "b t"] | None
+        self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], segment_ids: SegmentIds
     ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
         """Queries, keys and values of every token, normalised and rotated as the options say."""
         q, k, v = self.heads(x)

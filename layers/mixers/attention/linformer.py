@@ -13,7 +13,8 @@ from layers.parameters import linear, parameter
 from layers.parts.carry import check_inputs, refuse_state
 from layers.parts.each_segment import each_segment
 from layers.parts.heads import join_heads, split_heads
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 # Xavier with gain 1 / sqrt(2), as the authors' code draws all matrices of the layer.
 _projection = nnx.initializers.variance_scaling(
@@ -86,7 +87,7 @@ class Linformer(nnx.Module):
         x: Float[Array, "b t d"],
         state: None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

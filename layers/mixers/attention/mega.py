@@ -17,7 +17,8 @@ from layers.parts.carry import check_inputs, continues, enter, refuse_state, wal
 from layers.parts.moving_average import MovingAverage
 from layers.parts.segmented_convolution import move, pack
 from layers.positions import rotary
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 _normal = nnx.initializers.normal(0.02)
 
@@ -135,7 +136,7 @@ class Mega(nnx.Module):
         x: Float[Array, "b t d"],
         state: MegaState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], MegaState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

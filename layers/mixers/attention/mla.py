@@ -16,7 +16,8 @@ from layers.parts.carry import check_inputs, walk
 from layers.parts.heads import join_heads, split_heads
 from layers.positions import PositionConfig, Rotary, read_position, rotary
 from layers.positions.position import NoPosition
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ class MLA(nnx.Module):
         x: Float[Array, "b t d"],
         state: Cache | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

@@ -10,6 +10,7 @@ from flax import nnx
 from layers.kernels.segments import segment_numbers
 from layers.mixers.attention.attention import Attention, AttentionConfig
 from layers.parameters import NO_DECAY, parameter
+from layers.segments import SegmentIds
 from layers.typing import Array, Float, Int
 
 # The first coefficient of log n, as in the authors' code for training from scratch.
@@ -70,7 +71,7 @@ class SelectiveAttention(Attention):
         self.alpha = parameter(rngs, start, (), **NO_DECAY) if config.position_temperature else None
 
     def project(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], segment_ids: Int[Array, "b t"] | None
+        self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], segment_ids: SegmentIds
     ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
         """Rotated queries and keys, and values, the first and last scaled by their temperatures."""
         q, k, v = self.heads(x)

@@ -12,7 +12,8 @@ from layers.parts.implicit_filter import ImplicitFilter
 from layers.parts.past_inputs import PastInputs, filter_next, no_inputs, resume
 from layers.parts.segmented_convolution import convolve
 from layers.parts.short_convolution import ShortConvolution
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Hyena(nnx.Module):
         x: Float[Array, "b t d"],
         state: HyenaState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], HyenaState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config, shape = self.config, x.shape[:2]

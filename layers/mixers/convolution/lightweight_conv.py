@@ -12,6 +12,7 @@ from layers.parameters import linear, parameter
 from layers.parts.carry import check_inputs, continues, enter, next_segment
 from layers.parts.segmented_convolution import remember
 from layers.parts.window import window_sum
+from layers.segments import SegmentIds
 from layers.typing import Array, Float, Int
 
 _xavier = nnx.initializers.xavier_uniform()
@@ -72,7 +73,7 @@ class LightweightConv(nnx.Module):
         x: Float[Array, "b t d"],
         state: WindowState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], WindowState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         check_inputs("LightweightConv", x, self.config.width, segment_ids)
@@ -108,7 +109,7 @@ class DynamicConv(nnx.Module):
         x: Float[Array, "b t d"],
         state: WindowState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], WindowState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         check_inputs("DynamicConv", x, self.config.width, segment_ids)

@@ -12,7 +12,8 @@ from layers.parameters import Constant, parameter
 from layers.parts.carry import check_inputs, refuse_state
 from layers.parts.past_inputs import PastInputs, filter_next, no_inputs, resume
 from layers.parts.segmented_convolution import convolve
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ class SGConv(nnx.Module):
         x: Float[Array, "b t d"],
         state: PastInputs | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], PastInputs | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

@@ -11,7 +11,8 @@ from layers.parts.carry import check_inputs
 from layers.parts.decay import SoftplusDecay
 from layers.parts.delta_memory import DeltaMemory, DeltaState
 from layers.parts.heads import HeadNorm, head_size, multiplied_heads
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ class GatedDeltaNet(nnx.Module):
         x: Float[Array, "b t d"],
         state: DeltaState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], DeltaState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         check_inputs("Gated DeltaNet", x, self.config.width, segment_ids)

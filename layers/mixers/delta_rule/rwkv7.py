@@ -15,6 +15,7 @@ from layers.parts.carry import check_inputs, continues, enter, next_segment
 from layers.parts.heads import HeadLayerNorm, join_heads, split_heads
 from layers.parts.low_rank import LowRank
 from layers.parts.token_shift import token_shift
+from layers.segments import SegmentIds
 from layers.typing import Array, Float, Int
 
 STREAMS = ("r", "w", "k", "v", "a", "g")
@@ -139,7 +140,7 @@ class RWKV7(nnx.Module):
         x: Float[Array, "b t d"],
         state: RWKV7State | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], RWKV7State | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.kernels.gated_linear_attention import gated_linear_attention
+from layers.mixer import Mixer
 from layers.parameters import linear, xavier_uniform
-from layers.parts.carry import check_inputs, continues, enter
-from layers.parts.heads import HeadNorm, MemoryState, head_size, remember, shared_heads, split_heads
+from layers.parts.heads import HeadNorm, head_size, shared_heads, split_heads
 from layers.parts.low_rank import LowRank
 from layers.parts.short_convolution import ShortConvolution
-from layers.typing import Array, Float, Int
+from layers.segments import Segments
+from layers.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +63,14 @@ class GLAConfig:
         return shared_heads(self)
 
 
-class GLAState(NamedTuple):
-    """The matrix memory of every head, float32, the last inputs of the convolutions if there are, and the segment."""
+class GLACarry(NamedTuple):
+    """What `GLA` carries: the matrix memory of every head, float32, and the last inputs of its convolutions, if any."""
 
     memory: Float[Array, "b h k v"]
     inputs: Float[Array, "b w-1 n"] | None
-    segment: Int[Array, "b"]
 
 
-class GLA(nnx.Module):
+class GLA(Mixer):
     """GLA: gated linear attention (Yang et al. 2023, arXiv:2312.06635).
 
         q, k, v = W_q x, W_k x, W_v x                                  with taps, silu(conv(.)) of each
@@ -81,14 +82,12 @@ class GLA(nnx.Module):
     the gate without bias are those of their later layer, as are convolutions and shared keys and values.
     """
 
-    causal = True
-
     def __init__(self, config: GLAConfig, *, rngs: nnx.Rngs):
         self.config = config
         key_dim, value_dim = config.sizes
         queries, values = config.heads * key_dim, config.heads * value_dim
         keys, shared_values = config.groups * key_dim, config.groups * value_dim
-        options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
+        options = {"axes": ("embed", "heads"), "bias": False, "dtype": config.dtype, "rngs": rngs}
         small = xavier_uniform(2**-2.5)
         self.query = linear(config.width, queries, init=small, **options)
         self.key = linear(config.width, keys, init=small, **options)
@@ -102,42 +101,29 @@ class GLA(nnx.Module):
             config.width, config.gate_rank, keys, init=(small, small), dtype=config.dtype, rngs=rngs
         )
         self.norm = HeadNorm(value_dim, gate="silu", epsilon=config.epsilon, dtype=config.dtype, rngs=rngs)
-        self.output = linear(values, config.width, **options)
+        self.output = linear(values, config.width, **options | {"axes": ("heads", "embed")})
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> GLAState:
-        """The zero state; its size does not depend on the length."""
-        return GLAState(
+    def initial(self, batch_size: int, max_length: int | None) -> GLACarry:
+        return GLACarry(
             jnp.zeros((batch_size, self.config.heads, *self.config.sizes), jnp.float32),
             None if self.convolution is None else self.convolution.init_state(batch_size),
-            jnp.zeros(batch_size, jnp.int32),
         )
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: GLAState | None = None,
-        *,
-        segment_ids: Int[Array, "b t"] | None = None,
-    ) -> tuple[Float[Array, "b t d"], GLAState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+    def mix(
+        self, x: Float[Array, "b t d"], carried: GLACarry | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], GLACarry]:
         config = self.config
-        check_inputs("GLA", x, config.width, segment_ids)
+        memory, inputs = (None, None) if carried is None else carried
         log_decay = jax.nn.log_sigmoid(self.decay(x)) / config.temperature
-        qkv, inputs = (self.query(x), self.key(x), self.value(x)), None
+        qkv = self.query(x), self.key(x), self.value(x)
         if self.convolution is not None:
-            if state is not None:
-                inputs = enter(state.inputs, continues(state.segment, segment_ids))
             ends = (qkv[0].shape[2], qkv[0].shape[2] + qkv[1].shape[2])
-            joined, inputs = self.convolution(jnp.concatenate(qkv, axis=-1), inputs, segment_ids=segment_ids)
+            joined, inputs = self.convolution(jnp.concatenate(qkv, axis=-1), inputs, segment_ids=segments)
             qkv = jnp.split(joined, ends, axis=-1)
         heads = (config.heads, config.groups, config.groups)
-        o, after = remember(
-            *(split_heads(part, count) for part, count in zip(qkv, heads, strict=True)),
-            None if state is None else MemoryState(state.memory, state.segment),
-            log_decay=jnp.repeat(
-                split_heads(log_decay, config.groups), config.heads // config.groups, axis=2
-            ),
-            segment_ids=segment_ids,
+        q, k, v = (split_heads(part, count) for part, count in zip(qkv, heads, strict=True))
+        log_decay = jnp.repeat(split_heads(log_decay, config.groups), config.heads // config.groups, axis=2)
+        o, memory = gated_linear_attention(
+            q, k, v, log_decay=log_decay, initial_state=memory, segment_ids=segments
         )
-        y = self.output(self.norm(o, self.gate(x)))
-        return y, None if after is None else GLAState(after.memory, inputs, after.segment)
+        return self.output(self.norm(o, self.gate(x))), GLACarry(memory, inputs)

@@ -12,7 +12,8 @@ from layers.norms import NormConfig, RMSNorm
 from layers.parameters import Constant, linear
 from layers.parts.carry import check_inputs
 from layers.parts.heads import MemoryState, head_size, join_heads, remember, split_heads
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ class LightningAttention(nnx.Module):
         x: Float[Array, "b t d"],
         state: MemoryState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], MemoryState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

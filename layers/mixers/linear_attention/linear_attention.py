@@ -11,7 +11,8 @@ from layers.parameters import linear
 from layers.parts.carry import check_inputs
 from layers.parts.feature_attention import feature_attention
 from layers.parts.heads import MemoryState, head_size, join_heads, split_heads
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class LinearAttention(nnx.Module):
         x: Float[Array, "b t d"],
         state: MemoryState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], MemoryState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

@@ -11,7 +11,8 @@ from layers.parameters import Constant, linear
 from layers.parts.carry import check_inputs
 from layers.parts.feature_attention import feature_attention
 from layers.parts.heads import MemoryState, head_size, join_heads, split_heads
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 # Bounds the exponents of keys, so that sums over a long sequence stay finite in float32.
 LARGEST_EXPONENT = 60.0
@@ -94,7 +95,7 @@ class Performer(nnx.Module):
         x: Float[Array, "b t d"],
         state: MemoryState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], MemoryState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

@@ -12,7 +12,8 @@ from layers.parameters import linear, xavier_uniform
 from layers.parts.carry import Place, check_inputs, continues, enter, start, walk
 from layers.parts.heads import HeadNorm, head_size, shared_heads, split_heads
 from layers.positions import rotary
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,7 @@ class RetNet(nnx.Module):
         x: Float[Array, "b t d"],
         state: RetNetState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], RetNetState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

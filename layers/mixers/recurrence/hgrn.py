@@ -12,6 +12,7 @@ from layers.kernels.linear_recurrence import linear_recurrence
 from layers.norms import make_norm
 from layers.parameters import NO_DECAY, Constant, linear
 from layers.parts.carry import check_inputs, continues, enter, next_segment
+from layers.segments import SegmentIds
 from layers.typing import Array, Float, Int, Num
 
 
@@ -105,7 +106,7 @@ class HGRN(nnx.Module):
         x: Float[Array, "b t d"],
         state: HGRNState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], HGRNState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

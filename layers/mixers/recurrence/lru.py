@@ -11,6 +11,7 @@ from flax import nnx
 from layers.kernels.linear_recurrence import linear_recurrence
 from layers.parameters import log_of_uniform, parameter
 from layers.parts.carry import check_inputs, continues, enter, next_segment
+from layers.segments import SegmentIds
 from layers.typing import Array, Complex, Float, Int
 
 
@@ -85,7 +86,7 @@ class LRU(nnx.Module):
         x: Float[Array, "b t d"],
         state: LRUState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], LRUState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         dtype = self.config.dtype

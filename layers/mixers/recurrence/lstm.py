@@ -10,6 +10,7 @@ from flax import nnx
 from layers.kernels.segments import segment_starts
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.parts.carry import check_inputs, continues, enter, next_segment
+from layers.segments import SegmentIds
 from layers.typing import Array, Float, Int
 
 
@@ -79,7 +80,7 @@ class LSTM(nnx.Module):
         x: Float[Array, "b t d"],
         state: LSTMState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], LSTMState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

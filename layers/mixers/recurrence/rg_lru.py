@@ -12,7 +12,8 @@ from layers.parameters import NO_DECAY, linear, parameter
 from layers.parts.carry import Place, check_inputs, continues, enter, start, walk
 from layers.parts.short_convolution import ShortConvolution
 from layers.parts.step_size import inverse_softplus
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 # The decay of a step is sigmoid(...) to the power of at most so much.
 POWER = 8.0
@@ -117,7 +118,7 @@ class RGLRU(nnx.Module):
         x: Float[Array, "b t d"],
         state: RGLRUState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], RGLRUState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

@@ -14,6 +14,7 @@ from layers.kernels.segments import segment_starts
 from layers.parameters import NO_DECAY, linear
 from layers.parts.carry import check_inputs, continues, enter, next_segment
 from layers.parts.token_shift import token_shift
+from layers.segments import SegmentIds
 from layers.typing import Array, Float, Int
 
 # The logarithm of no weight at all; sums of many of them are still numbers.
@@ -99,7 +100,7 @@ class RWKV4(nnx.Module):
         x: Float[Array, "b t d"],
         state: RWKV4State | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], RWKV4State | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config
@@ -135,7 +136,7 @@ def wkv(
     bonus: Float[Array, " d"],
     state: WKVState,
     *,
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: SegmentIds = None,
 ) -> tuple[Float[Array, "b t d"], WKVState]:
     """Averages of the values so far, for every channel by itself.
 

@@ -14,6 +14,7 @@ from layers.parameters import parameter
 from layers.parts.carry import check_inputs, continues, enter, next_segment
 from layers.parts.segmented_convolution import convolve
 from layers.parts.state_space import as_complex, check_steps, complex_normal, log_uniform, run_modes
+from layers.segments import SegmentIds
 from layers.typing import Array, Complex, Float, Int
 
 
@@ -92,7 +93,7 @@ class DSS(nnx.Module):
         x: Float[Array, "b t d"],
         state: DSSState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], DSSState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

@@ -13,6 +13,7 @@ from layers.parameters import linear, parameter
 from layers.parts.carry import check_inputs, continues, enter, next_segment
 from layers.parts.segmented_convolution import convolve
 from layers.parts.state_space import as_complex, complex_normal, run_modes
+from layers.segments import SegmentIds
 from layers.typing import Array, Complex, Float, Int
 
 STEP = 1.0
@@ -99,7 +100,7 @@ class GSS(nnx.Module):
         x: Float[Array, "b t d"],
         state: GSSState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], GSSState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config, time = self.config, x.shape[1]

@@ -13,6 +13,7 @@ from layers.parameters import linear, parameter
 from layers.parts.carry import check_inputs, continues, enter
 from layers.parts.segmented_convolution import convolve, remember
 from layers.parts.state_space import check_steps
+from layers.segments import SegmentIds
 from layers.typing import Array, Complex, Float, Int
 
 
@@ -109,7 +110,7 @@ class H3(nnx.Module):
         x: Float[Array, "b t d"],
         state: H3State | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], H3State | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         check_inputs("H3", x, self.config.width, segment_ids)

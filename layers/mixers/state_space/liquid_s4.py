@@ -9,7 +9,8 @@ from flax import nnx
 from layers.kernels.short_conv import short_conv
 from layers.mixers.state_space.s4 import S4, S4Config, S4State
 from layers.parts.carry import check_inputs, continues, enter
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ class LiquidS4(nnx.Module):
         x: Float[Array, "b t d"],
         state: LiquidS4State | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], LiquidS4State | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

@@ -14,6 +14,7 @@ from layers.parts.carry import check_inputs, continues, enter, next_segment
 from layers.parts.short_convolution import ShortConvolution
 from layers.parts.state_space import check_steps
 from layers.parts.step_size import step_size_bias
+from layers.segments import SegmentIds
 from layers.typing import Array, Float, Int
 
 
@@ -132,7 +133,7 @@ class Mamba(nnx.Module):
         x: Float[Array, "b t d"],
         state: MambaState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], MambaState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

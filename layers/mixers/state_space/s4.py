@@ -23,6 +23,7 @@ from layers.parts.state_space import (
     log_uniform,
     to_channels,
 )
+from layers.segments import SegmentIds
 from layers.typing import Array, Float, Int
 
 
@@ -110,7 +111,7 @@ class S4(nnx.Module):
         x: Float[Array, "b t d"],
         state: S4State | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], S4State | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

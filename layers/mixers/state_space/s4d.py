@@ -20,6 +20,7 @@ from layers.parts.state_space import (
     log_uniform,
     run_modes,
 )
+from layers.segments import SegmentIds
 from layers.typing import Array, Complex, Float, Int
 
 DISCRETIZATIONS = {"zoh": zoh, "bilinear": bilinear}
@@ -113,7 +114,7 @@ class S4D(nnx.Module):
         x: Float[Array, "b t d"],
         state: S4DState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], S4DState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

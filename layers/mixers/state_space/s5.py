@@ -14,6 +14,7 @@ from layers.kernels.ssm_kernel.discretize import bilinear, zoh
 from layers.parameters import parameter
 from layers.parts.carry import check_inputs, continues, enter, next_segment, refuse_state
 from layers.parts.state_space import check_steps, log_uniform
+from layers.segments import SegmentIds
 from layers.typing import Array, Complex, Float, Int
 
 DISCRETIZATIONS = {"zoh": zoh, "bilinear": bilinear}
@@ -126,7 +127,7 @@ class S5(nnx.Module):
         x: Float[Array, "b t d"],
         state: S5State | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], S5State | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

@@ -9,6 +9,7 @@ from flax import nnx
 
 from layers.parts.carry import check_inputs, refuse_state
 from layers.parts.each_segment import each_segment, inside
+from layers.segments import SegmentIds
 from layers.typing import Array, Complex, Float, Int
 
 
@@ -50,7 +51,7 @@ class FNet(nnx.Module):
         x: Float[Array, "b t d"],
         state: None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         check_inputs("FNet", x, self.config.width, segment_ids)

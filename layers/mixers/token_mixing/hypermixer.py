@@ -13,7 +13,8 @@ from layers.parameters import parameter
 from layers.parts.carry import check_inputs, refuse_state
 from layers.parts.each_segment import each_segment
 from layers.positions import sinusoidal
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 # Xavier with the gain of the authors' code, sqrt(2), for every head's matrix by itself.
 _xavier = nnx.initializers.variance_scaling(2.0, "fan_avg", "uniform", batch_axis=(0,))
@@ -81,7 +82,7 @@ class HyperMixer(nnx.Module):
         x: Float[Array, "b t d"],
         state: None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

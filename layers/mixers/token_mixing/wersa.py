@@ -16,7 +16,8 @@ from layers.parts.each_segment import each_segment
 from layers.parts.feature_attention import feature_attention
 from layers.parts.heads import MemoryState, head_size, join_heads, split_heads
 from layers.parts.segmented_convolution import move, pack, remember
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 _ones, _zeros = nnx.initializers.ones_init(), nnx.initializers.zeros_init()
 
@@ -129,7 +130,7 @@ class WERSA(nnx.Module):
         x: Float[Array, "b t d"],
         state: WERSAState | None = None,
         *,
-        segment_ids: Int[Array, "b t"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], WERSAState | None]:
         """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config

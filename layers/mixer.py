@@ -1,0 +1,173 @@
+"""The contract of mixers as a base class: layers that move information along time.
+
+    y, state = mixer(x, state=None, *, segment_ids=None)     # x: b t d, any t, 0 and 1 included
+    state = mixer.init_state(batch_size, max_length=None)    # a pytree, batch axis first
+
+With `state=None` nothing is carried, and None comes back. Given a state, the next one comes back: prefill, chunked
+prefill and decoding are one call, and wherever a sequence is cut the outputs are the same. Packed sequences give what
+they give one by one, and padding reaches no output, no state and no gradient. A mixer is causal, so that the derivative
+of y_t by x_s is zero for s > t, or says `causal = False` and refuses a state.
+
+A mixer writes `mix`, its equation, and `initial`, what it carries before the first token. The base class does the rest.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.segments import (
+    Place,
+    SegmentIds,
+    Segments,
+    Visit,
+    initial_place,
+    keep_where,
+    visit,
+)
+from layers.typing import Array, Float
+
+
+class MixerState(NamedTuple):
+    """What a mixer carries from call to call.
+
+    Attributes:
+      carried: what its `initial` and `mix` give.
+      place: where the rows of the batch stand.
+    """
+
+    carried: Any
+    place: Place
+
+
+class Mixer(nnx.Module):
+    """Base class of mixers.
+
+    A mixer sets `self.config`, whose `width` is d, and defines
+
+        initial(batch_size, max_length)        what is carried before the first token: a pytree, batch axis first
+        mix(x, carried, segments)              y (b, t, d) and what to carry on
+
+    In `mix`, `segments` is a `Segments` or None, and `carried` is None or belongs to the segment of the first real token
+    of each row: rows that begin another segment find what `initial` gives. `mix` returns anything as the second value if
+    `carried` is None.
+
+    Attributes:
+      causal: whether no output depends on later inputs; False where the mixer needs the whole sequence.
+      keeps_segments: True for a mixer that tells segments apart in what it carries, such as a cache. Then nothing is
+        cleared where a segment begins, and `mix(x, carried, segments, visit)` gets a `Visit`, None if `carried` is.
+    """
+
+    causal: bool = True
+    keeps_segments: bool = False
+
+    def initial(self, batch_size: int, max_length: int | None) -> Any:
+        """What is carried before the first token; `max_length` bounds the tokens that a cache must hold."""
+        raise NotImplementedError(f"{type(self).__name__} is causal and defines no initial()")
+
+    def mix(
+        self, x: Float[Array, "b t d"], carried: Any, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], Any]:
+        """The equation of the mixer."""
+        raise NotImplementedError(f"{type(self).__name__} defines no mix()")
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> MixerState:
+        """The state before the first token.
+
+        Args:
+          batch_size: b.
+          max_length: the most tokens of a row, for mixers whose state grows with them; others take no notice.
+
+        Raises:
+          ValueError: the mixer is not causal, or needs `max_length` and is given none.
+        """
+        self._require_causal("init_state was called")
+        return MixerState(self.initial(batch_size, max_length), initial_place(batch_size))
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: MixerState | None = None,
+        *,
+        segment_ids: SegmentIds = None,
+    ) -> tuple[Float[Array, "b t d"], MixerState | None]:
+        """Mixes along time.
+
+        Args:
+          x: inputs (b, t, d), any t.
+          state: from `init_state` or an earlier call; None carries nothing.
+          segment_ids: (b, t) integers or `Segments`, see `layers.kernels.segments`; without them each row is one segment.
+
+        Returns:
+          The outputs (b, t, d), and the state after the last token, None if none was given.
+
+        Raises:
+          ValueError, TypeError: a shape or type does not fit, a mixer that is not causal is given a state, or the state is
+            that of another batch size, mixer or length.
+        """
+        self._check(x, segment_ids)
+        segments = Segments.of(segment_ids)
+        more = (None,) if self.keeps_segments else ()
+        if state is None:
+            return self.mix(x, None, segments, *more)[0], None
+        self._require_causal("a state was given")
+        self._check_state(state, x.shape[0])
+        here = visit(state.place, segments, x.shape[1])
+        carried = state.carried
+        if self.keeps_segments:
+            more = (here,)
+        elif segments is not None:
+            carried = keep_where(here.continues, carried, self.initial(x.shape[0], None))
+        y, carried = self.mix(x, carried, segments, *more)
+        return y, MixerState(carried, here.place)
+
+    def _check(self, x: jax.Array, segment_ids: Any) -> None:
+        name, width = type(self).__name__, self.config.width
+        if x.ndim != 3 or x.shape[-1] != width:
+            raise ValueError(f"x of {name} has shape {x.shape}; expected (b, t, {width})")
+        if segment_ids is None:
+            return
+        if segment_ids.shape != x.shape[:2]:
+            raise ValueError(f"segment_ids of {name} has shape {segment_ids.shape}; expected {x.shape[:2]}")
+        ids = segment_ids.ids if isinstance(segment_ids, Segments) else segment_ids
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise TypeError(f"segment_ids of {name} has dtype {ids.dtype}; expected an integer type")
+
+    def _require_causal(self, what: str) -> None:
+        if not self.causal:
+            raise ValueError(
+                f"{type(self).__name__} is not causal here and has no state, but {what}; "
+                "call it with state=None on the whole sequence"
+            )
+
+    def _check_state(self, state: Any, batch_size: int) -> None:
+        """Raises unless the state is one of this mixer for `batch_size` rows, whatever its length."""
+        name = type(self).__name__
+        if not isinstance(state, MixerState):
+            raise TypeError(f"state of {name} is a {type(state).__name__}; expected what init_state returns")
+        # Axes that grow with max_length may have any size.
+        shorter, longer = (jax.eval_shape(lambda n=n: self.initial(batch_size, n)) for n in (1, 2))
+        if jax.tree.structure(state.carried) != jax.tree.structure(shorter):
+            raise ValueError(
+                f"state of {name} is that of another mixer; expected what its init_state returns"
+            )
+        rows = state.place.segment.shape[0]
+        for (path, leaf), *sizes in zip(
+            jax.tree.leaves_with_path(state.carried),
+            *map(jax.tree.leaves, (shorter, longer)),
+            strict=True,
+        ):
+            small, large = (size.shape for size in sizes)
+            fits = len(leaf.shape) == len(small) and all(
+                got == want or want != other for got, want, other in zip(leaf.shape, small, large)
+            )
+            if rows != batch_size or not fits:
+                expected = tuple(want if want == other else "any" for want, other in zip(small, large))
+                raise ValueError(
+                    f"state{jax.tree_util.keystr(path)} of {name} has shape {leaf.shape}; expected {expected} for x of "
+                    f"{batch_size} rows, as its init_state({batch_size}) makes it"
+                )
+
+
+__all__ = ["Mixer", "MixerState", "Visit"]
