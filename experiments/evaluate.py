@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments.config.command_line import REFUSALS, refuse
-from experiments.parallel.devices import Devices
+from experiments.parallel.mesh import Devices
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.directory import RunDirectory
 from experiments.runs.files import to_json_text, write_atomically

@@ -24,11 +24,10 @@ from experiments.benchmark.timing import Timing, interleaved
 from experiments.config import loading as config_loading
 from experiments.config.command_line import EXIT_REFUSED, REFUSALS, refuse
 from experiments.data import bucketing
-from experiments.parallel.devices import Devices
+from experiments.parallel.mesh import Devices
 from experiments.runs.directory import git_revision, versions
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.training import experiment
-from experiments.training.state import initial_state
 from layers.kernels import dispatch
 from layers.kernels.suites import SUITES
 
@@ -128,11 +127,10 @@ class Steps:
 
     def __init__(self, plan: experiment.Experiment, devices: Devices, batch: Any, prefer: Mapping[str, str]):
         self._batch = batch
-        self._state = devices.replicate(
-            initial_state(plan.model, plan.layouts, plan.optimizer, plan.config["seed"])
-        )
+        functions = plan.step_functions(devices)
+        self._state = functions.layout.initial(plan.config["seed"])
         with dispatch.preferred(prefer):
-            self.compiled = plan.step_functions(devices).train.lower(self._state, batch).compile()
+            self.compiled = functions.train.lower(self._state, batch).compile()
 
     def take(self) -> Any:
         """Takes a step; gives its metrics, which may still be being computed."""

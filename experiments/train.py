@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from experiments.config import loading as config_loading
 from experiments.config.command_line import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_REFUSED, REFUSALS, refuse
-from experiments.parallel.devices import Devices
+from experiments.parallel.mesh import Devices
 from experiments.runs import plots
 from experiments.runs import results as run_results
 from experiments.runs.directory import RunDirectory

@@ -10,7 +10,7 @@ from flax import nnx
 from layers.norms import make_norm
 from layers.parameters import linear
 from layers.positions import sinusoidal
-from layers.segments import SegmentIds
+from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Float, Int, Key
 from seqmodels.classifier import pool
 from seqmodels.config import AutoencoderConfig
@@ -36,8 +36,12 @@ class Autoencoder(nnx.Module):
         self.stack = Stack(stack, rngs=rngs)
         norm = partial(make_norm, stack.norm, options, width=stack.width, dtype=dtype, rngs=rngs)
         self.norms = nnx.List(norm() for _ in range(3))
-        self.maps = nnx.List(linear(stack.width, stack.width, dtype=dtype, rngs=rngs) for _ in range(2))
-        self.head = linear(stack.width, config.input.vocab_size, dtype=dtype, rngs=rngs)
+        self.maps = nnx.List(
+            linear(stack.width, stack.width, axes=("embed", None), dtype=dtype, rngs=rngs) for _ in range(2)
+        )
+        self.head = linear(
+            stack.width, config.input.vocab_size, axes=("embed", "vocab"), dtype=dtype, rngs=rngs
+        )
 
     def __call__(
         self,
@@ -62,9 +66,10 @@ class Autoencoder(nnx.Module):
             raise ValueError(
                 "an autoencoder takes no state; call it on the whole sequence, or its .stack step by step"
             )
-        x, _ = self.embedding(inputs, segment_ids=segment_ids)
-        x, _ = self.stack(x, segment_ids=segment_ids, key=key)
-        mask = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids != 0
+        segments = Segments.of(segment_ids)
+        x, _ = self.embedding(inputs, segment_ids=segments)
+        x, _ = self.stack(x, segment_ids=segments, key=key)
+        mask = jnp.ones(x.shape[:2], bool) if segments is None else segments.real
         pooled = pool(x, mask, self.config.pooling)
         x = pooled[:, None] + sinusoidal(jnp.arange(x.shape[1])[None], x.shape[2]).astype(x.dtype)
         for norm, map_ in zip(self.norms, self.maps):

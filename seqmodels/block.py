@@ -8,9 +8,10 @@ from flax import nnx
 
 from layers.channel import make_channel_mixer
 from layers.dropout import dropout
+from layers.mixer import Mixer
 from layers.mixers import make_mixer
 from layers.norms import make_norm
-from layers.segments import SegmentIds
+from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Float, Key
 from seqmodels.config import StackConfig
 
@@ -55,7 +56,8 @@ class Block(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t d"], Any]:
         """Runs the layer; the state is the mixer's. A key means training."""
-        mask = None if segment_ids is None else segment_ids != 0
+        segments = Segments.of(segment_ids)
+        mask = None if segments is None else segments.real
         norms = {"mask": mask, "training": key is not None}
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         pre, scale = self.config.norm_position == "pre", self.config.residual_scale
@@ -66,7 +68,8 @@ class Block(nnx.Module):
             return (total if pre else norm(total, **norms)), out
 
         def mix(u):
-            y, out = self.mixer(u, state, segment_ids=segment_ids)
+            given = segments if segments is None or isinstance(self.mixer, Mixer) else segments.ids  # SHIM
+            y, out = self.mixer(u, state, segment_ids=given)
             if self.config.residual == "joint":
                 return self.channel(y, mask=mask, key=keys[0]), out
             return dropout(y, self.config.dropout, keys[0]), out

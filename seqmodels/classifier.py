@@ -8,7 +8,7 @@ from flax import nnx
 
 from layers.norms import make_norm
 from layers.parameters import linear
-from layers.segments import SegmentIds
+from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Bool, Float, Key, Num
 from seqmodels.config import ClassifierConfig
 from seqmodels.embedding import Embedding
@@ -28,7 +28,7 @@ class Classifier(nnx.Module):
             make_norm, stack.norm, dict(stack.norm_options), width=stack.width, dtype=dtype, rngs=rngs
         )
         self.norm = norm() if config.final_norm else None
-        self.head = linear(stack.width, config.num_classes, rngs=rngs)
+        self.head = linear(stack.width, config.num_classes, axes=("embed", None), rngs=rngs)
 
     def __call__(
         self,
@@ -53,9 +53,10 @@ class Classifier(nnx.Module):
             raise ValueError(
                 "a classifier takes no state; call it on the whole sequence, or its .stack step by step"
             )
-        x, _ = self.embedding(inputs, segment_ids=segment_ids)
-        x, _ = self.stack(x, segment_ids=segment_ids, key=key)
-        mask = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids != 0
+        segments = Segments.of(segment_ids)
+        x, _ = self.embedding(inputs, segment_ids=segments)
+        x, _ = self.stack(x, segment_ids=segments, key=key)
+        mask = jnp.ones(x.shape[:2], bool) if segments is None else segments.real
         if self.norm is not None:
             x = self.norm(x, mask=mask, training=key is not None)
         return self.head(pool(x.astype(jnp.float32), mask, self.config.pooling)), None

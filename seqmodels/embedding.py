@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.parameters import NO_DECAY, linear, parameter
-from layers.parts.carry import Place, start, walk
 from layers.positions import sinusoidal
-from layers.segments import SegmentIds
+from layers.segments import Place, SegmentIds, initial_place, visit
 from layers.typing import Array, Float, Int, Num
 from seqmodels.config import InputConfig
 
@@ -24,16 +23,20 @@ class Embedding(nnx.Module):
         self.config, self.dtype = config, dtype
         if config.vocab_size is not None:
             stddev = 1 / math.sqrt(width) if config.embedding_stddev is None else config.embedding_stddev
-            self.table = parameter(rngs, nnx.initializers.normal(stddev), (config.vocab_size, width))
+            self.table = parameter(
+                rngs, nnx.initializers.normal(stddev), (config.vocab_size, width), axes=("vocab", "embed")
+            )
         else:
-            self.map = linear(config.input_size, width, dtype=dtype, rngs=rngs)
+            self.map = linear(config.input_size, width, axes=(None, "embed"), dtype=dtype, rngs=rngs)
         if config.absolute_positions == "learned":
             init = nnx.initializers.normal(0.02)
-            self.positions = parameter(rngs, init, (config.max_positions, width), **NO_DECAY)
+            self.positions = parameter(
+                rngs, init, (config.max_positions, width), axes=(None, "embed"), **NO_DECAY
+            )
 
     def init_state(self, batch_size: int) -> Place | None:
         """Where rows stand before their first token; None if positions are not added."""
-        return None if self.config.absolute_positions == "none" else start(batch_size)
+        return None if self.config.absolute_positions == "none" else initial_place(batch_size)
 
     def __call__(
         self,
@@ -58,16 +61,15 @@ class Embedding(nnx.Module):
         x = self._embed(inputs)
         if self.config.absolute_positions == "none":
             return x, place
-        begin = start(x.shape[0]) if place is None else place
-        numbers, positions, new_place = walk(begin, segment_ids, x.shape[:2])
-        positions = jnp.where(numbers == 0, 0, positions)
+        here = visit(initial_place(x.shape[0]) if place is None else place, segment_ids, x.shape[1])
+        positions = jnp.where(here.numbers == 0, 0, here.positions)
         if self.config.absolute_positions == "learned":
             added = self.positions[...].at[positions].get(mode="fill", fill_value=jnp.nan).astype(self.dtype)
         else:
             added = sinusoidal(positions, x.shape[2]).astype(self.dtype)
             if self.config.vocab_size is not None:
                 x = x * math.sqrt(x.shape[2])
-        return x + added, None if place is None else new_place
+        return x + added, None if place is None else here.place
 
     def _embed(self, inputs):
         if self.config.vocab_size is not None:

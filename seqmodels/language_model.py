@@ -8,8 +8,7 @@ from flax import nnx
 
 from layers.norms import make_norm
 from layers.parameters import linear
-from layers.parts.carry import Place
-from layers.segments import SegmentIds
+from layers.segments import Place, SegmentIds, Segments
 from layers.typing import Array, Float, Int, Key
 from seqmodels.config import LanguageModelConfig
 from seqmodels.embedding import Embedding
@@ -36,8 +35,8 @@ class LanguageModel(nnx.Module):
         dtype = jnp.dtype(stack.dtype)
         self.embedding = Embedding(config.input, stack.width, dtype, rngs=rngs)
         self.stack = Stack(stack, rngs=rngs)
-        for layer, block in enumerate(self.stack.blocks):
-            if not block.mixer.causal:
+        for layer, mixer in self.stack.mixers():
+            if not mixer.causal:
                 raise ValueError(
                     f"layer {layer} ({stack.mixer_of(layer)[0]}) is not causal; a language model must be"
                 )
@@ -45,7 +44,8 @@ class LanguageModel(nnx.Module):
             make_norm, stack.norm, dict(stack.norm_options), width=stack.width, dtype=dtype, rngs=rngs
         )
         self.norm = norm() if config.final_norm else None
-        head = partial(linear, stack.width, config.input.vocab_size, bias=False, dtype=dtype, rngs=rngs)
+        options = {"axes": ("embed", "vocab"), "bias": False, "dtype": dtype, "rngs": rngs}
+        head = partial(linear, stack.width, config.input.vocab_size, **options)
         self.head = None if config.tie_embeddings else head()
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> LanguageModelState:
@@ -72,12 +72,13 @@ class LanguageModel(nnx.Module):
         Returns:
           float32 logits (b, t, v), and the state to go on with (None if none was given).
         """
+        segments = Segments.of(segment_ids)
         place, layers = (None, None) if state is None else state
-        x, place = self.embedding(inputs, place, segment_ids=segment_ids)
-        x, layers = self.stack(x, layers, segment_ids=segment_ids, key=key)
+        x, place = self.embedding(inputs, place, segment_ids=segments)
+        x, layers = self.stack(x, layers, segment_ids=segments, key=key)
         state = None if state is None else LanguageModelState(place, layers)
         if self.norm is not None:
-            x = self.norm(x, mask=None if segment_ids is None else segment_ids != 0, training=key is not None)
+            x = self.norm(x, mask=None if segments is None else segments.real, training=key is not None)
         if self.head is None:
             return self.embedding.logits(x), state
         return self.head(x).astype(jnp.float32), state

@@ -1,12 +1,16 @@
 """A pattern of blocks cycled over the depth."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.segments import SegmentIds
+from layers.mixer import Mixer
+from layers.parameters import axes_of
+from layers.segments import SegmentIds, Segments
+from layers.sharding import divide_rows
 from layers.typing import Array, Float, Key
 from seqmodels.block import Block
 from seqmodels.config import StackConfig
@@ -18,24 +22,57 @@ _POLICIES = {
 
 
 class Stack(nnx.Module):
-    """`depth` blocks. Parameters are held layer by layer, so that a checkpoint does not depend on `scan`.
+    """`depth` blocks whose kinds cycle through a pattern of p places.
 
-    Under scan the parameters of the repeats are stacked on the fly: a copy of them a step, in exchange for compiling
-    the pattern once. Calls with a state are unrolled, as stacking would copy the states.
+    With `scan`, the variables of whole repeats of the pattern are made stacked: `stacked[i]` is one block whose variables
+    have an axis of repeats in front, for layers i, i + p, i + 2 p, ... They run under `jax.lax.scan`, which compiles the
+    pattern once. `blocks` holds the other layers one by one.
+
+    Every variable says in its metadata which layers it belongs to (`layers`), so that checkpoints name it by layer and
+    do not depend on `scan`.
     """
 
     def __init__(self, config: StackConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.blocks = nnx.List(Block(config, layer, rngs=rngs) for layer in range(config.depth))
+        blocks = [Block(config, layer, rngs=rngs) for layer in range(config.depth)]
+        period = len(config.pattern)
+        repeats = config.depth // period if config.scan else 0
+        self.repeats = repeats if repeats > 1 else 0
+        scanned = self.repeats * period
+        for layer, block in enumerate(blocks[scanned:], start=scanned):
+            for _, variable in nnx.to_flat_state(nnx.state(block)):
+                variable.set_metadata(layers=(layer,))
+        self.stacked = nnx.List(
+            _stack(blocks[place:scanned:period], place, period) for place in range(period if scanned else 0)
+        )
+        self.blocks = nnx.List(blocks[scanned:])
 
     @property
     def causal(self) -> bool:
         """Whether no output depends on later inputs."""
-        return all(block.mixer.causal for block in self.blocks)
+        return all(mixer.causal for _, mixer in self.mixers())
+
+    def mixers(self) -> Iterator[tuple[int, Mixer]]:
+        """Layers and their mixers; for stacked layers, the first layer of each place with the stacked mixer."""
+        for place, block in enumerate(self.stacked):
+            yield place, block.mixer
+        for layer, block in enumerate(self.blocks, start=self.repeats * len(self.stacked)):
+            yield layer, block.mixer
+
+    def block(self, layer: int) -> Block:
+        """The block of a layer. If it is stacked, a copy with the variables of this layer."""
+        period, scanned = len(self.stacked), self.repeats * len(self.stacked)
+        if layer >= scanned:
+            return self.blocks[layer - scanned]
+        graph, variables = nnx.split(self.stacked[layer % period])
+        return nnx.merge(graph, _at(variables, layer // period))
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> tuple[Any, ...]:
         """The initial state of every layer; `max_length` bounds the tokens that caches must hold."""
-        return tuple(block.mixer.init_state(batch_size, max_length=max_length) for block in self.blocks)
+        return tuple(
+            self.block(layer).mixer.init_state(batch_size, max_length=max_length)
+            for layer in range(self.config.depth)
+        )
 
     def __call__(
         self,
@@ -46,58 +83,52 @@ class Stack(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t d"], tuple[Any, ...] | None]:
         """Runs all layers. A key means training."""
-        config = self.config
+        config, segments = self.config, Segments.of(segment_ids)
         keys = None if key is None else jax.random.split(key, config.depth)
+        x = divide_rows(x)
         if state is not None:
+            # One by one: a scan would copy the states of all layers.
             states = []
-            for layer, block in enumerate(self.blocks):
+            for layer in range(config.depth):
                 layer_key = None if keys is None else keys[layer]
-                x, new = block(x, state[layer], segment_ids=segment_ids, key=layer_key)
+                x, new = self.block(layer)(x, state[layer], segment_ids=segments, key=layer_key)
                 states.append(new)
             return x, tuple(states)
-        period = len(config.pattern)
-        repeats = config.depth // period if config.scan else 0
-        if repeats > 1:
-            x = self._scan(x, segment_ids, keys, period, repeats)
-        else:
-            repeats = 0
-        for layer in range(repeats * period, config.depth):
-            x = self._one(x, segment_ids, keys, layer)
+        if self.repeats:
+            x = self._scan(x, segments, keys)
+        for number, layer in enumerate(range(self.repeats * len(self.stacked), config.depth)):
+            x = self._one(x, segments, keys, number, layer)
         return x, None
 
-    def _one(self, x, segment_ids, keys, layer):
+    def _one(self, x, segments, keys, number, layer):
         """One layer outside the scan."""
-        graph, params, rest = nnx.split(self.blocks[layer], nnx.Param, ...)
+        graph, params, rest = nnx.split(self.blocks[number], nnx.Param, ...)
         run = self._rematerialised(_run_blocks)
         x, (rest,) = run(
-            x, ((params, rest),), segment_ids, None if keys is None else keys[layer : layer + 1], (graph,)
+            x, ((params, rest),), segments, None if keys is None else keys[layer : layer + 1], (graph,)
         )
         if keys is not None:
-            nnx.update(self.blocks[layer], rest)
+            nnx.update(self.blocks[number], rest)
         return x
 
-    def _scan(self, x, segment_ids, keys, period, repeats):
+    def _scan(self, x, segments, keys):
         """All whole repeats of the pattern under one scan."""
-        graphs, stacked = [], []
-        for place in range(period):
-            split = [nnx.split(self.blocks[place + r * period], nnx.Param, ...) for r in range(repeats)]
-            graphs.append(split[0][0])
-            stacked.append(
-                tuple(jax.tree.map(lambda *v: jnp.stack(v), *(s[part] for s in split)) for part in (1, 2))
-            )
+        split = [nnx.split(block, nnx.Param, ...) for block in self.stacked]
+        graphs = tuple(graph for graph, _, _ in split)
         if keys is not None:
-            keys = keys[: repeats * period].reshape(repeats, period, *keys.shape[1:])
+            scanned = self.repeats * len(graphs)
+            keys = keys[:scanned].reshape(self.repeats, len(graphs), *keys.shape[1:])
         run = self._rematerialised(_run_blocks)
 
         def body(x, layers):
             variables, keys = layers
-            return run(x, variables, segment_ids, keys, tuple(graphs))
+            return run(x, variables, segments, keys, graphs)
 
-        x, rests = jax.lax.scan(body, x, (tuple(stacked), keys))
+        x, rests = jax.lax.scan(body, x, (tuple((params, rest) for _, params, rest in split), keys))
         # Only training changes statistics; writing them back otherwise would make inference impure.
-        for place, rest in enumerate(rests if keys is not None else ()):
-            for r in range(repeats):
-                nnx.update(self.blocks[place + r * period], jax.tree.map(lambda v, r=r: v[r], rest))
+        if keys is not None:
+            for block, rest in zip(self.stacked, rests, strict=True):
+                nnx.update(block, rest)
         return x
 
     def _rematerialised(self, run):
@@ -107,11 +138,32 @@ class Stack(nnx.Module):
         return jax.checkpoint(run, policy=_POLICIES[self.config.remat], static_argnums=(4,))
 
 
-def _run_blocks(x, variables, segment_ids, keys, graphs):
+def _stack(blocks: list[Block], place: int, period: int) -> Block:
+    """One block with the variables of all, stacked; blocks of one place differ in the values of their variables only."""
+    graph, *_ = nnx.split(blocks[0])
+    states = [nnx.state(block) for block in blocks]
+    stacked = nnx.merge(graph, jax.tree.map(lambda *values: jnp.stack(values), *states))
+    layers = tuple(place + number * period for number in range(len(blocks)))
+    for _, variable in nnx.to_flat_state(nnx.state(stacked)):
+        variable.set_metadata(layers=layers)
+        if isinstance(variable, nnx.Param):
+            variable.set_metadata(
+                axes=("layer", *axes_of(variable)[-(variable.ndim - 1) :][: variable.ndim - 1])
+            )
+    return stacked
+
+
+def _at(variables: Any, number: int) -> Any:
+    """The variables of one repeat."""
+    return jax.tree.map(lambda value: value[number], variables)
+
+
+def _run_blocks(x, variables, segments, keys, graphs):
     """Runs a few blocks given as (params, rest) pairs; returns x and the rests, which norms may have updated."""
     rests = []
     for place, (graph, (params, rest)) in enumerate(zip(graphs, variables, strict=True)):
         block = nnx.merge(graph, params, rest)
-        x, _ = block(x, segment_ids=segment_ids, key=None if keys is None else keys[place])
+        x, _ = block(x, segment_ids=segments, key=None if keys is None else keys[place])
+        x = divide_rows(x)
         rests.append(nnx.split(block, nnx.Param, ...)[2])
     return x, tuple(rests)

@@ -25,7 +25,7 @@ from experiments.benchmark import kernels, peers, report, scaling, tune
 from experiments.benchmark.processes import EndedEarly
 from experiments.benchmark.timing import ceilings
 from experiments.config.command_line import REFUSALS, refuse
-from experiments.parallel.devices import Devices
+from experiments.parallel.mesh import Devices
 from experiments.runs.directory import git_revision, versions
 from experiments.runs.files import to_json_text, write_atomically
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmark.timing import peak_bytes
-from experiments.parallel.devices import cpu
+from experiments.parallel.mesh import cpu
 from layers.kernels.suite import Benchmark, Suite
 from layers.typing import Array
 

@@ -90,6 +90,36 @@ class DataConfig:
         check_integer("data.prefetch", self.prefetch, least=0)
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The section `mesh`: sizes of the axes of the mesh of devices.
+
+    Attributes:
+      data, fsdp, tensor, sequence, expert: see `experiments.parallel.sharding.ShardingRules`. -1 takes the devices that
+        the other axes leave. `data` is -1 where None and no other axis is.
+    """
+
+    data: int | None = None
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+    expert: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        if self.data is None:
+            others = [size for name, size in sizes.items() if name != "data"]
+            object.__setattr__(self, "data", 1 if -1 in others else -1)
+            sizes["data"] = self.data
+        for name, size in sizes.items():
+            if size != -1:
+                check_integer(f"mesh.{name}", size, least=1)
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(
+                f"mesh: {', '.join(n for n, s in sizes.items() if s == -1)} are -1; at most one axis takes what is left"
+            )
+
+
 def check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
     """Raises unless `value` is a finite number, more than `above` and at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -1,8 +1,9 @@
 """Checkpoints of a run: the only file that knows Orbax.
 
 A checkpoint is a folder named by its step, written in the background under a temporary name and renamed when it is
-complete, so that whatever carries its step's name is whole. It holds a tree of arrays, stored by the names of layers,
-and a note: all else that training needs to go on, as JSON.
+complete, so that whatever carries its step's name is whole. It holds arrays by name, and a note: all else that training
+needs to resume, as JSON. Arrays that are divided over devices are written by the processes that hold them, and read into
+whatever division is asked for.
 """
 
 import json
@@ -12,9 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 SCORE = "score"
+STATE, NOTE = "state", "note"
+# What checkpoints held up to version 0.1.0, where parameters were stored as vectors by group in training.
+OLD = "arrays"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
@@ -81,25 +87,50 @@ class Checkpoints:
         """Starts writing a checkpoint, after any that is still being written.
 
         Args:
-          arrays: a tree of NumPy arrays, which must not change any more.
+          arrays: by name, of JAX or NumPy. They must be neither changed nor donated until the checkpoint is written.
           score: of the validation, higher is better; None or a number that is not finite never counts as the best.
         """
         if not self._writable:
             raise ValueError("these checkpoints were opened for reading; give keep_last to write")
         metrics = None if score is None or not math.isfinite(score) else {SCORE: score}
-        content = {"arrays": dict(arrays), "note": json.dumps(note)}
+        content = {STATE: dict(arrays), NOTE: json.dumps(note)}
         self._orbax.save_async(step, content, metrics=metrics, force=True)
 
-    def load(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The arrays and the note of a step.
+    def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the arrays of a step by name, without reading the arrays.
 
         Raises:
-          ValueError: if there is no checkpoint of that step.
+          ValueError: if there is no checkpoint of that step, or it is of a version that stored something else.
         """
         if step not in self.steps:
             raise ValueError(f"there is no checkpoint of step {step}; there are {self.steps or 'none'}")
-        content = self._orbax.load(step)
-        return content["arrays"], json.loads(content["note"])
+        content = self._orbax.metadata(step).metadata
+        if STATE not in content:
+            version = "0.1.0" if OLD in content else "another program"
+            raise ValueError(
+                f"the checkpoint of step {step} was written by version {version}, whose format this version does not read; "
+                f"resume it with version {version}, or train anew in another workdir"
+            )
+        return {name: tuple(array.shape) for name, array in content[STATE].items()}
+
+    def load(
+        self, step: int, like: Mapping[str, jax.ShapeDtypeStruct] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The arrays and the note of a step.
+
+        Args:
+          like: shapes, types and shardings by name; every process reads only what its devices hold. None for NumPy arrays.
+
+        Raises:
+          ValueError: if there is no checkpoint of that step, or it cannot be read (see `shapes`).
+        """
+        names = self.shapes(step)
+        if like is None:
+            content = self._orbax.load(step)
+            content[STATE] = {name: np.asarray(array) for name, array in content[STATE].items()}
+        else:
+            content = self._orbax.load(step, {STATE: {name: like[name] for name in names}, NOTE: ""})
+        return content[STATE], json.loads(content[NOTE])
 
     def wait(self) -> None:
         """Returns when all checkpoints are on disk; raises what went wrong in writing."""

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from experiments.config.command_line import EXIT_INTERRUPTED, REFUSALS, refuse
-from experiments.parallel.devices import Devices
+from experiments.parallel.mesh import Devices
 from experiments.runs.directory import git_revision, versions
 from experiments.runs.interrupts import Interrupted
 from experiments.sweep.replicas import Replicas

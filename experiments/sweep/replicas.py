@@ -15,16 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from experiments.config import loading as config_loading
 from experiments.config.loading import TrainConfig
 from experiments.data import pipeline
+from experiments.parallel.mesh import Devices
 from experiments.runs.interrupts import Interrupted
 from experiments.tasks import make_task
-from experiments.training.model import Layout, SplitModel
-from experiments.training.optimizers import Group, Optimizer, OptimizerConfig, assign_groups
-from experiments.training.step import means
+from experiments.training.model import SplitModel
+from experiments.training.optimizers import Optimizer, OptimizerConfig
+from experiments.training.state import TrainState
+from experiments.training.step import StepFunctions, means, metric_names_of
 from seqmodels import build_model
 
 STEPS_AT_ONCE = 50
@@ -55,7 +56,7 @@ class Replicas:
             is what those of `optimizer.groups` are relative to.
 
         Raises:
-          ValueError: the config makes no sense, or the model has running statistics.
+          ValueError: the config makes no sense.
         """
         self._train = config_loading.section(config, "train", TrainConfig)
         optimizer = config_loading.section(config, "optimizer", OptimizerConfig)
@@ -64,25 +65,27 @@ class Replicas:
         if self._train.steps is None:
             raise ValueError("train.steps is None; a sweep counts in steps")
         self._steps_at_once = math.gcd(self._train.steps, STEPS_AT_ONCE)
-        models = {seed: self._make(seed) for seed in seeds}
-        self._model = models[seeds[0]]
-        if self._model.statistics:
-            raise ValueError("the model has running statistics; a sweep takes models without")
-        self.num_parameters = self._model.num_parameters
-        chosen, groups = assign_groups(optimizer, self._model.declared_groups)
-        self._layout = Layout.of(self._model.parameters, chosen)
-        self._optimizer = Optimizer(optimizer, groups, optimizer.warmup_steps or 0, self._train.steps)
-        self._initial = {seed: self._layout.join(model.parameters) for seed, model in models.items()}
+        values = config["model"] | {"vocab_size": self._task.vocab_size}
+        model = SplitModel(
+            lambda rngs: build_model(values, rngs=rngs), padding=self._task.padding, packed=self._task.packed
+        )
+        self.num_parameters = model.num_parameters
+        self._rate = optimizer.learning_rate
+        rule = Optimizer(optimizer, model.parameters, optimizer.warmup_steps or 0, self._train.steps)
+        batch = next(self._batches())
+        self._functions = StepFunctions(
+            model,
+            rule,
+            self._task.loss,
+            metric_names=metric_names_of(model, self._task.loss, batch),
+            devices=Devices(jax.local_devices()[:1]),
+            accumulate=self._train.accumulate,
+        )
         self._chunk = self._compile()
-
-    def _make(self, seed: int) -> SplitModel:
-        values = self._config["model"] | {"vocab_size": self._task.vocab_size}
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            return SplitModel(build_model(values, rngs=nnx.Rngs(seed)))
 
     def _compile(self) -> Any:
         start = time.perf_counter()
-        state = jax.eval_shape(self._start)
+        state = jax.eval_shape(self._start, self._keys())
         rates = jax.ShapeDtypeStruct((len(self.runs),), jnp.float32)
         batches = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct((self._steps_at_once, *array.shape), array.dtype),
@@ -93,13 +96,13 @@ class Replicas:
         self.compile_seconds = time.perf_counter() - start
         return compiled
 
-    def _start(self) -> tuple[Any, ...]:
-        """Steps taken, parameters, moments and keys of all copies."""
-        vectors = jax.tree.map(
-            lambda *arrays: jnp.stack(arrays), *(self._initial[seed] for _, seed in self.runs)
-        )
-        keys = jnp.stack([jax.random.key_data(jax.random.key(seed)) for _, seed in self.runs])
-        return jnp.zeros(len(self.runs), jnp.int32), vectors, jax.vmap(self._optimizer.init)(vectors), keys
+    def _keys(self) -> jax.Array:
+        """The key of every copy."""
+        return jnp.stack([jax.random.key(seed) for _, seed in self.runs])
+
+    def _start(self, keys: jax.Array) -> TrainState:
+        """The states of all copies before the first step, stacked."""
+        return jax.vmap(self._functions.layout.make)(keys)
 
     def _batches(self) -> Iterator[dict[str, np.ndarray]]:
         return pipeline.train_iterator(
@@ -111,28 +114,15 @@ class Replicas:
         )
 
     def _steps(
-        self, state: tuple[Any, ...], rate: jax.Array, batches: Mapping[str, jax.Array]
-    ) -> tuple[Any, Any]:
+        self, state: TrainState, rate: jax.Array, batches: Mapping[str, jax.Array]
+    ) -> tuple[TrainState, jax.Array]:
         """Steps of one copy; returns the state and the losses."""
-        scale = rate / self._optimizer.config.learning_rate
-        groups = {
-            name: Group(scale * group.learning_rate, group.weight_decay)
-            for name, group in self._optimizer.groups.items()
-        }
-        optimizer = Optimizer(
-            self._optimizer.config, groups, self._optimizer.warmup_steps, self._optimizer.total_steps
-        )
-
-        def loss(vectors, batch, key):
-            output, _ = self._model(self._layout.cut(vectors), {}, batch, key=key)
-            return self._task.loss(output, batch)[0]
+        names = self._functions.train_metric_names
 
         def step(state, batch):
-            number, vectors, moments, data = state
-            key = jax.random.fold_in(jax.random.wrap_key_data(data), number)
-            value, gradients = jax.value_and_grad(loss)(vectors, batch, key)
-            vectors, moments, _ = optimizer.update(number, vectors, gradients, moments)
-            return (number + 1, vectors, moments, data), value
+            state, metrics = self._functions.step(state, batch, rate / self._rate)
+            sums = dict(zip(names, metrics, strict=False))
+            return state, sums["loss"] / sums["count"]
 
         return jax.lax.scan(step, state, batches)
 
@@ -157,7 +147,7 @@ class Replicas:
                 parts = [next(batches) for _ in range(self._steps_at_once)]
                 return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
-            state, waiting = self._start(), pool.submit(chunk)
+            state, waiting = jax.jit(self._start)(self._keys()), pool.submit(chunk)
             for number in range(count):
                 given = jax.device_put(waiting.result())
                 if number + 1 < count:
@@ -168,29 +158,25 @@ class Replicas:
                     losses[number - 1].block_until_ready()  # no more than one chunk ahead
                 if deadline is not None and time.monotonic() > deadline:
                     raise Interrupted("the time limit")
-        self._parameters = state[1]
+        self._trained = state
         return dict(losses=np.stack(jax.device_get(losses)), seconds=time.perf_counter() - start)
 
     def evaluate(self, split: str) -> list[dict[str, float]]:
         """Metrics of every copy on a split, after training."""
         source = self._task.splits[split]
         rows = max(1, min(len(source), EVAL_TOKENS // int(source.lengths.max())))
-        totals: Any = 0
+        names = self._functions.metric_names
+        totals = jnp.zeros((len(self.runs), len(names)))
         for batch in pipeline.eval_batches(source, batch_size=rows, prefetch=2):
-            sums = self._sums(self._parameters, batch)
-            totals = jax.tree.map(jnp.add, totals, sums) if totals else sums
-        totals = jax.device_get(totals)
-        return [
-            means(tuple(totals), np.array([float(value[copy]) for value in totals.values()]))
-            for copy in range(len(self.runs))
-        ]
+            totals = self._sums(self._trained, totals, batch)
+        return [means(names, np.asarray(row, np.float64)) for row in totals]
 
     @functools.cached_property
     def _sums(self) -> Any:
-        def sums(vectors, batch):
-            return self._task.loss(self._model(self._layout.cut(vectors), {}, batch, key=None)[0], batch)[1]
+        def sums(state, totals, batch):
+            return self._functions.add_evaluation(state.evaluated, state.statistics, totals, batch)
 
-        return jax.jit(jax.vmap(sums, in_axes=(0, None)))
+        return jax.jit(jax.vmap(sums, in_axes=(0, 0, None)))
 
 
 def _tuples(value: Any) -> Any:

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from experiments.parallel.devices import Devices
+from experiments.parallel.mesh import Devices
 from layers.typing import Array
 
 AHEAD = 2

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from experiments.parallel.devices import Devices
+from experiments.parallel.mesh import Devices
 from experiments.training.batches import ahead
 from experiments.training.compilation import PerShape
 from experiments.training.experiment import Experiment
@@ -42,7 +42,8 @@ class Evaluator:
         """
         start = time.perf_counter()
         totals = self._functions.zero_totals()
-        for batch in ahead(self._experiment.eval_batches(split), self._devices):
+        part = self._devices.my_rows(self._experiment.eval_batch_size)
+        for batch in ahead(self._experiment.eval_batches(split, part), self._devices):
             totals = self._step(state.evaluated, state.statistics, totals, batch)
         sums = np.asarray(totals, np.float64)
         names = self._functions.metric_names

@@ -4,24 +4,21 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
 from experiments.config import loading as config_loading
 from experiments.config.loading import DataConfig, TrainConfig
 from experiments.data import bucketing, pipeline
-from experiments.parallel.devices import Devices, cpu
+from experiments.parallel.mesh import Devices
 from experiments.tasks import TASKS, make_task
-from experiments.training.model import Layout, SplitModel
-from experiments.training.optimizers import Optimizer, OptimizerConfig, assign_groups, groups_table
-from experiments.training.state import Layouts
+from experiments.training.model import SplitModel
+from experiments.training.optimizers import Optimizer, OptimizerConfig
 from experiments.training.step import StepFunctions, metric_names_of
 from layers.registry import suggestion
 from seqmodels import build_model
 
 GIVEN_BY_TASK = ("vocab_size", "input_size", "num_classes")
-STATISTICS = "statistics"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +28,9 @@ class Experiment:
     Attributes:
       config: the plain config that all of it comes from.
       train, data: its sections.
-      layouts: of the model's parameters and statistics.
       steps_per_epoch: full batches in a pass over the training split.
       eval_interval: steps between evaluations.
       metric_names: of the sums that the task gives.
-      groups_table: the optimizer's groups for people.
     """
 
     config: Mapping[str, Any]
@@ -44,10 +39,13 @@ class Experiment:
     task: Any
     model: SplitModel
     optimizer: Optimizer
-    layouts: Layouts
     steps_per_epoch: int
     metric_names: tuple[str, ...]
-    groups_table: str
+
+    @property
+    def groups_table(self) -> str:
+        """The optimizer's groups for people."""
+        return self.optimizer.table()
 
     @property
     def total_steps(self) -> int:
@@ -72,19 +70,21 @@ class Experiment:
         name, direction = self.selection
         return metrics[name] if direction == "max" else -metrics[name]
 
-    def train_batches(self) -> Any:
-        """The iterator over all batches of training."""
+    def train_batches(self, part: tuple[int, int] = (0, 1)) -> Any:
+        """The iterator over all batches of training, or over one part of their rows: its number, and how many there are."""
         return pipeline.train_iterator(
             self.task.splits["train"],
             batch_size=self.train.batch_size,
             bucket_bounds=self.data.bucket_bounds,
             seed=self.config["seed"],
             num_steps=self.total_steps,
+            host_index=part[0],
+            host_count=part[1],
             prefetch=self.data.prefetch,
         )
 
-    def eval_batches(self, split: str) -> Iterable[Any]:
-        """The batches of one pass over a split.
+    def eval_batches(self, split: str, part: tuple[int, int] = (0, 1)) -> Iterable[Any]:
+        """The batches of one pass over a split, or one part of their rows.
 
         Raises:
           ValueError: if the task has no such split.
@@ -95,6 +95,8 @@ class Experiment:
             self.task.splits[split],
             batch_size=self.eval_batch_size,
             bucket_bounds=self.data.bucket_bounds,
+            host_index=part[0],
+            host_count=part[1],
             prefetch=self.data.prefetch,
         )
 
@@ -115,13 +117,14 @@ class Experiment:
         """Raises ValueError unless the devices divide the batches."""
         devices.check_rows("train.batch_size", self.train.batch_size, self.train.accumulate)
         devices.check_rows("train.eval_batch_size", self.eval_batch_size)
+        for name, options in self.model.mixer_configs.items():
+            devices.check_heads(name, options)
 
     def step_functions(self, devices: Devices) -> StepFunctions:
         """The jitted steps on these devices."""
         self.check_devices(devices)
         return StepFunctions(
             self.model,
-            self.layouts,
             self.optimizer,
             self.task.loss,
             metric_names=self.metric_names,
@@ -145,15 +148,10 @@ def build(config: Mapping[str, Any]) -> Experiment:
     name = task_options.pop("name")
     # A task whose class knows these sizes may take minutes to make its data: the model is checked first.
     sizes = _sizes_without_data(name, task_options)
-    model = _make_model(config, sizes) if sizes else None
+    if sizes:
+        _make_model(config, sizes, TASKS.get(name))
     task = make_task(name, **task_options)
-    if model is None or _sizes(task) != sizes:
-        model = _make_model(config, _sizes(task))
-    chosen, groups = assign_groups(optimizer_config, model.declared_groups)
-    layouts = Layouts(
-        Layout.of(model.parameters, chosen),
-        Layout.of(model.statistics, dict.fromkeys(model.statistics, STATISTICS)),
-    )
+    model = _make_model(config, _sizes(task), task)
     source = task.splits["train"]
     steps_per_epoch = bucketing.count_train_batches(len(source), train.batch_size)
     warmup = optimizer_config.warmup_steps
@@ -161,7 +159,7 @@ def build(config: Mapping[str, Any]) -> Experiment:
         warmup = round((optimizer_config.warmup_epochs or 0) * steps_per_epoch)
     optimizer = Optimizer(
         optimizer_config,
-        groups,
+        model.parameters,
         warmup_steps=warmup,
         total_steps=train.steps or train.epochs * steps_per_epoch,
     )
@@ -173,10 +171,8 @@ def build(config: Mapping[str, Any]) -> Experiment:
         task=task,
         model=model,
         optimizer=optimizer,
-        layouts=layouts,
         steps_per_epoch=steps_per_epoch,
         metric_names=metric_names_of(model, task.loss, example | {"weight": np.ones(1, np.float32)}),
-        groups_table=groups_table(layouts.parameters, groups, model.declared_groups),
     )
 
 
@@ -215,8 +211,10 @@ def _with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str
     return config["model"] | sizes
 
 
-def _make_model(config: Mapping[str, Any], sizes: Mapping[str, int]) -> SplitModel:
+def _make_model(config: Mapping[str, Any], sizes: Mapping[str, int], task: Any) -> SplitModel:
     values = _with_sizes(config, sizes)
-    # On the CPU whatever the device of training: faster for many small draws, and the same numbers everywhere.
-    with jax.default_device(cpu()):
-        return SplitModel(build_model(values, rngs=nnx.Rngs(config["seed"])))
+    return SplitModel(
+        lambda rngs: build_model(values, rngs=rngs),
+        padding=getattr(task, "padding", "anywhere"),
+        packed=getattr(task, "packed", True),
+    )

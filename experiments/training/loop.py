@@ -4,7 +4,7 @@ import dataclasses
 from contextlib import ExitStack
 from typing import Any
 
-from experiments.parallel.devices import Devices
+from experiments.parallel.mesh import Devices
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.directory import RunDirectory
 from experiments.runs.interrupts import Interrupted, Stop
@@ -13,8 +13,9 @@ from experiments.training.batches import TrainBatches
 from experiments.training.compilation import PerShape
 from experiments.training.evaluation import Evaluator
 from experiments.training.experiment import Experiment
-from experiments.training.records import StepRecords, Stopwatch, check_finite
-from experiments.training.state import TrainState, from_stored, initial_state, to_stored
+from experiments.training.finite import check_finite
+from experiments.training.records import StepRecords, Stopwatch
+from experiments.training.state import StateLayout, TrainState
 
 VALIDATION, TEST = "validation", "test"
 # Steps in flight while the metrics of earlier ones are fetched, so that the device does not wait for the log.
@@ -70,10 +71,15 @@ def train(experiment: Experiment, run: RunDirectory, *, devices: Devices, stop: 
         return _Training(experiment, run, devices, stop, stack).to_the_end()
 
 
-def restore(experiment: Experiment, checkpoints: Checkpoints, step: int) -> tuple[TrainState, Note]:
-    """The state, on the host, and the note of a checkpoint."""
-    arrays, note = checkpoints.load(step)
-    return from_stored(arrays, experiment.layouts), Note(**note)
+def restore(layout: StateLayout, checkpoints: Checkpoints, step: int) -> tuple[TrainState, Note]:
+    """The state, on the devices of `layout`, and the note of a checkpoint.
+
+    Raises:
+      ValueError: if there is no such checkpoint, or it does not fit the model.
+    """
+    layout.check_stored(checkpoints.shapes(step))
+    arrays, note = checkpoints.load(step, layout.abstract_stored)
+    return layout.from_stored(arrays), Note(**note)
 
 
 class _Training:
@@ -86,20 +92,19 @@ class _Training:
         self._experiment, self._devices, self._stop = experiment, devices, stop
         functions = experiment.step_functions(devices)
         self._train_step = PerShape(functions.train)
+        self._layout = functions.layout
         self._evaluate = Evaluator(experiment, functions, devices)
         self._checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep_last=options.keep_last))
         latest = self._checkpoints.latest
         if latest is None:
-            state = initial_state(
-                experiment.model, experiment.layouts, experiment.optimizer, experiment.config["seed"]
-            )
+            self._state = self._layout.initial(experiment.config["seed"])
             self._note = Note()
         else:
-            state, self._note = restore(experiment, self._checkpoints, latest)
-        self._step = int(state.step)
-        self._state = devices.replicate(state)
+            self._state, self._note = restore(self._layout, self._checkpoints, latest)
+        self._step = int(self._state.step)
+        part = devices.my_rows(experiment.train.batch_size)
         self._compiled_before = self._note.compile_seconds
-        self._batches = TrainBatches(experiment.train_batches(), devices, self._note.data)
+        self._batches = TrainBatches(experiment.train_batches(part), devices, self._note.data)
         run.add_session(step=self._step, devices=devices.describe())
         self._logs = stack.enter_context(
             Logs(
@@ -165,8 +170,8 @@ class _Training:
         return metrics
 
     def _save(self, *, evaluate: bool) -> None:
-        arrays = to_stored(self._state, self._experiment.layouts)
-        check_finite(self._step, arrays)
+        check_finite(self._step, self._state)
+        arrays = self._layout.to_stored(self._state)
         note = self._note
         note.validation = self._validate() if evaluate else None
         note.data = self._batches.position
@@ -183,11 +188,10 @@ class _Training:
         best = self._checkpoints.best
         if best is None:  # no validation gave a finite score
             best = self._step
-        state, note = restore(self._experiment, self._checkpoints, best)
+        state, note = restore(self._layout, self._checkpoints, best)
         test = None
         if TEST in self._experiment.task.splits:
             self._bar.set_description("testing")
-            state = self._devices.replicate(state)
             self._evaluate.compile(state, TEST)
             test = self._evaluate(state, TEST)
             self._write(TEST, self._step, test)

@@ -1,146 +1,166 @@
-"""A model as a pure function of its parameters and its running statistics, and both as a few long vectors.
+"""A model as pure functions: of the key that initialises it, and of its parameters and statistics on a batch.
 
-A training step reads and writes every parameter several times (moments, decay, average). As one vector for each group
-of the optimizer that is a handful of large operations in place of hundreds of small ones, and a step passes a dozen
-arrays between host and device. The model sees its parameters by layer, and so do checkpoints.
+Parameters and statistics are dicts of arrays by the path of their variable in the model, "stack/stacked/0/mixer/b". What
+a model declares of them, and their names by layer, stand beside it as `Declaration`s.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx, traverse_util
 
-from layers.parameters import AuxiliaryLoss, group_of
+from layers.kernels.segments import Padding
+from layers.mixer import Mixer
+from layers.parameters import AuxiliaryLoss, Axes, Constant, axes_of, group_of
+from layers.segments import Segments
 from layers.typing import Array
+from seqmodels.names import Names, names_of
 
-Path = tuple[str | int, ...]
-Vectors = dict[str, Array]
-
-
-def path_name(path: Path) -> str:
-    """The name of a variable in checkpoints and messages, such as "stack/blocks/0/mixer/b"."""
-    return "/".join(map(str, path))
+Arrays = dict[str, Array]
+STATISTICS = (nnx.BatchStat, Constant, AuxiliaryLoss)
+STORED = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where the arrays of a tree lie in one vector for each group.
+class Declaration:
+    """What a model says of one of its variables.
 
     Attributes:
-      groups: for each group its arrays in order, as path in the model and shape.
+      shape, dtype: of the array; a stacked one has its layers in front.
+      group: of the optimizer.
+      axes: logical axes (see `layers.parameters`).
+      names: by layer.
     """
 
-    groups: Mapping[str, tuple[tuple[Path, tuple[int, ...]], ...]]
-
-    @classmethod
-    def of(cls, arrays: Mapping[Path, Array], group: Mapping[Path, str]) -> "Layout":
-        """The layout of `arrays` with the array at each path in `group[path]`."""
-        names = sorted({group[path] for path in arrays})
-        return cls(
-            {
-                name: tuple((path, a.shape) for path, a in arrays.items() if group[path] == name)
-                for name in names
-            }
-        )
+    shape: tuple[int, ...]
+    dtype: Any
+    group: str
+    axes: Axes
+    names: Names
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Numbers in the vector of each group."""
-        return {name: sum(math.prod(shape) for _, shape in part) for name, part in self.groups.items()}
+    def size(self) -> int:
+        """Numbers in the array."""
+        return math.prod(self.shape)
 
-    def join(self, arrays: Mapping[Path, Array], xp: Any = np) -> Vectors:
-        """One vector for each group, from the arrays by path."""
-        return {
-            name: xp.concatenate([xp.reshape(arrays[path], -1) for path, _ in part])
-            for name, part in self.groups.items()
-        }
-
-    def cut(self, vectors: Mapping[str, Array]) -> dict[Path, Array]:
-        """The arrays by path, from the vectors."""
-        arrays = {}
-        for name, part in self.groups.items():
-            start = 0
-            for path, shape in part:
-                stop = start + math.prod(shape)
-                arrays[path] = vectors[name][start:stop].reshape(shape)
-                start = stop
-        return arrays
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """Whether the array is a matrix, or a stack of them, between hidden features: neither embedding nor output."""
+        rank = len(self.shape) - self.names.stacked
+        return rank == 2 and self.group == "default" and "vocab" not in self.axes
 
 
 class SplitModel:
-    """A model taken apart.
+    """A model taken apart, without any array of it.
 
     Attributes:
-      parameters: float32 arrays by path, as initialised.
-      statistics: running statistics (`nnx.BatchStat`) by path, as initialised.
-      declared_groups: the optimizer group that each parameter declared (see `layers.parameters`).
+      parameters: their declarations by path.
+      statistics: those of running statistics, constants and auxiliary losses, which gradients do not change.
+      mixer_configs: the config of every mixer by its path.
     """
 
-    def __init__(self, model: nnx.Module):
-        """Takes `model` apart.
+    def __init__(
+        self,
+        make: Callable[[nnx.Rngs], nnx.Module],
+        *,
+        padding: Padding = "anywhere",
+        packed: bool = True,
+    ):
+        """Traces `make`; nothing is allocated.
+
+        Args:
+          make: builds the model.
+          padding, packed: what is known of the segment ids of batches; see `Segments`.
 
         Raises:
-          TypeError: if a parameter or statistic is not float32.
-          ValueError: if the model has no parameter, or variables that are neither parameters nor statistics.
+          TypeError: if a parameter or statistic has a type that checkpoints do not hold.
+          ValueError: if the model has no parameter, or variables of other kinds.
         """
-        self._graph, parameters, statistics, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
-        if others := [f"{path_name(p)} ({type(v).__name__})" for p, v in nnx.to_flat_state(rest)]:
+        self._make, self._padding, self._packed = make, padding, packed
+        model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+        self._graph, parameters, statistics, rest = nnx.split(model, nnx.Param, STATISTICS, ...)
+        if others := [f"{_path(p)} ({type(v).__name__})" for p, v in nnx.to_flat_state(rest)]:
             raise ValueError(
-                f"the model holds {', '.join(others)}; a model may hold nnx.Param and nnx.BatchStat only, "
-                "and constants as plain arrays or in its config"
+                f"the model holds {', '.join(others)}; a model may hold nnx.Param, nnx.BatchStat and the kinds of "
+                "layers.parameters only, and constants as plain arrays or in its config"
             )
-        self.parameters = _float32_arrays(parameters)
-        self.statistics = _float32_arrays(statistics)
-        self._auxiliary = tuple(
-            path for path, v in nnx.to_flat_state(statistics) if isinstance(v, AuxiliaryLoss)
-        )
-        self.declared_groups = {path: group_of(v) for path, v in nnx.to_flat_state(parameters)}
+        self.parameters, self.statistics = _declarations(parameters), _declarations(statistics)
         if not self.parameters:
             raise ValueError("the model has no parameters")
+        self.mixer_configs = _mixer_configs(model)
+        self._auxiliary = tuple(
+            _path(path) for path, v in nnx.to_flat_state(statistics) if isinstance(v, AuxiliaryLoss)
+        )
 
     @property
     def num_parameters(self) -> int:
         """Numbers in all parameters."""
-        return sum(array.size for array in self.parameters.values())
+        return sum(declaration.size for declaration in self.parameters.values())
+
+    def initialise(self, key: jax.Array) -> tuple[Arrays, Arrays]:
+        """Parameters and statistics before training; a pure function, to be run under `jax.jit`."""
+        _, *states = nnx.split(self._make(nnx.Rngs(key)), nnx.Param, STATISTICS)
+        return tuple({_path(p): v[...] for p, v in nnx.to_flat_state(state)} for state in states)
 
     @property
     def has_auxiliary_loss(self) -> bool:
         """Whether a layer adds something to the loss of training."""
         return bool(self._auxiliary)
 
-    def auxiliary_loss(self, statistics: Mapping[Path, Array]) -> Array:
+    def auxiliary_loss(self, statistics: Mapping[str, Array]) -> Array:
         """What the layers add to the mean loss, from the statistics after a call; 0 if that was no training."""
-        return sum((statistics[path] for path in self._auxiliary), jnp.zeros((), jnp.float32))
+        return sum((statistics[path].sum() for path in self._auxiliary), jnp.zeros((), jnp.float32))
 
     def __call__(
         self,
-        parameters: Mapping[Path, Array],
-        statistics: Mapping[Path, Array],
+        parameters: Mapping[str, Array],
+        statistics: Mapping[str, Array],
         batch: Mapping[str, Array],
         *,
         key: jax.Array | None,
-    ) -> tuple[Array, dict[Path, Array]]:
+    ) -> tuple[Array, Arrays]:
         """The model's output on a batch, and the statistics after it; a key means training."""
         # What an earlier step left must not be added again.
-        statistics = {**statistics, **{path: jnp.zeros((), jnp.float32) for path in self._auxiliary}}
-        state = (traverse_util.unflatten_dict(dict(tree)) for tree in (parameters, statistics))
-        model = nnx.merge(self._graph, *state)
-        output, _ = model(batch["inputs"], segment_ids=batch.get("segment_ids"), key=key)
-        new = nnx.to_flat_state(nnx.state(model, nnx.BatchStat))
-        return output, {path: variable[...] for path, variable in new}
+        zeros = {path: jnp.zeros_like(statistics[path]) for path in self._auxiliary}
+        model = nnx.merge(self._graph, _nested(parameters), _nested({**statistics, **zeros}))
+        segments = Segments.of(batch.get("segment_ids"), padding=self._padding, packed=self._packed)
+        output, _ = model(batch["inputs"], segment_ids=segments, key=key)
+        new = nnx.to_flat_state(nnx.state(model, STATISTICS))
+        return output, {_path(path): variable[...] for path, variable in new}
 
 
-def _float32_arrays(state: nnx.State) -> dict[Path, np.ndarray]:
-    arrays = {path: np.asarray(variable[...]) for path, variable in nnx.to_flat_state(state)}
-    for path, array in arrays.items():
-        if array.dtype != np.float32:
+def _mixer_configs(model: nnx.Module) -> dict[str, Any]:
+    return {_path(p): m.config for p, m in nnx.iter_modules(model) if isinstance(m, Mixer)}
+
+
+def _path(path: tuple[str | int, ...]) -> str:
+    return "/".join(map(str, path))
+
+
+def _nested(arrays: Mapping[str, Array]) -> dict[Any, Any]:
+    """The arrays as nnx.merge takes them, numbers of lists as integers."""
+    split = {
+        tuple(int(part) if part.isdecimal() else part for part in path.split("/")): array
+        for path, array in arrays.items()
+    }
+    return traverse_util.unflatten_dict(split)
+
+
+def _declarations(state: nnx.State) -> dict[str, Declaration]:
+    found = {}
+    for path, variable in nnx.to_flat_state(state):
+        array = variable.get_value()
+        if str(array.dtype) not in STORED:
             raise TypeError(
-                f"{path_name(path)} is {array.dtype}; parameters and statistics are stored as float32 "
+                f"{_path(path)} is {array.dtype}; parameters and statistics are stored as {' or '.join(STORED)} "
                 "(complex ones as their real and imaginary parts)"
             )
-    return arrays
+        axes = axes_of(variable) if isinstance(variable, nnx.Param) else (None,) * len(array.shape)
+        found[_path(path)] = Declaration(
+            tuple(array.shape), array.dtype, group_of(variable), axes, names_of(path, variable)
+        )
+    return found

@@ -26,13 +26,6 @@ class NonFiniteError(ArithmeticError):
         super().__init__(f"step {step}: {what}")
 
 
-def check_finite(step: int, arrays: Mapping[str, Any]) -> None:
-    """Raises NonFiniteError, naming an array, unless all numbers in a tree of NumPy arrays are finite."""
-    for path, array in jax.tree.leaves_with_path(arrays):
-        if not np.all(np.isfinite(array)):
-            raise NonFiniteError(step, jax.tree_util.keystr(path, simple=True, separator=" "))
-
-
 class Stopwatch:
     """Seconds of training, over all sessions of a run."""
 

@@ -1,19 +1,21 @@
-"""The state of training on the device, and the form in which checkpoints store it.
+"""The state of training as a tree of global arrays, and the form in which checkpoints store it.
 
-On the device the parameters are one vector for each group of the optimizer (see `split_model`). A checkpoint stores
-them, their moments and their average by the names of layers, which depends neither on the groups nor on the device.
+On the devices, arrays are named by their variable in the model; a stacked array holds several layers. A checkpoint names
+every array by its layer, so that it depends neither on how a stack holds its layers nor on the devices.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-import optax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.training.model import Layout, SplitModel, Vectors, path_name
+from experiments.parallel.mesh import Devices
+from experiments.training.model import Arrays, Declaration, SplitModel
 from experiments.training.optimizers import Optimizer
 from layers.typing import Array
+from seqmodels.names import Names, join_layers, split_layers
 
 # Told apart from the keys that initialise the parameters, which come from the same seed.
 STEP_KEYS = 1
@@ -24,100 +26,164 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: int32, steps taken.
-      parameters: float32, one vector a group.
-      statistics: running statistics of norms, one vector.
-      moments: Adam's.
+      parameters: by name.
+      statistics: running statistics of norms and other variables that gradients do not change, by name.
+      optimizer: the state of the optax chain.
       average: exponential moving average of the parameters, or None.
       key: data of the base key; step n draws from fold_in(key, n).
     """
 
     step: Array
-    parameters: Vectors
-    statistics: Vectors
-    moments: optax.ScaleByAdamState
-    average: Vectors | None
+    parameters: Arrays
+    statistics: Arrays
+    optimizer: Any
+    average: Arrays | None
     key: Array
 
     @property
-    def evaluated(self) -> Vectors:
+    def evaluated(self) -> Arrays:
         """The parameters that evaluation uses: the average if there is one."""
         return self.parameters if self.average is None else self.average
 
 
-class Layouts(NamedTuple):
-    """Where parameters and statistics lie in their vectors."""
+class StateLayout:
+    """How the state of a model and its optimizer is made, lies on devices and is stored.
 
-    parameters: Layout
-    statistics: Layout
-
-
-def initial_state(model: SplitModel, layouts: Layouts, optimizer: Optimizer, seed: int) -> TrainState:
-    """The state before the first step, on the host."""
-    parameters = layouts.parameters.join(model.parameters)
-    key = jax.random.fold_in(jax.random.key(seed), STEP_KEYS)
-    return TrainState(
-        step=np.array(0, np.int32),
-        parameters=parameters,
-        statistics=layouts.statistics.join(model.statistics),
-        moments=jax.tree.map(np.asarray, optimizer.init(parameters)),
-        average=None if optimizer.config.ema is None else parameters,
-        key=np.asarray(jax.random.key_data(key)),
-    )
-
-
-def to_stored(state: TrainState, layouts: Layouts) -> dict[str, Any]:
-    """The state as nested dicts of NumPy arrays by the names of layers: copies, so that training may go on."""
-    state = jax.tree.map(lambda array: np.array(array, copy=True), jax.device_get(state))
-    return dict(
-        step=state.step,
-        key=state.key,
-        parameters=_by_name(layouts.parameters, state.parameters),
-        statistics=_by_name(layouts.statistics, state.statistics),
-        average={} if state.average is None else _by_name(layouts.parameters, state.average),
-        adam=dict(
-            count=state.moments.count,
-            mu=_by_name(layouts.parameters, state.moments.mu),
-            nu=_by_name(layouts.parameters, state.moments.nu),
-        ),
-    )
-
-
-def from_stored(stored: Mapping[str, Any], layouts: Layouts) -> TrainState:
-    """The inverse of `to_stored`, on the host.
-
-    Raises:
-      ValueError: if names or shapes of arrays are not those of the model.
+    Attributes:
+      abstract: shapes, types and shardings of the state.
     """
-    parameters, statistics = layouts
-    adam = stored["adam"]
-    return TrainState(
-        step=stored["step"],
-        parameters=_from_names(parameters, stored["parameters"]),
-        statistics=_from_names(statistics, stored["statistics"]),
-        moments=optax.ScaleByAdamState(
-            count=adam["count"],
-            mu=_from_names(parameters, adam["mu"]),
-            nu=_from_names(parameters, adam["nu"]),
-        ),
-        average=_from_names(parameters, stored["average"]) if stored["average"] else None,
-        key=stored["key"],
-    )
+
+    def __init__(self, model: SplitModel, optimizer: Optimizer, devices: Devices):
+        """Traces the first state; nothing is allocated."""
+        self._model, self._optimizer, self._devices = model, optimizer, devices
+        self._transformation = optimizer.transformation()
+        self._declared = {**model.statistics, **model.parameters}
+        abstract = jax.eval_shape(self.make, jax.random.key(0))
+        shardings = devices.shardings(self._declared)
+
+        def place(path, leaf):
+            declaration = self._declaration(path)
+            same = declaration is not None and declaration.shape == leaf.shape
+            sharding = shardings[_last(path)] if same else devices.replicated
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        self.abstract: TrainState = jax.tree.map_with_path(place, abstract)
+
+    @property
+    def shardings(self) -> TrainState:
+        """How every array of the state lies on the devices."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+
+    def initial(self, seed: int) -> TrainState:
+        """The state before the first step. No device, nor the host, holds a divided array whole."""
+        with self._devices.active():
+            return jax.jit(self.make, out_shardings=self.shardings)(jax.random.key(seed))
+
+    def make(self, key: jax.Array) -> TrainState:
+        """The state before the first step, from the key of the seed. A pure function."""
+        parameters, statistics = self._model.initialise(key)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            parameters=parameters,
+            statistics=statistics,
+            optimizer=self._transformation.init(parameters),
+            average=None if self._optimizer.config.ema is None else jax.tree.map(jnp.copy, parameters),
+            key=jax.random.key_data(jax.random.fold_in(key, STEP_KEYS)),
+        )
+
+    def to_stored(self, state: TrainState) -> dict[str, Array]:
+        """The state by the names of its layers: new arrays, so that the state may be donated."""
+        with self._devices.active():
+            return self._split(state)
+
+    def from_stored(self, stored: Mapping[str, Any]) -> TrainState:
+        """The inverse of `to_stored`, on the devices.
+
+        Raises:
+          ValueError: if names or shapes of arrays are not those of the state.
+        """
+        self.check_stored({name: tuple(array.shape) for name, array in stored.items()})
+        with self._devices.active():
+            return self._join(dict(stored))
+
+    @property
+    def abstract_stored(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, types and shardings of what `to_stored` gives."""
+        stored = jax.eval_shape(self._by_layer, self.abstract)
+        shardings = self._stored_shardings
+        return {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
+            for name, leaf in stored.items()
+        }
+
+    def check_stored(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises ValueError unless a checkpoint with these shapes by name is one of this state."""
+        expected = {name: leaf.shape for name, leaf in self.abstract_stored.items()}
+        problems = [f"{name} is missing" for name in expected if name not in shapes]
+        problems += [f"{name} is not in the model" for name in shapes if name not in expected]
+        problems += [
+            f"{name} is {tuple(shapes[name])}, but {shape} in the model"
+            for name, shape in expected.items()
+            if name in shapes and tuple(shapes[name]) != shape
+        ]
+        if problems:
+            more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems[:5])}{more}")
+
+    @property
+    def _split(self) -> Callable[[TrainState], dict[str, Array]]:
+        return jax.jit(self._by_layer, out_shardings=self._stored_shardings)
+
+    @property
+    def _join(self) -> Callable[[dict[str, Array]], TrainState]:
+        def join(stored):
+            leaves = [join_layers(names, stored) for names, _ in self._leaves(self.abstract)]
+            return jax.tree.unflatten(jax.tree.structure(self.abstract), leaves)
+
+        return jax.jit(join, out_shardings=self.shardings)
+
+    def _by_layer(self, state: TrainState) -> dict[str, Array]:
+        stored: dict[str, Array] = {}
+        for names, leaf in self._leaves(state):
+            stored |= {name: jnp.copy(array) for name, array in split_layers(names, leaf).items()}
+        return stored
+
+    @property
+    def _stored_shardings(self) -> dict[str, NamedSharding]:
+        shardings = {}
+        for names, leaf in self._leaves(self.abstract):
+            spec = leaf.sharding.spec
+            spec = PartitionSpec(*spec[1:]) if names.stacked else spec
+            shardings |= dict.fromkeys(names.names, NamedSharding(self._devices.mesh, spec))
+        return shardings
+
+    def _leaves(self, state: Any) -> Iterator[tuple[Names, Any]]:
+        """Every array of the state with its names in a checkpoint."""
+        for path, leaf in jax.tree.leaves_with_path(state):
+            declaration = self._declaration(path)
+            where = "/".join(_part(entry) for entry in path)
+            if declaration is None:
+                yield Names((where,), False), leaf
+                continue
+            prefix = "/".join(_part(entry) for entry in path[:-1])
+            names, stacked = declaration.names
+            if stacked and (not leaf.shape or leaf.shape[0] != len(names)):  # a placeholder of the optimizer
+                yield Names((where,), False), leaf
+            else:
+                yield Names(tuple(f"{prefix}/{name}" for name in names), stacked), leaf
+
+    def _declaration(self, path: tuple[Any, ...]) -> Declaration | None:
+        """Of the variable that an array of the state is, or belongs to."""
+        return self._declared.get(_last(path))
 
 
-def _by_name(layout: Layout, vectors: Vectors) -> dict[str, np.ndarray]:
-    return {path_name(path): array for path, array in layout.cut(vectors).items()}
+def _last(path: tuple[Any, ...]) -> str:
+    return _part(path[-1])
 
 
-def _from_names(layout: Layout, stored: Mapping[str, np.ndarray]) -> Vectors:
-    shapes = {path_name(path): (path, shape) for part in layout.groups.values() for path, shape in part}
-    problems = [f"{name} is missing" for name in shapes if name not in stored]
-    problems += [f"{name} is not in the model" for name in stored if name not in shapes]
-    problems += [
-        f"{name} is {stored[name].shape}, but {shape} in the model"
-        for name, (_, shape) in shapes.items()
-        if name in stored and stored[name].shape != shape
-    ]
-    if problems:
-        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems[:5])}{more}")
-    return layout.join({path: stored[name] for name, (path, _) in shapes.items()})
+def _part(entry: Any) -> str:
+    """A step of a path as checkpoints write it."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    raise TypeError(f"a path of the state has {entry!r}")

@@ -1,8 +1,9 @@
-"""The arithmetic of one training step and of one evaluation batch, as jitted functions.
+"""The arithmetic of one training step and of one evaluation batch.
 
-Both return their metrics as one float32 vector whose first entries `metric_names` names: sums over examples, as the
-task gives them. A training step goes on with the auxiliary loss of the model if it has one (see `layers.parameters`),
-again as a sum over examples, then the global gradient norm, the learning rate and the number of real tokens.
+`StepFunctions.step` is the pure function that the loop, the sweeps (under `jax.vmap`) and the profiler share. It and
+evaluation return their metrics as one float32 vector whose first entries `metric_names` names: sums over examples, as the
+task gives them. In a training step the auxiliary loss of the model follows if it has one (see `layers.parameters`), again
+as a sum over examples, then the global gradient norm, the learning rate and the number of real tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from experiments.parallel.devices import Devices
-from experiments.training.model import SplitModel, Vectors
+from experiments.parallel.mesh import Devices
+from experiments.training.model import Arrays, SplitModel
 from experiments.training.optimizers import Optimizer
-from experiments.training.state import Layouts, TrainState
+from experiments.training.state import StateLayout, TrainState
 from layers.typing import Array, Float
 
 Batch = Mapping[str, Array]
@@ -23,20 +25,36 @@ AUXILIARY = "auxiliary_loss"
 STEP_METRICS = ("gradient_norm", "learning_rate", "tokens")
 
 
+class OnMesh:
+    """A jitted function that is traced, lowered and called in the mesh of some devices."""
+
+    def __init__(self, function: Any, devices: Devices):
+        self._function, self._devices = function, devices
+
+    def __call__(self, *args: Any) -> Any:
+        with self._devices.active():
+            return self._function(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """As of `jax.jit`."""
+        with self._devices.active():
+            return self._function.lower(*args)
+
+
 class StepFunctions:
-    """Jitted training and evaluation of one model on one task.
+    """Training and evaluation of one model on one task.
 
     Attributes:
       metric_names: of the sums that the task gives.
       train_metric_names: of all sums of a training step.
-      train: (state, batch) -> (state, metrics). The state is donated.
-      evaluate: (parameters, statistics, totals, batch) -> totals + metrics. The totals are donated.
+      layout: of the state of training.
+      train: (state, batch) -> (state, metrics), jitted. The state is donated.
+      evaluate: (parameters, statistics, totals, batch) -> totals + metrics, jitted. The totals are donated.
     """
 
     def __init__(
         self,
         model: SplitModel,
-        layouts: Layouts,
         optimizer: Optimizer,
         loss: Callable[[Array, Batch], tuple[Array, dict[str, Array]]],
         *,
@@ -47,76 +65,98 @@ class StepFunctions:
         """Prepares the functions; nothing is compiled yet.
 
         Args:
-          layouts: of parameters and running statistics in their vectors.
           loss: of the task: outputs and batch to the mean loss and the sums "loss", "count" and others.
           metric_names: the names of those sums.
-          accumulate: micro-batches a step.
+          accumulate: micro-batches per step.
         """
         self._model, self._loss = model, loss
-        self._layout, self._statistics = layouts
         self._optimizer, self._devices, self._accumulate = optimizer, devices, accumulate
+        self._transformation = optimizer.transformation()
+        self.layout = StateLayout(model, optimizer, devices)
         self.metric_names = metric_names
         self.train_metric_names = (*metric_names, *([AUXILIARY] if model.has_auxiliary_loss else []))
-        self.train = jax.jit(self._train, donate_argnums=0, out_shardings=devices.replicated)
-        self.evaluate = jax.jit(self._evaluate, donate_argnums=2, out_shardings=devices.replicated)
+        shardings = (self.layout.shardings, devices.replicated)
+        self.train = OnMesh(jax.jit(self.step, donate_argnums=0, out_shardings=shardings), devices)
+        self.evaluate = OnMesh(
+            jax.jit(self.add_evaluation, donate_argnums=2, out_shardings=devices.replicated), devices
+        )
 
     def zero_totals(self) -> Float[Array, "m"]:
         """The sums over no batch."""
         return self._devices.replicate(np.zeros(len(self.metric_names), np.float32))
 
-    def _train(self, state: TrainState, batch: Batch) -> tuple[TrainState, Float[Array, "m"]]:
+    def step(
+        self, state: TrainState, batch: Batch, scale: Float[Array, ""] | float = 1.0
+    ) -> tuple[TrainState, Float[Array, "m"]]:
+        """The state after one step on a batch, and the metrics of the step. A pure function.
+
+        Args:
+          scale: factor on the learning rates of all groups.
+        """
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         gradients, statistics, sums = self._gradients(state, batch, key)
         gradients = {name: gradient / sums["count"] for name, gradient in gradients.items()}
-        parameters, moments, norm = self._optimizer.update(
-            state.step, state.parameters, gradients, state.moments
-        )
+        norm = optax.tree.norm(gradients)
+        updates, optimizer = self._transformation.update(gradients, state.optimizer, state.parameters)
+        parameters = {
+            name: (p + scale * updates[name]).astype(p.dtype) for name, p in state.parameters.items()
+        }
         average = state.average
         if average is not None:
             keep = self._optimizer.config.ema
             average = {name: keep * old + (1 - keep) * parameters[name] for name, old in average.items()}
-        rate = self._optimizer.config.learning_rate * self._optimizer.schedule(state.step)
+        rate = scale * self._optimizer.config.learning_rate * self._optimizer.schedule(state.step)
         metrics = [*self._ordered(sums, self.train_metric_names), norm, rate, count_tokens(batch)]
-        new = TrainState(state.step + 1, parameters, statistics, moments, average, state.key)
+        new = TrainState(state.step + 1, parameters, statistics, optimizer, average, state.key)
         return new, jnp.stack([jnp.asarray(metric, jnp.float32) for metric in metrics])
 
     def _gradients(
         self, state: TrainState, batch: Batch, key: Array
-    ) -> tuple[Vectors, Vectors, dict[str, Array]]:
+    ) -> tuple[Arrays, Arrays, dict[str, Array]]:
         """Gradients of the sum of losses, statistics, and the sums of metrics, over all micro-batches."""
-        arrays = self._layout.cut(state.parameters)
 
-        def loss(arrays, statistics, batch, key):
-            output, statistics = self._model(arrays, statistics, batch, key=key)
+        def loss(parameters, statistics, batch, key):
+            output, statistics = self._model(parameters, statistics, batch, key=key)
             _, sums = self._loss(output, batch)
             if not self._model.has_auxiliary_loss:
                 return sums["loss"], (statistics, sums)
             auxiliary = self._model.auxiliary_loss(statistics) * sums["count"]
             return sums["loss"] + auxiliary, (statistics, sums | {AUXILIARY: auxiliary})
 
+        def micro_batch(statistics, batch, key):
+            (_, (statistics, sums)), gradients = jax.value_and_grad(loss, has_aux=True)(
+                state.parameters, statistics, batch, key
+            )
+            return self._divided(gradients), statistics, sums
+
         def add_micro_batch(carry, inputs):
             statistics, gradients, sums = carry
-            micro_batch, number = inputs
-            micro_key = jax.random.fold_in(key, number)
-            (_, (statistics, new_sums)), new = jax.value_and_grad(loss, has_aux=True)(
-                arrays, self._statistics.cut(statistics), micro_batch, micro_key
+            batch, number = inputs
+            new_gradients, statistics, new_sums = micro_batch(
+                statistics, batch, jax.random.fold_in(key, number)
             )
-            new = self._layout.join(new, jnp), new_sums
-            gradients, sums = jax.tree.map(jnp.add, (gradients, sums), new)
-            return (self._statistics.join(statistics, jnp), gradients, sums), None
+            added = jax.tree.map(jnp.add, (gradients, sums), (new_gradients, new_sums))
+            return (statistics, *added), None
 
+        if self._accumulate == 1:
+            return micro_batch(state.statistics, batch, jax.random.fold_in(key, 0))
         zeros = (
-            jax.tree.map(jnp.zeros_like, state.parameters),
+            {name: jnp.zeros(p.shape, jnp.float32) for name, p in state.parameters.items()},
             {name: jnp.zeros((), jnp.float32) for name in self.train_metric_names},
         )
-        count = self._accumulate
-        if count == 1:
-            carry, _ = add_micro_batch((state.statistics, *zeros), (batch, 0))
-        else:
-            inputs = (self._micro_batches(batch), jnp.arange(count))
-            carry, _ = jax.lax.scan(add_micro_batch, (state.statistics, *zeros), inputs)
-        statistics, gradients, sums = carry
+        inputs = (self._micro_batches(batch), jnp.arange(self._accumulate))
+        (statistics, gradients, sums), _ = jax.lax.scan(add_micro_batch, (state.statistics, *zeros), inputs)
         return gradients, statistics, sums
+
+    def _divided(self, gradients: Arrays) -> Arrays:
+        """Gradients divided over the devices as their parameters are, so that they are summed where they are needed."""
+        if len(self._devices) == 1:
+            return gradients
+        shardings = self.layout.shardings.parameters
+        return {
+            name: jax.lax.with_sharding_constraint(gradient, shardings[name])
+            for name, gradient in gradients.items()
+        }
 
     def _micro_batches(self, batch: Batch) -> dict[str, Array]:
         """Every `accumulate`-th row in each micro-batch, so that rows stay on the device that holds them."""
@@ -127,12 +167,11 @@ class StepFunctions:
 
         return {name: cut(array) for name, array in batch.items()}
 
-    def _evaluate(
-        self, parameters: Vectors, statistics: Vectors, totals: Float[Array, "m"], batch: Batch
+    def add_evaluation(
+        self, parameters: Arrays, statistics: Arrays, totals: Float[Array, "m"], batch: Batch
     ) -> Float[Array, "m"]:
-        output, _ = self._model(
-            self._layout.cut(parameters), self._statistics.cut(statistics), batch, key=None
-        )
+        """The totals with the sums over one more batch. A pure function."""
+        output, _ = self._model(parameters, statistics, batch, key=None)
         _, sums = self._loss(output, batch)
         return totals + jnp.stack(self._ordered(sums, self.metric_names))
 
@@ -165,10 +204,14 @@ def metric_names_of(model: SplitModel, loss: Callable[..., Any], batch: Mapping[
     Raises:
       ValueError: if "loss" or "count" is not among them.
     """
+
+    def shapes(declarations):
+        return {name: jax.ShapeDtypeStruct(d.shape, d.dtype) for name, d in declarations.items()}
+
     _, sums = jax.eval_shape(
         lambda parameters, statistics, batch: loss(model(parameters, statistics, batch, key=None)[0], batch),
-        model.parameters,
-        model.statistics,
+        shapes(model.parameters),
+        shapes(model.statistics),
         dict(batch),
     )
     names = tuple(sums)

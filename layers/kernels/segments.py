@@ -64,6 +64,7 @@ class Segments:
             raise ValueError(f"padding={padding!r}; expected 'anywhere' or 'end'")
         if segment_ids is None or isinstance(segment_ids, Segments):
             return segment_ids
+        segment_ids = jnp.asarray(segment_ids)
         real = segment_ids != 0
         count = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
         if not packed:

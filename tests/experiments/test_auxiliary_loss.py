@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.parallel.devices import Devices
+from experiments.parallel.mesh import Devices
 from experiments.training import experiment
-from experiments.training.state import initial_state
+from seqmodels.names import split_layers
 from tests.experiments.tiny import make_tiny_task, tiny_config
 
 BALANCE = 5.0
@@ -42,11 +42,26 @@ def objective(plan, batch, number=0):
     key = jax.random.fold_in(jax.random.fold_in(key, 0), number)
 
     def run(parameters):
-        output, statistics = plan.model(parameters, plan.model.statistics, batch, key=key)
+        output, statistics = plan.model(parameters, initial(plan)[1], batch, key=key)
         auxiliary = plan.model.auxiliary_loss(statistics)
         return plan.task.loss(output, batch)[0] + auxiliary, auxiliary
 
     return run
+
+
+def initial(plan):
+    """Parameters and statistics before training."""
+    return jax.jit(plan.model.initialise)(jax.random.key(0))
+
+
+def by_layer(plan, arrays):
+    """Arrays of parameters or statistics by the names of their layers."""
+    declared = {**plan.model.parameters, **plan.model.statistics}
+    return {
+        name: part
+        for path, a in arrays.items()
+        for name, part in split_layers(declared[path].names, a).items()
+    }
 
 
 def first_batch(plan):
@@ -56,8 +71,7 @@ def first_batch(plan):
 def first_step(plan, batch):
     devices = Devices.first(1)
     functions = plan.step_functions(devices)
-    state = initial_state(plan.model, plan.layouts, plan.optimizer, 0)
-    state, metrics = functions.train(devices.replicate(state), devices.put_batch(batch))
+    state, metrics = functions.train(functions.layout.initial(0), devices.put_batch(batch))
     names = (*functions.train_metric_names, "gradient_norm", "learning_rate", "tokens")
     return state, dict(zip(names, np.asarray(metrics), strict=True))
 
@@ -65,8 +79,8 @@ def first_step(plan, batch):
 OTHERS = dict(scan=False), dict(remat="full"), dict(remat="dots")
 
 
-def routers(gradients):
-    found = {path: g for path, g in gradients.items() if "router" in path}
+def routers(plan, gradients):
+    found = {name: g for name, g in by_layer(plan, gradients).items() if "router" in name}
     assert len(found) == 2
     return found
 
@@ -79,14 +93,15 @@ def test_every_router_has_a_gradient_from_the_auxiliary_loss_alone(model):
     batch = first_batch(plan)
     gradients, value = jax.jit(
         lambda p: (jax.grad(lambda p: objective(plan, batch)(p)[1])(p), objective(plan, batch)(p)[1])
-    )(plan.model.parameters)
+    )(initial(plan)[0])
     assert 2 * BALANCE <= value < 6 * BALANCE
-    for path, gradient in routers(gradients).items():
+    for path, gradient in routers(plan, gradients).items():
         assert np.abs(gradient).max() > 1e-3, path
     reference = plan_of(scan=False)
-    want = jax.jit(jax.grad(lambda p: objective(reference, batch)(p)[1]))(reference.model.parameters)
-    for path, gradient in gradients.items():
-        np.testing.assert_allclose(gradient, want[path], atol=1e-4)
+    want = jax.jit(jax.grad(lambda p: objective(reference, batch)(p)[1]))(initial(reference)[0])
+    want = by_layer(reference, want)
+    for name, gradient in by_layer(plan, gradients).items():
+        np.testing.assert_allclose(gradient, want[name], atol=1e-4)
 
 
 @pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -95,7 +110,7 @@ def test_a_step_follows_the_loss_with_its_auxiliary_part(accumulate):
     batch = first_batch(plan)
     parts = [{k: v[i::accumulate] for k, v in batch.items()} for i in range(accumulate)]
     both = [
-        jax.jit(jax.value_and_grad(objective(plan, part, i), has_aux=True))(plan.model.parameters)
+        jax.jit(jax.value_and_grad(objective(plan, part, i), has_aux=True))(initial(plan)[0])
         for i, part in enumerate(parts)
     ]
     gradients = [gradient for _, gradient in both]
@@ -108,9 +123,9 @@ def test_a_step_follows_the_loss_with_its_auxiliary_part(accumulate):
     loss = np.mean([value[0] for value, _ in both]) - auxiliary
     assert metrics["loss"] / metrics["count"] == pytest.approx(loss, rel=1e-4)
     # The statistics hold the last value; the next step must not add it again.
-    left = plan.layouts.statistics.cut(jax.device_get(state.statistics))
+    left = state.statistics
     assert float(plan.model.auxiliary_loss(left)) > 0
-    _, statistics = jax.jit(plan.model.__call__)(plan.model.parameters, left, batch, key=None)
+    _, statistics = jax.jit(plan.model.__call__)(initial(plan)[0], left, batch, key=None)
     assert float(plan.model.auxiliary_loss(statistics)) == 0.0
 
 
@@ -128,14 +143,16 @@ def test_biases_of_experts_move_in_a_step_and_rest_in_evaluation(options):
     plan = plan_of(**options, channels={"moe": moe})
     batch = first_batch(plan)
     state, _ = first_step(plan, batch)
-    left = plan.layouts.statistics.cut(jax.device_get(state.statistics))
-    biases = {path: value for path, value in left.items() if path[-1] == "bias"}
-    assert len(biases) == 2
-    run, want = jax.jit(plan.model.__call__), plan.model.statistics
+    left = state.statistics
+    parameters, want = initial(plan)
+    run = jax.jit(plan.model.__call__)
     for i in range(accumulate):
         part = {k: v[i::accumulate] for k, v in batch.items()}
-        _, want = run(plan.model.parameters, want, part, key=jax.random.key(0))
-    _, after = run(plan.model.parameters, left, batch, key=None)
+        _, want = run(parameters, want, part, key=jax.random.key(0))
+    _, after = run(parameters, left, batch, key=None)
+    left, want, after = (by_layer(plan, arrays) for arrays in (left, want, after))
+    biases = {name: value for name, value in left.items() if name.endswith("/bias")}
+    assert len(biases) == 2
     for path, bias in biases.items():
         assert np.abs(bias).max() in (rate, accumulate * rate)
         np.testing.assert_array_equal(bias, want[path])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments import compare, evaluate
-from experiments.parallel.devices import Devices
+from experiments.parallel.mesh import Devices
 from experiments.runs import results as run_results
 from experiments.runs.directory import RunDirectory
 from experiments.runs.interrupts import Stop

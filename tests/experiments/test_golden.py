@@ -4,9 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.parallel.devices import Devices
+from experiments.parallel.mesh import Devices
 from experiments.training import experiment
-from experiments.training.state import initial_state
 
 NAMES = ("accuracy", "count", "loss", "gradient_norm", "learning_rate", "tokens")
 
@@ -42,7 +41,7 @@ def first_steps(config):
     devices = Devices(jax.devices()[:1])
     functions = plan.step_functions(devices)
     assert (*functions.metric_names, "gradient_norm", "learning_rate", "tokens") == NAMES
-    state = devices.replicate(initial_state(plan.model, plan.layouts, plan.optimizer, 0))
+    state = functions.layout.initial(0)
     rows = []
     for batch in plan.train_batches():
         state, metrics = functions.train(state, devices.put_batch(batch))

@@ -11,7 +11,7 @@ import pytest
 from experiments import profile
 from experiments.analysis.hlo_sources import attribute, kernel_sources
 from experiments.benchmark.timing import Timing
-from experiments.parallel.devices import Devices
+from experiments.parallel.mesh import Devices
 from experiments.profile import Kernel
 from experiments.training import experiment
 from layers.kernels import dispatch

@@ -15,6 +15,7 @@ from experiments import train
 from experiments.data.sequences import Sequences
 from experiments.tasks.classification import cross_entropy
 from experiments.training import experiment
+from layers.segments import Segments
 
 WIDTHS = (4, 8)
 CLASSES = 3
@@ -84,7 +85,7 @@ class TinyModel(nnx.Module):
             self.mean = nnx.BatchStat(jnp.zeros(width))
 
     def __call__(self, inputs, state=None, *, segment_ids=None, key=None):
-        x = self.table[...][inputs] * (segment_ids != 0)[..., None]
+        x = self.table[...][inputs] * Segments.of(segment_ids).real[..., None]
         if self.norm:
             mean = self.mean[...]
             if key is not None:

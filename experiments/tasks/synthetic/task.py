@@ -29,6 +29,8 @@ class SyntheticTask(abc.ABC):
     """
 
     makes_no_data: ClassVar[bool] = True
+    padding: ClassVar[str] = "end"
+    packed: ClassVar[bool] = False
     ragged: ClassVar[bool] = False
 
     seed: int = 0

@@ -6,12 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.parallel.devices import Devices
+from experiments.parallel.mesh import Devices
 from experiments.runs.interrupts import Interrupted
 from experiments.sweep import replicas
 from experiments.sweep.replicas import Replicas
 from experiments.training import experiment
-from experiments.training.state import initial_state
 
 CONFIG = dict(
     seed=3,
@@ -45,7 +44,7 @@ def alone(rate, seed):
     plan = experiment.build(CONFIG | dict(seed=seed, optimizer=optimizer))
     batches = experiment.build(CONFIG).train_batches()
     functions = plan.step_functions(Devices(jax.local_devices()[:1]))
-    state = initial_state(plan.model, plan.layouts, plan.optimizer, seed)
+    state = functions.layout.initial(seed)
     losses = []
     for batch in batches:
         state, metrics = functions.train(state, batch)
@@ -88,5 +87,3 @@ def test_the_deadline_is_kept(trained):
 def test_errors():
     with pytest.raises(ValueError, match="steps is None"):
         Replicas(CONFIG | dict(train=dict(batch_size=8, epochs=1)), (0.1,), (0,))
-    with pytest.raises(ValueError, match="running statistics"):
-        Replicas(CONFIG | dict(model=CONFIG["model"] | dict(norm="batch_norm")), (0.1,), (0,))

@@ -7,14 +7,13 @@ from scipy import stats
 
 from experiments import describe
 from experiments.data.pipeline import eval_batches
-from experiments.parallel.devices import Devices
+from experiments.parallel.mesh import Devices
 from experiments.tasks import TASKS, make_task
 from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.synthetic.rows import Rows, joined, next_tokens
 from experiments.tasks.synthetic.task import SyntheticTask
 from experiments.tasks.tokens import IGNORE
 from experiments.training import experiment
-from experiments.training.state import initial_state
 from experiments.training.step import means
 
 SIZES = dict(train=40, validation=8, test=12)
@@ -228,7 +227,7 @@ def test_a_small_model_learns_to_recall():
     )
     plan = experiment.build(config)
     functions = plan.step_functions(Devices(jax.local_devices()[:1]))
-    state = initial_state(plan.model, plan.layouts, plan.optimizer, 0)
+    state = functions.layout.initial(0)
     losses = []
     for batch in plan.train_batches():
         state, metrics = functions.train(state, batch)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.parallel.devices import Devices
+from experiments.parallel.mesh import Devices
 from experiments.training.batches import AHEAD, TrainBatches, ahead
 from experiments.training.compilation import PerShape
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.parallel.devices import Devices
+from experiments.parallel.mesh import Devices
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.directory import RunDirectory
 from experiments.runs.interrupts import Interrupted, Stop
@@ -156,22 +156,24 @@ def test_the_best_checkpoint_is_tested(tmp_path):
     devices = Devices(jax.devices()[:1])
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.best == best["step"]
-        state, _ = loop.restore(plan, checkpoints, best["step"])
-    evaluate = Evaluator(plan, plan.step_functions(devices), devices)
-    assert evaluate(devices.replicate(state), "test")["loss"] == outcome.test["loss"]
+        functions = plan.step_functions(devices)
+        state, _ = loop.restore(functions.layout, checkpoints, best["step"])
+    evaluate = Evaluator(plan, functions, devices)
+    assert evaluate(state, "test")["loss"] == outcome.test["loss"]
 
 
 def test_evaluation_counts_every_example_once():
     """In batches of another size, whose last one is filled up, and against the model called on rows one by one."""
     plan = experiment.build(tiny_config(train=dict(eval_batch_size=4)))
     devices = Devices(jax.devices()[:1])
-    state = loop.initial_state(plan.model, plan.layouts, plan.optimizer, 0)
-    got = Evaluator(plan, plan.step_functions(devices), devices)(devices.replicate(state), "test")
+    functions = plan.step_functions(devices)
+    state = functions.layout.initial(0)
+    got = Evaluator(plan, functions, devices)(state, "test")
     losses = []
     split = plan.task.splits["test"]
     for index in range(len(split)):
         batch = split.gather(np.array([index]), 8) | {"weight": np.ones(1, np.float32)}
-        output, _ = plan.model(plan.model.parameters, plan.model.statistics, batch, key=None)
+        output, _ = plan.model(state.parameters, state.statistics, batch, key=None)
         losses.append(plan.task.loss(output, batch)[0])
     assert got["examples"] == 11
     np.testing.assert_allclose(got["loss"], np.mean(losses), rtol=1e-5)
@@ -180,11 +182,12 @@ def test_evaluation_counts_every_example_once():
 def test_evaluation_uses_the_average():
     plan = experiment.build(tiny_config())
     devices = Devices(jax.devices()[:1])
-    state = loop.initial_state(plan.model, plan.layouts, plan.optimizer, 0)
+    functions = plan.step_functions(devices)
+    state = functions.layout.initial(0)
     moved = {name: 0 * vector for name, vector in state.parameters.items()}
-    evaluate = Evaluator(plan, plan.step_functions(devices), devices)
+    evaluate = Evaluator(plan, functions, devices)
     losses = [
-        evaluate(devices.replicate(changed), "test")["loss"]
+        evaluate(changed, "test")["loss"]
         for changed in (state, state._replace(parameters=moved), state._replace(average=moved))
     ]
     assert losses[0] == losses[1]

@@ -1,4 +1,4 @@
-"""AdamW with groups of parameters."""
+"""Update rules with groups of parameters, and schedules."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,20 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.training.model import Layout
-from experiments.training.optimizers import Group, Optimizer, OptimizerConfig, assign_groups, groups_table
+from experiments.training.model import Declaration
+from experiments.training.optimizers import Group, Optimizer, OptimizerConfig, assign_groups
+from seqmodels.names import Names
 
-PATHS = {("a",): "default", ("b",): "ssm", ("c",): "ssm/dt", ("d",): "ssm/b", ("e",): "no_decay"}
-SHAPES = {("a",): (3, 2), ("b",): (4,), ("c",): (2,), ("d",): (2, 2), ("e",): (5,)}
+PATHS = {"a": "default", "b": "ssm", "c": "ssm/dt", "d": "ssm/b", "e": "no_decay"}
+SHAPES = {"a": (3, 2), "b": (4,), "c": (2,), "d": (2, 2), "e": (5,)}
+
+
+def declare(name, shape, group, axes=None, layers=0):
+    names = Names(tuple(f"blocks/{i}/{name}" for i in range(layers)) or (name,), bool(layers))
+    return Declaration(shape, jnp.dtype("float32"), group, axes or (None,) * len(shape), names)
+
+
+DECLARATIONS = {name: declare(name, SHAPES[name], PATHS[name]) for name in PATHS}
 
 
 def make(**options):
@@ -26,7 +35,7 @@ def random_arrays(seed):
 
 def test_the_longest_prefix_decides():
     _, chosen, groups = make(groups={"ssm": {"learning_rate": 0.01}, "ssm/b": {"weight_decay": 0.0}})
-    assert chosen == {("a",): "default", ("b",): "ssm", ("c",): "ssm", ("d",): "ssm/b", ("e",): "no_decay"}
+    assert chosen == {"a": "default", "b": "ssm", "c": "ssm", "d": "ssm/b", "e": "no_decay"}
     assert groups["ssm"] == Group(learning_rate=0.01, weight_decay=0.5)
     assert groups["ssm/b"] == Group(learning_rate=0.1, weight_decay=0.0)
     assert groups["no_decay"] == Group(learning_rate=0.1, weight_decay=0.0)
@@ -73,14 +82,14 @@ def test_impossible_options_are_named(options, error, message):
 
 
 def test_a_warm_up_as_long_as_training_is_refused():
-    config, _, groups = make()
+    config, _, _ = make()
     with pytest.raises(ValueError, match="warm-up of 10 steps is not shorter than the training of 10"):
-        Optimizer(config, groups, warmup_steps=10, total_steps=10)
+        Optimizer(config, DECLARATIONS, warmup_steps=10, total_steps=10)
 
 
 def test_the_schedule_rises_linearly_and_falls_as_a_cosine():
-    config, _, groups = make(final_learning_rate=0.1)
-    optimizer = Optimizer(config, groups, warmup_steps=4, total_steps=14)
+    config, _, _ = make(final_learning_rate=0.1)
+    optimizer = Optimizer(config, DECLARATIONS, warmup_steps=4, total_steps=14)
     values = [float(optimizer.schedule(step)) for step in range(15)]
     np.testing.assert_allclose(values[:5], [0.25, 0.5, 0.75, 1.0, 1.0])
     cosine = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * np.arange(11) / 10))
@@ -89,9 +98,8 @@ def test_the_schedule_rises_linearly_and_falls_as_a_cosine():
 
 def test_updates_equal_optax_on_separate_parameters():
     config, chosen, groups = make(groups={"ssm": {"learning_rate": 0.01, "weight_decay": 0.3}}, clip_norm=2.0)
-    optimizer = Optimizer(config, groups, warmup_steps=2, total_steps=6)
+    optimizer = Optimizer(config, DECLARATIONS, warmup_steps=2, total_steps=6)
     arrays = random_arrays(0)
-    layout = Layout.of(arrays, chosen)
     transforms = {
         name: optax.adamw(
             lambda step, g=group: g.learning_rate * optimizer.schedule(step), weight_decay=group.weight_decay
@@ -103,36 +111,106 @@ def test_updates_equal_optax_on_separate_parameters():
         optax.multi_transform(transforms, lambda tree: {p: chosen[p] for p in tree}),
     )
     expected, expected_state = arrays, expected_optimizer.init(arrays)
-    vectors = layout.join(arrays)
-    state = optimizer.init(vectors)
+    transformation = optimizer.transformation()
+    state, ours = transformation.init(arrays), arrays
     for step in range(5):
         gradients = random_arrays(step + 1)
         updates, expected_state = expected_optimizer.update(gradients, expected_state, expected)
         expected = optax.apply_updates(expected, updates)
-        vectors, state, norm = jax.jit(optimizer.update)(
-            jnp.int32(step), vectors, layout.join(gradients), state
-        )
-        np.testing.assert_allclose(norm, optax.tree.norm(gradients), rtol=1e-6)
-    for path, array in layout.cut(vectors).items():
-        np.testing.assert_allclose(array, expected[path], rtol=2e-5, atol=1e-6, err_msg=str(path))
+        updates, state = jax.jit(transformation.update)(gradients, state, ours)
+        ours = optax.apply_updates(ours, updates)
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, expected[name], rtol=2e-5, atol=1e-6, err_msg=name)
 
 
 def test_without_gradients_only_decayed_groups_move():
-    config, chosen, groups = make(groups={"ssm": {"weight_decay": 0.0}})
-    optimizer = Optimizer(config, groups, warmup_steps=0, total_steps=9)
+    config, _, _ = make(groups={"ssm": {"weight_decay": 0.0}})
+    optimizer = Optimizer(config, DECLARATIONS, warmup_steps=0, total_steps=9)
     arrays = random_arrays(0)
-    vectors = Layout.of(arrays, chosen).join(arrays)
-    zeros = {name: np.zeros_like(v) for name, v in vectors.items()}
-    new, _, _ = optimizer.update(jnp.int32(0), vectors, zeros, optimizer.init(vectors))
-    for name, vector in vectors.items():
-        moved = name == "default"
-        np.testing.assert_allclose(new[name], vector * (0.95 if moved else 1.0), rtol=1e-6, err_msg=name)
+    zeros = jax.tree.map(np.zeros_like, arrays)
+    transformation = optimizer.transformation()
+    updates, _ = transformation.update(zeros, transformation.init(arrays), arrays)
+    for name, array in optax.apply_updates(arrays, updates).items():
+        moved = name == "a"
+        np.testing.assert_allclose(array, arrays[name] * (0.95 if moved else 1.0), rtol=1e-6, err_msg=name)
 
 
 def test_the_table_counts_every_parameter_once():
-    _, chosen, groups = make(groups={"ssm": {"learning_rate": 0.01}})
-    table = groups_table(Layout.of(random_arrays(0), chosen), groups, PATHS)
+    config, _, _ = make(groups={"ssm": {"learning_rate": 0.01}})
+    table = Optimizer(config, DECLARATIONS, warmup_steps=0, total_steps=2).table()
     rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]}
     assert rows["default"] == ["1", "6", "0.1", "0.5", "default"]
     assert rows["ssm"] == ["3", "10", "0.01", "0.5", "ssm,", "ssm/b,", "ssm/dt"]
     assert sum(int(row[1]) for row in rows.values()) == 21
+
+
+def rule(name, declarations, arrays, gradients, **options):
+    """The updates that a rule makes of the first gradients, with learning rate 1 and no decay."""
+    config = OptimizerConfig(**(dict(learning_rate=1.0, name=name, schedule="constant") | options))
+    transformation = Optimizer(config, declarations, warmup_steps=0, total_steps=9).transformation()
+    return jax.jit(transformation.update)(gradients, transformation.init(arrays), arrays)[0]
+
+
+def test_muon_makes_hidden_matrices_orthogonal_layer_by_layer():
+    """And leaves vectors, embeddings and other groups to Adam."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (3, 4, 8), "one": (6, 5), "table": (7, 4), "scale": (4,), "b": (4, 4)}
+    declarations = {
+        "w": declare("w", shapes["w"], "default", ("layer", "embed", "mlp"), layers=3),
+        "one": declare("one", shapes["one"], "default"),
+        "table": declare("table", shapes["table"], "default", ("vocab", "embed")),
+        "scale": declare("scale", shapes["scale"], "no_decay"),
+        "b": declare("b", shapes["b"], "ssm/b"),
+    }
+    arrays, gradients = (
+        {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(2)
+    )
+    muon = rule("muon", declarations, arrays, gradients, muon_rms=0.5)
+    adam = rule("adamw", declarations, arrays, gradients)
+    for name in ("table", "scale", "b"):
+        np.testing.assert_allclose(muon[name], adam[name], rtol=1e-6)
+    for matrix, gradient in [*zip(muon["w"], gradients["w"], strict=True), (muon["one"], gradients["one"])]:
+        u, _, v = np.linalg.svd(gradient, full_matrices=False)
+        scaled = -np.asarray(matrix) / (0.5 * max(matrix.shape) ** 0.5)
+        singular = np.linalg.svd(scaled, compute_uv=False)
+        assert singular.min() > 0.6  # Newton-Schulz is that exact
+        assert singular.max() < 1.3
+        assert np.vdot(scaled, u @ v) / np.linalg.norm(scaled) / np.linalg.norm(u @ v) > 0.97
+
+
+def test_lion_moves_by_the_sign():
+    arrays, gradients = random_arrays(0), random_arrays(1)
+    for name, update in rule("lion", DECLARATIONS, arrays, gradients).items():
+        np.testing.assert_array_equal(update, -np.sign(gradients[name]))
+
+
+def test_adafactor_is_optax_factored():
+    arrays, gradients = random_arrays(0), random_arrays(1)
+    expected = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    want, _ = expected.update(gradients, expected.init(arrays), arrays)
+    for name, update in rule("adafactor", DECLARATIONS, arrays, gradients).items():
+        np.testing.assert_allclose(update, -want[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(schedule="constant"), [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        (dict(schedule="wsd", decay_fraction=0.4), [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
+        (
+            dict(schedule="wsd", decay_fraction=0.2, final_learning_rate=0.5),
+            [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 0.75],
+        ),
+        (dict(schedule="rsqrt"), [0.5, 1, *np.sqrt(2 / np.arange(2, 10))]),
+    ],
+)
+def test_schedules_against_their_equations(options, expected):
+    config, _, _ = make(**options)
+    optimizer = Optimizer(config, DECLARATIONS, warmup_steps=2, total_steps=10)
+    np.testing.assert_allclose([float(optimizer.schedule(step)) for step in range(10)], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("field, near", [("name", "adamw"), ("schedule", "cosine")])
+def test_unknown_rules_and_schedules_are_refused_with_the_nearest(field, near):
+    with pytest.raises(ValueError, match=f"did you mean '{near}'"):
+        make(**{field: near[:-1]})

@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.parallel.devices import Devices
+from experiments.parallel.mesh import Devices
 from experiments.training import experiment
-from experiments.training.state import from_stored, initial_state, to_stored
 from experiments.training.step import means
 from tests.experiments.tiny import build_tiny_model, make_tiny_task, tiny_config
 
@@ -24,8 +23,7 @@ def start(config, devices=None):
     plan = experiment.build(config)
     devices = devices or Devices(jax.devices()[:1])
     functions = plan.step_functions(devices)
-    state = initial_state(plan.model, plan.layouts, plan.optimizer, config["seed"])
-    return plan, functions, devices, devices.replicate(state)
+    return plan, functions, devices, functions.layout.initial(config["seed"])
 
 
 def run(config, steps, devices=None):
@@ -36,9 +34,8 @@ def run(config, steps, devices=None):
     for batch, _ in zip(plan.train_batches(), range(steps)):
         state, metrics = functions.train(state, devices.put_batch(batch))
         rows.append(np.asarray(metrics))
-    return {name: np.array(column) for name, column in zip(names, np.transpose(rows))}, to_stored(
-        state, plan.layouts
-    )
+    stored = jax.device_get(functions.layout.to_stored(state))
+    return {name: np.array(column) for name, column in zip(names, np.transpose(rows))}, stored
 
 
 def assert_close(got, expected, **tolerance):
@@ -60,9 +57,10 @@ def test_micro_batches_update_the_statistics_one_after_the_other():
     config = tiny_config(train=dict(accumulate=2))
     plan = experiment.build(config)
     batch = next(plan.train_batches())
-    embedded = plan.model.parameters["table",][batch["inputs"]] * batch["segment_ids"][..., None]
+    table = start(config)[3].parameters["table"]
+    embedded = table[batch["inputs"]] * batch["segment_ids"][..., None]
     first, second = (embedded[start::2].mean((0, 1)) for start in (0, 1))
-    got = run(config, 1)[1]["statistics"]["mean"]
+    got = run(config, 1)[1]["statistics/mean"]
     np.testing.assert_allclose(got, 0.9 * 0.1 * first + 0.1 * second, rtol=1e-5)
 
 
@@ -76,15 +74,16 @@ def test_eight_devices_equal_one(accumulate):
 
 def test_a_batch_that_devices_do_not_divide_is_refused():
     with pytest.raises(
-        ValueError, match=r"train.batch_size=12 cannot be divided over 8 devices; use 8 or 16"
+        ValueError,
+        match=r"train.batch_size=12 cannot be divided over 8 parts \(data=8 x fsdp=1\); use 8 or 16",
     ):
         start(tiny_config(train=dict(batch_size=12)), Devices(jax.devices()[:8]))
-    with pytest.raises(ValueError, match=r"over 8 devices times 2 micro-batches; use 16, or fewer devices"):
+    with pytest.raises(ValueError, match=r"over 8 parts .* times 2 micro-batches; use 16, or fewer devices"):
         start(tiny_config(train=dict(batch_size=8, accumulate=2)), Devices(jax.devices()[:8]))
 
 
 def test_more_devices_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="num_devices=99; this machine has 8"):
+    with pytest.raises(ValueError, match="num_devices=99; JAX sees 8"):
         Devices.first(99)
 
 
@@ -102,10 +101,11 @@ def test_every_step_has_its_own_key():
 
 def test_the_average_follows_the_parameters():
     config = tiny_config(optimizer=dict(ema=0.75))
-    before = to_stored(start(config)[3], start(config)[0].layouts)
-    after = run(config, 1)[1]
-    expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, before["average"], after["parameters"])
-    assert_close(after["average"], expected, rtol=1e-6)
+    _, before = run(config, 0)
+    _, after = run(config, 1)
+    for name in ("table", "head", "log_dt", "bias"):
+        expected = 0.75 * before[f"average/{name}"] + 0.25 * after[f"parameters/{name}"]
+        np.testing.assert_allclose(after[f"average/{name}"], expected, rtol=1e-6)
 
 
 def test_metrics_are_those_of_the_batch():
@@ -113,9 +113,10 @@ def test_metrics_are_those_of_the_batch():
     plan = experiment.build(config)
     metrics, _ = run(config, 1)
     batch = next(plan.train_batches())
+    state = start(config)[3]
     loss, gradients = jax.value_and_grad(
-        lambda p: plan.task.loss(plan.model(p, plan.model.statistics, batch, key=None)[0], batch)[0]
-    )(plan.model.parameters)
+        lambda p: plan.task.loss(plan.model(p, state.statistics, batch, key=None)[0], batch)[0]
+    )(state.parameters)
     assert metrics["count"][0] == 8
     assert metrics["tokens"][0] == np.sum(batch["segment_ids"])
     np.testing.assert_allclose(metrics["loss"][0] / 8, loss, rtol=1e-5)
@@ -129,20 +130,21 @@ def test_means_divide_by_the_count():
 
 
 def test_a_stored_state_comes_back():
-    plan, _, _, state = start(tiny_config())
-    stored = to_stored(state, plan.layouts)
-    assert stored["parameters"].keys() == {"bias", "head", "log_dt", "table"}
-    assert_close(from_stored(stored, plan.layouts), jax.device_get(state), rtol=0)
+    _, functions, _, state = start(tiny_config())
+    stored = functions.layout.to_stored(state)
+    parameters = {name for name in stored if name.startswith("parameters/")}
+    assert parameters == {f"parameters/{name}" for name in ("bias", "head", "log_dt", "table")}
+    assert_close(functions.layout.from_stored(stored), jax.device_get(state), rtol=0)
 
 
 def test_a_stored_state_of_another_model_is_refused():
-    plan, _, _, state = start(tiny_config())
-    stored = to_stored(state, plan.layouts)
-    other = start(tiny_config(model=dict(width=6)))[0]
+    _, functions, _, state = start(tiny_config())
+    stored = functions.layout.to_stored(state)
+    other = start(tiny_config(model=dict(width=6)))[1].layout
     with pytest.raises(
         ValueError, match=r"does not fit the model: .*table is \(5, 4\), but \(5, 6\) in the model"
     ):
-        from_stored(stored, other.layouts)
-    del stored["parameters"]["bias"]
-    with pytest.raises(ValueError, match="bias is missing"):
-        from_stored(stored, plan.layouts)
+        other.from_stored(stored)
+    del stored["parameters/bias"]
+    with pytest.raises(ValueError, match="parameters/bias is missing"):
+        functions.layout.from_stored(stored)

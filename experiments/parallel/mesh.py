@@ -1,0 +1,204 @@
+"""The mesh of devices of a run, and how batches and the state of training lie on it."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from experiments.config.loading import MeshConfig
+from experiments.parallel.sharding import ShardingRules
+from layers.sharding import BATCH_AXES, MESH_AXES
+from layers.typing import Array
+
+
+class Devices:
+    """A mesh with the axes data, fsdp, tensor, sequence and expert, and how arrays lie on it.
+
+    The compiler divides computations along its axes by itself (`AxisType.Auto`); kernels run under `jax.shard_map`.
+
+    Attributes:
+      mesh: of all devices in use, those of other hosts included.
+      rules: which mesh axis divides which logical axis of parameters.
+      replicated: the sharding of a value that every device holds.
+      by_row: the sharding of an array whose first axis is divided over the batch axes.
+      by_second_axis: the same for the second axis.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[jax.Device] | None = None,
+        sizes: MeshConfig | None = None,
+        rules: ShardingRules | None = None,
+    ):
+        """A mesh of `devices`, all if None.
+
+        Raises:
+          ValueError: if the sizes of the axes do not make as many devices.
+        """
+        devices = jax.devices() if devices is None else list(devices)
+        shape = axis_sizes(sizes or MeshConfig(), len(devices))
+        self.rules = rules or ShardingRules()
+        self.mesh = jax.make_mesh(
+            tuple(shape.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+        )
+        self.replicated = self._sharding(PartitionSpec())
+        self.by_row = self._sharding(PartitionSpec(BATCH_AXES))
+        self.by_second_axis = self._sharding(PartitionSpec(None, BATCH_AXES))
+
+    @classmethod
+    def first(cls, count: int | None, sizes: MeshConfig | None = None) -> "Devices":
+        """The first `count` devices, or all.
+
+        Raises:
+          ValueError: if there are fewer, or the mesh takes another number.
+        """
+        found = jax.devices()
+        if count is not None and not 1 <= count <= len(found):
+            raise ValueError(f"num_devices={count}; JAX sees {len(found)} ({found[0].device_kind})")
+        return cls(found[:count], sizes)
+
+    def __len__(self) -> int:
+        return self.mesh.size
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """A context in which functions are traced for this mesh: kernels learn from it how arrays are divided."""
+        with jax.set_mesh(self.mesh):
+            yield
+
+    @property
+    def row_parts(self) -> int:
+        """Parts that the rows of a batch are divided into."""
+        return math.prod(self.mesh.shape[name] for name in BATCH_AXES)
+
+    def check_rows(self, name: str, rows: int, accumulate: int = 1) -> None:
+        """Raises ValueError unless every part of the mesh gets as many of the rows (of each micro-batch) as the others."""
+        parts = self.row_parts * accumulate
+        if rows % parts:
+            below, above = rows // parts * parts, -(-rows // parts) * parts
+            sizes = " x ".join(f"{axis}={self.mesh.shape[axis]}" for axis in BATCH_AXES)
+            pieces = f"{self.row_parts} parts ({sizes})" + (
+                f" times {accumulate} micro-batches" if accumulate > 1 else ""
+            )
+            raise ValueError(
+                f"{name}={rows} cannot be divided over {pieces}; use {f'{below} or ' if below else ''}{above}, "
+                "or fewer devices (--num_devices)"
+            )
+
+    def check_heads(self, name: str, options: Any) -> None:
+        """Raises ValueError unless the tensor axis divides the heads that the config of a mixer names."""
+        parts = self.mesh.shape["tensor"]
+        for field in ("heads", "kv_heads", "value_heads"):
+            count = getattr(options, field, None)
+            if isinstance(count, int) and count % parts:
+                raise ValueError(
+                    f"{name} has {field}={count}, which the mesh axis tensor={parts} does not divide; "
+                    f"use a multiple of {parts}, or another mesh.tensor"
+                )
+
+    def shardings(self, declarations: Mapping[str, Any]) -> dict[str, NamedSharding]:
+        """How the arrays of some `Declaration`s lie on the mesh, by the same names."""
+        return {
+            name: self._sharding(self.rules.spec(d.axes, d.shape, self.mesh))
+            for name, d in declarations.items()
+        }
+
+    def my_rows(self, rows: int) -> tuple[int, int]:
+        """Which part of a batch of `rows` this process reads: its number, and how many parts there are.
+
+        Raises:
+          ValueError: if the rows of the devices of this process are not one equal part of the batch.
+        """
+        if jax.process_count() == 1:
+            return 0, 1
+        slices = {
+            s[0].indices(rows)[:2] for s in self.by_row.addressable_devices_indices_map((rows,)).values()
+        }
+        start, stop = min(s[0] for s in slices), max(s[1] for s in slices)
+        share = stop - start
+        if sum(b - a for a, b in slices) != share or rows % share or start % share:
+            raise ValueError(
+                f"the devices of process {jax.process_index()} hold rows {sorted(slices)} of a batch of {rows}; "
+                "order the mesh so that each process holds neighbouring rows"
+            )
+        return start // share, rows // share
+
+    def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        """Starts copying a batch to the devices, a share of the rows to each.
+
+        With several processes, each gives the rows that `my_rows` names.
+        """
+        if jax.process_count() == 1:
+            return jax.device_put(dict(batch), self.by_row)
+        return {
+            name: jax.make_array_from_process_local_data(self.by_row, np.asarray(array))
+            for name, array in batch.items()
+        }
+
+    def abstract_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, types and sharding of a whole batch of which `batch` is the part of one process."""
+        parts = 1 if jax.process_count() == 1 else None
+        shapes = {}
+        for name, array in batch.items():
+            rows = array.shape[0] if parts == 1 else self._all_rows(array.shape[0])
+            shapes[name] = jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=self.by_row)
+        return shapes
+
+    def _all_rows(self, mine: int) -> int:
+        """Rows of a batch of which this process holds `mine`."""
+        for parts in range(1, jax.process_count() + 1):
+            rows = mine * parts
+            if rows % self.row_parts == 0 and self.my_rows(rows)[1] == parts:
+                return rows
+        raise ValueError(f"{mine} rows of one process are no part of a batch on this mesh")
+
+    def replicate(self, tree: Any) -> Any:
+        """Copies arrays to every device."""
+        return jax.device_put(tree, self.replicated)
+
+    def describe(self) -> str:
+        """Number and kind of the devices and the mesh, for records."""
+        device = self.mesh.devices.flat[0]
+        axes = [f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1]
+        hosts = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        shape = f", {' x '.join(axes)}" if len(axes) > 1 or (axes and not axes[0].startswith("data")) else ""
+        return f"{len(self)} x {device.device_kind} ({device.platform}){shape}{hosts}"
+
+    def _sharding(self, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+
+def axis_sizes(sizes: MeshConfig, count: int) -> dict[str, int]:
+    """The size of every mesh axis for `count` devices, with what is left for the axis that is -1.
+
+    Raises:
+      ValueError: if the axes do not multiply to `count`.
+    """
+    given = dataclasses.asdict(sizes)
+    open_axes = [name for name in MESH_AXES if given[name] == -1]
+    fixed = math.prod(size for size in given.values() if size != -1)
+    shown = (
+        ", ".join(f"{name}={given[name]}" for name in MESH_AXES if given[name] not in (1, -1))
+        or "all sizes 1"
+    )
+    if fixed > count:
+        raise ValueError(f"mesh: {shown} takes {fixed} devices, and there are {count}; use smaller axes")
+    if count % fixed or (not open_axes and fixed != count):
+        raise ValueError(
+            f"mesh: {shown} takes {fixed} devices{' or a multiple' if open_axes else ''}, and there are {count}; "
+            f"use axes whose product divides {count}, or --num_devices={count // fixed * fixed or fixed}"
+        )
+    return {name: count // fixed if name in open_axes else given[name] for name in MESH_AXES}
+
+
+def cpu() -> jax.Device | None:
+    """The CPU as a device of JAX; None, which leaves the default device as it is, if JAX_PLATFORMS leaves out the CPU."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None

@@ -1,0 +1,85 @@
+"""Optimizers of training: optax chains over the tree of parameters, with a learning rate and a decay per group."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import optax
+
+from experiments.training.model import Declaration
+from experiments.training.optimizers.config import Group, OptimizerConfig, assign_groups
+from experiments.training.optimizers.schedules import schedule
+from experiments.training.optimizers.transforms import decay_and_scale, direction
+from layers.typing import Array, Float, Int
+
+__all__ = ["Group", "Optimizer", "OptimizerConfig", "assign_groups"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """The update rule of a training run.
+
+    Attributes:
+      declarations: of the parameters, by name.
+      warmup_steps, total_steps: of the schedule.
+    """
+
+    config: OptimizerConfig
+    declarations: Mapping[str, Declaration]
+    warmup_steps: int
+    total_steps: int
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps >= self.total_steps:
+            raise ValueError(
+                f"the warm-up of {self.warmup_steps} steps is not shorter than the training of {self.total_steps}; "
+                "lower optimizer.warmup_epochs (or warmup_steps) or train longer"
+            )
+        _ = self.groups
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        """The group of each parameter.
+
+        Raises:
+          ValueError: if an entry of `config.groups` covers no parameter.
+        """
+        chosen, groups = assign_groups(self.config, {n: d.group for n, d in self.declarations.items()})
+        return {name: groups[entry] for name, entry in chosen.items()}
+
+    def schedule(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
+        """The factor on all learning rates in the update number `step`, counted from 0."""
+        return schedule(self.config, step, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
+
+    def transformation(self) -> optax.GradientTransformation:
+        """The whole rule, from gradients to what is added to the parameters."""
+        matrices = {name: d.is_hidden_matrix for name, d in self.declarations.items()}
+        ranks = {name: len(d.shape) for name, d in self.declarations.items()}
+        clip = [] if self.config.clip_norm is None else [optax.clip_by_global_norm(self.config.clip_norm)]
+        return optax.chain(
+            *clip, direction(self.config, matrices, ranks), decay_and_scale(self.groups, self.schedule)
+        )
+
+    def table(self) -> str:
+        """The groups in use for people: arrays, numbers, peak learning rate, weight decay, and who declared what."""
+        chosen, groups = assign_groups(self.config, {n: d.group for n, d in self.declarations.items()})
+        rows = [("group", "arrays", "numbers", "learning rate", "weight decay", "declared as")]
+        for entry, group in groups.items():
+            members = [self.declarations[name] for name in chosen if chosen[name] == entry]
+            rows.append(
+                (
+                    entry,
+                    f"{sum(len(d.names.names) for d in members)}",
+                    f"{sum(d.size for d in members)}",
+                    f"{group.learning_rate:g}",
+                    f"{group.weight_decay:g}",
+                    ", ".join(sorted({d.group for d in members})),
+                )
+            )
+        return _aligned(rows)
+
+
+def _aligned(rows: list[tuple[Any, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
