@@ -141,21 +141,11 @@ class Devices:
         }
 
     def abstract_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes, types and sharding of a whole batch of which `batch` is the part of one process."""
-        parts = 1 if jax.process_count() == 1 else None
-        shapes = {}
-        for name, array in batch.items():
-            rows = array.shape[0] if parts == 1 else self._all_rows(array.shape[0])
-            shapes[name] = jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=self.by_row)
-        return shapes
-
-    def _all_rows(self, mine: int) -> int:
-        """Rows of a batch of which this process holds `mine`."""
-        for parts in range(1, jax.process_count() + 1):
-            rows = mine * parts
-            if rows % self.row_parts == 0 and self.my_rows(rows)[1] == parts:
-                return rows
-        raise ValueError(f"{mine} rows of one process are no part of a batch on this mesh")
+        """Shapes, types and sharding of a batch, given with all its rows."""
+        return {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.by_row)
+            for name, array in batch.items()
+        }
 
     def replicate(self, tree: Any) -> Any:
         """Copies arrays to every device."""

@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from experiments.parallel import hosts
+
 SCORE = "score"
 STATE, NOTE = "state", "note"
 # What checkpoints held up to version 0.1.0, where parameters were stored as vectors by group in training.
@@ -50,11 +52,12 @@ class Checkpoints:
           keep_last: newest checkpoints that a save leaves beside the best one. None opens for reading only.
         """
         self._writable = keep_last is not None
-        if (
-            self._writable
-        ):  # Orbax would remove these in the background, while the same steps may be written again
-            for path in folder.glob(UNFINISHED):
-                shutil.rmtree(path)
+        if self._writable:
+            # Orbax would remove these in the background, while the same steps may be written again.
+            if hosts.is_main():
+                for path in folder.glob(UNFINISHED):
+                    shutil.rmtree(path)
+            hosts.wait_for_all("unfinished checkpoints")
         self._orbax = ocp.training.Checkpointer(
             folder.absolute(),
             preservation_policy=_KeepBestAndLast(keep_last) if self._writable else None,

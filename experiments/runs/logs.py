@@ -152,9 +152,15 @@ class Logs:
                 stack.callback(sink.close)
 
 
-def progress_bar(*, step: int, total: int) -> tqdm:
-    """A bar over the steps of training, with time left."""
+def progress_bar(*, step: int, total: int, shown: bool = True) -> tqdm:
+    """A bar over the steps of training, with time left; one that prints nothing if not `shown`."""
     interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs fewer lines
     return tqdm(
-        initial=step, total=total, unit="step", mininterval=interval, dynamic_ncols=True, smoothing=0.05
+        initial=step,
+        total=total,
+        unit="step",
+        mininterval=interval,
+        dynamic_ncols=True,
+        smoothing=0.05,
+        disable=not shown,
     )

@@ -4,6 +4,8 @@ import dataclasses
 from contextlib import ExitStack
 from typing import Any
 
+import jax
+
 from experiments.parallel.mesh import Devices
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.directory import RunDirectory
@@ -20,6 +22,8 @@ from experiments.training.state import StateLayout, TrainState
 VALIDATION, TEST = "validation", "test"
 # Steps in flight while the metrics of earlier ones are fetched, so that the device does not wait for the log.
 LAG = 2
+# Steps between the questions of a process to all others whether to leave: each waits for the slowest of them.
+STEPS_BETWEEN_QUESTIONS = 10
 
 
 @dataclasses.dataclass
@@ -105,17 +109,21 @@ class _Training:
         part = devices.my_rows(experiment.train.batch_size)
         self._compiled_before = self._note.compile_seconds
         self._batches = TrainBatches(experiment.train_batches(part), devices, self._note.data)
-        run.add_session(step=self._step, devices=devices.describe())
-        self._logs = stack.enter_context(
-            Logs(
-                run.folder,
-                after_step=self._step,
-                config=experiment.config,
-                tensorboard=options.tensorboard,
-                wandb=options.wandb,
+        self._logs = None
+        if hosts.is_main():
+            run.add_session(step=self._step, devices=devices.describe())
+            self._logs = stack.enter_context(
+                Logs(
+                    run.folder,
+                    after_step=self._step,
+                    config=experiment.config,
+                    tensorboard=options.tensorboard,
+                    wandb=options.wandb,
+                )
             )
+        self._bar = stack.enter_context(
+            progress_bar(step=self._step, total=experiment.total_steps, shown=hosts.is_main())
         )
-        self._bar = stack.enter_context(progress_bar(step=self._step, total=experiment.total_steps))
         self._stopwatch = Stopwatch(self._note.training_seconds)
         self._records = StepRecords(
             functions.train_metric_names,
@@ -136,7 +144,7 @@ class _Training:
             self._take_step()
             evaluate = self._step % self._experiment.eval_interval == 0 or self._step == total
             save = options.checkpoint_every is not None and self._step % options.checkpoint_every == 0
-            reason = self._stop.reason
+            reason = self._reason_to_leave()
             if evaluate or save or reason:
                 self._records.collect(self._step)
                 with self._stopwatch.paused():
@@ -145,6 +153,15 @@ class _Training:
                 raise Interrupted(f"{reason} after step {self._step} of {total}")
         self._stopwatch.stop()
         return self._test()
+
+    def _reason_to_leave(self) -> str | None:
+        """Why to save and leave now, or None. With several processes, asked every few steps, and of all of them."""
+        if jax.process_count() == 1:
+            return self._stop.reason
+        if self._step % STEPS_BETWEEN_QUESTIONS:
+            return None
+        reason = self._stop.reason
+        return (reason or "another process") if hosts.any_process(reason is not None) else None
 
     def _compile(self) -> None:
         self._bar.set_description("compiling")
@@ -203,5 +220,7 @@ class _Training:
         self._bar.set_postfix(shown, refresh=False)
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        if self._logs is None:
+            return
         epoch = {"epoch": round(step / self._experiment.steps_per_epoch, 4)}
         self._logs.write(kind, step, epoch | values)

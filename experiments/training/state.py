@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.parallel.mesh import Devices
@@ -76,8 +77,9 @@ class StateLayout:
 
     def initial(self, seed: int) -> TrainState:
         """The state before the first step. No device, nor the host, holds a divided array whole."""
+        make = jax.jit(lambda seed: self.make(jax.random.key(seed)), out_shardings=self.shardings)
         with self._devices.active():
-            return jax.jit(self.make, out_shardings=self.shardings)(jax.random.key(seed))
+            return make(np.uint32(seed))
 
     def make(self, key: jax.Array) -> TrainState:
         """The state before the first step, from the key of the seed. A pure function."""

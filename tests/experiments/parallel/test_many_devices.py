@@ -1,0 +1,116 @@
+"""Training on eight emulated devices gives the losses of one, and resumes on other numbers of devices."""
+
+import functools
+import tempfile
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.config.loading import MeshConfig
+from experiments.parallel.mesh import Devices
+from experiments.parallel.sharding import ShardingRules
+from experiments.runs.checkpoints import Checkpoints
+from experiments.training import experiment, loop
+
+STEPS = 20
+MESHES = {
+    "data 8": MeshConfig(),
+    "fsdp 8": MeshConfig(fsdp=-1),
+    "tensor 2 x fsdp 4": MeshConfig(tensor=2, fsdp=-1),
+}
+MIXERS = {
+    "attention": {"heads": 2},
+    "gated_deltanet": {"heads": 2, "key_dim": 4, "value_dim": 8},
+    "mamba2": {"head_dim": 8, "state_size": 4},
+}
+HYBRID = tuple(MIXERS)
+
+
+@functools.cache
+def folder():
+    """Where the data of ListOps lie while this module runs."""
+    return tempfile.TemporaryDirectory()
+
+
+def config(model):
+    """Tiny models whose parameters have every kind of axis. The large epsilon keeps Adam from amplifying rounding."""
+    task = dict(name="parity", running=True, lengths=(4, 12), train=64, validation=16, test=16)
+    if model == "s5":
+        task = dict(
+            name="listops", preset="short", train=64, validation=8, test=8, workers=1, data_dir=folder().name
+        )
+        sizes = dict(
+            kind="classifier",
+            pattern=("s5",),
+            mixers={"s5": dict(state_size=8, bidirectional=True)},
+            channel="half_glu2",
+            residual="joint",
+            norm="batch_norm",
+        )
+    else:
+        pattern = HYBRID if model == "hybrid" else (model,)
+        mixers = {name: MIXERS[name] for name in pattern}
+        sizes = dict(kind="language_model", pattern=pattern, mixers=mixers)
+    return dict(
+        seed=0,
+        task=task,
+        model=dict(width=16, depth=2 * len(sizes["pattern"]), **sizes),
+        optimizer=dict(learning_rate=0.003, weight_decay=0.1, warmup_steps=2, clip_norm=1.0, epsilon=1e-3),
+        train=dict(batch_size=16, steps=STEPS),
+        data=dict(prefetch=0),
+    )
+
+
+def on(mesh, count=8):
+    # Without a smallest size, so that the arrays of a tiny model are divided too.
+    return Devices(jax.devices()[:count], mesh, ShardingRules(smallest=1))
+
+
+def steps(model, devices, count=STEPS, state=None, skip=0):
+    """Losses of the next steps, the state after them, and its layout."""
+    plan = experiment.build(config(model))
+    functions = plan.step_functions(devices)
+    state = functions.layout.initial(0) if state is None else state
+    losses = []
+    for number, batch in enumerate(plan.train_batches()):
+        if not skip <= number < skip + count:
+            continue
+        state, metrics = functions.train(state, devices.put_batch(batch))
+        sums = dict(zip(functions.train_metric_names, np.asarray(metrics), strict=False))
+        losses.append(sums["loss"] / sums["count"])
+    return np.array(losses), state, functions.layout
+
+
+@functools.cache
+def alone(model):
+    return steps(model, on(MeshConfig(), 1))[0]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "model", ["s5", "hybrid", *(pytest.param(name, marks=pytest.mark.slow) for name in MIXERS)]
+)
+def test_losses_are_those_of_one_device(model, mesh):
+    losses, state, _ = steps(model, on(MESHES[mesh]))
+    np.testing.assert_allclose(losses, alone(model), rtol=1e-5)
+    divided = [name for name, array in state.parameters.items() if not array.sharding.is_fully_replicated]
+    if mesh == "data 8":
+        assert not divided
+    else:
+        assert len(divided) > len(state.parameters) / 2
+
+
+def test_a_checkpoint_of_eight_devices_resumes_on_fewer(tmp_path):
+    half = STEPS // 2
+    _, state, layout = steps("hybrid", on(MESHES["fsdp 8"]), half)
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        checkpoints.save(half, layout.to_stored(state), {})
+        checkpoints.wait()
+        for count, mesh in [(1, MeshConfig()), (2, MeshConfig(fsdp=-1)), (4, MeshConfig(tensor=2))]:
+            devices = on(mesh, count)
+            fewer = experiment.build(config("hybrid")).step_functions(devices).layout
+            read, _ = loop.restore(fewer, checkpoints, half)
+            assert all(len(leaf.sharding.device_set) == count for leaf in jax.tree.leaves(read))
+            rest, _, _ = steps("hybrid", devices, 4, read, half)
+            np.testing.assert_allclose(rest, alone("hybrid")[half : half + 4], rtol=1e-5)
