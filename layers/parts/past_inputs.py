@@ -1,7 +1,7 @@
 """The inputs that causal filters carry from call to call, when no recurrence of fixed size gives their kernels.
 
-A filter of l taps needs the last l - 1 inputs of the current segment. A state may be made for fewer, to save memory;
-then outputs that would need more are NaN. A mixer that carries them has `keeps_segments = True`.
+A filter of l taps needs the last l - 1 inputs of the current segment. A state may hold fewer, to save memory; outputs
+that need more are then NaN. A mixer that carries past inputs sets `keeps_segments = True`.
 """
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from layers.typing import Array, Bool, Float
 def no_inputs(
     batch_size: int, *, filters: int, taps: int, width: int, max_length: int | None
 ) -> Float[Array, "b f s d"]:
-    """What filters carry before the first token: as much as segments of `max_length` tokens need, or `taps` taps."""
+    """What filters carry before the first token: zeros, as many as `taps` or segments of `max_length` tokens need."""
     size = taps if max_length is None else max(1, min(taps, max_length))
     return jnp.zeros((batch_size, filters, size - 1, width), jnp.float32)
 

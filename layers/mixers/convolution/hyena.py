@@ -129,9 +129,9 @@ class Hyena(Mixer):
         v <- k_i * (x_{p-1-i} v) + beta_i x_{p-1-i} v    for i = 0 .. p-2
         y = W_out (x_0 v) + b_out
 
-    with products elementwise and filters k_i (d x L) from `ImplicitFilter`. Its state holds the last L - 1 inputs of every
-    long convolution, or those of segments of up to `max_length` tokens as `init_state` is given it; outputs of tokens
-    beyond are NaN.
+    with products elementwise and filters k_i (d x L) from `ImplicitFilter`. The state holds the last L - 1 inputs of every
+    long convolution. If `init_state` gets a smaller `max_length`, it holds as many as segments of that length need, and
+    outputs of tokens beyond it are NaN.
     """
 
     keeps_segments = True

@@ -62,8 +62,8 @@ class SGConv(Mixer):
     for every channel, with w_i (k) and up_r stretching r times by linear interpolation, so that the pieces have k, k, 2k, 4k,
     ... taps. w and D start standard normal; Z is the norm that the kernel has then, and stays. With `bidirectional` a second
     kernel weighs x_{t+1+l}. The activation and the linear map that the paper puts behind it are a channel mixer, such as
-    `half_glu2`, in a joint residual branch. Its state holds the last L - 1 inputs, or those of segments of up to
-    `max_length` tokens as `init_state` is given it; outputs of tokens beyond are NaN.
+    `half_glu2`, in a joint residual branch. The state holds the last L - 1 inputs. If `init_state` gets a smaller
+    `max_length`, it holds as many as segments of that length need, and outputs of tokens beyond it are NaN.
     """
 
     keeps_segments = True
