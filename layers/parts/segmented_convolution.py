@@ -38,6 +38,9 @@ class Packing:
     numbers: Int[Array, "b t"]
     in_order: bool = False
 
+    def __iter__(self):
+        return iter((self.order, self.place, self.numbers))
+
     def pack(self, x: Num[Array, "b t *f"]) -> Num[Array, "b t *f"]:
         """x with the padding of each row at its end."""
         return x if self.in_order else take_tokens(x, self.order)
