@@ -8,6 +8,7 @@ ends already, nothing is moved, and where it says that no row is packed, there i
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +28,16 @@ class Packing:
     """Where the tokens of each row stand once its padding is moved to its end.
 
     Attributes:
-      order: the token at every place.
-      place: the place of every token.
-      numbers: number of the segment at every place, from 1; 0 is padding.
+      order: the token at every place, (b, t).
+      place: the place of every token, (b, t).
+      numbers: number of the segment at every place, from 1, (b, t); 0 is padding.
       in_order: True if padding is at the ends already, so that every token stays in its place; static.
     """
 
-    order: Int[Array, "b t"]
-    place: Int[Array, "b t"]
-    numbers: Int[Array, "b t"]
+    # Any, since transformations put placeholders where arrays were.
+    order: Any
+    place: Any
+    numbers: Any
     in_order: bool = False
 
     def __iter__(self):
