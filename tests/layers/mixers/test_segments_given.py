@@ -17,7 +17,6 @@ from tests.layers.mixers.test_contract import (
     build,
     causal,
     every_mixer,
-    initial_state,
     inputs,
     runner,
 )
@@ -81,10 +80,8 @@ def test_states_equal_those_with_raw_ids(entry, kind):
     if not causal(entry):
         assert build(entry).causal is False
         return
-    x = inputs()
-    (got, state), (want, other) = (
-        runner(entry)(x, initial_state(entry), given(kind, form)) for form in ("segments", "raw")
-    )
+    x, begin = inputs(), build(entry).init_state(BATCH, max_length=2 * TIME)
+    (got, state), (want, other) = (runner(entry)(x, begin, given(kind, form)) for form in ("segments", "raw"))
     assert_close(got, want, where=KINDS[kind][0] != 0)
     jax.tree.map(np.testing.assert_array_equal, state.place, other.place)
     following = inputs(SHORT, seed=1)
