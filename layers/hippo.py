@@ -155,23 +155,11 @@ def dplr_fout(n: int, *, half: bool = False) -> DPLR:
     return _in_basis(system, eigenvalues, v, half)
 
 
-def normal_legs_eigen(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues and unitary eigenvectors of the normal part of HiPPO-LegS.
-
-    Args:
-      n: state size.
-
-    Returns:
-      eigenvalues (n,), real part -1/2, in order of ascending imaginary part, and eigenvectors (n, n) in columns.
-    """
-    return normal_eigen(nplr_legs(n))
-
-
 def normal_eigen(system: NPLR) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues, in order of ascending imaginary part, and unitary eigenvectors of a + p p^T = -c I + skew."""
     normal = system.a + system.p @ system.p.T
     real = np.mean(np.diag(normal)) if len(normal) else 0.0
-    # Exactly skew, so that rounding in `a` cannot leave a part that eigh would drop in silence.
+    # Exactly skew, so that rounding in `a` cannot leave a part that eigh silently drops.
     skew = (normal - normal.T) / 2
     imaginary, v = np.linalg.eigh(-1j * skew)
     return real + 1j * imaginary, v

@@ -1,4 +1,4 @@
-"""The damped exponential moving average inside MEGA: several averages a channel, summed up."""
+"""The damped exponential moving average inside MEGA: several averages per channel, summed."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ class MovingAverage(nnx.Module):
     With `bidirectional` another such average runs from the end and stops before the current token. Without a state the
     averages are one convolution, whose kernel is as long as the sequence; with one they are run step by step.
 
-    Part of a mixer rather than a mixer: the mixer that owns it remembers which segment its state h belongs to.
+    Part of a mixer rather than a mixer: the mixer that owns it carries its state h.
     """
 
     def __init__(
@@ -37,14 +37,15 @@ class MovingAverage(nnx.Module):
     ):
         self.bidirectional, self.dtype = bidirectional, dtype
         shape, normal = (2 if bidirectional else 1, width, averages), nnx.initializers.normal
-        self.alpha = parameter(rngs, normal(0.2), shape)
-        self.delta = parameter(rngs, normal(0.2), shape)
-        self.beta = parameter(rngs, _alternating, shape)
-        self.eta = parameter(rngs, normal(1.0), shape)
-        self.omega = parameter(rngs, normal(1.0), (width,), **NO_DECAY)
+        axes = (None, "embed", "state")
+        self.alpha = parameter(rngs, normal(0.2), shape, axes=axes)
+        self.delta = parameter(rngs, normal(0.2), shape, axes=axes)
+        self.beta = parameter(rngs, _alternating, shape, axes=axes)
+        self.eta = parameter(rngs, normal(1.0), shape, axes=axes)
+        self.omega = parameter(rngs, normal(1.0), (width,), axes=("embed",), **NO_DECAY)
 
     def init_state(self, batch_size: int) -> Float[Array, "b d n"]:
-        """Averages of nothing."""
+        """The zero state."""
         return jnp.zeros((batch_size, *self.eta.shape[1:]), jnp.float32)
 
     def __call__(
@@ -60,15 +61,14 @@ class MovingAverage(nnx.Module):
         read = self.eta[...] / self.eta.shape[-1] ** 0.5
         x = x.astype(self.dtype)
         if h is None:
-            time = x.shape[1]
-            kernels = [
-                _kernel(*parts, time + i) for i, parts in enumerate(zip(lost, written, read, strict=True))
-            ]
+            lengths = (x.shape[1], x.shape[1] + 1) if self.bidirectional else (x.shape[1],)
+            kernels = [_kernel(*parts) for parts in zip(lost, written, read, lengths, strict=True)]
             ahead = kernels[1][:, 1:] if self.bidirectional else None
             y = convolve(x, kernels[0], ahead=ahead, segment_ids=segment_ids)
         else:
-            state = h.astype(jnp.complex64)
-            y, state = run_modes(1 - lost[0], written[0], read[0], x, state, segment_ids=segment_ids)
+            y, state = run_modes(
+                1 - lost[0], written[0], read[0], x, h.astype(jnp.complex64), segment_ids=segment_ids
+            )
             h = state.real
         y = y.astype(jnp.float32) + self.omega[...][None, None] * x
         return jax.nn.silu(y).astype(self.dtype), h

@@ -2,44 +2,68 @@
 
 A kernel that does not change with time cannot forget, so every segment is convolved by itself: padding is moved to the
 ends of the rows, and a loop takes the first segment of all rows, then the second, and so on. A batch without packing
-costs one convolution, a packed one as many as the fullest row has segments.
+costs one convolution, a packed one as many as the fullest row has segments. Where `Segments` says that padding is at the
+ends already, nothing is moved, and where it says that no row is packed, there is no loop.
 """
 
-from typing import NamedTuple
+import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from layers.kernels.long_conv import long_conv
-from layers.kernels.segments import segment_numbers
-from layers.parts.carry import mask_padding
-from layers.segments import SegmentIds
+from layers.segments import SegmentIds, Segments, select_real
 from layers.typing import Array, Float, Int, Num
 
 
-class Packing(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["order", "place", "numbers"],
+    meta_fields=["in_order"],
+)
+@dataclasses.dataclass(frozen=True)
+class Packing:
     """Where the tokens of each row stand once its padding is moved to its end.
 
     Attributes:
-      order: the token at every place.
-      place: the place of every token.
-      numbers: number of the segment at every place, from 1; 0 is padding.
+      order: the token at every place, (b, t).
+      place: the place of every token, (b, t).
+      numbers: number of the segment at every place, from 1, (b, t); 0 is padding.
+      in_order: True if padding is at the ends already, so that every token stays in its place; static.
     """
 
-    order: Int[Array, "b t"]
-    place: Int[Array, "b t"]
-    numbers: Int[Array, "b t"]
+    # Any, since transformations put placeholders where arrays were.
+    order: Any
+    place: Any
+    numbers: Any
+    in_order: bool = False
+
+    def __iter__(self):
+        return iter((self.order, self.place, self.numbers))
+
+    def pack(self, x: Num[Array, "b t *f"]) -> Num[Array, "b t *f"]:
+        """x with the padding of each row at its end."""
+        return x if self.in_order else take_tokens(x, self.order)
+
+    def unpack(self, x: Num[Array, "b t *f"]) -> Num[Array, "b t *f"]:
+        """The reverse of `pack`; what comes back at padding has no meaning."""
+        return x if self.in_order else take_tokens(x, self.place)
 
 
-def pack(segment_ids: Int[Array, "b t"]) -> Packing:
-    """Moves padding to the ends of rows."""
-    real = segment_ids != 0
-    order = jnp.argsort(~real, axis=1, stable=True).astype(jnp.int32)
-    place = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
-    return Packing(order, place, jnp.take_along_axis(segment_numbers(segment_ids), order, axis=1))
+def pack_rows(segment_ids: Int[Array, "b t"] | Segments) -> Packing:
+    """How to move the padding of each row to its end."""
+    segments = Segments.of(segment_ids)
+    if segments.padding == "end":
+        same = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32)[None], segments.shape)
+        return Packing(same, same, segments.numbers, in_order=True)
+    order = jnp.argsort(~segments.real, axis=1, stable=True).astype(jnp.int32)
+    place = jnp.maximum(jnp.cumsum(segments.real, axis=1, dtype=jnp.int32) - 1, 0)
+    return Packing(order, place, take_tokens(segments.numbers, order))
 
 
-def move(x: Num[Array, "b t *f"], index: Int[Array, "b s"]) -> Num[Array, "b s *f"]:
+def take_tokens(x: Num[Array, "b t *f"], index: Int[Array, "b s"]) -> Num[Array, "b s *f"]:
     """Takes `index` of every row along time."""
     return jnp.take_along_axis(x, jnp.expand_dims(index, tuple(range(2, x.ndim))), axis=1)
 
@@ -65,12 +89,16 @@ def convolve(
         return x
     if segment_ids is None:
         return _convolve(x, kernel, ahead, past)
-    packing = pack(segment_ids)
-    y = _by_segment(move(x, packing.order), kernel, ahead, past, packing.numbers)
-    return mask_padding(move(y, packing.place), segment_ids)
+    segments = Segments.of(segment_ids)
+    packing = pack_rows(segments)
+    if segments.packed:
+        y = _by_segment(packing.pack(x), kernel, ahead, past, packing.numbers)
+    else:
+        y = _convolve(packing.pack(select_real(x, segments)), kernel, ahead, past)
+    return select_real(packing.unpack(y), segments)
 
 
-def remember(
+def last_inputs(
     past: Float[Array, "b s d"], x: Float[Array, "b t d"], segment_ids: SegmentIds
 ) -> Float[Array, "b s d"]:
     """The last s inputs of the current segment, the latest last, with zeros before its beginning.
@@ -84,12 +112,16 @@ def remember(
         return past
     if segment_ids is None:
         return jnp.concatenate([past, x.astype(past.dtype)], axis=1)[:, time:]
-    order, _, numbers = pack(segment_ids)
-    inputs = jnp.concatenate([past, move(x, order).astype(past.dtype)], axis=1)
-    numbers = jnp.pad(numbers, ((0, 0), (size, 0)), constant_values=1)
+    packing = pack_rows(segment_ids)
+    inputs = jnp.concatenate([past, packing.pack(x).astype(past.dtype)], axis=1)
+    numbers = jnp.pad(packing.numbers, ((0, 0), (size, 0)), constant_values=1)
     index = (numbers != 0).sum(1)[:, None] - size + jnp.arange(size)[None]
-    current = move(numbers, index) == numbers.max(1)[:, None]
-    return jnp.where(current[..., None], move(inputs, index), 0)
+    current = take_tokens(numbers, index) == numbers.max(1)[:, None]
+    return jnp.where(current[..., None], take_tokens(inputs, index), 0)
+
+
+# The names that the mixers of other families use.
+pack, move, remember = pack_rows, take_tokens, last_inputs
 
 
 def _convolve(x, kernel, ahead, past):

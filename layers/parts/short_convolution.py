@@ -14,9 +14,11 @@ from layers.typing import Array, Float
 class ShortConvolution(nnx.Module):
     """y_t = activation(bias + sum_j weight_j x_{t-(w-1)+j}), for every channel by itself; see `short_conv`.
 
-    Part of a mixer rather than a mixer: its state holds the last w - 1 inputs, and the mixer that owns it remembers
-    which segment they belong to (`layers.parts.carry`). Weights (w, d) start uniform in +-1/sqrt(w), as in Mamba's code,
-    unless `init` draws them.
+    Part of a mixer rather than a mixer: its state holds the last w - 1 inputs, and the mixer that owns it carries them.
+    Weights (w, d) start uniform in +-1/sqrt(w), as in Mamba's code, unless `init` draws them.
+
+    Args:
+      axis: logical axis of the channels.
     """
 
     def __init__(
@@ -27,17 +29,19 @@ class ShortConvolution(nnx.Module):
         bias: bool = False,
         activation: str | None = "silu",
         init: Initializer | None = None,
+        axis: str | None = "inner",
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         if taps not in WIDTHS:
             raise ValueError(f"taps={taps}; expected {WIDTHS[0]} to {WIDTHS[-1]}")
         self.activation, self.dtype = activation, dtype
-        self.weight = parameter(rngs, init or uniform_fan_in(), (taps, width))
-        self.bias = parameter(rngs, nnx.initializers.zeros_init(), (width,), **NO_DECAY) if bias else None
+        zeros = nnx.initializers.zeros_init()
+        self.weight = parameter(rngs, init or uniform_fan_in(), (taps, width), axes=(None, axis))
+        self.bias = parameter(rngs, zeros, (width,), axes=(axis,), **NO_DECAY) if bias else None
 
     def init_state(self, batch_size: int) -> Float[Array, "b memory d"]:
-        """No inputs yet."""
+        """The state before the first token: zeros."""
         taps, width = self.weight.shape
         return jnp.zeros((batch_size, taps - 1, width), jnp.float32)
 

@@ -8,13 +8,13 @@ import numpy as np
 from flax import nnx
 
 from layers.kernels.linear_recurrence import linear_recurrence
-from layers.parameters import Initializer, parameter
-from layers.parts.carry import continues, enter, next_segment
-from layers.segments import SegmentIds
+from layers.parameters import Axes, Initializer, declared, parameter
+from layers.parts.blocks import in_blocks
+from layers.segments import SegmentIds, Segments, keep_where
 from layers.typing import Array, Complex, Float, Num
 
-# A stretch that is run at once: bounds the states that are held, b t d n of them.
-STRETCH = 64
+# Chunk length; bounds the memory for intermediate states.
+CHUNK = 64
 
 
 def log_uniform(low: float, high: float) -> Initializer:
@@ -37,14 +37,18 @@ def check_systems(config: Any) -> None:
     check_steps(config.dt_min, config.dt_max)
 
 
-def complex_parameter(value: np.ndarray, *, group: str) -> nnx.Param:
+def complex_parameter(value: np.ndarray, *, group: str, axes: Axes) -> nnx.Param:
     """A complex array as a float32 parameter with a leading axis for its real and imaginary part."""
-    return nnx.Param(jnp.asarray(np.stack([np.real(value), np.imag(value)]), jnp.float32), group=group)
+    pair = jnp.asarray(np.stack([np.real(value), np.imag(value)]), jnp.float32)
+    return declared(pair, group=group, axes=(None, *axes))
 
 
-def complex_normal(rngs: nnx.Rngs, shape: tuple[int, ...], *, variance: float = 1.0, group: str) -> nnx.Param:
+def complex_normal(
+    rngs: nnx.Rngs, shape: tuple[int, ...], *, variance: float = 1.0, group: str, axes: Axes
+) -> nnx.Param:
     """Complex normal numbers as `complex_parameter` stores them; `variance` is that of both parts together."""
-    return parameter(rngs, nnx.initializers.normal(np.sqrt(variance / 2)), (2, *shape), group=group)
+    normal = nnx.initializers.normal(np.sqrt(variance / 2))
+    return parameter(rngs, normal, (2, *shape), group=group, axes=(None, *axes))
 
 
 def as_complex(pair: nnx.Param) -> Complex[Array, "..."]:
@@ -59,12 +63,11 @@ class Modes(nnx.Module):
     """
 
     def __init__(self, a: np.ndarray, b: np.ndarray, systems: int):
-        shape = (systems, len(a))
-        self.log_rate = nnx.Param(
-            jnp.asarray(np.broadcast_to(np.log(-a.real), shape), jnp.float32), group="ssm"
-        )
-        self.frequency = nnx.Param(jnp.asarray(np.broadcast_to(a.imag, shape), jnp.float32), group="ssm")
-        self.b = complex_parameter(np.broadcast_to(b, shape), group="ssm/b")
+        log_rate, frequency, b = (np.broadcast_to(v, (systems, len(a))) for v in (np.log(-a.real), a.imag, b))
+        axes = (None, "state")
+        self.log_rate = declared(jnp.asarray(log_rate, jnp.float32), group="ssm", axes=axes)
+        self.frequency = declared(jnp.asarray(frequency, jnp.float32), group="ssm", axes=axes)
+        self.b = complex_parameter(b, group="ssm/b", axes=axes)
 
     def __call__(self, width: int) -> tuple[Complex[Array, "#d n"], Complex[Array, "#d n"]]:
         """A and B of every channel."""
@@ -102,24 +105,32 @@ def run_modes(
     rows, time, width = x.shape
     shape, size = (width, c.shape[-1]), width * c.shape[-1]
     a, b = (jnp.broadcast_to(v, shape).astype(jnp.complex64) for v in (a, b))
+    x, h = x.astype(jnp.float32), h.astype(jnp.complex64)
 
-    def run(carried, stretch):
-        h, segment = carried
-        x, ids = stretch
-        h = enter(h, continues(segment, ids)).reshape(rows, size)
+    def run(h, x, segments):
         inputs = (x[..., None] * b[None, None]).reshape(*x.shape[:2], size)
-        states, h = linear_recurrence(a.reshape(1, 1, size), inputs, initial_state=h, segment_ids=ids)
+        states, h = linear_recurrence(
+            a.reshape(1, 1, size), inputs, initial_state=h.reshape(rows, size), segment_ids=segments
+        )
         y = jnp.einsum("btdn,dn->btd", states.reshape(*x.shape[:2], *shape), c.astype(jnp.complex64)).real
-        return (h.reshape(rows, *shape), next_segment(segment, ids, x.shape[1])), y
+        return h.reshape(rows, *shape), y
 
-    start = (h.astype(jnp.complex64), jnp.zeros(rows, jnp.int32))
-    x = x.astype(jnp.float32)
-    if time <= STRETCH:
-        (h, _), y = run(start, (x, segment_ids))
+    segments = Segments.of(segment_ids)
+    if time <= CHUNK:
+        h, y = run(h, x, segments)
         return y, h
-    ids = jnp.ones((rows, time), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
-    missing = -time % STRETCH
-    x, ids = jnp.pad(x, ((0, 0), (0, missing), (0, 0))), jnp.pad(ids, ((0, 0), (0, missing)))
-    stretches = tuple(jnp.swapaxes(v.reshape(rows, -1, STRETCH, *v.shape[2:]), 0, 1) for v in (x, ids))
-    (h, _), y = jax.lax.scan(run, start, stretches)
+    if segments is None:
+        # The last chunk is padded.
+        segments = Segments.of(jnp.ones((rows, time), jnp.int32), padding="end", packed=False)
+
+    def run_chunk(carried, chunk):
+        (h, number), (x, numbers) = carried, chunk
+        if segments.packed:
+            continues = (numbers == number[:, None]).any(1) | (numbers == 0).all(1)
+            h, number = keep_where(continues, h, jnp.zeros_like(h)), jnp.maximum(number, numbers.max(1))
+        h, y = run(h, x, Segments.of(numbers, padding=segments.padding, packed=segments.packed))
+        return (h, number), y
+
+    chunks = tuple(jnp.swapaxes(in_blocks(v, CHUNK), 0, 1) for v in (x, segments.numbers))
+    (h, _), y = jax.lax.scan(run_chunk, (h, jnp.ones(rows, jnp.int32)), chunks)
     return jnp.swapaxes(y, 0, 1).reshape(rows, -1, width)[:, :time], h

@@ -25,7 +25,7 @@ forms = pytest.mark.parametrize("form", FORMS)
     ],
 )
 def test_known_eigenvalues_of_the_normal_part_of_legs(n, smallest, largest):
-    eigenvalues, vectors = hippo.normal_legs_eigen(n)
+    eigenvalues, vectors = hippo.normal_eigen(hippo.nplr_legs(n))
     np.testing.assert_allclose(eigenvalues.real, -0.5, atol=1e-12)
     np.testing.assert_allclose(eigenvalues.imag[n // 2 :][: len(smallest)], smallest, atol=5e-7)
     np.testing.assert_allclose(eigenvalues.imag[-1], largest, rtol=2e-8, atol=5e-7)

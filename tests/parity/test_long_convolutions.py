@@ -12,10 +12,10 @@ import torch
 from fla.modules.long_conv import PositionalEmbedding, fft_conv
 from flax import nnx
 
+from layers.mixers.convolution.hyena import ImplicitFilter
+from layers.mixers.convolution.lightweight_conv import window_sum
 from layers.mixers.convolution.sgconv import SGConv, SGConvConfig
-from layers.parts.implicit_filter import ImplicitFilter
 from layers.parts.segmented_convolution import convolve
-from layers.parts.window import window_sum
 
 B, T, D = 2, 33, 5
 

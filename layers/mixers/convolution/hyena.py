@@ -1,19 +1,23 @@
 """Hyena: gates and long convolutions in turn, with filters made from positions (Poli et al. 2023, arXiv:2302.10866)."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.parameters import linear, parameter
-from layers.parts.carry import check_inputs, continues, enter
-from layers.parts.implicit_filter import ImplicitFilter
-from layers.parts.past_inputs import PastInputs, filter_next, no_inputs, resume
+from layers.mixer import Mixer
+from layers.parameters import NO_DECAY, linear, parameter
+from layers.parts.past_inputs import enter_call, filter_next, no_inputs
 from layers.parts.segmented_convolution import convolve
 from layers.parts.short_convolution import ShortConvolution
-from layers.segments import SegmentIds
+from layers.segments import Segments, Visit, keep_where
 from layers.typing import Array, Float
+
+# Channels decay to 1% within parts of max_length that run from the slowest channel's to the fastest one's.
+SLOW, FAST, TARGET = 1.5, 0.3, 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,29 +57,89 @@ class HyenaConfig:
             raise ValueError(f"max_length={self.max_length}; expected at least 1")
 
 
-class HyenaState(NamedTuple):
-    """The last inputs of the short convolution, and those of the long ones."""
+class ImplicitFilter(nnx.Module):
+    """Hyena's filters (Poli et al. 2023, arXiv:2302.10866).
+
+        k_l = (exp(-tau |delta|) + shift) * (W_3 sin(w (W_2 sin(w (W_1 sin(w (W_0 z_l + b_0)) + b_1)) + b_2)))
+        z_l = [tau, cos(f theta), -sin(f theta)],  tau = l / (L - 1),  theta = 2 pi l / L
+
+    with frequencies f from 1e-4 to K - 1, (features - 1) / 2 = K of them; w, one per hidden unit, is common to the three sines
+    and trained; the decays delta are fixed, evenly spaced over the channels. Nothing here is decayed by the optimizer.
+
+    Weights start normal with deviation 0.02 and biases at zero, as the authors' models draw all linear maps, filters
+    included. Drawn from +-1/sqrt(inputs) and with w = 14, gradients of W_0 are some hundred times those of the rest of
+    a model: every sine multiplies them by w.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        length: int,
+        *,
+        features: int,
+        hidden: int,
+        sine_frequency: float,
+        shift: float,
+        rngs: nnx.Rngs,
+    ):
+        self.channels, self.length, self.features, self.shift = channels, length, features, shift
+        sizes = [features, hidden, hidden, hidden]
+        normal, zeros = nnx.initializers.normal(0.02), nnx.initializers.zeros_init()
+        self.weights = nnx.List(
+            parameter(rngs, normal, (a, b), axes=(None, axis), **NO_DECAY)
+            for a, b, axis in zip(sizes, [hidden] * 3 + [channels], [None] * 3 + ["inner"], strict=True)
+        )
+        self.biases = nnx.List(parameter(rngs, zeros, (hidden,), **NO_DECAY) for _ in range(3))
+        self.frequency = parameter(rngs, nnx.initializers.constant(sine_frequency), (hidden,), **NO_DECAY)
+
+    def __call__(self, length: int) -> Float[Array, "d l"]:
+        """The first `length` taps of every channel, float32."""
+        h = self.positions(length)
+        for weight, bias in zip(self.weights[:3], self.biases, strict=True):
+            h = jnp.matmul(h, weight[...], precision=jax.lax.Precision.HIGHEST) + bias[...][None]
+            h = jnp.sin(self.frequency[...][None] * h)
+        h = jnp.matmul(h, self.weights[3][...], precision=jax.lax.Precision.HIGHEST)
+        slow, fast = math.log(TARGET) / SLOW, math.log(TARGET) / FAST
+        decay = jnp.abs(jnp.linspace(slow, fast, self.channels))[None]
+        return (h * (jnp.exp(-self._share(length) * decay) + self.shift)).T
+
+    def positions(self, length: int) -> Float[Array, "l f"]:
+        """z_l for l < `length`."""
+        count = (self.features - 1) // 2
+        frequencies = 2 * math.pi * jnp.linspace(1e-4, count - 1, count)
+        turn = jnp.arange(length)[:, None] / self.length * frequencies[None]
+        return jnp.concatenate([self._share(length), jnp.cos(turn), -jnp.sin(turn)], axis=1)
+
+    def _share(self, length):
+        """tau of every step, as a column."""
+        return jnp.arange(length, dtype=jnp.float32)[:, None] / max(1, self.length - 1)
+
+
+class HyenaCarry(NamedTuple):
+    """What `Hyena` carries: the last inputs of the short convolution, and those of the long ones."""
 
     short: Float[Array, "b w d"]
-    past: PastInputs
+    past: Float[Array, "b f s d"]
 
 
-class Hyena(nnx.Module):
+class Hyena(Mixer):
     """Hyena: an order-p recurrence of gates and implicit long convolutions (Poli et al. 2023, arXiv:2302.10866).
 
         x_0, ..., x_{p-1}, v = split(short_conv(W_in x + b_in))
         v <- k_i * (x_{p-1-i} v) + beta_i x_{p-1-i} v    for i = 0 .. p-2
         y = W_out (x_0 v) + b_out
 
-    with products elementwise and filters k_i (d x L) from `ImplicitFilter`. Its state holds the last L - 1 inputs of every
-    long convolution.
+    with products elementwise and filters k_i (d x L) from `ImplicitFilter`. The state holds the last L - 1 inputs of every
+    long convolution. If `init_state` gets a smaller `max_length`, it holds as many as segments of that length need, and
+    outputs of tokens beyond it are NaN.
     """
+
+    keeps_segments = True
 
     def __init__(self, config: HyenaConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.causal = True
         total, filters = (config.order + 1) * config.width, config.order - 1
-        self.input = linear(config.width, total, dtype=config.dtype, rngs=rngs)
+        self.input = linear(config.width, total, axes=("embed", "inner"), dtype=config.dtype, rngs=rngs)
         self.convolution = ShortConvolution(
             total, config.taps, bias=True, activation=None, dtype=config.dtype, rngs=rngs
         )
@@ -88,60 +152,46 @@ class Hyena(nnx.Module):
             shift=config.window_shift,
             rngs=rngs,
         )
-        self.beta = parameter(rngs, nnx.initializers.normal(1.0), (filters, config.width))
-        self.output = linear(config.width, config.width, dtype=config.dtype, rngs=rngs)
-
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> HyenaState:
-        """No inputs yet.
-
-        Args:
-          batch_size: rows.
-          max_length: the most tokens that a segment will have, if less than `config.max_length`; outputs of tokens
-            beyond are NaN.
-        """
-        config = self.config
-        past = no_inputs(
-            batch_size,
-            filters=config.order - 1,
-            taps=config.max_length,
-            width=config.width,
-            max_length=max_length,
+        self.beta = parameter(
+            rngs, nnx.initializers.normal(1.0), (filters, config.width), axes=(None, "inner")
         )
-        return HyenaState(self.convolution.init_state(batch_size), past)
+        self.output = linear(
+            config.width, config.width, axes=("inner", "embed"), dtype=config.dtype, rngs=rngs
+        )
 
-    def __call__(
+    def initial(self, batch_size: int, max_length: int | None) -> HyenaCarry:
+        config = self.config
+        sizes = {"filters": config.order - 1, "taps": config.max_length, "width": config.width}
+        past = no_inputs(batch_size, **sizes, max_length=max_length)
+        return HyenaCarry(self.convolution.init_state(batch_size), past)
+
+    def mix(
         self,
         x: Float[Array, "b t d"],
-        state: HyenaState | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], HyenaState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
-        config, shape = self.config, x.shape[:2]
-        check_inputs("Hyena", x, config.width, segment_ids)
-        short = None
-        if state is not None:
-            short = enter(state.short, continues(state.past.place.segment, segment_ids))
-        projected, short = self.convolution(self.input(x), short, segment_ids=segment_ids)
+        carried: HyenaCarry | None,
+        segments: Segments | None,
+        visit: Visit | None,
+    ) -> tuple[Float[Array, "b t d"], HyenaCarry | None]:
+        config, short = self.config, None
+        taps = max(1, min(x.shape[1], config.max_length))
+        if carried is not None:
+            short = keep_where(visit.continues, carried.short, jnp.zeros_like(carried.short))
+            past, lost = enter_call(carried.past, config.max_length, visit)
+            taps = past.shape[2] + 1
+        projected, short = self.convolution(self.input(x), short, segment_ids=segments)
         *gates, v = jnp.split(projected, config.order + 1, axis=-1)
-        if state is None:
-            taps = max(1, min(shape[1], config.max_length))
-        else:
-            past, lost = resume(state.past, config.max_length, segment_ids, shape)
-            taps = past.inputs.shape[2] + 1
         # Channels vary slowest in the network's output, as in the paper's code.
         filters = self.filter(taps).reshape(config.width, config.order - 1, taps)
         kept = []
         for i, gate in enumerate(reversed(gates[1:])):
             u = gate * v
-            if state is None:
-                v = convolve(u, filters[:, i], segment_ids=segment_ids)
+            if carried is None:
+                v = convolve(u, filters[:, i], segment_ids=segments)
             else:
-                v, inputs = filter_next(u, filters[:, i], past.inputs[:, i], segment_ids)
+                v, inputs = filter_next(u, filters[:, i], past[:, i], segments)
                 kept.append(inputs)
             v = v + self.beta[i].astype(u.dtype)[None, None] * u
         y = self.output(gates[0] * v)
-        if state is None:
+        if carried is None:
             return y, None
-        past = past._replace(inputs=jnp.stack(kept, axis=1))
-        return jnp.where(lost[..., None], jnp.nan, y), HyenaState(short, past)
+        return jnp.where(lost[..., None], jnp.nan, y), HyenaCarry(short, jnp.stack(kept, axis=1))

@@ -1,19 +1,18 @@
-"""Lightweight and dynamic convolution: a normalised window a head, fixed or predicted (Wu et al. 2019, arXiv:1901.10430)."""
+"""Lightweight and dynamic convolution: a normalised window per head, fixed or predicted (Wu et al. 2019, arXiv:1901.10430)."""
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.mixer import Mixer
 from layers.parameters import linear, parameter
-from layers.parts.carry import check_inputs, continues, enter, next_segment
-from layers.parts.segmented_convolution import remember
-from layers.parts.window import window_sum
-from layers.segments import SegmentIds
-from layers.typing import Array, Float, Int
+from layers.parts.segmented_convolution import last_inputs, pack_rows
+from layers.segments import SegmentIds, Segments, select_real
+from layers.typing import Array, Float
 
 _xavier = nnx.initializers.xavier_uniform()
 
@@ -41,49 +40,52 @@ class LightweightConvConfig:
             raise ValueError(f"taps={self.taps}; expected at least 1")
 
 
-class WindowState(NamedTuple):
-    """The last w - 1 inputs of the window, the latest last, and the segment that they belong to."""
+class _Windows(Mixer):
+    """What `LightweightConv` and `DynamicConv` share: all but the weights. Carries the last w - 1 gated inputs."""
 
-    inputs: Float[Array, "b s d"]
-    segment: Int[Array, "b"]
+    def __init__(self, config: LightweightConvConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        options = {"dtype": config.dtype, "init": _xavier, "rngs": rngs}
+        self.input = linear(config.width, 2 * config.width, axes=("embed", "inner"), **options)
+        self.output = linear(config.width, config.width, axes=("inner", "embed"), **options)
+
+    def logits(self, gated: Float[Array, "b t d"]) -> Float[Array, "#b #t h w"]:
+        """The logits of every window, oldest tap first."""
+        raise NotImplementedError
+
+    def initial(self, batch_size: int, max_length: int | None) -> Float[Array, "b s d"]:
+        return jnp.zeros((batch_size, self.config.taps - 1, self.config.width), jnp.float32)
+
+    def mix(
+        self, x: Float[Array, "b t d"], carried: Float[Array, "b s d"] | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b s d"]]:
+        value, gate = jnp.split(self.input(x), 2, axis=-1)
+        gated = value * jax.nn.sigmoid(gate)
+        past = self.initial(x.shape[0], None) if carried is None else carried
+        weights = jax.nn.softmax(self.logits(gated).astype(jnp.float32))
+        y = window_sum(gated, weights, past, segment_ids=segments).astype(self.config.dtype)
+        return self.output(y), last_inputs(past, gated, segments)
 
 
-class LightweightConv(nnx.Module):
+class LightweightConv(_Windows):
     """LightweightConv: a softmax-normalised depthwise convolution (Wu et al. 2019, arXiv:1901.10430).
 
         g = (W_1 x + b_1) * sigmoid(W_2 x + b_2)
         y_t = W_o sum_{j<w} softmax(W_h)_j g_{t-(w-1)+j} + b_o
 
-    with one row W_h (w) for the d / h neighbouring channels of a head. The softmax is over all taps, those before the start
+    with one vector W_h (w) for the d / h neighbouring channels of a head. The softmax is over all taps, those before the start
     of the segment included, where g counts as zero. The paper drops normalised weights at random in training; this does not.
     """
 
     def __init__(self, config: LightweightConvConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.causal = True
-        self.input, self.output = _projections(config, rngs)
-        self.weight = parameter(rngs, _window_init, (config.heads, config.taps))
+        super().__init__(config, rngs=rngs)
+        self.weight = parameter(rngs, _window_init, (config.heads, config.taps), axes=("heads", None))
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> WindowState:
-        """No inputs yet; the size does not depend on the length."""
-        return _no_inputs(self.config, batch_size)
-
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: WindowState | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], WindowState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
-        check_inputs("LightweightConv", x, self.config.width, segment_ids)
-        gated = _glu(self.input(x))
-        weights = jax.nn.softmax(self.weight[...])[None, None]
-        y, state = _slide(self.config, gated, weights, state, segment_ids)
-        return self.output(y), state
+    def logits(self, gated: Float[Array, "b t d"]) -> Float[Array, "1 1 h w"]:
+        return self.weight[...][None, None]
 
 
-class DynamicConv(nnx.Module):
+class DynamicConv(_Windows):
     """DynamicConv: a lightweight convolution whose weights every token predicts (Wu et al. 2019, arXiv:1901.10430).
 
         g = (W_1 x + b_1) * sigmoid(W_2 x + b_2)
@@ -93,41 +95,12 @@ class DynamicConv(nnx.Module):
     """
 
     def __init__(self, config: LightweightConvConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.causal = True
-        self.input, self.output = _projections(config, rngs)
-        self.weight = linear(
-            config.width, config.heads * config.taps, bias=False, dtype=config.dtype, init=_xavier, rngs=rngs
-        )
+        super().__init__(config, rngs=rngs)
+        taps, options = config.heads * config.taps, {"dtype": config.dtype, "rngs": rngs}
+        self.weight = linear(config.width, taps, axes=("inner", None), bias=False, init=_xavier, **options)
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> WindowState:
-        """No inputs yet; the size does not depend on the length."""
-        return _no_inputs(self.config, batch_size)
-
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: WindowState | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], WindowState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
-        check_inputs("DynamicConv", x, self.config.width, segment_ids)
-        gated = _glu(self.input(x))
-        logits = self.weight(gated).reshape(*x.shape[:2], self.config.heads, self.config.taps)
-        weights = jax.nn.softmax(logits.astype(jnp.float32))
-        y, state = _slide(self.config, gated, weights, state, segment_ids)
-        return self.output(y), state
-
-
-def _projections(config, rngs):
-    options = {"dtype": config.dtype, "init": _xavier, "rngs": rngs}
-    return linear(config.width, 2 * config.width, **options), linear(config.width, config.width, **options)
-
-
-def _glu(x):
-    value, gate = jnp.split(x, 2, axis=-1)
-    return value * jax.nn.sigmoid(gate)
+    def logits(self, gated: Float[Array, "b t d"]) -> Float[Array, "b t h w"]:
+        return self.weight(gated).reshape(*gated.shape[:2], self.config.heads, self.config.taps)
 
 
 def _window_init(key, shape, dtype):
@@ -136,17 +109,40 @@ def _window_init(key, shape, dtype):
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def _no_inputs(config, batch_size):
-    inputs = jnp.zeros((batch_size, config.taps - 1, config.width), jnp.float32)
-    return WindowState(inputs, jnp.zeros(batch_size, jnp.int32))
+def window_sum(
+    x: Float[Array, "b t d"],
+    weights: Float[Array, "#b #t h w"],
+    past: Float[Array, "b s d"],
+    *,
+    segment_ids: SegmentIds = None,
+) -> Float[Array, "b t d"]:
+    """y_t = sum_{j<w} weights_{t,h,j} x_{t-(w-1)+j} for the d / h neighbouring channels of every head h, in float32.
 
+    Args:
+      x: input.
+      weights: oldest tap first, the last one for the token itself; the same for all tokens where t is 1.
+      past: the w - 1 inputs before the first real token, zeros where its segment had not begun.
+      segment_ids: tokens of other segments count as zeros; the output on padding is zero.
+    """
+    taps, channels = weights.shape[-1], x.shape[2] // weights.shape[2]
+    segments, owners = Segments.of(segment_ids), None
+    if segments is not None:
+        packing = pack_rows(segments)
+        x = packing.pack(select_real(x, segments))
+        weights = weights if weights.shape[1] == 1 else packing.pack(weights)
+        if segments.packed:
+            owners = jnp.pad(packing.numbers, ((0, 0), (taps - 1, 0)), constant_values=1)
+    inputs = jnp.concatenate([past, x.astype(past.dtype)], axis=1)
 
-def _slide(config, x, weights, state, segment_ids):
-    """The windows over x as it follows the state, and the next state."""
-    begin = _no_inputs(config, x.shape[0]) if state is None else state
-    past = enter(begin.inputs, continues(begin.segment, segment_ids))
-    y = window_sum(x, weights, past, segment_ids=segment_ids).astype(config.dtype)
-    if state is None:
-        return y, None
-    segment = next_segment(state.segment, segment_ids, x.shape[1])
-    return y, WindowState(remember(past, x, segment_ids), segment)
+    def at(values, tap):
+        return jax.lax.dynamic_slice_in_dim(values, tap, x.shape[1], axis=1)
+
+    def add(y, tap):
+        weight = jax.lax.dynamic_index_in_dim(weights, tap, axis=3, keepdims=False)
+        term = jnp.repeat(weight, channels, axis=2) * at(inputs, tap)
+        if owners is not None:
+            term = jnp.where((at(owners, tap) == packing.numbers)[..., None], term, 0)
+        return y + term, None
+
+    y, _ = jax.lax.scan(add, jnp.zeros(x.shape, past.dtype), jnp.arange(taps))
+    return y if segments is None else select_real(packing.unpack(y), segments)

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.mixer import Mixer
 from layers.parameters import Constant, parameter
-from layers.parts.carry import check_inputs, refuse_state
-from layers.parts.past_inputs import PastInputs, filter_next, no_inputs, resume
+from layers.parts.past_inputs import enter_call, filter_next, no_inputs
 from layers.parts.segmented_convolution import convolve
-from layers.segments import SegmentIds
+from layers.segments import Segments, Visit
 from layers.typing import Array, Float
 
 
@@ -23,7 +23,7 @@ class SGConvConfig:
     Attributes:
       width: d, features in and out, each with a kernel of its own.
       max_length: L, taps of the kernel; what is further back is not seen.
-      kernel_size: k, parameters of every scale.
+      kernel_size: k, parameters per scale.
       decay_min, decay_max: factor from one scale to the finer one, evenly spaced over the channels; at least 1.
       bidirectional: a second kernel that looks ahead; not causal.
       dtype: type of activations; kernels are float32.
@@ -53,7 +53,7 @@ class SGConvConfig:
         return 1 + max(0, math.ceil(math.log2(self.max_length / self.kernel_size)))
 
 
-class SGConv(nnx.Module):
+class SGConv(Mixer):
     """SGConv: structured global convolution, multi-scale decaying kernels (Li et al. 2022, arXiv:2210.09298).
 
         y_t = sum_{l<L} K_l x_{t-l} + D x_t
@@ -62,59 +62,43 @@ class SGConv(nnx.Module):
     for every channel, with w_i (k) and up_r stretching r times by linear interpolation, so that the pieces have k, k, 2k, 4k,
     ... taps. w and D start standard normal; Z is the norm that the kernel has then, and stays. With `bidirectional` a second
     kernel weighs x_{t+1+l}. The activation and the linear map that the paper puts behind it are a channel mixer, such as
-    `half_glu2`, in a joint residual branch. Its state holds the last L - 1 inputs.
+    `half_glu2`, in a joint residual branch. The state holds the last L - 1 inputs. If `init_state` gets a smaller
+    `max_length`, it holds as many as segments of that length need, and outputs of tokens beyond it are NaN.
     """
+
+    keeps_segments = True
 
     def __init__(self, config: SGConvConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.causal = not config.bidirectional
-        kernels = 2 if config.bidirectional else 1
+        shape = (config.scales, 2 if config.bidirectional else 1, config.width, config.kernel_size)
         normal = nnx.initializers.normal(1.0)
-        self.w = parameter(
-            rngs, normal, (config.scales, kernels, config.width, config.kernel_size), group="ssm"
-        )
-        self.d = parameter(rngs, normal, (config.width,), group="ssm_output")
-        self.norm = Constant(jnp.linalg.norm(self._pieces(), axis=-1, keepdims=True))
+        self.w = parameter(rngs, normal, shape, group="ssm", axes=(None, None, "embed", None))
+        self.d = parameter(rngs, normal, (config.width,), group="ssm_output", axes=("embed",))
+        norm = jnp.linalg.norm(self._pieces(), axis=-1, keepdims=True)
+        self.norm = Constant(norm, axes=(None, "embed", None))
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> PastInputs:
-        """No inputs yet.
+    def initial(self, batch_size: int, max_length: int | None) -> Float[Array, "b f s d"]:
+        sizes = {"filters": 1, "taps": self.config.max_length, "width": self.config.width}
+        return no_inputs(batch_size, **sizes, max_length=max_length)
 
-        Args:
-          batch_size: rows.
-          max_length: the most tokens that a segment will have, if less than `config.max_length`; outputs of tokens
-            beyond are NaN.
-        """
-        config = self.config
-        if not self.causal:
-            raise ValueError(
-                "a bidirectional SGConv has no state; set bidirectional=False to run it step by step"
-            )
-        return no_inputs(
-            batch_size, filters=1, taps=config.max_length, width=config.width, max_length=max_length
-        )
-
-    def __call__(
+    def mix(
         self,
         x: Float[Array, "b t d"],
-        state: PastInputs | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], PastInputs | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        carried: Float[Array, "b f s d"] | None,
+        segments: Segments | None,
+        visit: Visit | None,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b f s d"] | None]:
         config = self.config
-        check_inputs("SGConv", x, config.width, segment_ids)
-        if not self.causal:
-            refuse_state("SGConv with bidirectional=True", state)
         x = x.astype(config.dtype)
         skip = self.d[...].astype(config.dtype)[None, None] * x
         kernel = self.kernel()
-        if state is None:
+        if carried is None:
             ahead = kernel[1] if config.bidirectional else None
-            return convolve(x, kernel[0], ahead=ahead, segment_ids=segment_ids) + skip, None
-        past, lost = resume(state, config.max_length, segment_ids, x.shape[:2])
-        y, inputs = filter_next(x, kernel[0], past.inputs[:, 0], segment_ids)
-        y = jnp.where(lost[..., None], jnp.nan, y + skip)
-        return y, past._replace(inputs=inputs[:, None])
+            return convolve(x, kernel[0], ahead=ahead, segment_ids=segments) + skip, None
+        past, lost = enter_call(carried, config.max_length, visit)
+        y, inputs = filter_next(x, kernel[0], past[:, 0], segments)
+        return jnp.where(lost[..., None], jnp.nan, y + skip), inputs[:, None]
 
     def kernel(self) -> Float[Array, "f d l"]:
         """The kernels, one or two."""

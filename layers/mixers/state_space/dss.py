@@ -1,7 +1,7 @@
 """DSS: diagonal state spaces whose kernel a softmax over time normalises, or not (Gupta et al. 2022, arXiv:2203.14343)."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,12 @@ from flax import nnx
 from layers import hippo
 from layers.kernels.ssm_kernel import ssm_kernel, zoh
 from layers.kernels.ssm_kernel.vandermonde import SOFTMAX_EPSILON
-from layers.parameters import parameter
-from layers.parts.carry import check_inputs, continues, enter, next_segment
+from layers.mixer import Mixer
+from layers.parameters import declared, parameter
 from layers.parts.segmented_convolution import convolve
 from layers.parts.state_space import as_complex, check_steps, complex_normal, log_uniform, run_modes
-from layers.segments import SegmentIds
-from layers.typing import Array, Complex, Float, Int
+from layers.segments import Segments
+from layers.typing import Array, Complex, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,8 @@ class DSSConfig:
       width: d, features in and out, each with a system of its own; the eigenvalues are common to all.
       state_size: N, complex modes, none of which stands for a conjugate.
       kernel: "softmax" or "exp".
-      max_length: L, the length over which "softmax" normalises; inputs may not be longer, while a state runs on.
-      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one a channel.
+      max_length: L, the length over which "softmax" normalises; inputs may not be longer, while a state continues beyond.
+      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one per channel.
       dtype: type of activations; kernels and states are float32 and complex64.
     """
 
@@ -49,21 +49,14 @@ class DSSConfig:
         check_steps(self.dt_min, self.dt_max)
 
 
-class DSSState(NamedTuple):
-    """The state h of every mode of every channel, and the segment that it belongs to."""
-
-    h: Complex[Array, "b d n"]
-    segment: Int[Array, "b"]
-
-
-class DSS(nnx.Module):
+class DSS(Mixer):
     """DSS: diagonal state spaces, softmax and exponential kernels (Gupta et al. 2022, arXiv:2203.14343).
 
         y_t = sum_l K_l x_{t-l} + D x_t
         exp       K_l = Re sum_n W_n (exp(z_n) - 1) / A_n exp(l z_n)
         softmax   K_l = Re sum_n W_n / A_n exp(l z_n) / sum_{m<L} exp(m z_n)
 
-    for every channel, with A (N) and W (d x N) complex, D (d) real, z = dt_re Re A + i dt_im Im A; the two step sizes of a
+    in every channel, with A (N) and W (d x N) complex, D (d) real, z = dt_re Re A + i dt_im Im A; the two step sizes of a
     channel start equal. Without a state it is a convolution, with one the recurrence of its modes. The real parts of A are
     free with "softmax", where a growing mode is normalised by its last term, and negative with "exp". Initially A is -1/2
     plus the N imaginary parts above zero of HiPPO-LegS of size 2N. The activation and the linear map that the paper puts
@@ -72,44 +65,35 @@ class DSS(nnx.Module):
 
     def __init__(self, config: DSSConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.causal = True
         a = hippo.dplr_legs(2 * config.state_size, half=True).eigenvalues
         # The logarithm of -Re A with "exp", Re A itself with "softmax".
         rate = jnp.log(-a.real) if config.kernel == "exp" else a.real
-        self.rate = nnx.Param(jnp.asarray(rate, jnp.float32), group="ssm")
-        self.frequency = nnx.Param(jnp.asarray(a.imag, jnp.float32), group="ssm")
+        self.rate = declared(jnp.asarray(rate, jnp.float32), group="ssm", axes=("state",))
+        self.frequency = declared(jnp.asarray(a.imag, jnp.float32), group="ssm", axes=("state",))
         log_dt = log_uniform(config.dt_min, config.dt_max)(rngs.params(), (config.width, 1), jnp.float32)
-        self.log_dt = nnx.Param(jnp.tile(log_dt, (1, 2)), group="ssm/dt")
-        self.w = complex_normal(rngs, (config.width, config.state_size), variance=2.0, group="ssm")
-        self.d = parameter(rngs, nnx.initializers.normal(1.0), (config.width,), group="ssm_output")
+        self.log_dt = declared(jnp.tile(log_dt, (1, 2)), group="ssm/dt", axes=("embed", None))
+        shape = (config.width, config.state_size)
+        self.w = complex_normal(rngs, shape, variance=2.0, group="ssm", axes=("embed", "state"))
+        normal = nnx.initializers.normal(1.0)
+        self.d = parameter(rngs, normal, (config.width,), group="ssm_output", axes=("embed",))
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> DSSState:
-        """The zero state; its size does not depend on the length."""
-        h = jnp.zeros((batch_size, self.config.width, self.config.state_size), jnp.complex64)
-        return DSSState(h, jnp.zeros(batch_size, jnp.int32))
+    def initial(self, batch_size: int, max_length: int | None) -> Complex[Array, "b d n"]:
+        return jnp.zeros((batch_size, self.config.width, self.config.state_size), jnp.complex64)
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: DSSState | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], DSSState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+    def mix(
+        self, x: Float[Array, "b t d"], carried: Complex[Array, "b d n"] | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], Complex[Array, "b d n"] | None]:
         config = self.config
-        check_inputs("DSS", x, config.width, segment_ids)
         x = x.astype(config.dtype)
         skip = self.d[...].astype(config.dtype)[None, None] * x
         a, c, dt = self._system()
-        if state is None:
-            return convolve(x, self._kernel(a, c, dt, x.shape[1]), segment_ids=segment_ids) + skip, None
+        if carried is None:
+            return convolve(x, self._kernel(a, c, dt, x.shape[1]), segment_ids=segments) + skip, None
         a_bar, b = zoh(a, dt[:, None])
         if config.kernel == "softmax":
             b = _softmax_input(a, dt[:, None], config.max_length)
-        h = enter(state.h, continues(state.segment, segment_ids))
-        y, h = run_modes(a_bar, b, c, x, h, segment_ids=segment_ids)
-        segment = next_segment(state.segment, segment_ids, x.shape[1])
-        return y.astype(config.dtype) + skip, DSSState(h, segment)
+        y, h = run_modes(a_bar, b, c, x, carried, segment_ids=segments)
+        return y.astype(config.dtype) + skip, h
 
     def _kernel(self, a, c, dt, time):
         longest = self.config.max_length

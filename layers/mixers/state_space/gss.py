@@ -1,20 +1,20 @@
 """GSS: gating around a narrow diagonal state space model (Mehta et al. 2022, arXiv:2206.13947)."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.kernels.ssm_kernel import ssm_kernel, zoh
+from layers.mixer import Mixer
 from layers.norms import LayerNorm, NormConfig
 from layers.parameters import linear, parameter
-from layers.parts.carry import check_inputs, continues, enter, next_segment
 from layers.parts.segmented_convolution import convolve
 from layers.parts.state_space import as_complex, complex_normal, run_modes
-from layers.segments import SegmentIds
-from layers.typing import Array, Complex, Float, Int
+from layers.segments import Segments
+from layers.typing import Array, Complex, Float
 
 STEP = 1.0
 
@@ -57,14 +57,7 @@ class GSSConfig:
         return self.width // 4 if self.ssm_width is None else self.ssm_width
 
 
-class GSSState(NamedTuple):
-    """The state h of every mode of every channel, and the segment that it belongs to."""
-
-    h: Complex[Array, "b d n"]
-    segment: Int[Array, "b"]
-
-
-class GSS(nnx.Module):
+class GSS(Mixer):
     """GSS: gated state spaces, a gate around a narrow DSS (Mehta et al. 2022, arXiv:2206.13947).
 
         u = LayerNorm(gelu(W_v x)),  s_t = sum_l K_l u_{t-l} + D u_t
@@ -77,45 +70,34 @@ class GSS(nnx.Module):
 
     def __init__(self, config: GSSConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.causal = True
-        options = {"dtype": config.dtype, "rngs": rngs}
+        options = {"axes": ("embed", "inner"), "dtype": config.dtype, "rngs": rngs}
         self.gate = linear(config.width, config.gated, bias=False, **options)
         self.value = linear(config.width, config.narrow, bias=False, **options)
         self.norm = LayerNorm(NormConfig(config.narrow, dtype=config.dtype), rngs=rngs)
-        normal = nnx.initializers.normal(1.0)
-        self.log_rate = parameter(rngs, normal, (config.state_size,), group="ssm")
-        self.log_frequency = parameter(rngs, normal, (config.state_size,), group="ssm")
-        self.c = complex_normal(rngs, (config.narrow, config.state_size), variance=2.0, group="ssm_output")
-        self.d = parameter(rngs, normal, (config.narrow,), group="ssm_output")
-        self.expand = linear(config.narrow, config.gated, bias=False, **options)
-        self.output = linear(config.gated, config.width, **options)
+        normal, shape = nnx.initializers.normal(1.0), (config.narrow, config.state_size)
+        self.log_rate = parameter(rngs, normal, shape[1:], group="ssm", axes=("state",))
+        self.log_frequency = parameter(rngs, normal, shape[1:], group="ssm", axes=("state",))
+        self.c = complex_normal(rngs, shape, variance=2.0, group="ssm_output", axes=("inner", "state"))
+        self.d = parameter(rngs, normal, shape[:1], group="ssm_output", axes=("inner",))
+        self.expand = linear(config.narrow, config.gated, bias=False, **options | {"axes": ("inner", None)})
+        self.output = linear(config.gated, config.width, **options | {"axes": ("inner", "embed")})
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> GSSState:
-        """The zero state; its size does not depend on the length."""
-        h = jnp.zeros((batch_size, self.config.narrow, self.config.state_size), jnp.complex64)
-        return GSSState(h, jnp.zeros(batch_size, jnp.int32))
+    def initial(self, batch_size: int, max_length: int | None) -> Complex[Array, "b d n"]:
+        return jnp.zeros((batch_size, self.config.narrow, self.config.state_size), jnp.complex64)
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: GSSState | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], GSSState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
-        config, time = self.config, x.shape[1]
-        check_inputs("GSS", x, config.width, segment_ids)
+    def mix(
+        self, x: Float[Array, "b t d"], carried: Complex[Array, "b e n"] | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], Complex[Array, "b e n"] | None]:
+        config, time, h = self.config, x.shape[1], None
         gate = jax.nn.gelu(self.gate(x), approximate=False)
         u = self.norm(jax.nn.gelu(self.value(x), approximate=False))
         a = jax.lax.complex(-jnp.exp(self.log_rate[...]), jnp.exp(self.log_frequency[...]))[None]
         c = as_complex(self.c)
-        if state is None:
+        if carried is None:
             steps = jnp.full(config.narrow, STEP)
             kernel = ssm_kernel(a, None, c, steps, length=max(1, time), conjugate_pairs=False)
-            s = convolve(u, kernel, segment_ids=segment_ids)
+            s = convolve(u, kernel, segment_ids=segments)
         else:
-            h = enter(state.h, continues(state.segment, segment_ids))
-            s, h = run_modes(*zoh(a, jnp.full((1, 1), STEP)), c, u, h, segment_ids=segment_ids)
-            state = GSSState(h, next_segment(state.segment, segment_ids, time))
+            s, h = run_modes(*zoh(a, jnp.full((1, 1), STEP)), c, u, carried, segment_ids=segments)
         s = s.astype(config.dtype) + self.d[...].astype(config.dtype)[None, None] * u
-        return self.output(self.expand(s) * gate), state
+        return self.output(self.expand(s) * gate), h

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.mixers.state_space.s4d import S4D, S4DConfig, S4DState
-from layers.parameters import linear, parameter
-from layers.parts.carry import check_inputs, continues, enter
-from layers.parts.segmented_convolution import convolve, remember
+from layers.mixer import Mixer
+from layers.mixers.state_space.s4d import S4D, S4DConfig
+from layers.parameters import declared, linear, parameter
+from layers.parts.segmented_convolution import convolve, last_inputs
 from layers.parts.state_space import check_steps
-from layers.segments import SegmentIds
-from layers.typing import Array, Complex, Float, Int
+from layers.segments import Segments
+from layers.typing import Array, Complex, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +23,9 @@ class H3Config:
 
     Attributes:
       width: d, features in and out.
-      head_dim: features of a head, whose keys and values are multiplied as an outer product; divides the width.
+      head_dim: features per head, whose keys and values are multiplied as an outer product; divides the width.
       state_size: N, past keys that the shift sees, and state of a diagonal system (N / 2 conjugate pairs).
-      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one a head.
+      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one per head.
       dtype: type of activations; kernels and states are float32 and complex64.
     """
 
@@ -45,47 +45,46 @@ class H3Config:
 
     @property
     def heads(self) -> int:
-        """How many heads there are."""
+        """Number of heads."""
         return self.width // self.head_dim
 
 
-class H3State(NamedTuple):
-    """What H3 carries.
+class H3Carry(NamedTuple):
+    """What `H3` carries.
 
     Attributes:
       keys: the last N - 1 keys of the segment, the latest last.
       h: the modes of every head, for every pair of features of its key and its value.
-      segment: the segment that they belong to.
     """
 
     keys: Float[Array, "b s d"]
     h: Complex[Array, "b k v h n"]
-    segment: Int[Array, "b"]
 
 
-class H3(nnx.Module):
+class H3(Mixer):
     """H3: two state space models between multiplicative gates (Fu et al. 2023, arXiv:2212.14052).
 
         q, k, v = W_q x + b_q, W_k x + b_k, W_v x + b_v
         y = W_o (q * SSM_diag(SSM_shift(k) * v)) + b_o
 
     SSM_shift is a filter of N taps, C (S^l B) with S the shift matrix and B = e_1 at the start, so that the taps are C; and a
-    skip. SSM_diag is S4D with Lin eigenvalues and its own skip, one system a head. With heads of r > 1 features the
+    skip. SSM_diag is S4D with Lin eigenvalues and its own skip, one system per head. With heads of r > 1 features the
     products are an outer product and its contraction, o_j = sum_i q_i SSM_diag(k_i v_j).
     """
 
     def __init__(self, config: H3Config, *, rngs: nnx.Rngs):
         self.config = config
-        self.causal = True
-        options = {"dtype": config.dtype, "rngs": rngs}
+        options = {"axes": ("embed", "heads"), "dtype": config.dtype, "rngs": rngs}
         self.query = linear(config.width, config.width, **options)
         self.key = linear(config.width, config.width, **options)
         self.value = linear(config.width, config.width, **options)
-        self.output = linear(config.width, config.width, **options)
+        self.output = linear(config.width, config.width, **options | {"axes": ("heads", "embed")})
         shape, bound = (config.width, config.state_size), 1 / math.sqrt(config.state_size)
-        self.shift_b = nnx.Param(jnp.zeros(shape, jnp.float32).at[:, 0].set(1.0), group="ssm/b")
-        self.shift_c = parameter(rngs, _uniform(bound), shape, group="ssm_output")
-        self.shift_d = parameter(rngs, nnx.initializers.normal(1.0), (config.width,), group="ssm_output")
+        first = jnp.zeros(shape, jnp.float32).at[:, 0].set(1.0)
+        output, normal = {"group": "ssm_output"}, nnx.initializers.normal(1.0)
+        self.shift_b = declared(first, group="ssm/b", axes=("heads", None))
+        self.shift_c = parameter(rngs, _uniform(bound), shape, axes=("heads", None), **output)
+        self.shift_d = parameter(rngs, normal, shape[:1], axes=("heads",), **output)
         self.ssm = S4D(
             S4DConfig(
                 config.heads,
@@ -95,51 +94,38 @@ class H3(nnx.Module):
                 dt_min=config.dt_min,
                 dt_max=config.dt_max,
             ),
+            axis="heads",
             rngs=rngs,
         )
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> H3State:
-        """The zero state; its size does not depend on the length."""
+    def initial(self, batch_size: int, max_length: int | None) -> H3Carry:
         config = self.config
         shape = (batch_size, config.head_dim, config.head_dim, config.heads, config.state_size // 2)
         keys = jnp.zeros((batch_size, config.state_size - 1, config.width), jnp.float32)
-        return H3State(keys, jnp.zeros(shape, jnp.complex64), jnp.zeros(batch_size, jnp.int32))
+        return H3Carry(keys, jnp.zeros(shape, jnp.complex64))
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: H3State | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], H3State | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
-        check_inputs("H3", x, self.config.width, segment_ids)
+    def mix(
+        self, x: Float[Array, "b t d"], carried: H3Carry | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], H3Carry | None]:
+        past, h = (None, None) if carried is None else carried
         k = self.key(x)
-        past = None if state is None else enter(state.keys, continues(state.segment, segment_ids))
-        shifted = convolve(k, self._shift_taps(), past=past, segment_ids=segment_ids)
+        shifted = convolve(k, self._shift_taps(), past=past, segment_ids=segments)
         shifted = shifted + self.shift_d[...].astype(k.dtype)[None, None] * k
-        y, ssm = self._attend(
-            self._split(self.query(x)), self._split(shifted), self._split(self.value(x)), state, segment_ids
-        )
+        q, shifted, v = (self._split(part) for part in (self.query(x), shifted, self.value(x)))
+        y, h = self._attend(q, shifted, v, h, segments)
         y = self.output(y.reshape(x.shape).astype(self.config.dtype))
-        if state is None:
-            return y, None
-        h = ssm.h.reshape(state.h.shape)
-        return y, H3State(remember(past, k, segment_ids), h, ssm.segment[:: self.config.head_dim**2])
+        return y, None if carried is None else H3Carry(last_inputs(past, k, segments), h)
 
-    def _attend(self, q, k, v, state, segment_ids):
+    def _attend(self, q, k, v, h, segments):
         """o_tj = sum_i q_ti SSM_diag(k_i v_j)_t; every pair (i, j) is a row of the state space model."""
         rows, time, heads, size = q.shape
         pairs = size * size
         products = jnp.einsum("bthi,bthj->bijth", k.astype(jnp.float32), v.astype(jnp.float32))
-        products = products.reshape(rows * pairs, time, heads)
-        ids = None if segment_ids is None else jnp.repeat(segment_ids, pairs, axis=0)
-        if state is not None:
-            h = state.h.reshape(rows * pairs, heads, state.h.shape[-1])
-            state = S4DState(h, jnp.repeat(state.segment, pairs))
-        y, state = self.ssm(products, state, segment_ids=ids)
-        y = y.reshape(rows, size, size, time, heads)
-        return jnp.einsum("bthi,bijth->bthj", q.astype(jnp.float32), y), state
+        segments = jax.tree.map(lambda field: jnp.repeat(field, pairs, axis=0), segments)
+        before = None if h is None else h.reshape(rows * pairs, heads, h.shape[-1])
+        y, after = self.ssm.mix(products.reshape(rows * pairs, time, heads), before, segments)
+        o = jnp.einsum("bthi,bijth->bthj", q.astype(jnp.float32), y.reshape(rows, size, size, time, heads))
+        return o, None if h is None else after.reshape(h.shape)
 
     def _split(self, x):
         return x.reshape(*x.shape[:2], self.config.heads, self.config.head_dim)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.kernels.short_conv import short_conv
-from layers.mixers.state_space.s4 import S4, S4Config, S4State
-from layers.parts.carry import check_inputs, continues, enter
-from layers.segments import SegmentIds
+from layers.mixer import Mixer
+from layers.mixers.state_space.s4 import S4, S4Config
+from layers.segments import Segments
 from layers.typing import Array, Float
 
 
@@ -49,14 +49,14 @@ class LiquidS4Config:
         return S4Config(**{name: getattr(self, name) for name in names})
 
 
-class LiquidS4State(NamedTuple):
-    """The state of the S4 inside, and the last product of every degree below P."""
+class LiquidS4Carry(NamedTuple):
+    """What `LiquidS4` carries: the state of the S4 inside, and the last product of every degree below P."""
 
-    s4: S4State
+    h: Float[Array, "b d n"]
     products: Float[Array, "b p d"]
 
 
-class LiquidS4(nnx.Module):
+class LiquidS4(Mixer):
     """Liquid-S4: a linearised liquid state space model, S4 with products of inputs (Hasani et al. 2022, arXiv:2209.12951).
 
         y_t = sum_l C a^l b x_{t-l} + D x_t + sum_{p=2}^P C b^(p) u^(p)_t                      (pb)
@@ -70,42 +70,31 @@ class LiquidS4(nnx.Module):
 
     def __init__(self, config: LiquidS4Config, *, rngs: nnx.Rngs):
         self.config = config
-        self.causal = True
         self.s4 = S4(config.s4, rngs=rngs)
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> LiquidS4State:
-        """The zero state; its size does not depend on the length."""
+    def initial(self, batch_size: int, max_length: int | None) -> LiquidS4Carry:
         products = jnp.zeros((batch_size, self.config.degree - 1, self.config.width), jnp.float32)
-        return LiquidS4State(self.s4.init_state(batch_size), products)
+        return LiquidS4Carry(self.s4.initial(batch_size, max_length), products)
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: LiquidS4State | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], LiquidS4State | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+    def mix(
+        self, x: Float[Array, "b t d"], carried: LiquidS4Carry | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], LiquidS4Carry]:
         config = self.config
-        check_inputs("LiquidS4", x, config.width, segment_ids)
+        h, past = (None, None) if carried is None else carried
         x = x.astype(config.dtype)
-        inner = None if state is None else state.s4
-        past = None
-        if state is not None:
-            past = enter(state.products, continues(state.s4.segment, segment_ids))
         system = self.s4.system()
         # The other half of the modes are conjugates, so the sum over all is twice that of the real parts.
         total = 2 * system.b_bar[:, : config.state_size // 2].sum(1)
-        liquid, products = _liquid_input(x.astype(jnp.float32), total, config.degree, past, segment_ids)
+        liquid, products = _liquid_input(x.astype(jnp.float32), total, config.degree, past, segments)
         liquid = liquid.astype(config.dtype)
         if config.kernel == "pb":
-            y, inner = self.s4(x, inner, segment_ids=segment_ids)
+            y, h = self.s4.mix(x, h, segments)
             extra = (system.c * system.b_bar).sum(1).astype(config.dtype)[None, None] * liquid
         else:
-            y, inner = self.s4(x + liquid, inner, segment_ids=segment_ids)
+            y, h = self.s4.mix(x + liquid, h, segments)
             # The skip of the S4 inside is for the input alone.
             extra = -self.s4.d[...].astype(config.dtype)[None, None] * liquid
-        return y + extra, None if state is None else LiquidS4State(inner, products)
+        return y + extra, LiquidS4Carry(h, products)
 
 
 def _liquid_input(x, total, degree, past, segment_ids):

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.kernels.selective_scan import selective_scan
+from layers.mixer import Mixer
 from layers.norms import NormConfig, RMSNorm
-from layers.parameters import NO_DECAY, linear, parameter, uniform_fan_in
-from layers.parts.carry import check_inputs, continues, enter, next_segment
+from layers.parameters import NO_DECAY, declared, linear, parameter, uniform_fan_in
 from layers.parts.short_convolution import ShortConvolution
 from layers.parts.state_space import check_steps
 from layers.parts.step_size import step_size_bias
-from layers.segments import SegmentIds
-from layers.typing import Array, Float, Int
+from layers.segments import Segments
+from layers.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class MambaConfig:
 
     Attributes:
       width: d, features in and out.
-      state_size: n, states of every channel.
+      state_size: n, states per channel.
       expand: channels of the state space, as a multiple of width.
       taps: w, inputs that the short convolution sees.
       dt_rank: rank of the map to step sizes; width / 16, rounded up, if None.
@@ -72,15 +72,14 @@ class MambaConfig:
         return self.dt_rank or math.ceil(self.width / 16)
 
 
-class MambaState(NamedTuple):
-    """The last inputs of the short convolution, the state h, and the segment that both belong to."""
+class MambaCarry(NamedTuple):
+    """What `Mamba` carries: the last inputs of the short convolution, and the state h."""
 
     inputs: Float[Array, "b taps d"]
     h: Float[Array, "b d n"]
-    segment: Int[Array, "b"]
 
 
-class Mamba(nnx.Module):
+class Mamba(Mixer):
     """Mamba's block, with e = expand d channels inside.
 
         [u, z] = W_in x                                       (e, e)
@@ -95,56 +94,41 @@ class Mamba(nnx.Module):
     RMSNorm each follows r, B_t and C_t, which keeps large models stable (Jamba, Lieber et al. 2024, arXiv:2403.19887).
     """
 
-    causal = True
-
     def __init__(self, config: MambaConfig, *, rngs: nnx.Rngs):
         self.config = config
         channels, size, rank = config.channels, config.state_size, config.rank
         options = {"dtype": config.dtype, "rngs": rngs}
-        self.input = linear(config.width, 2 * channels, bias=config.bias, **options)
+        self.input = linear(config.width, 2 * channels, axes=("embed", "inner"), bias=config.bias, **options)
         self.convolution = ShortConvolution(channels, config.taps, bias=config.conv_bias, **options)
-        self.selection = linear(channels, rank + 2 * size, bias=False, **options)
+        self.selection = linear(channels, rank + 2 * size, axes=("inner", None), bias=False, **options)
         norms = [NormConfig(features, config.epsilon, config.dtype) for features in (rank, size, size)]
         self.inner_norms = (
             nnx.List([RMSNorm(norm, rngs=rngs) for norm in norms]) if config.inner_norm else None
         )
-        self.dt = linear(rank, channels, bias=False, init=uniform_fan_in(), **options)
-        self.dt_bias = parameter(
-            rngs, step_size_bias(config.dt_min, config.dt_max, config.dt_floor), (channels,), **NO_DECAY
-        )
+        self.dt = linear(rank, channels, axes=(None, "inner"), bias=False, init=uniform_fan_in(), **options)
+        own = {"axes": ("inner",), **NO_DECAY}
+        steps = step_size_bias(config.dt_min, config.dt_max, config.dt_floor)
+        self.dt_bias = parameter(rngs, steps, (channels,), **own)
         rates = jnp.broadcast_to(jnp.log(jnp.arange(1.0, size + 1)), (channels, size))
-        self.log_a = nnx.Param(rates.astype(jnp.float32), **NO_DECAY)
-        self.d = parameter(rngs, nnx.initializers.ones_init(), (channels,), **NO_DECAY)
+        self.log_a = declared(rates.astype(jnp.float32), axes=("inner", "state"), **NO_DECAY)
+        self.d = parameter(rngs, nnx.initializers.ones_init(), (channels,), **own)
         # Smaller by the root of the number of layers that add to the residual.
         small = uniform_fan_in(config.depth**-0.5)
-        self.output = linear(channels, config.width, bias=config.bias, init=small, **options)
-
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> MambaState:
-        """The zero state; its size does not depend on the length."""
-        config = self.config
-        return MambaState(
-            self.convolution.init_state(batch_size),
-            jnp.zeros((batch_size, config.channels, config.state_size), jnp.float32),
-            jnp.zeros(batch_size, jnp.int32),
+        self.output = linear(
+            channels, config.width, axes=("inner", "embed"), bias=config.bias, init=small, **options
         )
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: MambaState | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], MambaState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
-        config = self.config
-        check_inputs("Mamba", x, config.width, segment_ids)
-        inputs = h0 = None
-        if state is not None:
-            keep = continues(state.segment, segment_ids)
-            inputs, h0 = enter(state.inputs, keep), enter(state.h, keep)
+    def initial(self, batch_size: int, max_length: int | None) -> MambaCarry:
+        shape = (batch_size, self.config.channels, self.config.state_size)
+        return MambaCarry(self.convolution.init_state(batch_size), jnp.zeros(shape, jnp.float32))
+
+    def mix(
+        self, x: Float[Array, "b t d"], carried: MambaCarry | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], MambaCarry]:
+        config, size = self.config, self.config.state_size
+        inputs, h = (None, None) if carried is None else carried
         u, gate = jnp.split(self.input(x), 2, axis=-1)
-        u, inputs = self.convolution(u, inputs, segment_ids=segment_ids)
-        size = config.state_size
+        u, inputs = self.convolution(u, inputs, segment_ids=segments)
         selected = jnp.split(self.selection(u), [config.rank, config.rank + size], axis=-1)
         if self.inner_norms is not None:
             selected = [norm(part) for norm, part in zip(self.inner_norms, selected, strict=True)]
@@ -159,10 +143,7 @@ class Mamba(nnx.Module):
             gate=gate,
             dt_bias=self.dt_bias[...],
             dt_softplus=True,
-            initial_state=h0,
-            segment_ids=segment_ids,
+            initial_state=h,
+            segment_ids=segments,
         )
-        y = self.output(y)
-        if state is None:
-            return y, None
-        return y, MambaState(inputs, h, next_segment(state.segment, segment_ids, x.shape[1]))
+        return self.output(y), MambaCarry(inputs, h)

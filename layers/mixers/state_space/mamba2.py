@@ -1,4 +1,4 @@
-"""Mamba-2: a gated state space with one decay a head and token (Dao and Gu 2024, arXiv:2405.21060)."""
+"""Mamba-2: a gated state space with one decay per head and token (Dao and Gu 2024, arXiv:2405.21060)."""
 
 import dataclasses
 import math
@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.kernels.gated_linear_attention import gated_linear_attention
+from layers.mixer import Mixer
 from layers.parameters import NO_DECAY, linear, log_of_uniform, parameter, uniform_fan_in
-from layers.parts.carry import check_inputs, continues, enter, next_segment
 from layers.parts.short_convolution import ShortConvolution
 from layers.parts.state_space import check_steps
 from layers.parts.step_size import step_size_bias
-from layers.segments import SegmentIds
-from layers.typing import Array, Float, Int
+from layers.segments import Segments
+from layers.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Mamba2Config:
 
     Attributes:
       width: d, features in and out.
-      state_size: n, states of every channel: the size of B and C.
+      state_size: n, states per channel: the size of B and C.
       expand: channels of the state space, as a multiple of width.
       head_dim: p, channels that share a decay.
       groups: g, pairs of B and C; divides the heads. The norm is over the channels of a group.
@@ -85,15 +85,14 @@ class Mamba2Config:
         return self.channels // self.head_dim
 
 
-class Mamba2State(NamedTuple):
-    """The last inputs of the short convolution, the state S, and the segment that both belong to."""
+class Mamba2Carry(NamedTuple):
+    """What `Mamba2` carries: the last inputs of the short convolution, and the state S."""
 
     inputs: Float[Array, "b taps channels"]
     s: Float[Array, "b h n p"]
-    segment: Int[Array, "b"]
 
 
-class Mamba2(nnx.Module):
+class Mamba2(Mixer):
     """Mamba-2's block, with e = expand d channels in h heads of p inside.
 
         [z, u, B, C, dt] = W_in x                                        (e, e, g n, g n, h)
@@ -106,53 +105,41 @@ class Mamba2(nnx.Module):
     group.
     """
 
-    causal = True
-
     def __init__(self, config: Mamba2Config, *, rngs: nnx.Rngs):
         self.config = config
         channels, heads, shared = config.channels, config.heads, config.groups * config.state_size
         options = {"dtype": config.dtype, "rngs": rngs}
-        self.input = linear(config.width, 2 * (channels + shared) + heads, bias=config.bias, **options)
+        features = 2 * (channels + shared) + heads
+        self.input = linear(config.width, features, axes=("embed", "inner"), bias=config.bias, **options)
         self.convolution = ShortConvolution(
             channels + 2 * shared, config.taps, bias=config.conv_bias, **options
         )
-        self.dt_bias = parameter(
-            rngs, step_size_bias(config.dt_min, config.dt_max, config.dt_floor), (heads,), **NO_DECAY
-        )
-        self.log_a = parameter(rngs, log_of_uniform(config.a_min, config.a_max), (heads,), **NO_DECAY)
-        self.d = parameter(rngs, nnx.initializers.ones_init(), (heads,), **NO_DECAY)
-        self.scale = parameter(rngs, nnx.initializers.ones_init(), (channels,), **NO_DECAY)
+        steps = step_size_bias(config.dt_min, config.dt_max, config.dt_floor)
+        ones, by_head = nnx.initializers.ones_init(), {"axes": ("heads",), **NO_DECAY}
+        self.dt_bias = parameter(rngs, steps, (heads,), **by_head)
+        self.log_a = parameter(rngs, log_of_uniform(config.a_min, config.a_max), (heads,), **by_head)
+        self.d = parameter(rngs, ones, (heads,), **by_head)
+        self.scale = parameter(rngs, ones, (channels,), axes=("inner",), **NO_DECAY)
         # Smaller by the root of the number of layers that add to the residual.
         small = uniform_fan_in(config.depth**-0.5)
-        self.output = linear(channels, config.width, bias=config.bias, init=small, **options)
-
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> Mamba2State:
-        """The zero state; its size does not depend on the length."""
-        config = self.config
-        return Mamba2State(
-            self.convolution.init_state(batch_size),
-            jnp.zeros((batch_size, config.heads, config.state_size, config.head_dim), jnp.float32),
-            jnp.zeros(batch_size, jnp.int32),
+        self.output = linear(
+            channels, config.width, axes=("inner", "embed"), bias=config.bias, init=small, **options
         )
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: Mamba2State | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], Mamba2State | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+    def initial(self, batch_size: int, max_length: int | None) -> Mamba2Carry:
         config = self.config
-        check_inputs("Mamba-2", x, config.width, segment_ids)
-        inputs = s0 = None
-        if state is not None:
-            keep = continues(state.segment, segment_ids)
-            inputs, s0 = enter(state.inputs, keep), enter(state.s, keep)
+        shape = (batch_size, config.heads, config.state_size, config.head_dim)
+        return Mamba2Carry(self.convolution.init_state(batch_size), jnp.zeros(shape, jnp.float32))
+
+    def mix(
+        self, x: Float[Array, "b t d"], carried: Mamba2Carry | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], Mamba2Carry]:
+        config = self.config
+        inputs, s = (None, None) if carried is None else carried
         b, t = x.shape[:2]
         channels, shared = config.channels, config.groups * config.state_size
         gate, mixed, dt = jnp.split(self.input(x), [channels, 2 * (channels + shared)], axis=-1)
-        mixed, inputs = self.convolution(mixed, inputs, segment_ids=segment_ids)
+        mixed, inputs = self.convolution(mixed, inputs, segment_ids=segments)
         u, key, query = jnp.split(mixed, [channels, channels + shared], axis=-1)
         u = u.reshape(b, t, config.heads, config.head_dim)
         key, query = (v.reshape(b, t, config.groups, config.state_size) for v in (key, query))
@@ -164,14 +151,12 @@ class Mamba2(nnx.Module):
             (dt[..., None] * u).astype(config.dtype),
             log_decay=-jnp.exp(self.log_a[...])[None, None] * dt,
             scale=1.0,
-            initial_state=s0,
-            segment_ids=segment_ids,
+            initial_state=s,
+            segment_ids=segments,
         )
         y = y.astype(jnp.float32) + self.d[...][None, None, :, None] * u
-        y = self.output(self._norm(y.reshape(b, t, channels) * jax.nn.silu(gate.astype(jnp.float32))))
-        if state is None:
-            return y, None
-        return y, Mamba2State(inputs, s, next_segment(state.segment, segment_ids, t))
+        y = self._norm(y.reshape(b, t, channels) * jax.nn.silu(gate.astype(jnp.float32)))
+        return self.output(y), Mamba2Carry(inputs, s)
 
     def _norm(self, y: jax.Array) -> jax.Array:
         """Divides the channels of every group by the root of their mean square, and scales."""

@@ -1,7 +1,7 @@
 """S4: a diagonal plus low-rank state space model in every channel (Gu et al. 2022, arXiv:2111.00396)."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,9 @@ import numpy as np
 from flax import nnx
 
 from layers import hippo
-from layers.kernels.segments import segment_starts
 from layers.kernels.ssm_kernel import RealSystem, real_system, restore_output, ssm_kernel, truncate_output
+from layers.mixer import Mixer
 from layers.parameters import parameter
-from layers.parts.carry import check_inputs, continues, enter, next_segment, refuse_state
 from layers.parts.segmented_convolution import convolve
 from layers.parts.state_space import (
     Modes,
@@ -23,8 +22,8 @@ from layers.parts.state_space import (
     log_uniform,
     to_channels,
 )
-from layers.segments import SegmentIds
-from layers.typing import Array, Float, Int
+from layers.segments import Segments
+from layers.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +32,13 @@ class S4Config:
 
     Attributes:
       width: d, features in and out, each with a system of its own.
-      state_size: N, the state of a channel; N / 2 conjugate pairs are stored.
+      state_size: N, states per channel; N / 2 conjugate pairs are stored.
       systems: how many different sets of A and B there are; channel i has set i modulo systems. Divides the width; C and
         the step size always belong to the channel.
-      max_length: L. If given, C~ = C (I - a^L) is trained in the place of C, as in the paper, and kernels of up to L taps
+      max_length: L. If given, C~ = C (I - a^L) is trained in place of C, as in the paper, and kernels of up to L taps
         are Cauchy sums; longer inputs and states recover C from it. If None, C is trained and kernels come from powers of a.
       bidirectional: a second output vector whose kernel looks ahead; not causal.
-      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one a channel.
+      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one per channel.
       dtype: type of activations; kernels and states are float32.
     """
 
@@ -58,14 +57,7 @@ class S4Config:
             raise ValueError(f"max_length={self.max_length}; expected at least 1, or None")
 
 
-class S4State(NamedTuple):
-    """The state h of every channel, real and imaginary parts of its pairs, and the segment that it belongs to."""
-
-    h: Float[Array, "b d n"]
-    segment: Int[Array, "b"]
-
-
-class S4(nnx.Module):
+class S4(Mixer):
     """S4: state space models with a diagonal plus low-rank matrix, HiPPO-LegS (Gu et al. 2022, arXiv:2111.00396).
 
         y_t = sum_l K_l x_{t-l} + D x_t,    K_l = C a^l b,    A = diag(Lambda) - P P^*
@@ -84,50 +76,33 @@ class S4(nnx.Module):
         initial = hippo.dplr_legs(config.state_size, half=True)
         shape = (config.systems, config.state_size // 2)
         self.modes = Modes(initial.eigenvalues, initial.b, config.systems)
-        self.p = complex_parameter(np.broadcast_to(initial.p[:, 0], shape), group="ssm")
-        self.log_dt = parameter(
-            rngs, log_uniform(config.dt_min, config.dt_max), (config.width,), group="ssm/dt"
-        )
-        outputs = 2 if config.bidirectional else 1
-        self.c = complex_normal(rngs, (outputs, config.width, shape[1]), group="ssm_output")
+        self.p = complex_parameter(np.broadcast_to(initial.p[:, 0], shape), group="ssm", axes=(None, "state"))
+        steps = log_uniform(config.dt_min, config.dt_max)
+        self.log_dt = parameter(rngs, steps, (config.width,), group="ssm/dt", axes=("embed",))
+        outputs = (2 if config.bidirectional else 1, config.width, shape[1])
+        self.c = complex_normal(rngs, outputs, group="ssm_output", axes=(None, "embed", "state"))
         if config.max_length is not None:
             a, _, c, dt, p = self._parameters()
             c = truncate_output(a, c, dt, p, length=config.max_length)
             self.c[...] = jnp.stack([c.real, c.imag])
-        self.d = parameter(rngs, nnx.initializers.normal(1.0), (config.width,), group="ssm_output")
+        normal = nnx.initializers.normal(1.0)
+        self.d = parameter(rngs, normal, (config.width,), group="ssm_output", axes=("embed",))
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> S4State:
-        """The zero state; its size does not depend on the length."""
-        config = self.config
-        if not self.causal:
-            raise ValueError(
-                "a bidirectional S4 has no state; set bidirectional=False to run it step by step"
-            )
-        h = jnp.zeros((batch_size, config.width, config.state_size), jnp.float32)
-        return S4State(h, jnp.zeros(batch_size, jnp.int32))
+    def initial(self, batch_size: int, max_length: int | None) -> Float[Array, "b d n"]:
+        return jnp.zeros((batch_size, self.config.width, self.config.state_size), jnp.float32)
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: S4State | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], S4State | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+    def mix(
+        self, x: Float[Array, "b t d"], carried: Float[Array, "b d n"] | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b d n"] | None]:
         config = self.config
-        check_inputs("S4", x, config.width, segment_ids)
-        if not self.causal:
-            refuse_state("S4 with bidirectional=True", state)
         x = x.astype(config.dtype)
         skip = self.d[...].astype(config.dtype)[None, None] * x
-        if state is None:
+        if carried is None:
             kernel = self.kernel(max(1, x.shape[1]))
             ahead = kernel[1] if config.bidirectional else None
-            return convolve(x, kernel[0], ahead=ahead, segment_ids=segment_ids) + skip, None
-        h = enter(state.h, continues(state.segment, segment_ids))
-        y, h = _run(self.system(), x.astype(jnp.float32), h, segment_ids)
-        segment = next_segment(state.segment, segment_ids, x.shape[1])
-        return y.astype(config.dtype) + skip, S4State(h, segment)
+            return convolve(x, kernel[0], ahead=ahead, segment_ids=segments) + skip, None
+        y, h = _run(self.system(), x.astype(jnp.float32), carried, segments)
+        return y.astype(config.dtype) + skip, h
 
     def kernel(self, length: int) -> Float[Array, "k d l"]:
         """The kernel of every output vector."""
@@ -154,17 +129,17 @@ class S4(nnx.Module):
         return *self.modes(width), as_complex(self.c), jnp.exp(self.log_dt[...]), p
 
 
-def _run(system, x, h, segment_ids):
+def _run(system, x, h, segments):
     """y_t = c h_t with h_t = a h_{t-1} + b x_t, one step after the other."""
-    ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    marks = () if segments is None else (segments.real, segments.starts)
 
     def step(h, inputs):
-        x, real, starts = inputs
-        h = jnp.where(starts[:, None, None], 0, h)
-        new = jnp.einsum("dij,bdj->bdi", system.a_bar, h, precision=jax.lax.Precision.HIGHEST)
-        h = jnp.where(real[:, None, None], new + system.b_bar[None] * x[..., None], h)
+        x, *marks = inputs
+        before = jnp.where(marks[1][:, None, None], 0, h) if marks else h
+        h = jnp.einsum("dij,bdj->bdi", system.a_bar, before, precision=jax.lax.Precision.HIGHEST)
+        h = h + system.b_bar[None] * x[..., None]
+        h = jnp.where(marks[0][:, None, None], h, before) if marks else h
         return h, jnp.einsum("di,bdi->bd", system.c, h, precision=jax.lax.Precision.HIGHEST)
 
-    by_time = tuple(jnp.swapaxes(v, 0, 1) for v in (x, ids != 0, segment_starts(ids)))
-    h, y = jax.lax.scan(step, h, by_time)
+    h, y = jax.lax.scan(step, h, tuple(jnp.swapaxes(v, 0, 1) for v in (x, *marks)))
     return jnp.swapaxes(y, 0, 1), h

@@ -1,7 +1,7 @@
 """S4D: a diagonal state space model in every channel, trained as a convolution (Gu et al. 2022, arXiv:2206.11893)."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,19 +9,12 @@ from flax import nnx
 
 from layers import hippo
 from layers.kernels.ssm_kernel import bilinear, ssm_kernel, zoh
+from layers.mixer import Mixer
 from layers.parameters import parameter
-from layers.parts.carry import check_inputs, continues, enter, next_segment, refuse_state
 from layers.parts.segmented_convolution import convolve
-from layers.parts.state_space import (
-    Modes,
-    as_complex,
-    check_systems,
-    complex_normal,
-    log_uniform,
-    run_modes,
-)
-from layers.segments import SegmentIds
-from layers.typing import Array, Complex, Float, Int
+from layers.parts.state_space import Modes, as_complex, check_systems, complex_normal, log_uniform, run_modes
+from layers.segments import Segments
+from layers.typing import Array, Complex, Float
 
 DISCRETIZATIONS = {"zoh": zoh, "bilinear": bilinear}
 INITS = ("legs", "inv", "lin")
@@ -33,13 +26,13 @@ class S4DConfig:
 
     Attributes:
       width: d, features in and out, each with a system of its own.
-      state_size: N, the true state of a channel; N / 2 conjugate pairs are stored.
+      state_size: N, states per channel; N / 2 conjugate pairs are stored.
       init: eigenvalues at the start: "legs", "inv" or "lin".
       systems: how many different sets of eigenvalues and inputs there are; channel i has set i modulo systems. Divides
         the width; C and the step size always belong to the channel.
       bidirectional: a second output vector whose kernel looks ahead; not causal.
       discretization: "zoh" or "bilinear".
-      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one a channel.
+      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one per channel.
       dtype: type of activations; kernels and states are float32 and complex64.
     """
 
@@ -63,14 +56,7 @@ class S4DConfig:
         check_systems(self)
 
 
-class S4DState(NamedTuple):
-    """The state h of every mode of every channel, and the segment that it belongs to."""
-
-    h: Complex[Array, "b d n"]
-    segment: Int[Array, "b"]
-
-
-class S4D(nnx.Module):
+class S4D(Mixer):
     """S4D: diagonal state space models with LegS, Inv or Lin eigenvalues (Gu et al. 2022, arXiv:2206.11893).
 
         y_t = sum_l K_l x_{t-l} + D x_t,    K_l = 2 Re sum_n C_n b_n a_n^l
@@ -86,54 +72,38 @@ class S4D(nnx.Module):
 
     Real parts are trained as logarithms and stay negative. The activation and the linear map that the paper puts behind
     it are a channel mixer, such as `half_glu2`, in a joint residual branch.
+
+    Args:
+      axis: logical axis of the channels; "embed" where they are those of the residual stream.
     """
 
-    def __init__(self, config: S4DConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: S4DConfig, *, axis: str = "embed", rngs: nnx.Rngs):
         self.config = config
         self.causal = not config.bidirectional
         self.modes = Modes(*initial_modes(config.init, config.state_size), config.systems)
-        outputs = 2 if config.bidirectional else 1
-        self.c = complex_normal(rngs, (outputs, config.width, config.state_size // 2), group="ssm_output")
-        self.log_dt = parameter(
-            rngs, log_uniform(config.dt_min, config.dt_max), (config.width,), group="ssm/dt"
-        )
-        self.d = parameter(rngs, nnx.initializers.normal(1.0), (config.width,), group="ssm_output")
+        outputs = (2 if config.bidirectional else 1, config.width, config.state_size // 2)
+        self.c = complex_normal(rngs, outputs, group="ssm_output", axes=(None, axis, "state"))
+        steps, normal = log_uniform(config.dt_min, config.dt_max), nnx.initializers.normal(1.0)
+        self.log_dt = parameter(rngs, steps, (config.width,), group="ssm/dt", axes=(axis,))
+        self.d = parameter(rngs, normal, (config.width,), group="ssm_output", axes=(axis,))
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> S4DState:
-        """The zero state; its size does not depend on the length."""
-        config = self.config
-        if not self.causal:
-            raise ValueError(
-                "a bidirectional S4D has no state; set bidirectional=False to run it step by step"
-            )
-        h = jnp.zeros((batch_size, config.width, config.state_size // 2), jnp.complex64)
-        return S4DState(h, jnp.zeros(batch_size, jnp.int32))
+    def initial(self, batch_size: int, max_length: int | None) -> Complex[Array, "b d n"]:
+        return jnp.zeros((batch_size, self.config.width, self.config.state_size // 2), jnp.complex64)
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: S4DState | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], S4DState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+    def mix(
+        self, x: Float[Array, "b t d"], carried: Complex[Array, "b d n"] | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], Complex[Array, "b d n"] | None]:
         config = self.config
-        check_inputs("S4D", x, config.width, segment_ids)
-        if not self.causal:
-            refuse_state("S4D with bidirectional=True", state)
         x = x.astype(config.dtype)
         skip = self.d[...].astype(config.dtype)[None, None] * x
         (a, b), c, dt = self.modes(config.width), as_complex(self.c), jnp.exp(self.log_dt[...])
-        if state is None:
+        if carried is None:
             kernel = ssm_kernel(a, b, c, dt, length=max(1, x.shape[1]), discretization=config.discretization)
             ahead = kernel[1] if config.bidirectional else None
-            return convolve(x, kernel[0], ahead=ahead, segment_ids=segment_ids) + skip, None
+            return convolve(x, kernel[0], ahead=ahead, segment_ids=segments) + skip, None
         a, scale = DISCRETIZATIONS[config.discretization](a, dt[:, None])
-        h = enter(state.h, continues(state.segment, segment_ids))
-        y, h = run_modes(a, scale * b, 2 * c[0], x, h, segment_ids=segment_ids)
-        return y.astype(config.dtype) + skip, S4DState(
-            h, next_segment(state.segment, segment_ids, x.shape[1])
-        )
+        y, h = run_modes(a, scale * b, 2 * c[0], x, carried, segment_ids=segments)
+        return y.astype(config.dtype) + skip, h
 
 
 def initial_modes(init: str, state_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """S5: one multi-input, multi-output diagonal state space model (Smith et al. 2023, arXiv:2208.04933)."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,11 @@ from flax import nnx
 from layers import hippo
 from layers.kernels.linear_recurrence import linear_recurrence
 from layers.kernels.ssm_kernel.discretize import bilinear, zoh
-from layers.parameters import parameter
-from layers.parts.carry import check_inputs, continues, enter, next_segment, refuse_state
+from layers.mixer import Mixer
+from layers.parameters import declared, parameter
 from layers.parts.state_space import check_steps, log_uniform
-from layers.segments import SegmentIds
-from layers.typing import Array, Complex, Float, Int
+from layers.segments import Segments, select_real
+from layers.typing import Array, Complex, Float
 
 DISCRETIZATIONS = {"zoh": zoh, "bilinear": bilinear}
 
@@ -31,7 +31,7 @@ class S5Config:
       bidirectional: a second scan from the end, with its own output matrix; not causal.
       conj_sym: keep one of each conjugate pair and take twice the real part of the output.
       discretization: "zoh" or "bilinear".
-      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one for every mode.
+      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one per mode.
       c_init: "lecun_normal" or "truncated_normal" (drawn real in the HiPPO basis), or "complex_normal".
       clip_eigs: keep real parts of eigenvalues at or below -1e-4; wise for sequences longer than those of training.
       step_rescale: factor on all step sizes, for inputs sampled at another rate than in training.
@@ -74,14 +74,7 @@ class S5Config:
         return self.state_size // (2 if self.conj_sym else 1)
 
 
-class S5State(NamedTuple):
-    """The state h of every mode, and the segment that it belongs to."""
-
-    h: Complex[Array, "b n"]
-    segment: Int[Array, "b"]
-
-
-class S5(nnx.Module):
+class S5(Mixer):
     """S5: one diagonal state space model for all channels, run by a parallel scan (Smith et al. 2023, arXiv:2208.04933).
 
         h_t = exp(dt a) * h_{t-1} + (exp(dt a) - 1) / a * (B x_t)        (zero-order hold)
@@ -97,43 +90,29 @@ class S5(nnx.Module):
         self.config = config
         self.causal = not config.bidirectional
         eigenvalues, vectors = _block_diagonal_hippo(config)
-        self.eigenvalues = nnx.Param(
-            jnp.asarray(np.stack([eigenvalues.real, eigenvalues.imag]), jnp.float32), group="ssm"
-        )
-        self.log_dt = parameter(
-            rngs, log_uniform(config.dt_min, config.dt_max), (config.modes,), group="ssm/dt"
-        )
-        self.b = parameter(rngs, _input_matrix(vectors), (2, config.modes, config.width), group="ssm/b")
+        pair = jnp.asarray(np.stack([eigenvalues.real, eigenvalues.imag]), jnp.float32)
+        self.eigenvalues = declared(pair, group="ssm", axes=(None, "state"))
+        steps, normal = log_uniform(config.dt_min, config.dt_max), nnx.initializers.normal(1.0)
+        self.log_dt = parameter(rngs, steps, (config.modes,), group="ssm/dt", axes=("state",))
+        inputs, outputs = (2, config.modes, config.width), (2, config.width, config.modes)
+        self.b = parameter(rngs, _input_matrix(vectors), inputs, group="ssm/b", axes=(None, "state", "embed"))
+        drawn, axes = _output_matrix(config, vectors), (None, "embed", "state")
         self.c = nnx.List(
-            parameter(
-                rngs, _output_matrix(config, vectors), (2, config.width, config.modes), group="ssm_output"
-            )
+            parameter(rngs, drawn, outputs, group="ssm_output", axes=axes)
             for _ in range(2 if config.bidirectional else 1)
         )
-        self.d = parameter(rngs, nnx.initializers.normal(1.0), (config.width,), group="ssm_output")
+        self.d = parameter(rngs, normal, (config.width,), group="ssm_output", axes=("embed",))
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> S5State:
-        """The zero state; its size does not depend on the length."""
-        if not self.causal:
-            raise ValueError(
-                "a bidirectional S5 has no state; set bidirectional=False to run it step by step"
-            )
-        return S5State(
-            jnp.zeros((batch_size, self.config.modes), jnp.complex64), jnp.zeros(batch_size, jnp.int32)
-        )
+    def initial(self, batch_size: int, max_length: int | None) -> Complex[Array, "b n"]:
+        return jnp.zeros((batch_size, self.config.modes), jnp.complex64)
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: S5State | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], S5State | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+    def mix(
+        self, x: Float[Array, "b t d"], carried: Complex[Array, "b n"] | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], Complex[Array, "b n"]]:
         config = self.config
-        check_inputs("S5", x, config.width, segment_ids)
-        if not self.causal:
-            refuse_state("S5 with bidirectional=True", state)
+        if carried is None and segments is not None and not segments.packed and segments.padding == "end":
+            # Zeros behind the tokens leave every output but their own alone, and the decay the same at all tokens.
+            x, segments = select_real(x, segments), None
         real, imaginary = self.eigenvalues[...]
         if config.clip_eigs:
             real = jnp.minimum(real, -1e-4)
@@ -149,19 +128,15 @@ class S5(nnx.Module):
             preferred_element_type=jnp.float32,
         )
         inputs, a = jax.lax.complex(inputs[0], inputs[1]), a[None, None]
-        h0 = None if state is None else enter(state.h, continues(state.segment, segment_ids))
-        h, last = linear_recurrence(a, inputs, initial_state=h0, segment_ids=segment_ids)
+        h, last = linear_recurrence(a, inputs, initial_state=carried, segment_ids=segments)
         states = [h]
         if config.bidirectional:
-            states.append(linear_recurrence(a, inputs, segment_ids=segment_ids, reverse=True)[0])
+            states.append(linear_recurrence(a, inputs, segment_ids=segments, reverse=True)[0])
         features = jnp.concatenate([part for h in states for part in (h.real, h.imag)], axis=-1)
         weights = jnp.concatenate([part for c in self.c for part in (c[0], -c[1])], axis=-1)
         factor = 2.0 if config.conj_sym else 1.0
         y = jnp.einsum("btn,dn->btd", features.astype(config.dtype), (factor * weights).astype(config.dtype))
-        y = y + self.d[...].astype(config.dtype)[None, None] * x
-        if state is None:
-            return y, None
-        return y, S5State(last, next_segment(state.segment, segment_ids, x.shape[1]))
+        return y + self.d[...].astype(config.dtype)[None, None] * x, last
 
 
 def _block_diagonal_hippo(config: S5Config) -> tuple[np.ndarray, np.ndarray]:

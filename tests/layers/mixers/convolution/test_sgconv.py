@@ -90,7 +90,7 @@ def test_a_small_state_gives_nan_beyond_it_and_the_rest_right():
     model = make()
     want, _ = model(inputs())
     got, state = model(inputs()[:, :5], model.init_state(2, max_length=7))
-    assert state.inputs.shape == (2, 1, 6, WIDTH)
+    assert state.carried.shape == (2, 1, 6, WIDTH)
     rest, _ = model(inputs()[:, 5:], state)
     got = np.concatenate([got, rest], axis=1)
     np.testing.assert_allclose(got[:, :7], want[:, :7], atol=2e-6)

@@ -128,9 +128,9 @@ def test_a_token_that_chooses_no_step_is_not_there():
     model = Mamba(MambaConfig(width=WIDTH, state_size=4), rngs=nnx.Rngs(0))
     model.dt_bias[...] = jnp.full_like(model.dt_bias[...], -200.0)
     state = model.init_state(2)
-    h = jax.random.normal(jax.random.key(1), state.h.shape)
-    _, after = model(jnp.asarray(inputs()), state._replace(h=h))
-    np.testing.assert_array_equal(after.h, h)
+    h = jax.random.normal(jax.random.key(1), state.carried.h.shape)
+    _, after = model(jnp.asarray(inputs()), state._replace(carried=state.carried._replace(h=h)))
+    np.testing.assert_array_equal(after.carried.h, h)
 
 
 def test_mamba2_does_not_feel_the_scale_of_what_it_norms():

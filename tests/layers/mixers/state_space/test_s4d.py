@@ -97,7 +97,7 @@ def test_initial_output_and_step_sizes():
     assert np.median(steps) == pytest.approx(0.01, rel=0.3)
 
 
-def test_long_prefill_in_stretches_equals_the_convolution():
+def test_long_prefill_in_chunks_equals_the_convolution():
     model, x = make(), inputs(150)
     ids = jnp.asarray(np.repeat([[3, 0, 3, 5, 5, 1], [1, 1, 2, 0, 0, 2]], 25, axis=1))
     for segment_ids in (None, ids):
