@@ -41,8 +41,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, config: NormConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.scale = parameter(rngs, _ones, (config.width,), **NO_DECAY)
-        self.bias = parameter(rngs, _zeros, (config.width,), **NO_DECAY)
+        self.scale = parameter(rngs, _ones, (config.width,), axes=("embed",), **NO_DECAY)
+        self.bias = parameter(rngs, _zeros, (config.width,), axes=("embed",), **NO_DECAY)
 
     def __call__(
         self, x: Float[Array, "*b d"], *, mask: Bool[Array, "*b"] | None = None, training: bool = False
@@ -60,7 +60,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, config: NormConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.scale = parameter(rngs, _ones, (config.width,), **NO_DECAY)
+        self.scale = parameter(rngs, _ones, (config.width,), axes=("embed",), **NO_DECAY)
 
     def __call__(
         self, x: Float[Array, "*b d"], *, mask: Bool[Array, "*b"] | None = None, training: bool = False
@@ -80,8 +80,8 @@ class BatchNorm(nnx.Module):
 
     def __init__(self, config: BatchNormConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.scale = parameter(rngs, _ones, (config.width,), **NO_DECAY)
-        self.bias = parameter(rngs, _zeros, (config.width,), **NO_DECAY)
+        self.scale = parameter(rngs, _ones, (config.width,), axes=("embed",), **NO_DECAY)
+        self.bias = parameter(rngs, _zeros, (config.width,), axes=("embed",), **NO_DECAY)
         self.mean = nnx.BatchStat(jnp.zeros(config.width, jnp.float32))
         self.variance = nnx.BatchStat(jnp.ones(config.width, jnp.float32))
 

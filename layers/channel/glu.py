@@ -52,8 +52,8 @@ class MLP(nnx.Module):
         self.activation = choose("activation", ACTIVATIONS, config.activation or "gelu")
         hidden = config.hidden or 4 * config.width
         options = {"bias": config.bias, "dtype": config.dtype, "rngs": rngs}
-        self.up = linear(config.width, hidden, **options)
-        self.down = linear(hidden, config.width, **options)
+        self.up = linear(config.width, hidden, axes=("embed", "mlp"), **options)
+        self.down = linear(hidden, config.width, axes=("mlp", "embed"), **options)
 
     def __call__(
         self,
@@ -74,9 +74,9 @@ class GLU(nnx.Module):
         self.activation = choose("activation", ACTIVATIONS, config.activation or "silu")
         hidden = config.hidden or -(-(8 * config.width) // (3 * config.multiple_of)) * config.multiple_of
         options = {"bias": config.bias, "dtype": config.dtype, "rngs": rngs}
-        self.gate = linear(config.width, hidden, **options)
-        self.up = linear(config.width, hidden, **options)
-        self.down = linear(hidden, config.width, **options)
+        self.gate = linear(config.width, hidden, axes=("embed", "mlp"), **options)
+        self.up = linear(config.width, hidden, axes=("embed", "mlp"), **options)
+        self.down = linear(hidden, config.width, axes=("mlp", "embed"), **options)
 
     def __call__(
         self,

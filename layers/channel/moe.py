@@ -116,14 +116,17 @@ class MoE(nnx.Module):
         self.config = config
         d, multiple = config.width, config.multiple_of
         hidden = config.hidden or -(-(8 * d) // (3 * multiple)) * multiple
-        self.router = linear(d, config.experts, bias=False, rngs=rngs)
-        self.gate = parameter(rngs, _lecun_normal, (config.experts, d, hidden))
-        self.up = parameter(rngs, _lecun_normal, (config.experts, d, hidden))
-        self.down = parameter(rngs, _lecun_normal, (config.experts, hidden, d))
+        self.router = linear(d, config.experts, axes=("embed", "expert"), bias=False, rngs=rngs)
+        wide, back = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
+        self.gate = parameter(rngs, _lecun_normal, (config.experts, d, hidden), axes=wide)
+        self.up = parameter(rngs, _lecun_normal, (config.experts, d, hidden), axes=wide)
+        self.down = parameter(rngs, _lecun_normal, (config.experts, hidden, d), axes=back)
         shared = MLPConfig(d, config.shared * hidden, dropout=config.dropout, dtype=config.dtype)
         self.shared = GLU(shared, rngs=rngs) if config.shared else None
         self.shared_gate = (
-            linear(d, 1, bias=False, dtype=config.dtype, rngs=rngs) if config.shared_gate else None
+            linear(d, 1, axes=("embed", None), bias=False, dtype=config.dtype, rngs=rngs)
+            if config.shared_gate
+            else None
         )
         self.bias = nnx.BatchStat(jnp.zeros(config.experts, jnp.float32)) if config.bias_rate else None
         self.auxiliary = AuxiliaryLoss(jnp.zeros((), jnp.float32))

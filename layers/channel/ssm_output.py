@@ -1,6 +1,6 @@
 """The maps that S4, S5, LRU and their kin put behind the state space model, inside the same residual branch.
 
-With g = gelu(x), sigma the logistic function and dropout tied over time (one draw for all steps) after g and after y:
+With g = gelu(x), sigma the logistic function and dropout tied over time (one draw for all tokens) after g and after y:
 
     gelu        y = g
     half_glu1   y = g * sigma(W g)
@@ -53,7 +53,7 @@ class _Gated(nnx.Module):
 
     def __init__(self, config: OutputConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.gate = linear(config.width, config.width, dtype=config.dtype, rngs=rngs)
+        self.gate = linear(config.width, config.width, axes=("embed", None), dtype=config.dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -90,7 +90,7 @@ class FullGLU(_Gated):
 
     def __init__(self, config: OutputConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        self.value = linear(config.width, config.width, dtype=config.dtype, rngs=rngs)
+        self.value = linear(config.width, config.width, axes=("embed", None), dtype=config.dtype, rngs=rngs)
 
     def gated(self, x: jax.Array, g: jax.Array) -> jax.Array:
         """A second map of the activation."""

@@ -1,5 +1,6 @@
-"""The memory that DeltaNet and its gated descendants share: short convolutions, writing strengths and the delta rule."""
+"""What DeltaNet and its gated descendants share: options, short convolutions, writing strengths and the delta rule."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -7,76 +8,111 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.kernels.delta_rule import delta_rule
-from layers.kernels.segments import SegmentIds
 from layers.parameters import linear
-from layers.parts.carry import continues, enter, next_segment
 from layers.parts.heads import split_heads
 from layers.parts.short_convolution import ShortConvolution
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds
+from layers.typing import Array, Float
 
 
-class DeltaState(NamedTuple):
-    """The matrix memory of every head, float32, the last inputs of the convolution, and their segment."""
+@dataclasses.dataclass(frozen=True)
+class DeltaRuleConfig:
+    """Options of every mixer with a `DeltaMemory`.
+
+    Attributes:
+      width: d, features in and out.
+      heads: g, query and key heads.
+      taps: of the short convolution, between 2 and 8.
+      negative_eigenvalues: writing strengths in (0, 2) instead of (0, 1), so that a token may turn a sign
+        (Grazzi et al. 2024, arXiv:2411.12537).
+      epsilon: of the norm of every head.
+      dtype: type of activations; decays and state are float32.
+    """
+
+    width: int
+    heads: int = 4
+    taps: int = 4
+    negative_eigenvalues: bool = False
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        _ = self.sizes, self.outputs
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """K and V, the features of a key head and of a value head."""
+        raise NotImplementedError(f"{type(self).__name__} defines no sizes")
+
+    @property
+    def outputs(self) -> int:
+        """h, value heads."""
+        return self.heads
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedKeysConfig(DeltaRuleConfig):
+    """Options of delta rules in which several value heads may share a query and key head.
+
+    Attributes:
+      value_heads: h, a multiple of g; value head i reads query and key head i // (h / g). g if None.
+    """
+
+    value_heads: int | None = None
+
+    @property
+    def outputs(self) -> int:
+        """h, value heads."""
+        if self.value_heads is None:
+            return self.heads
+        if self.value_heads < 1 or self.value_heads % self.heads:
+            raise ValueError(f"value_heads={self.value_heads} is not a multiple of heads={self.heads}")
+        return self.value_heads
+
+
+class DeltaCarry(NamedTuple):
+    """What a `DeltaMemory` carries: the matrix memory of every head, float32, and the last inputs of its convolution."""
 
     memory: Float[Array, "b h k v"]
     inputs: Float[Array, "b w-1 n"]
-    segment: Int[Array, "b"]
 
 
 class DeltaMemory(nnx.Module):
     """A delta rule with its inputs.
 
         q, k, v = silu(conv(W_q x)), silu(conv(W_k x)), silu(conv(W_v x)),   then q and k of norm 1
-        beta = sigmoid(W_b x)                                                (value_heads)
-        S' = Diag(alpha_t) S_{t-1},   S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,  o_t = S_t^T q_t / sqrt(key_dim)
+        beta = sigmoid(W_b x)                                                (h)
+        S' = Diag(alpha_t) S_{t-1},   S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,  o_t = S_t^T q_t / sqrt(K)
 
     q, k and v come from one projection and one convolution, in this order. Beta is doubled with
     `negative_eigenvalues`.
     """
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        key_heads: int,
-        value_heads: int,
-        key_dim: int,
-        value_dim: int,
-        taps: int,
-        negative_eigenvalues: bool,
-        dtype: Any,
-        rngs: nnx.Rngs,
-    ):
-        self.key_heads, self.key_dim = key_heads, key_dim
-        self.value_heads, self.value_dim = value_heads, value_dim
-        self.largest = 2.0 if negative_eigenvalues else 1.0
-        features = 2 * key_heads * key_dim + value_heads * value_dim
-        self.projection = linear(width, features, bias=False, dtype=dtype, rngs=rngs)
-        self.convolution = ShortConvolution(features, taps, dtype=dtype, rngs=rngs)
-        self.strength = linear(width, value_heads, bias=False, dtype=dtype, rngs=rngs)
+    def __init__(self, config: DeltaRuleConfig, *, rngs: nnx.Rngs):
+        self.key_heads, self.value_heads = config.heads, config.outputs
+        self.key_dim, self.value_dim = config.sizes
+        self.largest = 2.0 if config.negative_eigenvalues else 1.0
+        features = 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+        options = {"axes": ("embed", "heads"), "bias": False, "dtype": config.dtype, "rngs": rngs}
+        self.projection = linear(config.width, features, **options)
+        self.convolution = ShortConvolution(features, config.taps, dtype=config.dtype, rngs=rngs)
+        self.strength = linear(config.width, self.value_heads, **options)
 
-    def init_state(self, batch_size: int) -> DeltaState:
+    def initial(self, batch_size: int) -> DeltaCarry:
         """An empty memory, and no inputs yet."""
-        shape = (batch_size, self.value_heads, self.key_dim, self.value_dim)
-        return DeltaState(
-            jnp.zeros(shape, jnp.float32),
-            self.convolution.init_state(batch_size),
-            jnp.zeros(batch_size, jnp.int32),
-        )
+        memory = jnp.zeros((batch_size, self.value_heads, self.key_dim, self.value_dim), jnp.float32)
+        return DeltaCarry(memory, self.convolution.init_state(batch_size))
 
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        state: DeltaState | None,
+        carried: DeltaCarry | None,
         *,
         log_decay: Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
         segment_ids: SegmentIds,
-    ) -> tuple[Float[Array, "b t h v"], DeltaState | None]:
-        """What the queries read, and the state after the last token if one was given."""
-        memory = inputs = None
-        if state is not None:
-            keep = continues(state.segment, segment_ids)
-            memory, inputs = enter(state.memory, keep), enter(state.inputs, keep)
+    ) -> tuple[Float[Array, "b t h v"], DeltaCarry]:
+        """What the queries read, and what is carried after the last token."""
+        memory, inputs = (None, None) if carried is None else carried
         features, inputs = self.convolution(self.projection(x), inputs, segment_ids=segment_ids)
         keys = self.key_heads * self.key_dim
         q, k, v = jnp.split(features, [keys, 2 * keys], axis=-1)
@@ -90,6 +126,4 @@ class DeltaMemory(nnx.Module):
             initial_state=memory,
             segment_ids=segment_ids,
         )
-        if state is None:
-            return o, None
-        return o, DeltaState(memory, inputs, next_segment(state.segment, segment_ids, x.shape[1]))
+        return o, DeltaCarry(memory, inputs)

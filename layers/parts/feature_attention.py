@@ -3,9 +3,7 @@
 import jax.numpy as jnp
 
 from layers.kernels.gated_linear_attention import SMALLEST_DENOMINATOR, gated_linear_attention
-from layers.kernels.segments import SegmentIds
-from layers.parts.carry import refuse_state
-from layers.parts.heads import MemoryState, remember
+from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Float
 
 
@@ -13,38 +11,48 @@ def feature_attention(
     q: Float[Array, "b t h k"],
     k: Float[Array, "b t h k"],
     v: Float[Array, "b t h v"],
-    state: MemoryState | None,
+    memory: Float[Array, "b h k w"] | None,
     *,
     causal: bool,
     segment_ids: SegmentIds,
-) -> tuple[Float[Array, "b t h v"], MemoryState | None]:
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k w"] | None]:
     """o_i = sum_j (q_i . k_j) v_j / sum_j (q_i . k_j) over j <= i, or over all j of the segment, for features q, k >= 0.
 
-    The last column of the memory is the sum of keys that divides. Denominators below 1e-6 are replaced by it.
+    Denominators below 1e-6 are replaced by it.
+
+    Args:
+      q, k, v: features of queries and keys, and values.
+      memory: what came before the first token, float32, or None; None if not `causal`. Its last column is the sum of
+        keys that divides.
+      causal: sum over j <= i.
+      segment_ids: see `layers.kernels.segments`.
+
+    Returns:
+      o, and the memory after the last token, None if not `causal`.
     """
     if causal:
-        return remember(q, k, v, state, segment_ids=segment_ids, normalize=True)
-    refuse_state("linear attention with causal=False", state)
+        return gated_linear_attention(q, k, v, initial_state=memory, segment_ids=segment_ids, normalize=True)
     wide = jnp.concatenate([v.astype(jnp.float32), jnp.ones((*v.shape[:3], 1), jnp.float32)], axis=-1)
     if segment_ids is None:
-        memory = jnp.einsum("bthk,bthv->bhkv", k, wide, preferred_element_type=jnp.float32)
-        sums = jnp.einsum("bthk,bhkv->bthv", q.astype(jnp.float32), memory)
+        total = jnp.einsum("bthk,bthv->bhkv", k, wide, preferred_element_type=jnp.float32)
+        sums = jnp.einsum("bthk,bhkv->bthv", q.astype(jnp.float32), total)
     else:
-        sums = _both_directions(q, k, wide, segment_ids)
+        sums = _both_directions(q, k, wide, Segments.of(segment_ids))
     o = sums[..., :-1] / jnp.maximum(sums[..., -1:], SMALLEST_DENOMINATOR)
     return o.astype(v.dtype), None
 
 
-def _both_directions(q, k, v, segment_ids):
+def _both_directions(q, k, v, segments):
     """What comes before, the token itself included, and what comes after, each up to the end of the segment."""
 
     def flip(x):
         return jnp.flip(x, axis=1)
 
-    before, _ = gated_linear_attention(q, k, v, scale=1.0, segment_ids=segment_ids)
+    before, _ = gated_linear_attention(q, k, v, scale=1.0, segment_ids=segments)
     # A bonus of zero leaves out the token itself, which the first pass has counted.
     nothing = jnp.zeros((q.shape[2], q.shape[3]), jnp.float32)
+    flipped = Segments.of(flip(segments.ids), packed=segments.packed)
     after, _ = gated_linear_attention(
-        flip(q), flip(k), flip(v), scale=1.0, bonus=nothing, segment_ids=flip(segment_ids)
+        flip(q), flip(k), flip(v), scale=1.0, bonus=nothing, segment_ids=flipped
     )
     return before + flip(after)

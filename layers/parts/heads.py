@@ -1,25 +1,15 @@
-"""Heads of recurrent mixers: their sizes, their matrix memory and what it carries, the norm and the gate behind them."""
+"""Heads of mixers: their sizes, how features are cut into them, the norm and the gate behind them."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.kernels.gated_linear_attention import gated_linear_attention
-from layers.kernels.segments import SegmentIds
 from layers.parameters import NO_DECAY, parameter
-from layers.parts.carry import continues, enter, next_segment
-from layers.typing import Array, Float, Int
+from layers.typing import Array, Float
 
 GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
-
-
-class MemoryState(NamedTuple):
-    """The matrix memory of every head, float32, and the segment that it belongs to."""
-
-    memory: Float[Array, "b h k v"]
-    segment: Int[Array, "b"]
 
 
 def head_size(field: str, given: int | None, config: Any, part: float = 1.0) -> int:
@@ -56,19 +46,6 @@ def shared_heads(config: Any) -> int:
     return config.kv_heads
 
 
-def multiplied_heads(config: Any) -> int:
-    """Value heads of a config: `value_heads`, or as many as `heads`.
-
-    Raises:
-      ValueError: they are no multiple of the heads.
-    """
-    if config.value_heads is None:
-        return config.heads
-    if config.value_heads < 1 or config.value_heads % config.heads:
-        raise ValueError(f"value_heads={config.value_heads} is not a multiple of heads={config.heads}")
-    return config.value_heads
-
-
 def split_heads(x: Float[Array, "b t d"], heads: int) -> Float[Array, "b t h k"]:
     """Features cut into heads, head by head."""
     return x.reshape(*x.shape[:2], heads, x.shape[2] // heads)
@@ -77,23 +54,6 @@ def split_heads(x: Float[Array, "b t d"], heads: int) -> Float[Array, "b t h k"]
 def join_heads(x: Float[Array, "b t h k"]) -> Float[Array, "b t d"]:
     """The reverse of `split_heads`."""
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
-
-
-def remember(
-    q: Float[Array, "b t h k"],
-    k: Float[Array, "b t g k"],
-    v: Float[Array, "b t g v"],
-    state: MemoryState | None,
-    *,
-    segment_ids: SegmentIds,
-    **options: Any,
-) -> tuple[Float[Array, "b t h v"], MemoryState | None]:
-    """`gated_linear_attention` with these options, from and to the state of a mixer."""
-    before = None if state is None else enter(state.memory, continues(state.segment, segment_ids))
-    o, memory = gated_linear_attention(q, k, v, initial_state=before, segment_ids=segment_ids, **options)
-    if state is None:
-        return o, None
-    return o, MemoryState(memory, next_segment(state.segment, segment_ids, q.shape[1]))
 
 
 class HeadNorm(nnx.Module):
@@ -133,22 +93,3 @@ class HeadNorm(nnx.Module):
         if self.gate is not None:
             y = y * GATES[self.gate](gate.astype(jnp.float32))
         return y.astype(self.dtype)
-
-
-class HeadLayerNorm(nnx.Module):
-    """y = scale (o - mean) / sqrt(variance + epsilon) + bias by head, a group norm; every channel has a scale and bias.
-
-    float32 inside and out; heads come out joined.
-    """
-
-    def __init__(self, heads: int, size: int, *, epsilon: float, rngs: nnx.Rngs):
-        self.epsilon = epsilon
-        self.scale = parameter(rngs, nnx.initializers.ones_init(), (heads * size,), **NO_DECAY)
-        self.bias = parameter(rngs, nnx.initializers.zeros_init(), (heads * size,), **NO_DECAY)
-
-    def __call__(self, o: Float[Array, "b t h v"]) -> Float[Array, "b t d"]:
-        """The heads, normalised and joined."""
-        y = o.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = join_heads(y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon))
-        return y * self.scale[...][None, None] + self.bias[...][None, None]

@@ -16,7 +16,7 @@ _lecun_normal = nnx.initializers.lecun_normal()
 class LowRank(nnx.Module):
     """y = activation(x W_1) W_2 + b with W_1 (d, rank) and W_2 (rank, outputs).
 
-    The first product is computed in `dtype`; the second, small one and the result are float32, for gates whose
+    `axes` are the logical axes of inputs and outputs; the rank has none. The first product is computed in `dtype`; the second, small one and the result are float32, for gates whose
     logarithm is near zero.
     """
 
@@ -30,12 +30,17 @@ class LowRank(nnx.Module):
         bias: bool = True,
         init: tuple[Initializer, Initializer] = (_lecun_normal, _lecun_normal),
         group: str = "default",
+        axes: tuple[str | None, str | None] = ("embed", "heads"),
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.activation = activation
-        self.inner = linear(width, rank, bias=False, init=init[0], group=group, dtype=dtype, rngs=rngs)
-        self.outer = linear(rank, outputs, bias=bias, init=init[1], group=group, rngs=rngs)
+        self.inner = linear(
+            width, rank, axes=(axes[0], None), bias=False, init=init[0], group=group, dtype=dtype, rngs=rngs
+        )
+        self.outer = linear(
+            rank, outputs, axes=(None, axes[1]), bias=bias, init=init[1], group=group, rngs=rngs
+        )
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t n"]:
         """The map applied to every token."""

@@ -111,7 +111,7 @@ def agree(model, module, memories=(), **arguments):
     second, state = run(x[:, 31:], state)
     close(jnp.concatenate([first, second], axis=1), want)
     for memory in memories:
-        close(state.memory, memory)
+        close(getattr(state.carried, "memory", state.carried), memory)
 
 
 def make(name, **options):

@@ -52,7 +52,7 @@ def test_rwkv4(scale, tolerance):
     want, their_state = module(torch.tensor(x), state=empty, use_cache=True)
     y, state = model(jnp.asarray(x), model.init_state(B))
     close(y, want, tolerance)
-    for ours, theirs in zip((state.token[:, 0], *state.sums), their_state[1:], strict=True):
+    for ours, theirs in zip((state.carried.token[:, 0], *state.carried.sums), their_state[1:], strict=True):
         close(ours, theirs[:, :, 0], tolerance)
 
 
@@ -67,5 +67,5 @@ def test_lstm():
     want, (h, c) = module(torch.tensor(x))
     y, state = model(jnp.asarray(x), model.init_state(B))
     close(y, want)
-    close(state.h, h[0])
-    close(state.c, c[0])
+    close(state.carried.h, h[0])
+    close(state.carried.c, c[0])

@@ -10,13 +10,13 @@ import numpy as np
 from flax import nnx
 
 from layers.kernels.delta_rule import dplr_delta_rule
-from layers.parameters import NO_DECAY, linear
-from layers.parts.carry import check_inputs, continues, enter, next_segment
-from layers.parts.heads import HeadLayerNorm, join_heads, split_heads
+from layers.mixer import Mixer
+from layers.parameters import NO_DECAY, declared, linear, parameter
+from layers.parts.heads import join_heads, split_heads
 from layers.parts.low_rank import LowRank
 from layers.parts.token_shift import token_shift
-from layers.segments import SegmentIds
-from layers.typing import Array, Float, Int
+from layers.segments import Segments
+from layers.typing import Array, Float
 
 STREAMS = ("r", "w", "k", "v", "a", "g")
 
@@ -76,15 +76,37 @@ class RWKV7Config:
         )
 
 
-class RWKV7State(NamedTuple):
-    """The last token, the matrix memory of every head, float32, and the segment that both belong to."""
+class RWKV7Carry(NamedTuple):
+    """What `RWKV7` carries: the last token, and the matrix memory of every head, float32."""
 
     token: Float[Array, "b 1 d"]
     memory: Float[Array, "b h k v"]
-    segment: Int[Array, "b"]
 
 
-class RWKV7(nnx.Module):
+class HeadLayerNorm(nnx.Module):
+    """y = scale (o - mean) / sqrt(variance + epsilon) + bias by head, a group norm; every channel has a scale and bias.
+
+    float32 inside and out; heads come out joined.
+    """
+
+    def __init__(self, heads: int, size: int, *, epsilon: float, rngs: nnx.Rngs):
+        self.epsilon = epsilon
+        self.scale = parameter(
+            rngs, nnx.initializers.ones_init(), (heads * size,), axes=("heads",), **NO_DECAY
+        )
+        self.bias = parameter(
+            rngs, nnx.initializers.zeros_init(), (heads * size,), axes=("heads",), **NO_DECAY
+        )
+
+    def __call__(self, o: Float[Array, "b t h v"]) -> Float[Array, "b t d"]:
+        """The heads, normalised and joined."""
+        y = o.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = join_heads(y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon))
+        return y * self.scale[...][None, None] + self.bias[...][None, None]
+
+
+class RWKV7(Mixer):
     """RWKV-7: time mixing by a generalised delta rule (Peng et al. 2025, arXiv:2503.14456).
 
         x_s = x_t + mu_s * (x_{t-1} - x_t)                                  for s = r, w, k, v, a, g
@@ -100,19 +122,17 @@ class RWKV7(nnx.Module):
     on how many there are.
     """
 
-    causal = True
-
     def __init__(self, config: RWKV7Config, *, rngs: nnx.Rngs):
         self.config = config
         width, heads = config.width, config.heads
         values = _initial_values(config)
-        self.mixing = nnx.Param(jnp.asarray(values["mixing"], jnp.float32), **NO_DECAY)
-        options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
+        self.mixing = _declared(values["mixing"], None, "embed")
+        options = {"axes": ("embed", "heads"), "bias": False, "dtype": config.dtype, "rngs": rngs}
         self.receptance = linear(width, width, init=_uniform(0.5 / math.sqrt(width)), **options)
         self.key = linear(width, width, init=_uniform(0.05 / math.sqrt(width)), **options)
         self.value = linear(width, width, init=_uniform(0.5 / math.sqrt(width)), **options)
         first = nnx.initializers.zeros_init() if config.zero_init else nnx.initializers.lecun_normal()
-        self.output = linear(width, width, init=first, **options)
+        self.output = linear(width, width, init=first, **options | {"axes": ("heads", "embed")})
         low_rank = {"init": (first, _orthogonal), "dtype": config.dtype, "rngs": rngs, **NO_DECAY}
         decay_rank, rate_rank, gate_rank = config.ranks
         self.decay = LowRank(width, decay_rank, width, activation=jnp.tanh, **low_rank)
@@ -120,37 +140,26 @@ class RWKV7(nnx.Module):
         self.gate = LowRank(width, gate_rank, width, activation=jax.nn.sigmoid, bias=False, **low_rank)
         self.decay.outer.bias[...] = jnp.asarray(values["decay"], jnp.float32)
         self.rate.outer.bias[...] = jnp.asarray(values["rate"], jnp.float32)
-        self.removal = nnx.Param(jnp.asarray(values["removal"], jnp.float32), **NO_DECAY)
-        self.replacement = nnx.Param(jnp.full(width, 1.02, jnp.float32), **NO_DECAY)
-        self.bonus = nnx.Param(jnp.full((heads, config.head_dim), -0.04, jnp.float32), **NO_DECAY)
+        self.removal = _declared(values["removal"], "heads")
+        self.replacement = _declared(np.full(width, 1.02), "heads")
+        self.bonus = _declared(np.full((heads, config.head_dim), -0.04), "heads", None)
         self.norm = HeadLayerNorm(heads, config.head_dim, epsilon=config.epsilon * config.head_dim, rngs=rngs)
         self.norm.scale[...] *= ((config.layer + 1) / config.depth) ** 0.7
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> RWKV7State:
-        """The state before the first token; its size does not depend on the length."""
+    def initial(self, batch_size: int, max_length: int | None) -> RWKV7Carry:
         config = self.config
-        return RWKV7State(
+        return RWKV7Carry(
             jnp.zeros((batch_size, 1, config.width), jnp.float32),
             jnp.zeros((batch_size, config.heads, config.head_dim, config.head_dim), jnp.float32),
-            jnp.zeros(batch_size, jnp.int32),
         )
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: RWKV7State | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], RWKV7State | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+    def mix(
+        self, x: Float[Array, "b t d"], carried: RWKV7Carry | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], RWKV7Carry]:
         config = self.config
-        check_inputs("RWKV-7", x, config.width, segment_ids)
-        token = memory = None
-        if state is not None:
-            keep = continues(state.segment, segment_ids)
-            token, memory = enter(state.token, keep), enter(state.memory, keep)
+        token, memory = (None, None) if carried is None else carried
         x = x.astype(config.dtype)
-        before, token = token_shift(x, token, segment_ids=segment_ids)
+        before, token = token_shift(x, token, segment_ids=segments)
         mixed = x[None] + self.mixing[...].astype(config.dtype)[:, None, None] * (before - x)[None]
         stream = dict(zip(STREAMS, mixed, strict=True))
         r, v = self.receptance(stream["r"]), self.value(stream["v"])
@@ -171,14 +180,15 @@ class RWKV7(nnx.Module):
             log_decay=log_decay,
             scale=1.0,
             initial_state=memory,
-            segment_ids=segment_ids,
+            segment_ids=segments,
         )
         own = (r.astype(jnp.float32) * k * self.bonus[...][None, None]).sum(-1, keepdims=True)
         y = (self.norm(o) + join_heads(own * v.astype(jnp.float32))) * self.gate(stream["g"])
-        y = self.output(y.astype(config.dtype))
-        if state is None:
-            return y, None
-        return y, RWKV7State(token, memory, next_segment(state.segment, segment_ids, x.shape[1]))
+        return self.output(y.astype(config.dtype)), RWKV7Carry(token, memory)
+
+
+def _declared(value: np.ndarray, *axes: str | None) -> nnx.Param:
+    return declared(jnp.asarray(value, jnp.float32), axes=axes, **NO_DECAY)
 
 
 def _uniform(bound: float):

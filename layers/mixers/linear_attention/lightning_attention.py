@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from layers.kernels.gated_linear_attention import gated_linear_attention
+from layers.mixer import Mixer
 from layers.norms import NormConfig, RMSNorm
 from layers.parameters import Constant, linear
-from layers.parts.carry import check_inputs
-from layers.parts.heads import MemoryState, head_size, join_heads, remember, split_heads
-from layers.segments import SegmentIds
+from layers.parts.heads import head_size, join_heads, split_heads
+from layers.segments import Segments
 from layers.typing import Array, Float
 
 
@@ -48,7 +49,7 @@ class LightningAttentionConfig:
         return head_size("head_dim", self.head_dim, self)
 
 
-class LightningAttention(nnx.Module):
+class LightningAttention(Mixer):
     """Lightning Attention: linear attention with fixed rates of forgetting, as in MiniMax-01 (MiniMax 2025, arXiv:2501.08313).
 
         q, k, v = silu(W_q x), silu(W_k x), silu(W_v x)
@@ -61,41 +62,33 @@ class LightningAttention(nnx.Module):
     normalised values, which is a matter of the block.
     """
 
-    causal = True
-
     def __init__(self, config: LightningAttentionConfig, *, rngs: nnx.Rngs):
         self.config = config
         features = config.heads * config.size
-        options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
+        options = {"axes": ("embed", "heads"), "bias": False, "dtype": config.dtype, "rngs": rngs}
         self.query = linear(config.width, features, **options)
         self.key = linear(config.width, features, **options)
         self.value = linear(config.width, features, **options)
         self.gate = linear(config.width, features, **options)
         self.norm = RMSNorm(NormConfig(features, config.epsilon), rngs=rngs)
-        self.output = linear(features, config.width, **options)
+        self.output = linear(features, config.width, **options | {"axes": ("heads", "embed")})
         alibi = 2.0 ** (-8.0 * np.arange(1, config.heads + 1) / config.heads)
         # The first 1e-5 keeps a model of one layer defined; both are those of the released code.
         by_layer = 1 - config.layer / (config.depth - 1 + 1e-5) + 1e-5
         self.rates = Constant(jnp.asarray(alibi * by_layer, jnp.float32))
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> MemoryState:
-        """The zero state; its size does not depend on the length."""
+    def initial(self, batch_size: int, max_length: int | None) -> Float[Array, "b h k k"]:
         size = self.config.size
-        memory = jnp.zeros((batch_size, self.config.heads, size, size), jnp.float32)
-        return MemoryState(memory, jnp.zeros(batch_size, jnp.int32))
+        return jnp.zeros((batch_size, self.config.heads, size, size), jnp.float32)
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: MemoryState | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], MemoryState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+    def mix(
+        self, x: Float[Array, "b t d"], carried: Float[Array, "b h k k"] | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b h k k"]]:
         config = self.config
-        check_inputs("Lightning Attention", x, config.width, segment_ids)
         q, k, v = (split_heads(jax.nn.silu(f(x)), config.heads) for f in (self.query, self.key, self.value))
-        o, state = remember(q, k, v, state, log_decay=-self.rates[...], scale=1.0, segment_ids=segment_ids)
+        o, memory = gated_linear_attention(
+            q, k, v, log_decay=-self.rates[...], scale=1.0, initial_state=carried, segment_ids=segments
+        )
         # Without a normaliser the sums grow with the length: the norm comes before the rounding to `dtype`.
         y = self.norm(join_heads(o)) * jax.nn.sigmoid(self.gate(x).astype(jnp.float32))
-        return self.output(y.astype(config.dtype)), state
+        return self.output(y.astype(config.dtype)), memory

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.mixer import Mixer
 from layers.parameters import linear
-from layers.parts.carry import check_inputs
 from layers.parts.feature_attention import feature_attention
-from layers.parts.heads import MemoryState, head_size, join_heads, split_heads
-from layers.segments import SegmentIds
+from layers.parts.heads import head_size, join_heads, split_heads
+from layers.segments import Segments
 from layers.typing import Array, Float
 
 
@@ -43,8 +43,13 @@ class LinearAttentionConfig:
         """Features of a head."""
         return head_size("head_dim", self.head_dim, self)
 
+    @property
+    def mapped(self) -> int:
+        """Features that a query or key of a head is mapped to."""
+        return self.size
 
-class LinearAttention(nnx.Module):
+
+class LinearAttention(Mixer):
     """Linear attention: features elu + 1 and a normaliser in place of softmax (Katharopoulos et al. 2020, arXiv:2006.16236).
 
         q, k = elu(W_q x) + 1, elu(W_k x) + 1,   v = W_v x
@@ -58,37 +63,31 @@ class LinearAttention(nnx.Module):
         self.config = config
         self.causal = config.causal
         features = config.heads * config.size
-        options = {"bias": config.bias, "dtype": config.dtype, "rngs": rngs}
+        options = {"axes": ("embed", "heads"), "bias": config.bias, "dtype": config.dtype, "rngs": rngs}
         self.query = linear(config.width, features, **options)
         self.key = linear(config.width, features, **options)
         self.value = linear(config.width, features, **options)
-        self.output = linear(features, config.width, **options)
+        self.output = linear(features, config.width, **options | {"axes": ("heads", "embed")})
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> MemoryState:
-        """The zero state; its size does not depend on the length."""
-        if not self.causal:
-            raise ValueError("linear attention with causal=False has no state; it needs the whole sequence")
-        size = self.config.size
-        memory = jnp.zeros((batch_size, self.config.heads, size, size + 1), jnp.float32)
-        return MemoryState(memory, jnp.zeros(batch_size, jnp.int32))
-
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: MemoryState | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], MemoryState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+    def initial(self, batch_size: int, max_length: int | None) -> Float[Array, "b h k w"]:
         config = self.config
-        check_inputs("linear attention", x, config.width, segment_ids)
-        q, k = (jax.nn.elu(f(x).astype(jnp.float32)) + 1 for f in (self.query, self.key))
-        o, state = feature_attention(
-            split_heads(q.astype(config.dtype), config.heads),
-            split_heads(k.astype(config.dtype), config.heads),
-            split_heads(self.value(x), config.heads),
-            state,
-            causal=config.causal,
-            segment_ids=segment_ids,
+        return jnp.zeros((batch_size, config.heads, config.mapped, config.size + 1), jnp.float32)
+
+    def mix(
+        self, x: Float[Array, "b t d"], carried: Float[Array, "b h k w"] | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b h k w"] | None]:
+        config = self.config
+        q, k, v = (split_heads(f(x), config.heads) for f in (self.query, self.key, self.value))
+        q, k = (
+            f(u.astype(jnp.float32)).astype(config.dtype) for f, u in ((self.map_query, q), (self.map_key, k))
         )
-        return self.output(join_heads(o)), state
+        o, memory = feature_attention(q, k, v, carried, causal=config.causal, segment_ids=segments)
+        return self.output(join_heads(o)), memory
+
+    def map_query(self, q: Float[Array, "b t h k"]) -> Float[Array, "b t h m"]:
+        """The positive features of queries, float32."""
+        return jax.nn.elu(q) + 1
+
+    def map_key(self, k: Float[Array, "b t h k"]) -> Float[Array, "b t h m"]:
+        """The positive features of keys, float32."""
+        return jax.nn.elu(k) + 1

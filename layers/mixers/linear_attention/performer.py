@@ -1,17 +1,13 @@
 """Performer: softmax attention estimated by positive orthogonal random features (Choromanski et al. 2020, arXiv:2009.14794)."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.parameters import Constant, linear
-from layers.parts.carry import check_inputs
-from layers.parts.feature_attention import feature_attention
-from layers.parts.heads import MemoryState, head_size, join_heads, split_heads
-from layers.segments import SegmentIds
+from layers.mixers.linear_attention.linear_attention import LinearAttention, LinearAttentionConfig
+from layers.parameters import Constant
 from layers.typing import Array, Float
 
 # Bounds the exponents of keys, so that sums over a long sequence stay finite in float32.
@@ -19,43 +15,31 @@ LARGEST_EXPONENT = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
-class PerformerConfig:
-    """Options of `Performer`.
+class PerformerConfig(LinearAttentionConfig):
+    """Options of `Performer`: those of `LinearAttentionConfig` and more.
 
     Attributes:
-      width: d, features in and out.
-      heads: h.
-      head_dim: K, features of a query, key and value head; width / heads if None.
       features: m, random features of a head; the error falls as 1 / sqrt(m).
       epsilon: added to every feature, so that no weight vanishes.
-      causal: a token sees only itself and what came before.
-      bias: add biases in the projections.
-      dtype: type of activations; sums and state are float32.
     """
 
-    width: int
-    heads: int = 8
-    head_dim: int | None = None
     features: int = 256
     epsilon: float = 1e-6
-    causal: bool = True
-    bias: bool = True
-    dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        _ = self.size
+        super().__post_init__()
         if self.features < 1:
             raise ValueError(f"features={self.features}; expected at least 1")
         if self.epsilon < 0:
             raise ValueError(f"epsilon={self.epsilon}; expected at least 0")
 
     @property
-    def size(self) -> int:
-        """Features of a head."""
-        return head_size("head_dim", self.head_dim, self)
+    def mapped(self) -> int:
+        """m."""
+        return self.features
 
 
-class Performer(nnx.Module):
+class Performer(LinearAttention):
     """Performer: attention by FAVOR+, positive orthogonal random features (Choromanski et al. 2020, arXiv:2009.14794).
 
         q, k, v = W_q x / K^(1/4), W_k x / K^(1/4), W_v x
@@ -72,51 +56,22 @@ class Performer(nnx.Module):
     """
 
     def __init__(self, config: PerformerConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.causal = config.causal
-        width = config.heads * config.size
-        options = {"bias": config.bias, "dtype": config.dtype, "rngs": rngs}
-        self.query = linear(config.width, width, **options)
-        self.key = linear(config.width, width, **options)
-        self.value = linear(config.width, width, **options)
-        self.output = linear(width, config.width, **options)
+        super().__init__(config, rngs=rngs)
         self.directions = Constant(orthogonal_directions(rngs.params(), config.features, config.size))
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> MemoryState:
-        """The zero state; its size does not depend on the length."""
-        config = self.config
-        if not self.causal:
-            raise ValueError("a Performer with causal=False has no state; it needs the whole sequence")
-        memory = jnp.zeros((batch_size, config.heads, config.features, config.size + 1), jnp.float32)
-        return MemoryState(memory, jnp.zeros(batch_size, jnp.int32))
+    def map_query(self, q: Float[Array, "b t h k"]) -> Float[Array, "b t h m"]:
+        """phi(q), float32."""
+        along, _ = self._projected(q)
+        return jnp.exp(along - jax.lax.stop_gradient(along.max(-1, keepdims=True))) + self.config.epsilon
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: MemoryState | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], MemoryState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
-        config = self.config
-        check_inputs("Performer", x, config.width, segment_ids)
-        q, _ = self._projected(self.query(x))
-        k, half_square = self._projected(self.key(x))
-        q = jnp.exp(q - jax.lax.stop_gradient(q.max(-1, keepdims=True))) + config.epsilon
-        k = jnp.exp(jnp.minimum(k - half_square, LARGEST_EXPONENT)) + config.epsilon
-        o, state = feature_attention(
-            q.astype(config.dtype),
-            k.astype(config.dtype),
-            split_heads(self.value(x), config.heads),
-            state,
-            causal=config.causal,
-            segment_ids=segment_ids,
-        )
-        return self.output(join_heads(o)), state
+    def map_key(self, k: Float[Array, "b t h k"]) -> Float[Array, "b t h m"]:
+        """phi(k), float32."""
+        along, half_square = self._projected(k)
+        return jnp.exp(jnp.minimum(along - half_square, LARGEST_EXPONENT)) + self.config.epsilon
 
     def _projected(self, x):
-        """w . x (b, t, h, m) and |x|^2 / 2 (b, t, h, 1) of queries or keys by heads, scaled by K^(-1/4)."""
-        x = split_heads(x.astype(jnp.float32), self.config.heads) * self.config.size**-0.25
+        """w . x (b, t, h, m) and |x|^2 / 2 (b, t, h, 1) of queries or keys, scaled by K^(-1/4)."""
+        x = x * self.config.size**-0.25
         return jnp.einsum("bthk,mk->bthm", x, self.directions[...]), jnp.square(x).sum(-1, keepdims=True) / 2
 
 

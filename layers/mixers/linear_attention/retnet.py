@@ -1,18 +1,18 @@
 """RetNet: retention, linear attention with a fixed decay for every head and rotations (Sun et al. 2023, arXiv:2307.08621)."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from layers.kernels.gated_linear_attention import gated_linear_attention
+from layers.mixer import Mixer
 from layers.parameters import linear, xavier_uniform
-from layers.parts.carry import Place, check_inputs, continues, enter, start, walk
 from layers.parts.heads import HeadNorm, head_size, shared_heads, split_heads
 from layers.positions import rotary
-from layers.segments import SegmentIds
+from layers.segments import Segments, Visit, initial_place, keep_where, visit
 from layers.typing import Array, Float
 
 
@@ -67,14 +67,7 @@ class RetNetConfig:
         return self.rope_base ** (key_dim / (key_dim - 2)) if key_dim > 2 else self.rope_base
 
 
-class RetNetState(NamedTuple):
-    """The matrix memory of every head, float32, and where the rows stand."""
-
-    memory: Float[Array, "b h k v"]
-    place: Place
-
-
-class RetNet(nnx.Module):
+class RetNet(Mixer):
     """RetNet: multi-scale retention with rotations, group norm and gate (Sun et al. 2023, arXiv:2307.08621).
 
         q, k, v = W_q x, W_k x, W_v x;   q and k turned by angles that grow with the position
@@ -86,13 +79,13 @@ class RetNet(nnx.Module):
     start Xavier-uniform, with gain 2^-2.5 but for W_o, as in the authors' code.
     """
 
-    causal = True
+    keeps_segments = True  # The rotations need positions over all calls.
 
     def __init__(self, config: RetNetConfig, *, rngs: nnx.Rngs):
         self.config = config
         key_dim, value_dim = config.sizes
         values = config.heads * value_dim
-        options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
+        options = {"axes": ("embed", "heads"), "bias": False, "dtype": config.dtype, "rngs": rngs}
         small = xavier_uniform(2**-2.5)
         self.query = linear(config.width, config.heads * key_dim, init=small, **options)
         self.key = linear(config.width, config.groups * key_dim, init=small, **options)
@@ -106,35 +99,31 @@ class RetNet(nnx.Module):
             dtype=config.dtype,
             rngs=rngs,
         )
-        self.output = linear(values, config.width, init=xavier_uniform(), **options)
+        self.output = linear(
+            values, config.width, init=xavier_uniform(), **options | {"axes": ("heads", "embed")}
+        )
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> RetNetState:
-        """The zero state; its size does not depend on the length."""
-        memory = jnp.zeros((batch_size, self.config.heads, *self.config.sizes), jnp.float32)
-        return RetNetState(memory, start(batch_size))
+    def initial(self, batch_size: int, max_length: int | None) -> Float[Array, "b h k v"]:
+        return jnp.zeros((batch_size, self.config.heads, *self.config.sizes), jnp.float32)
 
-    def __call__(
+    def mix(
         self,
         x: Float[Array, "b t d"],
-        state: RetNetState | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], RetNetState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        carried: Float[Array, "b h k v"] | None,
+        segments: Segments | None,
+        here: Visit | None,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b h k v"]]:
         config = self.config
-        check_inputs("RetNet", x, config.width, segment_ids)
-        memory, place = None, start(x.shape[0])
-        if state is not None:
-            memory = enter(state.memory, continues(state.place.segment, segment_ids))
-            place = state.place
-        _, positions, place = walk(place, segment_ids, x.shape[:2])
+        if here is None:
+            here = visit(initial_place(x.shape[0]), segments, x.shape[1])
+        if carried is not None:
+            carried = keep_where(here.continues, carried, self.initial(x.shape[0], None))
         o, memory = gated_linear_attention(
-            rotary(split_heads(self.query(x), config.heads), positions, config.base),
-            rotary(split_heads(self.key(x), config.groups), positions, config.base),
+            rotary(split_heads(self.query(x), config.heads), here.positions, config.base),
+            rotary(split_heads(self.key(x), config.groups), here.positions, config.base),
             split_heads(self.value(x), config.groups),
             log_decay=jnp.asarray(np.log1p(-(2.0 ** (-5.0 - np.arange(config.heads)))), jnp.float32),
-            initial_state=memory,
-            segment_ids=segment_ids,
+            initial_state=carried,
+            segment_ids=segments,
         )
-        y = self.output(self.norm(o, self.gate(x)))
-        return y, None if state is None else RetNetState(memory, place)
+        return self.output(self.norm(o, self.gate(x))), memory

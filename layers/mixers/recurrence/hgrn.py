@@ -1,7 +1,7 @@
 """HGRN: a gated linear recurrence that forgets the less the deeper it stands (Qin et al. 2023, arXiv:2311.04823)."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,11 @@ import numpy as np
 from flax import nnx
 
 from layers.kernels.linear_recurrence import linear_recurrence
+from layers.mixer import Mixer
 from layers.norms import make_norm
-from layers.parameters import NO_DECAY, Constant, linear
-from layers.parts.carry import check_inputs, continues, enter, next_segment
-from layers.segments import SegmentIds
-from layers.typing import Array, Float, Int, Num
+from layers.parameters import NO_DECAY, Constant, declared, linear
+from layers.segments import Segments
+from layers.typing import Array, Float, Num
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +49,11 @@ class HGRNConfig:
 
     @property
     def parts(self) -> int:
-        """Real numbers a state: 2 if it is complex."""
+        """Real numbers per state: 2 if it is complex."""
         return 2 if self.state == "complex" else 1
 
 
-class HGRNState(NamedTuple):
-    """The state h of every channel, and the segment that it belongs to."""
-
-    h: Num[Array, "b d"]
-    segment: Int[Array, "b"]
-
-
-class HGRN(nnx.Module):
+class HGRN(Mixer):
     """The token mixer of the hierarchically gated recurrent network.
 
         lambda_t = bound + (1 - bound) sigmoid(W_f x_t)                   (d)
@@ -75,42 +68,34 @@ class HGRN(nnx.Module):
     then layer / depth. Nothing forces trained bounds to grow with depth.
     """
 
-    causal = True
-
     def __init__(self, config: HGRNConfig, *, rngs: nnx.Rngs):
         self.config = config
         width, features = config.width, config.parts * config.width
-        options = {"bias": config.bias, "dtype": config.dtype, "rngs": rngs}
+        options = {"axes": ("embed", "inner"), "bias": config.bias, "dtype": config.dtype, "rngs": rngs}
         self.input = linear(width, features, **options)
         self.forget = linear(width, width, **options)
         self.gate = linear(width, features, **options)
-        self.output = linear(features, width, **options)
+        self.output = linear(features, width, **options | {"axes": ("inner", "embed")})
         self.norm = make_norm(
             config.norm, {"epsilon": config.epsilon}, width=features, dtype=config.dtype, rngs=rngs
         )
         if config.state == "complex":
             angles = 10_000.0 ** (-2 * np.arange(width) / width)
-            self.theta = nnx.Param(jnp.asarray(angles, jnp.float32), **NO_DECAY)
+            self.theta = declared(jnp.asarray(angles, jnp.float32), axes=("inner",), **NO_DECAY)
         # The first layer has no bound, but the same parameters as the others.
         start = max(config.layer, 1) / max(config.depth, 2)
-        self.bound_logit = nnx.Param(jnp.full(width, np.log(start / (1 - start)), jnp.float32), **NO_DECAY)
+        logit = jnp.full(width, np.log(start / (1 - start)), jnp.float32)
+        self.bound_logit = declared(logit, axes=("inner",), **NO_DECAY)
         self.bounded = Constant(jnp.float32(config.layer > 0))
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> HGRNState:
-        """The zero state; its size does not depend on the length."""
+    def initial(self, batch_size: int, max_length: int | None) -> Num[Array, "b d"]:
         dtype = jnp.complex64 if self.config.state == "complex" else jnp.float32
-        return HGRNState(jnp.zeros((batch_size, self.config.width), dtype), jnp.zeros(batch_size, jnp.int32))
+        return jnp.zeros((batch_size, self.config.width), dtype)
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: HGRNState | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], HGRNState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+    def mix(
+        self, x: Float[Array, "b t d"], carried: Num[Array, "b d"] | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], Num[Array, "b d"]]:
         config = self.config
-        check_inputs("HGRN", x, config.width, segment_ids)
         bound = (self.bounded[...] * jax.nn.sigmoid(self.bound_logit[...]))[None, None]
         logits = self.forget(x).astype(jnp.float32)
         # 1 - lambda as a product: a difference would lose it where lambda is near 1.
@@ -124,15 +109,7 @@ class HGRN(nnx.Module):
             c = jax.lax.complex(pairs[..., 0], pairs[..., 1])
             theta = self.theta[...][None, None]
             decay = decay * jax.lax.complex(jnp.cos(theta), jnp.sin(theta))
-        h, last = linear_recurrence(
-            decay,
-            complement * c,
-            initial_state=None if state is None else enter(state.h, continues(state.segment, segment_ids)),
-            segment_ids=segment_ids,
-        )
+        h, last = linear_recurrence(decay, complement * c, initial_state=carried, segment_ids=segments)
         if config.state == "complex":
             h = jnp.concatenate([h.real, h.imag], axis=-1)
-        y = self.output(self.norm(h) * jax.nn.silu(self.gate(x)))
-        if state is None:
-            return y, None
-        return y, HGRNState(last, next_segment(state.segment, segment_ids, x.shape[1]))
+        return self.output(self.norm(h) * jax.nn.silu(self.gate(x))), last

@@ -2,17 +2,17 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.kernels.linear_recurrence import linear_recurrence
-from layers.parameters import log_of_uniform, parameter
-from layers.parts.carry import check_inputs, continues, enter, next_segment
-from layers.segments import SegmentIds
-from layers.typing import Array, Complex, Float, Int
+from layers.mixer import Mixer
+from layers.parameters import declared, log_of_uniform, parameter
+from layers.segments import Segments
+from layers.typing import Array, Complex, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +43,7 @@ class LRUConfig:
             raise ValueError(f"max_phase={self.max_phase}; expected an angle above 0 and up to 2 pi")
 
 
-class LRUState(NamedTuple):
-    """The state h of every eigenvalue, and the segment that it belongs to."""
-
-    h: Complex[Array, "b n"]
-    segment: Int[Array, "b"]
-
-
-class LRU(nnx.Module):
+class LRU(Mixer):
     """The linear recurrent unit.
 
         lambda = exp(-exp(nu) + i exp(theta))
@@ -62,35 +55,25 @@ class LRU(nnx.Module):
     the gate that the paper puts behind it are a channel mixer in a joint residual branch: `full_glu`.
     """
 
-    causal = True
-
     def __init__(self, config: LRUConfig, *, rngs: nnx.Rngs):
         self.config = config
         modes, width = config.state_size, config.width
-        self.nu = parameter(rngs, _ring(config.r_min, config.r_max), (modes,), group="ssm")
-        self.theta = parameter(rngs, log_of_uniform(1e-6, config.max_phase), (modes,), group="ssm")
-        self.gamma = nnx.Param(0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(self.nu[...]))), group="ssm")
-        normal = nnx.initializers.normal
-        self.b = parameter(rngs, normal((2 * width) ** -0.5), (2, modes, width), group="ssm/b")
-        self.c = parameter(rngs, normal(modes**-0.5), (2, width, modes), group="ssm_output")
-        self.d = parameter(rngs, normal(1.0), (width,), group="ssm_output")
+        ssm = {"group": "ssm", "axes": ("state",)}
+        self.nu = parameter(rngs, _ring(config.r_min, config.r_max), (modes,), **ssm)
+        self.theta = parameter(rngs, log_of_uniform(1e-6, config.max_phase), (modes,), **ssm)
+        self.gamma = declared(0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(self.nu[...]))), **ssm)
+        normal, into, out = nnx.initializers.normal, (None, "state", "embed"), (None, "embed", "state")
+        self.b = parameter(rngs, normal((2 * width) ** -0.5), (2, modes, width), group="ssm/b", axes=into)
+        self.c = parameter(rngs, normal(modes**-0.5), (2, width, modes), group="ssm_output", axes=out)
+        self.d = parameter(rngs, normal(1.0), (width,), group="ssm_output", axes=("embed",))
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> LRUState:
-        """The zero state; its size does not depend on the length."""
-        return LRUState(
-            jnp.zeros((batch_size, self.config.state_size), jnp.complex64), jnp.zeros(batch_size, jnp.int32)
-        )
+    def initial(self, batch_size: int, max_length: int | None) -> Complex[Array, "b n"]:
+        return jnp.zeros((batch_size, self.config.state_size), jnp.complex64)
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: LRUState | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], LRUState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+    def mix(
+        self, x: Float[Array, "b t d"], carried: Complex[Array, "b n"] | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], Complex[Array, "b n"]]:
         dtype = self.config.dtype
-        check_inputs("LRU", x, self.config.width, segment_ids)
         x = x.astype(dtype)
         b = jnp.exp(self.gamma[...])[None, :, None] * self.b[...]
         inputs = jnp.einsum("btd,cnd->cbtn", x, b.astype(dtype), preferred_element_type=jnp.float32)
@@ -98,16 +81,14 @@ class LRU(nnx.Module):
         h, last = linear_recurrence(
             decay[None, None],
             jax.lax.complex(inputs[0], inputs[1]),
-            initial_state=None if state is None else enter(state.h, continues(state.segment, segment_ids)),
-            segment_ids=segment_ids,
+            initial_state=carried,
+            segment_ids=segments,
         )
         # The real part of C h, as one real product.
         features = jnp.concatenate([h.real, h.imag], axis=-1).astype(dtype)
         weights = jnp.concatenate([self.c[0], -self.c[1]], axis=-1).astype(dtype)
         y = jnp.einsum("btn,dn->btd", features, weights) + self.d[...].astype(dtype)[None, None] * x
-        if state is None:
-            return y, None
-        return y, LRUState(last, next_segment(state.segment, segment_ids, x.shape[1]))
+        return y, last
 
 
 def _ring(inner: float, outer: float):

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.kernels.segments import segment_starts
-from layers.parameters import NO_DECAY, linear, parameter
-from layers.parts.carry import check_inputs, continues, enter, next_segment
-from layers.segments import SegmentIds
-from layers.typing import Array, Float, Int
+from layers.mixer import Mixer
+from layers.parameters import NO_DECAY, declared, linear, parameter
+from layers.segments import Segments, keep_where
+from layers.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +39,15 @@ class LSTMConfig:
         return self.state_size or self.width
 
 
-class LSTMState(NamedTuple):
-    """The output h and the cells c after the last token, and the segment that both belong to."""
+class LSTMCarry(NamedTuple):
+    """What `LSTM` carries: the output h and the cells c after the last token, float32."""
 
     h: Float[Array, "b e"]
     c: Float[Array, "b e"]
-    segment: Int[Array, "b"]
 
 
-class LSTM(nnx.Module):
-    """LSTM: long short-term memory, one layer run step by step (Hochreiter and Schmidhuber 1997).
+class LSTM(Mixer):
+    """LSTM: long short-term memory, one layer run token by token (Hochreiter and Schmidhuber 1997).
 
         [i, f, g, o] = W x_t + R h_{t-1} + b                               (e each)
         c_t = sigmoid(f) * c_{t-1} + sigmoid(i) * tanh(g)
@@ -59,60 +57,47 @@ class LSTM(nnx.Module):
     orthogonal.
     """
 
-    causal = True
-
     def __init__(self, config: LSTMConfig, *, rngs: nnx.Rngs):
         self.config = config
         cells, options = config.cells, {"dtype": config.dtype, "rngs": rngs}
-        self.input = linear(config.width, 4 * cells, bias=False, **options)
-        self.recurrent = parameter(rngs, nnx.initializers.orthogonal(), (cells, 4 * cells))
+        self.input = linear(config.width, 4 * cells, axes=("embed", "inner"), bias=False, **options)
+        self.recurrent = parameter(
+            rngs, nnx.initializers.orthogonal(), (cells, 4 * cells), axes=(None, "inner")
+        )
         forget = jnp.where(jnp.arange(4 * cells) // cells == 1, config.forget_bias, 0)
-        self.bias = nnx.Param(forget.astype(jnp.float32), **NO_DECAY)
-        self.output = linear(cells, config.width, **options) if config.state_size else None
+        self.bias = declared(forget.astype(jnp.float32), axes=("inner",), **NO_DECAY)
+        self.output = (
+            linear(cells, config.width, axes=("inner", "embed"), **options) if config.state_size else None
+        )
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> LSTMState:
-        """The zero state; its size does not depend on the length."""
+    def initial(self, batch_size: int, max_length: int | None) -> LSTMCarry:
         zero = jnp.zeros((batch_size, self.config.cells), jnp.float32)
-        return LSTMState(zero, zero, jnp.zeros(batch_size, jnp.int32))
+        return LSTMCarry(zero, zero)
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: LSTMState | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], LSTMState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+    def mix(
+        self, x: Float[Array, "b t d"], carried: LSTMCarry | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], LSTMCarry]:
         config = self.config
-        check_inputs("LSTM", x, config.width, segment_ids)
-        before = self.init_state(x.shape[0]) if state is None else state
-        keep = continues(before.segment, segment_ids)
+        empty = self.initial(x.shape[0], None)
         # All products with inputs at once; only those with outputs have to wait for each other.
         driven = self.input(x).astype(jnp.float32) + self.bias[...][None, None]
-        marks = None
-        if segment_ids is not None:
-            marks = segment_starts(segment_ids).T, (segment_ids != 0).T
+        marks = None if segments is None else (segments.starts.T, segments.real.T)
         recurrent = self.recurrent[...].astype(config.dtype)
 
         def step(carried, inputs):
             driven, marks = inputs
-            h, c = carried
             if marks is not None:
-                start, real = marks
-                h, c = enter(h, ~start), enter(c, ~start)
+                carried = keep_where(~marks[0], carried, empty)
+            h, c = carried
             back = jnp.dot(h.astype(config.dtype), recurrent, preferred_element_type=jnp.float32)
             i, f, g, o = jnp.split(driven + back, 4, axis=-1)
-            new_c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-            new_h = jax.nn.sigmoid(o) * jnp.tanh(new_c)
+            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+            after = LSTMCarry(jax.nn.sigmoid(o) * jnp.tanh(c), c)
             if marks is not None:
-                new_h, new_c = jnp.where(real[:, None], new_h, h), jnp.where(real[:, None], new_c, c)
-            return (new_h, new_c), new_h.astype(config.dtype)
+                after = keep_where(marks[1], after, carried)
+            return after, after.h.astype(config.dtype)
 
-        carried = (enter(before.h, keep), enter(before.c, keep))
-        (h, c), y = jax.lax.scan(step, carried, (jnp.swapaxes(driven, 0, 1), marks))
+        start = empty if carried is None else carried
+        carried, y = jax.lax.scan(step, start, (jnp.swapaxes(driven, 0, 1), marks))
         y = jnp.swapaxes(y, 0, 1)
-        if self.output is not None:
-            y = self.output(y)
-        if state is None:
-            return y, None
-        return y, LSTMState(h, c, next_segment(state.segment, segment_ids, x.shape[1]))
+        return y if self.output is None else self.output(y), carried

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.kernels.linear_recurrence import linear_recurrence
+from layers.mixer import Mixer
 from layers.parameters import NO_DECAY, linear, parameter
-from layers.parts.carry import Place, check_inputs, continues, enter, start, walk
 from layers.parts.short_convolution import ShortConvolution
 from layers.parts.step_size import inverse_softplus
-from layers.segments import SegmentIds
+from layers.segments import Segments, Visit, initial_place, keep_where, visit
 from layers.typing import Array, Float
 
-# The decay of a step is sigmoid(...) to the power of at most so much.
+# The decay per token is sigmoid(...) to the power of at most so much.
 POWER = 8.0
 STEEPEST = 1000.0
 
@@ -57,15 +57,14 @@ class RGLRUConfig:
         return self.state_size or self.width
 
 
-class RGLRUState(NamedTuple):
-    """The last inputs of the short convolution, the state h, and where the rows stand."""
+class RGLRUCarry(NamedTuple):
+    """What `RGLRU` carries: the last inputs of the short convolution, and the state h, float32."""
 
     inputs: Float[Array, "b taps e"]
     h: Float[Array, "b e"]
-    place: Place
 
 
-class RGLRU(nnx.Module):
+class RGLRU(Mixer):
     """Griffin's recurrent block around the real-gated linear recurrent unit.
 
         u   = short_conv(W_x x)
@@ -78,14 +77,14 @@ class RGLRU(nnx.Module):
     its eighth power starts in [r_min, r_max]: both as in the authors' code, where the paper says otherwise.
     """
 
-    causal = True
+    keeps_segments = True  # The first token of a segment weighs more, whichever call it is in.
 
     def __init__(self, config: RGLRUConfig, *, rngs: nnx.Rngs):
         self.config = config
         channels, heads = config.channels, config.heads
         options = {"dtype": config.dtype, "rngs": rngs}
-        self.gate = linear(config.width, channels, **options)
-        self.input = linear(config.width, channels, **options)
+        self.gate = linear(config.width, channels, axes=("embed", "inner"), **options)
+        self.input = linear(config.width, channels, axes=("embed", "inner"), **options)
         scaled = nnx.initializers.variance_scaling
         self.convolution = ShortConvolution(
             channels,
@@ -97,48 +96,46 @@ class RGLRU(nnx.Module):
         )
         blocks = (2, heads, channels // heads, channels // heads)
         # Both gates: recurrence, input.
-        self.gates = parameter(rngs, nnx.initializers.normal(channels**-0.5), blocks)
-        self.gate_biases = parameter(
-            rngs, nnx.initializers.zeros_init(), (2, heads, channels // heads), **NO_DECAY
+        self.gates = parameter(
+            rngs, nnx.initializers.normal(channels**-0.5), blocks, axes=(None, "heads", None, None)
         )
-        self.decay = parameter(rngs, _ring(config.r_min, config.r_max), (channels,), **NO_DECAY)
+        self.gate_biases = parameter(
+            rngs, nnx.initializers.zeros_init(), blocks[:3], axes=(None, "heads", None), **NO_DECAY
+        )
+        self.decay = parameter(
+            rngs, _ring(config.r_min, config.r_max), (channels,), axes=("inner",), **NO_DECAY
+        )
         small = scaled(2 / config.depth, "fan_in", "normal")
-        self.output = linear(channels, config.width, init=small, **options)
+        self.output = linear(channels, config.width, axes=("inner", "embed"), init=small, **options)
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> RGLRUState:
-        """The zero state; its size does not depend on the length."""
-        return RGLRUState(
+    def initial(self, batch_size: int, max_length: int | None) -> RGLRUCarry:
+        return RGLRUCarry(
             self.convolution.init_state(batch_size),
             jnp.zeros((batch_size, self.config.channels), jnp.float32),
-            start(batch_size),
         )
 
-    def __call__(
+    def mix(
         self,
         x: Float[Array, "b t d"],
-        state: RGLRUState | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], RGLRUState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
-        config = self.config
-        check_inputs("RG-LRU", x, config.width, segment_ids)
+        carried: RGLRUCarry | None,
+        segments: Segments | None,
+        here: Visit | None,
+    ) -> tuple[Float[Array, "b t d"], RGLRUCarry]:
         inputs = h0 = None
-        if state is not None:
-            keep = continues(state.place.segment, segment_ids)
-            inputs, h0 = enter(state.inputs, keep), enter(state.h, keep)
-        before = start(x.shape[0]) if state is None else state.place
-        _, positions, place = walk(before, segment_ids, x.shape[:2])
-        u, inputs = self.convolution(self.input(x), inputs, segment_ids=segment_ids)
+        if here is None:
+            here = visit(initial_place(x.shape[0]), segments, x.shape[1])
+        if carried is not None:
+            inputs, h0 = keep_where(here.continues, carried, self.initial(x.shape[0], None))
+        u, inputs = self.convolution(self.input(x), inputs, segment_ids=segments)
         log_decay, driven = self._gated(u)
         # 1 - a^2 as it is: a difference would lose it where a is near 1.
         weight = bounded_sqrt(-jnp.expm1(2 * log_decay))
-        weight = jnp.where((positions == 0)[..., None], 1.0, weight)
+        weight = jnp.where((here.positions == 0)[..., None], 1.0, weight)
         h, last = linear_recurrence(
-            jnp.exp(log_decay), weight * driven, initial_state=h0, segment_ids=segment_ids
+            jnp.exp(log_decay), weight * driven, initial_state=h0, segment_ids=segments
         )
-        y = self.output(h.astype(config.dtype) * jax.nn.gelu(self.gate(x)))
-        return y, None if state is None else RGLRUState(inputs, last, place)
+        y = self.output(h.astype(self.config.dtype) * jax.nn.gelu(self.gate(x)))
+        return y, RGLRUCarry(inputs, last)
 
     def _gated(self, u):
         """Logarithm of the decay, and the gated input, in float32."""

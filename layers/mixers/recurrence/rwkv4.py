@@ -10,12 +10,11 @@ import numpy as np
 from flax import nnx
 
 from layers.kernels.linear_recurrence import linear_recurrence
-from layers.kernels.segments import segment_starts
-from layers.parameters import NO_DECAY, linear
-from layers.parts.carry import check_inputs, continues, enter, next_segment
+from layers.mixer import Mixer
+from layers.parameters import NO_DECAY, declared, linear
 from layers.parts.token_shift import token_shift
-from layers.segments import SegmentIds
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds, Segments
+from layers.typing import Array, Float
 
 # The logarithm of no weight at all; sums of many of them are still numbers.
 EMPTY = -1e30
@@ -52,15 +51,14 @@ class WKVState(NamedTuple):
     top: Float[Array, "b d"]
 
 
-class RWKV4State(NamedTuple):
-    """The last token, the sums over the past, and the segment that both belong to."""
+class RWKV4Carry(NamedTuple):
+    """What `RWKV4` carries: the last token, and the sums over the past, float32."""
 
     token: Float[Array, "b 1 d"]
     sums: WKVState
-    segment: Int[Array, "b"]
 
 
-class RWKV4(nnx.Module):
+class RWKV4(Mixer):
     """The time mixing of RWKV-4.
 
         k, v, r = W_k m_k(x), W_v m_v(x), W_r m_r(x),    m(x)_t = mu * x_t + (1 - mu) * x_{t-1}
@@ -69,49 +67,32 @@ class RWKV4(nnx.Module):
     where wkv is the average of `wkv` below with the decay -exp(log_rate) and the bonus u of the current token.
     """
 
-    causal = True
-
     def __init__(self, config: RWKV4Config, *, rngs: nnx.Rngs):
         self.config = config
         orthogonal = nnx.initializers.orthogonal()
         first = nnx.initializers.zeros_init() if config.zero_init else orthogonal
-        options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
+        options = {"axes": ("embed", "inner"), "bias": False, "dtype": config.dtype, "rngs": rngs}
         self.key = linear(config.width, config.width, init=first, **options)
         self.value = linear(config.width, config.width, init=orthogonal, **options)
         self.receptance = linear(config.width, config.width, init=first, **options)
-        self.output = linear(config.width, config.width, init=first, **options)
+        self.output = linear(config.width, config.width, init=first, **options | {"axes": ("inner", "embed")})
         log_rate, bonus, mixing = _initial_values(config)
-        self.log_rate = nnx.Param(jnp.asarray(log_rate, jnp.float32), **NO_DECAY)
-        self.bonus = nnx.Param(jnp.asarray(bonus, jnp.float32), **NO_DECAY)
+        self.log_rate = declared(jnp.asarray(log_rate, jnp.float32), axes=("inner",), **NO_DECAY)
+        self.bonus = declared(jnp.asarray(bonus, jnp.float32), axes=("inner",), **NO_DECAY)
         # Of key, value and receptance.
-        self.mixing = nnx.Param(jnp.asarray(mixing, jnp.float32), **NO_DECAY)
+        self.mixing = declared(jnp.asarray(mixing, jnp.float32), axes=(None, "embed"), **NO_DECAY)
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> RWKV4State:
-        """The state before the first token; its size does not depend on the length."""
+    def initial(self, batch_size: int, max_length: int | None) -> RWKV4Carry:
         width = self.config.width
-        return RWKV4State(
-            jnp.zeros((batch_size, 1, width), jnp.float32),
-            _empty(batch_size, width),
-            jnp.zeros(batch_size, jnp.int32),
-        )
+        return RWKV4Carry(jnp.zeros((batch_size, 1, width), jnp.float32), _empty(batch_size, width))
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: RWKV4State | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], RWKV4State | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+    def mix(
+        self, x: Float[Array, "b t d"], carried: RWKV4Carry | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], RWKV4Carry]:
         config = self.config
-        check_inputs("RWKV-4", x, config.width, segment_ids)
-        token, sums = None, _empty(x.shape[0], config.width)
-        if state is not None:
-            keep = continues(state.segment, segment_ids)
-            token = enter(state.token, keep)
-            sums = jax.tree.map(lambda kept, fresh: jnp.where(keep[:, None], kept, fresh), state.sums, sums)
+        token, sums = (None, _empty(x.shape[0], config.width)) if carried is None else carried
         x = x.astype(config.dtype)
-        before, token = token_shift(x, token, segment_ids=segment_ids)
+        before, token = token_shift(x, token, segment_ids=segments)
         mu = self.mixing[...].astype(config.dtype)[:, None, None]
         mixed = mu * x[None] + (1 - mu) * before[None]
         keys, values = self.key(mixed[0]), self.value(mixed[1])
@@ -121,12 +102,10 @@ class RWKV4(nnx.Module):
             -jnp.exp(self.log_rate[...]),
             self.bonus[...],
             sums,
-            segment_ids=segment_ids,
+            segment_ids=segments,
         )
         y = self.output(jax.nn.sigmoid(self.receptance(mixed[2])) * averages.astype(config.dtype))
-        if state is None:
-            return y, None
-        return y, RWKV4State(token, sums, next_segment(state.segment, segment_ids, x.shape[1]))
+        return y, RWKV4Carry(token, sums)
 
 
 def wkv(
@@ -148,11 +127,11 @@ def wkv(
     b, t, d = keys.shape
     steps = jnp.broadcast_to(log_decay[None, None], keys.shape)
     start = jnp.zeros((b, t, 1), bool)
-    if segment_ids is not None:
-        start, padding = segment_starts(segment_ids)[..., None], (segment_ids == 0)[..., None]
-        keys = jnp.where(padding, EMPTY, keys)
-        steps = jnp.where(padding, 0, steps)
-    # Held fixed from here on: the largest weight after every step and before it.
+    segments = Segments.of(segment_ids)
+    if segments is not None:
+        start, real = segments.starts[..., None], segments.real[..., None]
+        keys, steps = jnp.where(real, keys, EMPTY), jnp.where(real, steps, 0)
+    # Held fixed from here on: the largest weight after every token and before it.
     top = jax.lax.stop_gradient(_running_maximum(keys, jnp.where(start, EMPTY, steps), state.top))
     tops = jnp.concatenate([state.top[:, None], top], axis=1)
     earlier = jax.lax.stop_gradient(jnp.where(start, EMPTY, tops[:, :t]))
@@ -161,7 +140,7 @@ def wkv(
         jnp.concatenate([kept, kept], axis=-1),
         jnp.concatenate([written * values, written], axis=-1),
         initial_state=jnp.concatenate([state.values, state.weights], axis=-1),
-        segment_ids=segment_ids,
+        segment_ids=segments,
     )
     past = jnp.concatenate([state.values, state.weights], axis=-1)[:, None]
     past = jnp.concatenate([past, sums], axis=1)[:, :t]

@@ -143,7 +143,7 @@ def test_a_key_written_twice_holds_the_second_value(name):
     key = q / jnp.linalg.norm(q, axis=1, keepdims=True)
     value = jax.nn.silu(model.memory.projection(x.at[..., 0].set(1.0))[:, -1, 16:]).reshape(2, 2, 4)
     want = key[None, :, :, None] * value[:, :, None, :]
-    np.testing.assert_allclose(state.memory, want, atol=1e-5)
+    np.testing.assert_allclose(state.carried.memory, want, atol=1e-5)
 
 
 def test_parameters_of_gated_deltanet_are_six_times_the_width_squared():

@@ -86,7 +86,7 @@ def test_no_channel_forgets_faster_than_the_bound():
     model.key.kernel[...] = model.key.kernel[...].at[1:].set(0.0)
     _, first = model(inputs(1), model.init_state(2))
     _, second = model((1e4 * inputs(1, seed=1)).at[..., 0].set(0.0), first)
-    ratio = np.asarray(second.memory / first.memory)
+    ratio = np.asarray(second.carried.memory / first.carried.memory)
     assert ratio.min() >= np.exp(-np.exp(-0.5)) - 1e-5
     assert ratio.max() <= 1
     # Large inputs reach both ends.
@@ -105,7 +105,7 @@ def test_a_full_rate_erases_what_a_key_held():
     x = inputs().at[..., 0].set(1.0)
     _, state = model(x, model.init_state(2))
     want = jnp.arange(1.0, 9.0)[None, :, None] * model.value(x)[:, -1, None]
-    np.testing.assert_allclose(state.memory[:, 0], want, atol=2e-5)
+    np.testing.assert_allclose(state.carried.memory[:, 0], want, atol=2e-5)
 
 
 def test_refuses_what_cannot_be():

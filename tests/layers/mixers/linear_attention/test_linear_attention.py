@@ -137,5 +137,5 @@ def test_refuses_what_cannot_be():
         PerformerConfig(width=8, heads=2, epsilon=-1.0)
     with pytest.raises(ValueError, match="heads=3"):
         LinearAttentionConfig(width=8, heads=3)
-    with pytest.raises(ValueError, match="causal=False"):
+    with pytest.raises(ValueError, match="LinearAttention is not causal"):
         make("linear_attention", causal=False).init_state(2)

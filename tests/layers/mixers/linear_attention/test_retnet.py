@@ -83,16 +83,16 @@ def test_equals_the_parallel_form_whose_divisions_the_norm_takes_away():
 
 
 def test_a_head_forgets_at_its_own_rate():
-    """After one token, tokens without values let the memory decay by 31/32, 63/64, ... a step."""
+    """After one token, tokens without values let the memory decay by 31/32, 63/64, ... per token."""
     model = make(heads=4)
     x = inputs(1)
     _, first = model(x, model.init_state(2))
     _, later = model(jnp.zeros((2, 10, WIDTH)), first)
     rates = (1 - 2.0 ** -(5.0 + np.arange(4))) ** 10
-    np.testing.assert_allclose(later.memory, rates[None, :, None, None] * first.memory, rtol=1e-5)
+    np.testing.assert_allclose(later.carried, rates[None, :, None, None] * first.carried, rtol=1e-5)
 
 
-def test_positions_go_on_in_the_state():
+def test_positions_continue_in_the_state():
     model = make()
     _, state = model(inputs(5), model.init_state(2))
     np.testing.assert_array_equal(state.place.position, [5, 5])

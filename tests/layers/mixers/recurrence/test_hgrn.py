@@ -79,8 +79,8 @@ def test_deeper_layers_cannot_forget_faster_than_their_bound():
         model.forget.bias[...] = jnp.full_like(model.forget.bias[...], -100.0)
         model.input.kernel[...] = jnp.zeros_like(model.input.kernel[...])
         state = model.init_state(2)
-        _, after = model(jnp.asarray(inputs()[:, :1]), state._replace(h=jnp.ones_like(state.h)))
-        np.testing.assert_allclose(after.h, left, atol=1e-6)
+        _, after = model(jnp.asarray(inputs()[:, :1]), state._replace(carried=jnp.ones_like(state.carried)))
+        np.testing.assert_allclose(after.carried, left, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_states_start_with_the_variance_of_their_inputs():
     model = LRU(LRUConfig(width=64, state_size=32, r_min=0.9, r_max=0.99), rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).standard_normal((8, 500, 64)).astype(np.float32)
     _, state = model(jnp.asarray(x), model.init_state(8))
-    assert np.square(np.abs(state.h)).mean() == pytest.approx(1.0, rel=0.25)
+    assert np.square(np.abs(state.carried)).mean() == pytest.approx(1.0, rel=0.25)
     gamma = np.exp(2 * np.asarray(model.gamma[...], np.float64))
     np.testing.assert_allclose(gamma, 1 - np.abs(eigenvalues(model)) ** 2, rtol=1e-4)
 

@@ -48,9 +48,9 @@ def test_cells_with_open_forget_and_closed_input_gates_remember_exactly():
     model = make()
     model.bias[...] = jnp.repeat(jnp.asarray([-200.0, 200.0, 0.0, 0.0]), WIDTH)
     state = model.init_state(2)
-    c = jax.random.normal(jax.random.key(0), state.c.shape)
-    _, after = model(jnp.ones((2, 50, WIDTH)), state._replace(c=c))
-    np.testing.assert_array_equal(after.c, c)
+    c = jax.random.normal(jax.random.key(0), state.carried.c.shape)
+    _, after = model(jnp.ones((2, 50, WIDTH)), state._replace(carried=state.carried._replace(c=c)))
+    np.testing.assert_array_equal(after.carried.c, c)
 
 
 def test_impossible_options_are_refused():

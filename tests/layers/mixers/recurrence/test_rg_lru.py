@@ -71,7 +71,7 @@ def test_a_closed_recurrence_gate_keeps_the_state_exactly():
     _, state = model(jnp.ones((2, 3, WIDTH)), state)
     model.gate_biases[...] = model.gate_biases[...].at[0].set(-1e4)
     _, after = model(jnp.ones((2, TIME, WIDTH)), state)
-    np.testing.assert_array_equal(after.h, state.h)
+    np.testing.assert_array_equal(after.carried.h, state.carried.h)
 
 
 def test_the_root_is_exact_and_its_derivative_bounded():

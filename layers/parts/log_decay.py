@@ -1,4 +1,4 @@
-"""The decay that the gated delta rules take from Mamba: a softplus of the input times a learnt rate."""
+"""The log-decay that the gated delta rules take from Mamba: a softplus of the input times a learnt rate."""
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,17 @@ from layers.typing import Array, Float
 class SoftplusDecay(nnx.Module):
     """log alpha = -exp(log_rate) softplus(f + bias), at most 0, from an input f; float32.
 
-    Rates, one a head, start uniform in `rates`; softplus(bias) starts log-uniform in [0.001, 0.1] and is one a head,
-    or one a channel of every head.
+    There is one rate per head, which starts uniform in `rates`. softplus(bias) starts log-uniform in [0.001, 0.1]; there
+    is one bias per head, or one per channel of every head.
     """
 
     def __init__(
         self, heads: int, channels: int | None = None, *, rates: tuple[float, float], rngs: nnx.Rngs
     ):
         shape = (heads,) if channels is None else (heads, channels)
-        self.log_rate = parameter(rngs, log_of_uniform(*rates), (heads,), **NO_DECAY)
-        self.bias = parameter(rngs, step_size_bias(0.001, 0.1, 1e-4), shape, **NO_DECAY)
+        axes = ("heads", None)[: len(shape)]
+        self.log_rate = parameter(rngs, log_of_uniform(*rates), (heads,), axes=("heads",), **NO_DECAY)
+        self.bias = parameter(rngs, step_size_bias(0.001, 0.1, 1e-4), shape, axes=axes, **NO_DECAY)
 
     def __call__(self, f: Float[Array, "b t h *k"]) -> Float[Array, "b t h *k"]:
         """The log-decay of every head, or of every channel."""
