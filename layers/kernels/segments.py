@@ -119,6 +119,19 @@ def select_real(x: Num[Array, "b t *f"], segment_ids: SegmentIds) -> Num[Array, 
     return jnp.where(jnp.expand_dims(real, tuple(range(2, x.ndim))), x, 0)
 
 
+def reset_mask(segments: Segments, reverse: bool = False) -> Bool[Array, "b t"] | None:
+    """Where a state is forgotten, with time running backward if `reverse`; None if that is nowhere, statically."""
+    if not segments.packed:
+        return None
+    if not reverse:
+        return segments.starts
+    none = jnp.iinfo(segments.numbers.dtype).max
+    numbers = jnp.where(segments.real, segments.numbers, none)
+    following = jax.lax.cummin(numbers, axis=1, reverse=True)
+    following = jnp.pad(following, ((0, 0), (0, 1)), constant_values=none)[:, 1:]
+    return segments.real & (following != none) & (following != segments.numbers)
+
+
 def segment_starts(segment_ids: SegmentIds) -> Bool[Array, "b t"]:
     """`Segments.starts`."""
     return Segments.of(segment_ids).starts

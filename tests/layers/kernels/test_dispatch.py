@@ -2,13 +2,17 @@
 
 import pytest
 
-from layers.kernels.dispatch import Implementation, dispatch, noted, preferred
+from layers.kernels.dispatch import Implementation, by_name_only, dispatch, noted, preferred
 
 IMPLEMENTATIONS = {
-    "even": Implementation(lambda x: ("even", x), refuses=lambda x: "it is odd" if x % 2 else None),
-    "small": Implementation(lambda x: ("small", x), automatic=lambda x: x < 10),
-    "by name": Implementation(lambda x: ("by name", x), automatic=lambda x: False),
-    "reference": Implementation(lambda x: ("reference", x), automatic=lambda x: False),
+    "even": Implementation(
+        lambda x: ("even", x), unsupported_reason=lambda x: "it is odd" if x % 2 else None
+    ),
+    "small": Implementation(
+        lambda x: ("small", x), passed_over_reason=lambda x: None if x < 10 else "it is large"
+    ),
+    "by name": Implementation(lambda x: ("by name", x), passed_over_reason=by_name_only),
+    "reference": Implementation(lambda x: ("reference", x), passed_over_reason=by_name_only),
 }
 
 
