@@ -9,7 +9,6 @@ model. Every function that takes `segment_ids` takes `Segments` in their place.
 """
 
 import dataclasses
-import functools
 from typing import Literal
 
 import jax
@@ -20,11 +19,6 @@ from layers.typing import Array, Bool, Int, Num
 Padding = Literal["anywhere", "end"]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["ids", "numbers", "positions", "starts"],
-    meta_fields=["padding", "packed"],
-)
 @dataclasses.dataclass(frozen=True)
 class Segments:
     """Segment ids and what follows from them. `Segments.of` makes one.
@@ -90,6 +84,24 @@ class Segments:
 
 
 SegmentIds = Int[Array, "b t"] | Segments | None
+
+_ARRAYS, _STATIC = ("ids", "numbers", "positions", "starts"), ("padding", "packed")
+
+
+def _flatten_with_keys(segments):
+    arrays = [(jax.tree_util.GetAttrKey(name), getattr(segments, name)) for name in _ARRAYS]
+    return arrays, tuple(getattr(segments, name) for name in _STATIC)
+
+
+def _unflatten(static, arrays):
+    """Without `__init__`, which checks types: JAX also builds trees of placeholders, such as specs."""
+    segments = object.__new__(Segments)
+    for name, value in zip((*_ARRAYS, *_STATIC), (*arrays, *static), strict=True):
+        object.__setattr__(segments, name, value)
+    return segments
+
+
+jax.tree_util.register_pytree_with_keys(Segments, _flatten_with_keys, _unflatten)
 
 
 def _starts_at_end(ids):
