@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels import devices, dispatch, partition
+from layers.kernels import devices, dispatch, mosaic_gpu, partition
 from layers.kernels.delta_rule import delta_rule
 from layers.kernels.delta_rule import gpu as delta_gpu
 from layers.kernels.delta_rule import xla as delta_xla
@@ -105,6 +105,7 @@ def test_parts_of_devices_make_the_whole(monkeypatch, name, mesh):
     function, arguments, tolerance = make()
     segments = Segments.of(jnp.asarray(IDS))
     want = jax.device_get(both(function, "xla")(arguments, segments))
+    assert mosaic_gpu._probe_refusal(module._probe) is None  # of the kernel itself, and remembered
     monkeypatch.setattr(module, local, stand_in)
     context = dispatch.preferred({name: "gpu"})
     with jax.set_mesh(mesh_of(**MESHES[mesh])), devices.as_on("gpu"), context, dispatch.noted() as taken:
