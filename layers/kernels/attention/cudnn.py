@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import devices
+from layers.kernels.attention import xla
 from layers.kernels.attention.options import Options
 
 TAKEN = ("causal", "window", "scale")
@@ -11,6 +12,8 @@ TAKEN = ("causal", "window", "scale")
 
 def attention(q, k, v, options):
     """The output (b, t, h, v), and None for the log-sum-exp."""
+    if devices.assumed():  # cuDNN cannot be traced where it is not installed
+        return xla.attention(q, k, v, options)
     o = options
     output = jax.nn.dot_product_attention(
         q,
