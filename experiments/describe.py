@@ -2,6 +2,7 @@
 
     python -m experiments.describe --config=configs/lra/listops.py:mixer=s5
     python -m experiments.describe --config=configs/lra/listops.py:mixer=attention --lengths=1024,8192 --json
+    python -m experiments.describe --config=configs/lra/listops.py:mixer=s5 --implementations --backend=gpu
 
 Nothing is allocated, and no data are read. Operations are those of one row without padding, in inference, as the
 implementations for the devices that JAX finds compute it (`experiments.analysis.flops`); the state is what a causal model
@@ -24,6 +25,7 @@ from experiments.config import loading as config_loading
 from experiments.config.command_line import REFUSALS, refuse
 from experiments.runs.files import to_json_text
 from experiments.training import experiment
+from layers.kernels import devices, dispatch
 
 PREFIXES = ("", "k", "M", "G", "T", "P")
 LENGTHS = (1024, 4096, 16384, 65536)
@@ -38,11 +40,51 @@ def main(argv: list[str]) -> int:
         logging.set_verbosity(logging.WARNING)
     try:
         lengths = [int(length) for length in values.lengths]
-        record = describe(config_loading.to_plain(values.config), lengths)
+        config = config_loading.to_plain(values.config)
+        if values.implementations:
+            backend = values.backend or jax.default_backend()
+            rows = implementations(config, lengths[0], values.batch, backend)
+            print(to_json_text(rows) if values.json else implementations_text(rows, backend))
+            return 0
+        record = describe(config, lengths)
     except REFUSALS as error:
         return refuse(error)
     print(to_json_text(record) if values.json else table(record), end="" if values.json else "\n")
     return 0
+
+
+def implementations(config: Mapping[str, Any], length: int, batch: int, backend: str) -> list[dict[str, Any]]:
+    """The calls of primitives of every layer: what each takes on one device, and why nothing faster.
+
+    Args:
+      config: plain, see `config_loading.to_plain`.
+      length, batch: tokens and rows of the inputs.
+      backend: "cpu", "gpu" (Hopper) or "tpu"; it need not be there.
+    """
+    stack = experiment.model_without_data(config).stack
+    x = jax.ShapeDtypeStruct((batch, length, stack.config.width), jnp.dtype(stack.config.dtype))
+    rows = []
+    for layer in range(stack.config.depth):
+        graph, variables = nnx.split(stack.blocks[layer])
+        with devices.as_on(backend), dispatch.explained() as choices:
+            jax.eval_shape(lambda variables, x, graph=graph: nnx.merge(graph, variables)(x)[0], variables, x)
+        calls = [
+            choice._asdict() | {"passed_over": [list(one) for one in choice.passed_over]}
+            for choice in choices
+        ]
+        rows.append(dict(layer=layer, mixer=_mixer(stack.config, layer), calls=calls))
+    return rows
+
+
+def implementations_text(rows: Sequence[Mapping[str, Any]], backend: str) -> str:
+    """`implementations` for people."""
+    lines = [f"Implementations on one {backend}, forward:"]
+    for row in rows:
+        lines.append(f"layer {row['layer']}, {row['mixer']}")
+        for call in row["calls"]:
+            lines.append(f"  {call['primitive']}: {call['implementation']} ({call['arguments']})")
+            lines.extend(f"    not {name}: {reason}" for name, reason in call["passed_over"])
+    return "\n".join(lines)
 
 
 def describe(config: Mapping[str, Any], lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
@@ -213,6 +255,13 @@ def parse_flags(argv: list[str]) -> list[str]:
     )
     flags.DEFINE_list("lengths", [str(length) for length in LENGTHS], "Lengths of rows, in tokens.")
     flags.DEFINE_bool("json", False, "Print JSON.")
+    flags.DEFINE_bool(
+        "implementations", False, "Print what every layer's primitives take, at the first length."
+    )
+    flags.DEFINE_enum(
+        "backend", None, ["cpu", "gpu", "tpu"], "Device for --implementations; the one here if absent."
+    )
+    flags.DEFINE_integer("batch", 8, "Rows for --implementations.", lower_bound=1)
     flags.mark_flags_as_required(["config"])
     try:
         return app.parse_flags_with_usage(argv)

@@ -1,20 +1,34 @@
-"""Choice of an implementation: `impl=None` takes the best that accepts the call, a name takes that one or says why not."""
+"""Choice of an implementation: `impl=None` takes the fastest that accepts the call, a name takes that one or says why not."""
 
 import contextlib
 import contextvars
 import dataclasses
 import difflib
+import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+
+from layers.kernels import devices
+from layers.kernels.partition import Mendable
+
+_logger = logging.getLogger(__name__)
 _preferred: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar(
     "preferred", default=None
 )
 _taken: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("taken", default=None)
+_choices: contextvars.ContextVar["list[Choice] | None"] = contextvars.ContextVar("choices", default=None)
 
 
-def _accepts_everything(**_: Any) -> str | None:
+def _no_reason(**_: Any) -> str | None:
     return None
+
+
+def by_name_only(**_: Any) -> str | None:
+    """The `passed_over_reason` of an implementation that only `impl` chooses."""
+    return "it is taken by name only"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,29 +37,60 @@ class Implementation:
 
     Attributes:
       run: the function; takes the arguments of the primitive, already checked.
-      refuses: given the same arguments, the reason why `run` cannot take them, or None.
-      automatic: whether `impl=None` may choose it; given the same arguments.
+      unsupported_reason: given the same arguments, why `run` cannot take them, or None.
+      passed_over_reason: given the same arguments, why `impl=None` does not choose it though it may run, or None.
+      backend: the only kind of device that runs it, or None for all.
     """
 
     run: Callable[..., Any]
-    refuses: Callable[..., str | None] = _accepts_everything
-    automatic: Callable[..., bool] = lambda **_: True
+    unsupported_reason: Callable[..., str | None] = _no_reason
+    passed_over_reason: Callable[..., str | None] = _no_reason
+    backend: devices.Backend | None = None
+
+
+class Choice(NamedTuple):
+    """How one call was dispatched.
+
+    Attributes:
+      primitive: its name.
+      arguments: types and shapes of its arrays, such as "x: float32[8,64,256]".
+      implementation: the one taken.
+      passed_over: the implementations that come before it, each with the reason why it is not taken.
+    """
+
+    primitive: str
+    arguments: str
+    implementation: str
+    passed_over: tuple[tuple[str, str], ...]
 
 
 @contextlib.contextmanager
 def noted() -> Iterator[list[tuple[str, str]]]:
     """Gives a list that gets (primitive, implementation) of every call that is dispatched inside."""
-    taken: list[tuple[str, str]] = []
-    token = _taken.set(taken)
-    try:
+    with _collected(_taken) as taken:
         yield taken
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[list[Choice]]:
+    """Gives a list that gets the `Choice` of every call that is dispatched inside."""
+    with _collected(_choices) as choices:
+        yield choices
+
+
+@contextlib.contextmanager
+def _collected(variable: contextvars.ContextVar) -> Iterator[list[Any]]:
+    collected: list[Any] = []
+    token = variable.set(collected)
+    try:
+        yield collected
     finally:
-        _taken.reset(token)
+        variable.reset(token)
 
 
 @contextlib.contextmanager
 def preferred(choices: Mapping[str, str]) -> Iterator[None]:
-    """Calls with `impl=None` that are traced inside take these implementations, by primitive, wherever they do not refuse."""
+    """Calls with `impl=None` that are traced inside take these implementations, by primitive, wherever they are supported."""
     token = _preferred.set(choices)
     try:
         yield
@@ -56,25 +101,31 @@ def preferred(choices: Mapping[str, str]) -> Iterator[None]:
 def dispatch(
     primitive: str, implementations: Mapping[str, Implementation], impl: str | None, **arguments: Any
 ) -> Any:
-    """Runs the first implementation that is automatic and does not refuse, or the one named `impl`; see also `preferred`.
+    """Runs the first implementation that nothing speaks against, or the one named `impl`; see also `preferred`.
+
+    An implementation for the device at hand that is passed over is logged, once per reason.
 
     Raises:
       ValueError: `impl` is not a known name, or the named implementation cannot take these arguments.
     """
-    if impl is None:
-        if (wanted := (_preferred.get() or {}).get(primitive)) is not None:
-            candidate = _named(primitive, implementations, wanted)
-            if candidate.refuses(**arguments) is None:
-                return _run(primitive, wanted, candidate, arguments)
-        for name, candidate in implementations.items():
-            if candidate.automatic(**arguments) and candidate.refuses(**arguments) is None:
-                return _run(primitive, name, candidate, arguments)
-        impl = "reference"
-    candidate = _named(primitive, implementations, impl)
-    reason = candidate.refuses(**arguments)
-    if reason is not None:
-        raise ValueError(f"impl={impl!r} of {primitive} cannot take this call: {reason}")
-    return _run(primitive, impl, candidate, arguments)
+    if impl is not None:
+        candidate = _named(primitive, implementations, impl)
+        if (reason := candidate.unsupported_reason(**arguments)) is not None:
+            raise ValueError(f"impl={impl!r} of {primitive} cannot take this call: {reason}")
+        return _run(primitive, impl, candidate, arguments)
+    passed_over: dict[str, str] = {}
+    wanted = (_preferred.get() or {}).get(primitive)
+    if wanted is not None:
+        candidate = _named(primitive, implementations, wanted)
+        if (reason := candidate.unsupported_reason(**arguments)) is None:
+            return _run(primitive, wanted, candidate, arguments)
+        _pass_over(primitive, wanted, candidate, reason, passed_over)
+    for name, candidate in implementations.items():
+        reason = candidate.passed_over_reason(**arguments) or candidate.unsupported_reason(**arguments)
+        if reason is None:
+            return _run(primitive, name, candidate, arguments, passed_over)
+        _pass_over(primitive, name, candidate, reason, passed_over)
+    return _run(primitive, "reference", implementations["reference"], arguments, passed_over)
 
 
 def _named(primitive: str, implementations: Mapping[str, Implementation], impl: str) -> Implementation:
@@ -87,7 +138,41 @@ def _named(primitive: str, implementations: Mapping[str, Implementation], impl: 
     return implementations[impl]
 
 
-def _run(primitive: str, name: str, implementation: Implementation, arguments: Mapping[str, Any]) -> Any:
+def _pass_over(
+    primitive: str, name: str, candidate: Implementation, reason: str, passed_over: dict[str, str]
+) -> None:
+    passed_over[name] = reason
+    if candidate.backend is not None and candidate.backend == devices.backend():
+        log_once(primitive, name, reason, isinstance(reason, Mendable))
+
+
+@functools.cache
+def log_once(primitive: str, name: str, reason: str, mendable: bool) -> None:
+    """Logs why an implementation is passed over, as a warning if the caller can change that."""
+    level = logging.WARNING if mendable else logging.INFO
+    _logger.log(level, "%s does not take %r: %s", primitive, name, reason)
+
+
+def _run(
+    primitive: str,
+    name: str,
+    implementation: Implementation,
+    arguments: Mapping[str, Any],
+    passed_over: Mapping[str, str] | None = None,
+) -> Any:
     if (taken := _taken.get()) is not None:
         taken.append((primitive, name))
+    if (choices := _choices.get()) is not None:
+        skipped = tuple((other, why) for other, why in (passed_over or {}).items() if other != name)
+        choices.append(Choice(primitive, _summary(arguments), name, skipped))
     return implementation.run(**arguments)
+
+
+def _summary(arguments: Mapping[str, Any]) -> str:
+    def shown(name, leaf):
+        return f"{name}: {leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+    leaves = {name: jax.tree.leaves(value)[:1] for name, value in arguments.items()}
+    return ", ".join(
+        shown(name, found[0]) for name, found in leaves.items() if found and hasattr(found[0], "shape")
+    )

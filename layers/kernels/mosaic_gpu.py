@@ -1,21 +1,19 @@
 """Mosaic GPU, the part of Pallas that compiles for Hopper: whether it can be used, and how it is called.
 
 Its interface changes between releases of JAX. Kernels reach it through this module only. On a version of JAX that cannot
-build a kernel, or on a device that cannot run it, `refusal` gives the reason, which is logged once, and the call goes to
-XLA.
+build a kernel, or on a device that cannot run it, `refusal` gives the reason, and the call goes to XLA.
 """
 
 import contextlib
 import contextvars
 import functools
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec as P
 
+from layers.kernels import devices
 from layers.kernels.shard_map_types import vary_as
 
 try:
@@ -48,7 +46,6 @@ LANES = 128  # of a warpgroup, which is one thread to Pallas
 SHARED_BYTES = 227 * 1024  # that a block may have on Hopper
 MAX_GRID = 65535  # blocks along every axis of the grid but the last
 
-_logger = logging.getLogger(__name__)
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 
@@ -74,21 +71,10 @@ def refusal(probe: Callable[[], Any]) -> str | None:
       probe: lowers a small example for platform "cuda"; a module-level function, called once.
     """
     if MISSING is not None:
-        return _once(MISSING)
+        return MISSING
     if _interpreted.get():
         return None
-    reason = _device_refusal() or _probe_refusal(probe)
-    return reason and _once(reason)
-
-
-def _device_refusal() -> str | None:
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        return f"it needs a Hopper GPU; JAX computes on {device.platform}"
-    capability = str(getattr(device, "compute_capability", "unknown"))
-    if capability != "9.0":
-        return f"it needs a Hopper GPU (compute capability 9.0); {device.device_kind} has {capability}"
-    return None
+    return devices.hopper_refusal() or _probe_refusal(probe)
 
 
 @functools.cache
@@ -101,12 +87,6 @@ def _probe_refusal(probe: Callable[[], Any]) -> str | None:
             text = (str(error).splitlines() or [""])[0]
             return f"jax {jax.__version__} cannot build the kernel: {type(error).__name__}: {text[:300]}"
     return None
-
-
-@functools.cache
-def _once(reason: str) -> str:
-    _logger.warning("No Mosaic GPU kernels here: %s", reason)
-    return reason
 
 
 def launch(
@@ -175,24 +155,6 @@ def lowered_once(*static: str) -> Callable[[Callable[..., Any]], Callable[..., A
         return call
 
     return decorate
-
-
-def left_to_partitioner() -> bool:
-    """Whether XLA may have to split the call over devices, which it can do only by gathering what the kernel reads."""
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = mesh.empty or jax.sharding.AxisType.Auto in mesh.axis_types
-    return automatic and jax.device_count() > 1
-
-
-def over_shards(
-    function: Callable[..., Any], arrays: Sequence[jax.Array], specs: Sequence[P], out_specs: Any
-) -> Any:
-    """Runs `function` on every device's part of arrays that are sharded on an explicit mesh, resharded to `specs`."""
-    given = [jax.typeof(array).sharding.spec for array in arrays]
-    if not any(name is not None for spec in given for name in spec):
-        return function(*arrays)
-    arrays = [jax.reshard(array, spec) for array, spec in zip(arrays, specs, strict=True)]
-    return jax.shard_map(function, in_specs=tuple(specs), out_specs=out_specs)(*arrays)
 
 
 def strided(ref: Any, width: int) -> jax.Array:
@@ -295,6 +257,6 @@ def spread(vector: jax.Array, axis: int, shape: tuple[int, int]) -> jax.Array:
     return jax.lax.broadcast_in_dim(vector, shape, (axis,))
 
 
-def places(shape: tuple[int, int], axis: int) -> jax.Array:
-    """The place of every number of a matrix in registers along an axis."""
+def indices(shape: tuple[int, int], axis: int) -> jax.Array:
+    """The index of every entry of a matrix in registers along an axis."""
     return plgpu.broadcasted_iota(jax.numpy.int32, shape, axis, layout=plgpu.Layout.WGMMA)

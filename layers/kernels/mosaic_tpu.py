@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from layers.kernels import devices, partition
+
 # None: compiled, on a TPU and nowhere else. Parameters of an interpreter (`pltpu.InterpretParams`, or True for the
 # simple one): interpreted, on any device. False: compiled whatever the device, to lower for a TPU from elsewhere.
 INTERPRET: pltpu.InterpretParams | bool | None = None
@@ -19,23 +21,19 @@ LANES = 128
 
 def unavailable(*arrays: jax.Array | None) -> str | None:
     """Why kernels cannot run here or take arrays of these types, or None."""
-    if INTERPRET is None and jax.default_backend() != "tpu":
-        return f"the device is a {jax.default_backend()}; expected a TPU"
+    if INTERPRET is None and devices.backend() != "tpu":
+        return f"the device is a {devices.backend()}; expected a TPU"
     for array in arrays:
         if array is not None and array.dtype not in (jnp.float32, jnp.bfloat16, jnp.complex64):
             return f"an array has dtype {array.dtype}; expected float32, bfloat16 or complex64"
     return None
 
 
-def preferred() -> bool:
-    """Whether a call that leaves the choice open may choose a kernel: on one TPU, or inside `jax.shard_map`.
-
-    Elsewhere arrays may lie on several devices, and a kernel cannot be partitioned among them.
-    """
-    if INTERPRET is not None or jax.default_backend() != "tpu":
-        return False
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
+def passed_over_reason(x: jax.Array) -> str | None:
+    """Why a call that leaves the choice open does not choose a kernel, or None; x has rows along its first axis."""
+    if INTERPRET is not None or devices.backend() != "tpu":
+        return f"the device is a {devices.backend()}; expected a TPU"
+    return partition.passed_over_reason(x)
 
 
 def call(

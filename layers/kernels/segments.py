@@ -9,7 +9,6 @@ model. Every function that takes `segment_ids` takes `Segments` in their place.
 """
 
 import dataclasses
-import functools
 from typing import Literal
 
 import jax
@@ -20,11 +19,6 @@ from layers.typing import Array, Bool, Int, Num
 Padding = Literal["anywhere", "end"]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["ids", "numbers", "positions", "starts"],
-    meta_fields=["padding", "packed"],
-)
 @dataclasses.dataclass(frozen=True)
 class Segments:
     """Segment ids and what follows from them. `Segments.of` makes one.
@@ -92,6 +86,24 @@ class Segments:
 
 SegmentIds = Int[Array, "b t"] | Segments | None
 
+_ARRAYS, _STATIC = ("ids", "numbers", "positions", "starts"), ("padding", "packed")
+
+
+def _flatten_with_keys(segments):
+    arrays = [(jax.tree_util.GetAttrKey(name), getattr(segments, name)) for name in _ARRAYS]
+    return arrays, tuple(getattr(segments, name) for name in _STATIC)
+
+
+def _unflatten(static, arrays):
+    """Without `__init__`, which checks types: JAX also builds trees of placeholders, such as specs."""
+    segments = object.__new__(Segments)
+    for name, value in zip((*_ARRAYS, *_STATIC), (*arrays, *static), strict=True):
+        object.__setattr__(segments, name, value)
+    return segments
+
+
+jax.tree_util.register_pytree_with_keys(Segments, _flatten_with_keys, _unflatten)
+
 
 def _starts_at_end(ids):
     before = jnp.pad(ids, ((0, 0), (1, 0)))[:, :-1]
@@ -118,6 +130,19 @@ def select_real(x: Num[Array, "b t *f"], segment_ids: SegmentIds) -> Num[Array, 
         return x
     real = segment_ids.real if isinstance(segment_ids, Segments) else segment_ids != 0
     return jnp.where(jnp.expand_dims(real, tuple(range(2, x.ndim))), x, 0)
+
+
+def reset_mask(segments: Segments, reverse: bool = False) -> Bool[Array, "b t"] | None:
+    """Where a state is forgotten, with time running backward if `reverse`; None if that is nowhere, statically."""
+    if not segments.packed:
+        return None
+    if not reverse:
+        return segments.starts
+    none = jnp.iinfo(segments.numbers.dtype).max
+    numbers = jnp.where(segments.real, segments.numbers, none)
+    following = jax.lax.cummin(numbers, axis=1, reverse=True)
+    following = jnp.pad(following, ((0, 0), (0, 1)), constant_values=none)[:, 1:]
+    return segments.real & (following != none) & (following != segments.numbers)
 
 
 def segment_starts(segment_ids: SegmentIds) -> Bool[Array, "b t"]:

@@ -97,6 +97,31 @@ def test_an_alias_and_an_inner_mixer_are_named():
     assert [row["mixer"] for row in record["layers"]] == ["both (bidirectional mamba)", "bidirectional s5"]
 
 
+def test_implementations_say_why_nothing_faster_is_taken():
+    hybrid = config(width=64, pattern=("retnet", "attention"), dtype="bfloat16")
+    hybrid["model"]["mixers"] = {"retnet": dict(heads=2), "attention": dict(heads=2)}
+
+    def taken(backend, length):
+        rows = describe.implementations(hybrid, length, 32, backend)
+        assert [row["mixer"] for row in rows] == ["retnet", "attention"]
+        calls = [{call["primitive"]: call for call in row["calls"]} for row in rows]
+        return (
+            calls[0]["gated_linear_attention"],
+            calls[1]["attention"],
+            describe.implementations_text(rows, backend),
+        )
+
+    recurrent, attention, _ = taken("gpu", 128)
+    assert recurrent["implementation"] == "gpu"
+    assert attention["implementation"] == "cudnn"
+    recurrent, _, text = taken("gpu", 32)
+    assert recurrent["implementation"] == "xla"
+    assert "not gpu: q has 32 tokens; a chunk has" in text
+    recurrent, attention, _ = taken("cpu", 128)
+    assert (recurrent["implementation"], attention["implementation"]) == ("xla", "xla")
+    assert "needs a Hopper GPU" in dict(recurrent["passed_over"])["gpu"]
+
+
 @pytest.mark.parametrize("entry", MIXERS)
 def test_every_mixer_can_be_described(entry):
     name, options = MIXERS[entry]

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 from layers.kernels import checks
 from layers.kernels.attention import cudnn, reference, xla
 from layers.kernels.attention.options import Options, check
-from layers.kernels.dispatch import Implementation, dispatch
+from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.segments import SegmentIds
 from layers.typing import Array, Float, Int
 
 __all__ = ["Piece", "attention", "attention_with_lse", "compose"]
 
 IMPLEMENTATIONS = {
-    "cudnn": Implementation(cudnn.attention, refuses=cudnn.refuses),
+    "cudnn": Implementation(cudnn.attention, cudnn.refuses, backend="gpu"),
     "xla": Implementation(xla.attention),
-    "reference": Implementation(reference.attention, automatic=lambda **_: False),
+    "reference": Implementation(reference.attention, passed_over_reason=by_name_only),
 }
 WITH_LSE = {name: one for name, one in IMPLEMENTATIONS.items() if name != "cudnn"}
 

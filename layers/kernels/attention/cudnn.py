@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from layers.kernels import devices
+from layers.kernels.attention import xla
 from layers.kernels.attention.options import Options
 
 TAKEN = ("causal", "window", "scale")
@@ -10,6 +12,8 @@ TAKEN = ("causal", "window", "scale")
 
 def attention(q, k, v, options):
     """The output (b, t, h, v), and None for the log-sum-exp."""
+    if devices.assumed():  # cuDNN cannot be traced where it is not installed
+        return xla.attention(q, k, v, options)
     o = options
     output = jax.nn.dot_product_attention(
         q,
@@ -35,12 +39,15 @@ def refuses(q, k, v, options) -> str | None:
         return f"it takes q, k and v all bfloat16 or all float16, not {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[1] % 2 or k.shape[1] % 2:
         return f"its gradients need even lengths; they are {q.shape[1]} and {k.shape[1]}"
-    device = _device()
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
-        return f"it needs an NVIDIA GPU; the device is {device.device_kind}"
-    capability = tuple(map(int, device.compute_capability.split(".")))
-    if capability < (8, 0):
-        return f"it needs compute capability 8.0; {device.device_kind} has {device.compute_capability}"
+    if devices.assumed() == "gpu":
+        capability = (9, 0)
+    else:
+        device = _device()
+        if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+            return f"it needs an NVIDIA GPU; the device is {device.device_kind}"
+        capability = tuple(map(int, device.compute_capability.split(".")))
+        if capability < (8, 0):
+            return f"it needs compute capability 8.0; {device.device_kind} has {device.compute_capability}"
     largest = 256 if capability >= (9, 0) else 128
     if q.shape[3] != v.shape[3] or q.shape[3] % 8 or q.shape[3] > largest:
         return f"it takes heads of one size for k and v, a multiple of 8 up to {largest}; they are {q.shape[3]} and {v.shape[3]}"

@@ -7,20 +7,20 @@ import jax.numpy as jnp
 
 from layers.kernels import checks
 from layers.kernels.delta_rule import gpu, reference, xla
-from layers.kernels.dispatch import Implementation, dispatch
+from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.segments import SegmentIds
 from layers.typing import Array, Float
 
 __all__ = ["Piece", "compose", "delta_rule", "dplr_delta_rule", "summarize", "summarize_dplr"]
 
 DELTA_RULE = {
-    "gpu": Implementation(gpu.delta_rule, gpu.refuses, gpu.automatic),
+    "gpu": Implementation(gpu.delta_rule, gpu.unsupported_reason, gpu.passed_over_reason, "gpu"),
     "xla": Implementation(xla.delta_rule),
-    "reference": Implementation(reference.delta_rule, automatic=lambda **_: False),
+    "reference": Implementation(reference.delta_rule, passed_over_reason=by_name_only),
 }
 DPLR_DELTA_RULE = {
     "xla": Implementation(xla.dplr_delta_rule),
-    "reference": Implementation(reference.dplr_delta_rule, automatic=lambda **_: False),
+    "reference": Implementation(reference.dplr_delta_rule, passed_over_reason=by_name_only),
 }
 
 
@@ -157,7 +157,6 @@ def _checked(name, implementations, impl, sizes, inputs, options, initial_state,
     if initial_state is not None:
         checks.check_shape("initial_state", initial_state, "b h k v", sizes)
     segments = checks.check_segment_ids(segment_ids, sizes)
-    segment_ids = None if segments is None else segments.ids
     if options["scale"] is None:
         options["scale"] = sizes["k"] ** -0.5
     if v.shape[1] == 0:
@@ -166,7 +165,7 @@ def _checked(name, implementations, impl, sizes, inputs, options, initial_state,
             initial_state = jnp.zeros([sizes[letter] for letter in "bhkv"], dtype)
         return v, initial_state.astype(dtype)
     o, final = dispatch(
-        name, implementations, impl, **inputs, **options, initial_state=initial_state, segment_ids=segment_ids
+        name, implementations, impl, **inputs, **options, initial_state=initial_state, segments=segments
     )
     return o.astype(v.dtype), final
 

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
-from layers.kernels.segments import segment_starts
+from layers.kernels.segments import Segments
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def delta_rule(q, k, v, beta, log_decay, scale, normalize_qk, initial_state, segment_ids):
+def delta_rule(q, k, v, beta, log_decay, scale, normalize_qk, initial_state, segments):
     """S' = Diag(alpha_t) S_{t-1}, S_t = S' + beta_t k_t (v_t - S'^T k_t)^T, o_t = scale S_t^T q_t."""
     dtype = accumulation_dtype(q, k, v, beta, log_decay, initial_state)
     q, k, v, beta = (x.astype(dtype) for x in (q, k, v, beta))
@@ -25,10 +25,10 @@ def delta_rule(q, k, v, beta, log_decay, scale, normalize_qk, initial_state, seg
         return state + beta[..., None, None] * k[..., :, None] * error[..., None, :]
 
     inputs = k, v, beta, _decay(log_decay, v, dtype)
-    return _run(update, inputs, scale * q, _state(initial_state, k, v), segment_ids)
+    return _run(update, inputs, scale * q, _state(initial_state, k, v), segments)
 
 
-def dplr_delta_rule(q, k, v, a, b, log_decay, scale, initial_state, segment_ids):
+def dplr_delta_rule(q, k, v, a, b, log_decay, scale, initial_state, segments):
     """S_t = Diag(w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T, o_t = scale S_t^T q_t."""
     dtype = accumulation_dtype(q, k, v, a, b, log_decay, initial_state)
     q, k, v, a, b = (x.astype(dtype) for x in (q, k, v, a, b))
@@ -38,7 +38,7 @@ def dplr_delta_rule(q, k, v, a, b, log_decay, scale, initial_state, segment_ids)
         return w * state + b[..., :, None] * read[..., None, :] + k[..., :, None] * v[..., None, :]
 
     inputs = k, v, a, b, _decay(log_decay, v, dtype)
-    return _run(update, inputs, scale * q, _state(initial_state, k, v), segment_ids)
+    return _run(update, inputs, scale * q, _state(initial_state, k, v), segments)
 
 
 def _decay(log_decay, v, dtype):
@@ -54,11 +54,11 @@ def _state(initial_state, k, v):
     return jnp.zeros(shape, v.dtype) if initial_state is None else initial_state.astype(v.dtype)
 
 
-def _run(update, inputs, q, state, segment_ids):
+def _run(update, inputs, q, state, segments):
     """Every output and the last state; a segment starts from zero, padding leaves the state and outputs zero."""
-    if segment_ids is None:
-        segment_ids = jnp.ones(q.shape[:2], jnp.int32)
-    start, padding = segment_starts(segment_ids), segment_ids == 0
+    if segments is None:
+        segments = Segments.of(jnp.ones(q.shape[:2], jnp.int32))
+    start, padding = segments.starts, ~segments.real
 
     def step(state, inputs):
         inputs, q, start, padding = inputs

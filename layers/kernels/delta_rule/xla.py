@@ -31,7 +31,7 @@ from layers.kernels.checks import accumulation_dtype
 from layers.kernels.delta_rule.decay import RESET, scores
 from layers.kernels.delta_rule.triangular import inverse
 from layers.kernels.mixed_precision import product, solve
-from layers.kernels.segments import segment_starts
+from layers.kernels.segments import reset_mask
 
 # Steps a chunk; a power of two. Longer chunks do more arithmetic and fewer steps of the scan; with a decay per channel
 # they also keep larger intermediate results.
@@ -63,22 +63,22 @@ class Chunks(NamedTuple):
     state: jax.Array | None  # (k, v)
 
 
-def delta_rule(q, k, v, beta, log_decay, scale, normalize_qk, initial_state, segment_ids, chunk=None):
+def delta_rule(q, k, v, beta, log_decay, scale, normalize_qk, initial_state, segments, chunk=None):
     """Runs the delta rule; the arguments are checked by the public function."""
     inputs = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
     if chunk is None:
         per_channel = log_decay is not None and log_decay.ndim == 4
         chunk = CHUNK if per_channel or jax.default_backend() == "cpu" else GPU_SCALAR_CHUNK
-    return _run(inputs, initial_state, segment_ids, False, scale, normalize_qk, chunk)
+    return _run(inputs, initial_state, segments, False, scale, normalize_qk, chunk)
 
 
-def dplr_delta_rule(q, k, v, a, b, log_decay, scale, initial_state, segment_ids, chunk=CHUNK):
+def dplr_delta_rule(q, k, v, a, b, log_decay, scale, initial_state, segments, chunk=CHUNK):
     """Runs the diagonal-plus-low-rank rule; the arguments are checked by the public function."""
     inputs = {"q": q, "k": k, "v": v, "a": a, "b": b, "log_decay": log_decay}
-    return _run(inputs, initial_state, segment_ids, True, scale, False, chunk)
+    return _run(inputs, initial_state, segments, True, scale, False, chunk)
 
 
-def _run(inputs, initial_state, segment_ids, general, scale, normalize_qk, chunk):
+def _run(inputs, initial_state, segments, general, scale, normalize_qk, chunk):
     """Pads time to whole chunks, so that few shapes are compiled, and runs them."""
     v, k = inputs["v"], inputs["k"]
     batch, time, heads, value_dim = v.shape
@@ -91,20 +91,20 @@ def _run(inputs, initial_state, segment_ids, general, scale, normalize_qk, chunk
         initial_state = jnp.broadcast_to(zeros, (batch, heads, k.shape[-1], value_dim))
     padding = -time % chunk
     if padding:  # zeros are no-ops for both rules
-        inputs, segment_ids = jax.tree.map(
-            lambda x: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)), (inputs, segment_ids)
+        inputs, segments = jax.tree.map(
+            lambda x: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)), (inputs, segments)
         )
-    o, final = _compiled(rule, inputs, segment_ids, initial_state.astype(accumulate))
+    o, final = _compiled(rule, inputs, segments, initial_state.astype(accumulate))
     return o[:, :time], final
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(rule, inputs, segment_ids, state):
-    return _forward(rule, inputs, segment_ids, state)[0]
+def _chunked(rule, inputs, segments, state):
+    return _forward(rule, inputs, segments, state)[0]
 
 
-def _forward(rule, inputs, segment_ids, state):
-    chunks = _equations(rule, inputs, segment_ids, state.dtype)
+def _forward(rule, inputs, segments, state):
+    chunks = _equations(rule, inputs, segments, state.dtype)
     inverted = inverse(chunks.lower).astype(rule.dtype)
     states = state[None]
     if chunks.lower.shape[0] > 1:
@@ -114,16 +114,14 @@ def _forward(rule, inputs, segment_ids, state):
     o, last = _apply(rule, chunks, inverted, states)
     if chunks.lower.shape[0] == 1:
         final = last[0]
-    return (_unchunk(o).astype(inputs["v"].dtype), final), (inputs, segment_ids, states, inverted)
+    return (_unchunk(o).astype(inputs["v"].dtype), final), (inputs, segments, states, inverted)
 
 
 def _backward(rule, residuals, cotangents):
     # The barrier keeps the compiler from storing what the forward pass computed in place of computing it again.
-    (inputs, segment_ids, states, inverted), (do, dfinal) = jax.lax.optimization_barrier(
-        (residuals, cotangents)
-    )
+    (inputs, segments, states, inverted), (do, dfinal) = jax.lax.optimization_barrier((residuals, cotangents))
     do = _chunk(do, rule.chunk)
-    chunks, equations_vjp = jax.vjp(lambda x: _equations(rule, x, segment_ids, dfinal.dtype), inputs)
+    chunks, equations_vjp = jax.vjp(lambda x: _equations(rule, x, segments, dfinal.dtype), inputs)
     dstates = dfinal[None]
     if chunks.lower.shape[0] > 1:
         w = _times(rule, "...ij,...jk->...ik", inverted, chunks.erase)
@@ -175,20 +173,22 @@ def _times(rule, spec, a, b):
     return product(spec, a, b, rule.dtype, rule.dtype)
 
 
-def _equations(rule, inputs, segment_ids, dtype):
+def _equations(rule, inputs, segments, dtype):
     """`Chunks` from the arguments."""
     x = {name: array.astype(dtype) for name, array in inputs.items() if array is not None}
     log_decay = x.pop("log_decay", jnp.zeros((1, *inputs["v"].shape[1:2], 1), dtype))
-    if segment_ids is not None:
-        padding, start = segment_ids == 0, segment_starts(segment_ids)
+    if segments is not None:
+        padding, start = ~segments.real, reset_mask(segments)
 
         def where(mask, value, array):
             return jnp.where(mask.reshape(*mask.shape, *[1] * (array.ndim - 2)), value, array)
 
         x = {name: where(padding, 0, array) for name, array in x.items()}
-        log_decay = where(start, RESET, where(padding, 0, log_decay))
-        if rule.general:  # reads before the decay
-            x["a"] = where(start, 0, x["a"])
+        log_decay = where(padding, 0, log_decay)
+        if start is not None:
+            log_decay = where(start, RESET, log_decay)
+            if rule.general:  # reads before the decay
+                x["a"] = where(start, 0, x["a"])
     if rule.normalize_qk:
         for name in ("q", "k"):
             x[name] *= jax.lax.rsqrt(jnp.sum(x[name] * x[name], axis=-1, keepdims=True) + 1e-6)

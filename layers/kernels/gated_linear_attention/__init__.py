@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import checks
-from layers.kernels.dispatch import Implementation, dispatch
+from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.gated_linear_attention import gpu, reference, tpu, xla
-from layers.kernels.segments import SegmentIds, segment_starts
+from layers.kernels.segments import SegmentIds, select_real
 from layers.typing import Array, Float
 
 __all__ = ["SMALLEST_DENOMINATOR", "Piece", "compose", "gated_linear_attention", "summarize"]
 
 IMPLEMENTATIONS = {
-    "gpu": Implementation(gpu.gated_linear_attention, gpu.refuses, gpu.automatic),
-    "tpu": Implementation(tpu.gated_linear_attention, tpu.refuses, tpu.automatic),
+    "gpu": Implementation(gpu.gated_linear_attention, gpu.unsupported_reason, gpu.passed_over_reason, "gpu"),
+    "tpu": Implementation(tpu.gated_linear_attention, tpu.unsupported_reason, tpu.passed_over_reason, "tpu"),
     "xla": Implementation(xla.gated_linear_attention),
-    "reference": Implementation(reference.gated_linear_attention, automatic=lambda **_: False),
+    "reference": Implementation(reference.gated_linear_attention, passed_over_reason=by_name_only),
 }
 
 # A denominator nearer to 0 than this is replaced by it, with the sign kept.
@@ -80,7 +80,7 @@ def gated_linear_attention(
     Raises:
       ValueError, TypeError: a shape, type, `scale` or `impl` does not fit; the message names the argument.
     """
-    sizes = _check(q=q, k=k, v=v, log_decay=log_decay, segment_ids=segment_ids)
+    sizes, segments = _check(q=q, k=k, v=v, log_decay=log_decay, segment_ids=segment_ids)
     checks.check_real(bonus=bonus, initial_state=initial_state)
     if bonus is not None:
         _raise_heads(bonus, 0, sizes)
@@ -109,7 +109,7 @@ def gated_linear_attention(
         scale=sizes["k"] ** -0.5 if scale is None else scale,
         normalize=normalize,
         initial_state=initial_state,
-        segment_ids=segment_ids,
+        segments=segments,
         smallest=SMALLEST_DENOMINATOR,
     )
     return o.astype(v.dtype), final
@@ -136,7 +136,7 @@ def summarize(
     The first real token of the stretch continues what came before; if a segment starts there, the caller sets `decay`
     to zero. The heads are those of the largest of k, v and log_decay. With a bonus the effect is the same.
     """
-    sizes = _check(k=k, v=v, log_decay=log_decay, segment_ids=segment_ids)
+    sizes, segments = _check(k=k, v=v, log_decay=log_decay, segment_ids=segment_ids)
     dtype = checks.accumulation_dtype(k, v, log_decay)
     shape = sizes["b"], sizes["t"], sizes["h"]
     total = jnp.zeros((*shape[::2], 1), dtype)
@@ -144,15 +144,14 @@ def summarize(
         every = log_decay[None, None] if log_decay.ndim == 1 else log_decay
         every = every[..., None] if every.ndim == 3 else every
         every = jnp.broadcast_to(every.astype(dtype), (*shape, every.shape[-1]))
-        if segment_ids is not None:
-            every = jnp.where((segment_ids == 0)[..., None, None], 0, every)
+        every = select_real(every, segments)
         total = every.sum(1)
     decay = jnp.exp(total)[..., None]
-    if segment_ids is not None:
-        forgotten = segment_starts(segment_ids).any(1)
+    if segments is not None and segments.packed:
+        forgotten = segments.starts.any(1)
         decay = jnp.where(forgotten[:, None, None, None], 0, decay)
     _, state = gated_linear_attention(
-        k, k, v, log_decay=log_decay, normalize=normalize, segment_ids=segment_ids, impl=impl
+        k, k, v, log_decay=log_decay, normalize=normalize, segment_ids=segments, impl=impl
     )
     return Piece(decay, state)
 
@@ -163,7 +162,7 @@ def compose(first: Piece, second: Piece) -> Piece:
 
 
 def _check(*, k, v, log_decay, segment_ids, q=None):
-    """Checks what `gated_linear_attention` and `summarize` share, and returns the sizes b, t, k, v and h."""
+    """Checks what `gated_linear_attention` and `summarize` share, and returns the sizes b, t, k, v and h, and `Segments`."""
     inputs = {name: x for name, x in (("q", q), ("k", k), ("v", v)) if x is not None}
     checks.check_real(**inputs, log_decay=log_decay)
     sizes: dict[str, int] = {}
@@ -185,9 +184,7 @@ def _check(*, k, v, log_decay, segment_ids, q=None):
             raise ValueError(
                 f"{name} has {count} heads; expected a count that divides the largest, {sizes['h']}"
             )
-    segments = checks.check_segment_ids(segment_ids, sizes)
-    segment_ids = None if segments is None else segments.ids
-    return sizes
+    return sizes, checks.check_segment_ids(segment_ids, sizes)
 
 
 def _raise_heads(x, axis, sizes):

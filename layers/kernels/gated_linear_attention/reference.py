@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
-from layers.kernels.segments import segment_starts
+from layers.kernels.segments import Segments
 
 
-def gated_linear_attention(q, k, v, log_decay, bonus, scale, normalize, initial_state, segment_ids, smallest):
+def gated_linear_attention(q, k, v, log_decay, bonus, scale, normalize, initial_state, segments, smallest):
     """S_t = Diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, read after the step, or before it if there is a bonus."""
     dtype = accumulation_dtype(q, k, v, log_decay, bonus, initial_state)
     batch, time = q.shape[:2]
@@ -23,8 +23,8 @@ def gated_linear_attention(q, k, v, log_decay, bonus, scale, normalize, initial_
     if normalize:
         v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
     log_decay = jnp.broadcast_to(log_decay, (batch, time, heads, log_decay.shape[-1])).astype(dtype)
-    if segment_ids is None:
-        segment_ids = jnp.ones((batch, time), jnp.int32)
+    if segments is None:
+        segments = Segments.of(jnp.ones((batch, time), jnp.int32))
     state = jnp.zeros((batch, heads, k.shape[-1], v.shape[-1]), dtype)
     if initial_state is not None:
         state = initial_state.astype(dtype)
@@ -39,7 +39,7 @@ def gated_linear_attention(q, k, v, log_decay, bonus, scale, normalize, initial_
         o = jnp.einsum("bhk,bhkv->bhv", q, read, precision=jax.lax.Precision.HIGHEST)
         return jnp.where(padding, state, after), jnp.where(padding[..., 0], 0, o)
 
-    inputs = (q, k, v, log_decay, segment_starts(segment_ids), segment_ids == 0)
+    inputs = (q, k, v, log_decay, segments.starts, ~segments.real)
     final, o = jax.lax.scan(step, state, tuple(jnp.swapaxes(x, 0, 1) for x in inputs))
     o = jnp.swapaxes(o, 0, 1)
     if normalize:

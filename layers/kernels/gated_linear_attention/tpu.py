@@ -27,11 +27,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
 
-from layers.kernels import mosaic_tpu
+from layers.kernels import mosaic_tpu, partition
 from layers.kernels.gated_linear_attention import tpu_kernels
 from layers.kernels.mixed_precision import operand_dtype
-from layers.kernels.segments import segment_numbers
+from layers.kernels.segments import select_real
 from layers.kernels.shard_map_types import vary_as
 
 # Steps a chunk, the size of matrix units, and chunks a block (half as many in float32): fewer, longer steps
@@ -68,7 +69,7 @@ class Settings(NamedTuple):
     interpret: Any
 
 
-def refuses(q, k, v, log_decay, bonus, normalize, initial_state, **_):
+def unsupported_reason(q, k, v, log_decay, bonus, normalize, initial_state, **_):
     """Why the kernels cannot take a call, or None."""
     if normalize:
         return "normalize=True is not implemented; use impl='xla'"
@@ -88,20 +89,46 @@ def refuses(q, k, v, log_decay, bonus, normalize, initial_state, **_):
     return mosaic_tpu.unavailable(q, k, v, log_decay, initial_state)
 
 
-def automatic(q, k, v, **_):
-    """On a TPU, in bfloat16, where sequences fill chunks and heads registers; unmeasured, so the rest is left to XLA."""
-    return (
-        mosaic_tpu.preferred()
-        and operand_dtype(q, k, v) == jnp.bfloat16
-        and q.shape[1] >= CHUNK
-        and k.shape[3] >= 64
-        and v.shape[3] >= 64
+def passed_over_reason(q, k, v, **_):
+    """Why `impl=None` does not take the kernels, or None. They are not timed; calls that fill no chunk are left to XLA."""
+    if reason := mosaic_tpu.passed_over_reason(q):
+        return reason
+    if (dtype := operand_dtype(q, k, v)) != jnp.bfloat16:
+        return f"products are in {dtype}; the kernels are for bfloat16"
+    if q.shape[1] < CHUNK or k.shape[3] < 64 or v.shape[3] < 64:
+        return f"q has {q.shape[1]} tokens and v {v.shape[3]} features; expected at least {CHUNK} and 64"
+    return None
+
+
+def gated_linear_attention(q, k, v, log_decay, bonus, scale, normalize, initial_state, segments, smallest):
+    """Runs the kernels; the arguments are checked by the public function and by `unsupported_reason`."""
+    del bonus, normalize, smallest
+    own = 1 if log_decay is None else log_decay.shape[0 if log_decay.ndim == 1 else 2]
+    heads = max(*(x.shape[2] for x in (q, k, v)), own)
+    rows, _, split, _ = partition.spec_of(v, heads=2)
+    if v.shape[2] != heads or any(x.shape[2] not in (1, heads) for x in (q, k)):
+        split = None
+
+    def across(count):
+        return split if count == heads else None
+
+    decay_spec = None
+    if log_decay is not None and log_decay.ndim == 1:
+        decay_spec = P(across(own))
+    elif log_decay is not None:
+        decay_spec = P(rows if log_decay.shape[0] > 1 else None, None, across(own))
+    specs = *(P(rows, None, across(x.shape[2]), None) for x in (q, k, v)), decay_spec
+    state = P(rows, split, None, None)
+    return partition.over_shards(
+        functools.partial(_local, scale),
+        (q, k, v, log_decay, initial_state, segments),
+        (*specs, state, P(rows, None)),
+        (P(rows, None, split, None), state),
     )
 
 
-def gated_linear_attention(q, k, v, log_decay, bonus, scale, normalize, initial_state, segment_ids, smallest):
-    """Runs the kernels; the arguments are checked by the public function and by `refuses`."""
-    del bonus, normalize, smallest
+def _local(scale, q, k, v, log_decay, initial_state, segments):
+    """The call on one device."""
     groups, heads, width = _heads(q, k, v, log_decay)
     dtype = operand_dtype(q, k, v)
     count = pl.cdiv(q.shape[1], CHUNK)
@@ -118,7 +145,7 @@ def gated_linear_attention(q, k, v, log_decay, bonus, scale, normalize, initial_
         dtype=dtype,
         interpret=mosaic_tpu.INTERPRET,
     )
-    return _run(settings, q, k, v, log_decay, initial_state, segment_ids)
+    return _run(settings, q, k, v, log_decay, initial_state, segments)
 
 
 def _heads(q, k, v, log_decay):
@@ -142,7 +169,7 @@ def _part(heads, width):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(settings, q, k, v, log_decay, initial_state, segment_ids):
+def _run(settings, q, k, v, log_decay, initial_state, segments):
     """Brings arrays into the layout of the kernels, with time cut into chunks n.
 
     q, k: (b, groups, n c, k); v: (b, groups, n c, heads v); log-decay: (b or 1, groups, n, heads, c);
@@ -151,6 +178,9 @@ def _run(settings, q, k, v, log_decay, initial_state, segment_ids):
     batch, time, _, values = v.shape
     groups, heads, keys, width = settings.groups, settings.group, settings.keys, settings.width
     missing = -time % (settings.chunk * settings.chunks)
+    only_padding = segments is not None and not segments.packed
+    if only_padding:
+        q, k, v = (select_real(x, segments) for x in (q, k, v))
 
     def by_group(x, count, width):
         x = jnp.repeat(x.astype(settings.dtype), count // x.shape[2], axis=2)
@@ -163,6 +193,8 @@ def _run(settings, q, k, v, log_decay, initial_state, segment_ids):
         # Less than this decays to 0 as well, and an infinity would meet zeros in the sums.
         g = jnp.maximum(g, 2 * math.log(jnp.finfo(jnp.float32).tiny))
         g = jnp.broadcast_to(g, (g.shape[0], time, g.shape[2]))
+        if only_padding:
+            g = select_real(jnp.broadcast_to(g, (batch, *g.shape[1:])), segments)
         g = jnp.pad(g, ((0, 0), (0, missing), (0, 0)))
         g = g.reshape(g.shape[0], -1, settings.chunk, groups, heads)
         log_decays = (g.transpose(0, 3, 1, 4, 2),)
@@ -176,17 +208,17 @@ def _run(settings, q, k, v, log_decay, initial_state, segment_ids):
     moving = by_group(q, groups, keys), by_group(k, groups, keys), by_group(v, groups * heads, width)
     moving = *moving, log_decays, state
     *moving, state = jax.tree.map(lambda x: vary_as(x, *jax.tree.leaves(moving)), moving)
-    o, final = _attend(settings, *moving, _numbers(settings, segment_ids, missing), state)
+    o, final = _attend(settings, *moving, _numbers(settings, segments, missing), state)
     o = o.swapaxes(1, 2).reshape(batch, -1, groups * heads, width)
     final = final.reshape(batch, groups, keys, heads, width).swapaxes(2, 3).reshape(batch, -1, keys, width)
     return o[:, :time, :, :values], final[:, :, : k.shape[3], :values]
 
 
-def _numbers(settings, segment_ids, missing):
+def _numbers(settings, segments, missing):
     """(b, n, 2, c): the segment of every step, 0 for padding, and in the second row the one that enters the chunk."""
-    if segment_ids is None:
+    if segments is None or not segments.packed:
         return ()
-    number = jnp.pad(segment_numbers(segment_ids), ((0, 0), (0, missing)))
+    number = jnp.pad(segments.numbers, ((0, 0), (0, missing)))
     number = number.reshape(number.shape[0], -1, settings.chunk)
     leaving = jnp.maximum(jax.lax.cummax(number.max(2), axis=1), 1)
     entering = jnp.pad(leaving, ((0, 0), (1, 0)), constant_values=1)[:, :-1]

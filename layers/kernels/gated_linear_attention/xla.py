@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.gated_linear_attention.chunked import Settings, attend
 from layers.kernels.mixed_precision import operand_dtype
-from layers.kernels.segments import segment_numbers
+from layers.kernels.segments import select_real
 
 # Steps a chunk: what is stored for scores grows with it, what is stored for states falls.
 SCALAR_CHUNK = 128
@@ -28,7 +28,7 @@ def gated_linear_attention(
     scale,
     normalize,
     initial_state,
-    segment_ids,
+    segments,
     smallest,
     *,
     chunk=None,
@@ -53,11 +53,9 @@ def gated_linear_attention(
         missing = v.shape[-1] - initial_state.shape[-1]
         state = jnp.pad(initial_state.astype(wide), ((0, 0),) * 3 + ((0, missing),))
     number = None
-    if segment_ids is not None:
-        number = segment_numbers(segment_ids)
-        padding = number == 0
-        q, k, v = (jnp.where(padding[..., None, None], 0, x) for x in (q, k, v))
-        g = jnp.where(padding.reshape(*padding.shape, *(1,) * (g.ndim - 2)), 0, g)
+    if segments is not None:
+        number = segments.numbers if segments.packed else None
+        q, k, v, g = (select_real(x, segments) for x in (q, k, v, g))
     chunk = min(chunk or (CHANNEL_CHUNK if per_channel else SCALAR_CHUNK), _power_of_two(time))
     settings = Settings(
         scale=1.0 if normalize else scale,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import checks
-from layers.kernels.dispatch import Implementation, dispatch
+from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.linear_recurrence import gpu, reference, tpu, xla
 from layers.kernels.segments import SegmentIds
 from layers.typing import Array, Num
@@ -14,10 +14,10 @@ from layers.typing import Array, Num
 __all__ = ["Piece", "compose", "linear_recurrence", "summarize"]
 
 IMPLEMENTATIONS = {
-    "gpu": Implementation(gpu.linear_recurrence, gpu.refuses, gpu.automatic),
-    "tpu": Implementation(tpu.linear_recurrence, tpu.refuses, tpu.automatic),
+    "gpu": Implementation(gpu.linear_recurrence, gpu.unsupported_reason, gpu.passed_over_reason, "gpu"),
+    "tpu": Implementation(tpu.linear_recurrence, tpu.unsupported_reason, tpu.passed_over_reason, "tpu"),
     "xla": Implementation(xla.linear_recurrence),
-    "reference": Implementation(reference.linear_recurrence, automatic=lambda **_: False),
+    "reference": Implementation(reference.linear_recurrence, passed_over_reason=by_name_only),
 }
 
 
@@ -58,7 +58,6 @@ def linear_recurrence(
     if initial_state is not None:
         checks.check_shape("initial_state", initial_state, "b d", sizes)
     segments = checks.check_segment_ids(segment_ids, sizes)
-    segment_ids = None if segments is None else segments.ids
     if (
         initial_state is not None
         and jnp.iscomplexobj(initial_state)
@@ -81,7 +80,7 @@ def linear_recurrence(
         a=a,
         x=x,
         initial_state=initial_state,
-        segment_ids=segment_ids,
+        segments=segments,
         reverse=reverse,
     )
     return h.astype(output), final

@@ -4,18 +4,17 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
-from layers.kernels.segments import segment_starts
+from layers.kernels.segments import Segments
 
 
-def linear_recurrence(a, x, initial_state, segment_ids, reverse):
+def linear_recurrence(a, x, initial_state, segments, reverse):
     """h_t = a_t h_{t-1} + x_t, with a_t = 0 where a segment starts and h_t = h_{t-1} on padding."""
     dtype = accumulation_dtype(a, x, initial_state)
     a = jnp.broadcast_to(a, x.shape).astype(dtype)
-    if segment_ids is None:
-        segment_ids = jnp.ones(x.shape[:2], jnp.int32)
+    ids = jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments.ids
     if reverse:
-        a, x, segment_ids = a[:, ::-1], x[:, ::-1], segment_ids[:, ::-1]
-    start, padding = segment_starts(segment_ids), segment_ids == 0
+        a, x, ids = a[:, ::-1], x[:, ::-1], ids[:, ::-1]
+    start, padding = Segments.of(ids).starts, ids == 0
     state = (
         jnp.zeros((x.shape[0], x.shape[2]), dtype) if initial_state is None else initial_state.astype(dtype)
     )

@@ -24,12 +24,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
 
-from layers.kernels import mosaic_tpu
+from layers.kernels import mosaic_tpu, partition
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.linear_recurrence import tpu_kernels
 from layers.kernels.linear_recurrence.tpu_kernels import HALO, OUTSIDE, PADDING, START
-from layers.kernels.segments import segment_starts
+from layers.kernels.segments import reset_mask
 from layers.kernels.shard_map_types import vary_as
 
 # Steps a block of time and channels a block of lanes (half of these if complex): 0.5 MB an array, twice buffered.
@@ -48,21 +49,35 @@ class Settings(NamedTuple):
     interpret: Any
 
 
-def refuses(a, x, initial_state, **_):
+def unsupported_reason(a, x, initial_state, **_):
     """Why the kernels cannot take a call, or None."""
     return mosaic_tpu.unavailable(a, x, initial_state)
 
 
-def automatic(x, **_):
-    """On a TPU, where a sequence fills blocks; unmeasured, so that short ones and single steps are left to XLA."""
-    return mosaic_tpu.preferred() and x.shape[1] >= STEPS and x.shape[2] >= mosaic_tpu.LANES
+def passed_over_reason(x, **_):
+    """Why `impl=None` does not take the kernels, or None. They are not timed; calls that do not fill blocks are left to XLA."""
+    if reason := mosaic_tpu.passed_over_reason(x):
+        return reason
+    if x.shape[1] < STEPS or x.shape[2] < mosaic_tpu.LANES:
+        return f"x has {x.shape[1]} steps of {x.shape[2]} channels; a block has {STEPS} of {mosaic_tpu.LANES}"
+    return None
 
 
-def linear_recurrence(a, x, initial_state, segment_ids, reverse):
+def linear_recurrence(a, x, initial_state, segments, reverse):
     """Runs the recurrence; the arguments are checked by the public function."""
     dtype = accumulation_dtype(a, x, initial_state)
-    batch, time, width = x.shape
-    state = jnp.zeros((batch, width), dtype) if initial_state is None else initial_state.astype(dtype)
+    shape = x.shape[0], x.shape[2]
+    state = jnp.zeros(shape, dtype) if initial_state is None else initial_state.astype(dtype)
+    rows, _, across = partition.spec_of(x, heads=2)
+    whole, edge = P(rows, None, across), P(rows, across)
+    a_spec = P(rows if a.shape[0] > 1 else None, None, across)
+    arrays, specs = (a, x, state, segments), (a_spec, whole, edge, P(rows, None))
+    return partition.over_shards(functools.partial(_local, reverse), arrays, specs, (whole, edge))
+
+
+def _local(reverse, a, x, state, segments):
+    """The recurrence on one device."""
+    dtype, (_, time, width) = state.dtype, x.shape
     channels = CHANNELS // 2 if jnp.issubdtype(dtype, jnp.complexfloating) else CHANNELS
     settings = Settings(
         reverse,
@@ -71,32 +86,32 @@ def linear_recurrence(a, x, initial_state, segment_ids, reverse):
         GROUP,
         mosaic_tpu.INTERPRET,
     )
-    return _run(settings, a, x, state, segment_ids)
+    return _run(settings, a, x, state, segments)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(settings, a, x, state, segment_ids):
+def _run(settings, a, x, state, segments):
     a, x, state = (vary_as(v, a, x, state) for v in (a, x, state))
     h, final = _recurrence(
         settings,
         _planes(a),
         _planes(x),
         tuple(v[:, None] for v in _planes(state)),
-        _marks(settings, x.shape[1], segment_ids),
+        _marks(settings, x.shape[1], segments),
     )
     return _joined(h), _joined(final)[:, 0]
 
 
-def _marks(settings, time, segment_ids):
+def _marks(settings, time, segments):
     """(b or 1, 1, blocks of steps): the mark of every step, and OUTSIDE for missing ones; None if all are 0."""
     missing = -time % settings.steps
-    if segment_ids is None:
+    if segments is None:
         if not missing:
             return ()
-        segment_ids = jnp.ones((1, time), jnp.int32)
-    direction = slice(None, None, -1) if settings.reverse else slice(None)
-    start = segment_starts(segment_ids[:, direction])[:, direction]
-    marks = jnp.where(segment_ids == 0, PADDING, jnp.where(start, START, 0.0))
+        marks = jnp.zeros((1, time))
+    else:
+        start = reset_mask(segments, settings.reverse)
+        marks = jnp.where(segments.real, 0.0 if start is None else jnp.where(start, START, 0.0), PADDING)
     return (jnp.pad(marks, ((0, 0), (0, missing)), constant_values=OUTSIDE)[:, None],)
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
-from layers.kernels.segments import segment_starts
+from layers.kernels.segments import reset_mask
 from layers.kernels.shard_map_types import vary_like
 
 # Steps a block, the best of 4, 8, 16 and 32 over forward and backward passes: on an H100 at 8 x 4096 x 2048 (real) and
@@ -26,17 +26,15 @@ from layers.kernels.shard_map_types import vary_like
 BLOCK = {"gpu": 16, "cpu": 8}
 
 
-def linear_recurrence(a, x, initial_state, segment_ids, reverse):
+def linear_recurrence(a, x, initial_state, segments, reverse):
     """Runs the recurrence; the arguments are checked by the public function."""
     dtype = accumulation_dtype(a, x, initial_state)
     state = (
         jnp.zeros((x.shape[0], x.shape[2]), dtype) if initial_state is None else initial_state.astype(dtype)
     )
     start = padding = None
-    if segment_ids is not None:
-        direction = slice(None, None, -1) if reverse else slice(None)
-        start = segment_starts(segment_ids[:, direction])[:, direction]
-        padding = segment_ids == 0
+    if segments is not None:
+        start, padding = reset_mask(segments, reverse), ~segments.real
     return _recurrence(vary_like(a, x), x, vary_like(state, x), start, padding, reverse)
 
 
@@ -66,7 +64,7 @@ def _backward(reverse, residuals, cotangents):
     dstate = decay[:, first] * g[:, first]
     da, dx = g * earlier.astype(state.dtype), g
     if padding is not None:
-        da = jnp.where((start | padding)[..., None], 0, da)
+        da = jnp.where((padding if start is None else start | padding)[..., None], 0, da)
         dx = jnp.where(padding[..., None], 0, dx)
     da = da.sum([axis for axis in (0, 1) if a.shape[axis] == 1], keepdims=True)
     return _cast(da, a.dtype), _cast(dx, x.dtype), dstate, None, None
@@ -76,11 +74,13 @@ _recurrence.defvjp(_forward, _backward)
 
 
 def _masked(a, x, dtype, start, padding):
-    """Decay and input with segments applied: a state is forgotten at a start and kept as it is on padding."""
+    """Decay and input with segments applied: a start (if any) forgets the state, padding keeps it."""
     a, x = a.astype(dtype), x.astype(dtype)
     if padding is None:
         return a, x
-    a = jnp.where(start[..., None], 0, jnp.where(padding[..., None], 1, a))
+    a = jnp.where(padding[..., None], 1, a)
+    if start is not None:
+        a = jnp.where(start[..., None], 0, a)
     return a, jnp.where(padding[..., None], 0, x)
 
 

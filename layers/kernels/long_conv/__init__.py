@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.kernels import checks
-from layers.kernels.dispatch import Implementation, dispatch
+from layers.kernels import checks, devices
+from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.long_conv import reference, toeplitz, xla
 from layers.typing import Array, Num
 
@@ -19,19 +19,23 @@ TOEPLITZ_TAPS = {"cpu": 0, "gpu": 256, "tpu": 256}
 TOEPLITZ_OUTPUTS = 4
 
 
-def _toeplitz_wins(*, x, kernel, initial_state, circular, **_):
+def _transforms_win(*, x, kernel, initial_state, circular, **_):
+    """Why products with a Toeplitz matrix are passed over, or None."""
     time, taps = x.shape[1], kernel.shape[1]
     if initial_state is None and not circular:
         taps = min(taps, time)
-    few = TOEPLITZ_TAPS.get(jax.default_backend(), 0)
-    real = not (jnp.iscomplexobj(x) or jnp.iscomplexobj(kernel))
-    return real and (taps <= few or (initial_state is not None and time <= TOEPLITZ_OUTPUTS))
+    few = TOEPLITZ_TAPS.get(devices.backend(), 0)
+    if jnp.iscomplexobj(x) or jnp.iscomplexobj(kernel):
+        return "x or kernel is complex"
+    if taps <= few or (initial_state is not None and time <= TOEPLITZ_OUTPUTS):
+        return None
+    return f"the kernel has {taps} taps; up to {few} products are faster than transforms"
 
 
 IMPLEMENTATIONS = {
-    "toeplitz": Implementation(toeplitz.long_conv, automatic=_toeplitz_wins),
+    "toeplitz": Implementation(toeplitz.long_conv, passed_over_reason=_transforms_win),
     "xla": Implementation(xla.long_conv),
-    "reference": Implementation(reference.long_conv, automatic=lambda **_: False),
+    "reference": Implementation(reference.long_conv, passed_over_reason=by_name_only),
 }
 
 

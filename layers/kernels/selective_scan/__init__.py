@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import checks
-from layers.kernels.dispatch import Implementation, dispatch
-from layers.kernels.segments import SegmentIds, segment_starts
+from layers.kernels.dispatch import Implementation, by_name_only, dispatch
+from layers.kernels.segments import SegmentIds, Segments, select_real
 from layers.kernels.selective_scan import reference, xla
 from layers.typing import Array, Float
 
@@ -15,7 +15,7 @@ __all__ = ["Piece", "compose", "selective_scan", "summarize"]
 
 IMPLEMENTATIONS = {
     "xla": Implementation(xla.selective_scan),
-    "reference": Implementation(reference.selective_scan, automatic=lambda **_: False),
+    "reference": Implementation(reference.selective_scan, passed_over_reason=by_name_only),
 }
 
 
@@ -64,7 +64,7 @@ def selective_scan(
       ValueError, TypeError: a shape, type or `impl` does not fit; the message names the argument.
     """
     arrays = {"x": x, "dt": dt, "a": a, "b": b, "c": c, "skip": skip, "gate": gate, "dt_bias": dt_bias}
-    _check(arrays, initial_state, segment_ids)
+    segments = _check(arrays, initial_state, segment_ids)
     if x.shape[1] == 0:
         dtype = checks.accumulation_dtype(*arrays.values(), initial_state)
         if initial_state is None:
@@ -77,7 +77,7 @@ def selective_scan(
         **arrays,
         dt_softplus=dt_softplus,
         initial_state=initial_state,
-        segment_ids=segment_ids,
+        segments=segments,
     )
     return y.astype(x.dtype), final
 
@@ -96,8 +96,7 @@ def _check(arrays, initial_state, segment_ids):
         )
     if initial_state is not None:
         checks.check_shape("initial_state", initial_state, "b d n", sizes)
-    segments = checks.check_segment_ids(segment_ids, sizes)
-    segment_ids = None if segments is None else segments.ids
+    return checks.check_segment_ids(segment_ids, sizes)
 
 
 class Piece(NamedTuple):
@@ -123,18 +122,18 @@ def summarize(
     The first real token of the stretch is taken to continue what came before; where it starts a segment instead, set
     the decay to zero.
     """
-    options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "segment_ids": segment_ids}
+    segments = Segments.of(segment_ids)
+    options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "segment_ids": segments}
     _, state = selective_scan(x, dt, a, b, b, **options, impl=impl)
     dt = dt.astype(state.dtype)
     if dt_bias is not None:
         dt = dt + dt_bias.astype(state.dtype)[None, None]
     if dt_softplus:
         dt = jax.nn.softplus(dt)
-    if segment_ids is not None:
-        dt = jnp.where((segment_ids == 0)[..., None], 0, dt)
+    dt = select_real(dt, segments)
     decay = jnp.exp(dt.sum(1)[..., None] * a.astype(state.dtype)[None])
-    if segment_ids is not None:
-        decay = jnp.where(segment_starts(segment_ids).any(1)[:, None, None], 0, decay)
+    if segments is not None and segments.packed:
+        decay = jnp.where(segments.starts.any(1)[:, None, None], 0, decay)
     return Piece(decay, state)
 
 

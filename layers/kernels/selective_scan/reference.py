@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
-from layers.kernels.segments import segment_starts
+from layers.kernels.segments import Segments
 
 
-def selective_scan(x, dt, a, b, c, skip, gate, dt_bias, dt_softplus, initial_state, segment_ids):
+def selective_scan(x, dt, a, b, c, skip, gate, dt_bias, dt_softplus, initial_state, segments):
     """h_t = exp(dt_t a) h_{t-1} + dt_t x_t b_t^T, with h_{t-1} = 0 where a segment starts and h_t = h_{t-1} on padding."""
     dtype = accumulation_dtype(x, dt, a, b, c, skip, gate, dt_bias, initial_state)
     batch, time, channels = x.shape
@@ -18,9 +18,9 @@ def selective_scan(x, dt, a, b, c, skip, gate, dt_bias, dt_softplus, initial_sta
         dt = dt + dt_bias.astype(dtype)[None, None]
     if dt_softplus:
         dt = jax.nn.softplus(dt)
-    if segment_ids is None:
-        segment_ids = jnp.ones((batch, time), jnp.int32)
-    start, padding = segment_starts(segment_ids), segment_ids == 0
+    if segments is None:
+        segments = Segments.of(jnp.ones((batch, time), jnp.int32))
+    start, padding = segments.starts, ~segments.real
     state = (
         jnp.zeros((batch, channels, a.shape[1]), dtype)
         if initial_state is None

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
-from layers.kernels.segments import segment_starts
+from layers.kernels.segments import reset_mask
 from layers.kernels.selective_scan import chunk
 from layers.kernels.shard_map_types import vary_like
 
@@ -50,7 +50,7 @@ class _Options(NamedTuple):
 
 
 def selective_scan(
-    x, dt, a, b, c, skip, gate, dt_bias, dt_softplus, initial_state, segment_ids, block=None, blocks=None
+    x, dt, a, b, c, skip, gate, dt_bias, dt_softplus, initial_state, segments, block=None, blocks=None
 ):
     """Runs the scan; the arguments are checked by the public function."""
     dtype = accumulation_dtype(x, dt, a, b, c, skip, gate, dt_bias, initial_state)
@@ -59,8 +59,8 @@ def selective_scan(
         shape = (batch, channels, a.shape[1])
         initial_state = jnp.zeros_like(jnp.broadcast_to(x[:, 0, :, None], shape), dtype)
     start = padding = None
-    if segment_ids is not None:
-        start, padding = segment_starts(segment_ids), segment_ids == 0
+    if segments is not None:
+        start, padding = reset_mask(segments), ~segments.real
     backend = jax.default_backend()
     block = min(block or BLOCK.get(backend, MAX_BLOCK), time)
     if blocks is None:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import checks
-from layers.kernels.dispatch import Implementation, dispatch
-from layers.kernels.segments import SegmentIds, segment_starts
+from layers.kernels.dispatch import Implementation, by_name_only, dispatch
+from layers.kernels.segments import SegmentIds
 from layers.kernels.short_conv import reference, xla
 from layers.typing import Array, Float
 
@@ -15,7 +15,7 @@ __all__ = ["Piece", "compose", "short_conv", "summarize"]
 
 IMPLEMENTATIONS = {
     "xla": Implementation(xla.short_conv),
-    "reference": Implementation(reference.short_conv, automatic=lambda **_: False),
+    "reference": Implementation(reference.short_conv, passed_over_reason=by_name_only),
 }
 WIDTHS = range(2, 9)
 ACTIVATIONS = (None, "silu")
@@ -73,7 +73,6 @@ def short_conv(
     if initial_state is not None:
         checks.check_shape("initial_state", initial_state, "b m d", sizes)
     segments = checks.check_segment_ids(segment_ids, sizes)
-    segment_ids = None if segments is None else segments.ids
     if x.shape[1] == 0:
         dtype = checks.accumulation_dtype(x, weight, bias, initial_state)
         if initial_state is None:
@@ -88,7 +87,7 @@ def short_conv(
         bias=bias,
         activation=activation,
         initial_state=initial_state,
-        segment_ids=segment_ids,
+        segments=segments,
     )
     return y.astype(x.dtype), final
 
@@ -113,15 +112,15 @@ def summarize(x: Float[Array, "b t d"], width: int, *, segment_ids: SegmentIds =
     checks.check_real(x=x)
     checks.check_shape("x", x, "b t d", sizes)
     segments = checks.check_segment_ids(segment_ids, sizes)
-    segment_ids = None if segments is None else segments.ids
     if width not in WIDTHS:
         raise ValueError(f"width={width}; expected {WIDTHS[0]} to {WIDTHS[-1]}")
     memory = width - 1
-    _, state = short_conv(x, jnp.zeros((width, x.shape[2]), x.dtype), segment_ids=segment_ids)
-    if segment_ids is None:
+    _, state = short_conv(x, jnp.zeros((width, x.shape[2]), x.dtype), segment_ids=segments)
+    if segments is None:
         return Piece(jnp.full((x.shape[0],), min(x.shape[1], memory), jnp.int32), state)
-    real = (segment_ids != 0).sum(1, dtype=jnp.int32)
-    length = jnp.where(segment_starts(segment_ids).any(1), memory, jnp.minimum(real, memory))
+    length = jnp.minimum(segments.real.sum(1, dtype=jnp.int32), memory)
+    if segments.packed:
+        length = jnp.where(segments.starts.any(1), memory, length)
     return Piece(length, state)
 
 

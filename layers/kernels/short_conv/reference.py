@@ -4,16 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
-from layers.kernels.segments import segment_starts
+from layers.kernels.segments import Segments
 
 
-def short_conv(x, weight, bias, activation, initial_state, segment_ids):
+def short_conv(x, weight, bias, activation, initial_state, segments):
     """y_t = activation(bias + sum_j weight_j window_j), where the window ends with x_t and forgets at segment starts."""
     dtype = accumulation_dtype(x, weight, bias, initial_state)
     (batch, time, channels), width = x.shape, weight.shape[0]
     weight = weight.astype(dtype)
-    if segment_ids is None:
-        segment_ids = jnp.ones((batch, time), jnp.int32)
+    if segments is None:
+        segments = Segments.of(jnp.ones((batch, time), jnp.int32))
     state = (
         jnp.zeros((batch, width - 1, channels), dtype)
         if initial_state is None
@@ -31,6 +31,6 @@ def short_conv(x, weight, bias, activation, initial_state, segment_ids):
         y = jnp.where(padding[:, None], 0, y)
         return jnp.where(padding[:, None, None], state, window[:, 1:]), y
 
-    by_time = (x.astype(dtype), segment_starts(segment_ids), segment_ids == 0)
+    by_time = (x.astype(dtype), segments.starts, ~segments.real)
     final, y = jax.lax.scan(step, state, tuple(jnp.swapaxes(v, 0, 1) for v in by_time))
     return jnp.swapaxes(y, 0, 1), final

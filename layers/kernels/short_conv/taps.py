@@ -2,16 +2,17 @@
 
 `earlier(v, k)` holds at each token the value of v at the k-th real token before it in its segment, and zero if there is
 none. The first tokens of a sequence also reach into the state, and the state after it holds its last tokens; with
-m = width - 1 those are moved as blocks (b, m, d). Each movement has its adjoint beside it, so that going backward
-gathers as well and never scatters.
+m = width - 1 those are moved as blocks (b, m, d). Each movement has its adjoint beside it, so that the backward
+pass never scatters.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.segments import segment_numbers
+from layers.kernels.segments import Segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +59,78 @@ class Whole:
         return v
 
 
-class Packed:
-    """Segments and padding: all movements are gathers along time."""
+class Beside:
+    """Segments with padding behind them: movements are shifts, masked where they cross from one segment to another."""
 
-    def __init__(self, segment_ids: jax.Array, memory: int):
+    def __init__(self, segments: Segments, memory: int):
+        self.memory, self.time = memory, segments.shape[1]
+        self._number = segments.numbers
+        self._segments = self._number.max(1, keepdims=True)
+        tokens = segments.real.sum(1, keepdims=True, dtype=jnp.int32)
+        time = jnp.arange(self.time, dtype=jnp.int32)[None]
+        in_last = segments.real & (self._number == self._segments)
+        # Real tokens behind each one, and m outside of the last segment.
+        self._last_rank = jnp.where(in_last, tokens - 1 - time, memory)
+        self._length = jnp.minimum(in_last.sum(1, keepdims=True, dtype=jnp.int32), memory)
+
+    def earlier(self, v, k):
+        return self._beside(v, k)
+
+    def later(self, v, k):
+        return self._beside(v, -k)
+
+    def first(self, v):
+        number = _shift(self._number[..., None], 0, self.memory)
+        return jnp.where(number == 1, _shift(v, 0, self.memory), 0)
+
+    def from_first(self, block):
+        return jnp.where(self._number[..., None] == 1, _shift(block, 0, self.time), 0)
+
+    def last(self, v):
+        places = [self._at_last(i) for i in range(self.memory)]
+        return jnp.stack([jnp.where(at, v, 0).sum(1, dtype=v.dtype) for at in places], axis=1)
+
+    def from_last(self, block):
+        entries = [jnp.where(self._at_last(i), block[:, i : i + 1], 0) for i in range(self.memory)]
+        return functools.reduce(jnp.add, entries)
+
+    def remaining(self, state):
+        return self._slide(state, -1)
+
+    def from_remaining(self, block):
+        return self._slide(block, 1)
+
+    def real(self, v):
+        return jnp.where((self._number > 0)[..., None], v, 0)
+
+    def _beside(self, v, k):
+        number = self._number[..., None]
+        same = (number > 0) & (number == _shift(number, k, self.time))
+        return jnp.where(same, _shift(v, k, self.time), 0)
+
+    def _at_last(self, i):
+        """The token that entry i of the state after the sequence holds, as a mask (b, t, 1)."""
+        return (self._last_rank == self.memory - 1 - i)[..., None]
+
+    def _slide(self, block, sign):
+        """The block moved by the length of the last segment; zero in rows whose last segment is not the first."""
+        stays = self._segments <= 1
+        moved = [
+            jnp.where((stays & (self._length == n))[..., None], _shift(block, sign * n, self.memory), 0)
+            for n in range(self.memory)
+        ]
+        return functools.reduce(jnp.add, moved)
+
+
+class Scattered:
+    """Segments with padding anywhere: all movements are gathers along time."""
+
+    def __init__(self, segments: Segments, memory: int):
         self.memory = memory
-        real, self._number = segment_ids != 0, segment_numbers(segment_ids)
-        time = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
-        self._time = jnp.zeros_like(segment_ids, jnp.int32) + time
-        none = segment_ids.shape[1]
+        real, self._number = segments.real, segments.numbers
+        time = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
+        self._time = jnp.zeros_like(self._number) + time
+        none = segments.shape[1]
         # The nearest real token strictly before and after each token: -1 and `none` if there is none.
         last = jax.lax.cummax(jnp.where(real, time, -1), axis=1)
         first = jax.lax.cummin(jnp.where(real, time, none), axis=1, reverse=True)

@@ -1,8 +1,8 @@
 """`short_conv` in plain JAX: a sum of shifted copies, with its own backward pass.
 
 Shifts, products, bias and activation are elementwise and fuse into one pass that reads x and writes y; a library
-convolution with one channel a group would be many times slower on a GPU. With segments the shifts become gathers of
-rows (see `taps`), still one pass. The backward pass recomputes the pre-activation p and stores dp once,
+convolution with one channel a group would be many times slower on a GPU. With segments and padding
+anywhere the shifts become gathers of rows (see `taps`), still one pass. The backward pass recomputes the pre-activation p and stores dp once,
 
     dp_t = dy_t activation'(p_t),   dx_s = sum_k weight_{w-1-k} dp_{s+k},   dweight_{w-1-k} = sum_t dp_t x_{t-k}.
 
@@ -17,27 +17,27 @@ import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.shard_map_types import vary_like
-from layers.kernels.short_conv.taps import Packed, Whole
+from layers.kernels.short_conv.taps import Beside, Scattered, Whole
 
 
-def short_conv(x, weight, bias, activation, initial_state, segment_ids):
+def short_conv(x, weight, bias, activation, initial_state, segments):
     """Runs the convolution; the arguments are checked by the public function."""
     dtype = accumulation_dtype(x, weight, bias, initial_state)
     if initial_state is None:
         shape = (x.shape[0], weight.shape[0] - 1, x.shape[2])
         initial_state = jnp.zeros_like(jnp.broadcast_to(x[:, :1], shape))
     weight, bias, state = jax.tree.map(lambda v: vary_like(v, x), (weight, bias, initial_state.astype(dtype)))
-    return _compiled(x, weight, bias, state, segment_ids, activation)
+    return _compiled(x, weight, bias, state, segments, activation)
 
 
 @functools.partial(jax.jit, static_argnums=5)
-def _compiled(x, weight, bias, state, segment_ids, activation):
-    return _convolution(x, weight, bias, state, segment_ids, activation)
+def _compiled(x, weight, bias, state, segments, activation):
+    return _convolution(x, weight, bias, state, segments, activation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _convolution(x, weight, bias, state, segment_ids, activation):
-    taps = _taps(x, weight, segment_ids)
+def _convolution(x, weight, bias, state, segments, activation):
+    taps = _taps(x, weight, segments)
     y = _before_activation(taps, x, weight, bias, state)
     if activation == "silu":
         y = jax.nn.silu(y)
@@ -45,9 +45,11 @@ def _convolution(x, weight, bias, state, segment_ids, activation):
     return taps.real(y).astype(x.dtype), final
 
 
-def _taps(x, weight, segment_ids):
+def _taps(x, weight, segments):
     memory = weight.shape[0] - 1
-    return Whole(x.shape[1], memory) if segment_ids is None else Packed(segment_ids, memory)
+    if segments is None:
+        return Whole(x.shape[1], memory)
+    return Beside(segments, memory) if segments.padding == "end" else Scattered(segments, memory)
 
 
 def _before_activation(taps, x, weight, bias, state):
@@ -68,21 +70,21 @@ def _slides(state):
     return [Whole(memory, memory).later(state, i) for i in range(memory)]
 
 
-def _forward(x, weight, bias, state, segment_ids, activation):
-    return _convolution(x, weight, bias, state, segment_ids, activation), (
+def _forward(x, weight, bias, state, segments, activation):
+    return _convolution(x, weight, bias, state, segments, activation), (
         x,
         weight,
         bias,
         state,
-        segment_ids,
+        segments,
     )
 
 
 def _backward(activation, residuals, cotangents):
-    x, weight, bias, state, segment_ids = residuals
+    x, weight, bias, state, segments = residuals
     dy, dfinal = cotangents
     dtype, memory = state.dtype, state.shape[1]
-    taps, rows = _taps(x, weight, segment_ids), _rows(weight, state.dtype)
+    taps, rows = _taps(x, weight, segments), _rows(weight, state.dtype)
     dp = dy.astype(dtype)
     if activation == "silu":
         p = _before_activation(taps, x, weight, bias, state)

@@ -113,7 +113,7 @@ def test_head_groups_share_queries_and_keys():
 @pytest.mark.parametrize("chunk", [1, 4, 16, 128])
 def test_chunk_size_changes_nothing(chunk):
     x = draw(cases._channel, 130)
-    options = {"scale": 1.0, "normalize_qk": False, "initial_state": None, "segment_ids": None}
+    options = {"scale": 1.0, "normalize_qk": False, "initial_state": None, "segments": None}
     o, state = xla.delta_rule(**x, **options, chunk=chunk)
     want, want_state = delta_rule(**x, scale=1.0, impl="reference")
     assert error(o, want) < 1e-5

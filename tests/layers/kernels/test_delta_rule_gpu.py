@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels import mosaic_gpu
+from layers.kernels import devices, mosaic_gpu
 from layers.kernels.delta_rule import DELTA_RULE, delta_rule, gpu
 from layers.kernels.delta_rule.cases import SUITE
 from layers.kernels.delta_rule.gpu import Settings
+from layers.kernels.segments import Segments
 from tests.layers.kernels import test_primitives as shared
 from tests.layers.kernels.test_linear_recurrence_gpu import over_one_device, poisoned
 
@@ -77,7 +78,7 @@ def test_interpreted_wide_heads():
 def in_turn(monkeypatch):
     """Blocks take as many chunks in turn as on a GPU they would if there were more of them; JAX forgets it afterwards."""
     jax.clear_caches()
-    for kernels in (gpu.gpu_forward, gpu.gpu_gradients):
+    for kernels in (gpu.forward_kernels, gpu.gradient_kernel):
         monkeypatch.setattr(kernels, "in_turn", lambda chunks, most: most)
     yield
     jax.clear_caches()
@@ -150,12 +151,12 @@ def test_sums_no_decays_where_there_are_none():
 
 def test_pieces_fill_the_machine():
     """Chunks a piece: no fewer than there are pieces, and few enough to fill the processors, or all of them."""
-    assert gpu.gpu_pieces.piece_length(512, 8, None) == 32
-    assert gpu.gpu_pieces.piece_length(2048, 1, None) == 46
-    assert gpu.gpu_pieces.piece_length(64, 128, None) == 64
-    assert gpu.gpu_pieces.piece_length(15, 1, None) == 15
-    assert gpu.gpu_pieces.piece_length(10, 128, 3) == 4
-    assert gpu.gpu_pieces.piece_length(2, 1, 5) == 1
+    assert gpu.time_pieces.piece_length(512, 8, None) == 32
+    assert gpu.time_pieces.piece_length(2048, 1, None) == 46
+    assert gpu.time_pieces.piece_length(64, 128, None) == 64
+    assert gpu.time_pieces.piece_length(15, 1, None) == 15
+    assert gpu.time_pieces.piece_length(10, 128, 3) == 4
+    assert gpu.time_pieces.piece_length(2, 1, 5) == 1
 
 
 @pytest.mark.slow
@@ -242,7 +243,7 @@ def test_lowers_for_a_gpu(segments):
     ids = jnp.ones((2, 200), jnp.int32) if segments else None
 
     def run(q, k, v, beta, log_decay, state):
-        return gpu.delta_rule(q, k, v, beta, log_decay, 0.1, True, state, ids)
+        return gpu.delta_rule(q, k, v, beta, log_decay, 0.1, True, state, Segments.of(ids))
 
     traced = jax.jit(both(run)).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 4
@@ -272,7 +273,7 @@ def test_explicit_mesh(groups, across):
         assert lowered.out_info[0][0].sharding.spec == P("data", None, across, None)
         in_time = jnp.zeros((2, 16, 1, 64), jnp.bfloat16, out_sharding=P(None, "data"))
         beta = jnp.zeros((2, 16, 1))
-        assert "expected whole rows" in gpu.refuses(in_time, in_time, in_time, beta, None, None)
+        assert "expected whole rows" in gpu.unsupported_reason(in_time, in_time, in_time, beta, None, None)
 
 
 def test_refusals(monkeypatch):
@@ -291,23 +292,22 @@ def test_refusals(monkeypatch):
             delta_rule(**arguments | change, impl="gpu")
     with jax.enable_x64(True), pytest.raises(ValueError, match="beta has dtype float64"):
         delta_rule(**arguments | {"beta": arguments["beta"].astype(jnp.float64)}, impl="gpu")
-    assert not gpu.automatic(**arguments)
+    assert gpu.passed_over_reason(**arguments) is not None
     delta_rule(**arguments)
 
 
-def test_automatic(monkeypatch):
+def test_automatic():
     """Long enough calls with enough heads take the kernels on a GPU."""
 
     def taken(*shape):
-        return gpu.automatic(v=jax.ShapeDtypeStruct((*shape, 4), jnp.bfloat16))
+        return gpu.passed_over_reason(v=jax.ShapeDtypeStruct((*shape, 4), jnp.bfloat16)) is None
 
     assert not taken(8, 128, 8)
-    monkeypatch.setattr(gpu.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: False)
     assert next(iter(DELTA_RULE)) == "gpu"
-    assert taken(8, 128, 8)
-    assert taken(1, 2048, 8)
-    assert not any((taken(8, 127, 8), taken(9, 128, 7), taken(1, 2047, 8), taken(1, 2048, 7)))
+    with devices.as_on("gpu"):
+        assert taken(8, 128, 8)
+        assert taken(1, 2048, 8)
+        assert not any((taken(8, 127, 8), taken(9, 128, 7), taken(1, 2047, 8), taken(1, 2048, 7)))
 
 
 def test_probe_lowers():

@@ -2,13 +2,28 @@
 
 import pytest
 
-from layers.kernels.dispatch import Implementation, dispatch, noted, preferred
+from layers.kernels import devices
+from layers.kernels.dispatch import (
+    Choice,
+    Implementation,
+    by_name_only,
+    dispatch,
+    explained,
+    log_once,
+    noted,
+    preferred,
+)
 
+BY_NAME = by_name_only()
 IMPLEMENTATIONS = {
-    "even": Implementation(lambda x: ("even", x), refuses=lambda x: "it is odd" if x % 2 else None),
-    "small": Implementation(lambda x: ("small", x), automatic=lambda x: x < 10),
-    "by name": Implementation(lambda x: ("by name", x), automatic=lambda x: False),
-    "reference": Implementation(lambda x: ("reference", x), automatic=lambda x: False),
+    "even": Implementation(
+        lambda x: ("even", x), unsupported_reason=lambda x: "it is odd" if x % 2 else None
+    ),
+    "small": Implementation(
+        lambda x: ("small", x), passed_over_reason=lambda x: None if x < 10 else "it is large"
+    ),
+    "by name": Implementation(lambda x: ("by name", x), passed_over_reason=by_name_only),
+    "reference": Implementation(lambda x: ("reference", x), passed_over_reason=by_name_only),
 }
 
 
@@ -44,3 +59,28 @@ def test_calls_are_noted():
         taken(2), taken(3), taken(3, "by name")
     taken(2)
     assert names == [("parity", "even"), ("parity", "small"), ("parity", "by name")]
+
+
+def test_choices_are_explained():
+    with explained() as choices:
+        taken(2), taken(13), taken(3, "by name")
+    assert choices == [
+        Choice("parity", "", "even", ()),
+        Choice(
+            "parity", "", "reference", (("even", "it is odd"), ("small", "it is large"), ("by name", BY_NAME))
+        ),
+        Choice("parity", "", "by name", ()),
+    ]
+
+
+def test_only_what_the_device_could_run_is_logged_and_once(caplog):
+    implementations = {
+        "gpu": Implementation(lambda x: x, lambda x: "it is small", backend="gpu"),
+        "tpu": Implementation(lambda x: x, lambda x: "it is no TPU", backend="tpu"),
+        "xla": Implementation(lambda x: x),
+    }
+    log_once.cache_clear()
+    with caplog.at_level("INFO", logger="layers"), devices.as_on("gpu"):
+        for _ in range(2):
+            dispatch("size", implementations, None, x=1)
+    assert [record.getMessage() for record in caplog.records] == ["size does not take 'gpu': it is small"]

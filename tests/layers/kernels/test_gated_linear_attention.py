@@ -146,7 +146,7 @@ def test_outputs_do_not_see_later_tokens(decay):
             scale=1.0,
             normalize=False,
             initial_state=None,
-            segment_ids=None,
+            segments=None,
             smallest=1e-6,
             chunk=16,
         )[0][:, 20].sum()

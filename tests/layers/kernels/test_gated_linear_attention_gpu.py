@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels import mosaic_gpu
+from layers.kernels import devices, dispatch, mosaic_gpu
 from layers.kernels.gated_linear_attention import IMPLEMENTATIONS, gated_linear_attention, gpu
 from layers.kernels.gated_linear_attention.cases import SUITE
 from layers.kernels.gated_linear_attention.gpu import grouped as gpu_grouped
 from layers.kernels.gated_linear_attention.gpu import kernels as gpu_kernels
 from layers.kernels.gated_linear_attention.gpu.kernels import Settings
+from layers.kernels.segments import Segments
 from tests.layers.kernels import test_primitives as shared
 from tests.layers.kernels.test_linear_recurrence_gpu import over_one_device, poisoned
 
@@ -126,7 +127,7 @@ def lowered(heads, widths, settings, *, segments):
     def run(arguments):
         return gpu.gated_linear_attention(
             *(arguments[name] for name in ("q", "k", "v", "log_decay")),
-            *(None, 1.0, False, arguments["initial_state"], ids, 0),
+            *(None, 1.0, False, arguments["initial_state"], Segments.of(ids), 0),
             forward=settings,
             backward=settings,
         )
@@ -168,7 +169,7 @@ def test_explicit_mesh(heads, split):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
 
     def loss(q, k, v, g, ids):
-        o, final = gpu.gated_linear_attention(q, k, v, g, None, 1.0, False, None, ids, 0)
+        o, final = gpu.gated_linear_attention(q, k, v, g, None, 1.0, False, None, Segments.of(ids), 0)
         return o.astype(jnp.float32).sum() + final.sum()
 
     def spec(count):
@@ -184,7 +185,7 @@ def test_explicit_mesh(heads, split):
         assert f"tensor<2x24x{here}x64xbf16>" in result.as_text()
         assert [v.sharding.spec for v in result.out_info] == [*map(spec, heads), P(None)]
         late = jnp.zeros((2, 16, 1, 8), jnp.bfloat16, out_sharding=P(None, "data"))
-        assert "expected whole rows" in gpu.refuses(late, late, late, None, None, False, None)
+        assert "expected whole rows" in gpu.unsupported_reason(late, late, late, None, None, False, None)
 
 
 def test_refusals(monkeypatch, caplog):
@@ -208,33 +209,31 @@ def test_refusals(monkeypatch, caplog):
     def probe():
         raise NotImplementedError("a new interface\nmore")
 
-    monkeypatch.setattr(mosaic_gpu, "_device_refusal", lambda: None)
     monkeypatch.setattr(gpu, "_probe", probe)
-    chosen = dataclasses.replace(IMPLEMENTATIONS["gpu"], automatic=lambda **_: True)
+    chosen = dataclasses.replace(IMPLEMENTATIONS["gpu"], passed_over_reason=lambda **_: None)
     monkeypatch.setitem(IMPLEMENTATIONS, "gpu", chosen)
-    mosaic_gpu._once.cache_clear()  # another test may have logged the same reason
-    with caplog.at_level("INFO", logger="layers"):
+    dispatch.log_once.cache_clear()  # another test may have logged the same reason
+    with caplog.at_level("INFO", logger="layers"), devices.as_on("gpu"):
         gated_linear_attention(**arguments)
     assert "NotImplementedError: a new interface" in caplog.text
 
 
 def test_automatic(monkeypatch):
     """Calls that fill chunks, matrices and the machine take the kernels on a GPU."""
-    monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: False)
 
     def taken(batch=8, time=64, heads=(1, 8), width=32):
         q, v = (jax.ShapeDtypeStruct((batch, time, count, width), jnp.bfloat16) for count in heads)
-        return gpu.automatic(q=q, k=q, v=v)
+        return gpu.passed_over_reason(q=q, k=q, v=v) is None
 
     assert not taken()
-    monkeypatch.setattr(gpu.jax, "default_backend", lambda: "gpu")
-    assert taken()
-    assert taken(heads=(8, 1))
-    assert taken(batch=1, time=2048)
-    assert not any((taken(batch=1, time=2047), taken(batch=1, time=2048, heads=(1, 7))))
-    assert not any((taken(batch=7), taken(time=63), taken(width=31), taken(heads=(1, 7))))
-    monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: True)
-    assert not taken()
+    with devices.as_on("gpu"):
+        assert taken()
+        assert taken(heads=(8, 1))
+        assert taken(batch=1, time=2048)
+        assert not any((taken(batch=1, time=2047), taken(batch=1, time=2048, heads=(1, 7))))
+        assert not any((taken(batch=7), taken(time=63), taken(width=31), taken(heads=(1, 7))))
+        monkeypatch.setattr(devices, "count", lambda: 2)
+        assert not taken()
 
 
 def test_probe_lowers():

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels import mosaic_gpu
+from layers.kernels import devices, dispatch, mosaic_gpu
 from layers.kernels.linear_recurrence import IMPLEMENTATIONS, gpu, linear_recurrence, reference
 from layers.kernels.linear_recurrence.cases import SUITE
 from layers.kernels.linear_recurrence.gpu import kernels as gpu_kernels
 from layers.kernels.linear_recurrence.gpu.kernels import Settings
+from layers.kernels.segments import Segments
 from tests.layers.kernels import test_primitives as shared
 
 SHORT = Settings(steps=8, stages=2, unroll=4, pieces=2, fold=False)
@@ -122,14 +123,14 @@ def test_stretches_of_time_in_the_lanes(monkeypatch, kind):
     monkeypatch.setattr(gpu, "FORWARD", settings)
     monkeypatch.setattr(gpu, "BACKWARD", settings)
     arguments, options = folded_arguments(kind)
-    assert gpu._kernels(arguments["x"].shape, jnp.float32, settings) is gpu.gpu_folded
+    assert gpu._kernels(arguments["x"].shape, jnp.float32, settings) is gpu.folded
     with mosaic_gpu.interpreted():
         check(arguments, **options)
 
 
 def test_few_complex_channels_are_folded():
     def folded(*shape, dtype=jnp.complex64, settings=gpu.FORWARD):
-        return gpu._kernels(shape, dtype, settings) is gpu.gpu_folded
+        return gpu._kernels(shape, dtype, settings) is gpu.folded
 
     assert gpu.FORWARD.fold is gpu.BACKWARD.fold is None
     assert folded(50, 2048, 8)
@@ -186,7 +187,9 @@ def test_lowers_for_a_gpu(case):
 
     def run(a, x, state):
         reverse = case.options.get("reverse", False)
-        return gpu.linear_recurrence(a, x, state, ids, reverse, forward=settings, backward=settings)
+        return gpu.linear_recurrence(
+            a, x, state, Segments.of(ids), reverse, forward=settings, backward=settings
+        )
 
     def both(*arguments):
         output, pullback = jax.vjp(run, *arguments)
@@ -205,7 +208,7 @@ def test_explicit_mesh(decay, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
 
     def loss(a, x, state, ids):
-        return sum(v.sum() for v in gpu.linear_recurrence(a, x, state, ids, False, SHORT, SHORT))
+        return sum(v.sum() for v in gpu.linear_recurrence(a, x, state, Segments.of(ids), False, SHORT, SHORT))
 
     rows = P("data", None, "model")
     ids = array((8, 24), P("data"), jnp.int32)
@@ -217,7 +220,7 @@ def test_explicit_mesh(decay, spec):
         assert "tensor<2x24x128xf32>" in lowered.as_text()
         assert [v.sharding.spec for v in lowered.out_info] == [P(None, None, None), rows, P("data", "model")]
         sharded_in_time = jnp.zeros((2, 16, 8), out_sharding=P(None, "data"))
-        assert "expected whole rows" in gpu.refuses(sharded_in_time, sharded_in_time, None)
+        assert "expected whole rows" in gpu.unsupported_reason(sharded_in_time, sharded_in_time, None)
 
 
 def test_refusals(monkeypatch, caplog):
@@ -231,12 +234,11 @@ def test_refusals(monkeypatch, caplog):
     def probe():
         raise NotImplementedError("a new interface\nmore")
 
-    monkeypatch.setattr(mosaic_gpu, "_device_refusal", lambda: None)
     monkeypatch.setattr(gpu, "_probe", probe)
-    chosen = dataclasses.replace(IMPLEMENTATIONS["gpu"], automatic=lambda **_: True)
+    chosen = dataclasses.replace(IMPLEMENTATIONS["gpu"], passed_over_reason=lambda **_: None)
     monkeypatch.setitem(IMPLEMENTATIONS, "gpu", chosen)
-    mosaic_gpu._once.cache_clear()  # another test may have logged the same reason
-    with caplog.at_level("INFO", logger="layers"):
+    dispatch.log_once.cache_clear()  # another test may have logged the same reason
+    with caplog.at_level("INFO", logger="layers"), devices.as_on("gpu"):
         for _ in range(2):
             linear_recurrence(**arguments)
             with pytest.raises(
@@ -263,22 +265,24 @@ def test_layers_of_a_model_share_their_kernels():
 
 
 def test_automatic_for_long_calls(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: False)
+    def taken(a, x, state=None):
+        return gpu.passed_over_reason(a=a, x=x, initial_state=state) is None
+
     real, other = jnp.ones((1, 64, 8)), jnp.ones((1, 64, 8), jnp.complex64)
-    assert not gpu.automatic(a=real, x=real, initial_state=None)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert gpu.automatic(a=real, x=real, initial_state=None)
-    assert not gpu.automatic(a=other, x=real, initial_state=None)
-    assert not gpu.automatic(a=real, x=real, initial_state=other[:, 0])
-    fixed, long = other[:, :1], jax.ShapeDtypeStruct((1, 704, 8), jnp.complex64)
-    assert gpu.automatic(a=fixed, x=long, initial_state=None)
-    assert not gpu.automatic(a=long, x=long, initial_state=None)
-    assert not gpu.automatic(a=fixed, x=long.update(shape=(1, 703, 8)), initial_state=None)
-    for time in (48, 65):
-        other_length = jnp.ones((1, time, 8))
-        assert gpu.automatic(a=other_length, x=other_length, initial_state=None) == (time > 64)
-    monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: True)
-    assert not gpu.automatic(a=real, x=real, initial_state=None)
+    assert not taken(real, real)
+    with devices.as_on("gpu"):
+        assert taken(real, real)
+        assert not taken(other, real)
+        assert not taken(real, real, other[:, 0])
+        fixed, long = other[:, :1], jax.ShapeDtypeStruct((1, 704, 8), jnp.complex64)
+        assert taken(fixed, long)
+        assert not taken(long, long)
+        assert not taken(fixed, long.update(shape=(1, 703, 8)))
+        for time in (48, 65):
+            other_length = jnp.ones((1, time, 8))
+            assert taken(other_length, other_length) == (time > 64)
+        monkeypatch.setattr(devices, "count", lambda: 2)
+        assert not taken(real, real)
 
 
 def test_time_is_cut_where_rows_are_few():

@@ -6,15 +6,16 @@ import pytest
 
 from layers.kernels.delta_rule import gpu as delta_rule
 from layers.kernels.gated_linear_attention import gpu as gated_linear_attention
+from layers.kernels.segments import Segments
 
 TOKENS = jax.ShapeDtypeStruct((1, 130, 1, 128), jnp.bfloat16)
 NUMBERS = jax.ShapeDtypeStruct((1, 130, 1), jnp.float32)
 STATE = jax.ShapeDtypeStruct((1, 1, 128, 128), jnp.float32)
-IDS = jnp.ones((1, 130), jnp.int32)
+SEGMENTS = Segments.of(jnp.ones((1, 130), jnp.int32))
 
 
 def _attend(q, k, v, g, state):
-    return gated_linear_attention.gated_linear_attention(q, k, v, g, None, 1.0, False, state, IDS, 0)
+    return gated_linear_attention.gated_linear_attention(q, k, v, g, None, 1.0, False, state, SEGMENTS, 0)
 
 
 def _attend_grouped(q, k, v, g, state):
@@ -23,7 +24,7 @@ def _attend_grouped(q, k, v, g, state):
 
 
 def _delta(q, k, v, g, state):
-    return delta_rule.delta_rule(q, k, v, g, g, 1.0, False, state, IDS)
+    return delta_rule.delta_rule(q, k, v, g, g, 1.0, False, state, SEGMENTS)
 
 
 def _inner(equation):

@@ -142,7 +142,7 @@ def test_memory_holds_no_state_of_every_token():
 
         def loss(arguments):
             y, state = xla.selective_scan(
-                **arguments, dt_softplus=True, segment_ids=None, block=2, blocks=chunk // 2
+                **arguments, dt_softplus=True, segments=None, block=2, blocks=chunk // 2
             )
             return (y**2).sum() + (state**2).sum()
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from layers.kernels.segments import Segments
 from layers.kernels.short_conv import compose, short_conv, summarize
 
 implementations = pytest.mark.parametrize("impl", ["xla", "reference"])
@@ -144,3 +145,27 @@ def test_unknown_activation_and_width_are_refused():
         short_conv(jnp.ones((1, 2, 3)), jnp.ones((4, 3)), activation="relu")
     with pytest.raises(ValueError, match="width=9; expected 2 to 8"):
         summarize(jnp.ones((1, 2, 3)), 9)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_padding_at_the_end_takes_no_gathers(packed):
+    """Shifts and masks give what gathers give, in both passes, whatever stands at padding."""
+    ids = (
+        segments("112223330", "111111100", "000000000")
+        if packed
+        else segments("111111111", "110000000", "000000000")
+    )
+    arguments = normal(3, 9, 2), normal(4, 2), normal(2), normal(3, 3, 2, seed=1)
+    known = Segments.of(ids, padding="end", packed=packed)
+
+    def loss(arguments, given, fill):
+        x, weight, bias, before = arguments
+        x = jnp.where((ids == 0)[..., None], fill, x)
+        y, state = short_conv(x, weight, bias, activation="silu", initial_state=before, segment_ids=given)
+        return (y**2).sum() + (state**2 * jnp.arange(1.0, 7.0).reshape(1, 3, 2)).sum(), (y, state)
+
+    passes = jax.value_and_grad(loss, has_aux=True)
+    want, got = passes(arguments, ids, 0.0), passes(arguments, known, jnp.nan)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5), got, want)
+    assert "gather" not in str(jax.make_jaxpr(lambda *a: passes(*a, 0.0))(arguments, known))
+    assert "gather" in str(jax.make_jaxpr(lambda *a: passes(*a, 0.0))(arguments, ids))

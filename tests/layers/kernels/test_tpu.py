@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from layers.kernels import mosaic_tpu
+from layers.kernels import devices, mosaic_tpu
 from layers.kernels.gated_linear_attention import tpu as gated_linear_attention
 from layers.kernels.linear_recurrence import tpu as linear_recurrence
 from layers.kernels.suite import Case
@@ -131,29 +131,28 @@ def test_automatic_on_a_tpu(monkeypatch):
     """Long sequences of wide layers take the kernels, single steps and short or narrow ones do not."""
     monkeypatch.setattr(mosaic_tpu, "INTERPRET", None)
     monkeypatch.setattr(mosaic_tpu, "LANES", 128)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    for shape, taken in (((2, 512, 256), True), ((2, 1, 256), False), ((2, 512, 5), False)):
-        assert linear_recurrence.automatic(x=jnp.zeros(shape)) is taken
-    for shape, dtype, taken in (
-        ((2, 512, 4, 128), jnp.bfloat16, True),
-        ((2, 512, 4, 128), jnp.float32, False),
-        ((2, 1, 4, 128), jnp.bfloat16, False),
-        ((2, 512, 4, 16), jnp.bfloat16, False),
-    ):
-        x = jnp.zeros(shape, dtype)
-        assert gated_linear_attention.automatic(q=x, k=x, v=x) is taken
+    with devices.as_on("tpu"):
+        for shape, taken in (((2, 512, 256), True), ((2, 1, 256), False), ((2, 512, 5), False)):
+            assert (linear_recurrence.passed_over_reason(x=jnp.zeros(shape)) is None) is taken
+        for shape, dtype, taken in (
+            ((2, 512, 4, 128), jnp.bfloat16, True),
+            ((2, 512, 4, 128), jnp.float32, False),
+            ((2, 1, 4, 128), jnp.bfloat16, False),
+            ((2, 512, 4, 16), jnp.bfloat16, False),
+        ):
+            x = jnp.zeros(shape, dtype)
+            assert (gated_linear_attention.passed_over_reason(q=x, k=x, v=x) is None) is taken
 
 
 def test_automatic_only_where_nothing_is_partitioned(monkeypatch):
-    """With several devices, only inside shard_map: kernels cannot be partitioned."""
+    """With several devices and no mesh, only inside shard_map: kernels cannot be partitioned."""
     monkeypatch.setattr(mosaic_tpu, "INTERPRET", None)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert jax.device_count() == 8
-    assert not mosaic_tpu.preferred()
+    assert "several devices and no mesh" in mosaic_tpu.passed_over_reason(jnp.zeros((8, 2)))
 
     def inside(x):
-        assert mosaic_tpu.preferred()
+        assert mosaic_tpu.passed_over_reason(x) is None
         return x
 
     jax.eval_shape(shared.over_devices(inside, shared.ROWS, shared.ROWS), jnp.zeros((8, 2)))

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels import mosaic_gpu
-from layers.kernels.delta_rule.gpu import backward as gpu_backward
-from layers.kernels.delta_rule.gpu import forward as gpu_forward
-from layers.kernels.delta_rule.gpu import gradients as gpu_gradients
-from layers.kernels.delta_rule.gpu import pieces as gpu_pieces
+from layers.kernels import devices, mosaic_gpu, partition
+from layers.kernels.delta_rule.gpu import backward as backward_kernel
+from layers.kernels.delta_rule.gpu import forward as forward_kernels
+from layers.kernels.delta_rule.gpu import gradients as gradient_kernel
+from layers.kernels.delta_rule.gpu import pieces as time_pieces
 from layers.kernels.delta_rule.gpu.tiles import CHUNK
-from layers.kernels.segments import segment_starts
+from layers.kernels.segments import select_real
 from layers.kernels.shard_map_types import vary_as
 
 # The shortest calls and the fewest rows times heads that were timed beside XLA and `impl=None` takes; fewer if they are long.
@@ -39,11 +39,11 @@ class Settings:
       keep: whether the forward pass keeps the states of all chunks for the backward pass, which otherwise computes them
         again. They take twice the memory of q if a head has 128 features of keys and of values, and save a twelfth of the
         time of both passes.
-      refinements, workers: see `gpu_forward.prepare`.
+      refinements, workers: see `forward_kernels.prepare`.
       forward, states, backward: chunks of inputs that the walks of both passes have in shared memory, under way or in use;
         `states` is for a walk that computes states again.
-      turns: see `gpu_gradients.chunk_gradients`.
-      pieces: of the time axis, which are walked through side by side; by `gpu_pieces.piece_length` if None.
+      turns: see `gradient_kernel.chunk_gradients`.
+      pieces: of the time axis, which are walked through side by side; by `time_pieces.piece_length` if None.
     """
 
     keep: bool = True
@@ -64,7 +64,7 @@ class Settings:
 SETTINGS = Settings()
 
 
-def refuses(q, k, v, beta, log_decay, initial_state, **_: Any) -> str | None:
+def unsupported_reason(q, k, v, beta, log_decay, initial_state, **_: Any) -> str | None:
     """Why these kernels cannot take a call, or None."""
     for name, array in {"beta": beta, "log_decay": log_decay, "initial_state": initial_state}.items():
         if array is not None and array.dtype == jnp.float64:
@@ -85,13 +85,17 @@ def refuses(q, k, v, beta, log_decay, initial_state, **_: Any) -> str | None:
     return mosaic_gpu.refusal(_probe)
 
 
-def automatic(v, **_: Any) -> bool:
-    """Whether `impl=None` takes these kernels, if they do not refuse. Short calls, and few heads of them, are left to XLA."""
+def passed_over_reason(v, **_: Any) -> str | None:
+    """Why `impl=None` does not take these kernels, or None. Short calls, and few heads of them, are left to XLA."""
     batch, time, heads, _ = v.shape
     fewest = FEWEST_IF_LONG if time >= LONG else FEWEST
-    if jax.default_backend() != "gpu" or time < SHORTEST or batch * heads < fewest:
-        return False
-    return not mosaic_gpu.left_to_partitioner()
+    if devices.backend() != "gpu":
+        return devices.hopper_refusal()
+    if time < SHORTEST:
+        return f"v has {time} tokens; the kernels are timed from {SHORTEST} on"
+    if batch * heads < fewest:
+        return f"batch x heads is {batch * heads}; from {fewest} on they fill the GPU"
+    return partition.passed_over_reason(v)
 
 
 def delta_rule(
@@ -103,7 +107,7 @@ def delta_rule(
     scale,
     normalize_qk,
     initial_state,
-    segment_ids,
+    segments,
     settings: Settings | None = None,
 ):
     """Runs the delta rule; the arguments are checked by the public function.
@@ -111,55 +115,31 @@ def delta_rule(
     Args:
       settings: in place of the tuned ones.
     """
-    rows, _, across, _ = jax.typeof(v).sharding.spec
-    if k.shape[2] != v.shape[2] and k.shape[2] % _devices(across):
+    rows, _, across, _ = partition.spec_of(v, heads=2)
+    if k.shape[2] != v.shape[2] and k.shape[2] % partition.parts(across):
         across = None
     wide, vector = P(rows, None, across, None), P(rows, None, across)
-    arrays = [(q, wide), (k, wide), (v, wide), (beta, vector)]
-    names = ["q", "k", "v", "beta"]
-    optional = {
-        "log_decay": (log_decay, vector),
-        "initial_state": (initial_state, P(rows, across, None, None)),
-        "segment_ids": (segment_ids, P(rows, None)),
-    }
-    for name, (array, spec) in optional.items():
-        if array is not None:
-            names.append(name)
-            arrays.append((array, spec))
-
-    def run(*arrays):
-        return _local(scale, normalize_qk, settings or SETTINGS, **dict(zip(names, arrays, strict=True)))
-
-    return mosaic_gpu.over_shards(run, *zip(*arrays, strict=True), (wide, P(rows, across, None, None)))
+    state = P(rows, across, None, None)
+    return partition.over_shards(
+        functools.partial(_local, scale, normalize_qk, settings or SETTINGS),
+        (q, k, v, beta, log_decay, initial_state, segments),
+        (wide, wide, wide, vector, vector, state, P(rows, None)),
+        (wide, state),
+    )
 
 
-def _devices(axes) -> int:
-    """How many devices an axis is sharded over."""
-    mesh = jax.sharding.get_abstract_mesh()
-    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    size = 1
-    for name in names:
-        size *= mesh.shape[name]
-    return size
-
-
-def _local(
-    scale, normalize_qk, settings, q, k, v, beta, log_decay=None, initial_state=None, segment_ids=None
-):
+def _local(scale, normalize_qk, settings, q, k, v, beta, log_decay, initial_state, segments):
     """The rule on one device: masks, norms and decays here, the rest in kernels."""
     batch, time, heads, value_dim = v.shape
     key_dim, chunks = k.shape[-1], -(-time // CHUNK)
-    length = gpu_pieces.piece_length(chunks, batch * heads, settings.pieces)
+    length = time_pieces.piece_length(chunks, batch * heads, settings.pieces)
     pieces = -(-chunks // length)
     if missing := -time % (ROWS if pieces == 1 else length * CHUNK):  # zeros are no-ops
-        arrays = q, k, v, beta, log_decay, segment_ids
-        q, k, v, beta, log_decay, segment_ids = jax.tree.map(
+        arrays = q, k, v, beta, log_decay, segments
+        q, k, v, beta, log_decay, segments = jax.tree.map(
             lambda x: jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)), arrays
         )
-    if segment_ids is not None:
-        real = (segment_ids != 0)[..., None]
-        beta = jnp.where(real, beta, 0)
-        q, k, v = (jnp.where(real[..., None], x, 0) for x in (q, k, v))
+    q, k, v, beta = (select_real(x, segments) for x in (q, k, v, beta))
     if normalize_qk:
         q, k = (_normalized(x) for x in (q, k))
     q, k, v = (jnp.pad(x, [(0, 0)] * 3 + [(0, -x.shape[-1] % 64)]) for x in (q, k, v))
@@ -169,9 +149,9 @@ def _local(
     else:
         state = jnp.swapaxes(initial_state, 2, 3).astype(jnp.float32)
         state = jnp.pad(state, [(0, 0)] * 2 + [(0, x - y) for x, y in zip(shape[2:], state.shape[2:])])
-    vectors = gpu_pieces.vectors_as_rows(token_vectors(beta, log_decay, segment_ids), pieces)
+    vectors = time_pieces.vectors_as_rows(token_vectors(beta, log_decay, segments), pieces)
     q, k, vectors, state = (vary_as(x, v, q, k, beta) for x in (q, k, vectors, state))
-    q, k, v = (gpu_pieces.as_rows(x, pieces) for x in (q, k, vary_as(v, q)))
+    q, k, v = (time_pieces.as_rows(x, pieces) for x in (q, k, vary_as(v, q)))
     o, final = _rule(q, k, v, vectors, state, scale, settings)
     o = o.reshape(batch, -1, *o.shape[2:])
     return o[:, :time, :, :value_dim], jnp.swapaxes(final, 2, 3)[:, :, :key_dim, :value_dim]
@@ -182,7 +162,7 @@ def _normalized(x):
     return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
-def token_vectors(beta, log_decay, segment_ids):
+def token_vectors(beta, log_decay, segments):
     """The numbers of every token that the kernels read, (b, h, chunks, kinds, c); see tiles.py."""
     batch, time, _ = beta.shape
     padding = -time % CHUNK
@@ -192,19 +172,21 @@ def token_vectors(beta, log_decay, segment_ids):
         x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, padding), (0, 0)), mode=mode)
         return jnp.swapaxes(x, 1, 2).reshape(batch, x.shape[2], -1, CHUNK)
 
-    if segment_ids is not None:
-        starts = segment_starts(segment_ids)
-        segment = chunked(jnp.cumsum(starts, axis=1, dtype=jnp.int32)[..., None], "edge")
+    packed = segments is not None and segments.packed
+    if packed:
+        segment = jnp.maximum(jax.lax.cummax(segments.numbers, axis=1) - 1, 0)
+        segment = chunked(segment[..., None], "edge")
     if log_decay is None:  # sums of zeros are left out: XLA would take half a minute to find them out
         total = jnp.zeros_like(chunked(beta))
         enters = leaves = jnp.ones_like(total)
     else:
         log_decay = jnp.maximum(log_decay.astype(jnp.float32), STRONGEST)
-        if segment_ids is not None:
-            log_decay = jnp.where((starts | (segment_ids == 0))[..., None], 0.0, log_decay)
+        log_decay = select_real(log_decay, segments)
+        if packed:
+            log_decay = jnp.where(segments.starts[..., None], 0.0, log_decay)
         total = jnp.cumsum(chunked(log_decay), axis=-1)
         enters, leaves = jnp.exp(total), jnp.exp(jnp.minimum(total[..., -1:] - total, 0.0))
-    if segment_ids is None:
+    if not packed:
         rows = [total, chunked(beta), enters, leaves]
     else:
         last = segment[..., -1:]
@@ -224,12 +206,12 @@ def _rule(q, k, v, vectors, state, scale, settings):
 @mosaic_gpu.lowered_once("scale", "settings", "keeping")
 def _run(q, k, v, vectors, state, scale, settings, *, keeping):
     """What `_rule` gives, and what enters pieces, takes states through them, and is known of chunks, if `keeping`."""
-    inverse = gpu_forward.prepare(k, vectors, settings.refinements, settings.workers)
-    entering, passages = gpu_pieces.entering(k, v, vectors, inverse, state, settings.states)
+    inverse = forward_kernels.prepare(k, vectors, settings.refinements, settings.workers)
+    entering, passages = time_pieces.entering(k, v, vectors, inverse, state, settings.states)
     stages = settings.forward_keeping if keeping else settings.forward
-    results = gpu_forward.forward(k, v, vectors, inverse, entering, scale, stages, q=q, keeping=keeping)
+    results = forward_kernels.forward(k, v, vectors, inverse, entering, scale, stages, q=q, keeping=keeping)
     made = {"inverse": inverse} | ({"states": results["states"]} if keeping else {})
-    return (results["o"], gpu_pieces.last(results["final"], state)), (entering, passages, made)
+    return (results["o"], time_pieces.last(results["final"], state)), (entering, passages, made)
 
 
 def _forward(q, k, v, vectors, state, scale, settings):
@@ -244,18 +226,18 @@ def gradients(scale, settings, residuals, cotangents):
     residuals, (do, dfinal) = jax.lax.optimization_barrier((residuals, cotangents))
     q, k, v, vectors, entering, passages, made = residuals
     if "states" not in made:
-        walked = gpu_forward.forward(
+        walked = forward_kernels.forward(
             k, v, vectors, made["inverse"], entering, scale, settings.states, q=None, keeping=True
         )
         made = made | {"states": walked["states"]}
     # One kernel after the other: the interpreter cannot run two at once.
     made, do = jax.lax.optimization_barrier((made, do))
-    dleaving = gpu_pieces.leaving(q, k, do, vectors, made, passages, dfinal, scale, settings.backward)
-    chain = gpu_backward.chain(q, k, do, vectors, made, dleaving, scale, settings.backward)
-    local = gpu_gradients.chunk_gradients(q, k, v, do, vectors, made, chain, scale, settings.turns)
+    dleaving = time_pieces.leaving(q, k, do, vectors, made, passages, dfinal, scale, settings.backward)
+    chain = backward_kernel.chain(q, k, do, vectors, made, dleaving, scale, settings.backward)
+    local = gradient_kernel.chunk_gradients(q, k, v, do, vectors, made, chain, scale, settings.turns)
     dq, dk = (_over_group(local[name], q) for name in ("dq", "dk"))
-    dvectors = gpu_gradients.vector_gradients(local["dvectors"], vectors, k.shape[-1])
-    return dq, dk, chain["dv"], dvectors, gpu_pieces.first(chain["dstate"], dfinal)
+    dvectors = gradient_kernel.vector_gradients(local["dvectors"], vectors, k.shape[-1])
+    return dq, dk, chain["dv"], dvectors, time_pieces.first(chain["dstate"], dfinal)
 
 
 _rule.defvjp(_forward, gradients)

@@ -12,7 +12,7 @@ from layers.kernels.delta_rule.gpu.tiles import (
     Sizes,
     decay_matrix,
     fetch,
-    places,
+    indices,
     read,
 )
 from layers.kernels.mosaic_gpu import matrices, pl, plgpu, product
@@ -143,7 +143,7 @@ class Chain:
 
     def _make(self, slot: Any) -> None:
         tiles = {name: ref.at[slot] for name, ref in self._tiles.items()}
-        decay = decay_matrix(tiles["vectors"], *places())
+        decay = decay_matrix(tiles["vectors"], *indices())
         tiles["inverse"][...] = (read(tiles["inverse"]) * decay).astype(jnp.bfloat16)
         if "scores" in tiles:
             scores = product(tiles["q"], tiles["k"].T) * decay * self._scale

@@ -49,7 +49,7 @@ from layers.kernels.delta_rule.gpu.tiles import (
     by_row,
     fetch,
     in_turn,
-    places,
+    indices,
     read,
     send,
     visible,
@@ -133,7 +133,7 @@ def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) ->
             own = jax.lax.optimization_barrier(here)
             k_tile, x_tile, high_tile, low_tile, vector_tile = (ref.at[own] for ref in tiles)
             plgpu.barrier_wait(arrived.at[here])
-            rows, columns = places()
+            rows, columns = indices()
             products = product(k_tile, k_tile.T) * along_rows(by_row(vector_tile.at[0, BETA]))
             whole = jnp.where(rows == columns, -1.0, 0.0)  # A - I
             whole = jnp.where(visible(vector_tile, rows > columns), products, whole)

@@ -35,7 +35,7 @@ from layers.kernels.delta_rule.gpu.tiles import (
     decay_matrix,
     fetch,
     in_turn,
-    places,
+    indices,
     read,
     send,
     sizes_of,
@@ -169,7 +169,7 @@ def chunk_gradients(
                 y.at[:, features][...] = rounded(product(solve, y.at[:, features]))
 
             def scores():
-                decay = decay_matrix(vector_tile, *places())
+                decay = decay_matrix(vector_tile, *indices())
                 score[...] = rounded(product(do, y.T) * decay * scale)
                 part_tile.at[kinds["total"].start][...] = functools.reduce(
                     jnp.add,
@@ -184,7 +184,7 @@ def chunk_gradients(
                 )
 
             def through_inverse():  # The gradient by A, times beta, takes the place of the inverse.
-                rows, columns = places()
+                rows, columns = indices()
                 lower = rows > columns
                 beta = along_columns(by_column(vector_tile.at[1, BETA]))
                 dsolve = product(dy, v.T) * decay_matrix(vector_tile, rows, columns)
@@ -228,7 +228,7 @@ def chunk_gradients(
 
             @pl.when(here == 1)
             def _():
-                solve[...] = rounded(read(inverse) * decay_matrix(vector_tile, *places()))
+                solve[...] = rounded(read(inverse) * decay_matrix(vector_tile, *indices()))
 
             shares(value_dim, errors)
             meet()

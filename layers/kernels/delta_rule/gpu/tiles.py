@@ -73,9 +73,9 @@ def along_columns(vector: jax.Array, height: int = CHUNK) -> jax.Array:
     return mosaic_gpu.spread(vector, 1, (height, vector.shape[0]))
 
 
-def places() -> tuple[jax.Array, jax.Array]:
+def indices() -> tuple[jax.Array, jax.Array]:
     """The row and the column of every entry of a square."""
-    return mosaic_gpu.places(SQUARE, 0), mosaic_gpu.places(SQUARE, 1)
+    return mosaic_gpu.indices(SQUARE, 0), mosaic_gpu.indices(SQUARE, 1)
 
 
 def visible(vectors: Any, mask: jax.Array) -> jax.Array:

@@ -11,14 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels import mosaic_gpu
-from layers.kernels.gated_linear_attention.gpu import backward as gpu_backward
-from layers.kernels.gated_linear_attention.gpu import grouped as gpu_grouped
-from layers.kernels.gated_linear_attention.gpu import grouped_keys as gpu_grouped_keys
-from layers.kernels.gated_linear_attention.gpu import grouped_queries as gpu_grouped_queries
-from layers.kernels.gated_linear_attention.gpu import kernels as gpu_kernels
+from layers.kernels import devices, mosaic_gpu, partition
+from layers.kernels.gated_linear_attention.gpu import backward as backward_kernels
+from layers.kernels.gated_linear_attention.gpu import grouped, grouped_keys, grouped_queries, kernels
 from layers.kernels.gated_linear_attention.gpu.kernels import CHUNK, KEEP, PART, READ, WRITE, Gates, Settings
-from layers.kernels.segments import segment_numbers
+from layers.kernels.segments import Segments, select_real
 from layers.kernels.shard_map_types import vary_as
 
 # The fastest of `python -m experiments.benchmark tune` on an H100 (alone) and an H200 (in pairs): three stages were 0 to 5%
@@ -28,11 +25,11 @@ BACKWARD = Settings()
 SPAN = 8  # chunks between the states at which the backward pass takes what flows through them
 
 WIDEST = 128  # keys and values of a head
-# Rows times heads that `impl=None` takes at the least, and of calls of LONG tokens or more.
+# Smallest batch x heads for which `impl=None` takes these kernels; the second value applies from LONG tokens.
 FEWEST, FEWEST_IF_LONG, LONG = 64, 8, 2048
 _PROCESSORS = 132  # of an H100
 _MAX_PIECES = 64
-# A log-decay below this leaves nothing of a float32 either, and an infinity would meet zeros.
+# Clamp: exp underflows below this, and -inf would give 0 x inf = NaN.
 _LOWEST = -100.0
 
 
@@ -46,7 +43,7 @@ class Call(NamedTuple):
     backward: Settings
 
 
-def refuses(q, k, v, log_decay, bonus, normalize, initial_state, **_: Any) -> str | None:
+def unsupported_reason(q, k, v, log_decay, bonus, normalize, initial_state, **_: Any) -> str | None:
     """Why these kernels cannot take a call, or None."""
     if normalize:
         return "normalize=True is not implemented; use impl='xla'"
@@ -69,17 +66,22 @@ def refuses(q, k, v, log_decay, bonus, normalize, initial_state, **_: Any) -> st
     return mosaic_gpu.refusal(_probe)
 
 
-def automatic(q, k, v, **_: Any) -> bool:
-    """Whether `impl=None` takes these kernels, if they do not refuse.
+def passed_over_reason(q, k, v, **_: Any) -> str | None:
+    """Why `impl=None` does not take these kernels, or None.
 
-    Sequences have to fill chunks, heads matrices, and rows and heads, or else pieces of time, the machine.
+    They need a full chunk, heads wide enough for the tensor cores, and enough blocks to fill the GPU.
     """
-    if jax.default_backend() != "gpu" or q.shape[1] < CHUNK:
-        return False
+    if devices.backend() != "gpu":
+        return devices.hopper_refusal()
+    if q.shape[1] < CHUNK:
+        return f"q has {q.shape[1]} tokens; a chunk has {CHUNK}"
     fewest = FEWEST_IF_LONG if q.shape[1] >= LONG else FEWEST
-    if q.shape[0] * max(x.shape[2] for x in (q, k, v)) < fewest or k.shape[3] < 32 or v.shape[3] < 32:
-        return False
-    return not mosaic_gpu.left_to_partitioner()
+    heads = q.shape[0] * max(x.shape[2] for x in (q, k, v))
+    if heads < fewest:
+        return f"batch x heads is {heads}; from {fewest} on they fill the GPU"
+    if k.shape[3] < 32 or v.shape[3] < 32:
+        return f"keys and values have {k.shape[3]} and {v.shape[3]} features; expected at least 32"
+    return partition.passed_over_reason(q)
 
 
 def gated_linear_attention(
@@ -91,13 +93,13 @@ def gated_linear_attention(
     scale,
     normalize,
     initial_state,
-    segment_ids,
+    segments,
     smallest,
     *,
     forward: Settings | None = None,
     backward: Settings | None = None,
 ):
-    """Runs the kernels; the arguments are checked by the public function and by `refuses`.
+    """Runs the kernels; the arguments are checked by the public function and by `unsupported_reason`.
 
     Args:
       forward, backward: layout of the kernels, in place of the tuned ones.
@@ -119,41 +121,38 @@ def gated_linear_attention(
         g = jnp.maximum(log_decay.astype(jnp.float32), _LOWEST)
         g = g[None, None] if g.ndim == 1 else g
         arrays["g"] = g, P(rows if g.shape[0] > 1 else None, None, head_axis(g, 2))
-    if segment_ids is not None:
-        arrays["number"] = segment_numbers(segment_ids), P(rows, None)
+    if segments is not None:
+        arrays["segments"] = segments, P(rows, None)
 
     def run(*given):
-        given = dict(zip(arrays, (vary_as(x, *given) for x in given), strict=True))
-        return _padded(call, **given)
+        leaves = jax.tree.leaves(given)
+        given = jax.tree.map(lambda x: vary_as(x, *leaves), given)
+        return _padded(call, **dict(zip(arrays, given, strict=True)))
 
     out_specs = P(rows, None, split, None), P(rows, split, None, None)
-    return mosaic_gpu.over_shards(run, *zip(*arrays.values(), strict=True), out_specs)
+    return partition.over_shards(run, *zip(*arrays.values(), strict=True), out_specs)
 
 
 def _sharding(q, k, v, heads):
-    """Mesh axes over which rows and heads are shared out: as those of v, heads only where all or one of them are given."""
-    rows, _, split, _ = jax.typeof(v).sharding.spec
+    """Mesh axes that divide rows and heads: as those of v, heads only where all or one of them are given."""
+    rows, _, split, _ = partition.spec_of(v, heads=2)
     if v.shape[2] != heads or any(x.shape[2] not in (1, heads) for x in (q, k)):
         split = None
     return rows, split
 
 
-def _padded(call, q, k, v, state, g=None, number=None):
+def _padded(call, q, k, v, state, g=None, segments: Segments | None = None):
     """Runs on one device, with widths filled up to multiples of 64 and time to multiples of 8."""
     time, keys, width = q.shape[1], q.shape[3], v.shape[3]
     missing = -time % 8
     pads = ((0, 0), (0, missing), (0, 0))
-    if number is not None:  # what stands at padding may be anything
-        padding = number == 0
-        q, k, v = (jnp.where(padding[..., None, None], 0, x) for x in (q, k, v))
+    q, k, v = (select_real(x, segments) for x in (q, k, v))
     q, k, v = (_pad(x, (*pads, (0, -x.shape[3] % PART))) for x in (q, k, v))
     state = _pad(state, ((0, 0), (0, 0), (0, -keys % PART), (0, -width % PART)))
     if g is not None:
         g = jnp.broadcast_to(g, (q.shape[0], time, state.shape[1]))
-        g = g if number is None else jnp.where(padding[..., None], 0, g)
-        g = _pad(g, pads)
-    if number is not None:
-        number = _pad(number, pads[:2])
+        g = _pad(select_real(g, segments), pads)
+    number = None if segments is None or not segments.packed else _pad(segments.numbers, pads[:2])
     o, final = _attend(q, k, v, g, number, state, call._replace(heads=state.shape[1]))
     return o[:, :time, :, :width], final[:, :, :keys, :width]
 
@@ -202,7 +201,7 @@ def _at_pieces(x, y, given: Gates, factor, edge, length, settings, *, reverse):
     """The states at which pieces start, in the order of the walk, (b, pieces, h, k, v); `edge` is the first, (b, h, k, v)."""
     if length == given.chunks:
         return edge[:, None]
-    added = gpu_kernels.effects(x, y, given, factor, reverse, length, settings)
+    added = kernels.effects(x, y, given, factor, reverse, length, settings)
     keep = given.rows[:, :, :, KEEP, 0]
     keep = jnp.pad(keep, ((0, 0), (0, 0), (0, -keep.shape[2] % length)), constant_values=1)
     keep = keep.reshape(*keep.shape[:2], -1, length).prod(-1)
@@ -225,19 +224,19 @@ def _attend(q, k, v, g, number, state, call):
 
 @mosaic_gpu.lowered_once("call", "span")
 def forward(q, k, v, g, number, state, call, span):
-    """Outputs, and states as `gpu_kernels.forward` gives them."""
+    """Outputs, and states as `kernels.forward` gives them."""
     batch, time, settings = q.shape[0], q.shape[1], call.forward
     given = gates(g, number, batch, time, call)
-    if gpu_grouped.in_pairs(q, k, v, call.heads, settings):
-        length = piece_length(given.chunks, batch * call.heads // gpu_grouped.WARPGROUPS, call.span, settings)
+    if grouped.in_pairs(q, k, v, call.heads, settings):
+        length = piece_length(given.chunks, batch * call.heads // grouped.WARPGROUPS, call.span, settings)
         entering = _at_pieces(k, v, given, WRITE, state, length, settings, reverse=False)
-        scored = gpu_grouped.scores(q, k, number, call.scale)
-        return gpu_grouped.forward(q, k, v, given, scored, entering, span, length, settings)
+        scored = grouped.scores(q, k, number, call.scale)
+        return grouped.forward(q, k, v, given, scored, entering, span, length, settings)
     parts = v.shape[3] // PART
-    count = gpu_kernels.warpgroups(*(call.heads // x.shape[2] for x in (q, k)), parts=parts)
+    count = kernels.warpgroups(*(call.heads // x.shape[2] for x in (q, k)), parts=parts)
     length = piece_length(given.chunks, batch * call.heads * parts // count, call.span, settings)
     entering = _at_pieces(k, v, given, WRITE, state, length, settings, reverse=False)
-    return gpu_kernels.forward(q, k, v, given, entering, call.scale, span, length, settings)
+    return kernels.forward(q, k, v, given, entering, call.scale, span, length, settings)
 
 
 def _forward(q, k, v, g, number, state, call):
@@ -248,10 +247,10 @@ def _forward(q, k, v, g, number, state, call):
 
 def layout_backward(q, k, v, call):
     """Whether blocks take two heads of a group, and chunks a piece."""
-    grouped = gpu_grouped.in_pairs(q, k, v, call.heads, call.backward)
-    grouped = grouped and k.shape[3] == gpu_grouped_queries.KEYS
-    blocks = q.shape[0] * call.heads // (gpu_grouped_queries.HEADS if grouped else 1)
-    return grouped, piece_length(-(-q.shape[1] // CHUNK), blocks, call.span, call.backward)
+    paired = grouped.in_pairs(q, k, v, call.heads, call.backward)
+    paired = paired and k.shape[3] == grouped_queries.KEYS
+    blocks = q.shape[0] * call.heads // (grouped_queries.HEADS if paired else 1)
+    return paired, piece_length(-(-q.shape[1] // CHUNK), blocks, call.span, call.backward)
 
 
 @mosaic_gpu.lowered_once("call")
@@ -264,13 +263,13 @@ def gradients(call, residuals, cotangents):
     do, dfinal = cotangents
     batch, time, span, settings = q.shape[0], q.shape[1], call.span, call.backward
     given = gates(g, number, batch, time, call)
-    grouped, length = layout_backward(q, k, v, call)
-    queries_kernel, keys_kernel = gpu_backward.query_gradients, gpu_backward.key_value_gradients
+    paired, length = layout_backward(q, k, v, call)
+    queries_kernel, keys_kernel = backward_kernels.query_gradients, backward_kernels.key_value_gradients
     scored, swapped = (), ()
-    if grouped:
-        queries_kernel = gpu_grouped_queries.query_gradients
-        keys_kernel = gpu_grouped_keys.key_value_gradients
-        scored = (gpu_grouped.scores(q, k, number, call.scale),)
+    if paired:
+        queries_kernel = grouped_queries.query_gradients
+        keys_kernel = grouped_keys.key_value_gradients
+        scored = (grouped.scores(q, k, number, call.scale),)
         swapped = (scored[0].swapaxes(3, 4),)
     dq, queries, ends = queries_kernel(
         q, k, v, do, given, *scored, states, call.scale, span, length, settings
@@ -335,7 +334,7 @@ def _probe() -> None:
 
     shared = jax.ShapeDtypeStruct((1, 16, 1, WIDEST), jnp.bfloat16)
     number = jax.ShapeDtypeStruct((1, 16), jnp.int32)
-    for heads, width in ((1, WIDEST), (gpu_grouped.FEWEST, PART)):
+    for heads, width in ((1, WIDEST), (grouped.FEWEST, PART)):
         v = jax.ShapeDtypeStruct((1, 16, heads, width), jnp.bfloat16)
         g = jax.ShapeDtypeStruct((1, 16, heads), jnp.float32)
         state = jax.ShapeDtypeStruct((1, heads, WIDEST, width), jnp.float32)

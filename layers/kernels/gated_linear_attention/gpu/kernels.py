@@ -34,10 +34,10 @@ from layers.kernels.mosaic_gpu import (
     along,
     exp2,
     in_registers,
+    indices,
     launch,
     matrices,
     pl,
-    places,
     plgpu,
     product,
     spread,
@@ -124,7 +124,7 @@ class Walk:
 def decays(rows: Any, columns: Any, transposed: bool = False) -> jax.Array:
     """d_ij of a chunk, or d_ji, from its gates in shared memory; 0 for pairs that do not see each other."""
     row, column = spread(along(rows.at[0], 0), 0, _SQUARE), spread(along(columns.at[0], 1), 1, _SQUARE)
-    i, j = places(_SQUARE, 0), places(_SQUARE, 1)
+    i, j = indices(_SQUARE, 0), indices(_SQUARE, 1)
     seen, sums = (j >= i, column - row) if transposed else (i >= j, row - column)
     if rows.shape[0] > KEEP + 1:
         number = spread(along(rows.at[KEEP + 1], 0), 0, _SQUARE)

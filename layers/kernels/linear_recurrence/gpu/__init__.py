@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels import mosaic_gpu
+from layers.kernels import devices, mosaic_gpu, partition
 from layers.kernels.checks import accumulation_dtype
-from layers.kernels.linear_recurrence.gpu import folded as gpu_folded
-from layers.kernels.linear_recurrence.gpu import kernels as gpu_kernels
+from layers.kernels.linear_recurrence.gpu import folded, kernels
 from layers.kernels.linear_recurrence.gpu.kernels import Planes, Settings
-from layers.kernels.segments import segment_starts
+from layers.kernels.segments import Segments, reset_mask
 from layers.kernels.shard_map_types import vary_as
 
 # Within 3% of the best candidates of `python -m experiments.benchmark tune` on an H100: forward, and backward in float32.
@@ -25,7 +24,7 @@ SHORTEST, SHORTEST_COMPLEX = 64, 704
 TYPES = (jnp.float32, jnp.bfloat16, jnp.complex64)
 
 
-def refuses(a, x, initial_state, **_: Any) -> str | None:
+def unsupported_reason(a, x, initial_state, **_: Any) -> str | None:
     """Why these kernels cannot take a call, or None."""
     for name, array in {"a": a, "x": x, "initial_state": initial_state}.items():
         if array is not None and array.dtype not in TYPES:
@@ -37,18 +36,21 @@ def refuses(a, x, initial_state, **_: Any) -> str | None:
     return mosaic_gpu.refusal(_probe)
 
 
-def automatic(a, x, initial_state, **_: Any) -> bool:
-    """Whether `impl=None` takes these kernels, if they do not refuse.
+def passed_over_reason(a, x, initial_state, **_: Any) -> str | None:
+    """Why `impl=None` does not take these kernels, or None.
 
     Short calls are left to XLA, which fuses them. Complex ones were timed inside S5, where factors are fixed and arrays are
     made of their parts, at 704 steps and more: on arrays that are in memory as complex numbers XLA is up to 1.6 times as fast.
     """
     is_complex = any(v is not None and jnp.iscomplexobj(v) for v in (a, x, initial_state))
-    if jax.default_backend() != "gpu" or x.shape[1] < (SHORTEST_COMPLEX if is_complex else SHORTEST):
-        return False
+    shortest = SHORTEST_COMPLEX if is_complex else SHORTEST
+    if devices.backend() != "gpu":
+        return devices.hopper_refusal()
+    if x.shape[1] < shortest:
+        return f"x has {x.shape[1]} steps; from {shortest} on the kernel is faster than XLA"
     if is_complex and a.shape[1] > 1:
-        return False
-    return not mosaic_gpu.left_to_partitioner()
+        return "a is complex and varies in time, for which XLA is faster"
+    return partition.passed_over_reason(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ def linear_recurrence(
     a,
     x,
     initial_state,
-    segment_ids,
+    segments,
     reverse,
     forward: Settings | None = None,
     backward: Settings | None = None,
@@ -79,28 +81,25 @@ def linear_recurrence(
     shape = (x.shape[0], x.shape[2])
     state = jnp.zeros(shape, dtype) if initial_state is None else initial_state.astype(dtype)
     call = Call(reverse, x.dtype, forward or FORWARD, backward or BACKWARD)
-    batch, _, channels = jax.typeof(x).sharding.spec
+    batch, _, channels = partition.spec_of(x, heads=2)
+    whole, edge = P(batch, None, channels), P(batch, channels)
     a_spec = P(batch if a.shape[0] > 1 else None, None, channels)
-    codes = token_codes(segment_ids, reverse)
-    arrays = [(a, a_spec), (x, P(batch, None, channels)), (state, P(batch, channels))]
-    arrays += [] if codes is None else [(codes, P(batch, None))]
+    arrays = a, x, state, token_codes(segments, reverse)
 
-    def run(a, x, state, codes=None):
+    def run(a, x, state, codes):
         return _recurrence(vary_as(a, x), x, vary_as(state, x), codes, call)
 
-    return mosaic_gpu.over_shards(
-        run, *zip(*arrays, strict=True), (P(batch, None, channels), P(batch, channels))
-    )
+    return partition.over_shards(run, arrays, (a_spec, whole, edge, P(batch, None)), (whole, edge))
 
 
-def token_codes(segment_ids, reverse) -> jax.Array | None:
+def token_codes(segments: Segments | None, reverse: bool) -> jax.Array | None:
     """What each token does to the state, (b, t); None if there are no segments."""
-    if segment_ids is None:
+    if segments is None:
         return None
-    order = slice(None, None, -1) if reverse else slice(None)
-    starts = segment_starts(segment_ids[:, order])[:, order]
-    codes = jnp.where(starts, gpu_kernels.RESET, gpu_kernels.KEPT)
-    return jnp.where(segment_ids == 0, gpu_kernels.SKIPPED, codes).astype(jnp.int32)
+    starts, codes = reset_mask(segments, reverse), kernels.KEPT
+    if starts is not None:
+        codes = jnp.where(starts, kernels.RESET, kernels.KEPT)
+    return jnp.where(segments.real, codes, kernels.SKIPPED).astype(jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -153,11 +152,11 @@ _recurrence.defvjp(_forward, gradients)
 def _kernels(shape: tuple[int, ...], dtype: Any, settings: Settings) -> Any:
     """The module that runs a pass over arrays of this shape with a state of this type."""
     fold = jnp.issubdtype(dtype, jnp.complexfloating) if settings.fold is None else settings.fold
-    return gpu_folded if fold and _narrow(shape) else gpu_kernels
+    return folded if fold and _narrow(shape) else kernels
 
 
 def _narrow(shape: tuple[int, ...]) -> bool:
-    return gpu_folded.narrow((*shape[:2], _padded(shape[2])))
+    return folded.narrow((*shape[:2], _padded(shape[2])))
 
 
 def _padded(channels: int) -> int:
