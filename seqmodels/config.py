@@ -34,7 +34,9 @@ class StackConfig:
       dropout: of branch outputs if separate; passed to the channel mixer if joint.
       scan: run repeats of the pattern under `jax.lax.scan`; compiles once instead of depth times.
       remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products).
-      dtype: type of activations. Parameters are float32.
+      dtype: type of activations.
+      param_dtype: type that matrices of the default optimizer group are stored in, "float32" or "bfloat16"; everything
+        else stays float32.
     """
 
     width: int
@@ -53,6 +55,7 @@ class StackConfig:
     scan: bool = True
     remat: Literal["none", "full", "dots"] = "none"
     dtype: Any = "float32"
+    param_dtype: Any = "float32"
 
     def __post_init__(self) -> None:
         for name in ("width", "depth"):
@@ -65,6 +68,7 @@ class StackConfig:
         _one_of("norm_position", self.norm_position, ("pre", "post"))
         _one_of("remat", self.remat, REMAT)
         _one_of("dtype", str(jnp.dtype(self.dtype)), ("float32", "bfloat16", "float16"))
+        _one_of("param_dtype", str(jnp.dtype(self.param_dtype)), ("float32", "bfloat16"))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}; expected 0 <= dropout < 1")
         if self.residual_scale <= 0:

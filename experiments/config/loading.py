@@ -1,6 +1,7 @@
 """Experiment configs as plain data: their sections, the checks that need no compute, and their differences."""
 
 import dataclasses
+import fnmatch
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -8,11 +9,14 @@ from typing import Any
 
 from layers.registry import make_config, suggestion
 
-SECTIONS = ("seed", "task", "model", "optimizer", "train", "data")
+SECTIONS = ("seed", "task", "model", "optimizer", "train", "data", "mesh")
+OPTIONAL_SECTIONS = ("data", "mesh")
 
-# Fields that change what is shown, kept or where data lie, never what is computed: a run may go on with other values.
-# The content of data is compared by its manifest instead.
+# Patterns of fields that decide what is shown or kept, where data lie and how work is divided, never what is computed: a run
+# resumes with other values. The content of data is compared by its manifest instead.
 FREE_FIELDS = (
+    "mesh",
+    "mesh.*",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_last",
@@ -90,6 +94,35 @@ class DataConfig:
         check_integer("data.prefetch", self.prefetch, least=0)
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The section `mesh`: how many devices each axis of the mesh has; -1, in one axis at most, takes those that are left.
+
+    Attributes:
+      data: batches are divided over this axis, parameters are replicated.
+      fsdp: batches, parameters and the optimizer's state are divided over this axis.
+      tensor: heads and hidden channels are divided over this axis.
+      sequence: time is divided over this axis.
+      expert: the experts of mixtures are divided over this axis.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+    expert: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            if size != -1:
+                check_integer(f"mesh.{name}", size, least=1)
+        if len(open_axes := [f"mesh.{name}" for name, size in sizes.items() if size == -1]) > 1:
+            raise ValueError(
+                f"{' and '.join(open_axes)} are -1; only one axis can take the devices that are left"
+            )
+
+
 def check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
     """Raises unless `value` is a finite number, more than `above` and at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -125,7 +158,8 @@ def to_plain(config: Any) -> dict[str, Any]:
                 f"config has an unknown section {section!r}{suggestion(section, SECTIONS)}; "
                 f"sections: {', '.join(SECTIONS)}"
             )
-    plain.setdefault("data", {})
+    for section in OPTIONAL_SECTIONS:
+        plain.setdefault(section, {})
     for section in SECTIONS:
         if section not in plain:
             raise ValueError(f"config has no {section!r}; sections: {', '.join(SECTIONS)}")
@@ -176,9 +210,17 @@ def section(config: Mapping[str, Any], name: str, config_class: type) -> Any:
 def differences(
     run: Mapping[str, Any], given: Mapping[str, Any], *, ignore: tuple[str, ...] = FREE_FIELDS
 ) -> list[str]:
-    """What differs between the config of a run and a given one, a line a field."""
+    """The fields that differ between the config of a run and a given one, a line for each.
+
+    Args:
+      ignore: patterns of fields that may differ.
+    """
     old, new = dict(_flatten(run)), dict(_flatten(given))
-    names = [name for name in sorted(old.keys() | new.keys()) if name not in ignore]
+    names = [
+        name
+        for name in sorted(old.keys() | new.keys())
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore)
+    ]
     absent = object()
 
     def show(config: Mapping[str, Any], name: str) -> str:

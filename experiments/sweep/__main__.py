@@ -8,7 +8,6 @@ given again. OUT/table.md and OUT/plot.png show all runs so far. Exit codes: 0 a
 the time limit, and the same command goes on; 1 all others are done but some failed; 2 the arguments cannot be used.
 """
 
-import argparse
 import concurrent.futures
 import dataclasses
 import json
@@ -20,7 +19,7 @@ from typing import Any
 
 import jax
 
-from experiments.config.command_line import EXIT_INTERRUPTED, REFUSALS, refuse
+from experiments.config.command_line import EXIT_INTERRUPTED, REFUSALS, Parser, refuse
 from experiments.parallel.devices import Devices
 from experiments.runs.directory import git_revision, versions
 from experiments.runs.interrupts import Interrupted
@@ -33,9 +32,7 @@ AHEAD = 2  # jobs made and compiled while another trains
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what is missing and reports; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="experiments.sweep", description=__doc__.partition("\n")[0], allow_abbrev=False
-    )
+    parser = Parser("experiments.sweep", __doc__)
     parser.add_argument("--study", required=True, choices=tuple(STUDIES))
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
     parser.add_argument("--stop_after_seconds", type=float, help="start nothing and leave after so long")

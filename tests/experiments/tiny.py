@@ -3,12 +3,12 @@
 python -m tests.experiments.tiny --config=tests/experiments/tiny_config.py --workdir=DIR
 """
 
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 from flax import nnx
 
 from experiments import train
@@ -125,4 +125,4 @@ def tiny_config(**sections):
 
 if __name__ == "__main__":
     experiment.make_task, experiment.build_model = make_tiny_task, build_tiny_model
-    app.run(train.main, flags_parser=train.parse_flags)
+    sys.exit(train.main())
