@@ -14,13 +14,14 @@ from flax import nnx
 from experiments import train
 from experiments.data.sequences import Sequences
 from experiments.tasks.classification import cross_entropy
+from experiments.tasks.task import Task
 from experiments.training import experiment
 
 WIDTHS = (4, 8)
 CLASSES = 3
 
 
-class TinyTask:
+class TinyTask(Task):
     """Rows of token ids; the label of a row is its first token.
 
     Options for tests: `slow` seconds to make a batch, and `poison`, a training example whose loss is not a number.
@@ -28,6 +29,8 @@ class TinyTask:
 
     vocab_size = CLASSES + 2
     num_classes = CLASSES
+    padding = "end"
+    packed = False
 
     def __init__(
         self, *, examples: int = 48, slow: float = 0.0, poison: int | None = None, data_seed: int = 0

@@ -63,8 +63,8 @@ class Rows:
         """The rows at `indices`, padded or cut at the end to `width`, all int32.
 
         Returns:
-          inputs (b, width), segment_ids (b, width; 1 for tokens, 0 for padding), labels (b, width) and what else
-          the task gives each position.
+          inputs (b, width), labels (b, width) and what else the task gives each position; and segment_ids (b, width; 1
+          for tokens, 0 for padding), unless every row of the split fills the width.
 
         Raises:
           ValueError: if a row is longer than `width`.
@@ -77,7 +77,13 @@ class Rows:
         if lengths.max() > width:
             raise ValueError(f"a sequence of {lengths.max()} tokens does not fit into a width of {width}")
         rows = {name: _resize(array, width, IGNORE * (name == "labels")) for name, array in rows.items()}
+        if width <= self._shortest:
+            return rows
         return rows | {"segment_ids": (np.arange(width) < lengths[:, None]).astype(np.int32)}
+
+    @functools.cached_property
+    def _shortest(self) -> int:
+        return int(self._all["lengths"].min()) if self._ragged else self._width
 
     @functools.cached_property
     def _all(self) -> Arrays:

@@ -11,6 +11,8 @@ from experiments.config.loading import check_integer
 from experiments.tasks import tokens
 from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.synthetic.rows import Arrays, Rows
+from experiments.tasks.task import Task
+from layers.kernels.segments import Padding
 from layers.typing import Array, Float
 
 # Raised whenever a generator makes other rows of the same options.
@@ -18,7 +20,7 @@ VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class SyntheticTask(abc.ABC):
+class SyntheticTask(Task, abc.ABC):
     """A task whose rows follow from its options; nothing is made before rows are asked for.
 
     A task of this kind gives `make(draws, split)` (see `Rows`), `width(split)`, `vocab_size` and `chance`.
@@ -29,6 +31,8 @@ class SyntheticTask(abc.ABC):
     """
 
     makes_no_data: ClassVar[bool] = True
+    padding: ClassVar[Padding] = "end"
+    packed: ClassVar[bool] = False
     ragged: ClassVar[bool] = False
 
     seed: int = 0
