@@ -53,7 +53,7 @@ def choose_step(checkpoints: Checkpoints, which: str) -> int:
     """The step that "best", "last" or a number means.
 
     Raises:
-      ValueError: if there is no such checkpoint; the message names those that there are.
+      ValueError: if there is no such checkpoint; the message names the steps that have one.
     """
     if which not in ("best", "last") and not which.isdecimal():
         raise ValueError(f"checkpoint={which!r}; expected best, last or a step")

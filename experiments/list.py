@@ -1,9 +1,9 @@
-"""Lists what there is to choose from: mixers, tasks and configs, one a line, with what it is and the paper.
+"""Lists the mixers, tasks and configs to choose from, one per line, each with a description and its paper.
 
     python -m experiments.list
     python -m experiments.list mixers --json
 
-Read from docstrings. Exit codes: 0 done; 2 there is no such list.
+The text comes from docstrings. Exit codes: 0 done; 2 there is no such list.
 """
 
 import ast
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def text(entries: Sequence[Entry]) -> str:
-    """One line an entry."""
+    """One line per entry."""
     wide = max((len(entry.name) for entry in entries), default=0)
     return "\n".join(
         f"{entry.name:{wide}}  {entry.description}{f' ({entry.paper})' if entry.paper else ''}".rstrip()

@@ -25,7 +25,7 @@ Overrides = list[tuple[str, str]]
 
 
 class ArgumentError(ValueError):
-    """An argument of the command that cannot be used; the message says all there is to know."""
+    """An argument of the command that cannot be used; the message needs no place in the sources."""
 
 
 def refuse(error: Exception) -> int:

@@ -34,10 +34,10 @@ class TrainConfig:
     """The section `train`.
 
     Attributes:
-      batch_size: examples of one step, over all devices and micro-batches together.
+      batch_size: examples per step, over all devices and micro-batches together.
       epochs: length of training; or give `steps`.
       steps: length of training in steps, in place of `epochs`.
-      accumulate: micro-batches that a step is computed in, one after the other, to save memory.
+      accumulate: micro-batches per step, computed one after the other to save memory.
       eval_every: epochs between evaluations on the validation split; there is always one after the last step.
       eval_batch_size: examples of an evaluation batch; `batch_size` if None.
       log_every: steps between lines of the log.
@@ -83,8 +83,8 @@ class DataConfig:
     """The section `data`.
 
     Attributes:
-      bucket_bounds: widths that batches are padded to, increasing; None pads all to the longest sequence.
-      prefetch: batches made ahead of their use.
+      bucket_bounds: widths that batches are padded to, in increasing order; None pads to the longest sequence.
+      prefetch: number of batches prepared ahead of their use.
     """
 
     bucket_bounds: tuple[int, ...] | None = None

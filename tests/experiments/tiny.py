@@ -120,6 +120,7 @@ def tiny_config(**sections):
         optimizer=dict(learning_rate=0.05, weight_decay=0.1, warmup_steps=3, clip_norm=1.0, ema=0.9),
         train=dict(batch_size=8, epochs=4, log_every=1, checkpoint_every=4, tensorboard=False),
         data=dict(bucket_bounds=WIDTHS, prefetch=1),
+        mesh={},
     )
     for section, values in sections.items():
         config[section] = values if section == "seed" else config[section] | values

@@ -1,4 +1,4 @@
-"""Splits whose rows are computed from their numbers, and rows put together from parts."""
+"""Splits whose rows are computed from their numbers, and rows joined from parts."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.tokens import IGNORE
 
-# Splits with more tokens are not kept in memory; their rows are made anew in every epoch.
+# Splits with more tokens are not kept in memory; their rows are made again in every epoch.
 LARGEST_KEPT = 2**26
 AT_ONCE = 2**22  # tokens made in one call, so that intermediate arrays stay small
 
@@ -18,7 +18,7 @@ Arrays = dict[str, np.ndarray]
 class Rows:
     """A split of a data set in which row i is a function of a key and i alone.
 
-    Nothing is computed until rows are asked for; small splits are then made whole and kept.
+    Nothing is computed until rows are gathered; small splits are then made as a whole and kept.
 
     Attributes:
       lengths: int64 (n,), tokens of each row.
@@ -105,7 +105,7 @@ def _resize(array: np.ndarray, width: int, fill: int) -> np.ndarray:
 
 
 def joined(parts: Sequence[tuple[np.ndarray, np.ndarray | int]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Writes parts of rows one after the other.
+    """Rows that are made of parts, one after the other.
 
     Args:
       parts: tokens (b, k) and how many of them to take from the start (b,).

@@ -1,4 +1,4 @@
-"""What synthetic tasks share: splits from seeds, masked cross-entropy, a manifest, the score of guessing."""
+"""The base class of synthetic tasks: splits from seeds, masked cross-entropy, a manifest, the score of guessing."""
 
 import abc
 import dataclasses
@@ -15,13 +15,13 @@ from experiments.tasks.task import Task
 from layers.kernels.segments import Padding
 from layers.typing import Array, Float
 
-# Raised whenever a generator makes other rows of the same options.
+# Raise when a generator makes other rows of the same options.
 VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SyntheticTask(Task, abc.ABC):
-    """A task whose rows follow from its options; nothing is made before rows are asked for.
+    """A task whose rows follow from its options; nothing is made before rows are gathered.
 
     A task of this kind gives `make(draws, split)` (see `Rows`), `width(split)`, `vocab_size` and `chance`.
 
