@@ -14,7 +14,6 @@ our implementations failed or a process ended, the others are in the table; 2 an
 """
 
 import argparse
-import csv
 import os
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ import jax
 from experiments.benchmark import kernels, peers, report, scaling, tune
 from experiments.benchmark.processes import EndedEarly
 from experiments.benchmark.timing import ceilings
-from experiments.config.command_line import REFUSALS, Parser, refuse
+from experiments.config.command_line import REFUSALS, Parser, names, refuse
 from experiments.parallel.devices import Devices
 from experiments.runs.directory import git_revision, versions
 from experiments.runs.files import to_json_text, write_atomically
@@ -120,11 +119,6 @@ def _tune(only: tuple[str, ...], values: Any, folder: Path, record: dict[str, An
     return 0
 
 
-def _names(text: str) -> tuple[str, ...]:
-    """The names in a line of comma-separated values; quotes hold together a name that has commas."""
-    return tuple(name for line in csv.reader([text], skipinitialspace=True) for name in line)
-
-
 def _options(values: Any) -> kernels.Options:
     defaults = ON_CPU if jax.default_backend() == "cpu" else {}
     given = {
@@ -134,7 +128,7 @@ def _options(values: Any) -> kernels.Options:
     given = {name: value for name, value in given.items() if value is not None}
     if given.get("narrower", 1) not in (1, 2, 4, 8):
         raise ValueError(f"narrower={values.narrower}; expected 1, 2, 4 or 8")
-    return kernels.Options(only=_names(values.only), peers=values.peers, **(defaults | given))
+    return kernels.Options(only=values.only, peers=values.peers, **(defaults | given))
 
 
 def _describe(limits: dict[str, Any]) -> str:
@@ -156,7 +150,7 @@ def _parser() -> Parser:
         "--out", default="runs/benchmark", help="folder for the results; made if it does not exist"
     )
     parser.add_argument(
-        "--only", default="", help="primitives, or primitive/case, to time, separated by commas"
+        "--only", type=names, default=(), help="primitives, or primitive/case, to time, separated by commas"
     )
     parser.add_argument(
         "--peers", action="store_true", help="time other libraries that can be imported, and plain JAX"

@@ -1,6 +1,7 @@
 """What the commands share: their arguments, the config with its overrides, exit codes, and errors without a traceback."""
 
 import argparse
+import csv
 import re
 import runpy
 import sys
@@ -76,6 +77,11 @@ class Parser(argparse.ArgumentParser):
         except REFUSALS as error:
             sys.exit(refuse(error))
         return found
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The names in a line of comma-separated values, as a type of arguments; quotes hold together a name that has commas."""
+    return tuple(name for line in csv.reader([text], skipinitialspace=True) for name in line)
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], Overrides]:

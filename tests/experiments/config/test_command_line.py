@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import compare, evaluate, train
-from experiments.config.command_line import EXIT_REFUSED, Parser, load, split_overrides
+from experiments.config.command_line import EXIT_REFUSED, Parser, load, names, split_overrides
 from experiments.sweep import __main__ as sweep
 
 S5 = "configs/lra/listops.py:mixer=s5"
@@ -109,6 +109,11 @@ def test_later_overrides_win_and_stand_anywhere():
         ["--rows"],
         [("model.scan", "true"), ("a.b", "c=d")],
     )
+
+
+def test_names_are_separated_by_commas():
+    assert names("") == ()
+    assert names('real, Mamba-2,"4 taps, SiLU"') == ("real", "Mamba-2", "4 taps, SiLU")
 
 
 @pytest.mark.parametrize(
