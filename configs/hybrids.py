@@ -4,7 +4,7 @@
 
     jamba           7 Mamba to 1 attention without positions, mixture of experts in every second layer (2403.19887)
     hunyuan_turbos  blocks of attention, Mamba-2, experts (AMF) and of Mamba-2, experts (MF) (2505.15431)
-    samba           Mamba and sliding windows in turn (2406.07522)
+    samba           Mamba and sliding windows alternating (2406.07522)
     griffin         2 recurrent blocks to 1 local multi-query attention (2402.19427)
     minimax         7 lightning attention to 1 softmax attention, experts, DeepNorm (2501.08313)
     kimi_linear     3 KDA to 1 latent attention without positions, experts (2510.26692)
@@ -12,7 +12,7 @@
     hybridna        7 Mamba-2 to 1 attention (2502.10807)
     masformer       full attention in the lowest layer alone, windows above (2310.12442)
 
-Orders of layers, ratios and positions are the papers'; widths, depths, windows and numbers of experts are cut down. All
+Orders of layers, ratios and positions are the papers'; widths, depths, windows and numbers of experts are smaller. All
 are causal and pool over time.
 """
 

@@ -1,13 +1,12 @@
-"""Trains several mixers on one config, one after the other, and sets their results side by side.
+"""Trains several mixers on one config, one after the other, and compares their results.
 
     python -m experiments.compare --config=configs/lra/listops_short.py --mixers=s5,attention --workdir=runs/first-look
 
-The config must take an argument mixer=NAME. Each run is one of `experiments.train` in its own folder WORKDIR/NAME and
-may be interrupted and gone on with in the same way; further flags, such as --config.train.epochs=2, are passed on to
-it. At the end prints a table, and writes it to compare.json and the curves of all to curves.png in the work directory.
+The config must take an argument mixer=NAME. Each run is one of `experiments.train` in its own folder WORKDIR/NAME, is
+interrupted and resumed in the same way, and receives all further flags, such as --config.train.epochs=2. At the end the
+command prints a table, and writes it to compare.json and the curves of all runs to curves.png in the work directory.
 """
 
-import argparse
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.config.command_line import Parser
 from experiments.runs.directory import RunDirectory
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.runs.interrupts import SIGNALS
@@ -25,12 +25,9 @@ from experiments.runs.results import total_seconds
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains and compares; returns the exit code of the first run that does not finish, else 0."""
-    parser = argparse.ArgumentParser(
-        prog="experiments.compare", description=__doc__.partition("\n")[0], allow_abbrev=False
-    )
+    parser = Parser("experiments.compare", __doc__, workdir=True)
     parser.add_argument("--config", required=True, help="path of a config that takes mixer=NAME")
     parser.add_argument("--mixers", required=True, help="names of mixers, separated by commas")
-    parser.add_argument("--workdir", required=True, type=Path, help="directory that will hold the runs")
     args, more = parser.parse_known_args(argv)
     mixers = args.mixers.split(",")
     results = {}
@@ -51,8 +48,8 @@ def with_argument(config: str, argument: str) -> str:
 
 
 def run_training(arguments: Sequence[str]) -> int:
-    """Runs `experiments.train` in a process of its own, hands signals on to it, and returns its exit code."""
-    # In a group of its own, so that Ctrl-C reaches it once, from here.
+    """Runs `experiments.train` in a process of its own, passes signals to it, and returns its exit code."""
+    # In a process group of its own, so that Ctrl-C reaches it once, from here.
     process = subprocess.Popen([sys.executable, "-m", "experiments.train", *arguments], process_group=0)
     previous = {n: signal.signal(n, lambda n, _: process.send_signal(n)) for n in SIGNALS}
     try:

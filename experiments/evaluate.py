@@ -5,11 +5,10 @@
 Prints the metrics as JSON and writes them to evaluation-SPLIT-STEP.json in the work directory.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from experiments.config.command_line import REFUSALS, refuse
+from experiments.config.command_line import REFUSALS, Parser, refuse
 from experiments.parallel.mesh import Devices
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.directory import RunDirectory
@@ -21,13 +20,12 @@ from experiments.training.loop import restore
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluates and reports; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="experiments.evaluate", description=__doc__.partition("\n")[0])
-    parser.add_argument("--workdir", required=True, help="directory of the run")
+    parser = Parser("experiments.evaluate", __doc__, workdir=True)
     parser.add_argument("--split", default="test", help="split of the task (default: test)")
     parser.add_argument(
         "--checkpoint", default="best", help="best (of validation; the default), last, or a step"
     )
-    parser.add_argument("--num_devices", type=int, help="use the first so many devices (default: all)")
+    parser.add_argument("--num_devices", type=int, help="use the first devices, this many (default: all)")
     args = parser.parse_args(argv)
     run = RunDirectory(args.workdir)
     try:
@@ -55,7 +53,7 @@ def choose_step(checkpoints: Checkpoints, which: str) -> int:
     """The step that "best", "last" or a number means.
 
     Raises:
-      ValueError: if there is no such checkpoint; the message names those that there are.
+      ValueError: if there is no such checkpoint; the message names the steps that have one.
     """
     if which not in ("best", "last") and not which.isdecimal():
         raise ValueError(f"checkpoint={which!r}; expected best, last or a step")

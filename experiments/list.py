@@ -1,12 +1,11 @@
-"""Lists what there is to choose from: mixers, tasks and configs, one a line, with what it is and the paper.
+"""Lists the mixers, tasks and configs to choose from, one per line, each with a description and its paper.
 
     python -m experiments.list
     python -m experiments.list mixers --json
 
-Read from docstrings. Exit codes: 0 done; 2 there is no such list.
+The text comes from docstrings. Exit codes: 0 done; 2 there is no such list.
 """
 
-import argparse
 import ast
 import inspect
 import re
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.config.command_line import Parser
 from experiments.runs.files import to_json_text
 from experiments.tasks import TASKS
 from layers.mixers import MIXERS
@@ -77,9 +77,7 @@ LISTS: dict[str, Callable[[], list[Entry]]] = {"mixers": mixers, "tasks": tasks,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Lists; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="experiments.list", description=__doc__.partition("\n")[0], allow_abbrev=False
-    )
+    parser = Parser("experiments.list", __doc__)
     parser.add_argument("what", nargs="?", choices=tuple(LISTS), help="all three if not given")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
@@ -97,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def text(entries: Sequence[Entry]) -> str:
-    """One line an entry."""
+    """One line per entry."""
     wide = max((len(entry.name) for entry in entries), default=0)
     return "\n".join(
         f"{entry.name:{wide}}  {entry.description}{f' ({entry.paper})' if entry.paper else ''}".rstrip()

@@ -23,18 +23,20 @@ class StackConfig:
       mixers: options of mixers by the name used in the pattern. With a key "mixer" the name is an alias, so that one
         model can hold, say, two attentions with different windows.
       mixer_defaults: options that every mixer takes which has them and is not given others in `mixers`, such as
-        {"heads": 2}, so that mixers may be exchanged by name; the rest take no notice.
+        {"heads": 2}, so that mixers may be exchanged by name; the other mixers ignore them.
       channel: the channel mixer of blocks that name none; "none" for no channel mixer.
       channels: options of channel mixers, likewise; an alias has a key "channel".
       residual: "separate": x + mixer, then x + channel mixer; "joint": x + channel(mixer(x)), as in S4, S5 and LRU.
       norm, norm_options: kind of norm and its options.
       norm_position: "pre" normalises the input of every branch, "post" the sum.
-      residual_scale: what x is multiplied by before a branch is added: DeepNorm (Wang et al. 2022, arXiv:2203.00555)
+      residual_scale: factor of x before a branch is added; DeepNorm (Wang et al. 2022, arXiv:2203.00555)
         has (2 depth)^(1/4) with norm_position="post".
       dropout: of branch outputs if separate; passed to the channel mixer if joint.
       scan: run repeats of the pattern under `jax.lax.scan`; compiles once instead of depth times.
       remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products).
-      dtype: type of activations. Parameters are float32.
+      dtype: type of activations.
+      param_dtype: type that matrices of the default optimizer group are stored in, "float32" or "bfloat16"; everything
+        else stays float32.
     """
 
     width: int
@@ -53,6 +55,7 @@ class StackConfig:
     scan: bool = True
     remat: Literal["none", "full", "dots"] = "none"
     dtype: Any = "float32"
+    param_dtype: Any = "float32"
 
     def __post_init__(self) -> None:
         for name in ("width", "depth"):
@@ -65,6 +68,7 @@ class StackConfig:
         _one_of("norm_position", self.norm_position, ("pre", "post"))
         _one_of("remat", self.remat, REMAT)
         _one_of("dtype", str(jnp.dtype(self.dtype)), ("float32", "bfloat16", "float16"))
+        _one_of("param_dtype", str(jnp.dtype(self.param_dtype)), ("float32", "bfloat16"))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}; expected 0 <= dropout < 1")
         if self.residual_scale <= 0:
@@ -102,7 +106,7 @@ class InputConfig:
       vocab_size: inputs are token ids (b, t) below this.
       input_size: inputs are vectors (b, t, input_size), mapped linearly. Exactly one of the two is set.
       embedding_stddev: standard deviation of initial embeddings; 1 / sqrt(width) if None.
-      absolute_positions: what is added to inputs for their position in the segment: "none"; "learned", a table; or
+      absolute_positions: encoding that is added to inputs by their position in the segment: "none"; "learned", a table; or
         "sinusoidal", where token embeddings are multiplied by sqrt(width) first, as in the first Transformer.
       max_positions: rows of the learned table; tokens beyond give NaN.
     """
@@ -131,7 +135,7 @@ class InputConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-    """A model that gives one label a sequence.
+    """A model that gives one label per sequence.
 
     Attributes:
       input, stack: see there.
@@ -174,7 +178,7 @@ class LanguageModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """A model that writes its input down again from one vector.
+    """A model that reconstructs its input from one vector.
 
     Attributes:
       input, stack: see there; inputs must be tokens.

@@ -1,4 +1,4 @@
-"""Short ListOps: the grammar of Long Range Arena's task, cut to a size that a CPU trains in minutes.
+"""Short ListOps: the grammar of Long Range Arena's task, at a size that a CPU trains in minutes.
 
 python -m experiments.compare --config=configs/lra/listops_short.py --mixers=s5,attention --workdir=runs/first-look
 python -m experiments.train --config=configs/lra/listops_short.py:mixer=s5 --workdir=runs/short-s5

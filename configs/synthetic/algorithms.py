@@ -8,7 +8,7 @@
 Any causal mixer; mixer=NAME, width, depth, learning_rate, scale=small|paper. Small trains on lengths up to 10 (parity
 up to 20); paper up to 20 for copying and sorting (Kazemnejad et al. 2023, arXiv:2305.19466), from 3 to 40 for parity
 (Grazzi et al. 2025, arXiv:2411.12537) and up to 40 digits for addition (Zhou et al. 2024, arXiv:2402.09371). Mixers with
-an option `negative_eigenvalues` have it, as only those can learn parity. `running_parity` asks for it at every bit.
+an option `negative_eigenvalues` use it, as only those can learn parity. `running_parity` asks for the parity at every bit.
 """
 
 from ml_collections import ConfigDict

@@ -4,8 +4,8 @@
     python -m experiments.compare --config=configs/synthetic/regular_languages.py --mixers=gla,attention --workdir=runs/languages
 
 Any causal mixer; mixer=NAME, width, depth, learning_rate, scale=small|paper. Akyürek et al. 2024 (arXiv:2401.12973) train on
-5000 automata for up to 200 epochs and look at `dfa_accuracy` and `total_variation` on new ones. Best accuracy of the
-next letter is that of who knows the automaton, which the results show as a baseline.
+5000 automata for up to 200 epochs and look at `dfa_accuracy` and `total_variation` on new ones. The best possible
+accuracy of the next letter is that of a predictor that knows the automaton, which the results show as a baseline.
 """
 
 from ml_collections import ConfigDict

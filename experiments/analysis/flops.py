@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# One operation an element of the output, transcendental functions too.
+# One operation per element of the output, transcendental functions included.
 _ELEMENTWISE = frozenset(
     {
         *("add", "add_any", "sub", "mul", "div", "rem", "neg", "abs", "sign", "max", "min", "clamp", "conj"),
@@ -19,14 +19,14 @@ _ELEMENTWISE = frozenset(
         *("asin", "acos", "atan", "atan2", "erf", "erfc", "erf_inv", "lgamma", "digamma"),
     }
 )
-# One operation an element of the input.
+# One operation per element of the input.
 _REDUCTIONS = frozenset(
     {
         *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod"),
         *("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"),
     }
 )
-# Of complex numbers, in operations on real ones.
+# Operations on real numbers per operation on complex ones.
 _COMPLEX = {"mul": 6, "div": 11, "square": 6}
 
 
@@ -35,7 +35,7 @@ class Flops(NamedTuple):
 
     Attributes:
       matrix: of matrix products and convolutions, two for a multiplication with its addition.
-      other: of all the rest: elementwise functions, reductions and Fourier transforms.
+      other: of everything else: elementwise functions, reductions and Fourier transforms.
       exact: False if there is a loop whose length only the data tell; its body counts once.
     """
 
@@ -49,7 +49,7 @@ class Flops(NamedTuple):
         return self.matrix + self.other
 
     def plus(self, more: "Flops", times: float = 1) -> "Flops":
-        """With `times` as many as `more` has."""
+        """Adds `times` copies of `more`."""
         return Flops(
             self.matrix + times * more.matrix, self.other + times * more.other, self.exact and more.exact
         )
@@ -132,7 +132,7 @@ def _of_product(equation: Any) -> float:
 
 
 def _of_ragged_product(equation: Any) -> float:
-    """Every row meets the matrix of its own group only; so it does in the gradient of the matrices."""
+    """Every row is multiplied with the matrix of its own group alone, and so in the gradient of the matrices."""
     left, right = (variable.aval.shape for variable in equation.invars[:2])
     return float(2 * math.prod(left) * right[-1])
 

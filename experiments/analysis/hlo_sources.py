@@ -1,4 +1,4 @@
-"""Which of our source files a GPU kernel comes from, read off the text of the compiled program.
+"""The source file that a GPU kernel comes from, read from the text of the compiled program.
 
 The text of a module that XLA has optimised starts with tables of the Python frames that its instructions were traced
 in, and an instruction names the innermost one by `stack_frame_id`. A kernel runs one instruction, in most cases a

@@ -8,23 +8,24 @@
 the forward pass and of both passes, the ratio to the floor, the ratio to what `impl=None` takes, memory, and errors
 against the float64 reference. The floor is the larger of the fewest bytes over the bandwidth of a copy and the
 arithmetic over the rate of the unit that does it, both measured at the start. On a CPU the sizes are smaller and the
-inputs float32. On a GPU `--workers` processes get everything ready side by side, which takes longer than timing it;
+inputs float32. On a GPU `--workers` processes compile and check in parallel, which takes longer than timing;
 `--patience` bounds it. `tune` checks and times layouts of the GPU kernels and writes tune.json. Exit codes: 0 done; 1 one of
 our implementations failed or a process ended, the others are in the table; 2 an argument cannot be used.
 """
 
+import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags, logging
 
 from experiments.benchmark import kernels, peers, report, scaling, tune
 from experiments.benchmark.processes import EndedEarly
 from experiments.benchmark.timing import ceilings
-from experiments.config.command_line import REFUSALS, refuse
+from experiments.config.command_line import REFUSALS, Parser, names, refuse
 from experiments.parallel.mesh import Devices
 from experiments.runs.directory import git_revision, versions
 from experiments.runs.files import to_json_text, write_atomically
@@ -33,18 +34,14 @@ STUDIES = ("kernels", "scaling", "tune")
 ON_CPU = {"dtype": "float32", "batch": 1, "time": 1024, "narrower": 8, "rounds": 5, "workers": 1}
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs a study; returns the exit code."""
-    if len(argv) != 2 or argv[1] not in STUDIES:
-        raise app.UsageError(f"expected one of {', '.join(STUDIES)}; got {' '.join(argv[1:]) or 'nothing'}")
-    values = flags.FLAGS
-    if values.verbosity <= 0:  # absl's default shows every move of every library
-        logging.set_verbosity(logging.WARNING)
-    study = argv[1]
+    values = _parser().parse_args(argv)
+    study = values.study
     try:
         _share_memory(1 if study == "tune" else values.workers or kernels.Options.workers)
         options = _options(values)
-        lengths = tuple(map(int, values.lengths))
+        lengths = tuple(map(int, values.lengths.split(",")))
         chosen = [] if study == "tune" else list(kernels.selected(options.only))
         folder = Path(values.out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +63,7 @@ def main(argv: list[str]) -> int:
         print(line, file=sys.stderr, flush=True)
 
     def add(row: dict[str, Any], line: str) -> None:
-        """Prints a row and stores all so far, so that a run that is cut short keeps them."""
+        """Prints a row and stores all rows, so that a run that is cut short keeps them."""
         print(line, flush=True)
         rows.append(row)
         store()
@@ -125,12 +122,13 @@ def _tune(only: tuple[str, ...], values: Any, folder: Path, record: dict[str, An
 def _options(values: Any) -> kernels.Options:
     defaults = ON_CPU if jax.default_backend() == "cpu" else {}
     given = {
-        name: getattr(values, name) for name in ("dtype", "batch", "time", "narrower", "rounds", "workers")
+        name: getattr(values, name)
+        for name in ("dtype", "batch", "time", "narrower", "rounds", "workers", "patience")
     }
     given = {name: value for name, value in given.items() if value is not None}
     if given.get("narrower", 1) not in (1, 2, 4, 8):
         raise ValueError(f"narrower={values.narrower}; expected 1, 2, 4 or 8")
-    return kernels.Options(only=tuple(values.only), peers=values.peers, **(defaults | given))
+    return kernels.Options(only=values.only, peers=values.peers, **(defaults | given))
 
 
 def _describe(limits: dict[str, Any]) -> str:
@@ -145,21 +143,37 @@ def _scaling_line(row: dict[str, Any]) -> str:
     return f"{label:45}  {row['time']:7}  {row['both_ms']:10.3f} ms  {row['both_peak_bytes'] / 1e9:7.3f} GB"
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Defines and parses the flags."""
-    flags.DEFINE_string("out", "runs/benchmark", "Folder for the results; made if it does not exist.")
-    flags.DEFINE_list("only", [], "Primitives, or primitive/case, to time; all by default.")
-    flags.DEFINE_bool("peers", False, "Time other libraries that can be imported, and plain JAX, too.")
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Type of real inputs; each benchmark's own.")
-    flags.DEFINE_integer("batch", None, "Rows, in place of each benchmark's own.", lower_bound=1)
-    flags.DEFINE_integer("time", None, "Tokens, in place of each benchmark's own.", lower_bound=1)
-    flags.DEFINE_integer("narrower", None, "Divides the number of heads or channels: 1, 2, 4 or 8.")
-    flags.DEFINE_integer("rounds", None, "Measurements of every function.", lower_bound=1)
-    flags.DEFINE_integer("workers", None, "Processes that trace and compile.", lower_bound=1)
-    flags.DEFINE_float("patience", None, "Seconds for one implementation to get ready, or it is left out.")
-    flags.DEFINE_list("lengths", ["2048", "8192", "32768", "131072"], "Tokens in a row, for `scaling`.")
-    return app.parse_flags_with_usage(argv)
+def _parser() -> Parser:
+    parser = Parser("experiments.benchmark", __doc__)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument(
+        "--out", default="runs/benchmark", help="folder for the results; made if it does not exist"
+    )
+    parser.add_argument(
+        "--only", type=names, default=(), help="primitives, or primitive/case, to time, separated by commas"
+    )
+    parser.add_argument(
+        "--peers", action="store_true", help="time other libraries that can be imported, and plain JAX"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of real inputs")
+    parser.add_argument("--batch", type=_positive, help="rows, in place of each benchmark's own")
+    parser.add_argument("--time", type=_positive, help="tokens, in place of each benchmark's own")
+    parser.add_argument("--narrower", type=int, help="divides the number of heads or channels: 1, 2, 4 or 8")
+    parser.add_argument("--rounds", type=_positive, help="measurements of every function")
+    parser.add_argument("--workers", type=_positive, help="processes that trace and compile")
+    parser.add_argument(
+        "--patience", type=float, help="seconds for one implementation to compile and be checked"
+    )
+    parser.add_argument("--lengths", default="2048,8192,32768,131072", help="tokens per row, for `scaling`")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}; expected at least 1")
+    return value
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What is timed: a primitive called with random arrays, forward, and forward with all its gradients."""
+"""The timed functions: a primitive called with random arrays, forward, and forward with all its gradients."""
 
 import dataclasses
 import functools
@@ -100,7 +100,7 @@ def cotangent(function: Function, arrays: Arrays) -> np.ndarray:
 
 
 class Check(NamedTuple):
-    """A call and what the float64 reference gives for it: the output and the gradients."""
+    """A call with its output and gradients by the float64 reference."""
 
     arrays: Arrays
     cotangent: np.ndarray
@@ -111,7 +111,7 @@ class Check(NamedTuple):
 def check(suite: Suite, benchmark: Benchmark, arrays: Arrays) -> Check:
     """Runs the reference in float64 on these arrays, which are rounded to the benchmark's type.
 
-    It runs on the CPU: it keeps every state, and what an accelerator's allocator once held it holds until the process ends.
+    It runs on the CPU: it keeps every state, and an accelerator's allocator keeps its memory until the process ends.
     """
     reference = with_implementation(suite, benchmark, "reference")
     direction = cotangent(reference, arrays)

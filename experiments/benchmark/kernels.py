@@ -22,7 +22,7 @@ ERROR_TIME = 256  # where the float64 reference and all its intermediate states 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to time and how.
+    """Options of the study.
 
     Attributes:
       only: primitives, or "primitive/case"; all if empty.
@@ -32,7 +32,7 @@ class Options:
       rounds: measurements of every function.
       peers: whether to time other libraries too.
       workers: processes that trace and compile.
-      patience: seconds that one implementation of a case may take to get ready; no limit if None.
+      patience: seconds that one implementation of a case may compile and be checked; no limit if None.
     """
 
     only: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ def selected(only: tuple[str, ...]) -> Iterator[tuple[str, Suite, Benchmark]]:
 
 
 def failures(rows: list[dict]) -> list[dict]:
-    """The rows of our implementations that raised something, other than that they refuse the case."""
+    """The rows of our implementations that raised an error other than a refusal of the case."""
     return [row for row in rows if row["ours"] and "problem" in row and not row["refused"]]
 
 
@@ -72,12 +72,12 @@ def run(
     report: Callable[[dict], None],
     say: Callable[[str], None],
 ) -> list[dict]:
-    """Compiles and checks everything, then times it, so that compilers do not slow what is timed.
+    """Compiles and checks everything before it times anything, so that no compiler runs beside a measurement.
 
     Args:
       ceilings: of the device, by type of the inputs.
-      report: gets each row as soon as it is known.
-      say: gets a line for everything that is ready to be timed.
+      report: called with each row as soon as it is known.
+      say: called with a line for everything that is ready to be timed.
 
     Raises:
       ValueError: see `selected`.
@@ -139,7 +139,7 @@ class Study:
         self.benchmark = benchmark.resized(
             options.batch or benchmark.batch, options.time or benchmark.time, options.narrower
         )
-        # As many heads as are timed: compilers that try kernels out do it anew for another number.
+        # As many heads as are timed, because compilers that tune kernels repeat it for every number of heads.
         self._small = self.benchmark.resized(1, min(self.benchmark.time, ERROR_TIME))
         self._patience = options.patience
         self.dtype = options.dtype or benchmark.dtype
@@ -206,7 +206,7 @@ class Study:
             try:
                 for run in passes:
                     jax.block_until_ready(run())
-            except Exception as problem:  # noqa: BLE001 - the memory may not do for all
+            except Exception as problem:  # noqa: BLE001 - the memory may not suffice for all
                 del able[name]
                 self._contestants[name] = _refusal(problem)
         forward, both = ({name: passes[part] for name, passes in able.items()} for part in (0, 1))
@@ -246,7 +246,7 @@ class Study:
         return rows
 
     def _floors(self, ceilings: Ceilings) -> tuple[float, float]:
-        """Milliseconds that the forward pass, and both passes, take at the least."""
+        """Lower bounds of the milliseconds of the forward pass and of both passes."""
         b = self.benchmark
         rate = ceilings.matrix if b.matrix_products else ceilings.vector
 

@@ -1,4 +1,4 @@
-"""The same calculations by other libraries, and by plain JAX: baselines to divide by.
+"""The same calculations by other libraries, and by plain JAX, as baselines.
 
 `peers(primitive, name)` gives functions of the arrays of a benchmark, by a name to print. A library that cannot be
 imported is left out.
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def peers(primitive: str, case: str) -> dict[str, JaxFunction | TorchFunction]:
-    """Whatever else here computes the case called `case` of a primitive."""
+    """All other functions that compute the case called `case` of a primitive."""
     found: dict[str, JaxFunction | TorchFunction] = {
         name: JaxFunction(function) for name, function in PLAIN.get((primitive, case), {}).items()
     }

@@ -1,4 +1,4 @@
-"""Prepares measurements in several processes at once, then lets them measure in turn.
+"""Measurements that are prepared in several processes in parallel and made one after another.
 
 Python traces one program at a time in a process, and tracing kernels takes longer than compiling them. Nothing compiles
 while something is timed.
@@ -15,7 +15,7 @@ Say = Callable[[str], None]
 
 
 class Ready(NamedTuple):
-    """A measurement that is prepared: what makes its rows, and the bytes of the accelerator's memory that it needs."""
+    """A prepared measurement: the function that makes its rows, and the bytes of device memory that it needs."""
 
     measure: Callable[[], list[dict[str, Any]]]
     peak_bytes: int
@@ -25,7 +25,7 @@ Prepare = Callable[[Any, Say], Ready]
 
 
 class EndedEarly(RuntimeError):
-    """Processes ended before they had measured what they had to."""
+    """Processes ended before their measurements."""
 
 
 def run(
@@ -35,19 +35,19 @@ def run(
     report: Callable[[dict[str, Any]], None],
     say: Say,
 ) -> list[dict[str, Any]]:
-    """Rows of every key, in order: prepared side by side, then measured one after another.
+    """Rows of every key, in order: prepared in parallel, then measured one after another.
 
-    The process that needs the least memory measures first, and gives back what it holds before the next one starts.
+    The process that needs the least memory measures first, and releases its memory before the next one starts.
 
     Args:
       prepare: a function of a module, or a `functools.partial` of one; with its keys and rows, it is sent between processes.
       workers: processes; with one, everything happens in this process, in order.
-      report: gets each row as soon as it is known.
-      say: gets the lines that `prepare` says.
+      report: called with each row as soon as it is known.
+      say: called with the lines that `prepare` says.
 
     Raises:
-      EndedEarly: as processes do that raise something, which is then on their standard error. All that the others measure is
-        reported before.
+      EndedEarly: processes ended early, such as by an error, which is then on their standard error. The measurements of the
+        others are reported before.
     """
     if workers == 1 or len(keys) < 2:
         prepared = [prepare(key, say) for key in keys]
@@ -76,7 +76,7 @@ def run(
 
 
 def _prepared(pipes: list[Connection], say: Say) -> dict[Connection, int]:
-    """Waits until every process is ready or has ended; the bytes that those that are ready need."""
+    """The bytes that each process needs, once all are ready or have ended; those that ended are left out."""
     waiting, needs = set(pipes), {}
     while waiting:
         for pipe in wait(waiting):
@@ -100,7 +100,7 @@ def _measured(pipe: Connection, report: Callable[[dict[str, Any]], None]) -> lis
 
 
 def _parts(keys: Sequence[Hashable], workers: int) -> list[Sequence[Hashable]]:
-    """Neighbours together, so that a process ends when its part is measured."""
+    """The keys in runs of neighbours, so that a process ends when its part is measured."""
     count = min(workers, len(keys))
     bounds = [len(keys) * i // count for i in range(count + 1)]
     return [keys[low:high] for low, high in itertools.pairwise(bounds)]

@@ -56,7 +56,7 @@ def draw_bars(rows: Sequence[Row], path: Path, title: str) -> None:
 
 
 def draw_scaling(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draws time and memory of both passes against the length, a line a primitive; dashes are proportional to it."""
+    """Draws time and memory of both passes against the length, one line per primitive; dashes are proportional to the length."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     for axes, field, label in zip(
         figure.subplots(1, 2),

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MIN_SECONDS = 0.01  # of a measurement, if nothing else is asked for; shorter calls are repeated within it
+MIN_SECONDS = 0.01  # of a measurement by default; shorter calls are repeated within it
 
 
 class Timing(NamedTuple):
-    """Milliseconds a call: median and quartiles."""
+    """Milliseconds per call: median and quartiles."""
 
     median: float
     low: float
@@ -20,7 +20,7 @@ class Timing(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """What the device does at best: bytes a second through memory, and FLOPs a second of each unit."""
+    """Peak rates of the device: bytes per second through memory, and FLOPs per second of each unit."""
 
     bytes: float
     matrix: float
@@ -28,7 +28,7 @@ class Ceilings(NamedTuple):
 
 
 def peak_bytes(compiled: Any) -> int:
-    """Memory that a compiled function needs at once: arguments, results and what is in between."""
+    """Memory that a compiled function needs at once: arguments, results and temporaries."""
     sizes = compiled.memory_analysis()
     return sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
 
@@ -36,13 +36,13 @@ def peak_bytes(compiled: Any) -> int:
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], rounds: int, seconds: float = MIN_SECONDS
 ) -> dict[str, Timing]:
-    """Times every call once a round, so that a change of the machine's pace meets all of them.
+    """Times every call once per round, so that a change of the machine's speed affects all of them alike.
 
     A call starts work and returns arrays; every measurement waits for them.
 
     Args:
-      seconds: of a measurement, which repeats shorter calls, 50 times at most. What the host takes to start the first of
-        them is measured too.
+      seconds: of a measurement, which repeats shorter calls, 50 times at most. The time in which the host starts the
+        first of them is included.
     """
     repeats = {name: _repeats(call, seconds) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}

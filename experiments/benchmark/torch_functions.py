@@ -17,14 +17,14 @@ class TorchFunction:
     load: Callable[[], Callable[..., Any]]
 
     def compiled(self, arrays: Arrays, cotangent: np.ndarray) -> Compiled:
-        """Both passes, run once, so that nothing is left to compile. Memory is what PyTorch allocates, and the arguments."""
+        """Both passes, run once, so that everything is compiled. Memory is PyTorch's allocations plus the arguments."""
         function = self.load()
         passes = _Passes(function, *jax.device_put((arrays, cotangent)))
         arguments = sum(array.nbytes for array in arrays.values())
         forward, both = _peak_bytes(passes.forward), _peak_bytes(passes.both)
         _give_back()
         return Compiled(
-            # Tensors are views of JAX's arrays, made anew for every call, so that none outlives its study.
+            # Tensors are views of JAX's arrays, made for every call, so that none outlives its study.
             lambda arrays: _Passes(function, arrays).forward(),
             lambda arrays, cotangent: _Passes(function, arrays, cotangent).both(),
             arguments + forward,
@@ -42,7 +42,7 @@ class TorchFunction:
 
 
 class _Launched:
-    """Results that may still be being computed; `jax.block_until_ready` waits for them."""
+    """Results that PyTorch may not have computed yet; `jax.block_until_ready` waits for them."""
 
     def __init__(self, values: Any):
         self.values = values

@@ -1,7 +1,7 @@
 """The study `tune`: layouts of GPU kernels, each compiled, checked and timed, beside XLA and the byte floor.
 
 Results are compared with the float64 reference at full size, over memory that was filled with NaN. One layout that
-fails or is wrong is reported and left out; the others go on.
+fails or is wrong is reported and left out; the others continue.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ ALLOWED_ERROR = {"float32": 2e-5, "complex64": 2e-5, "bfloat16": 1e-2}
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is divided for a quick run: rows, tokens and channels; and how often each layout is timed."""
+    """Sizes of a quick run: rows, tokens, a divisor of channels, and rounds in which each layout is timed."""
 
     batch: int | None = None
     time: int | None = None
@@ -58,7 +58,7 @@ def run(
 ) -> None:
     """Makes a row for every layout of every pass of the chosen problems.
 
-    `say` gets lines as they are known, `keep` all rows so far after each pass.
+    `say` is called with lines as they are known, `keep` with all rows so far after each pass.
 
     Raises:
       ValueError: see `selected`; or the kernels cannot run here.
@@ -126,7 +126,7 @@ def _call(compiled: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[
 
 
 def _poison(tree: Mapping[str, Any]) -> None:
-    """Fills memory that the next results may be put in with NaN, and gives it back."""
+    """Fills memory that the next results may use with NaN, and releases it."""
     filled = [jnp.full(v.shape, jnp.nan, jnp.float32) for v in tree.values() for _ in range(2)]
     jax.block_until_ready(filled)
     for array in filled:

@@ -1,4 +1,4 @@
-"""What `tune` tries for `delta_rule`: calls, and how many chunks of inputs the Hopper kernels keep in shared memory."""
+"""The calls and layouts of Hopper kernels that `tune` compares for `delta_rule`."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ _PIECES = tuple(Settings(pieces=pieces) for pieces in (None, 8, 1))
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A call of (batch, time, heads, size of a head), bfloat16, with the layouts to try, beside XLA."""
+    """A call of (batch, time, heads, size per head), bfloat16, with the layouts to try, beside XLA."""
 
     name: str
     shape: tuple[int, int, int, int]

@@ -1,4 +1,4 @@
-"""What `tune` tries for `gated_linear_attention`: shapes, and layouts of the Hopper kernels."""
+"""The calls and layouts of Hopper kernels that `tune` compares for `gated_linear_attention`."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What `tune` tries for `linear_recurrence`: shapes, and layouts of the Hopper kernels."""
+"""The calls and layouts of Hopper kernels that `tune` compares for `linear_recurrence`."""
 
 import dataclasses
 import functools

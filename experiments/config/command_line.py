@@ -1,20 +1,129 @@
-"""What the commands of this folder share: exit codes, and errors of use without a traceback."""
+"""What the commands share: their arguments, the config with its overrides, exit codes, and errors without a traceback."""
 
+import argparse
+import csv
+import re
+import runpy
 import sys
 import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from experiments.config.fields import FieldError, set_field
+from experiments.config.loading import to_plain
 from experiments.data.cache import CorruptCacheError
 
 EXIT_REFUSED = 2  # the command, the config or the work directory cannot be used; nothing was computed
 EXIT_DIVERGED = 65  # a loss or gradient norm was not finite; running again would do the same
-EXIT_INTERRUPTED = 75  # left early after saving; the same command goes on
+EXIT_INTERRUPTED = 75  # left early after saving; the same command resumes
 
 # What a wrong argument, config, folder or data cache raises.
 REFUSALS = (ValueError, TypeError, OSError, CorruptCacheError)
 
+OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
+Overrides = list[tuple[str, str]]
+
+
+class ArgumentError(ValueError):
+    """An argument of the command that cannot be used; the message needs no place in the sources."""
+
 
 def refuse(error: Exception) -> int:
-    """Says what cannot be used, and which line of the sources says so."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    print(f"{type(error).__name__}: {error}\n(from {where.filename}:{where.lineno})", file=sys.stderr)
+    """Prints what cannot be used and, unless it is an argument, which line of the sources says so; returns the exit code."""
+    if isinstance(error, ArgumentError | FieldError):
+        print(error, file=sys.stderr)
+    else:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        print(f"{type(error).__name__}: {error}\n(from {where.filename}:{where.lineno})", file=sys.stderr)
     return EXIT_REFUSED
+
+
+class Parser(argparse.ArgumentParser):
+    """The arguments of a command; `parse_args` ends the process with exit code 2 and a message where they cannot be used.
+
+    With `config`, the command takes --config and an override for every field: `--config.model.width=64`,
+    `--config.model.scan`, `--noconfig.model.scan`. `args.config` is then the plain config with its overrides.
+    """
+
+    def __init__(self, command: str, doc: str, *, config: bool = False, workdir: bool = False):
+        """Takes the name of the command, and the docstring of its module as the text of --help."""
+        super().__init__(
+            prog=f"python -m {command}",
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self._takes_config = config
+        if config:
+            self.add_argument(
+                "--config",
+                required=True,
+                metavar="FILE[:KEY=VALUE,...]",
+                help="the config and the arguments of its get_config; --config.SECTION.FIELD=VALUE sets a field",
+            )
+        if workdir:
+            self.add_argument("--workdir", required=True, type=Path, help="directory of the run")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """The arguments, with the loaded config."""
+        given = list(sys.argv[1:] if args is None else args)
+        if not self._takes_config:
+            return super().parse_args(given, namespace)
+        rest, overrides = split_overrides(given)
+        found = super().parse_args(rest, namespace)
+        try:
+            found.config = load(found.config, overrides)
+        except REFUSALS as error:
+            sys.exit(refuse(error))
+        return found
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The names in a line of comma-separated values, as a type of arguments; quotes hold together a name that has commas."""
+    return tuple(name for line in csv.reader([text], skipinitialspace=True) for name in line)
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], Overrides]:
+    """The arguments without overrides of the config, and the overrides in order as pairs of path and text."""
+    rest: list[str] = []
+    overrides: Overrides = []
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        found = OVERRIDE.fullmatch(argument)
+        if not found:
+            rest.append(argument)
+            continue
+        negated, path, text = found.groups()
+        if text is None:
+            # The value is the next argument; without one, a switch is turned on or off.
+            follows = not negated and bool(waiting) and not waiting[0].startswith("--")
+            text = waiting.pop(0) if follows else "false" if negated else "true"
+        overrides.append((path, text))
+    return rest, overrides
+
+
+def load(config: str, overrides: Overrides = ()) -> dict[str, Any]:
+    """The plain config that FILE:KEY=VALUE,... and overrides describe.
+
+    Raises:
+      ArgumentError: there is no such file, it has no `get_config`, or an argument is not KEY=VALUE.
+      FieldError: an override names no field, or its text is no value of the field.
+      ValueError, TypeError: what `get_config` refuses, or the config holds.
+    """
+    path, colon, arguments = config.partition(":")
+    for argument in filter(None, arguments.split(",")):
+        if "=" not in argument:
+            raise ArgumentError(
+                f"--config={config}: the argument {argument!r} is not KEY=VALUE, such as mixer={argument}"
+            )
+    if not Path(path).is_file():
+        raise ArgumentError(f"--config={config}: there is no file {path}")
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise ArgumentError(f"--config={config}: the file defines no get_config")
+    plain = to_plain(get_config(arguments) if colon else get_config())
+    for field, text in overrides:
+        set_field(plain, field, text)
+    return to_plain(plain)

@@ -1,6 +1,7 @@
 """Experiment configs as plain data: their sections, the checks that need no compute, and their differences."""
 
 import dataclasses
+import fnmatch
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -8,11 +9,14 @@ from typing import Any
 
 from layers.registry import make_config, suggestion
 
-SECTIONS = ("seed", "task", "model", "optimizer", "train", "data")
+SECTIONS = ("seed", "task", "model", "optimizer", "train", "data", "mesh")
+OPTIONAL_SECTIONS = ("data", "mesh")
 
-# Fields that change what is shown, kept or where data lie, never what is computed: a run may go on with other values.
-# The content of data is compared by its manifest instead.
+# Patterns of fields that decide what is shown or kept, where data lie and how work is divided, never what is computed: a run
+# resumes with other values. The content of data is compared by its manifest instead.
 FREE_FIELDS = (
+    "mesh",
+    "mesh.*",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_last",
@@ -30,10 +34,10 @@ class TrainConfig:
     """The section `train`.
 
     Attributes:
-      batch_size: examples of one step, over all devices and micro-batches together.
+      batch_size: examples per step, over all devices and micro-batches together.
       epochs: length of training; or give `steps`.
       steps: length of training in steps, in place of `epochs`.
-      accumulate: micro-batches that a step is computed in, one after the other, to save memory.
+      accumulate: micro-batches per step, computed one after the other to save memory.
       eval_every: epochs between evaluations on the validation split; there is always one after the last step.
       eval_batch_size: examples of an evaluation batch; `batch_size` if None.
       log_every: steps between lines of the log.
@@ -79,8 +83,8 @@ class DataConfig:
     """The section `data`.
 
     Attributes:
-      bucket_bounds: widths that batches are padded to, increasing; None pads all to the longest sequence.
-      prefetch: batches made ahead of their use.
+      bucket_bounds: widths that batches are padded to, in increasing order; None pads to the longest sequence.
+      prefetch: number of batches prepared ahead of their use.
     """
 
     bucket_bounds: tuple[int, ...] | None = None
@@ -92,11 +96,14 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The section `mesh`: sizes of the axes of the mesh of devices.
+    """The section `mesh`: how many devices each axis of the mesh has; -1, in one axis at most, takes those that are left.
 
     Attributes:
-      data, fsdp, tensor, sequence, expert: see `experiments.parallel.sharding.ShardingRules`. -1 takes the devices that
-        the other axes leave. `data` is -1 where None and no other axis is.
+      data: batches are divided over this axis, parameters are replicated. None is -1 if no other axis is, and else 1.
+      fsdp: batches, parameters and the optimizer's state are divided over this axis.
+      tensor: heads and hidden channels are divided over this axis.
+      sequence: time is divided over this axis.
+      expert: the experts of mixtures are divided over this axis.
     """
 
     data: int | None = None
@@ -108,15 +115,15 @@ class MeshConfig:
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
         if self.data is None:
-            others = [size for name, size in sizes.items() if name != "data"]
-            object.__setattr__(self, "data", 1 if -1 in others else -1)
-            sizes["data"] = self.data
+            data = 1 if -1 in sizes.values() else -1
+            sizes["data"] = data
+            object.__setattr__(self, "data", data)
         for name, size in sizes.items():
             if size != -1:
                 check_integer(f"mesh.{name}", size, least=1)
-        if list(sizes.values()).count(-1) > 1:
+        if len(open_axes := [f"mesh.{name}" for name, size in sizes.items() if size == -1]) > 1:
             raise ValueError(
-                f"mesh: {', '.join(n for n, s in sizes.items() if s == -1)} are -1; at most one axis takes what is left"
+                f"{' and '.join(open_axes)} are -1; only one axis can take the devices that are left"
             )
 
 
@@ -155,7 +162,8 @@ def to_plain(config: Any) -> dict[str, Any]:
                 f"config has an unknown section {section!r}{suggestion(section, SECTIONS)}; "
                 f"sections: {', '.join(SECTIONS)}"
             )
-    plain.setdefault("data", {})
+    for section in OPTIONAL_SECTIONS:
+        plain.setdefault(section, {})
     for section in SECTIONS:
         if section not in plain:
             raise ValueError(f"config has no {section!r}; sections: {', '.join(SECTIONS)}")
@@ -206,9 +214,17 @@ def section(config: Mapping[str, Any], name: str, config_class: type) -> Any:
 def differences(
     run: Mapping[str, Any], given: Mapping[str, Any], *, ignore: tuple[str, ...] = FREE_FIELDS
 ) -> list[str]:
-    """What differs between the config of a run and a given one, a line a field."""
+    """The fields that differ between the config of a run and a given one, a line for each.
+
+    Args:
+      ignore: patterns of fields that may differ.
+    """
     old, new = dict(_flatten(run)), dict(_flatten(given))
-    names = [name for name in sorted(old.keys() | new.keys()) if name not in ignore]
+    names = [
+        name
+        for name in sorted(old.keys() | new.keys())
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore)
+    ]
     absent = object()
 
     def show(config: Mapping[str, Any], name: str) -> str:

@@ -1,7 +1,7 @@
 """Which sequences go into which batch: buckets of similar length, so that little padding is computed.
 
-A plan is a function of the lengths, the seed and the epoch alone, so any batch of any epoch can be had without those
-before it. Shuffles sort the raw output of the Philox generator, which NumPy promises not to change.
+A plan is a function of the lengths, the seed and the epoch alone, so any batch of any epoch can be made without the
+earlier ones. Shuffles sort the raw output of the Philox generator, which NumPy promises not to change.
 """
 
 import dataclasses
@@ -80,9 +80,8 @@ def plan_epoch(
     """Full batches, each sequence at most once, in random order.
 
     The sequences are shuffled and fill the bucket of their length in that order; every `batch_size` of them make a
-    batch. What is left in a bucket at the end joins the next larger one. Last, the
-    batches are shuffled. If `batch_size` does not divide the number of sequences, the remainder of the shuffled order
-    sits out this epoch, whatever its lengths.
+    batch. The sequences left in a bucket at the end join the next larger one. Last, the batches are shuffled. If `batch_size` does not divide the number of sequences, the remainder of the shuffled order
+    is not part of this epoch, whatever its lengths.
     """
     bounds = check_bucket_bounds(lengths, bucket_bounds)
     batches = count_train_batches(len(lengths), batch_size)

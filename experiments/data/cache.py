@@ -1,9 +1,9 @@
 """Data sets on disk: built once, as array_record files beside a manifest that every load checks.
 
-A data set is a folder `NAME-vVERSION-HASH`, where HASH comes from its parameters, holding one `SPLIT.array_record` a
-split and `manifest.json`. A record is the label (int32, little-endian) followed by the tokens (of the manifest's
+A data set is a folder `NAME-vVERSION-HASH`, where HASH comes from its parameters, holding one
+`SPLIT.array_record` per split and `manifest.json`. A record is the label (int32, little-endian) followed by the tokens (of the manifest's
 `token_dtype`, little-endian); records are compressed one by one (group size 1), so that other readers have fast random
-access too. We read a whole split into memory: Long Range Arena's ListOps takes 100 MB.
+access too. A whole split is read into memory: Long Range Arena's ListOps takes 100 MB.
 
 The manifest names generator, version, parameters and vocabulary, counts the records, and gives the size and SHA-256
 of every file and the SHA-256 of the content (`fingerprint.content_sha256`), which does not depend on the file format.

@@ -39,14 +39,14 @@ SPLITS = ("train", "validation", "test")
 DIGIT_ABOVE = 0.25  # a uniform draw above this makes a node a digit
 BLOCK_DRAWS = 4096  # trees drawn from one seed: the unit of parallel work
 PATIENCE_BLOCKS = 64
-LEAST_YIELD = 1e-4  # new sequences a draw, over PATIENCE_BLOCKS, below which the configuration is given up
+LEAST_YIELD = 1e-4  # new sequences per draw, over PATIENCE_BLOCKS, below which the configuration is given up
 
 Record = tuple[bytes, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class ListOpsConfig:
-    """The grammar, the window of lengths (strict, in tokens), the number of sequences a split, and the seed.
+    """The grammar, the window of lengths (strict, in tokens), the number of sequences per split, and the seed.
 
     Raises:
       TypeError: if a field is not an integer.

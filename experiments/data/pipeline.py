@@ -1,8 +1,9 @@
 """Batches for training and evaluation, through Grain.
 
-A batch is a dict of inputs int32 (b, t), segment_ids int32 (b, t; 1 for tokens, 0 for padding), labels int32 (b,) and
-weight float32 (b,): 1, or 0 for a row that only fills the last batch of an evaluation. Such a row repeats a sequence
-of its batch, so that a model never sees a row without tokens.
+A batch is a dict of what the source gathers and weight float32 (b,): 1, or 0 for a row that only fills the last batch of an
+evaluation. Such a row repeats a sequence of its batch, so that a model never sees a row without tokens. Sources gather
+inputs int32 (b, t), labels int32 (b,) or (b, t), and segment_ids int32 (b, t; 1 for tokens, 0 for padding) unless all rows
+of this width are whole.
 
 The batch of step n is computed from n (see `bucketing`), so the state of an iterator is one number, and setting it
 continues bit for bit without reading what came before.
@@ -34,7 +35,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def gather(self, indices: np.ndarray, width: int) -> Batch:
-        """The examples at `indices`, padded to `width`: arrays with one row an example."""
+        """The examples at `indices`, padded to `width`: arrays with one row per example.
+
+        Which arrays there are depends on the width alone.
+        """
         ...
 
 

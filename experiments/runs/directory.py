@@ -1,7 +1,7 @@
-"""The folder of a run: all that is needed to go on with it, look at it, or run it again.
+"""The folder of a run: all that is needed to resume it, look at it, or run it again.
 
     config.json       the config           manifest.json    of the data
-    sessions.jsonl    one line a start: time, command, step, versions, git revision, devices
+    sessions.jsonl    one line per start: time, command, step, versions, git revision, devices
     parameters.txt    groups of the optimizer
     metrics.jsonl     the log              tensorboard/     the same as event files
     checkpoints/      see `checkpoints`    curves.png, results.json: at the end
@@ -44,7 +44,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, folder: str | Path, config: Mapping[str, Any]) -> "RunDirectory":
-        """Makes the folder of a new run, or opens that of a run to go on with, and keeps other processes out.
+        """Makes the folder of a new run, or opens that of a run to resume, and keeps other processes out.
 
         Raises:
           WorkdirError: if the folder holds something else, a run of another config (the fields that differ are named),

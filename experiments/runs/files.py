@@ -1,4 +1,4 @@
-"""Writing small files so that a reader, or a run after a crash, finds the old or the new content and nothing between."""
+"""Writing small files so that a reader, or a run after a crash, finds either the old or the new content."""
 
 import json
 import os

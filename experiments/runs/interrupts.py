@@ -16,7 +16,7 @@ class Interrupted(Exception):
 class Stop:
     """Whether training was asked to leave.
 
-    As a context it catches SIGTERM and SIGINT: the first is a request, a second ends the process at once.
+    As a context it catches SIGTERM and SIGINT: the first signal is a request, the second ends the process at once.
 
     Attributes:
       reason: why, or None so far.

@@ -1,4 +1,4 @@
-"""Where measurements go: JSON lines, TensorBoard, Weights & Biases and a progress bar.
+"""The logs of a run: JSON lines, TensorBoard, Weights & Biases and a progress bar.
 
 A line is one JSON object with "kind" ("train", "validation" or "test"), "step", "epoch" and measurements. Train lines
 hold averages over the steps since the line before, validation lines those over the split.
@@ -20,7 +20,7 @@ from experiments.runs.files import write_atomically
 
 
 class Sink(Protocol):
-    """Takes measurements."""
+    """A log that takes measurements."""
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Takes the measurements of one line."""
@@ -33,7 +33,7 @@ class MetricsFile:
     """The log as JSON lines."""
 
     def __init__(self, path: Path, *, after_step: int):
-        """Opens the file to go on after a step: lines of later steps, and of tests, are cut off first."""
+        """Opens the file to resume after a step: lines of later steps, and of tests, are removed first."""
         cut_after(path, after_step)
         self._file = path.open("a", encoding="utf-8")
 
@@ -64,7 +64,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Keeps the lines up to `step` and drops those of tests, so that going on from there repeats none."""
+    """Keeps the lines up to `step` and drops those of tests, so that a run resumed there repeats none."""
     kept = [line for line in read_lines(path) if line["step"] <= step and line["kind"] != "test"]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -73,7 +73,7 @@ class TensorBoard:
     """Event files. Needs the package tensorboardX."""
 
     def __init__(self, folder: Path, *, after_step: int):
-        """Opens a new event file; what older ones hold of later steps is hidden."""
+        """Opens a new event file; later steps in older files are hidden."""
         writer = importlib.import_module("tensorboardX").SummaryWriter
         self._writer = writer(str(folder), purge_step=after_step + 1)
 
@@ -117,7 +117,7 @@ class Logs:
         tensorboard: bool,
         wandb: str | None,
     ):
-        """Opens the sinks in the folder of a run that goes on after a step.
+        """Opens the sinks in the folder of a run that resumes after a step.
 
         A sink whose package is missing is left out, with a message.
         """
@@ -134,7 +134,7 @@ class Logs:
             if error.name != package:
                 raise
             print(
-                f"{package} is not installed, so this log is left out; to have it: pip install {package}",
+                f"{package} is not installed, so this log is left out; to enable it: pip install {package}",
                 file=sys.stderr,
             )
 

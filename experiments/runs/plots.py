@@ -13,7 +13,7 @@ Lines = Sequence[Mapping[str, Any]]
 def draw_curves(
     runs: Mapping[str, Lines], path: Path, *, metric: str, baselines: Mapping[str, float] | None = None
 ) -> None:
-    """Draws training loss and a validation metric against steps, a colour a run.
+    """Draws training loss and a validation metric against steps, one colour per run.
 
     Args:
       runs: the lines of each run's log (see `logs.read_lines`), by the name to show.

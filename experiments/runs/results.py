@@ -1,4 +1,4 @@
-"""The results of a finished run: as a record, and as a few lines for people."""
+"""The results of a finished run, as a record and as text."""
 
 import hashlib
 import json

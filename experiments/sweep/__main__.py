@@ -1,14 +1,13 @@
-"""Runs a study of many small models on a synthetic task, and sums it up in a table and a plot.
+"""Runs a study of many small models on a synthetic task, and reports it as a table and a plot.
 
     python -m experiments.sweep --study=mqar --out=sweeps/mqar --stop_after_seconds=540
 
 Studies: copying, induction, mqar, mad, parity (see `studies`). Runs that differ in learning rate and seed alone are
 trained together. Every finished run is a line of OUT/runs.jsonl; the same command skips those, so it may be stopped and
-given again. OUT/table.md and OUT/plot.png show all runs so far. Exit codes: 0 all runs are done; 75 some are left at
-the time limit, and the same command goes on; 1 all others are done but some failed; 2 the arguments cannot be used.
+repeated. OUT/table.md and OUT/plot.png show all runs so far. Exit codes: 0 all runs are done; 75 some are left at
+the time limit, and the same command resumes; 1 all others are done but some failed; 2 the arguments cannot be used.
 """
 
-import argparse
 import concurrent.futures
 import dataclasses
 import json
@@ -20,7 +19,8 @@ from typing import Any
 
 import jax
 
-from experiments.config.command_line import EXIT_INTERRUPTED, REFUSALS, refuse
+from experiments.config.command_line import EXIT_INTERRUPTED, REFUSALS, Parser, refuse
+from experiments.config.loading import differences, to_plain
 from experiments.parallel.mesh import Devices
 from experiments.runs.directory import git_revision, versions
 from experiments.runs.interrupts import Interrupted
@@ -33,14 +33,16 @@ AHEAD = 2  # jobs made and compiled while another trains
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what is missing and reports; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="experiments.sweep", description=__doc__.partition("\n")[0], allow_abbrev=False
-    )
+    parser = Parser("experiments.sweep", __doc__)
     parser.add_argument("--study", required=True, choices=tuple(STUDIES))
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
-    parser.add_argument("--stop_after_seconds", type=float, help="start nothing and leave after so long")
+    parser.add_argument(
+        "--stop_after_seconds", type=float, help="leave after this time, and start nothing more"
+    )
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="run only these rows of the table")
-    parser.add_argument("--steps", type=int, help="of every run, in place of the study's: for a quick look")
+    parser.add_argument(
+        "--steps", type=int, help="steps of every run, in place of the study's, for a quick look"
+    )
     args = parser.parse_args(argv)
     deadline = None if args.stop_after_seconds is None else time.monotonic() + args.stop_after_seconds
     try:
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw(study, cells, args.out / "plot.png")
         print(f"\n{text}")
     if left:
-        print(f"{left} of {len(chosen)} jobs are left; the same command goes on", file=sys.stderr)
+        print(f"{left} of {len(chosen)} jobs are left; the same command resumes", file=sys.stderr)
     if failed:
         print(f"{failed} of {len(chosen)} jobs failed", file=sys.stderr)
     return EXIT_INTERRUPTED if left else 1 if failed else 0
@@ -159,9 +161,13 @@ def _done(job: Job, file: Path) -> list[Mapping[str, Any]]:
     """The lines of the file that are runs of this job."""
     if not file.exists():
         return []
-    config = json.loads(json.dumps(job.plain_config()))
+    config = job.plain_config()
     records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [record for record in records if record["row"] == job.row and record["config"] == config]
+    return [
+        record
+        for record in records
+        if record["row"] == job.row and not differences(to_plain(record["config"]), config)
+    ]
 
 
 def _progress(number: int, count: int, job: Job, records: Sequence[Mapping[str, Any]]) -> None:

@@ -34,7 +34,7 @@ def summarize(study: Study, records: Iterable[Mapping[str, Any]]) -> Cells:
 
 
 def table(study: Study, cells: Cells) -> str:
-    """Markdown: a line a row, percent; behind several seeds the distance between the best and the worst."""
+    """A Markdown table in percent; after values of several seeds comes the distance between the best and the worst."""
     columns = list(dict.fromkeys(column for job in study.jobs for column in job.columns))
     lines = [["", *columns, *(["average"] if study.average else []), "learning rates"]]
     for row, found in cells.items():
@@ -56,7 +56,7 @@ def table(study: Study, cells: Cells) -> str:
 
 
 def made_by(name: str, records: Iterable[Mapping[str, Any]], missing: int) -> str:
-    """The command, devices and versions behind a table, and how many jobs it lacks."""
+    """The command, devices and versions of a table, and the number of jobs that it lacks."""
     records = list(records)
 
     def several(values: Iterable[str]) -> str:
@@ -76,7 +76,7 @@ def made_by(name: str, records: Iterable[Mapping[str, Any]], missing: int) -> st
 
 
 def draw(study: Study, cells: Cells, path: Path) -> None:
-    """Curves against the numbers that the columns are, or bars of the average over columns."""
+    """Draws curves against the numbers in the columns' names, or bars of the average over columns."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if study.axis is None:

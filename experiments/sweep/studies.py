@@ -1,6 +1,6 @@
-"""What the studies run: configs of synthetic tasks, changed in places, with learning rates and seeds.
+"""The studies: configs of synthetic tasks with changed fields, learning rates and seeds.
 
-Sizes are cut to what one GPU does in minutes a study; where they differ from the papers' is said at each.
+Sizes are such that one GPU runs a study in minutes; each study says where they differ from the papers'.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ class Job:
     """Runs that differ in learning rate and seed alone.
 
     Attributes:
-      row: what the table calls it, usually the mixer.
+      row: its name in the table, usually the mixer.
       config: name of a file in configs/synthetic and, after a colon, its arguments.
-      changes: fields of the config to set, by their path.
-      rates, seeds: of the runs.
-      columns: of the table: the split whose accuracy each shows.
+      changes: values of fields of the config, by path.
+      rates, seeds: learning rates and seeds of the runs.
+      columns: for each column of the table, the split whose accuracy it shows.
     """
 
     row: str
@@ -52,12 +52,12 @@ class Study:
     """Jobs, and how their results are shown.
 
     Attributes:
-      title: of the table and the plot.
-      jobs: what to run.
-      metric: in the cells.
-      chance: what guessing gives.
-      average: add a column with the mean of the others.
-      axis: what the columns are, if they are numbers to draw curves against.
+      title: title of the table and the plot.
+      jobs: the jobs to run.
+      metric: the metric in the cells.
+      chance: the metric of guessing.
+      average: whether to add a column with the mean of the others.
+      axis: the name of the columns, if they are numbers to draw curves against.
     """
 
     title: str

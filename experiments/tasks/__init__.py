@@ -1,13 +1,9 @@
-"""Tasks by name. A task is data, loss and metrics; it does not know the model.
+"""Tasks by name; `Task` says what a task is.
 
-A task has `vocab_size`, `num_classes` if it gives one label a sequence, `splits` (name -> source, see
-`data.pipeline.Source`), `manifest`, `loss(outputs, batch) -> (mean, sums)` and `baselines(split) -> accuracies`. Sums
-are averaged over the sum "count"; one called NAME over the sum called NAME_count where there is such a sum. To add a
-task, write its class and name it in `TASKS`; the keyword arguments of its constructor are its options. A class that
-says `makes_no_data` may be constructed only to know its sizes.
+To add a task, write a class that inherits from `Task` and name it in `TASKS`. The keyword arguments of its constructor are
+the options of the section `task`.
 """
 
-import difflib
 import inspect
 from collections.abc import Iterable
 from typing import Any
@@ -21,8 +17,10 @@ from experiments.tasks.synthetic.mad_recall import FuzzyRecall, InContextRecall,
 from experiments.tasks.synthetic.mqar import MQAR
 from experiments.tasks.synthetic.regular_languages import RegularLanguages
 from experiments.tasks.synthetic.selective_copying import SelectiveCopying
+from experiments.tasks.task import Task
+from layers.registry import suggestion
 
-TASKS = {
+TASKS: dict[str, type[Task]] = {
     "addition": Addition,
     "associative_recall": AssociativeRecall,
     "copy": Copy,
@@ -42,7 +40,7 @@ TASKS = {
 }
 
 
-def make_task(name: str, **options: Any) -> Any:
+def make_task(name: str, **options: Any) -> Task:
     """The task called `name`, made with `options`.
 
     Raises:
@@ -59,5 +57,4 @@ def make_task(name: str, **options: Any) -> Any:
 
 def _suggest(given: str, known: Iterable[str]) -> str:
     known = list(known)
-    close = difflib.get_close_matches(str(given), known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(known)}"
+    return suggestion(given, known) or f"; choose from {', '.join(known)}"

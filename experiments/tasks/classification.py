@@ -1,4 +1,4 @@
-"""Loss and metrics of tasks with one label a sequence."""
+"""Loss and metrics of tasks with one label per sequence."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ def cross_entropy(
     """Mean softmax cross-entropy in nats, and sums from which metrics over many batches follow.
 
     loss = sum_i w_i (logsumexp(logits_i) - logits_i[label_i]) / sum_i w_i, in float32, with `batch["labels"]` (b,) and
-    `batch["weight"]` (b,). A row of weight 0 counts for nothing, even if its logits are not finite. Without any weight
+    `batch["weight"]` (b,). A row of weight 0 is ignored, even if its logits are not finite. Without any weight
     the loss is 0.
 
     Returns:

@@ -7,10 +7,11 @@ from typing import Any
 from experiments.data import listops, listops_datasets
 from experiments.data.sequences import Sequences
 from experiments.tasks.classification import cross_entropy
+from experiments.tasks.task import Task
 from layers.typing import Array, Float
 
 
-class ListOps:
+class ListOps(Task):
     """Ten-way classification of ListOps expressions (Nangia and Bowman 2018, arXiv:1804.06028).
 
     Published accuracy on the full task: Transformer 36.4% (what the root operator alone gives), S4 59.6%, S5 62.2%.
@@ -24,6 +25,8 @@ class ListOps:
 
     vocab_size = len(listops.VOCABULARY)
     num_classes = listops.NUM_CLASSES
+    padding = "end"
+    packed = False
     splits: dict[str, Sequences]
     manifest: dict[str, Any]
 

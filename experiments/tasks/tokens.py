@@ -11,7 +11,7 @@ IGNORE = -1
 
 
 def is_counted(batch: Mapping[str, Array]) -> Bool[Array, "b t"]:
-    """Where there is a label to predict, in rows whose weight is not 0."""
+    """True at the labels to predict, in rows whose weight is not 0."""
     return (batch["labels"] != IGNORE) & (batch["weight"] > 0)[:, None]
 
 
@@ -21,12 +21,12 @@ def cross_entropy(
     """Mean softmax cross-entropy in nats over the labels, and sums from which metrics over many batches follow.
 
     loss = sum_p (logsumexp(logits_p) - logits_p[label_p]) / count, over the positions p of `batch["labels"]` (b, t)
-    that are not IGNORE (-1) in rows with `batch["weight"]` (b,) not 0. What the logits are elsewhere does not matter,
-    even if they are not finite. Without any label the loss is 0.
+    that are not IGNORE (-1) in rows with `batch["weight"]` (b,) not 0. The logits elsewhere do not matter, even if they
+    are not finite. Without any label the loss is 0.
 
     Returns:
       The loss, and the float32 sums {"loss", "accuracy": labels that have the largest logit, "count": labels,
-      "sequence_accuracy": rows whose labels all have, "sequence_accuracy_count": rows with a label}.
+      "sequence_accuracy": rows in which all labels have it, "sequence_accuracy_count": rows with a label}.
 
     Raises:
       ValueError: if the shapes do not belong together.

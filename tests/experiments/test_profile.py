@@ -17,15 +17,15 @@ from experiments.training import experiment
 from layers.kernels import dispatch
 from tests.experiments.tiny import build_tiny_model, make_tiny_task, tiny_config
 
-# Frames: 1 train_step, 2 norms in it, 3 a library in norms, 4 mixer in train_step, 5 a library on its own,
+# Frames: 1 the training step, 2 norms in it, 3 a library in norms, 4 a mixer in it, 5 a library on its own,
 # 6 a script in the folder that is none of ours. Parents are written plus one.
 HLO = """HloModule jit_step, is_scheduled=true
 
 FileNames
-1 "/code/experiments/train_step.py"
+1 "/code/experiments/training/step.py"
 2 "/code/layers/norms.py"
 3 "/code/.venv/lib/flax/nnx/linear.py"
-4 "/code/layers/mixers/s5.py"
+4 "/code/layers/mixers/state_space/s5.py"
 5 "/code/script.py"
 
 FunctionNames

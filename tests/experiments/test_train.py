@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_finite_has_its_own_exit_code(tmp_path):
 def test_mistakes_are_named_before_any_compute(tmp_path):
     unknown = run(tmp_path / "a", "--config.train.bach_size=4")
     assert unknown.returncode == EXIT_REFUSED
-    assert 'Did you mean "batch_size"' in unknown.stderr
+    assert "did you mean 'batch_size'" in unknown.stderr
     assert "Traceback" not in unknown.stderr
     impossible = run(tmp_path / "b", "--config.train.epochs=-4")
     assert impossible.returncode == EXIT_REFUSED

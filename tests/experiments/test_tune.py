@@ -1,4 +1,4 @@
-"""Tuning: a layout that is right is timed, one that is wrong or fails is told, and the rest goes on."""
+"""Tuning: a layout that is right is timed, one that is wrong or fails is reported, and the rest continues."""
 
 import dataclasses
 

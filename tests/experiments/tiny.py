@@ -3,17 +3,18 @@
 python -m tests.experiments.tiny --config=tests/experiments/tiny_config.py --workdir=DIR
 """
 
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 from flax import nnx
 
 from experiments import train
 from experiments.data.sequences import Sequences
 from experiments.tasks.classification import cross_entropy
+from experiments.tasks.task import Task
 from experiments.training import experiment
 from layers.segments import Segments
 
@@ -21,7 +22,7 @@ WIDTHS = (4, 8)
 CLASSES = 3
 
 
-class TinyTask:
+class TinyTask(Task):
     """Rows of token ids; the label of a row is its first token.
 
     Options for tests: `slow` seconds to make a batch, and `poison`, a training example whose loss is not a number.
@@ -29,6 +30,8 @@ class TinyTask:
 
     vocab_size = CLASSES + 2
     num_classes = CLASSES
+    padding = "end"
+    packed = False
 
     def __init__(
         self, *, examples: int = 48, slow: float = 0.0, poison: int | None = None, data_seed: int = 0
@@ -118,6 +121,7 @@ def tiny_config(**sections):
         optimizer=dict(learning_rate=0.05, weight_decay=0.1, warmup_steps=3, clip_norm=1.0, ema=0.9),
         train=dict(batch_size=8, epochs=4, log_every=1, checkpoint_every=4, tensorboard=False),
         data=dict(bucket_bounds=WIDTHS, prefetch=1),
+        mesh={},
     )
     for section, values in sections.items():
         config[section] = values if section == "seed" else config[section] | values
@@ -126,4 +130,4 @@ def tiny_config(**sections):
 
 if __name__ == "__main__":
     experiment.make_task, experiment.build_model = make_tiny_task, build_tiny_model
-    app.run(train.main, flags_parser=train.parse_flags)
+    sys.exit(train.main())

@@ -1,1 +1,1 @@
-"""Tasks made from seeds alone: tokens in, a label at every position where there is something to predict."""
+"""Tasks generated from seeds alone, with tokens as inputs and labels at the positions to predict."""

@@ -3,7 +3,7 @@
 Models trained on lengths up to some bound rarely do the same for longer inputs (Kazemnejad et al. 2023,
 arXiv:2305.19466; Zhou et al. 2024, arXiv:2310.16028). Training, "validation" and "test" have lengths uniform in
 `lengths`; each length in `extrapolate` is a split "length_N" of its own, so it shares no example with training if it
-is above. `sequence_accuracy` is the share of wholly right answers when the earlier tokens of the answer are given.
+is above. `sequence_accuracy` is the share of answers without any mistake, with the earlier tokens of the answer given.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from experiments.tasks.tokens import IGNORE
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Algorithm(SyntheticTask):
-    """What the four share.
+    """The base class of the four tasks.
 
     Attributes:
       lengths: the shortest and the longest input of training, both included.
@@ -81,7 +81,7 @@ class Copy(_Algorithm):
         return 1 / self.symbols
 
     def answer(self, given: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """What is to be written: a function of the string (b, n) and its length (b,), with that length."""
+        """The answer: a function of the string (b, n) and its length (b,), with that length."""
         return given
 
     def make(self, draws: Draws, split: str) -> Arrays:
@@ -143,12 +143,12 @@ class Parity(_Algorithm):
 class Addition(_Algorithm):
     """Adding two numbers digit by digit, as in 35 + 8 = 43 end (Zhou et al. 2024, arXiv:2402.09371).
 
-    Numbers of digits are uniform, each number's by itself, and so are the digits, without leading zeros (but 0 is a
+    The two numbers of digits are uniform and independent, and so are the digits, without leading zeros (but 0 is a
     number of one digit). In "length_N" one number, either, has N digits and the other no more. Digits are ids 0 .. 9,
     "+" 10, "=" 11 and the end 12.
 
     Attributes:
-      reverse: write all three numbers from the least digit on.
+      reverse: write all three numbers starting with the least digit.
     """
 
     reverse: bool = True

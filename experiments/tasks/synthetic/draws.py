@@ -21,7 +21,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 class Draws:
-    """The streams of some examples; every method returns a row an example."""
+    """The streams of some examples; every method returns one row per example."""
 
     def __init__(self, key: Iterable[int | str], examples: np.ndarray):
         """Streams at their start.

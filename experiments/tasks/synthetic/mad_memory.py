@@ -103,7 +103,7 @@ class Memorization(SyntheticTask):
         k5 ? k2 ? ...      labels at the signs ?: the values of k5, k2
 
     The map from keys, the first half of the V - 1 symbols, to values, the second, follows from the seed and is the
-    same in all splits; nothing in a sequence tells it. The sign ? is V - 1.
+    same in all splits; the sequence does not contain it. The sign ? is V - 1.
 
     Attributes:
       vocab_size: V.

@@ -20,7 +20,7 @@ class InContextRecall(SyntheticTask):
         k3 v3 k1 v1 k3 v3 ... k1 v1      labels outside training: the values of keys seen before
 
     Pairs of a key (uniform over the first half of the vocabulary without noise tokens) and its value (of the second
-    half; the same whenever the key comes again in a sequence), the last with a key that occurred before. In training
+    half; the same whenever the key is repeated in a sequence), the last with a key that occurred before. In training
     every next token is a label, as in the authors' code.
 
     Attributes:

@@ -17,7 +17,7 @@ class MQAR(SyntheticTask):
 
         k1 v1 ... kD vD 0 0 k2 0 k1 0 0 ...      labels: v2 at k2, v1 at k1
 
-    Keys are D different tokens of 1 .. V/2 - 1, values D different ones of V/2 .. V - 1. The keys come again at D
+    Keys are D different tokens of 1 .. V/2 - 1, values D different ones of V/2 .. V - 1. The keys are repeated at D
     different even places of the tail: place i of the S = (T - 2D)/2 is drawn with probability proportional to
     i^(power - 1), one after the other, and the j-th drawn holds the j-th key, as in the authors' generator. Early
     places are likely and drawn early, so the order of the queries tells something of the order of the pairs;

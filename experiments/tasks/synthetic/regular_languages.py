@@ -1,4 +1,4 @@
-"""In-context learning of regular languages: continue the words of an automaton that only the sequence shows."""
+"""In-context learning of regular languages: continuing the words of an automaton that is known by the sequence alone."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ EDGES = 3
 
 
 class Automata(NamedTuple):
-    """One deterministic automaton a row; every state accepts and state 0 is the start.
+    """One deterministic automaton per row; every state accepts and state 0 is the start.
 
     Attributes:
       symbols: (b, states, EDGES), tokens of the outgoing edges.
-      targets: (b, states, EDGES), where they lead.
-      edges: (b, states), how many of them there are.
+      targets: (b, states, EDGES), the states that they lead to.
+      edges: (b, states), the number of outgoing edges.
     """
 
     symbols: np.ndarray
@@ -164,7 +164,7 @@ class RegularLanguages(SyntheticTask):
         }
 
     def baselines(self, split: str = "test") -> dict[str, float]:
-        """Accuracies of guessing, and of who knows the automaton and its state."""
+        """Accuracies of guessing, and of a predictor that knows the automaton and its state."""
         rows = self.splits[split]
         legal = rows.gather(np.arange(len(rows)), self.width(split))["legal"]
         letters = np.bitwise_count(legal[legal > 0])

@@ -1,4 +1,4 @@
-"""Splits whose rows are computed from their numbers, and rows put together from parts."""
+"""Splits whose rows are computed from their numbers, and rows joined from parts."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.tokens import IGNORE
 
-# Splits with more tokens are not kept in memory; their rows are made anew in every epoch.
+# Splits with more tokens are not kept in memory; their rows are made again in every epoch.
 LARGEST_KEPT = 2**26
 AT_ONCE = 2**22  # tokens made in one call, so that intermediate arrays stay small
 
@@ -18,7 +18,7 @@ Arrays = dict[str, np.ndarray]
 class Rows:
     """A split of a data set in which row i is a function of a key and i alone.
 
-    Nothing is computed until rows are asked for; small splits are then made whole and kept.
+    Nothing is computed until rows are gathered; small splits are then made as a whole and kept.
 
     Attributes:
       lengths: int64 (n,), tokens of each row.
@@ -63,8 +63,8 @@ class Rows:
         """The rows at `indices`, padded or cut at the end to `width`, all int32.
 
         Returns:
-          inputs (b, width), segment_ids (b, width; 1 for tokens, 0 for padding), labels (b, width) and what else
-          the task gives each position.
+          inputs (b, width), labels (b, width) and what else the task gives each position; and segment_ids (b, width; 1
+          for tokens, 0 for padding), unless every row of the split fills the width.
 
         Raises:
           ValueError: if a row is longer than `width`.
@@ -77,7 +77,13 @@ class Rows:
         if lengths.max() > width:
             raise ValueError(f"a sequence of {lengths.max()} tokens does not fit into a width of {width}")
         rows = {name: _resize(array, width, IGNORE * (name == "labels")) for name, array in rows.items()}
+        if width <= self._shortest:
+            return rows
         return rows | {"segment_ids": (np.arange(width) < lengths[:, None]).astype(np.int32)}
+
+    @functools.cached_property
+    def _shortest(self) -> int:
+        return int(self._all["lengths"].min()) if self._ragged else self._width
 
     @functools.cached_property
     def _all(self) -> Arrays:
@@ -99,7 +105,7 @@ def _resize(array: np.ndarray, width: int, fill: int) -> np.ndarray:
 
 
 def joined(parts: Sequence[tuple[np.ndarray, np.ndarray | int]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Writes parts of rows one after the other.
+    """Rows that are made of parts, one after the other.
 
     Args:
       parts: tokens (b, k) and how many of them to take from the start (b,).

@@ -1,4 +1,4 @@
-"""What synthetic tasks share: splits from seeds, masked cross-entropy, a manifest, the score of guessing."""
+"""The base class of synthetic tasks: splits from seeds, masked cross-entropy, a manifest, the score of guessing."""
 
 import abc
 import dataclasses
@@ -11,15 +11,17 @@ from experiments.config.loading import check_integer
 from experiments.tasks import tokens
 from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.synthetic.rows import Arrays, Rows
+from experiments.tasks.task import Task
+from layers.kernels.segments import Padding
 from layers.typing import Array, Float
 
-# Raised whenever a generator makes other rows of the same options.
+# Raise when a generator makes other rows of the same options.
 VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class SyntheticTask(abc.ABC):
-    """A task whose rows follow from its options; nothing is made before rows are asked for.
+class SyntheticTask(Task, abc.ABC):
+    """A task whose rows follow from its options; nothing is made before rows are gathered.
 
     A task of this kind gives `make(draws, split)` (see `Rows`), `width(split)`, `vocab_size` and `chance`.
 
@@ -29,7 +31,7 @@ class SyntheticTask(abc.ABC):
     """
 
     makes_no_data: ClassVar[bool] = True
-    padding: ClassVar[str] = "end"
+    padding: ClassVar[Padding] = "end"
     packed: ClassVar[bool] = False
     ragged: ClassVar[bool] = False
 

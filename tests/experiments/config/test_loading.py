@@ -4,7 +4,15 @@ import pytest
 from ml_collections import ConfigDict
 
 from experiments.config import loading as config_loading
-from experiments.config.loading import DataConfig, TrainConfig, differences, from_json, to_json, to_plain
+from experiments.config.loading import (
+    DataConfig,
+    MeshConfig,
+    TrainConfig,
+    differences,
+    from_json,
+    to_json,
+    to_plain,
+)
 from tests.experiments.tiny import tiny_config
 
 
@@ -67,6 +75,32 @@ def test_impossible_training_options_are_named(change, error, message):
 def test_impossible_data_options_are_named():
     with pytest.raises(ValueError, match="data.prefetch=-1"):
         config_loading.section(tiny_config(data=dict(prefetch=-1)), "data", DataConfig)
+
+
+@pytest.mark.parametrize(
+    "sizes, error, message",
+    [
+        (dict(data=0), ValueError, "mesh.data=0; expected at least 1"),
+        (dict(fsdp=-2), ValueError, "mesh.fsdp=-2; expected at least 1"),
+        (dict(tensor=2.0), TypeError, "mesh.tensor=2.0; expected an integer"),
+        (dict(expert=True), TypeError, "mesh.expert=True; expected an integer"),
+        (dict(sequence=-1), ValueError, "mesh.data and mesh.sequence are -1; only one"),
+        (dict(pipeline=2), ValueError, "config.mesh has no option 'pipeline'"),
+    ],
+)
+def test_impossible_meshes_are_named(sizes, error, message):
+    with pytest.raises(error, match=message):
+        config_loading.section(tiny_config(mesh=sizes), "mesh", MeshConfig)
+
+
+def test_a_mesh_may_be_left_out_and_may_differ_when_a_run_is_resumed():
+    old = tiny_config()
+    del old["mesh"]
+    run = from_json(to_json(old))
+    assert config_loading.section(run, "mesh", MeshConfig) == MeshConfig(-1, 1, 1, 1, 1)
+    given = tiny_config(mesh=dict(data=1, fsdp=-1))
+    assert config_loading.section(given, "mesh", MeshConfig).fsdp == -1
+    assert differences(run, given) == differences(given, run) == []
 
 
 def test_differences_name_the_field_and_both_values():

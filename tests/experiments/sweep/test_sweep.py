@@ -1,4 +1,4 @@
-"""Studies, their tables, and the command that goes on where it left."""
+"""Studies, their tables, and the command that resumes where it left."""
 
 import json
 
@@ -77,7 +77,7 @@ def test_the_best_rate_is_chosen_by_validation():
 
 
 @pytest.mark.slow
-def test_the_command_goes_on_where_it_left(tmp_path, monkeypatch, capsys):
+def test_the_command_resumes_where_it_left(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(command.STUDIES, "parity", lambda: STUDY)
     arguments = ["--study=parity", f"--out={tmp_path}"]
     assert command.main([*arguments, "--stop_after_seconds=0"]) == 75

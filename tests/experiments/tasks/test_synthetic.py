@@ -37,6 +37,11 @@ def whole(task, split):
     return rows.gather(np.arange(len(rows)), int(rows.lengths.max()))
 
 
+def real_tokens(rows):
+    """True for tokens, False for padding; without segment ids all rows are whole."""
+    return rows["segment_ids"] == 1 if "segment_ids" in rows else np.ones(rows["inputs"].shape, bool)
+
+
 def test_draws_depend_on_the_key_and_the_example_alone():
     numbers = np.array([3, 0, 7, 10**9])
     one = Draws(("a", 5), numbers)
@@ -132,7 +137,7 @@ def test_shapes_types_and_ranges(name):
         for array in rows.values():
             assert array.dtype == np.int32
             assert array.shape == rows["inputs"].shape
-        real = rows["segment_ids"] == 1
+        real = real_tokens(rows)
         np.testing.assert_array_equal(real.sum(axis=1), source.lengths)
         assert np.all(real[:, :-1] >= real[:, 1:])
         assert np.all(rows["inputs"] >= 0)
@@ -143,6 +148,24 @@ def test_shapes_types_and_ranges(name):
         assert np.all(rows["labels"] < task.vocab_size)
         assert np.all((rows["labels"] != IGNORE).any(axis=1))
     assert 0 < task.baselines()["chance"] < 1
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_segment_ids_are_there_only_where_rows_of_a_split_are_shorter_than_the_batch(name):
+    task = small(name)
+    ragged = {"addition", "copy", "parity", "sorting", "regular_languages"}
+    assert {"train", "validation", "test"} <= task.splits.keys()
+    for split, source in task.splits.items():
+        width, shortest = int(source.lengths.max()), int(source.lengths.min())
+        if split in ("train", "validation", "test"):
+            assert (shortest < width) == (name in ragged)
+        # One row, the longest: what a batch has does not depend on which rows are drawn.
+        longest = np.array([np.argmax(source.lengths)])
+        assert ("segment_ids" in source.gather(longest, width)) == (shortest < width)
+        wider = source.gather(longest, width + 3)["segment_ids"]
+        np.testing.assert_array_equal(wider, [[1] * width + [0] * 3])
+    assert task.padding == "end"
+    assert not task.packed
 
 
 @pytest.mark.parametrize(
