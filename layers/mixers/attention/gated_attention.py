@@ -53,7 +53,8 @@ class GatedAttention(Attention):
         count = config.groups if config.gate in ("key", "value") else config.heads
         each = config.size if config.gate_size == "elementwise" else 1
         outputs = config.width if config.gate == "output" else count * each
-        self.gate = linear(config.width, outputs, bias=config.bias, dtype=config.dtype, rngs=rngs)
+        axes = ("embed", None if config.gate == "output" else "heads")
+        self.gate = linear(config.width, outputs, axes=axes, bias=config.bias, dtype=config.dtype, rngs=rngs)
 
     def heads(
         self, x: Float[Array, "b t d"]

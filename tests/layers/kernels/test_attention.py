@@ -1,5 +1,6 @@
 """`attention` beyond the shared suite: every option in small blocks, what is seen, caches, composition, cuDNN."""
 
+import dataclasses
 import functools
 import itertools
 import types
@@ -9,8 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.kernels.attention import Piece, attention, attention_with_lse, compose, cudnn, schedule
-from layers.kernels.attention.options import Options, places
+from layers.kernels.attention import (
+    Logits,
+    Mask,
+    Piece,
+    Tokens,
+    attention,
+    attention_with_lse,
+    compose,
+    cudnn,
+    schedule,
+)
+from layers.kernels.attention.options import places, read_options
+from layers.kernels.segments import Segments
 
 B, T, H, G, KEY, VALUE = 2, 67, 4, 2, 5, 3
 # Padding at both ends, between segments, and for longer than a window inside one.
@@ -52,30 +64,48 @@ BIAS = normal(4, B, H, T, T)
 SLOPES = jnp.asarray([1.0, 0.5, 0.25, 0.1])
 # Name: (queries, keys), whether lists of small blocks are used, options.
 COMBINATIONS = {
-    "bias_and_cap": ((T, T), False, {"causal": True, "bias": BIAS[:1], "logit_cap": 1.5}),
-    "hiding_bias": ((T, T), False, {"bias": jnp.where(BIAS[:, :1] > 0.3, -jnp.inf, BIAS[:, :1])}),
-    "window_sinks_key_bias": ((T, T), True, {"window": 4, "sink_tokens": 3, "bias": BIAS[:, :1, :1]}),
-    "wide_window_sinks": ((T, T), False, {"window": 18, "sink_tokens": 2}),
+    "bias_and_cap": ((T, T), False, {"causal": True, "logits": Logits(bias=BIAS[:1], logit_cap=1.5)}),
+    "hiding_bias": (
+        (T, T),
+        False,
+        {"logits": Logits(bias=jnp.where(BIAS[:, :1] > 0.3, -jnp.inf, BIAS[:, :1]))},
+    ),
+    "window_sinks_key_bias": (
+        (T, T),
+        True,
+        {"mask": Mask(window=4, sink_tokens=3), "logits": Logits(bias=BIAS[:, :1, :1])},
+    ),
+    "wide_window_sinks": ((T, T), False, {"mask": Mask(window=18, sink_tokens=2)}),
     "window_sinks_segments_slopes": (
         (T, T),
         True,
-        {"causal": True, "window": 6, "sink_tokens": 9, "slopes": SLOPES, "segment_ids": SEGMENTS},
+        {
+            "causal": True,
+            "mask": Mask(window=6, sink_tokens=9),
+            "logits": Logits(slopes=SLOPES),
+            "segment_ids": SEGMENTS,
+        },
     ),
-    "window_prefix": ((T, T), False, {"causal": True, "window": 5, "prefix_lengths": jnp.array([0, 40])}),
+    "window_prefix": (
+        (T, T),
+        False,
+        {"causal": True, "mask": Mask(window=5, prefix_lengths=jnp.array([0, 40]))},
+    ),
     "blocks_of_heads_bias_sinks": (
         (T, T),
         True,
-        {"block_indices": block_lists(B, H), "block_size": 8, "bias": BIAS, "sink_tokens": 11},
+        {
+            "mask": Mask(block_indices=block_lists(B, H), block_size=8, sink_tokens=11),
+            "logits": Logits(bias=BIAS),
+        },
     ),
     "blocks_window_sink_logits": (
         (T, T),
         True,
         {
             "causal": True,
-            "block_indices": block_lists(1, 1),
-            "block_size": 8,
-            "window": 20,
-            "sink_logits": SLOPES,
+            "mask": Mask(block_indices=block_lists(1, 1), block_size=8, window=20),
+            "logits": Logits(sink_logits=SLOPES),
         },
     ),
     "blocks_segments_prefix": (
@@ -83,10 +113,8 @@ COMBINATIONS = {
         False,
         {
             "causal": True,
-            "block_indices": block_lists(1, H),
-            "block_size": 8,
+            "mask": Mask(block_indices=block_lists(1, H), block_size=8, prefix_lengths=jnp.array([7])),
             "segment_ids": SEGMENTS,
-            "prefix_lengths": jnp.array([7]),
         },
     ),
     "positions_lengths_blocks": (
@@ -94,19 +122,24 @@ COMBINATIONS = {
         False,
         {
             "causal": True,
-            "block_indices": block_lists(B, H),
-            "block_size": 8,
-            "sink_tokens": 4,
-            "slopes": SLOPES,
-            "q_positions": random_positions(B, T, 90),
-            "kv_positions": random_positions(1, 45, 70),
-            "kv_lengths": jnp.array([0, 30]),
+            "mask": Mask(block_indices=block_lists(B, H), block_size=8, sink_tokens=4),
+            "logits": Logits(slopes=SLOPES),
+            "tokens": Tokens(
+                q_positions=random_positions(B, T, 90),
+                kv_positions=random_positions(1, 45, 70),
+                kv_lengths=jnp.array([0, 30]),
+            ),
         },
     ),
     "cross_segments": (
         (T, 41),
         False,
-        {"segment_ids": SEGMENTS, "kv_segment_ids": SEGMENTS[:, 12:53], "logit_cap": 2.0, "scale": 1.0},
+        {
+            "segment_ids": SEGMENTS,
+            "tokens": Tokens(kv_segment_ids=jnp.asarray(SEGMENTS[:, 12:53])),
+            "logits": Logits(logit_cap=2.0),
+            "scale": 1.0,
+        },
     ),
 }
 combinations = pytest.mark.parametrize("name", COMBINATIONS)
@@ -126,7 +159,7 @@ def close(got, want, tolerance, message):
 
 def results(arguments, options, impl):
     """Output, finite log-sum-exps, and gradients of a function of both with respect to every real array."""
-    moving = {k: v for k, v in options.items() if isinstance(v, jax.Array) and v.dtype == jnp.float32}
+    moving = {k: v for k, v in options.items() if k == "logits"}
     rest = {k: v for k, v in options.items() if k not in moving}
 
     def loss(moving):
@@ -135,7 +168,8 @@ def results(arguments, options, impl):
         return (output * normal(8, *output.shape)).sum() + (lse * normal(9, *lse.shape)).sum(), (output, lse)
 
     (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arguments | moving)
-    return {"output": outputs[0], "lse": outputs[1], **gradients}
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(gradients)}
+    return {"output": outputs[0], "lse": outputs[1], **named}
 
 
 @pytest.mark.slow
@@ -154,11 +188,12 @@ def test_blocked_options_match_the_reference(name, small_blocks):
 def test_schedule_is_the_one_meant(name, small_blocks):
     lengths, lists, _ = COMBINATIONS[name]
     arguments = draw(*lengths)
-    assert schedule.uses_lists(arguments["q"], arguments["k"], Options(**options_of(name))) == lists
+    options = read_options(**arguments, **options_of(name))
+    assert schedule.uses_lists(arguments["q"], arguments["k"], options) == lists
 
 
 def test_bias_in_bfloat16():
-    options = {"causal": True, "bias": BIAS}
+    options = {"causal": True, "logits": Logits(bias=BIAS)}
     narrow = {k: v.astype(jnp.bfloat16) for k, v in draw().items()}
     got = attention(**narrow, **options)
     assert got.dtype == jnp.bfloat16
@@ -197,12 +232,14 @@ def test_what_is_seen(impl, causal, window, sinks, prefix, listed, small_blocks)
     segments = np.array([0] * 2 + [3] * 9 + [0] + [3] * 4 + [1] * 11 + [0] * 3)
     lists = [[0, 3], [1, 1], [-1, 2], [-1, -1], *[[0, 0]] * 4] if listed else None
     seen = seen_by_definition(t, causal, window, sinks, prefix, lists, size, segments)
-    options = {"causal": causal, "window": window, "sink_tokens": sinks, "impl": impl}
-    options["segment_ids"] = jnp.asarray(segments[None], jnp.int32)
+    mask = Mask(window=window, sink_tokens=sinks)
     if prefix:
-        options["prefix_lengths"] = jnp.array([prefix])
+        mask = dataclasses.replace(mask, prefix_lengths=jnp.array([prefix]))
     if listed:
-        options |= {"block_indices": jnp.asarray(lists, jnp.int32)[None, None], "block_size": size}
+        indices = jnp.asarray(lists, jnp.int32)[None, None]
+        mask = dataclasses.replace(mask, block_indices=indices, block_size=size)
+    options = {"causal": causal, "mask": mask, "impl": impl}
+    options["segment_ids"] = jnp.asarray(segments[None], jnp.int32)
     q, k = normal(0, 1, t, 1, 4), normal(1, 1, t, 1, 4)
     run = functools.partial(attention, q, v=jnp.eye(t)[None, :, None], **options)
     probabilities = run(k)[0, :, 0]
@@ -219,7 +256,9 @@ def test_rows_that_see_nothing_are_zero_and_so_are_their_gradients(impl):
     lengths = jnp.array([0, 7])
 
     def loss(arguments, sink):
-        piece = attention_with_lse(**arguments, kv_lengths=lengths, sink_logits=sink, impl=impl)
+        piece = attention_with_lse(
+            **arguments, tokens=Tokens(kv_lengths=lengths), logits=Logits(sink_logits=sink), impl=impl
+        )
         return (piece.output[0] ** 2 + piece.output[0]).sum(), piece
 
     gradients, piece = jax.jit(jax.grad(loss, has_aux=True))(arguments, None)
@@ -234,7 +273,8 @@ def test_rows_that_see_nothing_are_zero_and_so_are_their_gradients(impl):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"window": 5, "sink_tokens": 2}, {"slopes": SLOPES, "logit_cap": 3.0}]
+    "options",
+    [{}, {"mask": Mask(window=5, sink_tokens=2)}, {"logits": Logits(slopes=SLOPES, logit_cap=3.0)}],
 )
 def test_cached_decoding_equals_prefill(options):
     """Rows of different lengths in one cache, some tokens at once and then one by one."""
@@ -254,9 +294,11 @@ def test_cached_decoding_equals_prefill(options):
             new["q"],
             **cache,
             causal=True,
-            q_positions=where,
-            kv_positions=jnp.arange(size)[None],
-            kv_lengths=lengths + count,
+            tokens=Tokens(
+                q_positions=where,
+                kv_positions=jnp.arange(size)[None],
+                kv_lengths=lengths + count,
+            ),
             **options,
         )
         return (lengths + count, cache), out, where
@@ -274,7 +316,7 @@ def test_cached_decoding_equals_prefill(options):
 
 
 def test_pieces_compose_to_one_softmax():
-    arguments, options = draw(), {"causal": True, "window": 30}
+    arguments, options = draw(), {"causal": True, "mask": Mask(window=30)}
     cuts = (0, 11, 40, T)
     weights = normal(5, B, T, H, VALUE), normal(6, B, T, H)
 
@@ -283,14 +325,13 @@ def test_pieces_compose_to_one_softmax():
             arguments["q"],
             arguments["k"][:, low:high],
             arguments["v"][:, low:high],
-            q_positions=jnp.arange(T)[None],
-            kv_positions=jnp.arange(low, high)[None],
-            sink_logits=SLOPES if sink else None,
+            tokens=Tokens(q_positions=jnp.arange(T)[None], kv_positions=jnp.arange(low, high)[None]),
+            logits=Logits(sink_logits=SLOPES) if sink else None,
             **options,
         )
 
     def whole(arguments):
-        return attention_with_lse(**arguments, sink_logits=SLOPES, **options)
+        return attention_with_lse(**arguments, logits=Logits(sink_logits=SLOPES), **options)
 
     def joined(arguments, order):
         pieces = [piece(arguments, *bounds, sink=bounds[0] == 11) for bounds in itertools.pairwise(cuts)]
@@ -317,10 +358,13 @@ def test_pieces_compose_to_one_softmax():
     [
         ({}, {}),
         ({"causal": True, "scale": 0.3}, {"is_causal": True, "scale": 0.3}),
-        ({"causal": True, "window": 5}, {"is_causal": True, "local_window_size": (4, 0)}),
-        ({"window": 5}, {"local_window_size": (5, 5)}),
-        ({"bias": BIAS}, {"bias": BIAS}),
-        ({"kv_lengths": jnp.array([3, 60])}, {"key_value_seq_lengths": jnp.array([3, 60], jnp.int32)}),
+        ({"causal": True, "mask": Mask(window=5)}, {"is_causal": True, "local_window_size": (4, 0)}),
+        ({"mask": Mask(window=5)}, {"local_window_size": (5, 5)}),
+        ({"logits": Logits(bias=BIAS)}, {"bias": BIAS}),
+        (
+            {"tokens": Tokens(kv_lengths=jnp.array([3, 60]))},
+            {"key_value_seq_lengths": jnp.array([3, 60], jnp.int32)},
+        ),
     ],
 )
 def test_agrees_with_jax_nn(options, theirs):
@@ -343,7 +387,8 @@ def test_slopes_are_a_bias_of_distances():
     arguments = draw()
     distance = jnp.abs(jnp.arange(T)[:, None] - jnp.arange(T)[None]).astype(jnp.float32)
     bias = -SLOPES[None, :, None, None] * distance[None, None]
-    close(attention(**arguments, slopes=SLOPES), attention(**arguments, bias=bias), 1e-6, "slopes")
+    got = attention(**arguments, logits=Logits(slopes=SLOPES))
+    close(got, attention(**arguments, logits=Logits(bias=bias)), 1e-6, "slopes")
 
 
 def test_blocks_under_vmap_and_shard_map(small_blocks):
@@ -355,7 +400,7 @@ def test_blocks_under_vmap_and_shard_map(small_blocks):
 
     def run(slopes, *arguments):
         def loss(slopes, q, k, v):
-            output = attention(q, k, v, segment_ids=arguments[3], slopes=slopes)
+            output = attention(q, k, v, segment_ids=arguments[3], logits=Logits(slopes=slopes))
             return (output**2).sum(), output
 
         (dslopes, *gradients), output = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(
@@ -395,7 +440,9 @@ def test_large_logits_pick_one_key():
     assert np.allclose(lse, 1e8)
 
 
-@pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window": 64, "sink_tokens": 4}])
+@pytest.mark.parametrize(
+    "options", [{"causal": True}, {"causal": True, "mask": Mask(window=64, sink_tokens=4)}]
+)
 def test_memory_grows_linearly(options):
     def bytes_for(t):
         shapes = [jax.ShapeDtypeStruct((1, t, 2, 8), jnp.float32)] * 3
@@ -413,34 +460,43 @@ def test_only_blocks_that_may_be_seen_are_visited(small_blocks):
     q, k = arguments["q"], arguments["k"]
 
     def visits(**options):
-        options = Options(**options)
+        options = read_options(**arguments, **options)
         steps = schedule.schedule(q, k, options, places(q, k, options)).steps
         return int((steps.blocks >= 0).sum())
 
     assert visits() == 16
     assert visits(causal=True) == 10
-    assert visits(window=16) == 10
-    assert visits(window=16, sink_tokens=1) == 10 + 2
-    assert visits(causal=True, window=4) == 16 + 15
-    assert visits(block_indices=block_lists(1, 1, 8) * 0, block_size=8) == 8
+    assert visits(mask=Mask(window=16)) == 10
+    assert visits(mask=Mask(window=16, sink_tokens=1)) == 10 + 2
+    assert visits(causal=True, mask=Mask(window=4)) == 16 + 15
+    assert visits(mask=Mask(block_indices=block_lists(1, 1, 8) * 0, block_size=8)) == 8
 
 
 @pytest.mark.parametrize(
     "options, error",
     [
-        ({"causal": True, "window": 0}, "window=0; expected at least 1"),
-        ({"window": -1}, "window=-1; expected at least 0"),
-        ({"sink_tokens": 2}, "sink_tokens=2 changes nothing"),
-        ({"prefix_lengths": jnp.array([1, 2])}, "prefix_lengths is for causal=True"),
-        ({"block_size": 4}, "block_indices and block_size go together"),
-        ({"block_indices": block_lists(1, 1, 2), "block_size": 4}, "block_indices lists 2 blocks of 4"),
-        ({"logit_cap": 0.0}, "logit_cap=0.0; expected a positive number"),
-        ({"q_positions": jnp.zeros((1, T), jnp.int32)}, "q_positions and kv_positions go together"),
-        ({"kv_segment_ids": jnp.ones((B, T), jnp.int32)}, "kv_segment_ids needs segment_ids"),
-        ({"slopes": SLOPES[:2]}, "slopes has shape"),
-        ({"kv_lengths": jnp.ones(B)}, "kv_lengths has dtype float32"),
+        ({"causal": True, "mask": Mask(window=0)}, "window=0; expected at least 1"),
+        ({"mask": Mask(window=-1)}, "window=-1; expected at least 0"),
+        ({"mask": Mask(sink_tokens=2)}, "sink_tokens=2 changes nothing"),
+        ({"mask": Mask(prefix_lengths=jnp.array([1, 2]))}, "prefix_lengths is for causal=True"),
+        ({"mask": Mask(block_size=4)}, "block_indices and block_size go together"),
+        (
+            {"mask": Mask(block_indices=block_lists(1, 1, 2), block_size=4)},
+            "block_indices lists 2 blocks of 4",
+        ),
+        ({"logits": Logits(logit_cap=0.0)}, "logit_cap=0.0; expected a positive number"),
+        (
+            {"tokens": Tokens(q_positions=jnp.zeros((1, T), jnp.int32))},
+            "q_positions and kv_positions go together",
+        ),
+        (
+            {"tokens": Tokens(kv_segment_ids=jnp.ones((B, T), jnp.int32))},
+            "kv_segment_ids needs segment_ids",
+        ),
+        ({"logits": Logits(slopes=SLOPES[:2])}, "slopes has shape"),
+        ({"tokens": Tokens(kv_lengths=jnp.ones(B))}, "kv_lengths has dtype float32"),
         ({"scale": jnp.ones(())}, "scale is .*; expected a number known before tracing"),
-        ({"window": 2.0}, "window is float; expected an int"),
+        ({"mask": jnp.ones((B, 1, T, T), bool)}, "mask is .*; expected a Mask or None"),
         ({"windw": 3}, "windw"),
     ],
 )
@@ -450,10 +506,23 @@ def test_options_that_do_not_fit_are_refused(options, error):
             function(**draw(), **options)
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "slopes"])
+def test_a_window_is_known_before_tracing():
+    for window in (2.0, jnp.ones((), jnp.int32)):
+        with pytest.raises(TypeError, match="window is .*; expected an int known before tracing"):
+            attention(**draw(), mask=Mask(window=window))
+
+
+needs_positions = {
+    "causal": {"causal": True},
+    "window": {"mask": Mask(window=2)},
+    "slopes": {"logits": Logits(slopes=SLOPES)},
+}
+
+
+@pytest.mark.parametrize("name", needs_positions)
 def test_different_lengths_need_positions(name):
     with pytest.raises(ValueError, match="need q_positions"):
-        attention(**draw(3, 5), **{name: {"causal": True, "window": 2, "slopes": SLOPES}[name]})
+        attention(**draw(3, 5), **needs_positions[name])
     with pytest.raises(ValueError, match="give kv_segment_ids"):
         attention(**draw(3, 5), segment_ids=jnp.ones((B, 3), jnp.int32))
 
@@ -478,17 +547,28 @@ def cudnn_refusal(monkeypatch, options, dtype=jnp.bfloat16, sizes=(64, 64), capa
     )
     monkeypatch.setattr(cudnn, "_device", lambda: device)
     q, k = (jax.ShapeDtypeStruct((1, length, 2, sizes[0]), dtype),) * 2
-    return cudnn.refuses(q, k, jax.ShapeDtypeStruct((1, 8, 2, sizes[1]), dtype), Options(**options))
+    v = jax.ShapeDtypeStruct((1, length, 2, sizes[1]), dtype)
+    return cudnn.refuses(q, k, v, read_options(q, k, v, **options))
 
 
 def test_cudnn_takes_only_what_it_computes_as_defined(monkeypatch):
     refusal = functools.partial(cudnn_refusal, monkeypatch)
-    for options in ({}, {"causal": True}, {"causal": True, "window": 4, "scale": 1.0}):
+    ids = jnp.ones((1, 8), jnp.int32)
+    whole = Segments.of(ids, padding="end", packed=False)
+    for options in ({}, {"causal": True}, {"causal": True, "mask": Mask(window=4), "scale": 1.0}):
         assert refusal(options) is None
-    assert "window is causal" in refusal({"window": 4})
-    assert "not segment_ids" in refusal({"segment_ids": jnp.ones((1, 8), jnp.int32)})
-    assert "not kv_lengths" in refusal({"kv_lengths": jnp.ones(1, jnp.int32)})
-    assert "not logit_cap" in refusal({"logit_cap": 5.0})
+    for options in ({}, {"causal": True}):
+        assert refusal({**options, "segment_ids": whole}) is None
+        for less in (ids, Segments.of(ids, padding="end"), Segments.of(ids, packed=False)):
+            assert "not segment_ids of which less is known" in refusal({**options, "segment_ids": less})
+    assert "window is for calls without segment_ids" in refusal(
+        {"causal": True, "mask": Mask(window=4), "segment_ids": whole}
+    )
+    assert "window is causal" in refusal({"mask": Mask(window=4)})
+    assert "not sink_tokens" in refusal({"mask": Mask(window=4, sink_tokens=1)})
+    assert "not kv_lengths" in refusal({"tokens": Tokens(kv_lengths=jnp.ones(1, jnp.int32))})
+    assert "not kv_segment_ids" in refusal({"segment_ids": whole, "tokens": Tokens(kv_segment_ids=ids)})
+    assert "not logit_cap" in refusal({"logits": Logits(logit_cap=5.0)})
     assert "float32" in refusal({}, dtype=jnp.float32)
     assert "multiple of 8" in refusal({}, sizes=(60, 60))
     assert "of one size" in refusal({}, sizes=(64, 128))
@@ -507,8 +587,57 @@ def test_cudnn_says_why_not():
         attention_with_lse(**narrow, impl="cudnn")
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_segments_know_changes_no_number(causal, packed, small_blocks):
+    """Padding at the ends, in rows of one segment or of three, told and not told; what padding holds reaches nothing."""
+    ids = np.zeros((B, T), np.int32)
+    ids[0, :40] = np.repeat([1, 3, 1], [20, 13, 7]) if packed else 1
+    ids[1, :T] = 2
+    known = Segments.of(jnp.asarray(ids), padding="end", packed=packed)
+    arguments = draw()
+    for mask in (None, Mask(window=5, sink_tokens=2 * causal)):
+
+        def loss(arguments, segment_ids, mask=mask):
+            output = attention(**arguments, causal=causal, mask=mask, segment_ids=segment_ids)
+            return (output * normal(8, *output.shape)).sum(), output
+
+        run = jax.jit(jax.grad(loss, has_aux=True))
+        want = run(arguments, jnp.asarray(ids))
+        assert (want[1][0, 40:] == 0).all()
+        for got, expected in zip(jax.tree.leaves(run(arguments, known)), jax.tree.leaves(want), strict=True):
+            close(got, expected, 1e-6, f"{mask}")
+
+
+PADDED = Segments.of(jnp.repeat(jnp.array([[1, 1, 1, 0], [2, 0, 0, 0]]), 32, 1), padding="end", packed=False)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": 50, "scale": 0.2}])
+@pytest.mark.parametrize("causal", [False, True])
+def test_cudnn_leaves_out_padding(causal):
+    """Whatever stands there, not a number included, outputs and gradients are those of the reference, zero at padding."""
+    shapes = {"q": (2, 128, 8, 64), "k": (2, 128, 2, 64), "v": (2, 128, 2, 64)}
+    arguments = {n: normal(i, *shape).astype(jnp.bfloat16) for i, (n, shape) in enumerate(shapes.items())}
+
+    def loss(arguments, impl):
+        output = attention(**arguments, causal=causal, segment_ids=PADDED, impl=impl).astype(jnp.float32)
+        return (output * normal(9, *output.shape)).sum(), output
+
+    run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    spoilt = {n: jnp.where(PADDED.real[..., None, None], v, jnp.nan) for n, v in arguments.items()}
+    got = run(spoilt, "cudnn")
+    want = run({n: v.astype(jnp.float32) for n, v in arguments.items()}, "reference")
+    close(got[1], want[1], 1e-2, "output")
+    assert (np.asarray(got[1])[~np.asarray(PADDED.real)] == 0).all()
+    for name in want[0]:
+        close(got[0][name].astype(jnp.float32), want[0][name], 1e-2, f"gradient of {name}")
+        assert (np.asarray(got[0][name], np.float32)[~np.asarray(PADDED.real)] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"causal": True, "mask": Mask(window=50), "scale": 0.2}]
+)
 @pytest.mark.parametrize("t", [2, 130, 512])
 def test_cudnn_matches_the_reference(options, t):
     shapes = {"q": (2, t, 8, 64), "k": (2, t, 2, 64), "v": (2, t, 2, 64)}

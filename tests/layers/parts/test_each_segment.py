@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from layers.mixers import make_mixer
-from layers.parts.each_segment import each_segment
+from layers.parts.each_segment import mix_each_segment
 
 IDS = np.array([[0, 1, 1, 0, 1, 2, 2, 0, 3, 3], [2, 1, 1, 1, 1, 1, 1, 1, 0, 0]])
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 10, 3)), jnp.float32)
@@ -28,7 +28,7 @@ def one_by_one(weight, x):
 
 
 def together(weight, x):
-    return each_segment(mix, weight, x, segment_ids=jnp.asarray(IDS))
+    return mix_each_segment(mix, weight, x, segment_ids=jnp.asarray(IDS))
 
 
 def test_values_and_gradients_are_those_of_the_sequences_one_by_one():
