@@ -64,7 +64,7 @@ class Bidirectional(Mixer):
         self.config = config
         given = {name: getattr(config, name) for name in ("width", "layer", "depth", "dtype")}
 
-        def make() -> Mixer:
+        def make() -> nnx.Module:
             return mixers.make_mixer(config.inner, config.options, given=given, rngs=rngs)
 
         self.forward = make()

@@ -68,13 +68,10 @@ class HyperMixer(Mixer):
         self.config = config
         width, hidden = config.width // config.heads, config.hidden // config.heads
         count = 1 if config.tied else 2
-
-        def make(outputs: int) -> nnx.List:
-            shape = (config.heads, width, outputs)
-            axes = ("heads", None, None)
-            return nnx.List(parameter(rngs, _xavier, shape, axes=axes) for _ in range(count))
-
-        self.inner, self.outer = make(width), make(hidden)
+        square, wide = ((config.heads, width, outputs) for outputs in (width, hidden))
+        options = {"init": _xavier, "axes": ("heads", None, None)}
+        self.inner = nnx.List(parameter(rngs, shape=square, **options) for _ in range(count))
+        self.outer = nnx.List(parameter(rngs, shape=wide, **options) for _ in range(count))
         norm = NormConfig(config.width, epsilon=config.epsilon, dtype=config.dtype)
         self.norm = LayerNorm(norm, rngs=rngs) if config.norm else None
 
