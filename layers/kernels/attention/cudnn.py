@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.attention.options import Options
-from layers.kernels.segments import Segments, select_real
+from layers.kernels.segments import select_real
 
 TAKEN = "causal, window, scale and segment_ids of rows that are not packed and end with their padding"
 
@@ -15,7 +15,7 @@ def attention(q, k, v, options):
     lengths = None
     if segments is not None:
         lengths = segments.real.sum(1, dtype=jnp.int32)
-        # Selected here too, padding gets zero gradients, whatever the kernels leave there.
+        # The kernels multiply what stands at padding by zero, which leaves it if it is not a number.
         q, k, v = (select_real(x, segments) for x in (q, k, v))
     output = jax.nn.dot_product_attention(
         q,
@@ -62,12 +62,8 @@ def _unknown_option(options: Options) -> str | None:
     window, segments = options.mask.window, options.segment_ids
     if window is not None and not options.causal:
         return "its window is causal; causal is False"
-    if segments is None:
-        return None
-    if not isinstance(segments, Segments) or segments.packed or segments.padding != "end":
-        return f"it knows {TAKEN}, not segment_ids of which less is known; `Segments.of` says how to tell"
-    if window is not None:
-        return "its window is for calls without segment_ids"
+    if segments is not None and (segments.packed or segments.padding != "end"):
+        return f"it knows {TAKEN}, not segment_ids of which less is known; `Segments.of` takes what is"
     return None
 
 
