@@ -93,8 +93,11 @@ def _list_shape(o) -> tuple[int, int]:
 
 
 def in_segments(o) -> bool:
-    """Whether positions count within segments."""
-    return o.tokens.q_positions is None and isinstance(o.segment_ids, Segments)
+    """Whether the position of a real token may differ from its index, as it counts within a segment."""
+    segments = o.segment_ids
+    if o.tokens.q_positions is not None or not isinstance(segments, Segments):
+        return False
+    return segments.packed or segments.padding != "end"
 
 
 def _pairs(t, s, q_block, kv_block, o) -> Schedule:
