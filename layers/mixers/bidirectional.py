@@ -91,8 +91,9 @@ class Bidirectional(Mixer):
         self, x: Float[Array, "b t d"], carried: None, segments: Segments | None
     ) -> tuple[Float[Array, "b t d"], None]:
         backward = self.forward if self.backward is None else self.backward
-        ahead, _ = self.forward(x, segment_ids=segments)
-        back, _ = backward(reverse_segments(x, segments), segment_ids=segments)
+        ids = None if segments is None else segments.ids
+        ahead, _ = self.forward(x, segment_ids=ids)
+        back, _ = backward(reverse_segments(x, segments), segment_ids=ids)
         back = reverse_segments(back, segments)
         if self.joined is None:
             return ahead + back, None

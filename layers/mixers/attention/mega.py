@@ -80,7 +80,7 @@ class MegaConfig:
 
 
 class MegaCarry(NamedTuple):
-    """What `Mega` carries: the moving averages, and the keys and values that are still to be read, of the last chunk or of all tokens."""
+    """What `Mega` carries: the moving averages, and the keys and values of the last chunk or of all tokens."""
 
     averages: Float[Array, "b d n"]
     cache: Cache
@@ -144,7 +144,7 @@ class Mega(Mixer):
         h = cache = None
         if carried is not None:
             h = keep_where(visit.continues, carried.averages, jnp.zeros_like(carried.averages))
-        m, h = self.average(x, h, segment_ids=segments)
+        m, h = self.average(x, h, segment_ids=None if segments is None else segments.ids)
         width, keys = config.width, config.key_dim
         borders = [width, width + keys, width + keys + config.values]
         u, z, r, c = jnp.split(self.mixed(m), borders, axis=-1)
@@ -180,14 +180,14 @@ class Mega(Mixer):
         return o if packing is None else move(o, packing.place)
 
     def _continued(self, q, k, v, cache, visit):
-        """Attention over the cache and the new tokens, as many as a chunk at a time, and the cache with them in it."""
+        """Attention over the cache and the new tokens, `chunk` of them at a time, and the cache with them in it."""
         time, chunk = q.shape[1], self.config.chunk
 
         def run(cache, tokens):
             q, *new, numbers, positions = tokens
             here = visit._replace(numbers=numbers, positions=positions)
             cache, seen, beyond = extend(cache, tuple(new), here, window=chunk)
-            q, k, v, *at = (tokens[:, None] for tokens in (q, *seen.entries, numbers, positions))
+            q, k, v, *at = (x[:, None] for x in (q, *seen.entries, numbers, positions))
             o = self._attend(q, k, v, at, (seen.numbers[:, None], seen.positions[:, None]))[:, 0]
             return cache, jnp.where(beyond[..., None], jnp.nan, o)
 
