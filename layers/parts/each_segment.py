@@ -59,14 +59,15 @@ def reverse_segments(x: Float[Array, "b t *f"], segment_ids: SegmentIds = None) 
         return x[:, ::-1]
     if x.shape[1] == 0:
         return x
-    order, place, numbers = _packing(segments)
+    packing = _packing(segments)
+    numbers, place = packing.numbers, packing.place
     # Numbers ascend over the tokens; padding comes last.
     ascending = jnp.where(numbers == 0, x.shape[1] + 1, numbers)
     first, beyond = (
         move(jax.vmap(partial(jnp.searchsorted, side=side))(ascending, numbers), place)
         for side in ("left", "right")
     )
-    index = move(order, jnp.clip(first + beyond - 1 - place, 0, x.shape[1] - 1))
+    index = move(packing.order, jnp.clip(first + beyond - 1 - place, 0, x.shape[1] - 1))
     return move(x, jnp.where(segments.real, index, jnp.arange(x.shape[1], dtype=index.dtype)[None]))
 
 
