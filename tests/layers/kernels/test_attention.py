@@ -1,9 +1,7 @@
-"""`attention` beyond the shared suite: every option in small blocks, what is seen, caches, composition, cuDNN."""
+"""`attention` beyond the shared suite: every option in small blocks, what is seen, what is visited, what Segments tell."""
 
 import dataclasses
 import functools
-import itertools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +11,9 @@ import pytest
 from layers.kernels.attention import (
     Logits,
     Mask,
-    Piece,
     Tokens,
     attention,
     attention_with_lse,
-    compose,
-    cudnn,
     schedule,
 )
 from layers.kernels.attention.options import places, read_options
@@ -250,147 +245,6 @@ def test_what_is_seen(impl, causal, window, sinks, prefix, listed, small_blocks)
     assert np.array_equal((np.asarray(slope) != 0).any(-1), several)
 
 
-@pytest.mark.parametrize("impl", ["reference", "xla"])
-def test_rows_that_see_nothing_are_zero_and_so_are_their_gradients(impl):
-    arguments = draw(5, 7)
-    lengths = jnp.array([0, 7])
-
-    def loss(arguments, sink):
-        piece = attention_with_lse(
-            **arguments, tokens=Tokens(kv_lengths=lengths), logits=Logits(sink_logits=sink), impl=impl
-        )
-        return (piece.output[0] ** 2 + piece.output[0]).sum(), piece
-
-    gradients, piece = jax.jit(jax.grad(loss, has_aux=True))(arguments, None)
-    assert (piece.output[0] == 0).all()
-    assert (piece.lse[0] == -jnp.inf).all()
-    assert np.isfinite(piece.lse[1]).all()
-    assert all((g == 0).all() for g in jax.tree.leaves(gradients))
-    gradients, piece = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(arguments, SLOPES)
-    assert (piece.output[0] == 0).all()
-    close(piece.lse[0], jnp.broadcast_to(SLOPES, (5, H)), 1e-6, "the sink alone")
-    assert all((g == 0).all() for g in jax.tree.leaves(gradients))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"mask": Mask(window=5, sink_tokens=2)}, {"logits": Logits(slopes=SLOPES, logit_cap=3.0)}],
-)
-def test_cached_decoding_equals_prefill(options):
-    """Rows of different lengths in one cache, some tokens at once and then one by one."""
-    t, size = 19, 24
-    arguments = draw(t, t)
-    want = attention(**arguments, causal=True, **options)
-    start = jnp.array([0, 4])
-    row = jnp.arange(B)[:, None]
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def step(state, count):
-        lengths, cache = state
-        where = lengths[:, None] + jnp.arange(count)[None]
-        new = {name: arguments[name][row, where] for name in ("q", "k", "v")}
-        cache = {name: cache[name].at[row, where].set(new[name]) for name in ("k", "v")}
-        out = attention(
-            new["q"],
-            **cache,
-            causal=True,
-            tokens=Tokens(
-                q_positions=where,
-                kv_positions=jnp.arange(size)[None],
-                kv_lengths=lengths + count,
-            ),
-            **options,
-        )
-        return (lengths + count, cache), out, where
-
-    seen = jnp.arange(size)[None, :, None, None] < start[:, None, None, None]
-    # What a cache holds beyond a row's length must not matter.
-    cache = {
-        name: jnp.where(seen, jnp.pad(arguments[name], ((0, 0), (0, size - t), (0, 0), (0, 0))), 1e6)
-        for name in ("k", "v")
-    }
-    state = (start, cache)
-    for count in (6, 1, 1, 2, 1):
-        state, out, where = step(state, count)
-        close(out, want[row, where], 2e-5, f"{count} tokens at {where[:, 0]}")
-
-
-def test_pieces_compose_to_one_softmax():
-    arguments, options = draw(), {"causal": True, "mask": Mask(window=30)}
-    cuts = (0, 11, 40, T)
-    weights = normal(5, B, T, H, VALUE), normal(6, B, T, H)
-
-    def piece(arguments, low, high, sink):
-        return attention_with_lse(
-            arguments["q"],
-            arguments["k"][:, low:high],
-            arguments["v"][:, low:high],
-            tokens=Tokens(q_positions=jnp.arange(T)[None], kv_positions=jnp.arange(low, high)[None]),
-            logits=Logits(sink_logits=SLOPES) if sink else None,
-            **options,
-        )
-
-    def whole(arguments):
-        return attention_with_lse(**arguments, logits=Logits(sink_logits=SLOPES), **options)
-
-    def joined(arguments, order):
-        pieces = [piece(arguments, *bounds, sink=bounds[0] == 11) for bounds in itertools.pairwise(cuts)]
-        identity = Piece(jnp.zeros_like(pieces[0].output), jnp.full_like(pieces[0].lse, -jnp.inf))
-        left = functools.reduce(compose, [identity, *pieces])
-        right = functools.reduce(lambda later, first: compose(first, later), pieces[::-1])
-        return (left, right)[order]
-
-    def loss(run, arguments, *order):
-        output, lse = run(arguments, *order)
-        return (output * weights[0]).sum() + (lse * weights[1]).sum(), (output, lse)
-
-    want = jax.jit(jax.grad(functools.partial(loss, whole), has_aux=True))(arguments)
-    for order in (0, 1):
-        got = jax.jit(jax.grad(functools.partial(loss, joined), has_aux=True), static_argnums=1)(
-            arguments, order
-        )
-        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            close(g, w, 2e-5, f"order {order}")
-
-
-@pytest.mark.parametrize(
-    "options, theirs",
-    [
-        ({}, {}),
-        ({"causal": True, "scale": 0.3}, {"is_causal": True, "scale": 0.3}),
-        ({"causal": True, "mask": Mask(window=5)}, {"is_causal": True, "local_window_size": (4, 0)}),
-        ({"mask": Mask(window=5)}, {"local_window_size": (5, 5)}),
-        ({"logits": Logits(bias=BIAS)}, {"bias": BIAS}),
-        (
-            {"tokens": Tokens(kv_lengths=jnp.array([3, 60]))},
-            {"key_value_seq_lengths": jnp.array([3, 60], jnp.int32)},
-        ),
-    ],
-)
-def test_agrees_with_jax_nn(options, theirs):
-    arguments = draw() | {"v": normal(2, B, T, G, KEY)}
-    want = jax.nn.dot_product_attention(*arguments.values(), **theirs, implementation="xla")
-    close(attention(**arguments, **options), want, 2e-5, "output")
-
-
-def test_grouped_heads_read_neighbouring_heads():
-    """Query head i reads head i // (h / g): repeating each head gives the same, tiling them does not."""
-    arguments = draw()
-    repeated = {"q": arguments["q"]} | {n: jnp.repeat(arguments[n], H // G, axis=2) for n in ("k", "v")}
-    tiled = {"q": arguments["q"]} | {n: jnp.tile(arguments[n], (1, 1, H // G, 1)) for n in ("k", "v")}
-    got = attention(**arguments, causal=True)
-    close(got, attention(**repeated, causal=True), 1e-6, "repeated")
-    assert not np.allclose(got, attention(**tiled, causal=True), atol=0.1)
-
-
-def test_slopes_are_a_bias_of_distances():
-    arguments = draw()
-    distance = jnp.abs(jnp.arange(T)[:, None] - jnp.arange(T)[None]).astype(jnp.float32)
-    bias = -SLOPES[None, :, None, None] * distance[None, None]
-    got = attention(**arguments, logits=Logits(slopes=SLOPES))
-    close(got, attention(**arguments, logits=Logits(bias=bias)), 1e-6, "slopes")
-
-
 def test_blocks_under_vmap_and_shard_map(small_blocks):
     """Steps that only the data can skip, per row; slopes that all devices share, with their gradients."""
     q, k, v = (normal(i, 8, 40, heads, 3) for i, heads in enumerate((H, G, G)))
@@ -433,13 +287,6 @@ def test_second_derivatives(small_blocks):
         close(got[name], want[name], 2e-4, name)
 
 
-def test_large_logits_pick_one_key():
-    q = k = jnp.eye(8)[None, :, None] * 1e4
-    output, lse = attention_with_lse(q, k, jnp.eye(8)[None, :, None], scale=1.0)
-    assert np.array_equal(output[0, :, 0], np.eye(8))
-    assert np.allclose(lse, 1e8)
-
-
 @pytest.mark.parametrize(
     "options", [{"causal": True}, {"causal": True, "mask": Mask(window=64, sink_tokens=4)}]
 )
@@ -472,118 +319,6 @@ def test_only_blocks_that_may_be_seen_are_visited(small_blocks):
     assert visits(mask=Mask(block_indices=block_lists(1, 1, 8) * 0, block_size=8)) == 8
 
 
-@pytest.mark.parametrize(
-    "options, error",
-    [
-        ({"causal": True, "mask": Mask(window=0)}, "window=0; expected at least 1"),
-        ({"mask": Mask(window=-1)}, "window=-1; expected at least 0"),
-        ({"mask": Mask(sink_tokens=2)}, "sink_tokens=2 changes nothing"),
-        ({"mask": Mask(prefix_lengths=jnp.array([1, 2]))}, "prefix_lengths is for causal=True"),
-        ({"mask": Mask(block_size=4)}, "block_indices and block_size go together"),
-        (
-            {"mask": Mask(block_indices=block_lists(1, 1, 2), block_size=4)},
-            "block_indices lists 2 blocks of 4",
-        ),
-        ({"logits": Logits(logit_cap=0.0)}, "logit_cap=0.0; expected a positive number"),
-        (
-            {"tokens": Tokens(q_positions=jnp.zeros((1, T), jnp.int32))},
-            "q_positions and kv_positions go together",
-        ),
-        (
-            {"tokens": Tokens(kv_segment_ids=jnp.ones((B, T), jnp.int32))},
-            "kv_segment_ids needs segment_ids",
-        ),
-        ({"logits": Logits(slopes=SLOPES[:2])}, "slopes has shape"),
-        ({"tokens": Tokens(kv_lengths=jnp.ones(B))}, "kv_lengths has dtype float32"),
-        ({"scale": jnp.ones(())}, "scale is .*; expected a number known before tracing"),
-        ({"mask": jnp.ones((B, 1, T, T), bool)}, "mask is .*; expected a Mask or None"),
-        ({"windw": 3}, "windw"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(options, error):
-    for function in (attention, attention_with_lse):
-        with pytest.raises((ValueError, TypeError), match=error):
-            function(**draw(), **options)
-
-
-def test_a_window_is_known_before_tracing():
-    for window in (2.0, jnp.ones((), jnp.int32)):
-        with pytest.raises(TypeError, match="window is .*; expected an int known before tracing"):
-            attention(**draw(), mask=Mask(window=window))
-
-
-needs_positions = {
-    "causal": {"causal": True},
-    "window": {"mask": Mask(window=2)},
-    "slopes": {"logits": Logits(slopes=SLOPES)},
-}
-
-
-@pytest.mark.parametrize("name", needs_positions)
-def test_different_lengths_need_positions(name):
-    with pytest.raises(ValueError, match="need q_positions"):
-        attention(**draw(3, 5), **needs_positions[name])
-    with pytest.raises(ValueError, match="give kv_segment_ids"):
-        attention(**draw(3, 5), segment_ids=jnp.ones((B, 3), jnp.int32))
-
-
-def test_heads_must_divide():
-    with pytest.raises(ValueError, match="q has 3 heads and k has 2"):
-        attention(**(draw() | {"q": normal(0, B, T, 3, KEY)}))
-
-
-def test_no_keys_and_no_queries():
-    output, lse = attention_with_lse(**draw(4, 0))
-    assert output.shape == (B, 4, H, VALUE)
-    assert (output == 0).all()
-    assert (lse == -jnp.inf).all()
-    assert attention(**draw(0, 4)).shape == (B, 0, H, VALUE)
-
-
-def cudnn_refusal(monkeypatch, options, dtype=jnp.bfloat16, sizes=(64, 64), capability="9.0", length=8):
-    client = types.SimpleNamespace(platform_version="PJRT C API\ncuda 13000")
-    device = types.SimpleNamespace(
-        platform="gpu", client=client, compute_capability=capability, device_kind="NVIDIA"
-    )
-    monkeypatch.setattr(cudnn, "_device", lambda: device)
-    q, k = (jax.ShapeDtypeStruct((1, length, 2, sizes[0]), dtype),) * 2
-    v = jax.ShapeDtypeStruct((1, length, 2, sizes[1]), dtype)
-    return cudnn.refuses(q, k, v, read_options(q, k, v, **options))
-
-
-def test_cudnn_takes_only_what_it_computes_as_defined(monkeypatch):
-    refusal = functools.partial(cudnn_refusal, monkeypatch)
-    ids = jnp.ones((1, 8), jnp.int32)
-    whole = Segments.of(ids, padding="end", packed=False)
-    for options in ({}, {"causal": True}, {"causal": True, "mask": Mask(window=4), "scale": 1.0}):
-        assert refusal(options) is None
-    for options in ({}, {"causal": True}, {"causal": True, "mask": Mask(window=4)}):
-        assert refusal({**options, "segment_ids": whole}) is None
-        for less in (ids, Segments.of(ids, padding="end"), Segments.of(ids, packed=False)):
-            assert "not segment_ids of which less is known" in refusal({**options, "segment_ids": less})
-    assert "window is causal" in refusal({"mask": Mask(window=4)})
-    assert "not sink_tokens" in refusal({"mask": Mask(window=4, sink_tokens=1)})
-    assert "not kv_lengths" in refusal({"tokens": Tokens(kv_lengths=jnp.ones(1, jnp.int32))})
-    assert "not kv_segment_ids" in refusal({"segment_ids": whole, "tokens": Tokens(kv_segment_ids=ids)})
-    assert "not logit_cap" in refusal({"logits": Logits(logit_cap=5.0)})
-    assert "float32" in refusal({}, dtype=jnp.float32)
-    assert "multiple of 8" in refusal({}, sizes=(60, 60))
-    assert "of one size" in refusal({}, sizes=(64, 128))
-    assert "up to 128" in refusal({}, sizes=(256, 256), capability="8.0")
-    assert "compute capability 8.0" in refusal({}, capability="7.5")
-    assert "even lengths" in refusal({}, length=7)
-
-
-def test_cudnn_says_why_not():
-    narrow = {n: v.astype(jnp.bfloat16) for n, v in draw(40, 40).items()}
-    with pytest.raises(
-        ValueError, match="impl='cudnn' of attention cannot take this call: it needs an NVIDIA GPU"
-    ):
-        attention(**narrow, impl="cudnn")
-    with pytest.raises(ValueError, match="impl='cudnn' is not an implementation of attention_with_lse"):
-        attention_with_lse(**narrow, impl="cudnn")
-
-
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_segments_know_changes_no_number(causal, packed, small_blocks):
@@ -604,53 +339,3 @@ def test_what_segments_know_changes_no_number(causal, packed, small_blocks):
         assert (want[1][0, 40:] == 0).all()
         for got, expected in zip(jax.tree.leaves(run(arguments, known)), jax.tree.leaves(want), strict=True):
             close(got, expected, 1e-6, f"{mask}")
-
-
-PADDED = Segments.of(
-    jnp.repeat(jnp.array([[1, 1, 1, 0], [2, 0, 0, 0], [0, 0, 0, 0]]), 32, 1), padding="end", packed=False
-)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "mask": Mask(window=20)}])
-def test_cudnn_leaves_out_padding(options):
-    """Whatever stands there, not a number included, outputs and gradients are those of the reference, zero at padding."""
-    shapes = {"q": (3, 128, 8, 64), "k": (3, 128, 2, 64), "v": (3, 128, 2, 64)}
-    arguments = {n: normal(i, *shape).astype(jnp.bfloat16) for i, (n, shape) in enumerate(shapes.items())}
-
-    def loss(arguments, impl):
-        output = attention(**arguments, **options, segment_ids=PADDED, impl=impl).astype(jnp.float32)
-        return (output * normal(9, *output.shape)).sum(), output
-
-    run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
-    spoilt = {n: jnp.where(PADDED.real[..., None, None], v, jnp.nan) for n, v in arguments.items()}
-    got = run(spoilt, "cudnn")
-    want = run({n: v.astype(jnp.float32) for n, v in arguments.items()}, "reference")
-    close(got[1], want[1], 1e-2, "output")
-    assert (np.asarray(got[1])[~np.asarray(PADDED.real)] == 0).all()
-    for name in want[0]:
-        close(got[0][name].astype(jnp.float32), want[0][name], 1e-2, f"gradient of {name}")
-        assert (np.asarray(got[0][name], np.float32)[~np.asarray(PADDED.real)] == 0).all()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "options", [{}, {"causal": True}, {"causal": True, "mask": Mask(window=50), "scale": 0.2}]
-)
-@pytest.mark.parametrize("t", [2, 130, 512])
-def test_cudnn_matches_the_reference(options, t):
-    shapes = {"q": (2, t, 8, 64), "k": (2, t, 2, 64), "v": (2, t, 2, 64)}
-    arguments = {n: normal(i, *shape).astype(jnp.bfloat16) for i, (n, shape) in enumerate(shapes.items())}
-
-    def loss(arguments, impl):
-        output = attention(**arguments, **options, impl=impl).astype(jnp.float32)
-        return (output * normal(9, *output.shape)).sum(), output
-
-    run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
-    got, want = (
-        run(arguments, "cudnn"),
-        run({n: v.astype(jnp.float32) for n, v in arguments.items()}, "reference"),
-    )
-    close(got[1], want[1], 1e-2, "output")
-    for name in want[0]:
-        close(got[0][name].astype(jnp.float32), want[0][name], 1e-2, f"gradient of {name}")
