@@ -1,8 +1,8 @@
 """Which blocks of keys each block of queries visits, and in how many steps.
 
-Two schedules. The general one visits pairs of large blocks, one pair a step, leaving out what can be told in advance
+Two schedules. The general one visits pairs of large blocks, one pair per step, leaving out what can be told in advance
 that the mask hides; steps that only turn out to be hidden are skipped when they are reached. Where a query block sees
-few key blocks, in windows and lists of blocks, the other takes many small query blocks a step and fetches for each the
+few key blocks, in windows and lists of blocks, the other takes many small query blocks per step and fetches for each the
 key blocks on its own list.
 """
 
@@ -24,7 +24,7 @@ LISTED_KEYS = 2048
 
 
 class Steps(NamedTuple):
-    """One entry a step: row groups (n,) by their first query block; lists (n, b|1, h|1, rows, columns) of key blocks.
+    """One entry per step: row groups (n,) by their first query block; lists (n, b|1, h|1, rows, columns) of key blocks.
 
     -1 in a list is no block. `listed` (same shape) tells blocks on the list from those visited for their sink tokens;
     None: the mask looks that up.

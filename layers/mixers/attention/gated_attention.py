@@ -4,11 +4,11 @@ import dataclasses
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixers.attention.attention import Attention, AttentionConfig
 from layers.parameters import linear
+from layers.parts.heads import split_heads
 from layers.typing import Array, Float
 
 GATE_AT = ("attention", "value", "key", "query", "output")
@@ -71,7 +71,4 @@ class GatedAttention(Attention):
         return y * jax.nn.sigmoid(self.gate(x)) if self.config.gate == "output" else y
 
     def _gated(self, y, x):
-        gate = jax.nn.sigmoid(self.gate(x))
-        if self.config.gate_size == "headwise":
-            return y * gate[..., None]
-        return y * jnp.reshape(gate, y.shape)
+        return y * split_heads(jax.nn.sigmoid(self.gate(x)), y.shape[2])
