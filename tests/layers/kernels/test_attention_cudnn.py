@@ -31,8 +31,8 @@ def cudnn_refusal(monkeypatch, options, dtype=jnp.bfloat16, sizes=(64, 64), capa
         platform="gpu", client=client, compute_capability=capability, device_kind="NVIDIA"
     )
     monkeypatch.setattr(cudnn, "_device", lambda: device)
-    q, k = (jax.ShapeDtypeStruct((1, length, 2, sizes[0]), dtype),) * 2
-    v = jax.ShapeDtypeStruct((1, length, 2, sizes[1]), dtype)
+    q = k = jnp.zeros((1, length, 2, sizes[0]), dtype)
+    v = jnp.zeros((1, length, 2, sizes[1]), dtype)
     return cudnn.refuses(q, k, v, read_options(q, k, v, **options))
 
 
