@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from layers.typing import Array, Num
 
 
-def cut_into_blocks(x: Num[Array, "b t *f"], size: int) -> Num[Array, "b m size *f"]:
+def in_blocks(x: Num[Array, "b t *f"], size: int) -> Num[Array, "b m size *f"]:
     """Blocks of `size` tokens, the last filled up with zeros."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)))
     return x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])
 
 
-def join_neighbours(x: Num[Array, "b m s *f"], *, ahead: bool) -> Num[Array, "b m c *f"]:
+def with_neighbours(x: Num[Array, "b m s *f"], *, ahead: bool) -> Num[Array, "b m c *f"]:
     """Every block behind the one before it, and with `ahead` before the one after it."""
     rest = ((0, 0),) * (x.ndim - 2)
     blocks = [jnp.pad(x, ((0, 0), (1, 0), *rest))[:, :-1], x]

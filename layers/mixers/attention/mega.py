@@ -11,7 +11,7 @@ from flax import nnx
 
 from layers.mixer import Mixer, Visit
 from layers.parameters import linear, parameter
-from layers.parts.blocks import cut_into_blocks, join_neighbours
+from layers.parts.blocks import in_blocks, with_neighbours
 from layers.parts.cache import Cache, empty_cache, extend
 from layers.parts.moving_average import MovingAverage
 from layers.parts.segmented_convolution import move, pack
@@ -169,12 +169,12 @@ class Mega(Mixer):
             packing = pack(segments.ids)
             numbers, positions = packing.numbers, move(segments.positions, packing.order)
             q, k, v = (move(tokens, packing.order) for tokens in (q, k, v))
-        blocks = functools.partial(cut_into_blocks, size=min(self.config.chunk or time, max(time, 1)))
+        blocks = functools.partial(in_blocks, size=min(self.config.chunk or time, max(time, 1)))
         q, k, v, *at = map(blocks, (q, k, v, numbers, positions))
         there = at
         if packing is not None and q.shape[1] > 1:
             # Chunks begin with segments, so that they straddle blocks.
-            k, v, *there = (join_neighbours(tokens, ahead=not self.causal) for tokens in (k, v, *at))
+            k, v, *there = (with_neighbours(tokens, ahead=not self.causal) for tokens in (k, v, *at))
         o = self._attend(q, k, v, at, there)
         o = o.reshape(o.shape[0], o.shape[1] * o.shape[2], o.shape[3])[:, :time]
         return o if packing is None else move(o, packing.place)
@@ -195,7 +195,7 @@ class Mega(Mixer):
         if chunk is None or time <= chunk:
             cache, o = run(cache, tokens)
             return o, cache
-        blocks = tuple(jnp.swapaxes(cut_into_blocks(x, size=chunk), 0, 1) for x in tokens)
+        blocks = tuple(jnp.swapaxes(in_blocks(x, size=chunk), 0, 1) for x in tokens)
         cache, o = jax.lax.scan(run, cache, blocks)
         o = jnp.swapaxes(o, 0, 1)
         return o.reshape(o.shape[0], o.shape[1] * chunk, o.shape[3])[:, :time], cache
