@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers import mixers
+from layers.mixer import Mixer
 from layers.parameters import linear
-from layers.parts.carry import check_inputs, refuse_state
-from layers.parts.each_segment import reverse
-from layers.segments import SegmentIds
+from layers.parts.each_segment import reverse_segments
+from layers.segments import Segments
 from layers.typing import Array, Float
 
 PROJECTIONS = ("input", "output")
@@ -28,7 +28,7 @@ class BidirectionalConfig:
       combine: "sum" of both directions, or "concatenate", which maps both by one matrix to the width.
       tied: False: each direction has weights of its own. "projections": they share the projections into and out of
         the mixer, as Mamba has them, and nothing else. True: they share everything.
-      layer, depth: place in the model, handed on to the mixer.
+      layer, depth: place in the model, passed to the mixer.
       dtype: type of activations.
     """
 
@@ -48,7 +48,7 @@ class BidirectionalConfig:
             raise ValueError(f"tied={self.tied!r}; expected False, True or 'projections'")
 
 
-class Bidirectional(nnx.Module):
+class Bidirectional(Mixer):
     """Bidirectional: a causal mixer from both ends, as in BiMamba (Schiff et al. 2024, arXiv:2403.03234).
 
         y = F(x) + R(B(R(x)))        or        y = W [F(x), R(B(R(x)))]
@@ -82,29 +82,19 @@ class Bidirectional(nnx.Module):
                         "use tied=True or tied=False"
                     )
                 setattr(self.backward, name, getattr(self.forward, name))
-        joined = {"bias": False, "dtype": config.dtype, "rngs": rngs}
+        joined = {"axes": (None, "embed"), "bias": False, "dtype": config.dtype, "rngs": rngs}
         self.joined = (
             linear(2 * config.width, config.width, **joined) if config.combine == "concatenate" else None
         )
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> None:
-        """Refuses: the backward direction begins at the end of the sequence."""
-        raise ValueError("Bidirectional is not causal and has no state; it needs the whole sequence at once")
-
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: None = None,
-        *,
-        segment_ids: SegmentIds = None,
+    def mix(
+        self, x: Float[Array, "b t d"], carried: None, segments: Segments | None
     ) -> tuple[Float[Array, "b t d"], None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
-        check_inputs("Bidirectional", x, self.config.width, segment_ids)
-        refuse_state("Bidirectional", state)
         backward = self.forward if self.backward is None else self.backward
-        ahead, _ = self.forward(x, segment_ids=segment_ids)
-        back, _ = backward(reverse(x, segment_ids), segment_ids=segment_ids)
-        back = reverse(back, segment_ids)
+        ids = None if segments is None else segments.ids
+        ahead, _ = self.forward(x, segment_ids=ids)
+        back, _ = backward(reverse_segments(x, segments), segment_ids=ids)
+        back = reverse_segments(back, segments)
         if self.joined is None:
             return ahead + back, None
         return self.joined(jnp.concatenate([ahead, back], axis=-1)), None

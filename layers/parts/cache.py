@@ -8,26 +8,24 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from layers.parts.carry import Place, start
+from layers.segments import Visit
 from layers.typing import Array, Bool, Int, Num
 
 
 class Cache(NamedTuple):
-    """Slots `s` of every row, and where the row stands.
+    """Slots `s` of every row.
 
     Attributes:
       entries: what is kept of a token.
       numbers: which segment of its row, counted from 1, a slot belongs to; 0 is empty.
       positions: position of a slot's token within its segment.
       length: real tokens seen by each row.
-      place: of the last real token of each row.
     """
 
     entries: tuple[Num[Array, "b s *_f"], ...]
     numbers: Int[Array, "b s"]
     positions: Int[Array, "b s"]
     length: Int[Array, "b"]
-    place: Place
 
 
 class Seen(NamedTuple):
@@ -60,15 +58,13 @@ def empty_cache(
     slots = max_length if window is None else sinks + window
     entries = tuple(jnp.zeros((batch_size, slots, *shape), dtype) for shape in shapes)
     empty = jnp.zeros((batch_size, slots), jnp.int32)
-    return Cache(entries, empty, empty, jnp.zeros(batch_size, jnp.int32), start(batch_size))
+    return Cache(entries, empty, empty, jnp.zeros(batch_size, jnp.int32))
 
 
 def extend(
     cache: Cache,
     new: tuple[Num[Array, "b t *_f"], ...],
-    numbers: Int[Array, "b t"],
-    positions: Int[Array, "b t"],
-    place: Place,
+    visit: Visit,
     *,
     window: int | None = None,
     sinks: int = 0,
@@ -77,21 +73,22 @@ def extend(
 
     Args:
       new: entries of the new tokens.
-      numbers, positions, place: from `layers.parts.carry.walk`.
+      visit: how they continue the row.
       window, sinks: as in `empty_cache`.
 
     Returns:
       The cache, what the new tokens may attend to, and which of them found no slot.
     """
-    real, slots = numbers != 0, cache.numbers.shape[1]
+    numbers, positions, slots = visit.numbers, visit.positions, cache.numbers.shape[1]
+    real = numbers != 0
     count = cache.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
     length = cache.length + real.sum(1, dtype=jnp.int32)
     if window is None:
         index = jnp.where(real, count, slots)
         beyond = real & (count >= slots)
     else:
-        # Kept are the first tokens of the segment that goes on, and the last tokens of all.
-        sink = real & (positions < sinks) & (numbers == place.number[:, None])
+        # Kept are the first tokens of the segment that the row is in, and the last tokens of all.
+        sink = real & (positions < sinks) & (numbers == visit.place.number[:, None])
         recent = real & (positions >= sinks) & (count >= length[:, None] - window)
         index = jnp.where(recent, sinks + count % window, slots)
         index = jnp.where(sink, positions, index)
@@ -121,4 +118,4 @@ def extend(
             join(old.numbers, numbers),
             join(old.positions, positions),
         )
-    return Cache(*written, length, place), seen, beyond
+    return Cache(*written, length), seen, beyond

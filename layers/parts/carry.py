@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.attention.options import segment_positions
-from layers.kernels.segments import SegmentIds, last_real_id, segment_numbers
+from layers.kernels.segments import SegmentIds, last_real_id, segment_numbers, segment_positions
 from layers.typing import Array, Bool, Int, Num
 
 

@@ -2,7 +2,8 @@
 
 What they compute depends on the length of the sequence and on positions in it, so every segment is brought to the
 start of its row and mixed there by itself: first the first segment of all rows, then the second, and so on. A batch
-without packing costs one pass, a packed one as many as the fullest row has segments.
+without packing costs one pass, a packed one as many as the fullest row has segments. Where `Segments` says that padding
+is at the ends already, nothing is moved, and where it says that no row is packed, there is no loop.
 """
 
 from collections.abc import Callable
@@ -12,15 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.segments import SegmentIds
-from layers.parts.carry import mask_padding
 from layers.parts.segmented_convolution import Packing, move, pack
+from layers.segments import SegmentIds, Segments, select_real
 from layers.typing import Array, Bool, Float, Int
 
 Mix = Callable[[Any, Float[Array, "b t d"], Int[Array, "b"]], Float[Array, "b t f"]]
 
 
-def each_segment(
+def mix_each_segment(
     mix: Mix,
     weights: Any,
     x: Float[Array, "b t d"],
@@ -37,31 +37,46 @@ def each_segment(
       x: inputs; without segment_ids each row is one sequence.
       segment_ids: see `layers.kernels.segments`; the output on padding is zero.
     """
-    if segment_ids is None or x.shape[1] == 0:
+    segments = Segments.of(segment_ids)
+    if segments is None or x.shape[1] == 0:
         return mix(weights, x, jnp.full(x.shape[:1], max(1, x.shape[1]), jnp.int32))
-    return mask_padding(_loop(mix, weights, x, pack(segment_ids)), segment_ids)
+    if segments.padding == "end" and not segments.packed:
+        y = mix(weights, select_real(x, segments), jnp.maximum(segments.real.sum(1, dtype=jnp.int32), 1))
+    else:
+        y = _loop(mix, weights, x, _packing(segments))
+    return select_real(y, segments)
 
 
-def inside(lengths: Int[Array, "b"], time: int) -> Bool[Array, "b t"]:
+def is_within(lengths: Int[Array, "b"], time: int) -> Bool[Array, "b t"]:
     """Whether each of `time` places holds a token of a sequence of that length."""
     return jnp.arange(time)[None] < lengths[:, None]
 
 
-def reverse(x: Float[Array, "b t *f"], segment_ids: SegmentIds = None) -> Float[Array, "b t *f"]:
+def reverse_segments(x: Float[Array, "b t *f"], segment_ids: SegmentIds = None) -> Float[Array, "b t *f"]:
     """The tokens of every segment in the reverse order, in the places of that segment; padding stays where it is."""
-    if segment_ids is None:
+    segments = Segments.of(segment_ids)
+    if segments is None:
         return x[:, ::-1]
     if x.shape[1] == 0:
         return x
-    order, place, numbers = pack(segment_ids)
+    packing = _packing(segments)
+    numbers, place = packing.numbers, packing.place
     # Numbers ascend over the tokens; padding comes last.
     ascending = jnp.where(numbers == 0, x.shape[1] + 1, numbers)
     first, beyond = (
         move(jax.vmap(partial(jnp.searchsorted, side=side))(ascending, numbers), place)
         for side in ("left", "right")
     )
-    index = move(order, jnp.clip(first + beyond - 1 - place, 0, x.shape[1] - 1))
-    return move(x, jnp.where(segment_ids != 0, index, jnp.arange(x.shape[1], dtype=index.dtype)[None]))
+    index = move(packing.order, jnp.clip(first + beyond - 1 - place, 0, x.shape[1] - 1))
+    return move(x, jnp.where(segments.real, index, jnp.arange(x.shape[1], dtype=index.dtype)[None]))
+
+
+def _packing(segments: Segments) -> Packing:
+    """Every token in its place if padding is at the ends already, and else that of `pack`."""
+    if segments.padding != "end":
+        return pack(segments.ids)
+    same = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32)[None], segments.shape)
+    return Packing(same, same, segments.numbers)
 
 
 def _one(mix: Mix, weights: Any, x: Array, packing: Packing, number: Int[Array, ""]) -> Array:
@@ -71,7 +86,7 @@ def _one(mix: Mix, weights: Any, x: Array, packing: Packing, number: Int[Array, 
     start, length = jnp.argmax(own, axis=1)[:, None], own.sum(1)
     there = jnp.clip(start + jnp.arange(time)[None], 0, time - 1)
     sequence = move(x, move(packing.order, there))
-    y = mix(weights, jnp.where(inside(length, time)[..., None], sequence, 0), jnp.maximum(length, 1))
+    y = mix(weights, jnp.where(is_within(length, time)[..., None], sequence, 0), jnp.maximum(length, 1))
     index = packing.place - start
     back = (index >= 0) & (index < length[:, None])
     return jnp.where(back[..., None], move(y, jnp.where(back, index, 0)), 0)

@@ -1,16 +1,15 @@
 """`attention` with the slopes or the bias of a relative position; biases are never held whole."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.attention import attention
-from layers.kernels.attention.options import segment_positions
-from layers.kernels.segments import segment_numbers
+from layers.kernels.attention import Logits, Tokens, attention
 from layers.positions import Position
-from layers.segments import SegmentIds
-from layers.typing import Array, Float, Int
+from layers.segments import SegmentIds, Segments
+from layers.typing import Array, Float
 
 # Queries whose bias is computed at once: memory is heads x this x keys instead of heads x queries x keys.
 BLOCK = 128
@@ -22,52 +21,47 @@ def relative_attention(
     k: Float[Array, "b s g k"],
     v: Float[Array, "b s g v"],
     *,
+    logits: Logits,
     segment_ids: SegmentIds = None,
-    kv_segment_ids: Int[Array, "b s"] | None = None,
-    q_positions: Int[Array, "#b t"] | None = None,
-    kv_positions: Int[Array, "#b s"] | None = None,
+    tokens: Tokens | None = None,
     **options: Any,
 ) -> Float[Array, "b t h v"]:
     """`layers.kernels.attention.attention`, with what `position` adds to the logits.
 
     T5 and FIRE add numbers for every query and key. They are computed for a block of queries at a time, and again in
-    the backward pass.
+    the backward pass. `tokens`, if given, has the positions and the segments of the keys.
     """
-    at = {
-        "segment_ids": segment_ids,
-        "kv_segment_ids": kv_segment_ids,
-        "q_positions": q_positions,
-        "kv_positions": kv_positions,
-    }
     b, t = q.shape[:2]
     if not position.has_bias or q.size == 0:
-        return attention(q, k, v, **at, slopes=position.slopes, **options)
-    if q_positions is None:
-        indices = jnp.arange(t, dtype=jnp.int32)[None]
-        q_positions = kv_positions = indices if segment_ids is None else segment_positions(segment_ids)
-        segment_ids = kv_segment_ids = None if segment_ids is None else segment_numbers(segment_ids)
+        logits = dataclasses.replace(logits, slopes=position.slopes)
+        return attention(q, k, v, logits=logits, segment_ids=segment_ids, tokens=tokens, **options)
+    if tokens is None:
+        segments = Segments.of(segment_ids)
+        positions = jnp.arange(t, dtype=jnp.int32)[None] if segments is None else segments.positions
+        segment_ids = None if segments is None else segments.numbers
+        tokens = Tokens(segment_ids, positions, positions)
 
-    def some(q, segment_ids, q_positions):
+    def attend(q, segment_ids, q_positions):
         return attention(
             q,
             k,
             v,
-            bias=position.bias(q_positions, kv_positions),
+            logits=dataclasses.replace(logits, bias=position.bias(q_positions, tokens.kv_positions)),
             segment_ids=segment_ids,
-            kv_segment_ids=kv_segment_ids,
-            q_positions=q_positions,
-            kv_positions=kv_positions,
+            tokens=dataclasses.replace(tokens, q_positions=q_positions),
             **options,
         )
 
     if t <= BLOCK:
-        return some(q, segment_ids, q_positions)
+        return attend(q, segment_ids, tokens.q_positions)
     if segment_ids is None:
-        segment_ids, kv_segment_ids = jnp.ones((b, t), jnp.int32), jnp.ones(k.shape[:2], jnp.int32)
+        segment_ids = jnp.ones((b, t), jnp.int32)
+        tokens = dataclasses.replace(tokens, kv_segment_ids=jnp.ones(k.shape[:2], jnp.int32))
 
     def cut(x):
         x = jnp.pad(x, [(0, -t % BLOCK if axis == 1 else 0) for axis in range(x.ndim)])
         return jnp.moveaxis(x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:]), 1, 0)
 
-    o = jax.lax.map(lambda block: jax.checkpoint(some)(*block), (cut(q), cut(segment_ids), cut(q_positions)))
+    blocks = cut(q), cut(segment_ids), cut(tokens.q_positions)
+    o = jax.lax.map(lambda block: jax.checkpoint(attend)(*block), blocks)
     return jnp.moveaxis(o, 0, 1).reshape(b, -1, *o.shape[3:])[:, :t]

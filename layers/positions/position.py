@@ -95,12 +95,12 @@ class Position(nnx.Module):
         self.config, self.heads, self.causal = config, heads, causal
         if isinstance(config, T5Bias):
             init = nnx.initializers.normal(1 / math.sqrt(width))
-            self.table = parameter(rngs, init, (config.buckets, heads), **NO_DECAY)
+            self.table = parameter(rngs, init, (config.buckets, heads), axes=(None, "heads"), **NO_DECAY)
         elif isinstance(config, Fire):
             if not causal:
                 raise ValueError("position='fire' divides by the query's position and needs causal=True")
             self.hidden = linear(1, config.width, rngs=rngs)
-            self.output = linear(config.width, heads, rngs=rngs)
+            self.output = linear(config.width, heads, axes=(None, "heads"), rngs=rngs)
             self.curvature = parameter(rngs, nnx.initializers.constant(config.curvature), (), **NO_DECAY)
             self.multiplier = parameter(rngs, nnx.initializers.ones_init(), (), **NO_DECAY)
 

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
 
-from layers.kernels.attention import attention, attention_with_lse
+from layers.kernels.attention import Logits, Mask, attention, attention_with_lse
 
 B, T, H, G, D = 2, 70, 4, 2, 16
 SEGMENTS = np.array([[1] * 30 + [2] * 40, [1] * 50 + [2] * 5 + [3] * 15])
@@ -61,15 +61,15 @@ segments, prefix, slopes = torch.tensor(SEGMENTS), torch.tensor(PREFIX), torch.t
 @pytest.mark.parametrize(
     "options, seen, score",
     [
-        ({"causal": True, "window": 9}, lambda b, h, i, j: (j <= i) & (i - j < 9), None),
-        ({"window": 9}, lambda b, h, i, j: (i - j).abs() <= 9, None),
+        ({"causal": True, "mask": Mask(window=9)}, lambda b, h, i, j: (j <= i) & (i - j < 9), None),
+        ({"mask": Mask(window=9)}, lambda b, h, i, j: (i - j).abs() <= 9, None),
         (
-            {"causal": True, "window": 9, "sink_tokens": 3},
+            {"causal": True, "mask": Mask(window=9, sink_tokens=3)},
             lambda b, h, i, j: (j <= i) & ((i - j < 9) | (j < 3)),
             None,
         ),
         (
-            {"causal": True, "prefix_lengths": PREFIX},
+            {"causal": True, "mask": Mask(prefix_lengths=jnp.asarray(PREFIX))},
             lambda b, h, i, j: (j <= i) | ((i < prefix[b]) & (j < prefix[b])),
             None,
         ),
@@ -79,11 +79,15 @@ segments, prefix, slopes = torch.tensor(SEGMENTS), torch.tensor(PREFIX), torch.t
             None,
         ),
         (
-            {"causal": True, "slopes": SLOPES},
+            {"causal": True, "logits": Logits(slopes=jnp.asarray(SLOPES))},
             lambda b, h, i, j: j <= i,
             lambda x, b, h, i, j: x - slopes[h] * (i - j).abs(),
         ),
-        ({"logit_cap": 2.0}, lambda b, h, i, j: i >= 0, lambda x, b, h, i, j: 2 * torch.tanh(x / 2)),
+        (
+            {"logits": Logits(logit_cap=2.0)},
+            lambda b, h, i, j: i >= 0,
+            lambda x, b, h, i, j: 2 * torch.tanh(x / 2),
+        ),
     ],
 )
 def test_flex_attention_and_its_log_sum_exp(impl, options, seen, score):
@@ -112,7 +116,10 @@ def test_eager_attention_with_sink_logits():
     theirs, _ = modeling_gpt_oss.eager_attention_forward(module, *heads_first(arguments), hidden, scaling=0.3)
     close(
         attention(
-            **jax.tree.map(jnp.asarray, arguments), causal=True, scale=0.3, sink_logits=jnp.asarray(sinks)
+            **jax.tree.map(jnp.asarray, arguments),
+            causal=True,
+            scale=0.3,
+            logits=Logits(sink_logits=jnp.asarray(sinks)),
         ),
         theirs,
     )
@@ -123,4 +130,5 @@ def test_eager_attention_with_soft_cap():
     module = types.SimpleNamespace(num_key_value_groups=H // G, head_dim=D, training=False)
     hidden = torch.full((T, T), -torch.inf).triu(1)[None, None]
     theirs, _ = modeling_gemma2.eager_attention_forward(module, *heads_first(arguments), hidden, softcap=1.5)
-    close(attention(**jax.tree.map(jnp.asarray, arguments), causal=True, logit_cap=1.5), theirs)
+    ours = attention(**jax.tree.map(jnp.asarray, arguments), causal=True, logits=Logits(logit_cap=1.5))
+    close(ours, theirs)

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 from layers.kernels import checks
 from layers.kernels.attention import cudnn, reference, xla
-from layers.kernels.attention.options import Options, check
+from layers.kernels.attention.options import Logits, Mask, Tokens, read_options
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.segments import SegmentIds
-from layers.typing import Array, Float, Int
+from layers.typing import Array, Float
 
-__all__ = ["Piece", "attention", "attention_with_lse", "compose"]
+__all__ = ["Logits", "Mask", "Piece", "Tokens", "attention", "attention_with_lse", "compose"]
 
 IMPLEMENTATIONS = {
     "cudnn": Implementation(cudnn.attention, cudnn.refuses, backend="gpu"),
@@ -28,21 +28,11 @@ def attention(
     v: Float[Array, "b s g v"],
     *,
     causal: bool = False,
-    window: int | None = None,
-    sink_tokens: int = 0,
-    prefix_lengths: Int[Array, "#b"] | None = None,
-    block_indices: Int[Array, "#b #h _rows _listed"] | None = None,
-    block_size: int | None = None,
-    bias: Float[Array, "#b #h #t #s"] | None = None,
-    slopes: Float[Array, "h"] | None = None,
-    logit_cap: float | None = None,
-    sink_logits: Float[Array, "h"] | None = None,
-    scale: float | None = None,
+    mask: Mask | None = None,
+    logits: Logits | None = None,
     segment_ids: SegmentIds = None,
-    kv_segment_ids: Int[Array, "b s"] | None = None,
-    q_positions: Int[Array, "#b t"] | None = None,
-    kv_positions: Int[Array, "#b s"] | None = None,
-    kv_lengths: Int[Array, "b"] | None = None,
+    tokens: Tokens | None = None,
+    scale: float | None = None,
     impl: str | None = None,
 ) -> Float[Array, "b t h v"]:
     """Softmax attention of every query over the keys it sees.
@@ -54,8 +44,8 @@ def attention(
     sink logit so is its term. A query that sees no key gives exactly zero, and zero gradients.
 
     Positions p decide what is seen and how far away it is. They are the index of the token, or with `segment_ids` the
-    number of earlier real tokens of its segment; `q_positions` and `kv_positions`, always given together, replace
-    both, and are needed where positions matter and t differs from s. Query i sees key j if
+    number of earlier real tokens of its segment; `q_positions` and `kv_positions` of `tokens` replace both, and are
+    needed where positions matter and t differs from s. Query i sees key j if
 
         ((in the window and in a listed block) or p_j < sink_tokens) and (p_j <= p_i, if causal),
         or both p_i and p_j are below the row's prefix length,
@@ -69,24 +59,12 @@ def attention(
     Args:
       q, k, v: queries, keys and values; h is a multiple of g.
       causal: a query sees no later key.
-      window: causal: the last `window` keys, the query's own included. Otherwise: keys at a distance of at most
-        `window` on either side.
-      sink_tokens: the first so many positions stay visible where `window` or `block_indices` would hide them.
-      prefix_lengths: positions below it see each other in both directions; needs `causal`. An axis of size 1 stands
-        for all rows.
-      block_indices: for every block of `block_size` query positions, the blocks of as many key positions that it sees;
-        -1 fills up, a block listed twice counts once. Axes of size 1 stand for all rows or heads.
-      block_size: positions in a block of `block_indices`.
-      bias: added to the logits; axes of size 1 stand for all. -inf hides a key.
-      slopes: ALiBi, one a head, times the distance between positions.
-      logit_cap: bounds the scaled logits, before bias and slopes.
-      sink_logits: logit of a key without value that every query sees, one a head.
+      mask: windows, sink tokens, prefixes and lists of blocks.
+      logits: bias, slopes, cap and sink logits.
+      segment_ids: (b, t) integers or `Segments`, see `layers.kernels.segments`. Alone they hold for queries and keys
+        (t = s).
+      tokens: segments and positions of the keys, and positions of the queries, if these are not the same tokens.
       scale: of the logits, 1 / sqrt(k) if absent.
-      segment_ids: (b, t), 0 is padding, see `layers.kernels.segments`. Alone it holds for queries and keys (t = s).
-      kv_segment_ids: segments of the keys, given with `segment_ids`: then a query sees the keys of equal, non-zero id,
-        and positions are indices if they are not given.
-      q_positions, kv_positions: positions of queries and keys.
-      kv_lengths: keys at index kv_lengths or beyond, such as the unused end of a cache, are not seen.
       impl: "xla", "cudnn", "reference", or None for the best.
 
     Returns:
@@ -95,25 +73,17 @@ def attention(
     Raises:
       ValueError, TypeError: a shape, type, combination of options or `impl` does not fit; the message names the argument.
     """
-    options = Options(
+    options = read_options(
+        q,
+        k,
+        v,
         causal=causal,
-        window=window,
-        sink_tokens=sink_tokens,
-        prefix_lengths=prefix_lengths,
-        block_indices=block_indices,
-        block_size=block_size,
-        bias=bias,
-        slopes=slopes,
-        logit_cap=logit_cap,
-        sink_logits=sink_logits,
-        scale=scale,
+        mask=mask,
+        logits=logits,
         segment_ids=segment_ids,
-        kv_segment_ids=kv_segment_ids,
-        q_positions=q_positions,
-        kv_positions=kv_positions,
-        kv_lengths=kv_lengths,
+        tokens=tokens,
+        scale=scale,
     )
-    check(q, k, v, options)
     if q.size == 0 or k.shape[1] == 0 or v.size == 0:
         return _of_no_keys(q, v).output.astype(v.dtype)
     output, _ = dispatch("attention", IMPLEMENTATIONS, impl, q=q, k=k, v=v, options=options)
@@ -142,8 +112,7 @@ def attention_with_lse(
 
     A sink logit is part of the log-sum-exp: give it to one of the pieces only.
     """
-    chosen = Options(**options)
-    check(q, k, v, chosen)
+    chosen = read_options(q, k, v, **options)
     if q.size == 0 or k.shape[1] == 0 or v.size == 0:
         return _of_no_keys(q, v)
     return Piece(*dispatch("attention_with_lse", WITH_LSE, impl, q=q, k=k, v=v, options=chosen))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from layers.kernels.attention import attention
+from layers.kernels.attention import Logits, Mask, attention
 from layers.kernels.suite import Benchmark, Case, Suite
 
 HEADS, KV_HEADS, KEY, VALUE = 4, 2, 5, 3
@@ -18,21 +18,22 @@ def _draw(rng, batch, time, heads=HEADS, kv_heads=KV_HEADS, key=KEY, value=VALUE
 
 
 def _slopes(rng, batch, time):
-    return {**_draw(rng, batch, time), "slopes": rng.uniform(0.1, 1.0, HEADS)}
+    return {**_draw(rng, batch, time), "logits": Logits(slopes=rng.uniform(0.1, 1.0, HEADS))}
 
 
 def _sink(rng, batch, time):
-    return {**_draw(rng, batch, time), "sink_logits": rng.standard_normal(HEADS)}
+    return {**_draw(rng, batch, time), "logits": Logits(sink_logits=rng.standard_normal(HEADS))}
 
 
 def _prefix(rng, batch, time):
-    return {**_draw(rng, batch, time), "prefix_lengths": np.array([11])}
+    return {**_draw(rng, batch, time), "mask": Mask(prefix_lengths=np.array([11]))}
 
 
 def _blocks(rng, batch, time):
     """Lists for 160 positions, with padding, repetitions and blocks that do not exist, different for every head."""
     lists = rng.integers(-1, 22, (1, HEADS, 20, 4))
-    return {**_draw(rng, batch, time), "block_indices": lists}
+    mask = Mask(sink_tokens=5, block_indices=lists, block_size=BLOCK)
+    return {**_draw(rng, batch, time), "mask": mask}
 
 
 def _large(rng, batch, time):
@@ -56,7 +57,7 @@ def _benchmark(name, options, visible, batch=8, time=4096, heads=16, kv_heads=16
         backward_bytes=4 * queries + 4 * keys,
         forward_flops=flops,
         backward_flops=5 * flops // 2,
-        quadratic="window" not in options,
+        quadratic="mask" not in options,
         options=options,
     )
 
@@ -68,18 +69,18 @@ SUITE = Suite(
     time_arguments=("q", "k", "v"),
     cases=(
         Case("causal", _draw, {"causal": True}),
-        Case("bidirectional_capped", _draw, {"logit_cap": 2.0, "scale": 0.7}),
-        Case("window_sinks_slopes", _slopes, {"causal": True, "window": 9, "sink_tokens": 3}),
-        Case("window_bidirectional_sink_logits", _sink, {"window": 6}),
+        Case("bidirectional_capped", _draw, {"logits": Logits(logit_cap=2.0), "scale": 0.7}),
+        Case("window_sinks_slopes", _slopes, {"causal": True, "mask": Mask(window=9, sink_tokens=3)}),
+        Case("window_bidirectional_sink_logits", _sink, {"mask": Mask(window=6)}),
         Case("prefix", _prefix, {"causal": True}),
-        Case("blocks", _blocks, {"block_size": BLOCK, "sink_tokens": 5}),
+        Case("blocks", _blocks),
         Case("large_values", _large, {"causal": True}),
     ),
     benchmarks=(
         _benchmark("causal", {"causal": True}, 2048),
-        _benchmark("causal, capped logits", {"causal": True, "logit_cap": 50.0}, 2048),
-        _benchmark("window of 512", {"causal": True, "window": 512}, 480),
-        _benchmark("window of 512, 4 sinks", {"causal": True, "window": 512, "sink_tokens": 4}, 484),
+        _benchmark("causal, capped logits", {"causal": True, "logits": Logits(logit_cap=50.0)}, 2048),
+        _benchmark("window of 512", {"causal": True, "mask": Mask(window=512)}, 480),
+        _benchmark("window of 512, 4 sinks", {"causal": True, "mask": Mask(window=512, sink_tokens=4)}, 484),
         _benchmark("bidirectional, 4 kv heads", {}, 4096, kv_heads=4),
     ),
 )

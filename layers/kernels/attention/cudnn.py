@@ -6,35 +6,40 @@ import jax.numpy as jnp
 from layers.kernels import devices
 from layers.kernels.attention import xla
 from layers.kernels.attention.options import Options
+from layers.kernels.segments import select_real
 
-TAKEN = ("causal", "window", "scale")
+TAKEN = "causal, window, scale and segment_ids of rows that are not packed and end with their padding"
 
 
 def attention(q, k, v, options):
     """The output (b, t, h, v), and None for the log-sum-exp."""
     if devices.assumed():  # cuDNN cannot be traced where it is not installed
         return xla.attention(q, k, v, options)
-    o = options
+    window, segments = options.mask.window, options.segment_ids
+    lengths = None
+    if segments is not None:
+        lengths = segments.real.sum(1, dtype=jnp.int32)
+        # The kernels multiply what stands at padding by zero, which leaves it if it is not a number.
+        q, k, v = (select_real(x, segments) for x in (q, k, v))
     output = jax.nn.dot_product_attention(
         q,
         k,
         v,
-        scale=o.scale,
-        is_causal=o.causal,
-        local_window_size=None if o.window is None else (o.window - 1, 0),
+        scale=options.scale,
+        is_causal=options.causal,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
-    return output, None
+    return select_real(output, segments), None
 
 
 def refuses(q, k, v, options) -> str | None:
     """Why cuDNN cannot take this call, or None."""
-    default = Options()
-    for name in Options._fields:
-        if name not in TAKEN and getattr(options, name) is not getattr(default, name):
-            return f"it knows {', '.join(TAKEN)}, not {name}"
-    if options.window is not None and not options.causal:
-        return "its window is causal; causal is False"
+    reason = _unknown_option(options)
+    if reason is not None:
+        return reason
     if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
         return f"it takes q, k and v all bfloat16 or all float16, not {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[1] % 2 or k.shape[1] % 2:
@@ -51,6 +56,21 @@ def refuses(q, k, v, options) -> str | None:
     largest = 256 if capability >= (9, 0) else 128
     if q.shape[3] != v.shape[3] or q.shape[3] % 8 or q.shape[3] > largest:
         return f"it takes heads of one size for k and v, a multiple of 8 up to {largest}; they are {q.shape[3]} and {v.shape[3]}"
+    return None
+
+
+def _unknown_option(options: Options) -> str | None:
+    """Why its kernels do not compute what these options say, or None."""
+    default = Options()
+    for group in ("mask", "logits", "tokens"):
+        for name, value in vars(getattr(options, group)).items():
+            if name != "window" and value is not getattr(getattr(default, group), name):
+                return f"it knows {TAKEN}, not {name}"
+    window, segments = options.mask.window, options.segment_ids
+    if window is not None and not options.causal:
+        return "its window is causal; causal is False"
+    if segments is not None and (segments.packed or segments.padding != "end"):
+        return f"it knows {TAKEN}, not segment_ids of which less is known; `Segments.of` takes what is"
     return None
 
 

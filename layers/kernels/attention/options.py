@@ -1,118 +1,232 @@
-"""The options of `attention`, their checks, and the positions and segments that they amount to."""
+"""The options of `attention` by what they are about, their checks, and the positions and segments that they amount to.
 
+The groups are pytrees: JAX also builds them from specifications and placeholders, so that their arrays are annotated as
+anything and checked in `read_options`.
+"""
+
+import dataclasses
+import functools
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from layers.kernels import checks
-from layers.kernels.segments import segment_numbers, segment_starts
+from layers.kernels.segments import SegmentIds, Segments
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["prefix_lengths", "block_indices"],
+    meta_fields=["window", "sink_tokens", "block_size"],
+)
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Which keys of its segment a query sees, beside `causal`; `attention` states the rule.
+
+    Attributes:
+      window: causal: the last `window` keys, the query's own included. Otherwise: keys at a distance of at most
+        `window` on either side.
+      sink_tokens: the first so many positions stay visible where `window` or `block_indices` would hide them.
+      prefix_lengths: (b,) integers; positions below it see each other in both directions; needs `causal`. An axis of
+        size 1 stands for all rows.
+      block_indices: (b, h, blocks, listed) integers: for every block of `block_size` query positions, the blocks of as
+        many key positions that it sees; -1 fills up, a block listed twice counts once. Axes of size 1 stand for all
+        rows or heads.
+      block_size: positions in a block of `block_indices`.
+    """
+
+    window: int | None = None
+    sink_tokens: int = 0
+    prefix_lengths: Any = None
+    block_indices: Any = None
+    block_size: int | None = None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["bias", "slopes", "sink_logits"],
+    meta_fields=["logit_cap"],
+)
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """What happens to the scaled products of queries and keys before the softmax.
+
+    Attributes:
+      bias: (b, h, t, s), added to the logits; axes of size 1 stand for all. -inf hides a key.
+      slopes: (h,), ALiBi: what the logits of a head lose per distance between positions.
+      logit_cap: bounds the scaled logits, before bias and slopes.
+      sink_logits: (h,), the logit of a key without value that every query of a head sees.
+    """
+
+    bias: Any = None
+    slopes: Any = None
+    logit_cap: float | None = None
+    sink_logits: Any = None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["kv_segment_ids", "q_positions", "kv_positions", "kv_lengths"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Where queries and keys stand if the keys are not the queries' own tokens, such as those of a cache.
+
+    Attributes:
+      kv_segment_ids: (b, s), segments of the keys, given with `segment_ids`: then a query sees the keys of equal, non-zero
+        id, and positions are indices if they are not given.
+      q_positions, kv_positions: (b, t) and (b, s), always given together; one row stands for all.
+      kv_lengths: (b,); keys at index kv_lengths or beyond, such as the unused end of a cache, are not seen.
+    """
+
+    kv_segment_ids: Any = None
+    q_positions: Any = None
+    kv_positions: Any = None
+    kv_lengths: Any = None
 
 
 class Options(NamedTuple):
-    """The keyword arguments of `attention`, described there."""
+    """The keyword arguments of `attention`, described there, without the implementation.
+
+    `segment_ids` are `Segments` if the keys are the queries' own tokens, and an array of ids beside `kv_segment_ids`.
+    """
 
     causal: bool = False
-    window: int | None = None
-    sink_tokens: int = 0
-    prefix_lengths: jax.Array | None = None
-    block_indices: jax.Array | None = None
-    block_size: int | None = None
-    bias: jax.Array | None = None
-    slopes: jax.Array | None = None
-    logit_cap: float | None = None
-    sink_logits: jax.Array | None = None
+    mask: Mask = Mask()
+    logits: Logits = Logits()
+    segment_ids: Segments | jax.Array | None = None
+    tokens: Tokens = Tokens()
     scale: float | None = None
-    segment_ids: jax.Array | None = None
-    kv_segment_ids: jax.Array | None = None
-    q_positions: jax.Array | None = None
-    kv_positions: jax.Array | None = None
-    kv_lengths: jax.Array | None = None
 
 
-def check(q, k, v, options: Options) -> None:
-    """Raises ValueError or TypeError for shapes, types and combinations that `attention` does not take."""
-    o = options
-    _check_numbers(o)
+def read_options(
+    q,
+    k,
+    v,
+    *,
+    causal: bool = False,
+    mask: Mask | None = None,
+    logits: Logits | None = None,
+    segment_ids: SegmentIds = None,
+    tokens: Tokens | None = None,
+    scale: float | None = None,
+) -> Options:
+    """The options of a call.
+
+    Raises:
+      ValueError, TypeError: a shape, type or combination that `attention` does not take.
+    """
+    mask, logits, tokens = (
+        _group(name, given, kind)
+        for name, given, kind in (
+            ("mask", mask, Mask),
+            ("logits", logits, Logits),
+            ("tokens", tokens, Tokens),
+        )
+    )
+    _check_numbers(mask, logits, scale)
     sizes: dict[str, int] = {}
-    checks.check_real(q=q, k=k, v=v, bias=o.bias, slopes=o.slopes, sink_logits=o.sink_logits)
+    checks.check_real(q=q, k=k, v=v, bias=logits.bias, slopes=logits.slopes, sink_logits=logits.sink_logits)
     checks.check_shape("q", q, "b t h k", sizes)
     checks.check_shape("k", k, "b s g k", sizes)
     checks.check_shape("v", v, "b s g v", sizes)
     if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
         raise ValueError(f"q has {sizes['h']} heads and k has {sizes['g']}; expected a multiple of k's")
-    checks.check_segment_ids(o.segment_ids, sizes)
-    shapes = {
-        "prefix_lengths": "b|1",
-        "block_indices": "b|1 h|1 rows listed",
-        "bias": "b|1 h|1 t|1 s|1",
-        "slopes": "h",
-        "sink_logits": "h",
-        "kv_segment_ids": "b s",
-        "q_positions": "b|1 t",
-        "kv_positions": "b|1 s",
-        "kv_lengths": "b",
-    }
-    for name, pattern in shapes.items():
-        array = getattr(o, name)
-        if array is None:
-            continue
-        checks.check_shape(name, array, pattern, dict(sizes))
-        if name not in ("bias", "slopes", "sink_logits") and not jnp.issubdtype(array.dtype, jnp.integer):
-            raise TypeError(f"{name} has dtype {array.dtype}; expected an integer type")
-    _check_combination(o)
-    t, s = sizes["t"], sizes["s"]
-    uses_positions = o.causal or o.window is not None or o.block_indices is not None or o.slopes is not None
-    if t != s and uses_positions and o.q_positions is None:
-        raise ValueError(
-            f"q has {t} tokens and k has {s}: causal, window, block_indices and slopes then need q_positions and "
-            "kv_positions"
-        )
-    if t != s and o.segment_ids is not None and o.kv_segment_ids is None:
-        raise ValueError(
-            f"segment_ids alone is for q and k of one length, not {t} and {s}; give kv_segment_ids"
-        )
-    if o.block_indices is not None and o.q_positions is None and o.block_indices.shape[2] * o.block_size < t:
-        raise ValueError(
-            f"block_indices lists {o.block_indices.shape[2]} blocks of {o.block_size} queries; expected enough for {t}"
-        )
+    segments = checks.check_segment_ids(segment_ids, sizes)
+    _check_arrays(mask, logits, tokens, sizes)
+    _check_combination(causal, mask, logits, tokens, segments)
+    _check_lengths(causal, mask, logits, tokens, segments, sizes)
+    ids = segments if tokens.kv_segment_ids is None else segments.ids
+    return Options(causal, mask, logits, ids, tokens, scale)
 
 
-def _check_numbers(o: Options) -> None:
+def _group(name, given, kind):
+    """`given`, or the options that change nothing if it is None."""
+    if given is not None and not isinstance(given, kind):
+        raise TypeError(f"{name} is {type(given).__name__}; expected a {kind.__name__} or None")
+    return kind() if given is None else given
+
+
+def _check_numbers(mask, logits, scale) -> None:
     """Raises TypeError for an array where a Python number is needed; these shape the program."""
-    for kind, article, names in (
-        (int, "an int", ("window", "sink_tokens", "block_size")),
-        (numbers.Real, "a number", ("logit_cap", "scale")),
-    ):
-        for name in names:
-            value = getattr(o, name)
+    whole = {name: getattr(mask, name) for name in ("window", "sink_tokens", "block_size")}
+    real = {"logit_cap": logits.logit_cap, "scale": scale}
+    for kind, article, values in ((int, "an int", whole), (numbers.Real, "a number", real)):
+        for name, value in values.items():
             if value is not None and not isinstance(value, kind):
                 raise TypeError(f"{name} is {type(value).__name__}; expected {article} known before tracing")
 
 
-def _check_combination(o: Options) -> None:
+SHAPES = {
+    "prefix_lengths": "b|1",
+    "block_indices": "b|1 h|1 rows listed",
+    "bias": "b|1 h|1 t|1 s|1",
+    "slopes": "h",
+    "sink_logits": "h",
+    "kv_segment_ids": "b s",
+    "q_positions": "b|1 t",
+    "kv_positions": "b|1 s",
+    "kv_lengths": "b",
+}
+
+
+def _check_arrays(mask, logits, tokens, sizes) -> None:
+    """Raises ValueError or TypeError for the shape or type of an array."""
+    for group in (mask, logits, tokens):
+        for field in dataclasses.fields(group):
+            array, name = getattr(group, field.name), field.name
+            if name not in SHAPES or array is None:
+                continue
+            checks.check_shape(name, array, SHAPES[name], dict(sizes))
+            if group is not logits and not jnp.issubdtype(array.dtype, jnp.integer):
+                raise TypeError(f"{name} has dtype {array.dtype}; expected an integer type")
+
+
+def _check_combination(causal, mask, logits, tokens, segments) -> None:
     """Raises ValueError where one option needs, or forbids, another."""
-    if o.window is not None and o.window < o.causal:
-        raise ValueError(f"window={o.window}; expected at least {int(o.causal)}")
-    if o.sink_tokens < 0:
-        raise ValueError(f"sink_tokens={o.sink_tokens}; expected at least 0")
-    if o.sink_tokens and o.window is None and o.block_indices is None:
+    if mask.window is not None and mask.window < causal:
+        raise ValueError(f"window={mask.window}; expected at least {int(causal)}")
+    if mask.sink_tokens < 0:
+        raise ValueError(f"sink_tokens={mask.sink_tokens}; expected at least 0")
+    if mask.sink_tokens and mask.window is None and mask.block_indices is None:
         raise ValueError(
-            f"sink_tokens={o.sink_tokens} changes nothing without window or block_indices; expected 0"
+            f"sink_tokens={mask.sink_tokens} changes nothing without window or block_indices; expected 0"
         )
-    if o.prefix_lengths is not None and not o.causal:
+    if mask.prefix_lengths is not None and not causal:
         raise ValueError("prefix_lengths is for causal=True; without it every key is seen already")
-    if (o.block_indices is None) != (o.block_size is None):
+    if (mask.block_indices is None) != (mask.block_size is None):
         raise ValueError("block_indices and block_size go together; one of them was given alone")
-    if o.block_size is not None and o.block_size < 1:
-        raise ValueError(f"block_size={o.block_size}; expected at least 1")
-    if o.logit_cap is not None and o.logit_cap <= 0:
-        raise ValueError(f"logit_cap={o.logit_cap}; expected a positive number, or None")
-    if (o.q_positions is None) != (o.kv_positions is None):
+    if mask.block_size is not None and mask.block_size < 1:
+        raise ValueError(f"block_size={mask.block_size}; expected at least 1")
+    if logits.logit_cap is not None and logits.logit_cap <= 0:
+        raise ValueError(f"logit_cap={logits.logit_cap}; expected a positive number, or None")
+    if (tokens.q_positions is None) != (tokens.kv_positions is None):
         raise ValueError("q_positions and kv_positions go together; one of them was given alone")
-    if o.kv_segment_ids is not None and o.segment_ids is None:
+    if tokens.kv_segment_ids is not None and segments is None:
         raise ValueError("kv_segment_ids needs segment_ids, the segments of the queries")
+
+
+def _check_lengths(causal, mask, logits, tokens, segments, sizes) -> None:
+    """Raises ValueError where queries and keys of different lengths need more to be told."""
+    t, s = sizes["t"], sizes["s"]
+    lists = mask.block_indices
+    uses_positions = causal or mask.window is not None or lists is not None or logits.slopes is not None
+    if t != s and uses_positions and tokens.q_positions is None:
+        raise ValueError(
+            f"q has {t} tokens and k has {s}: causal, window, block_indices and slopes then need q_positions and "
+            "kv_positions"
+        )
+    if t != s and segments is not None and tokens.kv_segment_ids is None:
+        raise ValueError(
+            f"segment_ids alone is for q and k of one length, not {t} and {s}; give kv_segment_ids"
+        )
+    if lists is not None and tokens.q_positions is None and lists.shape[2] * mask.block_size < t:
+        raise ValueError(
+            f"block_indices lists {lists.shape[2]} blocks of {mask.block_size} queries; expected enough for {t}"
+        )
 
 
 class Places(NamedTuple):
@@ -129,26 +243,17 @@ class Places(NamedTuple):
 
 def places(q, k, options: Options) -> Places:
     """Fills in the positions that were not given, and puts keys beyond a row's length in segment 0."""
-    o, (b, t), s = options, q.shape[:2], k.shape[1]
-    alone = o.segment_ids is not None and o.kv_segment_ids is None
-    q_segments, kv_segments = (
-        (segment_numbers(o.segment_ids),) * 2 if alone else (o.segment_ids, o.kv_segment_ids)
-    )
-    if o.kv_lengths is not None:
+    (b, t), s, tokens, segments = q.shape[:2], k.shape[1], options.tokens, options.segment_ids
+    alone = isinstance(segments, Segments)
+    q_segments, kv_segments = (segments.numbers,) * 2 if alone else (segments, tokens.kv_segment_ids)
+    if tokens.kv_lengths is not None:
         if q_segments is None:
             q_segments, kv_segments = jnp.ones((b, t), jnp.int32), jnp.ones((b, s), jnp.int32)
-        kv_segments = jnp.where(jnp.arange(s)[None] < o.kv_lengths[:, None], kv_segments, 0)
-    if o.q_positions is not None:
-        positions = (x.astype(jnp.int32) for x in (o.q_positions, o.kv_positions))
+        kv_segments = jnp.where(jnp.arange(s)[None] < tokens.kv_lengths[:, None], kv_segments, 0)
+    if tokens.q_positions is not None:
+        positions = (x.astype(jnp.int32) for x in (tokens.q_positions, tokens.kv_positions))
         return Places(*positions, q_segments, kv_segments)
     if alone:
-        positions = segment_positions(o.segment_ids)
-        return Places(positions, positions, q_segments, kv_segments)
+        return Places(segments.positions, segments.positions, q_segments, kv_segments)
     indices = (jnp.arange(n, dtype=jnp.int32)[None] for n in (t, s))
     return Places(*indices, q_segments, kv_segments)
-
-
-def segment_positions(segment_ids: jax.Array) -> jax.Array:
-    """The number of earlier real tokens of the same segment, (b, t)."""
-    count = jnp.cumsum(segment_ids != 0, axis=1, dtype=jnp.int32) - 1
-    return count - jax.lax.cummax(jnp.where(segment_starts(segment_ids), count, 0), axis=1)

@@ -9,8 +9,8 @@ from layers.kernels.checks import accumulation_dtype
 
 def attention(q, k, v, options):
     """The output (b, t, h, v) and the log-sum-exp of every row (b, t, h)."""
-    o = options
-    dtype = accumulation_dtype(q, k, v, o.bias, o.slopes, o.sink_logits)
+    o, mask = options, options.mask
+    dtype = accumulation_dtype(q, k, v, o.logits.bias, o.logits.slopes, o.logits.sink_logits)
     repeats = q.shape[2] // k.shape[2]
     q, k, v = (
         q.astype(dtype),
@@ -23,37 +23,39 @@ def attention(q, k, v, options):
 
     scale = q.shape[-1] ** -0.5 if o.scale is None else o.scale
     logits = scale * jnp.einsum("bthk,bshk->bhts", q, k, precision=exact)
-    if o.logit_cap is not None:
-        logits = o.logit_cap * jnp.tanh(logits / o.logit_cap)
-    if o.bias is not None:
-        logits = logits + o.bias.astype(dtype)
-    if o.slopes is not None:
-        logits = logits - o.slopes.astype(dtype)[None, :, None, None] * jnp.abs(i - j).astype(dtype)
+    if o.logits.logit_cap is not None:
+        logits = o.logits.logit_cap * jnp.tanh(logits / o.logits.logit_cap)
+    if o.logits.bias is not None:
+        logits = logits + o.logits.bias.astype(dtype)
+    if o.logits.slopes is not None:
+        logits = logits - o.logits.slopes.astype(dtype)[None, :, None, None] * jnp.abs(i - j).astype(dtype)
 
     seen = jnp.ones_like(logits, bool)
-    if o.window is not None:
-        seen &= (i - j < o.window) if o.causal else (jnp.abs(i - j) <= o.window)
-    if o.block_indices is not None:
-        row = jnp.clip(i // o.block_size, 0, o.block_indices.shape[2] - 1)
-        shape = (*logits.shape[:3], o.block_indices.shape[3])
-        listed = jnp.broadcast_to(o.block_indices, (*shape[:2], *o.block_indices.shape[2:]))
+    if mask.window is not None:
+        seen &= (i - j < mask.window) if o.causal else (jnp.abs(i - j) <= mask.window)
+    if mask.block_indices is not None:
+        row = jnp.clip(i // mask.block_size, 0, mask.block_indices.shape[2] - 1)
+        shape = (*logits.shape[:3], mask.block_indices.shape[3])
+        listed = jnp.broadcast_to(mask.block_indices, (*shape[:2], *mask.block_indices.shape[2:]))
         listed = jnp.take_along_axis(listed, jnp.broadcast_to(row, (*shape[:3], 1)), axis=2)
-        seen &= (listed[..., None, :] == (j // o.block_size)[..., None]).any(-1)
-        seen &= row == i // o.block_size
-    if o.sink_tokens:
-        seen |= j < o.sink_tokens
+        seen &= (listed[..., None, :] == (j // mask.block_size)[..., None]).any(-1)
+        seen &= row == i // mask.block_size
+    if mask.sink_tokens:
+        seen |= j < mask.sink_tokens
     if o.causal:
         seen &= j <= i
-    if o.prefix_lengths is not None:
-        prefix = o.prefix_lengths[:, None, None, None]
+    if mask.prefix_lengths is not None:
+        prefix = mask.prefix_lengths[:, None, None, None]
         seen |= (i < prefix) & (j < prefix)
     if at.q_segments is not None:
         q_segments, kv_segments = at.q_segments[:, None, :, None], at.kv_segments[:, None, None, :]
         seen &= (q_segments == kv_segments) & (q_segments != 0)
 
     logits = jnp.where(seen, logits, -jnp.inf)
-    if o.sink_logits is not None:
-        sink = jnp.broadcast_to(o.sink_logits.astype(dtype)[None, :, None, None], (*logits.shape[:3], 1))
+    if o.logits.sink_logits is not None:
+        sink = jnp.broadcast_to(
+            o.logits.sink_logits.astype(dtype)[None, :, None, None], (*logits.shape[:3], 1)
+        )
         logits = jnp.concatenate([logits, sink], axis=3)
     top = jax.lax.stop_gradient(logits.max(3, keepdims=True))
     top = jnp.where(top == -jnp.inf, 0, top)

@@ -1,8 +1,8 @@
 """Which blocks of keys each block of queries visits, and in how many steps.
 
-Two schedules. The general one visits pairs of large blocks, one pair a step, leaving out what can be told in advance
+Two schedules. The general one visits pairs of large blocks, one pair per step, leaving out what can be told in advance
 that the mask hides; steps that only turn out to be hidden are skipped when they are reached. Where a query block sees
-few key blocks, in windows and lists of blocks, the other takes many small query blocks a step and fetches for each the
+few key blocks, in windows and lists of blocks, the other takes many small query blocks per step and fetches for each the
 key blocks on its own list.
 """
 
@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from layers.kernels.segments import Segments
 
 # The memory that the logits of one step may take: a CPU's cache, or enough to keep an accelerator busy.
 CPU_STEP_BYTES, STEP_BYTES = 1 << 19, 1 << 27
@@ -22,7 +24,7 @@ LISTED_KEYS = 2048
 
 
 class Steps(NamedTuple):
-    """One entry a step: row groups (n,) by their first query block; lists (n, b|1, h|1, rows, columns) of key blocks.
+    """One entry per step: row groups (n,) by their first query block; lists (n, b|1, h|1, rows, columns) of key blocks.
 
     -1 in a list is no block. `listed` (same shape) tells blocks on the list from those visited for their sink tokens;
     None: the mask looks that up.
@@ -59,13 +61,13 @@ def schedule(q, k, options, at) -> Schedule:
 
 def uses_lists(q, k, o) -> bool:
     """Whether lists of small blocks save anything, and by index hold what the options mean by position."""
-    if (o.window is None and o.block_indices is None) or _is_small(q, k):
+    if (o.mask.window is None and o.mask.block_indices is None) or _is_small(q, k):
         return False
-    if o.q_positions is not None or o.prefix_lengths is not None:
+    if o.tokens.q_positions is not None or o.mask.prefix_lengths is not None:
         return False
     if in_segments(o):
-        per_token = o.bias is not None and o.bias.shape[2:] != (1, 1)
-        if o.block_indices is not None or per_token or (o.sink_tokens and not o.causal):
+        per_token = o.logits.bias is not None and o.logits.bias.shape[2:] != (1, 1)
+        if o.mask.block_indices is not None or per_token or (o.mask.sink_tokens and not o.causal):
             return False
     size, columns = _list_shape(o)
     return size * columns <= k.shape[1] // 2
@@ -82,33 +84,38 @@ def _step_bytes() -> int:
 
 def _list_shape(o) -> tuple[int, int]:
     """Keys in a block, and blocks in a list."""
-    if o.block_indices is not None:
-        return o.block_size, o.block_indices.shape[3]
-    size = min(max(WINDOW_BLOCKS[0], 1 << max(o.window - 1, 0).bit_length()), WINDOW_BLOCKS[1])
-    reach = -(-(o.window - o.causal) // size)
+    if o.mask.block_indices is not None:
+        return o.mask.block_size, o.mask.block_indices.shape[3]
+    window = o.mask.window
+    size = min(max(WINDOW_BLOCKS[0], 1 << max(window - 1, 0).bit_length()), WINDOW_BLOCKS[1])
+    reach = -(-(window - o.causal) // size)
     return size, (1 if o.causal else 2) * reach + 1
 
 
 def in_segments(o) -> bool:
-    """Whether positions count within segments, and padding may stand between tokens that are neighbours."""
-    return o.q_positions is None and o.segment_ids is not None and o.kv_segment_ids is None
+    """Whether the position of a real token may differ from its index, as it counts within a segment."""
+    segments = o.segment_ids
+    if o.tokens.q_positions is not None or not isinstance(segments, Segments):
+        return False
+    return segments.packed or segments.padding != "end"
 
 
 def _pairs(t, s, q_block, kv_block, o) -> Schedule:
     """Every pair of blocks that is not hidden whatever the data."""
     i, j = np.meshgrid(np.arange(-(-t // q_block)), np.arange(-(-s // kv_block)), indexing="ij")
     seen = np.ones(i.shape, bool)
-    if o.q_positions is None and o.prefix_lengths is None:
+    if o.tokens.q_positions is None and o.mask.prefix_lengths is None:
         first_q, last_q = i * q_block, (i + 1) * q_block - 1
         first_k, last_k = j * kv_block, (j + 1) * kv_block - 1
         if o.causal:
             seen &= first_k <= last_q
-        if o.window is not None and not in_segments(o):
-            near = (first_q - last_k < o.window + (not o.causal)) & (first_k - last_q <= o.window)
-            seen &= near | (first_k < o.sink_tokens)
+        window = o.mask.window
+        if window is not None and not in_segments(o):
+            near = (first_q - last_k < window + (not o.causal)) & (first_k - last_q <= window)
+            seen &= near | (first_k < o.mask.sink_tokens)
     row, block = (jnp.asarray(v[seen], jnp.int32) for v in (i, j))
-    known = o.q_positions is None and o.prefix_lengths is None and o.block_indices is None
-    known = known and o.segment_ids is None and o.kv_lengths is None
+    known = o.tokens.q_positions is None and o.mask.prefix_lengths is None and o.mask.block_indices is None
+    known = known and o.segment_ids is None and o.tokens.kv_lengths is None
     steps = Steps(row, block[:, None, None, None, None], None)
     return Schedule(q_block, kv_block, i.shape[0], steps, uncertain=not known and row.size > 1)
 
@@ -117,8 +124,8 @@ def _lists(t, s, o, at):
     """Block size, lists (b|1, h|1, query blocks, columns) and their `listed`."""
     size, columns = _list_shape(o)
     q_blocks, kv_blocks = -(-t // size), -(-s // size)
-    if o.block_indices is not None:
-        lists = o.block_indices[:, :, :q_blocks].astype(jnp.int32)
+    if o.mask.block_indices is not None:
+        lists = o.mask.block_indices[:, :, :q_blocks].astype(jnp.int32)
     else:
         last = np.arange(q_blocks)[:, None] + (0 if o.causal else columns // 2)
         lists = jnp.asarray(last + np.arange(1 - columns, 1), jnp.int32)[None, None]
@@ -128,7 +135,7 @@ def _lists(t, s, o, at):
     lists = jnp.broadcast_to(lists, (*sinks.shape[:3], columns))
     listed = jnp.concatenate([jnp.ones(lists.shape, bool), jnp.zeros(sinks.shape, bool)], axis=3)
     lists = jnp.concatenate([lists, sinks], axis=3)
-    return size, lists, None if o.block_indices is None else listed
+    return size, lists, None if o.mask.block_indices is None else listed
 
 
 def _sets(lists):
@@ -143,12 +150,13 @@ def _sink_blocks(o, at, q_blocks, size):
 
     Of several segments in a causal block, only the first can have begun in an earlier one.
     """
-    if not o.sink_tokens or not in_segments(o):
-        columns = jnp.arange(-(-o.sink_tokens // size), dtype=jnp.int32)
+    sinks = o.mask.sink_tokens
+    if not sinks or not in_segments(o):
+        columns = jnp.arange(-(-sinks // size), dtype=jnp.int32)
         return jnp.broadcast_to(columns, (1, 1, q_blocks, columns.size))
     first = (jnp.arange(q_blocks, dtype=jnp.int32) * size)[None]
     start = first - at.q_positions[:, ::size]
-    columns = jnp.arange(1 + -(-(o.sink_tokens - 1) // size), dtype=jnp.int32)
+    columns = jnp.arange(1 + -(-(sinks - 1) // size), dtype=jnp.int32)
     return jnp.maximum(start // size, 0)[:, None, :, None] + columns[None, None, None]
 
 

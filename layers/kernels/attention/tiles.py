@@ -1,7 +1,7 @@
 """One step of blocked attention: fetching its blocks, its logits, and what they may see.
 
 Blocked arrays are (b, g, blocks, r, block, d) for queries and (b, g, blocks, block, d) for keys and values: g key/value
-heads, r query heads a key/value head. Lists of key blocks that differ by head go with g = h and r = 1 on the queries'
+heads, r query heads per key/value head. Lists of key blocks that differ by head go with g = h and r = 1 on the queries'
 side. A step holds R query blocks and for each N keys; its logits are (b, g, R, r, block, N).
 """
 

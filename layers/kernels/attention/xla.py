@@ -30,7 +30,8 @@ def attention(q, k, v, options):
     """The output (b, t, h, v) and log-sum-exp (b, t, h); the arguments are checked by the public function."""
     q, k, v, o = _varying_alike(q, k, v, options)
     at = places(q, k, o)
-    if uses_lists(q, k, o) and in_segments(o):
+    if uses_lists(q, k, o) and in_segments(o) and o.segment_ids.padding != "end":
+        # Lists go by index: the tokens of a segment have to be neighbours.
         order = jnp.argsort(at.q_segments == 0, axis=1, stable=True)
         back = jnp.argsort(order, axis=1)
         q, k, v = (jnp.take_along_axis(x, order[:, :, None, None], axis=1) for x in (q, k, v))
@@ -40,8 +41,8 @@ def attention(q, k, v, options):
         lse = jnp.take_along_axis(lse, back[:, :, None], axis=1)
     else:
         output, lse = _blocked(q, k, v, o, at)
-    if o.sink_logits is not None:
-        sink = o.sink_logits.astype(lse.dtype)[None, None]
+    if o.logits.sink_logits is not None:
+        sink = o.logits.sink_logits.astype(lse.dtype)[None, None]
         excess = lse - sink
         output = output * jax.nn.sigmoid(excess)[..., None]
         lse = sink + jax.nn.softplus(excess)
@@ -80,10 +81,10 @@ def _blocked(q, k, v, o, at):
     context = _context(t, s, o, at, plan, q_length, kv_length)
     rules = tiles.Rules(
         causal=o.causal,
-        window=o.window,
-        sink_tokens=o.sink_tokens,
-        block_size=o.block_size,
-        logit_cap=o.logit_cap,
+        window=o.mask.window,
+        sink_tokens=o.mask.sink_tokens,
+        block_size=o.mask.block_size,
+        logit_cap=o.logits.logit_cap,
         scale=width**-0.5 if o.scale is None else o.scale,
         precision=None if dtype in (jnp.bfloat16, jnp.float16) else jax.lax.Precision.HIGHEST,
         uncertain=plan.uncertain,
@@ -103,7 +104,7 @@ def _context(t, s, o, at, plan: Schedule, q_length, kv_length) -> tiles.Context:
     def blocks(x, block, length):
         return None if x is None else _pad(x, 1, length).reshape(x.shape[0], 1, -1, block)
 
-    bias = o.bias
+    bias = o.logits.bias
     if bias is not None:
         for axis, (block, length) in ((2, (plan.q_block, q_length)), (4, (plan.kv_block, kv_length))):
             whole = bias.shape[axis] == 1
@@ -117,9 +118,9 @@ def _context(t, s, o, at, plan: Schedule, q_length, kv_length) -> tiles.Context:
             blocks(kv_segments, plan.kv_block, kv_length),
         ),
         bias,
-        o.prefix_lengths,
-        o.block_indices,
-        o.slopes,
+        o.mask.prefix_lengths,
+        o.mask.block_indices,
+        o.logits.slopes,
     )
 
 

@@ -7,16 +7,16 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.kernels.attention.options import segment_positions
+from layers.kernels.attention import Logits, Mask, Tokens
+from layers.mixer import Mixer, Visit
 from layers.norms import NormConfig, RMSNorm
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.parts.cache import Cache, empty_cache, extend
-from layers.parts.carry import check_inputs, refuse_state, walk
 from layers.parts.heads import join_heads, shared_heads, split_heads
 from layers.parts.relative_attention import relative_attention
 from layers.parts.streaming_attention import streaming_attention
 from layers.positions import Position, PositionConfig, Rotary, read_position
-from layers.segments import SegmentIds
+from layers.segments import Segments
 from layers.typing import Array, Float, Int
 
 
@@ -102,23 +102,28 @@ class AttentionConfig:
         return shared_heads(self)
 
 
-class Attention(nnx.Module):
+class Attention(Mixer):
     """Attention: softmax attention with grouped heads and a choice of positions (Vaswani et al. 2017, arXiv:1706.03762).
 
         q, k, v = W_q x, W_k x, W_v x;  y = W_o softmax(q k^T / sqrt(head_dim)) v
 
     Query head i reads key/value head i // (h / g) (Ainslie et al. 2023, arXiv:2305.13245). Positions restart in every
-    segment.
+    segment. The cache holds rotated keys, and values. It has `max_length` slots, and outputs of tokens beyond are NaN; with
+    a window it has that many slots, and those of the sinks, whatever the length.
     """
+
+    keeps_segments = True
 
     def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.causal = config.causal
-        options = {"bias": config.bias, "dtype": config.dtype, "rngs": rngs}
+        options = {"axes": ("embed", "heads"), "bias": config.bias, "dtype": config.dtype, "rngs": rngs}
         self.query = linear(config.width, config.heads * config.size, **options)
         self.key = linear(config.width, config.groups * config.size, **options)
         self.value = linear(config.width, config.groups * config.size, **options)
-        self.output = linear(config.heads * config.size, config.width, **options)
+        self.output = linear(
+            config.heads * config.size, config.width, **options | {"axes": ("heads", "embed")}
+        )
         norm = NormConfig(config.size, dtype=config.dtype)
         self.query_norm = RMSNorm(norm, rngs=rngs) if config.qk_norm else None
         self.key_norm = RMSNorm(norm, rngs=rngs) if config.qk_norm else None
@@ -126,19 +131,11 @@ class Attention(nnx.Module):
             config.position, width=config.width, heads=config.heads, causal=config.causal, rngs=rngs
         )
         small = nnx.initializers.normal(0.02)
-        self.sinks = parameter(rngs, small, (config.heads,), **NO_DECAY) if config.sink_logits else None
+        heads = {"axes": ("heads",), **NO_DECAY}
+        self.sinks = parameter(rngs, small, (config.heads,), **heads) if config.sink_logits else None
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> Cache:
-        """An empty cache of rotated keys, and values.
-
-        Args:
-          batch_size: rows.
-          max_length: the most real tokens that a row will hold; outputs of tokens beyond are NaN. With a window the
-            cache has that many slots, and those of the sinks, whatever the length.
-        """
+    def initial(self, batch_size: int, max_length: int | None) -> Cache:
         config = self.config
-        if not self.causal:
-            raise ValueError("attention with causal=False has no state; it needs the whole sequence at once")
         return empty_cache(
             "attention",
             batch_size,
@@ -149,52 +146,37 @@ class Attention(nnx.Module):
             sinks=config.sink_tokens,
         )
 
-    def __call__(
+    def mix(
         self,
         x: Float[Array, "b t d"],
-        state: Cache | None = None,
-        *,
-        segment_ids: SegmentIds = None,
+        carried: Cache | None,
+        segments: Segments | None,
+        visit: Visit | None,
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config
-        check_inputs("attention", x, config.width, segment_ids)
-        if not self.causal:
-            refuse_state("attention with causal=False", state)
         options = {
             "causal": config.causal,
-            "window": config.window,
-            "sink_tokens": config.sink_tokens,
-            "sink_logits": None if self.sinks is None else self.sinks[...],
+            "mask": Mask(window=config.window, sink_tokens=config.sink_tokens),
+            "logits": Logits(
+                logit_cap=config.logit_cap, sink_logits=None if self.sinks is None else self.sinks[...]
+            ),
             "scale": config.scale,
-            "logit_cap": config.logit_cap,
         }
         attend = streaming_attention if config.sink_distance == "cache" else relative_attention
-        if state is None:
-            positions = (
-                jnp.arange(x.shape[1])[None] if segment_ids is None else segment_positions(segment_ids)
-            )
-            q, k, v = self.project(x, positions, segment_ids)
-            o = attend(self.position, q, k, v, segment_ids=segment_ids, **options)
+        if visit is None:
+            positions = jnp.arange(x.shape[1])[None] if segments is None else segments.positions
+            q, k, v = self.project(x, positions, segments)
+            o = attend(self.position, q, k, v, segment_ids=segments, **options)
             return self.finish(o, x), None
-        numbers, positions, place = walk(state.place, segment_ids, x.shape[:2])
-        q, k, v = self.project(x, positions, segment_ids)
+        q, k, v = self.project(x, visit.positions, segments)
         rule = {"window": config.window, "sinks": config.sink_tokens}
-        state, seen, beyond = extend(state, (k, v), numbers, positions, place, **rule)
-        o = attend(
-            self.position,
-            q,
-            *seen.entries,
-            segment_ids=numbers,
-            kv_segment_ids=seen.numbers,
-            q_positions=positions,
-            kv_positions=seen.positions,
-            **options,
-        )
-        return self.finish(jnp.where(beyond[..., None, None], jnp.nan, o), x), state
+        carried, seen, beyond = extend(carried, (k, v), visit, **rule)
+        tokens = Tokens(seen.numbers, visit.positions, seen.positions)
+        o = attend(self.position, q, *seen.entries, segment_ids=visit.numbers, tokens=tokens, **options)
+        return self.finish(jnp.where(beyond[..., None, None], jnp.nan, o), x), carried
 
     def project(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], segment_ids: SegmentIds
+        self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], segments: Segments | None
     ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
         """Queries, keys and values of every token, normalised and rotated as the options say."""
         q, k, v = self.heads(x)

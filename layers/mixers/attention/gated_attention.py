@@ -4,11 +4,11 @@ import dataclasses
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixers.attention.attention import Attention, AttentionConfig
 from layers.parameters import linear
+from layers.parts.heads import split_heads
 from layers.typing import Array, Float
 
 GATE_AT = ("attention", "value", "key", "query", "output")
@@ -53,7 +53,8 @@ class GatedAttention(Attention):
         count = config.groups if config.gate in ("key", "value") else config.heads
         each = config.size if config.gate_size == "elementwise" else 1
         outputs = config.width if config.gate == "output" else count * each
-        self.gate = linear(config.width, outputs, bias=config.bias, dtype=config.dtype, rngs=rngs)
+        axes = ("embed", None if config.gate == "output" else "heads")
+        self.gate = linear(config.width, outputs, axes=axes, bias=config.bias, dtype=config.dtype, rngs=rngs)
 
     def heads(
         self, x: Float[Array, "b t d"]
@@ -70,7 +71,4 @@ class GatedAttention(Attention):
         return y * jax.nn.sigmoid(self.gate(x)) if self.config.gate == "output" else y
 
     def _gated(self, y, x):
-        gate = jax.nn.sigmoid(self.gate(x))
-        if self.config.gate_size == "headwise":
-            return y * gate[..., None]
-        return y * jnp.reshape(gate, y.shape)
+        return y * split_heads(jax.nn.sigmoid(self.gate(x)), y.shape[2])

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.mixer import Mixer
 from layers.parameters import linear, parameter
-from layers.parts.carry import check_inputs, refuse_state
-from layers.parts.each_segment import each_segment
+from layers.parts.each_segment import mix_each_segment
 from layers.parts.heads import join_heads, split_heads
-from layers.segments import SegmentIds
+from layers.segments import Segments
 from layers.typing import Array, Float
 
 # Xavier with gain 1 / sqrt(2), as the authors' code draws all matrices of the layer.
@@ -55,7 +55,7 @@ class LinformerConfig:
             raise ValueError(f"sharing={self.sharing!r}; expected 'none', 'heads' or 'key_value'")
 
 
-class Linformer(nnx.Module):
+class Linformer(Mixer):
     """Linformer: attention with keys and values projected along time (Wang et al. 2020, arXiv:2006.04768).
 
         q, k, v = W_q x, W_k x, W_v x;  y = W_o softmax(q (E k)^T / sqrt(head_dim)) (F v)
@@ -67,39 +67,30 @@ class Linformer(nnx.Module):
 
     def __init__(self, config: LinformerConfig, *, rngs: nnx.Rngs):
         self.config = config
-        options = {"bias": config.bias, "dtype": config.dtype, "rngs": rngs}
+        options = {"axes": ("embed", "heads"), "bias": config.bias, "dtype": config.dtype, "rngs": rngs}
         self.query = linear(config.width, config.width, **options)
         self.key = linear(config.width, config.width, **options)
         self.value = linear(config.width, config.width, **options)
-        self.output = linear(config.width, config.width, **options)
-        heads = config.heads if config.sharing == "none" else 1
+        self.output = linear(config.width, config.width, **options | {"axes": ("heads", "embed")})
+        heads, axis = (config.heads, "heads") if config.sharing == "none" else (1, None)
         self.projections = nnx.List(
-            parameter(rngs, _projection, (heads, config.projected, config.max_length))
+            parameter(
+                rngs, _projection, (heads, config.projected, config.max_length), axes=(axis, None, None)
+            )
             for _ in range(1 if config.sharing == "key_value" else 2)
         )
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> None:
-        """Refuses: every output needs the whole sequence."""
-        raise ValueError("Linformer is not causal and has no state; it needs the whole sequence at once")
-
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: None = None,
-        *,
-        segment_ids: SegmentIds = None,
+    def mix(
+        self, x: Float[Array, "b t d"], carried: None, segments: Segments | None
     ) -> tuple[Float[Array, "b t d"], None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config
-        check_inputs("Linformer", x, config.width, segment_ids)
-        refuse_state("Linformer", state)
-        if segment_ids is None and x.shape[1] > config.max_length:
+        if segments is None and x.shape[1] > config.max_length:
             raise ValueError(
                 f"x has {x.shape[1]} tokens; Linformer was made for max_length={config.max_length}"
             )
         qkv = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=-1)
         projections = [p[...] for p in self.projections]
-        y = each_segment(partial(_attend, config), projections, qkv, segment_ids=segment_ids)
+        y = mix_each_segment(partial(_attend, config), projections, qkv, segment_ids=segments)
         return self.output(y), None
 
 

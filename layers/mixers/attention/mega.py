@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.kernels.attention.options import segment_positions
+from layers.mixer import Mixer, Visit
 from layers.parameters import linear, parameter
 from layers.parts.blocks import in_blocks, with_neighbours
 from layers.parts.cache import Cache, empty_cache, extend
-from layers.parts.carry import check_inputs, continues, enter, refuse_state, walk
 from layers.parts.moving_average import MovingAverage
 from layers.parts.segmented_convolution import move, pack
 from layers.positions import rotary
-from layers.segments import SegmentIds
+from layers.segments import Segments, keep_where
 from layers.typing import Array, Float
 
 _normal = nnx.initializers.normal(0.02)
@@ -31,7 +30,7 @@ class MegaConfig:
       width: d, features in and out.
       key_dim: s, features of queries and keys.
       value_dim: e, features of values; twice the width if None.
-      averages: n, moving averages a channel.
+      averages: n, moving averages per channel.
       attention: "softmax", or "laplace" (weights are not normalised, logits are divided by the number of keys).
       chunk: a token attends only to its chunk of so many tokens, counted from the start of its segment; to all if None.
       bidirectional: averages and attention in both directions; not causal.
@@ -80,15 +79,15 @@ class MegaConfig:
         return self.chunk or self.max_length
 
 
-class MegaState(NamedTuple):
-    """The moving averages, and the keys and values that are still to be read, of the last chunk or of all tokens."""
+class MegaCarry(NamedTuple):
+    """What `Mega` carries: the moving averages, and the keys and values of the last chunk or of all tokens."""
 
     averages: Float[Array, "b d n"]
     cache: Cache
 
 
-class Mega(nnx.Module):
-    """Moving average equipped gated attention.
+class Mega(Mixer):
+    """MEGA: moving average equipped gated attention (Ma et al. 2022, arXiv:2209.10655).
 
         m = moving_average(x)                                               (see `MovingAverage`)
         v = silu(W_v x);  [u, z, r, c] = W_m m;  z, r = silu(z), silu(r)    (sizes e; d, s, e, d)
@@ -101,7 +100,11 @@ class Mega(nnx.Module):
 
     The paper adds y to the residual, and subtracts the residual in y. That is what a block with norm behind the sum
     does; with the norm in front of the mixer the normalised input is subtracted in its place.
+
+    Without a chunk the cache has `max_length` slots, and outputs of tokens beyond are NaN.
     """
+
+    keeps_segments = True
 
     def __init__(self, config: MegaConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -109,9 +112,10 @@ class Mega(nnx.Module):
         width, keys, values = config.width, config.key_dim, config.values
         options = {"dtype": config.dtype, "rngs": rngs}
         self.average = MovingAverage(width, config.averages, bidirectional=config.bidirectional, **options)
-        self.value = linear(width, values, init=_normal, **options)
-        self.mixed = linear(width, 2 * width + keys + values, init=_normal, **options)
-        self.output = linear(values, width, init=_normal, **options)
+        inward = {"axes": ("embed", "inner"), "init": _normal, **options}
+        self.value = linear(width, values, **inward)
+        self.mixed = linear(width, 2 * width + keys + values, **inward)
+        self.output = linear(values, width, **inward | {"axes": ("inner", "embed")})
         # Of query and key.
         self.gamma = parameter(rngs, _normal, (2, keys))
         self.beta = parameter(rngs, nnx.initializers.zeros_init(), (2, keys), group="no_decay")
@@ -121,57 +125,49 @@ class Mega(nnx.Module):
             distances = config.reach if self.causal else 2 * config.reach - 1
             self.bias = parameter(rngs, _normal, (distances,))
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> MegaState:
-        """Nothing seen yet. Without a chunk, `max_length` is the most real tokens of a row; outputs beyond are NaN."""
+    def initial(self, batch_size: int, max_length: int | None) -> MegaCarry:
         config = self.config
-        if not self.causal:
-            raise ValueError("a bidirectional MEGA has no state; set bidirectional=False to run it in steps")
         shapes = (config.key_dim,), (config.values,)
         slots = {"max_length": max_length, "window": config.chunk}
         cache = empty_cache("MEGA", batch_size, shapes, config.dtype, **slots)
-        return MegaState(self.average.init_state(batch_size), cache)
+        return MegaCarry(self.average.init_state(batch_size), cache)
 
-    def __call__(
+    def mix(
         self,
         x: Float[Array, "b t d"],
-        state: MegaState | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], MegaState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+        carried: MegaCarry | None,
+        segments: Segments | None,
+        visit: Visit | None,
+    ) -> tuple[Float[Array, "b t d"], MegaCarry | None]:
         config = self.config
-        check_inputs("MEGA", x, config.width, segment_ids)
-        if not self.causal:
-            refuse_state("MEGA with bidirectional=True", state)
         x = x.astype(config.dtype)
         h = cache = None
-        if state is not None:
-            cache = state.cache
-            h = enter(state.averages, continues(cache.place.segment, segment_ids))
-        m, h = self.average(x, h, segment_ids=segment_ids)
+        if carried is not None:
+            h = keep_where(visit.continues, carried.averages, jnp.zeros_like(carried.averages))
+        m, h = self.average(x, h, segment_ids=None if segments is None else segments.ids)
         width, keys = config.width, config.key_dim
         borders = [width, width + keys, width + keys + config.values]
         u, z, r, c = jnp.split(self.mixed(m), borders, axis=-1)
         gamma, beta = (v[...].astype(config.dtype)[:, None, None] for v in (self.gamma, self.beta))
         q, k = gamma * jax.nn.silu(z)[None] + beta
         v = jax.nn.silu(self.value(x))
-        if cache is None:
-            o = self._whole(q, k, v, segment_ids)
+        if carried is None:
+            o = self._whole(q, k, v, segments)
         else:
-            o, cache = self._continued(q, k, v, cache, segment_ids)
+            o, cache = self._continued(q, k, v, carried.cache, visit)
         candidate = jax.nn.silu(c + self.output(jax.nn.silu(r) * o))
         y = jax.nn.sigmoid(u) * (candidate - x)
-        return y, None if state is None else MegaState(h, cache)
+        return y, None if carried is None else MegaCarry(h, cache)
 
-    def _whole(self, q, k, v, segment_ids):
+    def _whole(self, q, k, v, segments):
         """Attention over all of the sequence: in blocks of a chunk, so that the work grows with length times chunk."""
         time = q.shape[1]
-        if segment_ids is None:
+        if segments is None:
             packing, numbers = None, jnp.ones((1, time), jnp.int32)
             positions = jnp.arange(time)[None]
         else:
-            packing = pack(segment_ids)
-            numbers, positions = packing.numbers, move(segment_positions(segment_ids), packing.order)
+            packing = pack(segments.ids)
+            numbers, positions = packing.numbers, move(segments.positions, packing.order)
             q, k, v = (move(tokens, packing.order) for tokens in (q, k, v))
         blocks = functools.partial(in_blocks, size=min(self.config.chunk or time, max(time, 1)))
         q, k, v, *at = map(blocks, (q, k, v, numbers, positions))
@@ -183,24 +179,24 @@ class Mega(nnx.Module):
         o = o.reshape(o.shape[0], o.shape[1] * o.shape[2], o.shape[3])[:, :time]
         return o if packing is None else move(o, packing.place)
 
-    def _continued(self, q, k, v, cache, segment_ids):
-        """Attention over the cache and the new tokens, a chunk at a time; and the cache with them in it."""
+    def _continued(self, q, k, v, cache, visit):
+        """Attention over the cache and the new tokens, `chunk` of them at a time, and the cache with them in it."""
         time, chunk = q.shape[1], self.config.chunk
-        numbers, positions, place = walk(cache.place, segment_ids, q.shape[:2])
 
-        def run(cache, stretch):
-            q, *new, numbers, positions = stretch
-            cache, seen, beyond = extend(cache, tuple(new), numbers, positions, place, window=chunk)
-            q, k, v, *at = (tokens[:, None] for tokens in (q, *seen.entries, numbers, positions))
+        def run(cache, tokens):
+            q, *new, numbers, positions = tokens
+            here = visit._replace(numbers=numbers, positions=positions)
+            cache, seen, beyond = extend(cache, tuple(new), here, window=chunk)
+            q, k, v, *at = (x[:, None] for x in (q, *seen.entries, numbers, positions))
             o = self._attend(q, k, v, at, (seen.numbers[:, None], seen.positions[:, None]))[:, 0]
             return cache, jnp.where(beyond[..., None], jnp.nan, o)
 
-        stretch = (q, k, v, numbers, positions)
+        tokens = (q, k, v, visit.numbers, visit.positions)
         if chunk is None or time <= chunk:
-            cache, o = run(cache, stretch)
+            cache, o = run(cache, tokens)
             return o, cache
-        stretches = tuple(jnp.swapaxes(in_blocks(tokens, size=chunk), 0, 1) for tokens in stretch)
-        cache, o = jax.lax.scan(run, cache, stretches)
+        blocks = tuple(jnp.swapaxes(in_blocks(x, size=chunk), 0, 1) for x in tokens)
+        cache, o = jax.lax.scan(run, cache, blocks)
         o = jnp.swapaxes(o, 0, 1)
         return o.reshape(o.shape[0], o.shape[1] * chunk, o.shape[3])[:, :time], cache
 

@@ -1,4 +1,4 @@
-"""MLA: attention that makes keys and values from one small vector a token (Liu et al. 2024, arXiv:2405.04434)."""
+"""MLA: attention that makes keys and values from one small vector per token (Liu et al. 2024, arXiv:2405.04434)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,16 +7,15 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.kernels.attention import attention
-from layers.kernels.attention.options import segment_positions
+from layers.kernels.attention import Tokens, attention
+from layers.mixer import Mixer, Visit
 from layers.norms import NormConfig, RMSNorm
 from layers.parameters import linear
 from layers.parts.cache import Cache, empty_cache, extend
-from layers.parts.carry import check_inputs, walk
 from layers.parts.heads import join_heads, split_heads
 from layers.positions import PositionConfig, Rotary, read_position, rotary
 from layers.positions.position import NoPosition
-from layers.segments import SegmentIds
+from layers.segments import Segments
 from layers.typing import Array, Float
 
 
@@ -71,8 +70,8 @@ class MLAConfig:
                 raise ValueError(f"rope_dim={self.rope_dim}: {error}; or use position='none'") from None
 
 
-class MLA(nnx.Module):
-    """MLA: multi-head latent attention, which caches one small vector a token (Liu et al. 2024, arXiv:2405.04434).
+class MLA(Mixer):
+    """MLA: multi-head latent attention, which caches one small vector per token (Liu et al. 2024, arXiv:2405.04434).
 
         c = norm(W_c x),  k_r = R W_r x               (b t r), (b t rope_dim): all that the cache holds
         k, v = W_k c, W_v c                           (b t h head_dim), (b t h value_dim)
@@ -82,65 +81,54 @@ class MLA(nnx.Module):
     R turns by the position in the segment. Since q . W_k c = (W_k^T q) . c, the same outputs come from attention of one
     key/value head over the vectors c themselves (absorbed), where W_v follows the softmax. The amplitude a of YaRN
     multiplies all logits by a^2, as in the authors' code.
+
+    The cache holds latent vectors and turned keys, latent + rope_dim numbers per token. It has `max_length` slots, and
+    outputs of tokens beyond are NaN.
     """
+
+    keeps_segments = True
 
     def __init__(self, config: MLAConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.causal = True
         options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
         size = config.head_dim + config.rope_dim
         if config.query_latent is None:
             self.query_down = self.query_norm = None
         else:
-            self.query_down = linear(config.width, config.query_latent, **options)
+            self.query_down = linear(config.width, config.query_latent, axes=("embed", None), **options)
             self.query_norm = RMSNorm(NormConfig(config.query_latent, dtype=config.dtype), rngs=rngs)
-        self.query = linear(config.query_latent or config.width, config.heads * size, **options)
-        self.latent = linear(config.width, config.latent + config.rope_dim, **options)
+        axes = ("embed" if config.query_latent is None else None, "heads")
+        self.query = linear(config.query_latent or config.width, config.heads * size, axes=axes, **options)
+        self.latent = linear(config.width, config.latent + config.rope_dim, axes=("embed", None), **options)
         self.latent_norm = RMSNorm(NormConfig(config.latent, dtype=config.dtype), rngs=rngs)
-        self.expand = linear(config.latent, config.heads * (config.head_dim + config.value_dim), **options)
-        self.output = linear(config.heads * config.value_dim, config.width, **options)
+        expanded = config.heads * (config.head_dim + config.value_dim)
+        self.expand = linear(config.latent, expanded, axes=(None, "heads"), **options)
+        self.output = linear(
+            config.heads * config.value_dim, config.width, axes=("heads", "embed"), **options
+        )
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> Cache:
-        """An empty cache of latent vectors and turned keys: latent + rope_dim numbers a token.
-
-        Args:
-          batch_size: rows.
-          max_length: the most real tokens that a row will hold; outputs of tokens beyond are NaN.
-        """
+    def initial(self, batch_size: int, max_length: int | None) -> Cache:
         shapes = ((self.config.latent,), (self.config.rope_dim,))
         return empty_cache("mla", batch_size, shapes, self.config.dtype, max_length=max_length)
 
-    def __call__(
+    def mix(
         self,
         x: Float[Array, "b t d"],
-        state: Cache | None = None,
-        *,
-        segment_ids: SegmentIds = None,
+        carried: Cache | None,
+        segments: Segments | None,
+        visit: Visit | None,
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
-        config = self.config
-        check_inputs("mla", x, config.width, segment_ids)
-        if state is None:
-            positions = (
-                jnp.arange(x.shape[1])[None] if segment_ids is None else segment_positions(segment_ids)
-            )
+        if visit is None:
+            positions = jnp.arange(x.shape[1])[None] if segments is None else segments.positions
             q, q_turned = self._queries(x, positions)
-            o = self._attend(q, q_turned, *self._latents(x, positions), segment_ids=segment_ids)
+            o = self._attend(q, q_turned, *self._latents(x, positions), segments)
             return self.output(join_heads(o)), None
-        numbers, positions, place = walk(state.place, segment_ids, x.shape[:2])
-        q, q_turned = self._queries(x, positions)
-        state, seen, beyond = extend(state, self._latents(x, positions), numbers, positions, place)
-        o = self._attend(
-            q,
-            q_turned,
-            *seen.entries,
-            segment_ids=numbers,
-            kv_segment_ids=seen.numbers,
-            q_positions=positions,
-            kv_positions=seen.positions,
-        )
+        q, q_turned = self._queries(x, visit.positions)
+        carried, seen, beyond = extend(carried, self._latents(x, visit.positions), visit)
+        tokens = Tokens(seen.numbers, visit.positions, seen.positions)
+        o = self._attend(q, q_turned, *seen.entries, visit.numbers, tokens)
         o = jnp.where(beyond[..., None, None], jnp.nan, o)
-        return self.output(join_heads(o)), state
+        return self.output(join_heads(o)), carried
 
     def _queries(self, x, positions):
         """Queries without position (b t h head_dim) and turned ones (b t h rope_dim)."""
@@ -161,18 +149,18 @@ class MLA(nnx.Module):
             rotary(x, positions, dataclasses.replace(rope, amplitude=1.0)) if isinstance(rope, Rotary) else x
         )
 
-    def _attend(self, q, q_turned, c, k_turned, **places):
+    def _attend(self, q, q_turned, c, k_turned, segment_ids, tokens=None):
         """The heads' outputs (b t h value_dim) over latent vectors c (b s r) and turned keys (b s rope_dim)."""
         config = self.config
         scale = (config.head_dim + config.rope_dim) ** -0.5 if config.scale is None else config.scale
         scale *= config.position.gain**2 if isinstance(config.position, Rotary) else 1
-        options = {"causal": True, "scale": scale, **places}
+        options = {"causal": True, "scale": scale, "segment_ids": segment_ids, "tokens": tokens}
         to_key, to_value = jnp.split(
             self.expand.kernel[...].astype(config.dtype).reshape(config.latent, config.heads, -1),
             [config.head_dim],
             axis=2,
         )
-        if self._absorbs(q.shape[1], c.shape[1], places):
+        if self._absorbs(q.shape[1], c.shape[1], cached=tokens is not None):
             q = jnp.concatenate([jnp.einsum("bthk,rhk->bthr", q, to_key), q_turned], axis=-1)
             k = jnp.concatenate([c, k_turned], axis=-1)[:, :, None]
             return jnp.einsum("bthr,rhv->bthv", attention(q, k, c[:, :, None], **options), to_value)
@@ -181,12 +169,12 @@ class MLA(nnx.Module):
         q, k = jnp.concatenate([q, q_turned], axis=-1), jnp.concatenate([k, k_turned], axis=-1)
         return attention(q, k, v, **options)
 
-    def _absorbs(self, t, s, places):
-        """Whether to attend to latent vectors: as configured, or where that takes fewer products a head."""
+    def _absorbs(self, t, s, *, cached):
+        """Whether to attend to latent vectors: as configured, or where that takes fewer products per head."""
         config = self.config
         if config.absorbed is not None:
             return config.absorbed
         outside = config.latent * (config.head_dim + config.value_dim)
         plain = s * outside + t * s * (config.head_dim + config.rope_dim + config.value_dim)
         absorbed = t * outside + t * s * (2 * config.latent + config.rope_dim)
-        return "kv_segment_ids" in places and absorbed < plain
+        return cached and absorbed < plain

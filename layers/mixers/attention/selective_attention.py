@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.kernels.segments import segment_numbers
 from layers.mixers.attention.attention import Attention, AttentionConfig
 from layers.parameters import NO_DECAY, parameter
-from layers.segments import SegmentIds
+from layers.segments import Segments
 from layers.typing import Array, Float, Int
 
 # The first coefficient of log n, as in the authors' code for training from scratch.
@@ -63,7 +62,7 @@ class SelectiveAttention(Attention):
         zeros = nnx.initializers.zeros_init()
 
         def by_head(wanted, heads):
-            return parameter(rngs, zeros, (heads, config.size)) if wanted else None
+            return parameter(rngs, zeros, (heads, config.size), axes=("heads", None)) if wanted else None
 
         self.query_weight = by_head(config.token_temperature, config.heads)
         self.value_weight = by_head(config.value_temperature, config.groups)
@@ -71,28 +70,28 @@ class SelectiveAttention(Attention):
         self.alpha = parameter(rngs, start, (), **NO_DECAY) if config.position_temperature else None
 
     def project(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], segment_ids: SegmentIds
+        self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], segments: Segments | None
     ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
         """Rotated queries and keys, and values, the first and last scaled by their temperatures."""
         q, k, v = self.heads(x)
         tau = 1.0 + _by_token(self.query_weight, q)
         if self.alpha is not None:
-            seen = jnp.log(self._seen(positions, segment_ids).astype(jnp.float32))
+            seen = jnp.log(self._seen(positions, segments).astype(jnp.float32))
             tau = tau + (jax.nn.sigmoid(self.alpha[...]) * seen)[..., None, None]
         tau_v = 1.0 + _by_token(self.value_weight, v)
         q, v = (q * tau).astype(q.dtype), (v * tau_v).astype(v.dtype)
         return self.position.rotate(q, positions), self.position.rotate(k, positions), v
 
-    def _seen(self, positions, segment_ids):
+    def _seen(self, positions, segments):
         """How many keys every query sees; 1 or more for real tokens and 1 for padding."""
         config, time = self.config, positions.shape[1]
         if config.causal:
             most = None if config.window is None else config.window + config.sink_tokens
             return jnp.clip(positions + 1, 1, most)
-        if segment_ids is None:
+        if segments is None:
             length = jnp.full((1, time), time)
         else:
-            numbers = segment_numbers(segment_ids)
+            numbers = segments.numbers
             rows = jnp.arange(numbers.shape[0])[:, None]
             length = (
                 jnp.zeros((numbers.shape[0], time + 1), jnp.int32).at[rows, numbers].add(1)[rows, numbers]

@@ -7,9 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.parts.carry import check_inputs, refuse_state
-from layers.parts.each_segment import each_segment, inside
-from layers.segments import SegmentIds
+from layers.mixer import Mixer
+from layers.parts.each_segment import is_within, mix_each_segment
+from layers.segments import Segments
 from layers.typing import Array, Complex, Float, Int
 
 
@@ -29,7 +29,7 @@ class FNetConfig:
     dtype: Any = jnp.float32
 
 
-class FNet(nnx.Module):
+class FNet(Mixer):
     """FNet: real part of the Fourier transform over time and features (Lee-Thorp et al. 2021, arXiv:2105.03824).
 
         y_{k,j} = Re sum_{s<t} sum_{c<d} x_{s,c} exp(-2 pi i (k s / t + j c / d))
@@ -42,28 +42,17 @@ class FNet(nnx.Module):
     def __init__(self, config: FNetConfig, *, rngs: nnx.Rngs):
         self.config = config
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> None:
-        """Refuses: the transform needs the whole sequence."""
-        raise ValueError("FNet is not causal and has no state; it needs the whole sequence at once")
-
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: None = None,
-        *,
-        segment_ids: SegmentIds = None,
+    def mix(
+        self, x: Float[Array, "b t d"], carried: None, segments: Segments | None
     ) -> tuple[Float[Array, "b t d"], None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
-        check_inputs("FNet", x, self.config.width, segment_ids)
-        refuse_state("FNet", state)
         if x.shape[1] == 0:
             return x.astype(self.config.dtype), None
         wide = x.astype(jnp.float32)
         orthonormal = self.config.orthonormal
-        if segment_ids is None:
+        if segments is None:
             y = jnp.fft.fft2(wide, axes=(1, 2), norm="ortho" if orthonormal else "backward").real
         else:
-            y = each_segment(partial(_transform, orthonormal), (), wide, segment_ids=segment_ids)
+            y = mix_each_segment(partial(_transform, orthonormal), (), wide, segment_ids=segments)
         return y.astype(self.config.dtype), None
 
 
@@ -75,7 +64,7 @@ def _transform(orthonormal, _, x, lengths):
     """
     time = x.shape[1]
     size = 1 << (2 * time - 1).bit_length()
-    chirp = jnp.where(inside(lengths, time), _chirp(lengths, time), 0)
+    chirp = jnp.where(is_within(lengths, time), _chirp(lengths, time), 0)
     kernel = jnp.zeros((x.shape[0], size), chirp.dtype).at[:, :time].set(chirp.conj())
     kernel = kernel.at[:, size - time + 1 :].set(chirp[:, :0:-1].conj())
     spectrum = jnp.fft.fft(x, axis=2) * chirp[..., None]

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.mixer import Mixer
 from layers.norms import LayerNorm, NormConfig
 from layers.parameters import parameter
-from layers.parts.carry import check_inputs, refuse_state
-from layers.parts.each_segment import each_segment
+from layers.parts.each_segment import mix_each_segment
 from layers.positions import sinusoidal
-from layers.segments import SegmentIds
+from layers.segments import Segments
 from layers.typing import Array, Float
 
 # Xavier with the gain of the authors' code, sqrt(2), for every head's matrix by itself.
@@ -53,7 +53,7 @@ class HyperMixerConfig:
             raise ValueError(f"position={self.position!r}; expected 'sinusoid' or 'none'")
 
 
-class HyperMixer(nnx.Module):
+class HyperMixer(Mixer):
     """HyperMixer: an MLP over time with generated weights (Mai et al. 2022, arXiv:2203.03691).
 
         W1 = MLP_1(x + p),  W2 = MLP_2(x + p)        t x m, token by token; MLP(u) = B gelu(A u)
@@ -68,30 +68,21 @@ class HyperMixer(nnx.Module):
         self.config = config
         width, hidden = config.width // config.heads, config.hidden // config.heads
         count = 1 if config.tied else 2
-        self.inner = nnx.List(parameter(rngs, _xavier, (config.heads, width, width)) for _ in range(count))
-        self.outer = nnx.List(parameter(rngs, _xavier, (config.heads, width, hidden)) for _ in range(count))
+        square, wide = ((config.heads, width, outputs) for outputs in (width, hidden))
+        options = {"init": _xavier, "axes": ("heads", None, None)}
+        self.inner = nnx.List(parameter(rngs, shape=square, **options) for _ in range(count))
+        self.outer = nnx.List(parameter(rngs, shape=wide, **options) for _ in range(count))
         norm = NormConfig(config.width, epsilon=config.epsilon, dtype=config.dtype)
         self.norm = LayerNorm(norm, rngs=rngs) if config.norm else None
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> None:
-        """Refuses: the weights are made from the whole sequence."""
-        raise ValueError("HyperMixer is not causal and has no state; it needs the whole sequence at once")
-
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: None = None,
-        *,
-        segment_ids: SegmentIds = None,
+    def mix(
+        self, x: Float[Array, "b t d"], carried: None, segments: Segments | None
     ) -> tuple[Float[Array, "b t d"], None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
         config = self.config
-        check_inputs("HyperMixer", x, config.width, segment_ids)
-        refuse_state("HyperMixer", state)
         weights = [
             (i[...].astype(config.dtype), o[...].astype(config.dtype)) for i, o in zip(self.inner, self.outer)
         ]
-        y = each_segment(partial(_mix, config), weights, x.astype(config.dtype), segment_ids=segment_ids)
+        y = mix_each_segment(partial(_mix, config), weights, x.astype(config.dtype), segment_ids=segments)
         return (y if self.norm is None else self.norm(y)), None
 
 

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.kernels.linear_recurrence import linear_recurrence
+from layers.mixer import Mixer
 from layers.mixers.linear_attention.performer import LARGEST_EXPONENT, orthogonal_directions
 from layers.parameters import NO_DECAY, Constant, linear, parameter
-from layers.parts.carry import check_inputs, continues, enter, refuse_state
-from layers.parts.each_segment import each_segment
+from layers.parts.each_segment import mix_each_segment
 from layers.parts.feature_attention import feature_attention
 from layers.parts.heads import MemoryState, head_size, join_heads, split_heads
 from layers.parts.segmented_convolution import move, pack, remember
-from layers.segments import SegmentIds
+from layers.segments import Segments
 from layers.typing import Array, Float
 
 _ones, _zeros = nnx.initializers.ones_init(), nnx.initializers.zeros_init()
@@ -62,21 +62,21 @@ class WERSAConfig:
         return head_size("head_dim", self.head_dim, self)
 
 
-class WERSAState(NamedTuple):
-    """What a causal WERSA carries.
+class WERSACarry(NamedTuple):
+    """What a causal `WERSA` carries.
 
     Attributes:
       past: queries and keys of the last 2^L - 1 tokens of the segment, the latest last.
       total: sum of the queries of the segment, and in the last place their number.
-      memory: of the attention, with the segment that all belongs to.
+      memory: of the attention; the last column is the sum of keys.
     """
 
     past: Float[Array, "b s f"]
     total: Float[Array, "b f"]
-    memory: MemoryState
+    memory: Float[Array, "b h m v"]
 
 
-class WERSA(nnx.Module):
+class WERSA(Mixer):
     """WERSA: wavelet-enhanced random spectral attention (Dentamaro 2025, arXiv:2507.08637).
 
         g = s * sigmoid(MLP(mean of q))                      one weight for each of L scales and the rest, by head
@@ -101,75 +101,66 @@ class WERSA(nnx.Module):
         self.config = config
         self.causal = config.causal
         width = config.heads * config.size
-        options = {"bias": config.bias, "dtype": config.dtype, "rngs": rngs}
+        options = {"axes": ("embed", "heads"), "bias": config.bias, "dtype": config.dtype, "rngs": rngs}
         self.query = linear(config.width, width, **options)
         self.key = linear(config.width, width, **options)
         self.value = linear(config.width, width, **options)
-        self.output = linear(width, config.width, **options)
+        self.output = linear(width, config.width, **options | {"axes": ("heads", "embed")})
         self.inner = linear(config.size, config.size, rngs=rngs)
         self.outer = linear(config.size, config.levels + 1, rngs=rngs)
-        self.scales = parameter(rngs, _ones, (config.heads, config.levels + 1), **NO_DECAY)
-        self.log_bandwidth = parameter(rngs, _zeros, (config.heads,), **NO_DECAY)
+        scales = (config.heads, config.levels + 1)
+        self.scales = parameter(rngs, _ones, scales, axes=("heads", None), **NO_DECAY)
+        self.log_bandwidth = parameter(rngs, _zeros, (config.heads,), axes=("heads",), **NO_DECAY)
         self.directions = Constant(orthogonal_directions(rngs.params(), config.features, config.size))
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> WERSAState:
-        """The state before the first token; its size does not depend on the length."""
+    def initial(self, batch_size: int, max_length: int | None) -> WERSACarry:
         config = self.config
-        if not self.causal:
-            raise ValueError("WERSA with causal=False has no state; it needs the whole sequence at once")
         width = config.heads * config.size
-        memory = jnp.zeros((batch_size, config.heads, config.features, config.size + 1), jnp.float32)
-        return WERSAState(
+        return WERSACarry(
             past=jnp.zeros((batch_size, 2**config.levels - 1, 2 * width), jnp.float32),
             total=jnp.zeros((batch_size, width + 1), jnp.float32),
-            memory=MemoryState(memory, jnp.zeros(batch_size, jnp.int32)),
+            memory=jnp.zeros((batch_size, config.heads, config.features, config.size + 1), jnp.float32),
         )
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: WERSAState | None = None,
-        *,
-        segment_ids: SegmentIds = None,
-    ) -> tuple[Float[Array, "b t d"], WERSAState | None]:
-        """Mixes along time; see the contract of mixers in CONTRIBUTING.md."""
+    def mix(
+        self, x: Float[Array, "b t d"], carried: WERSACarry | None, segments: Segments | None
+    ) -> tuple[Float[Array, "b t d"], WERSACarry | None]:
         config = self.config
-        check_inputs("WERSA", x, config.width, segment_ids)
-        if not self.causal:
-            refuse_state("WERSA with causal=False", state)
+        ids = None if segments is None else segments.ids
         qk = jnp.concatenate([self.query(x), self.key(x)], axis=-1).astype(jnp.float32)
-        before = None if state is None else state.memory
+        before = past = total = None
+        if carried is not None:
+            before = MemoryState(carried.memory, jnp.zeros(x.shape[0], jnp.int32))
+            past, total = carried.past, carried.total
         if config.causal:
-            qk, past, total = self._filter_causally(qk, state, segment_ids)
+            qk, past, total = self._filter_causally(qk, past, total, segments)
         else:
-            qk = each_segment(partial(_filter, config), self._gates(), qk, segment_ids=segment_ids)
+            qk = mix_each_segment(partial(_filter, config), self._gates(), qk, segment_ids=segments)
         q, k = (self._features(part, i) for i, part in enumerate(jnp.split(qk, 2, axis=-1)))
         v = split_heads(self.value(x), config.heads)
-        o, memory = feature_attention(q, k, v, before, causal=config.causal, segment_ids=segment_ids)
+        o, after = feature_attention(q, k, v, before, causal=config.causal, segment_ids=ids)
         y = self.output(join_heads(o))
-        return y, None if state is None else WERSAState(past, total, memory)
+        return y, None if carried is None else WERSACarry(past, total, after.memory)
 
     def _gates(self) -> tuple[Array, ...]:
         layers = (self.inner, self.outer)
         return *(v[...] for layer in layers for v in (layer.kernel, layer.bias)), self.scales[...]
 
-    def _filter_causally(self, qk, state, segment_ids):
+    def _filter_causally(self, qk, past, total, segments):
         """Filtered queries and keys, and what the next call needs: past inputs and the sum of queries."""
         config = self.config
         b, t, f = qk.shape
-        if state is None:
-            past, total = jnp.zeros((b, 2**config.levels - 1, f), qk.dtype), None
-        else:
-            keep = continues(state.memory.segment, segment_ids)
-            past, total = enter(state.past, keep), enter(state.total, keep)
+        ids = None if segments is None else segments.ids
+        if past is None:
+            past = jnp.zeros((b, 2**config.levels - 1, f), qk.dtype)
         counted = jnp.concatenate([qk[..., : f // 2], jnp.ones((b, t, 1), qk.dtype)], axis=-1)
         sums, total = linear_recurrence(
-            jnp.ones((1, 1, f // 2 + 1), qk.dtype), counted, initial_state=total, segment_ids=segment_ids
+            jnp.ones((1, 1, f // 2 + 1), qk.dtype), counted, initial_state=total, segment_ids=segments
         )
         mean = sums[..., :-1] / jnp.maximum(sums[..., -1:], 1)
-        averages = _trailing_averages(qk, past, config.levels, segment_ids)
+        averages = _trailing_averages(qk, past, config.levels, ids)
         gates = _gates(config, self._gates(), mean)
-        return _weighted(averages, gates), remember(past, qk, segment_ids), total
+        return _weighted(averages, gates), remember(past, qk, ids), total
 
     def _features(self, x: Float[Array, "b t f"], is_key: int) -> Float[Array, "b t h m"]:
         """phi of queries or keys; a factor common to all features of a query cancels."""

@@ -1,16 +1,23 @@
-"""`attention` beyond the shared suite: every option in small blocks, what is seen, caches, composition, cuDNN."""
+"""`attention` beyond the shared suite: every option in small blocks, what is seen, what is visited, what Segments tell."""
 
+import dataclasses
 import functools
-import itertools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.kernels.attention import Piece, attention, attention_with_lse, compose, cudnn, schedule
-from layers.kernels.attention.options import Options, places
+from layers.kernels.attention import (
+    Logits,
+    Mask,
+    Tokens,
+    attention,
+    attention_with_lse,
+    schedule,
+)
+from layers.kernels.attention.options import places, read_options
+from layers.kernels.segments import Segments
 
 B, T, H, G, KEY, VALUE = 2, 67, 4, 2, 5, 3
 # Padding at both ends, between segments, and for longer than a window inside one.
@@ -52,30 +59,48 @@ BIAS = normal(4, B, H, T, T)
 SLOPES = jnp.asarray([1.0, 0.5, 0.25, 0.1])
 # Name: (queries, keys), whether lists of small blocks are used, options.
 COMBINATIONS = {
-    "bias_and_cap": ((T, T), False, {"causal": True, "bias": BIAS[:1], "logit_cap": 1.5}),
-    "hiding_bias": ((T, T), False, {"bias": jnp.where(BIAS[:, :1] > 0.3, -jnp.inf, BIAS[:, :1])}),
-    "window_sinks_key_bias": ((T, T), True, {"window": 4, "sink_tokens": 3, "bias": BIAS[:, :1, :1]}),
-    "wide_window_sinks": ((T, T), False, {"window": 18, "sink_tokens": 2}),
+    "bias_and_cap": ((T, T), False, {"causal": True, "logits": Logits(bias=BIAS[:1], logit_cap=1.5)}),
+    "hiding_bias": (
+        (T, T),
+        False,
+        {"logits": Logits(bias=jnp.where(BIAS[:, :1] > 0.3, -jnp.inf, BIAS[:, :1]))},
+    ),
+    "window_sinks_key_bias": (
+        (T, T),
+        True,
+        {"mask": Mask(window=4, sink_tokens=3), "logits": Logits(bias=BIAS[:, :1, :1])},
+    ),
+    "wide_window_sinks": ((T, T), False, {"mask": Mask(window=18, sink_tokens=2)}),
     "window_sinks_segments_slopes": (
         (T, T),
         True,
-        {"causal": True, "window": 6, "sink_tokens": 9, "slopes": SLOPES, "segment_ids": SEGMENTS},
+        {
+            "causal": True,
+            "mask": Mask(window=6, sink_tokens=9),
+            "logits": Logits(slopes=SLOPES),
+            "segment_ids": SEGMENTS,
+        },
     ),
-    "window_prefix": ((T, T), False, {"causal": True, "window": 5, "prefix_lengths": jnp.array([0, 40])}),
+    "window_prefix": (
+        (T, T),
+        False,
+        {"causal": True, "mask": Mask(window=5, prefix_lengths=jnp.array([0, 40]))},
+    ),
     "blocks_of_heads_bias_sinks": (
         (T, T),
         True,
-        {"block_indices": block_lists(B, H), "block_size": 8, "bias": BIAS, "sink_tokens": 11},
+        {
+            "mask": Mask(block_indices=block_lists(B, H), block_size=8, sink_tokens=11),
+            "logits": Logits(bias=BIAS),
+        },
     ),
     "blocks_window_sink_logits": (
         (T, T),
         True,
         {
             "causal": True,
-            "block_indices": block_lists(1, 1),
-            "block_size": 8,
-            "window": 20,
-            "sink_logits": SLOPES,
+            "mask": Mask(block_indices=block_lists(1, 1), block_size=8, window=20),
+            "logits": Logits(sink_logits=SLOPES),
         },
     ),
     "blocks_segments_prefix": (
@@ -83,10 +108,8 @@ COMBINATIONS = {
         False,
         {
             "causal": True,
-            "block_indices": block_lists(1, H),
-            "block_size": 8,
+            "mask": Mask(block_indices=block_lists(1, H), block_size=8, prefix_lengths=jnp.array([7])),
             "segment_ids": SEGMENTS,
-            "prefix_lengths": jnp.array([7]),
         },
     ),
     "positions_lengths_blocks": (
@@ -94,19 +117,24 @@ COMBINATIONS = {
         False,
         {
             "causal": True,
-            "block_indices": block_lists(B, H),
-            "block_size": 8,
-            "sink_tokens": 4,
-            "slopes": SLOPES,
-            "q_positions": random_positions(B, T, 90),
-            "kv_positions": random_positions(1, 45, 70),
-            "kv_lengths": jnp.array([0, 30]),
+            "mask": Mask(block_indices=block_lists(B, H), block_size=8, sink_tokens=4),
+            "logits": Logits(slopes=SLOPES),
+            "tokens": Tokens(
+                q_positions=random_positions(B, T, 90),
+                kv_positions=random_positions(1, 45, 70),
+                kv_lengths=jnp.array([0, 30]),
+            ),
         },
     ),
     "cross_segments": (
         (T, 41),
         False,
-        {"segment_ids": SEGMENTS, "kv_segment_ids": SEGMENTS[:, 12:53], "logit_cap": 2.0, "scale": 1.0},
+        {
+            "segment_ids": SEGMENTS,
+            "tokens": Tokens(kv_segment_ids=jnp.asarray(SEGMENTS[:, 12:53])),
+            "logits": Logits(logit_cap=2.0),
+            "scale": 1.0,
+        },
     ),
 }
 combinations = pytest.mark.parametrize("name", COMBINATIONS)
@@ -126,7 +154,7 @@ def close(got, want, tolerance, message):
 
 def results(arguments, options, impl):
     """Output, finite log-sum-exps, and gradients of a function of both with respect to every real array."""
-    moving = {k: v for k, v in options.items() if isinstance(v, jax.Array) and v.dtype == jnp.float32}
+    moving = {k: v for k, v in options.items() if k == "logits"}
     rest = {k: v for k, v in options.items() if k not in moving}
 
     def loss(moving):
@@ -135,7 +163,8 @@ def results(arguments, options, impl):
         return (output * normal(8, *output.shape)).sum() + (lse * normal(9, *lse.shape)).sum(), (output, lse)
 
     (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arguments | moving)
-    return {"output": outputs[0], "lse": outputs[1], **gradients}
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(gradients)}
+    return {"output": outputs[0], "lse": outputs[1], **named}
 
 
 @pytest.mark.slow
@@ -154,11 +183,12 @@ def test_blocked_options_match_the_reference(name, small_blocks):
 def test_schedule_is_the_one_meant(name, small_blocks):
     lengths, lists, _ = COMBINATIONS[name]
     arguments = draw(*lengths)
-    assert schedule.uses_lists(arguments["q"], arguments["k"], Options(**options_of(name))) == lists
+    options = read_options(**arguments, **options_of(name))
+    assert schedule.uses_lists(arguments["q"], arguments["k"], options) == lists
 
 
 def test_bias_in_bfloat16():
-    options = {"causal": True, "bias": BIAS}
+    options = {"causal": True, "logits": Logits(bias=BIAS)}
     narrow = {k: v.astype(jnp.bfloat16) for k, v in draw().items()}
     got = attention(**narrow, **options)
     assert got.dtype == jnp.bfloat16
@@ -197,12 +227,14 @@ def test_what_is_seen(impl, causal, window, sinks, prefix, listed, small_blocks)
     segments = np.array([0] * 2 + [3] * 9 + [0] + [3] * 4 + [1] * 11 + [0] * 3)
     lists = [[0, 3], [1, 1], [-1, 2], [-1, -1], *[[0, 0]] * 4] if listed else None
     seen = seen_by_definition(t, causal, window, sinks, prefix, lists, size, segments)
-    options = {"causal": causal, "window": window, "sink_tokens": sinks, "impl": impl}
-    options["segment_ids"] = jnp.asarray(segments[None], jnp.int32)
+    mask = Mask(window=window, sink_tokens=sinks)
     if prefix:
-        options["prefix_lengths"] = jnp.array([prefix])
+        mask = dataclasses.replace(mask, prefix_lengths=jnp.array([prefix]))
     if listed:
-        options |= {"block_indices": jnp.asarray(lists, jnp.int32)[None, None], "block_size": size}
+        indices = jnp.asarray(lists, jnp.int32)[None, None]
+        mask = dataclasses.replace(mask, block_indices=indices, block_size=size)
+    options = {"causal": causal, "mask": mask, "impl": impl}
+    options["segment_ids"] = jnp.asarray(segments[None], jnp.int32)
     q, k = normal(0, 1, t, 1, 4), normal(1, 1, t, 1, 4)
     run = functools.partial(attention, q, v=jnp.eye(t)[None, :, None], **options)
     probabilities = run(k)[0, :, 0]
@@ -211,139 +243,6 @@ def test_what_is_seen(impl, causal, window, sinks, prefix, listed, small_blocks)
     slope = jax.jit(jax.jacrev(lambda k: (run(k)[0, :, 0] * normal(2, t, t)).sum(1)))(k)[:, 0, :, 0]
     several = seen & (seen.sum(1, keepdims=True) > 1)
     assert np.array_equal((np.asarray(slope) != 0).any(-1), several)
-
-
-@pytest.mark.parametrize("impl", ["reference", "xla"])
-def test_rows_that_see_nothing_are_zero_and_so_are_their_gradients(impl):
-    arguments = draw(5, 7)
-    lengths = jnp.array([0, 7])
-
-    def loss(arguments, sink):
-        piece = attention_with_lse(**arguments, kv_lengths=lengths, sink_logits=sink, impl=impl)
-        return (piece.output[0] ** 2 + piece.output[0]).sum(), piece
-
-    gradients, piece = jax.jit(jax.grad(loss, has_aux=True))(arguments, None)
-    assert (piece.output[0] == 0).all()
-    assert (piece.lse[0] == -jnp.inf).all()
-    assert np.isfinite(piece.lse[1]).all()
-    assert all((g == 0).all() for g in jax.tree.leaves(gradients))
-    gradients, piece = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(arguments, SLOPES)
-    assert (piece.output[0] == 0).all()
-    close(piece.lse[0], jnp.broadcast_to(SLOPES, (5, H)), 1e-6, "the sink alone")
-    assert all((g == 0).all() for g in jax.tree.leaves(gradients))
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"window": 5, "sink_tokens": 2}, {"slopes": SLOPES, "logit_cap": 3.0}]
-)
-def test_cached_decoding_equals_prefill(options):
-    """Rows of different lengths in one cache, some tokens at once and then one by one."""
-    t, size = 19, 24
-    arguments = draw(t, t)
-    want = attention(**arguments, causal=True, **options)
-    start = jnp.array([0, 4])
-    row = jnp.arange(B)[:, None]
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def step(state, count):
-        lengths, cache = state
-        where = lengths[:, None] + jnp.arange(count)[None]
-        new = {name: arguments[name][row, where] for name in ("q", "k", "v")}
-        cache = {name: cache[name].at[row, where].set(new[name]) for name in ("k", "v")}
-        out = attention(
-            new["q"],
-            **cache,
-            causal=True,
-            q_positions=where,
-            kv_positions=jnp.arange(size)[None],
-            kv_lengths=lengths + count,
-            **options,
-        )
-        return (lengths + count, cache), out, where
-
-    seen = jnp.arange(size)[None, :, None, None] < start[:, None, None, None]
-    # What a cache holds beyond a row's length must not matter.
-    cache = {
-        name: jnp.where(seen, jnp.pad(arguments[name], ((0, 0), (0, size - t), (0, 0), (0, 0))), 1e6)
-        for name in ("k", "v")
-    }
-    state = (start, cache)
-    for count in (6, 1, 1, 2, 1):
-        state, out, where = step(state, count)
-        close(out, want[row, where], 2e-5, f"{count} tokens at {where[:, 0]}")
-
-
-def test_pieces_compose_to_one_softmax():
-    arguments, options = draw(), {"causal": True, "window": 30}
-    cuts = (0, 11, 40, T)
-    weights = normal(5, B, T, H, VALUE), normal(6, B, T, H)
-
-    def piece(arguments, low, high, sink):
-        return attention_with_lse(
-            arguments["q"],
-            arguments["k"][:, low:high],
-            arguments["v"][:, low:high],
-            q_positions=jnp.arange(T)[None],
-            kv_positions=jnp.arange(low, high)[None],
-            sink_logits=SLOPES if sink else None,
-            **options,
-        )
-
-    def whole(arguments):
-        return attention_with_lse(**arguments, sink_logits=SLOPES, **options)
-
-    def joined(arguments, order):
-        pieces = [piece(arguments, *bounds, sink=bounds[0] == 11) for bounds in itertools.pairwise(cuts)]
-        identity = Piece(jnp.zeros_like(pieces[0].output), jnp.full_like(pieces[0].lse, -jnp.inf))
-        left = functools.reduce(compose, [identity, *pieces])
-        right = functools.reduce(lambda later, first: compose(first, later), pieces[::-1])
-        return (left, right)[order]
-
-    def loss(run, arguments, *order):
-        output, lse = run(arguments, *order)
-        return (output * weights[0]).sum() + (lse * weights[1]).sum(), (output, lse)
-
-    want = jax.jit(jax.grad(functools.partial(loss, whole), has_aux=True))(arguments)
-    for order in (0, 1):
-        got = jax.jit(jax.grad(functools.partial(loss, joined), has_aux=True), static_argnums=1)(
-            arguments, order
-        )
-        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            close(g, w, 2e-5, f"order {order}")
-
-
-@pytest.mark.parametrize(
-    "options, theirs",
-    [
-        ({}, {}),
-        ({"causal": True, "scale": 0.3}, {"is_causal": True, "scale": 0.3}),
-        ({"causal": True, "window": 5}, {"is_causal": True, "local_window_size": (4, 0)}),
-        ({"window": 5}, {"local_window_size": (5, 5)}),
-        ({"bias": BIAS}, {"bias": BIAS}),
-        ({"kv_lengths": jnp.array([3, 60])}, {"key_value_seq_lengths": jnp.array([3, 60], jnp.int32)}),
-    ],
-)
-def test_agrees_with_jax_nn(options, theirs):
-    arguments = draw() | {"v": normal(2, B, T, G, KEY)}
-    want = jax.nn.dot_product_attention(*arguments.values(), **theirs, implementation="xla")
-    close(attention(**arguments, **options), want, 2e-5, "output")
-
-
-def test_grouped_heads_read_neighbouring_heads():
-    """Query head i reads head i // (h / g): repeating each head gives the same, tiling them does not."""
-    arguments = draw()
-    repeated = {"q": arguments["q"]} | {n: jnp.repeat(arguments[n], H // G, axis=2) for n in ("k", "v")}
-    tiled = {"q": arguments["q"]} | {n: jnp.tile(arguments[n], (1, 1, H // G, 1)) for n in ("k", "v")}
-    got = attention(**arguments, causal=True)
-    close(got, attention(**repeated, causal=True), 1e-6, "repeated")
-    assert not np.allclose(got, attention(**tiled, causal=True), atol=0.1)
-
-
-def test_slopes_are_a_bias_of_distances():
-    arguments = draw()
-    distance = jnp.abs(jnp.arange(T)[:, None] - jnp.arange(T)[None]).astype(jnp.float32)
-    bias = -SLOPES[None, :, None, None] * distance[None, None]
-    close(attention(**arguments, slopes=SLOPES), attention(**arguments, bias=bias), 1e-6, "slopes")
 
 
 def test_blocks_under_vmap_and_shard_map(small_blocks):
@@ -355,7 +254,7 @@ def test_blocks_under_vmap_and_shard_map(small_blocks):
 
     def run(slopes, *arguments):
         def loss(slopes, q, k, v):
-            output = attention(q, k, v, segment_ids=arguments[3], slopes=slopes)
+            output = attention(q, k, v, segment_ids=arguments[3], logits=Logits(slopes=slopes))
             return (output**2).sum(), output
 
         (dslopes, *gradients), output = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(
@@ -388,14 +287,9 @@ def test_second_derivatives(small_blocks):
         close(got[name], want[name], 2e-4, name)
 
 
-def test_large_logits_pick_one_key():
-    q = k = jnp.eye(8)[None, :, None] * 1e4
-    output, lse = attention_with_lse(q, k, jnp.eye(8)[None, :, None], scale=1.0)
-    assert np.array_equal(output[0, :, 0], np.eye(8))
-    assert np.allclose(lse, 1e8)
-
-
-@pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window": 64, "sink_tokens": 4}])
+@pytest.mark.parametrize(
+    "options", [{"causal": True}, {"causal": True, "mask": Mask(window=64, sink_tokens=4)}]
+)
 def test_memory_grows_linearly(options):
     def bytes_for(t):
         shapes = [jax.ShapeDtypeStruct((1, t, 2, 8), jnp.float32)] * 3
@@ -413,116 +307,35 @@ def test_only_blocks_that_may_be_seen_are_visited(small_blocks):
     q, k = arguments["q"], arguments["k"]
 
     def visits(**options):
-        options = Options(**options)
+        options = read_options(**arguments, **options)
         steps = schedule.schedule(q, k, options, places(q, k, options)).steps
         return int((steps.blocks >= 0).sum())
 
     assert visits() == 16
     assert visits(causal=True) == 10
-    assert visits(window=16) == 10
-    assert visits(window=16, sink_tokens=1) == 10 + 2
-    assert visits(causal=True, window=4) == 16 + 15
-    assert visits(block_indices=block_lists(1, 1, 8) * 0, block_size=8) == 8
+    assert visits(mask=Mask(window=16)) == 10
+    assert visits(mask=Mask(window=16, sink_tokens=1)) == 10 + 2
+    assert visits(causal=True, mask=Mask(window=4)) == 16 + 15
+    assert visits(mask=Mask(block_indices=block_lists(1, 1, 8) * 0, block_size=8)) == 8
 
 
-@pytest.mark.parametrize(
-    "options, error",
-    [
-        ({"causal": True, "window": 0}, "window=0; expected at least 1"),
-        ({"window": -1}, "window=-1; expected at least 0"),
-        ({"sink_tokens": 2}, "sink_tokens=2 changes nothing"),
-        ({"prefix_lengths": jnp.array([1, 2])}, "prefix_lengths is for causal=True"),
-        ({"block_size": 4}, "block_indices and block_size go together"),
-        ({"block_indices": block_lists(1, 1, 2), "block_size": 4}, "block_indices lists 2 blocks of 4"),
-        ({"logit_cap": 0.0}, "logit_cap=0.0; expected a positive number"),
-        ({"q_positions": jnp.zeros((1, T), jnp.int32)}, "q_positions and kv_positions go together"),
-        ({"kv_segment_ids": jnp.ones((B, T), jnp.int32)}, "kv_segment_ids needs segment_ids"),
-        ({"slopes": SLOPES[:2]}, "slopes has shape"),
-        ({"kv_lengths": jnp.ones(B)}, "kv_lengths has dtype float32"),
-        ({"scale": jnp.ones(())}, "scale is .*; expected a number known before tracing"),
-        ({"window": 2.0}, "window is float; expected an int"),
-        ({"windw": 3}, "windw"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(options, error):
-    for function in (attention, attention_with_lse):
-        with pytest.raises((ValueError, TypeError), match=error):
-            function(**draw(), **options)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_segments_know_changes_no_number(causal, packed, small_blocks):
+    """Padding at the ends, in rows of one segment or of three, told and not told; what padding holds reaches nothing."""
+    ids = np.zeros((B, T), np.int32)
+    ids[0, :40] = np.repeat([1, 3, 1], [20, 13, 7]) if packed else 1
+    ids[1, :T] = 2
+    known = Segments.of(jnp.asarray(ids), padding="end", packed=packed)
+    arguments = draw()
+    for mask in (None, Mask(window=5, sink_tokens=2 * causal)):
 
+        def loss(arguments, segment_ids, mask=mask):
+            output = attention(**arguments, causal=causal, mask=mask, segment_ids=segment_ids)
+            return (output * normal(8, *output.shape)).sum(), output
 
-@pytest.mark.parametrize("name", ["causal", "window", "slopes"])
-def test_different_lengths_need_positions(name):
-    with pytest.raises(ValueError, match="need q_positions"):
-        attention(**draw(3, 5), **{name: {"causal": True, "window": 2, "slopes": SLOPES}[name]})
-    with pytest.raises(ValueError, match="give kv_segment_ids"):
-        attention(**draw(3, 5), segment_ids=jnp.ones((B, 3), jnp.int32))
-
-
-def test_heads_must_divide():
-    with pytest.raises(ValueError, match="q has 3 heads and k has 2"):
-        attention(**(draw() | {"q": normal(0, B, T, 3, KEY)}))
-
-
-def test_no_keys_and_no_queries():
-    output, lse = attention_with_lse(**draw(4, 0))
-    assert output.shape == (B, 4, H, VALUE)
-    assert (output == 0).all()
-    assert (lse == -jnp.inf).all()
-    assert attention(**draw(0, 4)).shape == (B, 0, H, VALUE)
-
-
-def cudnn_refusal(monkeypatch, options, dtype=jnp.bfloat16, sizes=(64, 64), capability="9.0", length=8):
-    client = types.SimpleNamespace(platform_version="PJRT C API\ncuda 13000")
-    device = types.SimpleNamespace(
-        platform="gpu", client=client, compute_capability=capability, device_kind="NVIDIA"
-    )
-    monkeypatch.setattr(cudnn, "_device", lambda: device)
-    q, k = (jax.ShapeDtypeStruct((1, length, 2, sizes[0]), dtype),) * 2
-    return cudnn.refuses(q, k, jax.ShapeDtypeStruct((1, 8, 2, sizes[1]), dtype), Options(**options))
-
-
-def test_cudnn_takes_only_what_it_computes_as_defined(monkeypatch):
-    refusal = functools.partial(cudnn_refusal, monkeypatch)
-    for options in ({}, {"causal": True}, {"causal": True, "window": 4, "scale": 1.0}):
-        assert refusal(options) is None
-    assert "window is causal" in refusal({"window": 4})
-    assert "not segment_ids" in refusal({"segment_ids": jnp.ones((1, 8), jnp.int32)})
-    assert "not kv_lengths" in refusal({"kv_lengths": jnp.ones(1, jnp.int32)})
-    assert "not logit_cap" in refusal({"logit_cap": 5.0})
-    assert "float32" in refusal({}, dtype=jnp.float32)
-    assert "multiple of 8" in refusal({}, sizes=(60, 60))
-    assert "of one size" in refusal({}, sizes=(64, 128))
-    assert "up to 128" in refusal({}, sizes=(256, 256), capability="8.0")
-    assert "compute capability 8.0" in refusal({}, capability="7.5")
-    assert "even lengths" in refusal({}, length=7)
-
-
-def test_cudnn_says_why_not():
-    narrow = {n: v.astype(jnp.bfloat16) for n, v in draw(40, 40).items()}
-    with pytest.raises(
-        ValueError, match="impl='cudnn' of attention cannot take this call: it needs an NVIDIA GPU"
-    ):
-        attention(**narrow, impl="cudnn")
-    with pytest.raises(ValueError, match="impl='cudnn' is not an implementation of attention_with_lse"):
-        attention_with_lse(**narrow, impl="cudnn")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": 50, "scale": 0.2}])
-@pytest.mark.parametrize("t", [2, 130, 512])
-def test_cudnn_matches_the_reference(options, t):
-    shapes = {"q": (2, t, 8, 64), "k": (2, t, 2, 64), "v": (2, t, 2, 64)}
-    arguments = {n: normal(i, *shape).astype(jnp.bfloat16) for i, (n, shape) in enumerate(shapes.items())}
-
-    def loss(arguments, impl):
-        output = attention(**arguments, **options, impl=impl).astype(jnp.float32)
-        return (output * normal(9, *output.shape)).sum(), output
-
-    run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
-    got, want = (
-        run(arguments, "cudnn"),
-        run({n: v.astype(jnp.float32) for n, v in arguments.items()}, "reference"),
-    )
-    close(got[1], want[1], 1e-2, "output")
-    for name in want[0]:
-        close(got[0][name].astype(jnp.float32), want[0][name], 1e-2, f"gradient of {name}")
+        run = jax.jit(jax.grad(loss, has_aux=True))
+        want = run(arguments, jnp.asarray(ids))
+        assert (want[1][0, 40:] == 0).all()
+        for got, expected in zip(jax.tree.leaves(run(arguments, known)), jax.tree.leaves(want), strict=True):
+            close(got, expected, 1e-6, f"{mask}")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layers.mixers import make_mixer
-from layers.parts.each_segment import reverse
+from layers.parts.each_segment import reverse_segments
 from seqmodels import build_model
 
 WIDTH, TIME = 4, 9
@@ -96,7 +96,7 @@ def test_reversal_stays_in_segments_and_leaves_padding(ids):
         before = ids[index]
     for run in runs:
         want[run] = tokens[run[::-1]]
-    got = reverse(jnp.asarray(tokens, jnp.float32)[None, :, None], jnp.asarray([ids]))
+    got = reverse_segments(jnp.asarray(tokens, jnp.float32)[None, :, None], jnp.asarray([ids]))
     np.testing.assert_array_equal(got[0, :, 0], want)
 
 

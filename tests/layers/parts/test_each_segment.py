@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from layers.mixers import make_mixer
-from layers.parts.each_segment import each_segment
+from layers.parts.each_segment import mix_each_segment, reverse_segments
+from layers.segments import Segments
 
 IDS = np.array([[0, 1, 1, 0, 1, 2, 2, 0, 3, 3], [2, 1, 1, 1, 1, 1, 1, 1, 0, 0]])
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 10, 3)), jnp.float32)
@@ -28,7 +29,7 @@ def one_by_one(weight, x):
 
 
 def together(weight, x):
-    return each_segment(mix, weight, x, segment_ids=jnp.asarray(IDS))
+    return mix_each_segment(mix, weight, x, segment_ids=jnp.asarray(IDS))
 
 
 def test_values_and_gradients_are_those_of_the_sequences_one_by_one():
@@ -38,6 +39,18 @@ def test_values_and_gradients_are_those_of_the_sequences_one_by_one():
         for f in (together, one_by_one)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_segments_know_changes_nothing(packed):
+    """Padding at the ends, in rows of one segment or of several, told and not told."""
+    ids = jnp.asarray([[1, 1, 2, 2, 2, 1, 1, 0, 0, 0] if packed else [1] * 7 + [0] * 3, [2] * 10])
+    known = Segments.of(ids, padding="end", packed=packed)
+    x = jnp.where((ids == 0)[..., None], jnp.nan, X)
+    got, want = (mix_each_segment(mix, WEIGHT, x, segment_ids=given) for given in (known, ids))
+    assert (want[0, 7:] == 0).all()
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    np.testing.assert_array_equal(reverse_segments(x, known), reverse_segments(x, ids))
 
 
 @pytest.mark.parametrize("name", ["fnet", "hypermixer", "linformer", "wersa", "bidirectional"])

@@ -94,7 +94,7 @@ def test_tokens_beyond_the_cache_are_nan_and_the_others_right():
 def test_a_window_keeps_a_cache_of_its_size_for_any_length():
     model = make(heads=2, window=4)
     state = model.init_state(2)
-    assert state.numbers.shape[1] == 4
+    assert state.carried.numbers.shape[1] == 4
     want, _ = model(inputs(40))
     outputs = []
     for start in range(0, 40, 5):
@@ -200,7 +200,7 @@ def test_a_bias_by_blocks_in_packed_rows_and_its_gradient():
 def test_sinks_of_a_segment_stay_in_the_cache():
     model = make(heads=2, window=3, sink_tokens=2)
     state = model.init_state(2)
-    assert state.numbers.shape[1] == 5
+    assert state.carried.numbers.shape[1] == 5
     ids = jnp.where(jnp.arange(30) < 13, 1, 2)[None].repeat(2, 0)
     run = nnx.jit(lambda model, x, state, ids: model(x, state, segment_ids=ids))
     want, _ = run(model, inputs(30), None, ids)
@@ -210,7 +210,7 @@ def test_sinks_of_a_segment_stay_in_the_cache():
         y, state = run(model, inputs(30)[:, cut], state, ids[:, cut])
         outputs.append(y)
     np.testing.assert_allclose(jnp.concatenate(outputs, 1), want, atol=1e-6)
-    np.testing.assert_array_equal(state.positions[:, :2], [[0, 1]] * 2)
+    np.testing.assert_array_equal(state.carried.positions[:, :2], [[0, 1]] * 2)
 
 
 def streaming(model, x):

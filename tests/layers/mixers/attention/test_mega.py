@@ -118,10 +118,10 @@ def test_one_chunk_is_no_chunk():
 def test_a_chunk_keeps_the_state_finite_for_any_length():
     model = make(chunk=4)
     state = model.init_state(2)
-    assert state.cache.entries[0].shape == (2, 4, 6)
+    assert state.carried.cache.entries[0].shape == (2, 4, 6)
     want, _ = model(jnp.asarray(inputs(30)))
     run, outputs = jax.jit(lambda x, state: model(x, state)), []
-    # The first call is longer than a chunk: it is run in stretches.
+    # The first call is longer than a chunk: it is run a chunk at a time.
     for piece in jnp.split(jnp.asarray(inputs(30)), [10, 20], axis=1):
         y, state = run(piece, state)
         outputs.append(y)

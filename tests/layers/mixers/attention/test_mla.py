@@ -76,15 +76,14 @@ def test_absorbed_decoding_equals_expanded_prefill():
 
 def test_one_token_is_absorbed_and_a_long_call_is_not():
     model = MLA(MLAConfig(width=WIDTH, heads=2), rngs=nnx.Rngs(0))
-    with_state = {"kv_segment_ids": None}
-    assert model._absorbs(1, 4096, with_state)
-    assert not model._absorbs(4096, 4096, with_state)
-    assert not model._absorbs(1, 1, {})
+    assert model._absorbs(1, 4096, cached=True)
+    assert not model._absorbs(4096, 4096, cached=True)
+    assert not model._absorbs(1, 1, cached=False)
 
 
 def test_the_cache_holds_latent_and_turned_numbers_alone():
     state = make().init_state(2, max_length=TIME)
-    assert sum(x.size for x in state.entries) == 2 * TIME * (6 + 2)
+    assert sum(x.size for x in state.carried.entries) == 2 * TIME * (6 + 2)
     y, _ = make()(X, make().init_state(2, max_length=7))
     assert np.isnan(y[:, 7:]).all()
     assert np.isfinite(y[:, :7]).all()

@@ -1,0 +1,119 @@
+"""`attention` by cuDNN: which calls it takes, and that it computes them as defined."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layers.kernels.attention import (
+    Logits,
+    Mask,
+    Tokens,
+    attention,
+    attention_with_lse,
+    cudnn,
+)
+from layers.kernels.attention.options import read_options
+from layers.kernels.segments import Segments
+from tests.layers.kernels.test_attention import (
+    close,
+    draw,
+    normal,
+)
+
+
+def cudnn_refusal(monkeypatch, options, dtype=jnp.bfloat16, sizes=(64, 64), capability="9.0", length=8):
+    client = types.SimpleNamespace(platform_version="PJRT C API\ncuda 13000")
+    device = types.SimpleNamespace(
+        platform="gpu", client=client, compute_capability=capability, device_kind="NVIDIA"
+    )
+    monkeypatch.setattr(cudnn, "_device", lambda: device)
+    q = k = jnp.zeros((1, length, 2, sizes[0]), dtype)
+    v = jnp.zeros((1, length, 2, sizes[1]), dtype)
+    return cudnn.refuses(q, k, v, read_options(q, k, v, **options))
+
+
+def test_cudnn_takes_only_what_it_computes_as_defined(monkeypatch):
+    refusal = functools.partial(cudnn_refusal, monkeypatch)
+    ids = jnp.ones((1, 8), jnp.int32)
+    whole = Segments.of(ids, padding="end", packed=False)
+    for options in ({}, {"causal": True}, {"causal": True, "mask": Mask(window=4), "scale": 1.0}):
+        assert refusal(options) is None
+    for options in ({}, {"causal": True}, {"causal": True, "mask": Mask(window=4)}):
+        assert refusal({**options, "segment_ids": whole}) is None
+        for less in (ids, Segments.of(ids, padding="end"), Segments.of(ids, packed=False)):
+            assert "not segment_ids of which less is known" in refusal({**options, "segment_ids": less})
+    assert "window is causal" in refusal({"mask": Mask(window=4)})
+    assert "not sink_tokens" in refusal({"mask": Mask(window=4, sink_tokens=1)})
+    assert "not kv_lengths" in refusal({"tokens": Tokens(kv_lengths=jnp.ones(1, jnp.int32))})
+    assert "not kv_segment_ids" in refusal({"segment_ids": whole, "tokens": Tokens(kv_segment_ids=ids)})
+    assert "not logit_cap" in refusal({"logits": Logits(logit_cap=5.0)})
+    assert "float32" in refusal({}, dtype=jnp.float32)
+    assert "multiple of 8" in refusal({}, sizes=(60, 60))
+    assert "of one size" in refusal({}, sizes=(64, 128))
+    assert "up to 128" in refusal({}, sizes=(256, 256), capability="8.0")
+    assert "compute capability 8.0" in refusal({}, capability="7.5")
+    assert "even lengths" in refusal({}, length=7)
+
+
+def test_cudnn_says_why_not():
+    narrow = {n: v.astype(jnp.bfloat16) for n, v in draw(40, 40).items()}
+    with pytest.raises(
+        ValueError, match="impl='cudnn' of attention cannot take this call: it needs an NVIDIA GPU"
+    ):
+        attention(**narrow, impl="cudnn")
+    with pytest.raises(ValueError, match="impl='cudnn' is not an implementation of attention_with_lse"):
+        attention_with_lse(**narrow, impl="cudnn")
+
+
+PADDED = Segments.of(
+    jnp.repeat(jnp.array([[1, 1, 1, 0], [2, 0, 0, 0], [0, 0, 0, 0]]), 32, 1), padding="end", packed=False
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "mask": Mask(window=20)}])
+def test_cudnn_leaves_out_padding(options):
+    """Whatever stands there, not a number included, outputs and gradients are those of the reference, zero at padding."""
+    shapes = {"q": (3, 128, 8, 64), "k": (3, 128, 2, 64), "v": (3, 128, 2, 64)}
+    arguments = {n: normal(i, *shape).astype(jnp.bfloat16) for i, (n, shape) in enumerate(shapes.items())}
+
+    def loss(arguments, impl):
+        output = attention(**arguments, **options, segment_ids=PADDED, impl=impl).astype(jnp.float32)
+        return (output * normal(9, *output.shape)).sum(), output
+
+    run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    spoilt = {n: jnp.where(PADDED.real[..., None, None], v, jnp.nan) for n, v in arguments.items()}
+    got = run(spoilt, "cudnn")
+    want = run({n: v.astype(jnp.float32) for n, v in arguments.items()}, "reference")
+    close(got[1], want[1], 1e-2, "output")
+    assert (np.asarray(got[1])[~np.asarray(PADDED.real)] == 0).all()
+    for name in want[0]:
+        close(got[0][name].astype(jnp.float32), want[0][name], 1e-2, f"gradient of {name}")
+        assert (np.asarray(got[0][name], np.float32)[~np.asarray(PADDED.real)] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"causal": True, "mask": Mask(window=50), "scale": 0.2}]
+)
+@pytest.mark.parametrize("t", [2, 130, 512])
+def test_cudnn_matches_the_reference(options, t):
+    shapes = {"q": (2, t, 8, 64), "k": (2, t, 2, 64), "v": (2, t, 2, 64)}
+    arguments = {n: normal(i, *shape).astype(jnp.bfloat16) for i, (n, shape) in enumerate(shapes.items())}
+
+    def loss(arguments, impl):
+        output = attention(**arguments, **options, impl=impl).astype(jnp.float32)
+        return (output * normal(9, *output.shape)).sum(), output
+
+    run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    got, want = (
+        run(arguments, "cudnn"),
+        run({n: v.astype(jnp.float32) for n, v in arguments.items()}, "reference"),
+    )
+    close(got[1], want[1], 1e-2, "output")
+    for name in want[0]:
+        close(got[0][name].astype(jnp.float32), want[0][name], 1e-2, f"gradient of {name}")
