@@ -16,13 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
 from flax import nnx
-from ml_collections import config_flags
 
 from experiments.analysis.flops import Flops, count_flops
-from experiments.config import loading as config_loading
-from experiments.config.command_line import REFUSALS, refuse
+from experiments.config.command_line import REFUSALS, Parser, names, refuse
 from experiments.runs.files import to_json_text
 from experiments.training import experiment
 from layers.kernels import devices, dispatch
@@ -31,16 +28,31 @@ PREFIXES = ("", "k", "M", "G", "T", "P")
 LENGTHS = (1024, 4096, 16384, 65536)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Describes; returns the exit code."""
-    if argv[1:]:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    values = flags.FLAGS
-    if values.verbosity <= 0:  # absl's default shows every move of every library
-        logging.set_verbosity(logging.WARNING)
+    parser = Parser("experiments.describe", __doc__, config=True)
+    parser.add_argument(
+        "--lengths", type=names, default=tuple(map(str, LENGTHS)), help="lengths of rows, in tokens"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--implementations",
+        action="store_true",
+        help="print what every layer's primitives take, at the first length",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=["cpu", "gpu", "tpu"],
+        help="device for --implementations (default: the one here)",
+    )
+    parser.add_argument("--batch", type=int, default=8, help="rows for --implementations")
+    values = parser.parse_args(argv)
     try:
-        lengths = [int(length) for length in values.lengths]
-        config = config_loading.to_plain(values.config)
+        lengths, config = [int(length) for length in values.lengths], values.config
+        if values.batch < 1 or min(lengths, default=0) < 1:
+            raise ValueError(
+                f"batch={values.batch}, lengths={lengths}; expected at least 1 row and lengths of at least 1 token"
+            )
         if values.implementations:
             backend = values.backend or jax.default_backend()
             rows = implementations(config, lengths[0], values.batch, backend)
@@ -248,26 +260,5 @@ def _si(value: float | None) -> str:
     return f"{value / 1000**power:.3g} {PREFIXES[power]}"
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Defines and parses the flags; a config that cannot be loaded ends the process with a message."""
-    config_flags.DEFINE_config_file(
-        "config", None, "Path of the config, and its arguments after a colon.", lock_config=True
-    )
-    flags.DEFINE_list("lengths", [str(length) for length in LENGTHS], "Lengths of rows, in tokens.")
-    flags.DEFINE_bool("json", False, "Print JSON.")
-    flags.DEFINE_bool(
-        "implementations", False, "Print what every layer's primitives take, at the first length."
-    )
-    flags.DEFINE_enum(
-        "backend", None, ["cpu", "gpu", "tpu"], "Device for --implementations; the one here if absent."
-    )
-    flags.DEFINE_integer("batch", 8, "Rows for --implementations.", lower_bound=1)
-    flags.mark_flags_as_required(["config"])
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, *REFUSALS) as error:
-        sys.exit(refuse(error))
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    sys.exit(main())

@@ -33,13 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Checkpoints(run.checkpoints) as checkpoints:
             step = choose_step(checkpoints, args.checkpoint)
             plan = experiment.build(config)
-            state, _ = restore(plan, checkpoints, step)
-        devices = Devices.first(args.num_devices)
-        evaluate = Evaluator(plan, plan.step_functions(devices), devices)
-        plan.eval_batches(args.split)  # refuses an unknown split before anything is computed
+            devices = Devices.first(args.num_devices, plan.mesh)
+            functions = plan.step_functions(devices)
+            plan.eval_batches(args.split)  # refuses an unknown split before anything is computed
+            state, _ = restore(functions.layout, checkpoints, step)
+        evaluate = Evaluator(plan, functions, devices)
     except REFUSALS as error:
         return refuse(error)
-    state = devices.replicate(state)
     evaluate.compile(state, args.split)
     metrics = evaluate(state, args.split)
     record = dict(split=args.split, step=step, devices=devices.describe()) | metrics

@@ -16,13 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
 
 from experiments.analysis.hlo_sources import attribute, kernel_sources
 from experiments.benchmark.timing import Timing, interleaved
-from experiments.config import loading as config_loading
-from experiments.config.command_line import EXIT_REFUSED, REFUSALS, refuse
+from experiments.config.command_line import EXIT_REFUSED, REFUSALS, Parser, names, refuse
 from experiments.data import bucketing
 from experiments.parallel.mesh import Devices
 from experiments.runs.directory import git_revision, versions
@@ -43,13 +40,23 @@ class Kernel(NamedTuple):
     milliseconds: float
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Profiles and reports; returns the exit code."""
-    if argv[1:]:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    values = flags.FLAGS
-    if values.verbosity <= 0:  # absl's default shows every move of every library
-        logging.set_verbosity(logging.WARNING)
+    parser = Parser("experiments.profile", __doc__, config=True)
+    parser.add_argument(
+        "--out", required=True, type=Path, help="folder for profile.json; made if it does not exist"
+    )
+    parser.add_argument("--width", type=int, help="width of the batch (default: that of most sequences)")
+    parser.add_argument(
+        "--steps", type=int, default=10, help="steps to trace, and rounds in which steps are timed"
+    )
+    parser.add_argument(
+        "--prefer", type=names, default=(), help="implementations, as primitive/implementation"
+    )
+    parser.add_argument(
+        "--compare", type=names, default=(), help="implementations that the step is timed with too"
+    )
+    values = parser.parse_args(argv)
     if jax.default_backend() != "gpu":
         print(
             f"Profiling needs a GPU, whose kernels the trace names; JAX has found {jax.default_backend()} only.",
@@ -57,9 +64,11 @@ def main(argv: list[str]) -> int:
         )
         return EXIT_REFUSED
     try:
-        folder = Path(values.out)
+        if values.steps < 1:
+            raise ValueError(f"steps={values.steps}; expected at least 1")
+        folder = values.out
         folder.mkdir(parents=True, exist_ok=True)
-        plan = experiment.build(config_loading.to_plain(values.config))
+        plan = experiment.build(values.config)
         devices = Devices.first(1)
         plan.check_devices(devices)
         batch = training_batch(plan, values.width)
@@ -233,22 +242,5 @@ def describe(record: Mapping[str, Any]) -> str:
     )
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Defines and parses the flags; a config that cannot be loaded ends the process with a message."""
-    config_flags.DEFINE_config_file(
-        "config", None, "Path of the config, and its arguments after a colon.", lock_config=True
-    )
-    flags.DEFINE_string("out", None, "Folder for profile.json; made if it does not exist.")
-    flags.DEFINE_integer("width", None, "Width of the batch; that of most sequences if not given.")
-    flags.DEFINE_integer("steps", 10, "Steps to trace, and rounds in which steps are timed.", lower_bound=1)
-    flags.DEFINE_list("prefer", [], "Implementations to take, as primitive/implementation.")
-    flags.DEFINE_list("compare", [], "Implementations, each of which the step is timed with beside it.")
-    flags.mark_flags_as_required(["config", "out"])
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, *REFUSALS) as error:
-        sys.exit(refuse(error))
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    sys.exit(main())

@@ -3,22 +3,33 @@
     python -m experiments.train --config=configs/lra/listops.py:mixer=s5 --workdir=runs/listops-s5
     python -m experiments.train --config=configs/lra/listops.py --config.train.epochs=2 --workdir=runs/brief
 
+Several processes train one run where each is given the same command and `--distributed` (SLURM, Kubernetes, Open MPI, TPU
+pods), or `--coordinator`, `--num_processes` and `--process_id`. They see the same work directory.
+
 --config.SECTION.FIELD=VALUE sets any field of the config, also one that the file leaves out. The same command resumes a run
 that was interrupted, wherever its directory lies by then, and shows the results of one that is finished.
 
 Exit codes: 0 finished; 75 left after saving because of SIGTERM, Ctrl-C or --stop_after_seconds, and the same command
-resumes; 65 a loss was not finite; 2 the config or the work directory cannot be used. A signal before the first step ends
+resumes; 65 a loss was not finite; 69 another process of the run was lost, and the same commands resume; 2 the config or the work directory cannot be used. A signal before the first step ends
 the process as usual: nothing is lost.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from experiments.config.command_line import EXIT_DIVERGED, EXIT_INTERRUPTED, REFUSALS, Parser, refuse
+from experiments.config.command_line import (
+    EXIT_DIVERGED,
+    EXIT_INTERRUPTED,
+    EXIT_LOST,
+    REFUSALS,
+    Parser,
+    refuse,
+)
+from experiments.parallel import hosts
 from experiments.parallel.mesh import Devices
 from experiments.runs import plots
 from experiments.runs import results as run_results
@@ -41,23 +52,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         help="folder of compiled programs (default: beside the workdir; on CPUs none)",
     )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the processes that the cluster's launcher has started",
+    )
+    parser.add_argument("--coordinator", help="HOST:PORT of process 0, where no launcher says so")
+    parser.add_argument("--num_processes", type=int, help="processes of the run")
+    parser.add_argument("--process_id", type=int, help="number of this process, from 0")
     args = parser.parse_args(argv)
     try:
         stop = Stop(after_seconds=args.stop_after_seconds)
-        run = RunDirectory.open(args.workdir, args.config)
+        several = (args.coordinator, args.num_processes, args.process_id)
+        if args.distributed or any(value is not None for value in several):
+            hosts.connect(*several)
+        run = _open_run(args.workdir, args.config)
         if (finished := run.results()) is not None:
             print(f"{run.folder} is finished.\n{run_results.describe(finished)}")
             return 0
         _use_compilation_cache(args.compilation_cache, args.workdir)
-        devices = Devices.first(args.num_devices)
         plan = experiment.build(args.config)
+        devices = Devices.first(args.num_devices, plan.mesh)
         plan.check_devices(devices)
-        run.begin(args.config, plan.task.manifest, plan.groups_table)
+        if hosts.is_main():
+            run.begin(args.config, plan.task.manifest, plan.groups_table)
     except REFUSALS as error:
         return refuse(error)
-    print(
-        f"{plan.model.num_parameters:,} parameters on {devices.describe()}\n{plan.groups_table}", flush=True
-    )
+    if hosts.is_main():
+        print(
+            f"{plan.model.num_parameters:,} parameters on {devices.describe()}\n{plan.groups_table}",
+            flush=True,
+        )
     try:
         with stop:
             outcome = loop.train(plan, run, devices=devices, stop=stop)
@@ -67,8 +92,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NonFiniteError as error:
         print(f"Stopped: not finite at {error}. {run.checkpoints} holds earlier steps.", file=sys.stderr)
         return EXIT_DIVERGED
-    _report(plan, run, run_results.summarize(plan, outcome, devices))
+    except jax.errors.JaxRuntimeError as error:
+        if (reason := hosts.lost_process(error)) is None:
+            raise
+        print(
+            f"Stopped: {reason}. The same commands resume from {run.checkpoints}.",
+            file=sys.stderr,
+            flush=True,
+        )
+        hosts.leave(EXIT_LOST)
+    if hosts.is_main():
+        _report(plan, run, run_results.summarize(plan, outcome, devices))
+    hosts.wait_for_all("results")
     return 0
+
+
+def _open_run(folder: Path, config: Mapping[str, Any]) -> RunDirectory:
+    """The run's folder, made and locked by process 0; the others see it afterwards."""
+    run = RunDirectory.open(folder, config) if hosts.is_main() else RunDirectory(folder)
+    hosts.wait_for_all("run directory")
+    return run
 
 
 def _use_compilation_cache(folder: Path | None, workdir: Path) -> None:

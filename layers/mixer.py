@@ -24,6 +24,7 @@ from layers.segments import (
     Visit,
     initial_place,
     keep_where,
+    select_real,
     visit,
 )
 from layers.typing import Array, Float
@@ -110,6 +111,9 @@ class Mixer(nnx.Module):
         segments = Segments.of(segment_ids)
         more = (None,) if self.keeps_segments else ()
         if state is None:
+            if self.causal and segments is not None and segments.padding == "end" and not segments.packed:
+                # Padding behind a row's only segment is later than all of its tokens, which do not see it.
+                return select_real(self.mix(select_real(x, segments), None, None, *more)[0], segments), None
             return self.mix(x, None, segments, *more)[0], None
         self._require_causal("a state was given")
         self._check_state(state, x.shape[0])

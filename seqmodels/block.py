@@ -8,7 +8,6 @@ from flax import nnx
 
 from layers.channel import make_channel_mixer
 from layers.dropout import dropout
-from layers.mixer import Mixer
 from layers.mixers import make_mixer
 from layers.norms import make_norm
 from layers.segments import SegmentIds, Segments
@@ -68,8 +67,7 @@ class Block(nnx.Module):
             return (total if pre else norm(total, **norms)), out
 
         def mix(u):
-            given = segments if segments is None or isinstance(self.mixer, Mixer) else segments.ids  # SHIM
-            y, out = self.mixer(u, state, segment_ids=given)
+            y, out = self.mixer(u, state, segment_ids=segments)
             if self.config.residual == "joint":
                 return self.channel(y, mask=mask, key=keys[0]), out
             return dropout(y, self.config.dropout, keys[0]), out

@@ -17,6 +17,7 @@ from experiments.data.cache import CorruptCacheError
 EXIT_REFUSED = 2  # the command, the config or the work directory cannot be used; nothing was computed
 EXIT_DIVERGED = 65  # a loss or gradient norm was not finite; running again would do the same
 EXIT_INTERRUPTED = 75  # left early after saving; the same command resumes
+EXIT_LOST = 69  # another process of the run ended; the same commands resume
 
 # What a wrong argument, config, folder or data cache raises.
 REFUSALS = (ValueError, TypeError, OSError, CorruptCacheError)

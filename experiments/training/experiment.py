@@ -5,20 +5,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from experiments.config import loading as config_loading
-from experiments.config.loading import DataConfig, TrainConfig
+from experiments.config.loading import DataConfig, MeshConfig, TrainConfig
+from experiments.config.models import abstract_model, check_model, sizes_of, sizes_without_data, with_sizes
 from experiments.data import bucketing, pipeline
 from experiments.parallel.mesh import Devices
 from experiments.tasks import TASKS, make_task
+from experiments.tasks.task import Task
 from experiments.training.model import SplitModel
 from experiments.training.optimizers import Optimizer, OptimizerConfig
 from experiments.training.step import StepFunctions, metric_names_of
 from layers.registry import suggestion
 from seqmodels import build_model
-
-GIVEN_BY_TASK = ("vocab_size", "input_size", "num_classes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Experiment:
 
     Attributes:
       config: the plain config that all of it comes from.
-      train, data: its sections.
+      train, data, mesh: its sections.
       steps_per_epoch: full batches in a pass over the training split.
       eval_interval: steps between evaluations.
       metric_names: of the sums that the task gives.
@@ -36,7 +35,8 @@ class Experiment:
     config: Mapping[str, Any]
     train: TrainConfig
     data: DataConfig
-    task: Any
+    mesh: MeshConfig
+    task: Task
     model: SplitModel
     optimizer: Optimizer
     steps_per_epoch: int
@@ -111,7 +111,7 @@ class Experiment:
 
     def baselines(self, split: str) -> dict[str, float]:
         """Metrics of trivial predictors that the task knows; empty if it knows none."""
-        return self.task.baselines(split) if hasattr(self.task, "baselines") else {}
+        return self.task.baselines(split)
 
     def check_devices(self, devices: Devices) -> None:
         """Raises ValueError unless the devices divide the batches."""
@@ -143,15 +143,10 @@ def build(config: Mapping[str, Any]) -> Experiment:
     data = config_loading.section(config, "data", DataConfig)
     optimizer_config = config_loading.section(config, "optimizer", OptimizerConfig)
     task_options = dict(config["task"])
-    if "name" not in task_options:
-        raise ValueError("config.task has no 'name'")
-    name = task_options.pop("name")
-    # A task whose class knows these sizes may take minutes to make its data: the model is checked first.
-    sizes = _sizes_without_data(name, task_options)
-    if sizes:
-        _make_model(config, sizes, TASKS.get(name))
-    task = make_task(name, **task_options)
-    model = _make_model(config, _sizes(task), task)
+    check_model(config)
+    task = make_task(task_options.pop("name"), **task_options)
+    values = with_sizes(config, sizes_of(task))
+    model = SplitModel(lambda rngs: build_model(values, rngs=rngs), padding=task.padding, packed=task.packed)
     source = task.splits["train"]
     steps_per_epoch = bucketing.count_train_batches(len(source), train.batch_size)
     warmup = optimizer_config.warmup_steps
@@ -168,6 +163,7 @@ def build(config: Mapping[str, Any]) -> Experiment:
         config=config,
         train=train,
         data=data,
+        mesh=config_loading.section(config, "mesh", MeshConfig),
         task=task,
         model=model,
         optimizer=optimizer,
@@ -177,44 +173,17 @@ def build(config: Mapping[str, Any]) -> Experiment:
 
 
 def model_without_data(config: Mapping[str, Any]) -> Any:
-    """The model of a plain config with shapes in place of arrays: nothing is allocated, and no data are made or read.
+    """The model of a plain config with shapes in place of arrays and its layers one by one.
+
+    Nothing is allocated, and no data are made or read.
 
     Raises:
       ValueError: if the config does not make sense, or the task tells the sizes of a model only once it has its data.
     """
-    options = dict(config["task"])
-    name = options.pop("name", None)
+    name = config["task"].get("name")
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}{suggestion(name, TASKS)}; available: {', '.join(TASKS)}")
-    sizes = _sizes_without_data(name, options)
+    sizes = sizes_without_data(config)
     if not sizes:
         raise ValueError(f"the task {name!r} tells the sizes of a model only once it has its data")
-    values = _with_sizes(config, sizes)
-    return nnx.eval_shape(lambda: build_model(values, rngs=nnx.Rngs(config["seed"])))
-
-
-def _sizes_without_data(name: str, options: Mapping[str, Any]) -> dict[str, int]:
-    """The sizes of a model that are known before there are data; none if there is no such task."""
-    task = TASKS.get(name)
-    return _sizes(make_task(name, **options) if getattr(task, "makes_no_data", False) else task)
-
-
-def _sizes(task: Any) -> dict[str, int]:
-    """What a task, or its class, says of the sizes of a model."""
-    sizes = {name: getattr(task, name, None) for name in GIVEN_BY_TASK}
-    return {name: size for name, size in sizes.items() if isinstance(size, int)}
-
-
-def _with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-    if clash := sorted(sizes.keys() & config["model"].keys()):
-        raise ValueError(f"config.model sets {', '.join(clash)}, which the task gives; leave it out")
-    return config["model"] | sizes
-
-
-def _make_model(config: Mapping[str, Any], sizes: Mapping[str, int], task: Any) -> SplitModel:
-    values = _with_sizes(config, sizes)
-    return SplitModel(
-        lambda rngs: build_model(values, rngs=rngs),
-        padding=getattr(task, "padding", "anywhere"),
-        packed=getattr(task, "packed", True),
-    )
+    return abstract_model({**config, "model": config["model"] | {"scan": False}}, sizes)

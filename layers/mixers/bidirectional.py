@@ -91,9 +91,8 @@ class Bidirectional(Mixer):
         self, x: Float[Array, "b t d"], carried: None, segments: Segments | None
     ) -> tuple[Float[Array, "b t d"], None]:
         backward = self.forward if self.backward is None else self.backward
-        ids = None if segments is None else segments.ids
-        ahead, _ = self.forward(x, segment_ids=ids)
-        back, _ = backward(reverse_segments(x, segments), segment_ids=ids)
+        ahead, _ = self.forward(x, segment_ids=segments)
+        back, _ = backward(reverse_segments(x, segments), segment_ids=segments)
         back = reverse_segments(back, segments)
         if self.joined is None:
             return ahead + back, None

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layers.parts.segmented_convolution import Packing, move, pack
+from layers.parts.segmented_convolution import Packing, pack_rows, take_tokens
 from layers.segments import SegmentIds, Segments, select_real
 from layers.typing import Array, Bool, Float, Int
 
@@ -43,7 +43,7 @@ def mix_each_segment(
     if segments.padding == "end" and not segments.packed:
         y = mix(weights, select_real(x, segments), jnp.maximum(segments.real.sum(1, dtype=jnp.int32), 1))
     else:
-        y = _loop(mix, weights, x, _packing(segments))
+        y = _loop(mix, weights, x, pack_rows(segments))
     return select_real(y, segments)
 
 
@@ -59,24 +59,16 @@ def reverse_segments(x: Float[Array, "b t *f"], segment_ids: SegmentIds = None) 
         return x[:, ::-1]
     if x.shape[1] == 0:
         return x
-    packing = _packing(segments)
+    packing = pack_rows(segments)
     numbers, place = packing.numbers, packing.place
     # Numbers ascend over the tokens; padding comes last.
     ascending = jnp.where(numbers == 0, x.shape[1] + 1, numbers)
     first, beyond = (
-        move(jax.vmap(partial(jnp.searchsorted, side=side))(ascending, numbers), place)
+        take_tokens(jax.vmap(partial(jnp.searchsorted, side=side))(ascending, numbers), place)
         for side in ("left", "right")
     )
-    index = move(packing.order, jnp.clip(first + beyond - 1 - place, 0, x.shape[1] - 1))
-    return move(x, jnp.where(segments.real, index, jnp.arange(x.shape[1], dtype=index.dtype)[None]))
-
-
-def _packing(segments: Segments) -> Packing:
-    """Every token in its place if padding is at the ends already, and else that of `pack`."""
-    if segments.padding != "end":
-        return pack(segments.ids)
-    same = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32)[None], segments.shape)
-    return Packing(same, same, segments.numbers)
+    index = take_tokens(packing.order, jnp.clip(first + beyond - 1 - place, 0, x.shape[1] - 1))
+    return take_tokens(x, jnp.where(segments.real, index, jnp.arange(x.shape[1], dtype=index.dtype)[None]))
 
 
 def _one(mix: Mix, weights: Any, x: Array, packing: Packing, number: Int[Array, ""]) -> Array:
@@ -85,11 +77,11 @@ def _one(mix: Mix, weights: Any, x: Array, packing: Packing, number: Int[Array, 
     own = packing.numbers == number
     start, length = jnp.argmax(own, axis=1)[:, None], own.sum(1)
     there = jnp.clip(start + jnp.arange(time)[None], 0, time - 1)
-    sequence = move(x, move(packing.order, there))
+    sequence = take_tokens(packing.pack(x), there)
     y = mix(weights, jnp.where(is_within(length, time)[..., None], sequence, 0), jnp.maximum(length, 1))
     index = packing.place - start
     back = (index >= 0) & (index < length[:, None])
-    return jnp.where(back[..., None], move(y, jnp.where(back, index, 0)), 0)
+    return jnp.where(back[..., None], take_tokens(y, jnp.where(back, index, 0)), 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

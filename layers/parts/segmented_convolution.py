@@ -40,9 +40,6 @@ class Packing:
     numbers: Any
     in_order: bool = False
 
-    def __iter__(self):
-        return iter((self.order, self.place, self.numbers))
-
     def pack(self, x: Num[Array, "b t *f"]) -> Num[Array, "b t *f"]:
         """x with the padding of each row at its end."""
         return x if self.in_order else take_tokens(x, self.order)
@@ -118,10 +115,6 @@ def last_inputs(
     index = (numbers != 0).sum(1)[:, None] - size + jnp.arange(size)[None]
     current = take_tokens(numbers, index) == numbers.max(1)[:, None]
     return jnp.where(current[..., None], take_tokens(inputs, index), 0)
-
-
-# The names that the mixers of other families use.
-pack, move, remember = pack_rows, take_tokens, last_inputs
 
 
 def _convolve(x, kernel, ahead, past):

@@ -14,7 +14,7 @@ from layers.parameters import linear, parameter
 from layers.parts.blocks import in_blocks, with_neighbours
 from layers.parts.cache import Cache, empty_cache, extend
 from layers.parts.moving_average import MovingAverage
-from layers.parts.segmented_convolution import move, pack
+from layers.parts.segmented_convolution import pack_rows
 from layers.positions import rotary
 from layers.segments import Segments, keep_where
 from layers.typing import Array, Float
@@ -144,7 +144,7 @@ class Mega(Mixer):
         h = cache = None
         if carried is not None:
             h = keep_where(visit.continues, carried.averages, jnp.zeros_like(carried.averages))
-        m, h = self.average(x, h, segment_ids=None if segments is None else segments.ids)
+        m, h = self.average(x, h, segment_ids=segments)
         width, keys = config.width, config.key_dim
         borders = [width, width + keys, width + keys + config.values]
         u, z, r, c = jnp.split(self.mixed(m), borders, axis=-1)
@@ -166,9 +166,9 @@ class Mega(Mixer):
             packing, numbers = None, jnp.ones((1, time), jnp.int32)
             positions = jnp.arange(time)[None]
         else:
-            packing = pack(segments.ids)
-            numbers, positions = packing.numbers, move(segments.positions, packing.order)
-            q, k, v = (move(tokens, packing.order) for tokens in (q, k, v))
+            packing = pack_rows(segments)
+            numbers, positions = packing.numbers, packing.pack(segments.positions)
+            q, k, v = map(packing.pack, (q, k, v))
         blocks = functools.partial(in_blocks, size=min(self.config.chunk or time, max(time, 1)))
         q, k, v, *at = map(blocks, (q, k, v, numbers, positions))
         there = at
@@ -177,7 +177,7 @@ class Mega(Mixer):
             k, v, *there = (with_neighbours(tokens, ahead=not self.causal) for tokens in (k, v, *at))
         o = self._attend(q, k, v, at, there)
         o = o.reshape(o.shape[0], o.shape[1] * o.shape[2], o.shape[3])[:, :time]
-        return o if packing is None else move(o, packing.place)
+        return o if packing is None else packing.unpack(o)
 
     def _continued(self, q, k, v, cache, visit):
         """Attention over the cache and the new tokens, `chunk` of them at a time, and the cache with them in it."""

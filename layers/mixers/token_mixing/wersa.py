@@ -14,8 +14,8 @@ from layers.mixers.linear_attention.performer import LARGEST_EXPONENT, orthogona
 from layers.parameters import NO_DECAY, Constant, linear, parameter
 from layers.parts.each_segment import mix_each_segment
 from layers.parts.feature_attention import feature_attention
-from layers.parts.heads import MemoryState, head_size, join_heads, split_heads
-from layers.parts.segmented_convolution import move, pack, remember
+from layers.parts.heads import head_size, join_heads, split_heads
+from layers.parts.segmented_convolution import last_inputs, pack_rows
 from layers.segments import Segments
 from layers.typing import Array, Float
 
@@ -124,23 +124,19 @@ class WERSA(Mixer):
 
     def mix(
         self, x: Float[Array, "b t d"], carried: WERSACarry | None, segments: Segments | None
-    ) -> tuple[Float[Array, "b t d"], WERSACarry | None]:
+    ) -> tuple[Float[Array, "b t d"], WERSACarry]:
         config = self.config
-        ids = None if segments is None else segments.ids
         qk = jnp.concatenate([self.query(x), self.key(x)], axis=-1).astype(jnp.float32)
-        before = past = total = None
-        if carried is not None:
-            before = MemoryState(carried.memory, jnp.zeros(x.shape[0], jnp.int32))
-            past, total = carried.past, carried.total
+        past, total, memory = (None, None, None) if carried is None else carried
         if config.causal:
             qk, past, total = self._filter_causally(qk, past, total, segments)
         else:
             qk = mix_each_segment(partial(_filter, config), self._gates(), qk, segment_ids=segments)
         q, k = (self._features(part, i) for i, part in enumerate(jnp.split(qk, 2, axis=-1)))
         v = split_heads(self.value(x), config.heads)
-        o, after = feature_attention(q, k, v, before, causal=config.causal, segment_ids=ids)
+        o, memory = feature_attention(q, k, v, memory, causal=config.causal, segment_ids=segments)
         y = self.output(join_heads(o))
-        return y, None if carried is None else WERSACarry(past, total, after.memory)
+        return y, WERSACarry(past, total, memory)
 
     def _gates(self) -> tuple[Array, ...]:
         layers = (self.inner, self.outer)
@@ -150,7 +146,6 @@ class WERSA(Mixer):
         """Filtered queries and keys, and what the next call needs: past inputs and the sum of queries."""
         config = self.config
         b, t, f = qk.shape
-        ids = None if segments is None else segments.ids
         if past is None:
             past = jnp.zeros((b, 2**config.levels - 1, f), qk.dtype)
         counted = jnp.concatenate([qk[..., : f // 2], jnp.ones((b, t, 1), qk.dtype)], axis=-1)
@@ -158,9 +153,9 @@ class WERSA(Mixer):
             jnp.ones((1, 1, f // 2 + 1), qk.dtype), counted, initial_state=total, segment_ids=segments
         )
         mean = sums[..., :-1] / jnp.maximum(sums[..., -1:], 1)
-        averages = _trailing_averages(qk, past, config.levels, ids)
+        averages = _trailing_averages(qk, past, config.levels, segments)
         gates = _gates(config, self._gates(), mean)
-        return _weighted(averages, gates), remember(past, qk, ids), total
+        return _weighted(averages, gates), last_inputs(past, qk, segments), total
 
     def _features(self, x: Float[Array, "b t f"], is_key: int) -> Float[Array, "b t h m"]:
         """phi of queries or keys; a factor common to all features of a query cancels."""
@@ -208,11 +203,11 @@ def _filter(config, weights, qk, lengths):
     return _weighted(averages, _gates(config, weights, mean))
 
 
-def _trailing_averages(x, past, levels, segment_ids):
+def _trailing_averages(x, past, levels, segments):
     """x and the means of the last 2, 4, ... 2^levels inputs of the segment, those before its first being zero."""
     size, t = past.shape[1], x.shape[1]
-    packing = None if segment_ids is None else pack(segment_ids)
-    ordered = x if packing is None else move(x, packing.order)
+    packing = None if segments is None else pack_rows(segments)
+    ordered = x if packing is None else packing.pack(x)
     numbers = jnp.ones(x.shape[:2], jnp.int32) if packing is None else packing.numbers
     numbers = jnp.pad(numbers, ((0, 0), (size, 0)), constant_values=1)
     average, averages = jnp.concatenate([past, ordered], axis=1), [x]
@@ -222,5 +217,5 @@ def _trailing_averages(x, past, levels, segment_ids):
         earlier = jnp.pad(average, (*back, (0, 0)))[:, : size + t]
         average = (average + jnp.where(same[..., None], earlier, 0)) / 2
         new = average[:, size:]
-        averages.append(new if packing is None else move(new, packing.place))
+        averages.append(new if packing is None else packing.unpack(new))
     return averages

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from layers.kernels import mosaic_gpu
+from layers.kernels import devices
 from layers.mixers import make_mixer
 
 MIXERS = {
@@ -42,13 +42,11 @@ def both_passes(name):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "retnet")) for name in MIXERS]
 )
-def test_mixers_take_kernels(monkeypatch, name):
-    monkeypatch.setattr(mosaic_gpu, "_device_refusal", lambda: None)
-    monkeypatch.setattr(mosaic_gpu, "left_to_partitioner", lambda: False)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_mixers_take_kernels(name):
     run, variables = both_passes(name)
     x, weights = (jax.ShapeDtypeStruct(SHAPES[name], dtype) for dtype in (jnp.bfloat16, jnp.float32))
-    text = jax.jit(run).trace(variables, x, weights).lower(lowering_platforms=("cuda",)).as_text()
+    with devices.as_on("gpu"):
+        text = jax.jit(run).trace(variables, x, weights).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu_v2") >= 2  # of either pass
 
 
@@ -60,7 +58,7 @@ def test_kernels_agree_with_xla_on_gpu(monkeypatch, name):
     arguments = variables, jnp.asarray(x, jnp.bfloat16), jnp.asarray(weights, jnp.float32)
     kernels = jax.jit(run).lower(*arguments)
     assert "@mosaic_gpu_v2" in kernels.as_text()
-    monkeypatch.setattr(mosaic_gpu, "_device_refusal", lambda: "XLA is asked for")
+    monkeypatch.setattr(devices, "hopper_refusal", lambda: "XLA is asked for")
     plain = jax.jit(lambda *given: run(*given)).lower(*arguments)
     assert "@mosaic_gpu_v2" not in plain.as_text()
     got, want = (jax.tree.leaves_with_path(lowered.compile()(*arguments)) for lowered in (kernels, plain))
