@@ -81,7 +81,7 @@ def run(tree, *command):
 
 
 def test_the_example_is_one_file_and_a_line_here_and_there():
-    assert list(blocks("python")) == [f"layers/mixers/{NAME}.py"]
+    assert list(blocks("python")) == [f"layers/mixers/recurrence/{NAME}.py"]
     added = {name: re.findall(r"^\+", diff, re.MULTILINE) for name, diff in blocks("diff").items()}
     assert {name: len(lines) for name, lines in added.items()} == {
         "layers/mixers/__init__.py": 2,

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from experiments.parallel import hosts
 from experiments.parallel.mesh import Devices
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.directory import RunDirectory
@@ -187,8 +188,8 @@ class _Training:
         return metrics
 
     def _save(self, *, evaluate: bool) -> None:
-        check_finite(self._step, self._state)
         arrays = self._layout.to_stored(self._state)
+        check_finite(self._step, arrays)
         note = self._note
         note.validation = self._validate() if evaluate else None
         note.data = self._batches.position

@@ -18,7 +18,7 @@ from layers.mixer import Mixer
 from layers.parameters import AuxiliaryLoss, Axes, Constant, axes_of, group_of
 from layers.segments import Segments
 from layers.typing import Array
-from seqmodels.names import Names, names_of
+from seqmodels.names import Names, join_layers, names_of, split_layers
 
 Arrays = dict[str, Array]
 STATISTICS = (nnx.BatchStat, Constant, AuxiliaryLoss)
@@ -27,13 +27,14 @@ STORED = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
-    """What a model says of one of its variables.
+    """What a model says of one of its variables, or of several that make one vector.
 
     Attributes:
       shape, dtype: of the array; a stacked one has its layers in front.
       group: of the optimizer.
       axes: logical axes (see `layers.parameters`).
       names: by layer.
+      members: of a vector, the declarations of its parts by path.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +42,14 @@ class Declaration:
     group: str
     axes: Axes
     names: Names
+    members: Mapping[str, "Declaration"] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of_vector(cls, members: Mapping[str, "Declaration"]) -> "Declaration":
+        """The declaration of a vector of some arrays of one group and type, one behind the other."""
+        first = next(iter(members.values()))
+        size = sum(member.size for member in members.values())
+        return cls((size,), first.dtype, first.group, (None,), Names((), False), members)
 
     @property
     def size(self) -> int:
@@ -50,8 +59,26 @@ class Declaration:
     @property
     def is_hidden_matrix(self) -> bool:
         """Whether the array is a matrix, or a stack of them, between hidden features: neither embedding nor output."""
+        if self.members:
+            return False
         rank = len(self.shape) - self.names.stacked
         return rank == 2 and self.group == "default" and "vocab" not in self.axes
+
+    def split(self, array: Array) -> dict[str, Array]:
+        """The array by the names of its layers."""
+        if not self.members:
+            return split_layers(self.names, array)
+        parts, start = {}, 0
+        for member in self.members.values():
+            parts |= member.split(array[start : start + member.size].reshape(member.shape))
+            start += member.size
+        return parts
+
+    def join(self, arrays: Mapping[str, Array]) -> Array:
+        """The inverse of `split`."""
+        if not self.members:
+            return join_layers(self.names, arrays)
+        return jnp.concatenate([jnp.ravel(member.join(arrays)) for member in self.members.values()])
 
 
 class SplitModel:

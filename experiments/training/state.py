@@ -15,8 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments.parallel.mesh import Devices
 from experiments.training.model import Arrays, Declaration, SplitModel
 from experiments.training.optimizers import Optimizer
+from experiments.training.packing import Packing
 from layers.typing import Array
-from seqmodels.names import Names, join_layers, split_layers
+from seqmodels.names import Names
 
 # Told apart from the keys that initialise the parameters, which come from the same seed.
 STEP_KEYS = 1
@@ -27,7 +28,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: int32, steps taken.
-      parameters: by name.
+      parameters: by name, small ones packed into vectors (see `packing`).
       statistics: running statistics of norms and other variables that gradients do not change, by name.
       optimizer: the state of the optax chain.
       average: exponential moving average of the parameters, or None.
@@ -51,21 +52,24 @@ class StateLayout:
     """How the state of a model and its optimizer is made, lies on devices and is stored.
 
     Attributes:
+      packing: which parameters the state holds as vectors.
+      transformation: the optimizer's, of what the state holds.
       abstract: shapes, types and shardings of the state.
     """
 
     def __init__(self, model: SplitModel, optimizer: Optimizer, devices: Devices):
         """Traces the first state; nothing is allocated."""
         self._model, self._optimizer, self._devices = model, optimizer, devices
-        self._transformation = optimizer.transformation()
-        self._declared = {**model.statistics, **model.parameters}
+        self.packing = Packing(model.parameters, optimizer, devices)
+        self.transformation = optimizer.transformation(self.packing.declarations)
+        self._declared = {**model.statistics, **self.packing.declarations}
         abstract = jax.eval_shape(self.make, jax.random.key(0))
         shardings = devices.shardings(self._declared)
 
         def place(path, leaf):
-            declaration = self._declaration(path)
-            same = declaration is not None and declaration.shape == leaf.shape
-            sharding = shardings[_last(path)] if same else devices.replicated
+            name = _part(path[-1])
+            same = name in self._declared and self._declared[name].shape == leaf.shape
+            sharding = shardings[name] if same else devices.replicated
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         self.abstract: TrainState = jax.tree.map_with_path(place, abstract)
@@ -84,11 +88,12 @@ class StateLayout:
     def make(self, key: jax.Array) -> TrainState:
         """The state before the first step, from the key of the seed. A pure function."""
         parameters, statistics = self._model.initialise(key)
+        parameters = self.packing.join(parameters)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             parameters=parameters,
             statistics=statistics,
-            optimizer=self._transformation.init(parameters),
+            optimizer=self.transformation.init(parameters),
             average=None if self._optimizer.config.ema is None else jax.tree.map(jnp.copy, parameters),
             key=jax.random.key_data(jax.random.fold_in(key, STEP_KEYS)),
         )
@@ -139,48 +144,49 @@ class StateLayout:
     @property
     def _join(self) -> Callable[[dict[str, Array]], TrainState]:
         def join(stored):
-            leaves = [join_layers(names, stored) for names, _ in self._leaves(self.abstract)]
+            leaves = []
+            for prefix, declaration, _ in self._leaves(self.abstract):
+                under = {
+                    name.removeprefix(prefix): array
+                    for name, array in stored.items()
+                    if name.startswith(prefix)
+                }
+                leaves.append(declaration.join(under))
             return jax.tree.unflatten(jax.tree.structure(self.abstract), leaves)
 
         return jax.jit(join, out_shardings=self.shardings)
 
     def _by_layer(self, state: TrainState) -> dict[str, Array]:
         stored: dict[str, Array] = {}
-        for names, leaf in self._leaves(state):
-            stored |= {name: jnp.copy(array) for name, array in split_layers(names, leaf).items()}
+        for prefix, declaration, leaf in self._leaves(state):
+            parts = declaration.split(leaf)
+            stored |= {f"{prefix}{name}": jnp.copy(array) for name, array in parts.items()}
         return stored
 
     @property
     def _stored_shardings(self) -> dict[str, NamedSharding]:
         shardings = {}
-        for names, leaf in self._leaves(self.abstract):
+        for prefix, declaration, leaf in self._leaves(self.abstract):
             spec = leaf.sharding.spec
-            spec = PartitionSpec(*spec[1:]) if names.stacked else spec
-            shardings |= dict.fromkeys(names.names, NamedSharding(self._devices.mesh, spec))
+            spec = PartitionSpec(*spec[1:]) if declaration.names.stacked else spec
+            sharding = (
+                self._devices.replicated if declaration.members else NamedSharding(self._devices.mesh, spec)
+            )
+            shapes = jax.eval_shape(declaration.split, leaf)
+            shardings |= {f"{prefix}{name}": sharding for name in shapes}
         return shardings
 
-    def _leaves(self, state: Any) -> Iterator[tuple[Names, Any]]:
-        """Every array of the state with its names in a checkpoint."""
+    def _leaves(self, state: Any) -> Iterator[tuple[str, Declaration, Any]]:
+        """Every array of the state, with the declaration that says its names in a checkpoint, and what they begin with."""
         for path, leaf in jax.tree.leaves_with_path(state):
-            declaration = self._declaration(path)
-            where = "/".join(_part(entry) for entry in path)
-            if declaration is None:
-                yield Names((where,), False), leaf
-                continue
-            prefix = "/".join(_part(entry) for entry in path[:-1])
-            names, stacked = declaration.names
-            if stacked and (not leaf.shape or leaf.shape[0] != len(names)):  # a placeholder of the optimizer
-                yield Names((where,), False), leaf
-            else:
-                yield Names(tuple(f"{prefix}/{name}" for name in names), stacked), leaf
-
-    def _declaration(self, path: tuple[Any, ...]) -> Declaration | None:
-        """Of the variable that an array of the state is, or belongs to."""
-        return self._declared.get(_last(path))
-
-
-def _last(path: tuple[Any, ...]) -> str:
-    return _part(path[-1])
+            declaration = self._declared.get(_part(path[-1]))
+            *before, last = (_part(entry) for entry in path)
+            prefix = "".join(f"{part}/" for part in before)
+            # What is no variable, or a placeholder of the optimizer for one, is stored under its own name.
+            names = None if declaration is None else declaration.names
+            if names is None or (names.stacked and leaf.shape[:1] != (len(names.names),)):
+                declaration = Declaration(leaf.shape, leaf.dtype, "", (), Names((last,), False))
+            yield prefix, declaration, leaf
 
 
 def _part(entry: Any) -> str:

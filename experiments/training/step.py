@@ -71,7 +71,6 @@ class StepFunctions:
         """
         self._model, self._loss = model, loss
         self._optimizer, self._devices, self._accumulate = optimizer, devices, accumulate
-        self._transformation = optimizer.transformation()
         self.layout = StateLayout(model, optimizer, devices)
         self.metric_names = metric_names
         self.train_metric_names = (*metric_names, *([AUXILIARY] if model.has_auxiliary_loss else []))
@@ -97,7 +96,7 @@ class StepFunctions:
         gradients, statistics, sums = self._gradients(state, batch, key)
         gradients = {name: gradient / sums["count"] for name, gradient in gradients.items()}
         norm = optax.tree.norm(gradients)
-        updates, optimizer = self._transformation.update(gradients, state.optimizer, state.parameters)
+        updates, optimizer = self.layout.transformation.update(gradients, state.optimizer, state.parameters)
         parameters = {
             name: (p + scale * updates[name]).astype(p.dtype) for name, p in state.parameters.items()
         }
@@ -114,6 +113,7 @@ class StepFunctions:
         self, state: TrainState, batch: Batch, key: Array
     ) -> tuple[Arrays, Arrays, dict[str, Array]]:
         """Gradients of the sum of losses, statistics, and the sums of metrics, over all micro-batches."""
+        parameters = self.layout.packing.cut(state.parameters)
 
         def loss(parameters, statistics, batch, key):
             output, statistics = self._model(parameters, statistics, batch, key=key)
@@ -125,9 +125,9 @@ class StepFunctions:
 
         def micro_batch(statistics, batch, key):
             (_, (statistics, sums)), gradients = jax.value_and_grad(loss, has_aux=True)(
-                state.parameters, statistics, batch, key
+                parameters, statistics, batch, key
             )
-            return self._divided(gradients), statistics, sums
+            return self._divided(self.layout.packing.join(gradients)), statistics, sums
 
         def add_micro_batch(carry, inputs):
             statistics, gradients, sums = carry
@@ -171,7 +171,7 @@ class StepFunctions:
         self, parameters: Arrays, statistics: Arrays, totals: Float[Array, "m"], batch: Batch
     ) -> Float[Array, "m"]:
         """The totals with the sums over one more batch. A pure function."""
-        output, _ = self._model(parameters, statistics, batch, key=None)
+        output, _ = self._model(self.layout.packing.cut(parameters), statistics, batch, key=None)
         _, sums = self._loss(output, batch)
         return totals + jnp.stack(self._ordered(sums, self.metric_names))
 

@@ -1,6 +1,7 @@
 """Optimizers of training: optax chains over the tree of parameters, with a learning rate and a decay per group."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ class Optimizer:
             )
         _ = self.groups
 
-    @property
+    @functools.cached_property
     def groups(self) -> dict[str, Group]:
         """The group of each parameter.
 
@@ -51,13 +52,27 @@ class Optimizer:
         """The factor on all learning rates in the update number `step`, counted from 0."""
         return schedule(self.config, step, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
 
-    def transformation(self) -> optax.GradientTransformation:
-        """The whole rule, from gradients to what is added to the parameters."""
-        matrices = {name: d.is_hidden_matrix for name, d in self.declarations.items()}
-        ranks = {name: len(d.shape) for name, d in self.declarations.items()}
+    def is_elementwise(self, declaration: Declaration) -> bool:
+        """Whether the rule treats every number of a parameter by itself, the same way in one group."""
+        if self.config.name == "muon":
+            return not declaration.is_hidden_matrix
+        return self.config.name in ("adamw", "lion")
+
+    def transformation(
+        self, declarations: Mapping[str, Declaration] | None = None
+    ) -> optax.GradientTransformation:
+        """The whole rule, from gradients to what is added to the parameters.
+
+        Args:
+          declarations: of what the rule acts on, where some of the parameters are packed into vectors.
+        """
+        declarations = self.declarations if declarations is None else declarations
+        matrices = {name: d.is_hidden_matrix for name, d in declarations.items()}
+        ranks = {name: len(d.shape) for name, d in declarations.items()}
+        groups = {name: self.groups[next(iter(d.members), name)] for name, d in declarations.items()}
         clip = [] if self.config.clip_norm is None else [optax.clip_by_global_norm(self.config.clip_norm)]
         return optax.chain(
-            *clip, direction(self.config, matrices, ranks), decay_and_scale(self.groups, self.schedule)
+            *clip, direction(self.config, matrices, ranks), decay_and_scale(groups, self.schedule)
         )
 
     def table(self) -> str:

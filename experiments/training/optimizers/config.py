@@ -105,8 +105,15 @@ def _check_fraction(name: str, value: Any, *, include_one: bool = False) -> None
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Peak learning rate and weight decay of one group of parameters."""
+    """Peak learning rate and weight decay of one group of parameters.
 
+    Attributes:
+      name: the entry of the config that sets them, "default" or "no_decay".
+      learning_rate: peak.
+      weight_decay: multiplied with the learning rate.
+    """
+
+    name: str
     learning_rate: float
     weight_decay: float
 
@@ -130,7 +137,7 @@ def assign_groups(
                 f"the model's groups: {', '.join(existing)}"
             )
     common = {"learning_rate": config.learning_rate, "weight_decay": config.weight_decay}
-    return chosen, {name: Group(**(common | entries.get(name, {}))) for name in sorted(used)}
+    return chosen, {name: Group(name, **(common | entries.get(name, {}))) for name in sorted(used)}
 
 
 def _longest_prefix(group: str, entries: Mapping[str, Any]) -> str:

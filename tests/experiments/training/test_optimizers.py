@@ -36,9 +36,9 @@ def random_arrays(seed):
 def test_the_longest_prefix_decides():
     _, chosen, groups = make(groups={"ssm": {"learning_rate": 0.01}, "ssm/b": {"weight_decay": 0.0}})
     assert chosen == {"a": "default", "b": "ssm", "c": "ssm", "d": "ssm/b", "e": "no_decay"}
-    assert groups["ssm"] == Group(learning_rate=0.01, weight_decay=0.5)
-    assert groups["ssm/b"] == Group(learning_rate=0.1, weight_decay=0.0)
-    assert groups["no_decay"] == Group(learning_rate=0.1, weight_decay=0.0)
+    assert groups["ssm"] == Group("ssm", learning_rate=0.01, weight_decay=0.5)
+    assert groups["ssm/b"] == Group("ssm/b", learning_rate=0.1, weight_decay=0.0)
+    assert groups["no_decay"] == Group("no_decay", learning_rate=0.1, weight_decay=0.0)
 
 
 def test_no_decay_can_be_given():

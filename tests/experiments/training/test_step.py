@@ -57,7 +57,8 @@ def test_micro_batches_update_the_statistics_one_after_the_other():
     config = tiny_config(train=dict(accumulate=2))
     plan = experiment.build(config)
     batch = next(plan.train_batches())
-    table = start(config)[3].parameters["table"]
+    _, functions, _, state = start(config)
+    table = functions.layout.packing.cut(state.parameters)["table"]
     embedded = table[batch["inputs"]] * batch["segment_ids"][..., None]
     first, second = (embedded[start::2].mean((0, 1)) for start in (0, 1))
     got = run(config, 1)[1]["statistics/mean"]
@@ -113,10 +114,10 @@ def test_metrics_are_those_of_the_batch():
     plan = experiment.build(config)
     metrics, _ = run(config, 1)
     batch = next(plan.train_batches())
-    state = start(config)[3]
+    _, functions, _, state = start(config)
     loss, gradients = jax.value_and_grad(
         lambda p: plan.task.loss(plan.model(p, state.statistics, batch, key=None)[0], batch)[0]
-    )(state.parameters)
+    )(functions.layout.packing.cut(state.parameters))
     assert metrics["count"][0] == 8
     assert metrics["tokens"][0] == np.sum(batch["segment_ids"])
     np.testing.assert_allclose(metrics["loss"][0] / 8, loss, rtol=1e-5)
