@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
+from layers.parameters import group_of
 from seqmodels.autoencoder import Autoencoder
 from seqmodels.classifier import Classifier
 from seqmodels.config import AutoencoderConfig, ClassifierConfig, LanguageModelConfig, parse
@@ -31,4 +33,15 @@ def build_model(config: Mapping[str, Any], *, rngs: nnx.Rngs) -> Classifier | La
       ValueError: an unknown field or name (with the nearest one), or values that cannot go together.
     """
     parsed = parse(config)
-    return MODELS[type(parsed)](parsed, rngs=rngs)
+    model = MODELS[type(parsed)](parsed, rngs=rngs)
+    dtype = jnp.dtype(parsed.stack.param_dtype)
+    if dtype != jnp.float32:
+        _store_matrices(model, dtype)
+    return model
+
+
+def _store_matrices(model: nnx.Module, dtype: jnp.dtype) -> None:
+    """Gives the matrices of the optimizer group "default" a type; rates, norms and biases stay float32."""
+    for _, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if parameter.ndim >= 2 and group_of(parameter) == "default":
+            parameter.set_value(parameter[...].astype(dtype))

@@ -341,3 +341,13 @@ def test_a_language_model_refuses_what_is_not_causal():
 def test_a_classifier_takes_no_state():
     with pytest.raises(ValueError, match="takes no state"):
         make()(TOKENS, ())
+
+
+def test_matrices_are_stored_in_their_type_and_everything_else_in_float32():
+    model = make("language_model", param_dtype="bfloat16")
+    stored = {name: array.dtype for name, array in by_layer(nnx.state(model, nnx.Param)).items()}
+    assert stored["stack/blocks/1/mixer/query/kernel"] == stored["embedding/table"] == jnp.bfloat16
+    assert stored["stack/blocks/0/mixer/b"] == stored["norm/scale"] == jnp.float32
+    want, _ = jitted(make("language_model"))(TOKENS)
+    got, _ = jitted(model)(TOKENS)
+    np.testing.assert_allclose(got, want, atol=0.05)

@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from layers.mixers import make_mixer
-from layers.parameters import group_of
+from layers.parameters import LOGICAL_AXES, axes_of, group_of
+from seqmodels import build_model
 from tests.layers.mixers.table import BY_FOURIER_TRANSFORM, MIXERS
 
 WIDTH, BATCH, TIME = 8, 2, 24
@@ -262,6 +263,45 @@ def test_bfloat16_activations(entry):
 def test_parameters_declare_known_groups(entry):
     for path, variable in nnx.to_flat_state(nnx.state(build(entry), nnx.Param)):
         assert group_of(variable) in GROUPS, path
+
+
+@every_mixer
+def test_parameters_declare_logical_axes(entry):
+    """A name or None per axis, none twice, and a name for something wherever an array grows with the width."""
+    wide = make_mixer(
+        MIXERS[entry][0], MIXERS[entry][1], given={"width": 2 * WIDTH, "dtype": jnp.float32}, rngs=nnx.Rngs(0)
+    )
+    wider = dict(nnx.to_flat_state(nnx.state(wide, nnx.Param)))
+    for path, variable in nnx.to_flat_state(nnx.state(build(entry), nnx.Param)):
+        axes = axes_of(variable)
+        named = [name for name in axes if name is not None]
+        assert len(axes) == variable.ndim, path
+        assert set(named) <= set(LOGICAL_AXES) - {"layer", "vocab", "mlp", "expert"}, path
+        assert len(set(named)) == len(named), path
+        if wider[path].shape != variable.shape:
+            assert named, f"{path} grows with the width and names no axis"
+
+
+def test_every_group_and_every_logical_axis_is_declared_somewhere():
+    axes, groups = set(), set()
+    models = [
+        {"pattern": ("mamba+swiglu", "s5+moe"), "depth": 4, "mixers": {"s5": {"state_size": 4}}},
+        {
+            "pattern": ("attention",),
+            "depth": 1,
+            "mixers": {"attention": {"heads": 2}},
+            "tie_embeddings": False,
+        },
+    ]
+    for model in models:
+        built = build_model(
+            {"kind": "language_model", "width": 8, "vocab_size": 5, **model}, rngs=nnx.Rngs(0)
+        )
+        for _, variable in nnx.to_flat_state(nnx.state(built, nnx.Param)):
+            axes.update(axes_of(variable))
+            groups.add(group_of(variable))
+    assert axes == {*LOGICAL_AXES, None}
+    assert groups == GROUPS
 
 
 @every_mixer
