@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from layers.kernels.delta_rule import gpu, xla
 from layers.kernels.delta_rule.gpu import Settings
+from layers.kernels.segments import Segments
 
 Arrays = dict[str, Any]
 
@@ -47,7 +48,7 @@ class Problem:
     def refusal(self) -> str | None:
         """Why the kernels cannot run here, or None."""
         probe, beta = jnp.zeros((1, 1, 1, 64), jnp.bfloat16), jnp.zeros((1, 1, 1))
-        return gpu.refuses(probe, probe, probe, beta, None, None)
+        return gpu.unsupported_reason(probe, probe, probe, beta, None, None)
 
     def prepare(self, sizes: Any) -> "Prepared":
         """The arguments on the device, at the size to run, and the float64 results."""
@@ -94,11 +95,11 @@ class Prepared:
             "o": normal(batch, time, heads, size),
             "final": normal(batch, heads, size, size, dtype=jnp.float32),
         }
-        self._ids = None
+        self._segments = None
         if problem.segments:
             starts = jax.random.bernoulli(next(keys), 0.005, (batch, time))
             ids = 1 + jnp.cumsum(starts, axis=1, dtype=jnp.int32)
-            self._ids = ids.at[:, -time // 50 :].set(0)
+            self._segments = Segments.of(ids.at[:, -time // 50 :].set(0), padding="end")
         self._expected = self._exact()
 
     def _exact(self) -> Arrays:
@@ -111,7 +112,7 @@ class Prepared:
                 results = _both(functools.partial(_call, xla.delta_rule, ids))(arrays, cotangents)
                 return jax.tree.map(lambda x: x[0], results)
 
-            expected = jax.jit(functools.partial(jax.lax.map, row))((*wide, self._ids))
+            expected = jax.jit(functools.partial(jax.lax.map, row))((*wide, self._segments))
             return jax.block_until_ready(expected)
 
     def describe(self) -> str:
@@ -136,7 +137,7 @@ class Prepared:
         """What to compile for a pass: the settings (None for other implementations) and a function."""
 
         def on(function: Any, **settings: Any) -> Any:
-            return functools.partial(_call, functools.partial(function, **settings), self._ids)
+            return functools.partial(_call, functools.partial(function, **settings), self._segments)
 
         if part == "forward":
             tried = {_name(s): (s, on(gpu.delta_rule, settings=s)) for s in self.problem.forward}
@@ -170,7 +171,7 @@ def _call(function: Any, ids: Any, arrays: Arrays) -> Arrays:
         scale=size**-0.5,
         normalize_qk=False,
         initial_state=arrays["state"],
-        segment_ids=ids,
+        segments=ids,
     )
     return {"o": o, "final": final}
 

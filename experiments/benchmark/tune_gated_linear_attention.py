@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from layers.kernels.gated_linear_attention import gpu, xla
 from layers.kernels.gated_linear_attention.gpu.kernels import Settings
-from layers.kernels.segments import segment_numbers
+from layers.kernels.segments import Segments
 
 Arrays = dict[str, Any]
 
@@ -41,7 +41,7 @@ class Problem:
     def refusal(self) -> str | None:
         """Why the kernels cannot run here, or None."""
         probe = jnp.zeros((1, 8, 1, 64), jnp.bfloat16)
-        return gpu.refuses(probe, probe, probe, None, None, False, None)
+        return gpu.unsupported_reason(probe, probe, probe, None, None, False, None)
 
     def prepare(self, sizes: Any) -> "Prepared":
         """The arguments on the device, at the size to run, and the results of XLA in float32."""
@@ -92,11 +92,11 @@ class Prepared:
             "o": normal(batch, time, heads, values),
             "final": normal(batch, heads, keys, values, dtype=jnp.float32),
         }
-        self._ids = None
+        self._segments = None
         if problem.segments:
             starts = jax.random.bernoulli(next(draw), 0.005, (batch, time))
             ids = 1 + jnp.cumsum(starts, axis=1, dtype=jnp.int32)
-            self._ids = ids.at[:, -time // 50 :].set(0)
+            self._segments = Segments.of(ids.at[:, -time // 50 :].set(0), padding="end")
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), (self._arrays, self._cotangents))
         self._expected = jax.block_until_ready(jax.jit(self._both(xla.gated_linear_attention))(*wide))
         self._states = jax.block_until_ready(jax.jit(self._kept)(self._arrays))
@@ -141,7 +141,7 @@ class Prepared:
     def _forward(self, function: Any) -> Any:
         def run(arrays: Arrays) -> Arrays:
             q, k, v, g = (arrays.get(name) for name in ("q", "k", "v", "log_decay"))
-            o, final = function(q, k, v, g, None, self._scale, False, arrays["state"], self._ids, 1e-6)
+            o, final = function(q, k, v, g, None, self._scale, False, arrays["state"], self._segments, 1e-6)
             return {"o": o, "final": final}
 
         return run
@@ -153,8 +153,8 @@ class Prepared:
     def _residuals(self, arrays: Arrays) -> tuple[Any, ...]:
         q, k, v, g = (arrays.get(name) for name in ("q", "k", "v", "log_decay"))
         number = None
-        if self._ids is not None:
-            number = segment_numbers(self._ids)
+        if self._segments is not None:
+            number = self._segments.numbers
             g = jnp.where((number == 0)[..., None], 0, g)
         return q, k, v, g, number
 
@@ -171,8 +171,8 @@ class Prepared:
         residuals = (*inputs, states[:, :, :: max(1, length // call.span)])
         given = cotangents["o"], cotangents["final"]
         dq, dk, dv, dg, _, dstate = gpu.gradients(call, residuals, given)
-        if dg is not None and self._ids is not None:
-            dg = jnp.where((self._ids == 0)[..., None], 0, dg)
+        if dg is not None and self._segments is not None:
+            dg = jnp.where(~self._segments.real[..., None], 0, dg)
         gradients = {"dq": dq, "dk": dk, "dv": dv, "dstate": dstate, "dlog_decay": dg}
         return {name: x for name, x in gradients.items() if x is not None}
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from experiments.benchmark.peers import PLAIN
 from layers.kernels.linear_recurrence import gpu, reference, xla
 from layers.kernels.linear_recurrence.gpu.kernels import Settings
+from layers.kernels.segments import Segments
 
 Arrays = dict[str, Any]
 
@@ -64,7 +65,7 @@ class Problem:
     def refusal(self) -> str | None:
         """Why the kernels cannot run here, or None."""
         probe = jnp.zeros((1, 1, 8), jnp.float32)
-        return gpu.refuses(probe, probe, None)
+        return gpu.unsupported_reason(probe, probe, None)
 
     def prepare(self, sizes: Any) -> "Prepared":
         """The arguments on the device, at the size to run, and the float64 results."""
@@ -125,11 +126,11 @@ class Prepared:
             jax.random.normal(keys[4], shape, dtype),
             jax.random.normal(keys[5], shape[::2], wide),
         )
-        self._ids = None
+        self._segments = None
         if problem.segments:
             starts = jax.random.bernoulli(keys[6], 0.005, shape[:2])
             ids = 1 + jnp.cumsum(starts, axis=1, dtype=jnp.int32)
-            self._ids = ids.at[:, -shape[1] // 50 :].set(0)
+            self._segments = Segments.of(ids.at[:, -shape[1] // 50 :].set(0), padding="end")
         with jax.enable_x64(True):
             self._expected = jax.jit(self._both(reference.linear_recurrence))(
                 *jax.tree.map(_widened, (self._arrays, self._cotangents))
@@ -178,14 +179,14 @@ class Prepared:
 
     def _forward(self, function: Any) -> Any:
         def run(arrays: Arrays) -> Arrays:
-            h, final = function(arrays["a"], arrays["x"], arrays["state"], self._ids, False)
+            h, final = function(arrays["a"], arrays["x"], arrays["state"], self._segments, False)
             return {"h": h, "final": final}
 
         return run
 
     def _backward(self, settings: Settings, arrays: Arrays, cotangents: Any, h: Any) -> Arrays:
         call = gpu.Call(False, arrays["x"].dtype, gpu.FORWARD, settings)
-        residuals = (arrays["a"], arrays["state"], gpu.token_codes(self._ids, False), h)
+        residuals = (arrays["a"], arrays["state"], gpu.token_codes(self._segments, False), h)
         da, dx, dstate, _ = gpu.gradients(call, residuals, cotangents)
         return {"da": da, "dx": dx, "dstate": dstate}
 
@@ -203,9 +204,9 @@ def _gpu(**settings: Settings) -> Any:
     return functools.partial(gpu.linear_recurrence, **settings)
 
 
-def _by_scan(scan: Any, a: Any, x: Any, state: Any, segment_ids: Any, reverse: bool) -> Any:
+def _by_scan(scan: Any, a: Any, x: Any, state: Any, segments: Any, reverse: bool) -> Any:
     """The recurrence by `jax.lax.associative_scan`, the state entering by the first input."""
-    del segment_ids, reverse
+    del segments, reverse
     x = x.at[:, 0].add((a[:, 0] * state).astype(x.dtype))
     h = scan(jnp.broadcast_to(a, x.shape), x)
     return h, h[:, -1].astype(state.dtype)

@@ -208,7 +208,7 @@ def from_json(text: str) -> dict[str, Any]:
 
 def section(config: Mapping[str, Any], name: str, config_class: type) -> Any:
     """The section `name` as the dataclass `config_class`, with did-you-mean errors for its fields."""
-    return make_config(f"config.{name}", config_class, config[name])
+    return make_config(f"config.{name}", config_class, config.get(name, {}))
 
 
 def differences(

@@ -51,7 +51,7 @@ def parts(entry: Any) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def passed_over_reason(x: jax.Array, *, batch: int = 0) -> str | None:
+def passed_over_reason(x: Any, *, batch: int = 0) -> str | None:
     """Why a kernel would gather what the devices hold, or None.
 
     Args:

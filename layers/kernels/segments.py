@@ -124,8 +124,8 @@ def last_real_id(segment_ids: Int[Array, "b t"], before: Int[Array, "b"] | None 
     return jnp.where(index >= 0, ids, first[:, None])
 
 
-def select_real(x: Num[Array, "b t *f"], segment_ids: SegmentIds) -> Num[Array, "b t *f"]:
-    """x where there are tokens, and zero at padding, whatever stands there."""
+def select_real(x: Num[Array, "#b #t *f"], segment_ids: SegmentIds) -> Num[Array, "..."]:
+    """x where there are tokens, and zero at padding, whatever stands there; axes of size 1 stand for all."""
     if segment_ids is None:
         return x
     real = segment_ids.real if isinstance(segment_ids, Segments) else segment_ids != 0

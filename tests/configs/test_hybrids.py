@@ -80,7 +80,7 @@ def test_every_section_of_the_config_holds(name):
 
 def test_positions_and_windows_are_the_papers():
     assert isinstance(attention_of("jamba").config.position, NoPosition)
-    assert isinstance(model_of("kimi_linear").stack.blocks[3].mixer.config.position, NoPosition)
+    assert isinstance(model_of("kimi_linear").stack.block(3).mixer.config.position, NoPosition)
     for name in ("griffin", "minimax"):
         assert attention_of(name).config.position.fraction == 0.5
     assert attention_of("qwen3_next").config.position == Rotary(fraction=0.25)
@@ -91,13 +91,13 @@ def test_positions_and_windows_are_the_papers():
 
 
 def test_jamba_norms_what_selects():
-    assert model_of("jamba").stack.blocks[0].mixer.inner_norms is not None
-    assert model_of("samba").stack.blocks[0].mixer.inner_norms is None
+    assert model_of("jamba").stack.block(0).mixer.inner_norms is not None
+    assert model_of("samba").stack.block(0).mixer.inner_norms is None
 
 
 def test_routers_are_the_papers():
     routers = {
-        name: model_of(name).stack.blocks[-1].channel.config for name in PATTERNS if "E" in PATTERNS[name]
+        name: model_of(name).stack.block(-1).channel.config for name in PATTERNS if "E" in PATTERNS[name]
     }
     kimi = routers.pop("kimi_linear")
     assert (kimi.scores, kimi.scale, kimi.bias_rate, kimi.balance) == ("sigmoid", 2.446, 0.001, 0.0)

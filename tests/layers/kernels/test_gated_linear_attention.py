@@ -39,7 +39,7 @@ def weak(*last):
 @functools.cache
 def compiled(function, options):
     """Outputs, and gradients of a linear function of them with the given weights."""
-    missing = dict.fromkeys(("log_decay", "bonus", "initial_state", "segment_ids"))
+    missing = dict.fromkeys(("log_decay", "bonus", "initial_state", "segments"))
 
     def loss(arguments, weights):
         arguments = missing | arguments

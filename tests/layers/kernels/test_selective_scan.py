@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from layers.kernels.segments import Segments
 from layers.kernels.selective_scan import compose, selective_scan, summarize, xla
 
 implementations = pytest.mark.parametrize("impl", ["xla", "reference"])
@@ -67,10 +68,10 @@ def test_other_chunks_give_the_same(block, blocks):
     state = arguments.pop("initial_state")
 
     def outputs(run, arguments):
-        return run(**arguments, dt_softplus=True, initial_state=state, segment_ids=ids)
+        return run(**arguments, dt_softplus=True, initial_state=state)
 
-    chunked = functools.partial(xla.selective_scan, block=block, blocks=blocks)
-    want = functools.partial(selective_scan, impl="reference")
+    chunked = functools.partial(xla.selective_scan, block=block, blocks=blocks, segments=Segments.of(ids))
+    want = functools.partial(selective_scan, impl="reference", segment_ids=ids)
     weights = jax.tree.map(
         lambda v: np.random.default_rng(1).standard_normal(v.shape), outputs(want, arguments)
     )
