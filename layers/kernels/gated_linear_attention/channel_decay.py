@@ -69,7 +69,7 @@ def _leaf_sums(g, leaf, exclusive):
     """Sums of g inside each leaf up to a step (without the step if `exclusive`), after it, and over the whole leaf."""
     g = g.reshape(*g.shape[:-2], g.shape[-2] // leaf, leaf, g.shape[-1])
     upto = jnp.tril(jnp.ones((leaf, leaf), bool))
-    # Each sum is taken anew: the gradient of a difference would subtract large numbers at early steps.
+    # Each sum is computed separately: the gradient of a difference would subtract large numbers at early steps.
     return _masked_sum(jnp.tril(upto, -1) if exclusive else upto, g), _masked_sum(~upto, g), g.sum(-2)
 
 

@@ -34,7 +34,7 @@ def within_chunks(q, k, g, bonus, same, scale, dtype):
         diagonal = jnp.broadcast_to(jnp.eye(q.shape[-2], dtype=bool), weights.shape)
         weights = jnp.where(diagonal, here[..., None], weights)
     before = contract("...j,ij->...i", g, _below(g.shape[-1], -1 if exclusive else 0).astype(g.dtype))
-    # This sum is taken anew: the gradient of a difference would subtract large numbers at early steps.
+    # This sum is computed separately: the gradient of a difference would subtract large numbers at early steps.
     after = contract("...j,ji->...i", g, _below(g.shape[-1], -1).astype(g.dtype))
     return weights.astype(dtype), (before, after, g.sum(-1))
 

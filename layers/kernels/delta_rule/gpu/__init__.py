@@ -112,7 +112,7 @@ def delta_rule(
     """Returns outputs and the final state; the public function has checked the arguments.
 
     Args:
-      settings: replaces the tuned ones.
+      settings: layouts that replace the tuned ones.
     """
     rows, _, across, _ = partition.spec_of(v, heads=2)
     if k.shape[2] != v.shape[2] and k.shape[2] % partition.parts(across):

@@ -68,7 +68,7 @@ def unsupported_reason(q, k, v, log_decay, bonus, normalize, initial_state, **_:
 def passed_over_reason(q, k, v, **_: Any) -> str | None:
     """Why `impl=None` does not take these kernels, or None.
 
-    They need a full chunk, heads wide enough for the tensor cores, and enough blocks to fill the GPU.
+    They need a full chunk, heads wide enough for the tensor cores, and enough programs to fill the GPU.
     """
     if devices.backend() != "gpu":
         return devices.hopper_refusal()
