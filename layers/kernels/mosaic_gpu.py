@@ -180,9 +180,7 @@ def product(a: Any, b: Any, start: jax.Array | None = None) -> jax.Array:
       start: must not be used elsewhere. The product reuses its registers, and ptxas (12.9, 13.0, 13.5) does not see that
         they change: of two equal expressions, one of `start` and one of the result, it computes only one.
     """
-    if (
-        _interpreted.get()
-    ):  # the interpreter has neither operands in registers nor sums that start with a value
+    if _interpreted.get():  # the interpreter takes neither operands in registers nor a starting sum
         left, right = (x if isinstance(x, jax.Array) else plgpu.load(x) for x in (a, b))
         result = jax.numpy.dot(left, right, preferred_element_type=jax.numpy.float32)
         return result if start is None else start + result

@@ -28,7 +28,7 @@ class Segments:
       numbers: 1, 2, ... for the tokens of the first, second, ... segment of each row, and 0 for padding: two real tokens
         share a segment if and only if their numbers agree.
       positions: the number of earlier real tokens of the same segment.
-      starts: True at the first token of every segment but the row's first, where a state must be forgotten.
+      starts: True at the first token of every segment but the row's first, where a state is reset.
       padding: "end" if padding stands only behind all real tokens of its row; static. The neighbours of a token are then
         adjacent to it, so that shifts and masks replace gathers.
       packed: False if no row holds more than one segment; static. Then `starts` is False everywhere.

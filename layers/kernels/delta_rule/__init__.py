@@ -53,9 +53,9 @@ def delta_rule(
       v: values.
       beta: writing strength, in (0, 1), or in (0, 2) to let a step reverse the sign of what it erases.
       log_decay: log alpha <= 0, per head (b, t, h) or key channel (b, t, h, k); None for no decay.
-      scale: of the queries; k^-1/2 if None.
+      scale: factor of the queries; k^-1/2 if None.
       normalize_qk: whether to divide queries and keys by their norms first, x / sqrt(sum x^2 + 1e-6), in float32.
-      initial_state: S_0, zero if absent. It belongs to the segment of the first real token.
+      initial_state: S_0, zero if None. It belongs to the segment of the first real token.
       segment_ids: 0 is padding, which leaves the state as it is and outputs zero; a change of id resets the state
         (see `layers.kernels.segments`).
       impl: "gpu", "xla", "reference", or None for the best. "gpu", for Hopper, takes bfloat16 queries, keys and values of
@@ -116,7 +116,7 @@ def dplr_delta_rule(
       a: the direction in which the old state is read.
       b: the direction in which that is written; Diag(w) + b a^T should not lengthen vectors, or the state diverges.
       log_decay: log w <= 0, per head (b, t, h) or key channel (b, t, h, k); None for no decay.
-      scale: of the queries; k^-1/2 if None.
+      scale: factor of the queries; k^-1/2 if None.
       initial_state, segment_ids: as for `delta_rule`.
       impl: "xla", "reference", or None for the best.
 

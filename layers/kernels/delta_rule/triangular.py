@@ -1,8 +1,8 @@
 """Unit lower triangular systems by matrix products.
 
 (I + L) y = x with L strictly lower triangular is solved by inverting I + L, because every chunk needs the inverse for
-several right-hand sides. The inverse grows from the diagonal: once the diagonal blocks of size s are inverted, those of size 2 s
-follow from
+several right-hand sides. The inverse grows from the diagonal: once the diagonal blocks of size s are inverted, those of
+size 2 s follow from
 
     [ A    ]^-1   [  A^-1              ]
     [ C  B ]    = [ -B^-1 C A^-1   B^-1 ].

@@ -66,8 +66,8 @@ def gated_linear_attention(
         step. (b, t, h, k): per key channel. A size of 1 in place of b or t stands for all.
       bonus: (h, k), the weight u of the current token.
       scale: factor of the outputs, k ** -0.5 if None. Must be None with `normalize`.
-      normalize: divide by the sum of the weights.
-      initial_state: S_0, zero if absent; it belongs to the first real token.
+      normalize: whether to divide the outputs by the sum of the weights.
+      initial_state: S_0, zero if None; it belongs to the first real token.
       segment_ids: (b, t). 0 is padding, which leaves the state as it is and has zero outputs; a change of id resets the
         state (see `layers.kernels.segments`).
       impl: "gpu" (bfloat16) or "tpu", both with at most one decay per head and step, no bonus and not normalised;

@@ -17,7 +17,7 @@ compute and half the size of q. With one decay per head the factors b and w mult
 heads that share queries and keys share their products.
 
 Byte floor at 8 x 4096 tokens and 16 heads of 128 in bfloat16: with one decay per head 0.5 GB forward and 1.5 GB with the
-backward pass; with a float32 decay per channel 0.8 and 2.3 GB. XLA moves about ten times as much, and memory bounds it.
+backward pass; with a float32 decay per channel 0.8 and 2.3 GB. XLA moves about ten times as much.
 """
 
 import functools

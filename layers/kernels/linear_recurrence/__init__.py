@@ -38,7 +38,7 @@ def linear_recurrence(
     Args:
       a: decay per step; an axis of size 1 in place of b or t stands for all (a time-invariant system).
       x: input per step. a and x may each be real or complex.
-      initial_state: h_0, zero if absent. It belongs to the segment of the first real token in the running direction.
+      initial_state: h_0, zero if None. It belongs to the segment of the first real token in the running direction.
       segment_ids: 0 is padding, which leaves the state as it is; a change of id resets the state
         (see `layers.kernels.segments`).
       reverse: whether to run from the last step to the first, h_t = a_t h_{t+1} + x_t.

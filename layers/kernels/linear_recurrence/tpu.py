@@ -5,16 +5,16 @@ The kernels are checked in the interpreter and compiled for a v5e; they have not
 The grid is batch, blocks of channels (lanes) and blocks of time, the last in order: the state stays in VMEM. Complex
 numbers are two real planes. Inside a block, 8 steps (the sublanes of a register) are combined by doubling, with three
 rotations, and the state then passes from one such tile to the next. The backward pass runs the other way. With u_t the
-gradient of the state, as it leaves step t,
+gradient that step t passes to the state before it,
 
     g_t = dh_t + u_{t+1},    u_t = conj(a_t) g_t,    dx_t = g_t,    da_t = g_t conj(h_{t-1}),
 
 needs a, the output h and, at the border of a block, 16 steps of h of the block before.
 
 Bytes: a, x and h once forward; a, h, dh, dx and da once backward. At 8 x 4096 x 2048 float32 that is 0.8 and 1.3 GB, or
-1.0 and 1.6 ms on a v5e. The arithmetic (real) needs 2 operations per element and does some 20, of which a third are rotations and
-masks; memory should bound both passes. Segments or an odd length add a mask, one float per step, which every block of
-channels reads and turns from lanes to sublanes.
+1.0 and 1.6 ms on a v5e. The arithmetic (real) needs 2 operations per element and does some 20, of which a third are
+rotations and masks; memory should bound both passes. Segments or an odd length add a mask, one float per step, which every
+block of channels reads and turns from lanes to sublanes.
 """
 
 import functools

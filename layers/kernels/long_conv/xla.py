@@ -5,7 +5,7 @@ the input needs no more, since what wraps around falls on outputs that are disca
 size if FFTs of that size are fast, and otherwise with the end of the input as the state.
 
 Bytes moved per element of x, forward, in bfloat16 with n = 2t: 2 read and 8 written to cast, transpose and pad; 16 by each
-of the two transforms; 16 by the product; 4 read and 2 written at the end: 64 in all, against 4 at least. Memory bounds it.
+of the two transforms; 16 by the product; 4 read and 2 written at the end: 64 in all, against 4 at least.
 The backward pass has one more transform forward and one more product (two of each with an output gate).
 """
 

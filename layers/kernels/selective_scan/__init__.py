@@ -50,8 +50,8 @@ def selective_scan(
       skip: weight of the current input in the output (D in the paper); 0 if None.
       gate: the output is multiplied by silu(gate) (z in the paper); by 1 if None.
       dt_bias: added to dt, before the softplus.
-      dt_softplus: use softplus(dt + dt_bias) for dt + dt_bias.
-      initial_state: h_0, zero if absent. It belongs to the segment of the first real token.
+      dt_softplus: whether softplus(dt + dt_bias) replaces dt + dt_bias.
+      initial_state: h_0, zero if None. It belongs to the segment of the first real token.
       segment_ids: 0 is padding, which leaves the state as it is and gives the output 0; a change of id resets the
         state (see `layers.kernels.segments`).
       impl: "xla", "reference", or None for the best.

@@ -31,7 +31,9 @@ def short_conv(
     segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b w-1 d"]]:
-    """Returns every channel convolved with its own w taps, the last of which is for the current token, and the state.
+    """Returns every channel convolved with its own w taps, and the last w - 1 inputs.
+
+    The last tap is for the current token:
 
         y_t = activation(bias + sum_{j<w} weight_j x_{t-(w-1)+j})
 

@@ -7,7 +7,7 @@ gathers of rows (see `taps`), still in one pass. The backward pass recomputes th
     dp_t = dy_t activation'(p_t),   dx_s = sum_k weight_{w-1-k} dp_{s+k},   dweight_{w-1-k} = sum_t dp_t x_{t-k}.
 
 Numbers moved per token and channel, as compiled for a GPU at width 4: 2 forward; 9 backward, where 3 are the least (the
-compiler makes three passes over dp and x for the five sums). Memory bounds both passes.
+compiler makes three passes over dp and x for the five sums).
 """
 
 import functools

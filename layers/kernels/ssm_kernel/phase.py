@@ -1,9 +1,9 @@
 """Angles that are multiplied by large step numbers, as a sum of two floats.
 
 The angle of mode a after l steps, l dt Im(a), reaches 1e5 turns for the fast modes of HiPPO, where float32 loses the
-fraction of a turn. An angle per step is therefore held as coarse + fine: `coarse` has 12 significant bits, so that its product with a
-step number of up to 12 significant bits is exact, and `fine` is the rest. The cosine and sine of each product are accurate
-at any size, and the addition theorems join them.
+fraction of a turn. An angle per step is therefore held as coarse + fine: `coarse` has 12 significant bits, so that its
+product with a step number of up to 12 significant bits is exact, and `fine` is the rest. The cosine and sine of each product
+are accurate at any size, and the addition theorems join them.
 """
 
 import jax

@@ -21,7 +21,8 @@ from layers.kernels.delta_rule.gpu.tiles import CHUNK
 from layers.kernels.segments import select_real
 from layers.kernels.shard_map_types import vary_as
 
-# Shortest calls and smallest batch x heads for which `impl=None` picks these kernels; FEWEST_IF_LONG applies from LONG tokens.
+# Shortest calls and smallest batch x heads for which `impl=None` takes these kernels; the second value applies from LONG
+# tokens.
 SHORTEST, LONG = 128, 2048
 FEWEST, FEWEST_IF_LONG = 64, 8
 WIDEST = 128  # key or value features per head

@@ -9,7 +9,7 @@ dy, the rest is local to the chunks; see gradients.py.
 
 At 8 x 4096 tokens, 16 heads of 128, bfloat16, `chain` reads 0.47 GB and writes 0.54 GB, 0.34 ms at 3.0 TB/s; its products
 take 0.19 ms at 400 TFLOP/s. The backward pass moves 3.3 GB, 1.1 ms, if `forward` recomputes the states, and 2.7 GB if the
-forward pass keeps them. Memory bounds it: half of the bytes are states, dS', dy and de on their way from the walks to
+forward pass keeps them. Half of the bytes are states, dS', dy and de on their way from the walks to
 gradients.py.
 """
 

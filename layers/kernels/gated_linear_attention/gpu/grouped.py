@@ -12,7 +12,8 @@ For Mamba-2's 64 heads of 64 that share 128 keys, at 8 x 4096 tokens in bfloat16
     products of 64 x 64 x 16       20        18            24                  per head, chunk and warpgroup
     instructions                   750       870           1020                per head, chunk and warpgroup
 
-Spills (0.14 and 0.30 KB per lane in the two backward kernels) and one program per multiprocessor bound the kernels.
+Spills (0.14 and 0.30 KB per lane in the two backward kernels) and one program per multiprocessor are
+what most likely bounds the kernels.
 """
 
 from typing import Any
