@@ -5,9 +5,9 @@
     FouT    Fourier modes over a sliding window
 
 Each is a normal matrix minus a low-rank one, A = S - P P^T with S = -c I + skew (NPLR), so a unitary change of basis
-makes it diagonal minus low-rank (DPLR): A = V (diag(eigenvalues) - P~ P~^*) V^*, with P~ = V^* P and B~ = V^* B. A itself is far
-from normal (the condition number of its eigenvectors passes 1e10 near n = 16), so only S is ever diagonalised, as the Hermitian
-matrix -i (S + c I). All arrays are NumPy, float64 or complex128: they initialise parameters.
+makes it diagonal minus low-rank (DPLR): A = V (diag(eigenvalues) - P~ P~^*) V^*, with P~ = V^* P and B~ = V^* B. A itself
+is far from normal (the condition number of its eigenvectors exceeds 1e10 near n = 16), so only S is diagonalised, as the
+Hermitian matrix -i (S + c I). All arrays are NumPy, float64 or complex128, because they initialise parameters.
 
 Papers: HiPPO (Gu et al. 2020, arXiv:2008.07669), S4 (Gu et al. 2022, arXiv:2111.00396), How to Train Your HiPPO (Gu et
 al. 2022, arXiv:2206.12037).
@@ -79,7 +79,7 @@ def hippo_legt(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def hippo_fout(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """HiPPO-FouT over a window of length 2: cosine and sine of each frequency f = 0 .. n/2 - 1, rotating at pi f.
+    """HiPPO-FouT over a window of length 2: cosine and sine per frequency f = 0 .. n/2 - 1, rotating at pi f.
 
     Args:
       n: state size, even.
@@ -125,7 +125,7 @@ def dplr_legs(n: int, *, half: bool = False) -> DPLR:
 
     Args:
       n: state size.
-      half: keep the n/2 modes with positive imaginary part. The others are their conjugates.
+      half: keeps only the n/2 modes with positive imaginary part. The others are their conjugates.
 
     Raises:
       ValueError: half is set and n is odd.
@@ -141,8 +141,8 @@ def dplr_legt(n: int, *, half: bool = False) -> DPLR:
 def dplr_fout(n: int, *, half: bool = False) -> DPLR:
     """HiPPO-FouT with its normal part diagonalised; arguments as for `dplr_legs`.
 
-    The normal part has frequencies 0, 0, 1, 1, ..., n/2 - 1: eigenvalues pi i f, of which 0 comes twice. The vectors of
-    that pair are (e_0 + i e_1) / sqrt(2) and its conjugate, so that the halves stay conjugate to each other.
+    The normal part has frequencies 0, 0, 1, 1, ..., n/2 - 1: eigenvalues pi i f, of which 0 occurs twice. The vectors of
+    that pair are (e_0 + i e_1) / sqrt(2) and its conjugate, so that the two halves stay conjugate to each other.
     """
     system = nplr_fout(n)
     eigenvalues, v = normal_eigen(system)

@@ -3,10 +3,10 @@
     y, state = mixer(x, state=None, *, segment_ids=None)     # x: b t d, any t, 0 and 1 included
     state = mixer.init_state(batch_size, max_length=None)    # a pytree, batch axis first
 
-With `state=None` nothing is carried, and None comes back. Given a state, the next one comes back: prefill, chunked
+With `state=None` nothing is carried, and None comes back. Given a state, the next state comes back: prefill, chunked
 prefill and decoding are one call, and wherever a sequence is cut the outputs are the same. Packed sequences give what
 they give one by one, and padding reaches no output, no state and no gradient. A mixer is causal, so that the derivative
-of y_t by x_s is zero for s > t, or says `causal = False` and refuses a state.
+of y_t by x_s is zero for s > t, or sets `causal = False` and refuses a state.
 
 A mixer writes `mix`, its equation, and `initial`, what it carries before the first token. The base class does the rest.
 """
@@ -34,7 +34,7 @@ class MixerState(NamedTuple):
     """What a mixer carries from call to call.
 
     Attributes:
-      carried: what its `initial` and `mix` give.
+      carried: what the mixer's `initial` and `mix` return.
       place: where the rows of the batch stand.
     """
 
@@ -48,40 +48,40 @@ class Mixer(nnx.Module):
     A mixer sets `self.config`, whose `width` is d, and defines
 
         initial(batch_size, max_length)        what is carried before the first token: a pytree, batch axis first
-        mix(x, carried, segments)              y (b, t, d) and what to carry on
+        mix(x, carried, segments)              y (b, t, d) and what to carry to the next call
 
     In `mix`, `segments` is a `Segments` or None, and `carried` is None or belongs to the segment of the first real token
-    of each row: rows that begin another segment find what `initial` gives. `mix` returns anything as the second value if
-    `carried` is None.
+    of each row: rows that begin another segment find what `initial` returns. The second value that `mix` returns is ignored
+    if `carried` is None.
 
     Attributes:
       causal: whether no output depends on later inputs; False where the mixer needs the whole sequence.
-      keeps_segments: True for a mixer that tells segments apart in what it carries, such as a cache. Then nothing is
-        cleared where a segment begins, and `mix(x, carried, segments, visit)` gets a `Visit`, None if `carried` is.
+      keeps_segments: True for a mixer that distinguishes segments in what it carries, such as a cache. Then nothing is
+        cleared where a segment begins, and `mix(x, carried, segments, visit)` gets a `Visit`, None if `carried` is None.
     """
 
     causal: bool = True
     keeps_segments: bool = False
 
     def initial(self, batch_size: int, max_length: int | None) -> Any:
-        """What is carried before the first token; `max_length` bounds the tokens that a cache must hold."""
+        """Returns what is carried before the first token; `max_length` bounds the tokens that a cache must hold."""
         raise NotImplementedError(f"{type(self).__name__} is causal and defines no initial()")
 
     def mix(
         self, x: Float[Array, "b t d"], carried: Any, segments: Segments | None
     ) -> tuple[Float[Array, "b t d"], Any]:
-        """The equation of the mixer."""
+        """Returns the outputs of the mixer's equation, and what to carry."""
         raise NotImplementedError(f"{type(self).__name__} defines no mix()")
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> MixerState:
-        """The state before the first token.
+        """Returns the state before the first token.
 
         Args:
           batch_size: b.
-          max_length: the most tokens of a row, for mixers whose state grows with them; others take no notice.
+          max_length: the most tokens per row, for mixers whose state grows with them; others ignore it.
 
         Raises:
-          ValueError: the mixer is not causal, or needs `max_length` and is given none.
+          ValueError: the mixer is not causal, or needs `max_length` and it is None.
         """
         self._require_causal("init_state was called")
         return MixerState(self.initial(batch_size, max_length), initial_place(batch_size))
@@ -93,7 +93,7 @@ class Mixer(nnx.Module):
         *,
         segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], MixerState | None]:
-        """Mixes along time.
+        """Returns the outputs along time and the next state.
 
         Args:
           x: inputs (b, t, d), any t.
@@ -104,15 +104,15 @@ class Mixer(nnx.Module):
           The outputs (b, t, d), and the state after the last token, None if none was given.
 
         Raises:
-          ValueError, TypeError: a shape or type does not fit, a mixer that is not causal is given a state, or the state is
-            that of another batch size, mixer or length.
+          ValueError, TypeError: a shape or type does not fit, a mixer that is not causal is given a state, or the state
+            belongs to another batch size, mixer or length.
         """
         self._check(x, segment_ids)
         segments = Segments.of(segment_ids)
         more = (None,) if self.keeps_segments else ()
         if state is None:
             if self.causal and segments is not None and segments.padding == "end" and not segments.packed:
-                # Padding behind a row's only segment is later than all of its tokens, which do not see it.
+                # Padding behind a row's only segment comes after all of its tokens, which do not see it.
                 return select_real(self.mix(select_real(x, segments), None, None, *more)[0], segments), None
             return self.mix(x, None, segments, *more)[0], None
         self._require_causal("a state was given")
@@ -146,7 +146,7 @@ class Mixer(nnx.Module):
             )
 
     def _check_state(self, state: Any, batch_size: int) -> None:
-        """Raises unless the state is one of this mixer for `batch_size` rows, whatever its length."""
+        """Raises unless the state belongs to this mixer for `batch_size` rows, whatever its length."""
         name = type(self).__name__
         if not isinstance(state, MixerState):
             raise TypeError(f"state of {name} is a {type(state).__name__}; expected what init_state returns")

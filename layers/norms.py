@@ -47,7 +47,7 @@ class LayerNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "*b d"], *, mask: Bool[Array, "*b"] | None = None, training: bool = False
     ) -> Float[Array, "*b d"]:
-        """Normalises every token by itself: mask and training change nothing here."""
+        """Returns x, normalised per token: mask and training change nothing here."""
         wide = x.astype(jnp.float32)
         centred = wide - wide.mean(-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.config.epsilon)
@@ -65,7 +65,7 @@ class RMSNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "*b d"], *, mask: Bool[Array, "*b"] | None = None, training: bool = False
     ) -> Float[Array, "*b d"]:
-        """Normalises every token by itself: mask and training change nothing here."""
+        """Returns x, normalised per token: mask and training change nothing here."""
         wide = x.astype(jnp.float32)
         y = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.config.epsilon)
         return (y * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.config.dtype)
@@ -74,8 +74,8 @@ class RMSNorm(nnx.Module):
 class BatchNorm(nnx.Module):
     """y = scale (x - mean) / sqrt(variance + epsilon) + bias over batch and time (Ioffe and Szegedy 2015, 1502.03167).
 
-    In training mean and variance are those of the real tokens of the batch, and the running statistics move towards
-    them; otherwise the running statistics are used.
+    In training, mean and variance are those of the real tokens of the batch, and the running statistics move towards
+    them. Otherwise the running statistics are used.
     """
 
     def __init__(self, config: BatchNormConfig, *, rngs: nnx.Rngs):
@@ -88,7 +88,7 @@ class BatchNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t d"], *, mask: Bool[Array, "b t"] | None = None, training: bool = False
     ) -> Float[Array, "b t d"]:
-        """Normalises with the statistics of the real tokens; in training, updates the running statistics in place."""
+        """Returns x, normalised over the real tokens; in training, updates the running statistics in place."""
         wide = x.astype(jnp.float32)
         if training:
             mean, variance = _moments(wide, mask)
@@ -103,11 +103,11 @@ class BatchNorm(nnx.Module):
 
 
 def _moments(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Mean and (biased) variance over batch and time of the tokens that the mask keeps."""
+    """Mean and (biased) variance, over batch and time, of the tokens that the mask keeps."""
     count = x.shape[0] * x.shape[1] if mask is None else jnp.maximum(mask.sum(), 1)
     kept = (lambda v: v) if mask is None else (lambda v: jnp.where(mask[..., None], v, 0))
     mean = kept(x).sum((0, 1)) / count
-    # The variance is smallest about the mean, so its derivative by the mean is zero: no pass over memory to find that out.
+    # The variance is smallest about the mean, so its derivative by the mean is zero; this saves a pass over memory.
     centre = jax.lax.stop_gradient(mean)[None, None]
     return mean, kept(jnp.square(x - centre)).sum((0, 1)) / count
 
@@ -120,5 +120,5 @@ NORMS = {
 
 
 def make_norm(name: str, options: dict[str, Any], *, width: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
-    """The norm called `name`; see `NORMS`."""
+    """Returns the norm called `name`; see `NORMS`."""
     return build("norm", NORMS, name, options, given={"width": width, "dtype": dtype}, rngs=rngs)

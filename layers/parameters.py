@@ -1,14 +1,14 @@
 """Parameters, the groups that optimizers treat differently, and the logical axes that meshes of devices divide.
 
-A parameter declares its group where it is created. A group is a path: an experiment that sets "ssm" sets "ssm/b" too,
-unless it sets that one itself. Parameters without a group are "default".
+A parameter declares its group where it is created. A group is a path: an experiment that sets "ssm" also sets "ssm/b",
+unless it sets "ssm/b" itself. Parameters without a group are "default".
 
-    no_decay     biases, the scales of norms, and rates of decay that learn as fast as the rest
-    ssm          what fixes the time scales of a state space model: eigenvalues, step sizes ("ssm/dt"), and its
+    no_decay     biases, the scales of norms, and decay rates that learn as fast as the rest
+    ssm          the time scales of a state space model: eigenvalues, step sizes ("ssm/dt"), and its
                  input matrix ("ssm/b"); usually a small learning rate and no weight decay
     ssm_output   the output matrix and the skip of a state space model; usually as the rest
 
-It declares a name for each of its axes there too. `experiments.parallel.sharding` says which axis of a mesh of devices
+A parameter also declares a name for each of its axes. `experiments.parallel.sharding` says which axis of a mesh of devices
 divides which of them:
 
     embed    features of the residual stream           heads    heads, or heads times their features
@@ -42,19 +42,19 @@ def parameter(
     group: str = "default",
     axes: Axes | None = None,
 ) -> nnx.Param:
-    """A float32 parameter drawn from `init`, in an optimizer group and with logical axes.
+    """Returns a float32 parameter drawn from `init`, in an optimizer group and with logical axes.
 
     Args:
       axes: a name of `LOGICAL_AXES` or None for each axis of `shape`; None for an array that is never divided.
 
     Raises:
-      ValueError: `axes` names something else, or another number of axes.
+      ValueError: `axes` has an unknown name, or the wrong number of axes.
     """
     return declared(init(rngs.params(), shape, jnp.float32), group=group, axes=axes)
 
 
 def declared(value: jax.Array, *, group: str = "default", axes: Axes | None = None) -> nnx.Param:
-    """A parameter with this initial value, in an optimizer group and with logical axes; see `parameter`."""
+    """Returns a parameter with this initial value, in an optimizer group and with logical axes; see `parameter`."""
     axes = (None,) * value.ndim if axes is None else tuple(axes)
     unknown = [name for name in axes if name is not None and name not in LOGICAL_AXES]
     if unknown or len(axes) != value.ndim:
@@ -70,7 +70,7 @@ def log_of_uniform(low: float, high: float) -> Initializer:
 
 
 def uniform_fan_in(part: float = 1.0) -> Initializer:
-    """Initialiser: uniform in +-part / sqrt(inputs), with part = 1 that of PyTorch's linear maps and convolutions."""
+    """Initialiser: uniform in +-part / sqrt(inputs); part = 1 is that of PyTorch's linear maps and convolutions."""
     return nnx.initializers.variance_scaling(part**2 / 3, "fan_in", "uniform")
 
 
@@ -80,27 +80,27 @@ def xavier_uniform(gain: float = 1.0) -> Initializer:
 
 
 class Constant(nnx.Variable):
-    """Float32 numbers that a layer draws or computes when it is made and that training leaves alone.
+    """Float32 numbers that a layer draws or computes when it is created and that training does not change.
 
-    For what must be saved with the parameters (random features) or differs from layer to layer (slopes by depth).
+    For numbers that must be saved with the parameters (random features) or differ between layers (slopes by depth).
     """
 
 
 class AuxiliaryLoss(nnx.Variable):
-    """A float32 scalar that a layer adds to the loss of training, such as the balance of a router, scaled as it counts.
+    """A float32 scalar, already weighted, that a layer adds to the training loss, such as the load balance of a router.
 
-    The layer writes it in every call with a key; training adds the sum over all layers, once for every example. It is
-    zero before such a call and in inference.
+    The layer writes it in every call with a key; training adds the sum over all layers, once per example. It is zero
+    before such a call and in inference.
     """
 
 
 def group_of(variable: nnx.Variable) -> str:
-    """The group that a parameter declared."""
+    """Returns the group that a parameter declared."""
     return variable.get_metadata().get("group", "default")
 
 
 def axes_of(variable: nnx.Variable) -> Axes:
-    """The logical axes that a parameter declared; None for each if it declared none."""
+    """Returns the logical axes that a parameter declared; None for each if it declared none."""
     return variable.get_metadata().get("axes") or (None,) * variable.ndim
 
 
@@ -115,7 +115,7 @@ def linear(
     group: str = "default",
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """The map y = x W + b with float32 parameters, computed in `dtype`; the bias starts at zero and is not decayed.
+    """Returns the map y = x W + b with float32 parameters, computed in `dtype`; b starts at zero and is not decayed.
 
     Args:
       axes: logical axes of inputs and outputs, see `parameter`.

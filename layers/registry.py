@@ -1,4 +1,4 @@
-"""Building a layer from a name and options, with errors that say what would have worked."""
+"""Building a layer from a name and options, with errors that list the valid choices."""
 
 import dataclasses
 import difflib
@@ -9,7 +9,7 @@ from flax import nnx
 
 
 def choose(kind: str, registry: Mapping[str, Any], name: str) -> Any:
-    """The entry called `name`, or a ValueError that lists the names and suggests the nearest."""
+    """Returns the entry called `name`, or raises a ValueError that lists the names and suggests the nearest."""
     if name in registry:
         return registry[name]
     raise ValueError(
@@ -18,7 +18,7 @@ def choose(kind: str, registry: Mapping[str, Any], name: str) -> Any:
 
 
 def suggestion(name: str, names: Any) -> str:
-    """`; did you mean 'x'?` for the nearest of `names`, or nothing."""
+    """`; did you mean 'x'?` for the nearest of `names`, or the empty string."""
     close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -26,10 +26,10 @@ def suggestion(name: str, names: Any) -> str:
 def make_config(
     kind: str, config_class: type, options: Mapping[str, Any], given: Mapping[str, Any] | None = None
 ) -> Any:
-    """Makes the frozen dataclass `config_class` from options; of `given`, takes what the class has a field for.
+    """Returns the frozen dataclass `config_class` made from options, and from those of `given` that are fields of it.
 
     Raises:
-      ValueError: an option that is no field, a field both given and an option, or a required field left out.
+      ValueError: an option is not a field, a field is both given and an option, or a required field is missing.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for option in options:
@@ -58,11 +58,11 @@ def build(
     given: Mapping[str, Any],
     rngs: nnx.Rngs,
 ) -> nnx.Module:
-    """Builds the layer that a registry of (config class, module class) knows as `name`.
+    """Returns the layer that a registry of (config class, module class) knows as `name`.
 
     Args:
-      options: fields of the config, as a user wrote them.
-      given: fields that the surrounding model supplies (width, dtype), taken where the config has them.
+      options: fields of the config, as the user wrote them.
+      given: fields that the surrounding model supplies (width, dtype), used where the config has them.
     """
     config_class, module_class = choose(kind, registry, name)
     return module_class(make_config(f"{kind} {name!r}", config_class, options, given), rngs=rngs)

@@ -1,7 +1,7 @@
 """Segments across calls: where the rows of a batch stand between one call and the next.
 
-A mixer's state remembers the id of the last real token of every row, 0 before there is one. The next call continues
-that segment if its first real token has the same id, or if it brings no ids; otherwise its state starts anew.
+A mixer's state holds the id of the last real token of every row, 0 before there is one. The next call continues that
+segment if its first real token has the same id, or if it has no ids; otherwise its state is reset.
 """
 
 from typing import Any, NamedTuple
@@ -20,8 +20,8 @@ class Place(NamedTuple):
 
     Attributes:
       segment: id of the last real token of each row, 0 before there is one.
-      number: segments begun in each row.
-      position: real tokens of the current segment so far.
+      number: number of segments that have begun in each row.
+      position: number of real tokens of the current segment so far.
     """
 
     segment: Int[Array, "b"]
@@ -33,7 +33,7 @@ class Visit(NamedTuple):
     """How the tokens of one call continue what came before.
 
     Attributes:
-      continues: whether what the row carries belongs to its first real token.
+      continues: whether what the row carries belongs to the segment of its first real token.
       numbers: the segment of every token, counted over all calls from 1; 0 is padding.
       positions: the position of every token in its segment, counted over all calls.
       place: where the rows stand after the call.
@@ -46,13 +46,13 @@ class Visit(NamedTuple):
 
 
 def initial_place(batch_size: int) -> Place:
-    """The place before the first token."""
+    """Returns the place before the first token."""
     zero = jnp.zeros(batch_size, jnp.int32)
     return Place(zero, zero, zero)
 
 
 def keep_where(keep: Bool[Array, "b"], state: Any, otherwise: Any) -> Any:
-    """A pytree with the rows of `state` where `keep` is True, and those of `otherwise` elsewhere."""
+    """Returns a pytree with the rows of `state` where `keep` is True, and those of `otherwise` elsewhere."""
 
     def select(kept, other):
         return jnp.where(jnp.expand_dims(keep, tuple(range(1, kept.ndim))), kept, other)
@@ -61,7 +61,7 @@ def keep_where(keep: Bool[Array, "b"], state: Any, otherwise: Any) -> Any:
 
 
 def visit(place: Place, segment_ids: SegmentIds, time: int) -> Visit:
-    """How `time` tokens continue rows that stand at `place`."""
+    """Returns how `time` tokens continue rows that stand at `place`."""
     rows = place.segment.shape[0]
     begun = place.number > 0
     if time == 0:

@@ -1,6 +1,6 @@
 """Where activations lie on a mesh of devices.
 
-Training sets a mesh (`jax.set_mesh`) with the axes of `MESH_AXES`; without one, nothing here does anything. Rows of a
+Training sets a mesh (`jax.set_mesh`) with the axes of `MESH_AXES`; without a mesh, nothing here has an effect. Rows of a
 batch are divided over the axes of `BATCH_AXES`. The compiler places whatever is not named here.
 """
 
@@ -14,9 +14,9 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def divide_rows(x: Array) -> Array:
-    """x with its first axis divided over the batch axes of the mesh that is set, and its other axes whole.
+    """Returns x with its first axis divided over the batch axes of the current mesh, and its other axes whole.
 
-    The same array where there is no such mesh, inside `jax.shard_map`, or where the axes do not divide the rows.
+    Returns x unchanged if there is no such mesh, inside `jax.shard_map`, or if the axes do not divide the rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):

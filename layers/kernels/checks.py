@@ -1,4 +1,4 @@
-"""Argument checks shared by the primitives: every error names the argument, what came and what would work."""
+"""Argument checks shared by the primitives. Every error names the argument, what was given and what is expected."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from layers.kernels.segments import SegmentIds, Segments
 
 
 def check_shape(name: str, array: jax.Array, pattern: str, sizes: dict[str, int]) -> None:
-    """Checks `array` against a pattern such as "b t d", and records sizes of letters seen for the first time.
+    """Checks `array` against a pattern such as "b t d", and records the sizes of letters that are new.
 
     `b|1` accepts the size of `b` or 1; a number stands for itself.
 
@@ -61,5 +61,5 @@ def check_segment_ids(segment_ids: SegmentIds, sizes: Mapping[str, int]) -> Segm
 
 
 def accumulation_dtype(*arrays: jax.Array | None) -> jnp.dtype:
-    """The type that states and sums are held in: at least float32 (complex64 if any array is complex)."""
+    """Returns the type of states and sums: at least float32, or complex64 if any array is complex."""
     return jnp.result_type(jnp.float32, *(a.dtype for a in arrays if a is not None))

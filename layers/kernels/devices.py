@@ -1,4 +1,4 @@
-"""The device that kernels are chosen for: JAX's default one, or one that `as_on` names."""
+"""The device that kernels are chosen for: JAX's default device, or the one that `as_on` names."""
 
 import contextlib
 import contextvars
@@ -14,9 +14,9 @@ _assumed: contextvars.ContextVar[Backend | None] = contextvars.ContextVar("assum
 
 @contextlib.contextmanager
 def as_on(backend: Backend) -> Iterator[None]:
-    """Implementations are chosen inside as on one device of this kind: a CPU, a Hopper GPU or a TPU.
+    """Context in which implementations are chosen as on one device of this kind: a CPU, a Hopper GPU or a TPU.
 
-    For `jax.eval_shape` and for interpreters: what is chosen cannot be compiled for the device that is there.
+    For `jax.eval_shape` and for interpreters. The implementation chosen need not compile for the actual device.
 
     Raises:
       ValueError: `backend` is unknown.
@@ -31,22 +31,22 @@ def as_on(backend: Backend) -> Iterator[None]:
 
 
 def assumed() -> Backend | None:
-    """The backend that `as_on` names, or None outside of it."""
+    """The backend that `as_on` names, or None outside it."""
     return _assumed.get()
 
 
 def backend() -> str:
-    """The kind of device that computes."""
+    """The kind of device that runs computations."""
     return _assumed.get() or jax.default_backend()
 
 
 def count() -> int:
-    """Devices over which arrays may lie where no mesh is set."""
+    """The number of devices over which arrays may lie if no mesh is set."""
     return 1 if _assumed.get() else jax.device_count()
 
 
 def hopper_refusal() -> str | None:
-    """Why the device is no Hopper GPU, or None."""
+    """Why the device is not a Hopper GPU, or None."""
     if _assumed.get() == "gpu":
         return None
     if backend() != "gpu":

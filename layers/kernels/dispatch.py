@@ -1,4 +1,4 @@
-"""Choice of an implementation: `impl=None` takes the fastest that accepts the call, a name takes that one or says why not."""
+"""Choice of an implementation: `impl=None` takes the fastest that accepts the call; a name takes that one or raises."""
 
 import contextlib
 import contextvars
@@ -27,7 +27,7 @@ def _no_reason(**_: Any) -> str | None:
 
 
 def by_name_only(**_: Any) -> str | None:
-    """The `passed_over_reason` of an implementation that only `impl` chooses."""
+    """The `passed_over_reason` of an implementation that is only chosen by name."""
     return "it is taken by name only"
 
 
@@ -38,7 +38,7 @@ class Implementation:
     Attributes:
       run: the function; takes the arguments of the primitive, already checked.
       unsupported_reason: given the same arguments, why `run` cannot take them, or None.
-      passed_over_reason: given the same arguments, why `impl=None` does not choose it though it may run, or None.
+      passed_over_reason: given the same arguments, why `impl=None` does not choose it for a supported call, or None.
       backend: the only kind of device that runs it, or None for all.
     """
 
@@ -52,10 +52,10 @@ class Choice(NamedTuple):
     """How one call was dispatched.
 
     Attributes:
-      primitive: its name.
+      primitive: name of the primitive.
       arguments: types and shapes of its arrays, such as "x: float32[8,64,256]".
-      implementation: the one taken.
-      passed_over: the implementations that come before it, each with the reason why it is not taken.
+      implementation: name of the implementation that runs.
+      passed_over: the implementations before it in order of preference, each with the reason why it is not chosen.
     """
 
     primitive: str
@@ -66,14 +66,14 @@ class Choice(NamedTuple):
 
 @contextlib.contextmanager
 def noted() -> Iterator[list[tuple[str, str]]]:
-    """Gives a list that gets (primitive, implementation) of every call that is dispatched inside."""
+    """Context that gives a list of (primitive, implementation), one entry per call dispatched inside."""
     with _collected(_taken) as taken:
         yield taken
 
 
 @contextlib.contextmanager
 def explained() -> Iterator[list[Choice]]:
-    """Gives a list that gets the `Choice` of every call that is dispatched inside."""
+    """Context that gives a list with the `Choice` of every call dispatched inside."""
     with _collected(_choices) as choices:
         yield choices
 
@@ -90,7 +90,7 @@ def _collected(variable: contextvars.ContextVar) -> Iterator[list[Any]]:
 
 @contextlib.contextmanager
 def preferred(choices: Mapping[str, str]) -> Iterator[None]:
-    """Calls with `impl=None` that are traced inside take these implementations, by primitive, wherever they are supported."""
+    """Context in which calls with `impl=None` take these implementations, by primitive, wherever they are supported."""
     token = _preferred.set(choices)
     try:
         yield
@@ -101,9 +101,9 @@ def preferred(choices: Mapping[str, str]) -> Iterator[None]:
 def dispatch(
     primitive: str, implementations: Mapping[str, Implementation], impl: str | None, **arguments: Any
 ) -> Any:
-    """Runs the first implementation that nothing speaks against, or the one named `impl`; see also `preferred`.
+    """Runs the first implementation without a reason against it, or the one named `impl`; see also `preferred`.
 
-    An implementation for the device at hand that is passed over is logged, once per reason.
+    An implementation for the current device that is passed over is logged, once per reason.
 
     Raises:
       ValueError: `impl` is not a known name, or the named implementation cannot take these arguments.
@@ -148,7 +148,7 @@ def _pass_over(
 
 @functools.cache
 def log_once(primitive: str, name: str, reason: str, mendable: bool) -> None:
-    """Logs why an implementation is passed over, as a warning if the caller can change that."""
+    """Logs why an implementation is passed over; a warning if the caller can change that."""
     level = logging.WARNING if mendable else logging.INFO
     _logger.log(level, "%s does not take %r: %s", primitive, name, reason)
 

@@ -1,8 +1,8 @@
-"""Matrix products with rounded operands and wide sums, forward and backward.
+"""Matrix products with rounded operands and float32 sums, forward and backward.
 
-Elementwise arithmetic of the chunked forms is in float32; the operands of their matrix products are rounded, to bfloat16
-where the inputs are bfloat16, and sums are kept in float32. Automatic differentiation of a product with rounded operands
-would multiply a float32 cotangent by a bfloat16 operand, which is a slow float32 product; here the cotangent is rounded
+Elementwise arithmetic of the chunked forms is in float32. The operands of their matrix products are rounded, to bfloat16
+where the inputs are bfloat16, and sums stay in float32. Automatic differentiation of a product with rounded operands
+would multiply a float32 cotangent by a bfloat16 operand, which is a slow float32 product. Here the cotangent is rounded
 too.
 """
 
@@ -14,15 +14,15 @@ from jax.typing import DTypeLike
 
 
 def operand_dtype(*arrays: jax.Array) -> jnp.dtype:
-    """bfloat16 if all arrays are, else float32 or wider."""
+    """Returns bfloat16 if all arrays are bfloat16, else float32 or wider."""
     dtype = jnp.result_type(*(a.dtype for a in arrays))
     return dtype if dtype == jnp.bfloat16 else jnp.promote_types(dtype, jnp.float32)
 
 
 def contract(spec: str, a: jax.Array, b: jax.Array, result: DTypeLike | None = None) -> jax.Array:
-    """`einsum` of two arrays of one type, summed in float32 or wider; wide operands are not rounded to TF32.
+    """`einsum` of two arrays of one type, with sums in float32 or wider; float32 operands are not rounded to TF32.
 
-    Where both have dots in front, as in "...ij,...jk->...ik", they have the same axes there.
+    If both operands begin with an ellipsis, as in "...ij,...jk->...ik", it stands for the same axes in both.
     """
     wide = a.dtype != jnp.bfloat16
     stacked = spec.count("...") == 3
@@ -37,9 +37,9 @@ def contract(spec: str, a: jax.Array, b: jax.Array, result: DTypeLike | None = N
 
 
 def _fold(x):
-    """Makes one axis of the third and those after it but the last two: XLA aborts on a CPU at products of rank 8.
+    """Merges the third axis and those after it, except the last two: XLA on a CPU aborts on products of rank 8.
 
-    The axes that parallel devices share out, batch and heads, stay or come first in theirs.
+    The axes that are sharded over devices, batch and heads, stay separate or come first among the merged ones.
     """
     return x.reshape(*x.shape[:2], -1, *x.shape[-2:]) if x.ndim > 5 else x
 
@@ -50,10 +50,10 @@ def product(
     """`contract` of two arrays after rounding them.
 
     Args:
-      spec: as for `contract`; no index of an operand may be summed alone.
-      a, b: the operands; cotangents come in their types.
-      dtype: what operands, and cotangents as operands, are rounded to.
-      result: type of the result; float32 or wider if absent.
+      spec: as for `contract`; every index that is summed occurs in both operands.
+      a, b: the operands; their cotangents have their types.
+      dtype: type that operands, and cotangents as operands, are rounded to.
+      result: type of the result; float32 or wider if None.
     """
     return _product(spec, dtype, result or jnp.result_type(jnp.float32, dtype), a.dtype, b.dtype, a, b)
 
@@ -83,9 +83,9 @@ _product.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def solve(lower: jax.Array, inverse: jax.Array, right: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """y with (I + lower) y = right, in the type of `right`, given the inverse of I + lower.
+    """Returns y with (I + lower) y = right, in the type of `right`, given the inverse of I + lower.
 
-    Differentiable in `lower`, which is strictly lower triangular, and in `right`; not through `inverse`.
+    Differentiable in `lower`, which is strictly lower triangular, and in `right`, but not through `inverse`.
     """
     return _solve_forward(lower, inverse, right, dtype)[0]
 

@@ -1,7 +1,7 @@
-"""Mosaic GPU, the part of Pallas that compiles for Hopper: whether it can be used, and how it is called.
+"""Mosaic GPU, the part of Pallas that compiles for Hopper: whether it is available, and how kernels are launched.
 
-Its interface changes between releases of JAX. Kernels reach it through this module only. On a version of JAX that cannot
-build a kernel, or on a device that cannot run it, `refusal` gives the reason, and the call goes to XLA.
+Its interface changes between releases of JAX, so kernels reach it only through this module. Where the version of JAX cannot
+build a kernel, or the device cannot run it, `refusal` gives the reason, and the call falls back to XLA.
 """
 
 import contextlib
@@ -42,16 +42,16 @@ except ImportError as error:  # a build of jax without the GPU dialects
     pl = plgpu = None
     MISSING = f"jax {jax.__version__} cannot import Mosaic GPU: {error}"
 
-LANES = 128  # of a warpgroup, which is one thread to Pallas
-SHARED_BYTES = 227 * 1024  # that a block may have on Hopper
-MAX_GRID = 65535  # blocks along every axis of the grid but the last
+LANES = 128  # per warpgroup, which Pallas treats as one thread
+SHARED_BYTES = 227 * 1024  # available to a program on Hopper
+MAX_GRID = 65535  # programs along every axis of the grid but the last
 
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 
 @contextlib.contextmanager
 def interpreted(**params: Any) -> Iterator[None]:
-    """Runs kernels that are traced inside in the interpreter, on the CPU, with memory that starts as NaN.
+    """Context that runs kernels traced inside in the interpreter, on the CPU, with memory that starts as NaN.
 
     Args:
       params: fields of `plgpu.InterpretGPUParams`, such as `detect_races=True`.
@@ -79,7 +79,7 @@ def refusal(probe: Callable[[], Any]) -> str | None:
 
 @functools.cache
 def _probe_refusal(probe: Callable[[], Any]) -> str | None:
-    """Lowers the example in a thread of its own, where no transformation of the caller is in force."""
+    """Lowers the example in its own thread, where no transformation of the caller is active."""
     with ThreadPoolExecutor(1) as pool:
         try:
             pool.submit(probe).result()
@@ -103,15 +103,15 @@ def launch(
     """Runs a kernel, by default without automatic barriers: `body` fences every buffer that a copy refills.
 
     Args:
-      body: called with keyword arguments, one a name of `inputs`, `outputs` and `scratch`: refs, or tuples of them where
+      body: called with one keyword argument per name of `inputs`, `outputs` and `scratch`: refs, or tuples of refs where
         those are tuples.
       grid: sizes by axis name; the last axis runs fastest.
-      barriers: whether the compiler puts a barrier of the warpgroup around every store to shared memory.
-      warpgroups: of a block, which run `body` side by side and know themselves by the axis "warpgroup"; one, without
-        that axis, if None.
+      barriers: whether the compiler puts a warpgroup barrier around every store to shared memory.
+      warpgroups: number of warpgroups per program. They run `body` concurrently and are told apart by the axis
+        "warpgroup". If None, there is one warpgroup and no such axis.
 
     Returns:
-      The arrays, by the names of `outputs`, in tuples where those are.
+      The arrays by the names of `outputs`, in tuples where those are tuples.
     """
     flat, structure = jax.tree.flatten((dict(inputs), dict(outputs)))
     flat_outputs, outputs_structure = jax.tree.flatten(dict(outputs))
@@ -136,13 +136,13 @@ def launch(
 
 
 def lowered_once(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates a function of arrays that runs kernels: calls alike, as of a model's layers, are traced and lowered once.
+    """Decorates a function of arrays that runs kernels, so that equal calls, as of a model's layers, are lowered once.
 
-    A kernel takes about a second to lower, and a program would have all of them for every layer. Interpreted calls are left
-    alone: JAX would not tell them from others.
+    A kernel takes about a second to lower, and a program would lower it once per layer. Interpreted calls are left alone,
+    since JAX could not tell them from compiled ones.
 
     Args:
-      static: arguments that are not arrays, but hashable.
+      static: names of the arguments that are not arrays, but hashable.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,13 +158,13 @@ def lowered_once(*static: str) -> Callable[[Callable[..., Any]], Callable[..., A
 
 
 def strided(ref: Any, width: int) -> jax.Array:
-    """Loads `width` neighbouring numbers, an equal number of neighbours to every lane of the warpgroup."""
+    """Loads `width` neighbouring numbers, the same number of neighbours per lane of the warpgroup."""
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // LANES)
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def matrices(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for matrices (its last two axes) of 8 x 16 bytes or more, tiled as matrix units read them."""
+    """Shared memory for matrices (the last two axes) of at least 8 x 16 bytes, tiled as matrix units read them."""
     size = jax.numpy.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(8 * size * shape[-1])
     tiles = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
@@ -172,15 +172,15 @@ def matrices(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def product(a: Any, b: Any, start: jax.Array | None = None) -> jax.Array:
-    """a b, or start + a b, in float32 on the matrix units, all of it waited for.
+    """Returns a b, or start + a b, in float32 on the matrix units, after waiting for all of it.
 
     Args:
-      a: (m, k), in shared memory as `matrices`, or in registers in the layout of `in_registers`; m a multiple of 64.
+      a: (m, k), in shared memory as `matrices`, or in registers in the layout of `in_registers`; m is a multiple of 64.
       b: (k, n), in shared memory.
-      start: used nowhere else. The product takes its registers, and ptxas (12.9, 13.0, 13.5) does not see that they change:
-        of two equal expressions, of `start` and of the result, it computes one.
+      start: must not be used elsewhere. The product reuses its registers, and ptxas (12.9, 13.0, 13.5) does not see that
+        they change: of two equal expressions, one of `start` and one of the result, it computes only one.
     """
-    if _interpreted.get():  # which knows neither operands in registers nor sums that start with a value
+    if _interpreted.get():  # the interpreter takes neither operands in registers nor a starting sum
         left, right = (x if isinstance(x, jax.Array) else plgpu.load(x) for x in (a, b))
         result = jax.numpy.dot(left, right, preferred_element_type=jax.numpy.float32)
         return result if start is None else start + result
@@ -193,16 +193,16 @@ def product(a: Any, b: Any, start: jax.Array | None = None) -> jax.Array:
         result = pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jax.numpy.float32))
     else:
         result = pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(plgpu.ACC.init(start))
-    # The wait does not name the registers of the result: the compiler could move their use before it.
+    # The wait does not name the registers of the result, so the compiler could move their use before it.
     return jax.lax.optimization_barrier(result)
 
 
 def products(*sums: tuple[Any, ...], meanwhile: Callable[[], Any] = lambda: None) -> tuple[Any, ...]:
-    """Sums of products, all under way together on the matrix units, and what `meanwhile` returns, computed beside them.
+    """Returns sums of products that run together on the matrix units, and the result of `meanwhile`, computed beside them.
 
     Args:
-      sums: (pairs, start) or (pairs,), pairs (a, b) and start as of `product`; the results come in the same order.
-      meanwhile: reads nothing that the products need changed; its result comes last.
+      sums: (pairs, start) or (pairs,), with pairs (a, b) and start as for `product`; the results keep this order.
+      meanwhile: must read nothing that the products change; its result comes last.
     """
     if _interpreted.get():
         results = []
@@ -220,7 +220,7 @@ def products(*sums: tuple[Any, ...], meanwhile: Callable[[], Any] = lambda: None
             for a, b in pairs:
                 plgpu.wgmma(total, a, b)
         other = meanwhile()
-        if jax.tree.leaves(other):  # keeps them from moving behind the wait
+        if jax.tree.leaves(other):  # the barrier keeps them from moving behind the wait
             other = jax.lax.optimization_barrier(other)
         return *(total[...] for total in totals), other
 
@@ -230,7 +230,7 @@ def products(*sums: tuple[Any, ...], meanwhile: Callable[[], Any] = lambda: None
 
 
 def exp2(x: jax.Array) -> jax.Array:
-    """2^x of a matrix in registers in float32, to 2 units in the last place, with 0 for what is below 2^-126."""
+    """2^x of a float32 matrix in registers, to 2 units in the last place, with 0 for results below 2^-126."""
     if _interpreted.get():
         return jax.numpy.exp2(x)
     result = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=plgpu.Layout.WGMMA)
@@ -243,20 +243,20 @@ def exp2(x: jax.Array) -> jax.Array:
 
 
 def in_registers(ref: Any) -> jax.Array:
-    """A matrix from memory, in the layout in which `product` takes and gives them."""
+    """A matrix from memory, in the register layout that `product` takes and returns."""
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def along(ref: Any, axis: int) -> jax.Array:
-    """A vector from memory, laid out to be `spread` along an axis of a matrix in registers."""
+    """A vector from memory, laid out for `spread` along an axis of a matrix in registers."""
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
 
 
 def spread(vector: jax.Array, axis: int, shape: tuple[int, int]) -> jax.Array:
-    """Repeats a vector, whose numbers are those of `axis`, over the other axis of a matrix."""
+    """Repeats a vector, which runs along `axis`, over the other axis of a matrix."""
     return jax.lax.broadcast_in_dim(vector, shape, (axis,))
 
 
 def indices(shape: tuple[int, int], axis: int) -> jax.Array:
-    """The index of every entry of a matrix in registers along an axis."""
+    """The index along an axis of every entry of a matrix in registers."""
     return plgpu.broadcasted_iota(jax.numpy.int32, shape, axis, layout=plgpu.Layout.WGMMA)

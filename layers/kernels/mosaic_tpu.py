@@ -1,4 +1,4 @@
-"""What the Pallas kernels for TPUs share: where they may run, and how they are called."""
+"""What the Pallas kernels for TPUs share: where they can run, and how they are called."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -15,12 +15,12 @@ from layers.kernels import devices, partition
 # simple one): interpreted, on any device. False: compiled whatever the device, to lower for a TPU from elsewhere.
 INTERPRET: pltpu.InterpretParams | bool | None = None
 
-# Lanes of a vector register, and the multiple that a block's last axis should be of.
+# Lanes per vector register; the last axis of a block should be a multiple of it.
 LANES = 128
 
 
 def unavailable(*arrays: jax.Array | None) -> str | None:
-    """Why kernels cannot run here or take arrays of these types, or None."""
+    """Why kernels cannot run here, or cannot take arrays of these types, or None."""
     if INTERPRET is None and devices.backend() != "tpu":
         return f"the device is a {devices.backend()}; expected a TPU"
     for array in arrays:
@@ -30,7 +30,7 @@ def unavailable(*arrays: jax.Array | None) -> str | None:
 
 
 def passed_over_reason(x: jax.Array) -> str | None:
-    """Why a call that leaves the choice open does not choose a kernel, or None; x has rows along its first axis."""
+    """Why `impl=None` does not choose a kernel, or None; x has rows along its first axis."""
     if INTERPRET is not None or devices.backend() != "tpu":
         return f"the device is a {devices.backend()}; expected a TPU"
     return partition.passed_over_reason(x)
@@ -46,10 +46,10 @@ def call(
     interpret: pltpu.InterpretParams | bool | None,
     name: str,
 ) -> list[list[jax.Array]]:
-    """Runs `kernel` over a grid whose first `parallel` axes may be run in any order and the others in order.
+    """Runs `kernel` over a grid whose first `parallel` axes may run in any order and whose others run in order.
 
-    Inputs are arrays with their blocks, outputs shapes and types with theirs, scratch buffers memory. Each comes in
-    groups, in which the kernel takes the references, one list a group, and in which the outputs are returned.
+    Inputs are arrays with their block specs, outputs are shapes and types with theirs, scratch is memory. Each comes in
+    groups: the kernel takes its references as one list per group, and the outputs are returned in groups.
     """
     arrays, in_specs = zip(*itertools.chain(*inputs), strict=True)
     # Inside `jax.shard_map`, outputs differ between devices where any input does.
@@ -77,18 +77,18 @@ def call(
 
 
 def _grouped(items: Iterable[Any], groups: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """Cuts a flat sequence into lists as long as those of `groups`."""
+    """Splits a flat sequence into lists with the lengths of `groups`."""
     items = iter(items)
     return [[next(items) for _ in group] for group in groups]
 
 
 def column(row: jax.Array) -> jax.Array:
-    """(1, n) to (n, 1), from lanes to sublanes, exactly."""
+    """(1, n) to (n, 1), from lanes to sublanes, without rounding."""
     size = row.shape[-1]
     at = [jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1)]
     return jnp.sum(jnp.where(at[0] == at[1], row, 0), axis=1, keepdims=True)
 
 
 def up(count: int, multiple: int) -> int:
-    """The least multiple that is not less than `count`."""
+    """The least multiple of `multiple` that is not less than `count`."""
     return -(-count // multiple) * multiple

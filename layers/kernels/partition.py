@@ -1,7 +1,7 @@
-"""How arrays are divided over a mesh, and kernels that run on every device's part.
+"""How arrays are divided over a mesh, and kernels that run on the part of every device.
 
-XLA cannot divide a call of a kernel. On a mesh with explicit axes the type of an array says how it is divided. On a mesh
-with automatic axes it is a convention: rows over BATCH_AXES, heads or channels over HEAD_AXES, everything else whole.
+XLA cannot divide a kernel call. On a mesh with explicit axes the type of an array says how it is divided. On a mesh with
+automatic axes a convention says it: rows over BATCH_AXES, heads or channels over HEAD_AXES, everything else whole.
 """
 
 import math
@@ -27,7 +27,7 @@ class Mendable(str):
 
 
 def spec_of(x: jax.Array, *, batch: int = 0, heads: int | None = None) -> P:
-    """How x is divided, one entry per axis of x.
+    """How x is divided, with one entry per axis of x.
 
     Args:
       x: any array.
@@ -45,7 +45,7 @@ def spec_of(x: jax.Array, *, batch: int = 0, heads: int | None = None) -> P:
 
 
 def parts(entry: Any) -> int:
-    """How many parts an entry of a spec makes."""
+    """The number of parts that an entry of a spec makes."""
     names = () if entry is None else (entry,) if isinstance(entry, str) else entry
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[name] for name in names)
@@ -87,9 +87,9 @@ def over_shards(
     """Runs `function` on every device's part of the arguments.
 
     Args:
-      function: of as many arguments as `arrays` has.
-      arrays: arrays, trees of them, or None.
-      specs: for every argument how its arrays are divided; on an explicit mesh they are resharded to that.
+      function: takes as many arguments as `arrays` has.
+      arrays: arrays, trees of arrays, or None.
+      specs: how the arrays of each argument are divided; on an explicit mesh they are resharded to that.
       out_specs: how the results are divided.
     """
     if _sizes(AxisType.Auto):

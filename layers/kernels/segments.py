@@ -4,8 +4,8 @@
 other tokens of a row form segments, maximal runs of equal ids with the padding left out; tokens of different segments
 do not see each other. An initial state belongs to the segment of the first real token of the row.
 
-Every layer needs the same things of the ids: numbers, positions, starts. `Segments` holds them, derived once a call of a
-model. Every function that takes `segment_ids` takes `Segments` in their place.
+Every layer needs the same facts about the ids: numbers, positions, starts. `Segments` holds them, derived once per call of
+a model. Every function that takes `segment_ids` takes `Segments` in their place.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ Padding = Literal["anywhere", "end"]
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """Segment ids and what follows from them. `Segments.of` makes one.
+    """Segment ids and the facts derived from them. `Segments.of` makes one.
 
     Attributes:
       ids: as given, (b, t).
       numbers: 1, 2, ... for the tokens of the first, second, ... segment of each row, and 0 for padding: two real tokens
         share a segment if and only if their numbers agree.
       positions: the number of earlier real tokens of the same segment.
-      starts: True at the first token of every segment but the row's first, where a state must be forgotten.
+      starts: True at the first token of every segment but the row's first, where a state is reset.
       padding: "end" if padding stands only behind all real tokens of its row; static. The neighbours of a token are then
-        the tokens beside it, so that shifts and masks do what takes gathers otherwise.
+        adjacent to it, so that shifts and masks replace gathers.
       packed: False if no row holds more than one segment; static. Then `starts` is False everywhere.
     """
 
@@ -45,7 +45,7 @@ class Segments:
     def of(
         cls, segment_ids: "SegmentIds", *, padding: Padding = "anywhere", packed: bool = True
     ) -> "Segments | None":
-        """`segment_ids` as `Segments`; None and `Segments` come back as they are.
+        """Returns `segment_ids` as `Segments`; None and `Segments` come back unchanged.
 
         Args:
           segment_ids: (b, t), integers.
@@ -80,7 +80,7 @@ class Segments:
         return self.ids.shape
 
     def cut(self, start: int, stop: int) -> "Segments":
-        """The segments of tokens `start` to `stop`, numbered anew."""
+        """The segments of tokens `start` to `stop`, renumbered."""
         return Segments.of(self.ids[:, start:stop], padding=self.padding, packed=self.packed)
 
 
@@ -95,7 +95,7 @@ def _flatten_with_keys(segments):
 
 
 def _unflatten(static, arrays):
-    """Without `__init__`, which checks types: JAX also builds trees of placeholders, such as specs."""
+    """Skips `__init__`, which checks types: JAX also builds trees of placeholders, such as specs."""
     segments = object.__new__(Segments)
     for name, value in zip((*_ARRAYS, *_STATIC), (*arrays, *static), strict=True):
         object.__setattr__(segments, name, value)
@@ -116,7 +116,7 @@ def _starts_anywhere(ids):
 
 
 def last_real_id(segment_ids: Int[Array, "b t"], before: Int[Array, "b"] | None = None) -> Int[Array, "b t"]:
-    """The id of the last real token up to and including each position, (b, t); `before` (b), or 0, until there is one."""
+    """The id of the last real token up to and including each position, (b, t); before the first, `before` (b) or 0."""
     time = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     index = jax.lax.cummax(jnp.where(segment_ids != 0, time[None], -1), axis=1)
     ids = jnp.take_along_axis(segment_ids, jnp.maximum(index, 0), axis=1)
@@ -133,7 +133,7 @@ def select_real(x: Num[Array, "#b #t *f"], segment_ids: SegmentIds) -> Num[Array
 
 
 def reset_mask(segments: Segments, reverse: bool = False) -> Bool[Array, "b t"] | None:
-    """Where a state is forgotten, with time running backward if `reverse`; None if that is nowhere, statically."""
+    """Where a state is reset, with time running backward if `reverse`; None if that is nowhere, statically."""
     if not segments.packed:
         return None
     if not reverse:

@@ -5,16 +5,16 @@ import jax.numpy as jnp
 
 
 def vary_like(parameter: jax.Array, x: jax.Array) -> jax.Array:
-    """The same numbers, marked as differing between devices wherever x does; its gradient is then summed over them.
+    """Returns `parameter`, marked as differing between devices wherever x does; its gradient is summed over them.
 
-    A custom gradient must have the type of its argument. Inside `jax.shard_map`, the gradient of a parameter that all
-    devices share, computed from inputs that they do not, has another one. Outside, this does nothing.
+    A custom gradient must have the type of its argument. Inside `jax.shard_map`, the gradient of a parameter that is equal
+    on all devices, computed from inputs that are not, has another type. Outside, this does nothing.
     """
     return parameter + jnp.zeros_like(x, shape=(), dtype=parameter.dtype)
 
 
 def vary_as(array: jax.Array, *others: jax.Array) -> jax.Array:
-    """The same array, marked as differing wherever one of `others` does; unlike `vary_like`, without arithmetic."""
+    """Returns `array`, marked as differing wherever one of `others` does; unlike `vary_like`, without arithmetic."""
     missing = set().union(*map(_axes, others)) - _axes(array)
     return jax.lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
 

@@ -1,4 +1,4 @@
-"""How a primitive describes itself to the shared tests and benchmarks."""
+"""The description that a primitive gives of itself to the shared tests and benchmarks."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,13 +16,13 @@ class Case:
 
     Attributes:
       name: unique within the primitive.
-      draw: `draw(rng, batch, time)` returns the array arguments by name in float64 or complex128.
+      draw: `draw(rng, batch, time)` returns the array arguments by name, in float64 or complex128.
       options: the other keyword arguments.
-      state: draws an initial state `state(rng, batch)`; None if this call has no state.
+      state: `state(rng, batch)` draws an initial state; None if this call has no state.
       segments: whether the call takes `segment_ids`.
-      tolerance: allowed relative error of float32 results (norm of the difference over the norm) where the
+      tolerance: allowed relative error of float32 results (norm of the difference over the norm), where the
         conditioning of the case does not allow the shared one.
-      tpu: whether the shared suite also runs kernels for TPUs on this case, which takes long under an interpreter.
+      tpu: whether the shared suite also runs kernels for TPUs on this case, which is slow under an interpreter.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A call at the size where speed is compared.
+    """A call at a size where speed is compared.
 
     Attributes:
       name: as printed in the table.
@@ -44,9 +44,9 @@ class Benchmark:
       draw: as in `Case`, with a last argument that divides the number of heads or channels.
       dtype: type of the inputs on the device.
       forward_bytes, backward_bytes: fewest bytes through device memory (each input read once, each output written once).
-      forward_flops, backward_flops: arithmetic of the best known algorithm, counted once.
-      matrix_products: whether the arithmetic is that of matrix units.
-      quadratic: whether the arithmetic grows with the square of time instead of in proportion.
+      forward_flops, backward_flops: arithmetic of the best known algorithm, each operation counted once.
+      matrix_products: whether matrix units do the arithmetic.
+      quadratic: whether the arithmetic grows with the square of time instead of linearly.
       options: as in `Case`.
     """
 
@@ -64,7 +64,7 @@ class Benchmark:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def resized(self, batch: int, time: int, narrower: int = 1) -> "Benchmark":
-        """The same call at another size, with `narrower` times fewer heads or channels and the counts in proportion."""
+        """Returns the same call at another size, with `narrower` times fewer heads or channels and counts in proportion."""
         size = batch * time / (self.batch * self.time * narrower)
         work = size * (time / self.time if self.quadratic else 1)
         return dataclasses.replace(
@@ -89,7 +89,7 @@ class Suite:
       gpu_implementations: more names, which need a GPU.
       tpu_implementations: more names, which need a TPU or its interpreter; see `Case.tpu`.
       time_arguments: names of the arguments whose axis 1 is time.
-      cases, benchmarks: see there.
+      cases, benchmarks: see `Case` and `Benchmark`.
     """
 
     function: Callable[..., Any]

@@ -35,16 +35,16 @@ def attention(
     scale: float | None = None,
     impl: str | None = None,
 ) -> Float[Array, "b t h v"]:
-    """Softmax attention of every query over the keys it sees.
+    """Returns the softmax attention of every query over the keys that it sees.
 
         a_ij = cap tanh(scale q_i . k_j / cap) + bias_ij - slope |p_i - p_j|
         o_i  = sum_j exp(a_ij) v_j / (exp(sink) + sum_j exp(a_ij)),    j over the keys that i sees
 
-    for each of h query heads; head i reads key/value head i // (h / g). Without a cap the tanh is left out, without a
-    sink logit so is its term. A query that sees no key gives exactly zero, and zero gradients.
+    per query head; head i reads key/value head i // (h / g). Without a cap the tanh is left out, and without a sink logit
+    its term. A query that sees no key gives exactly zero, and zero gradients.
 
     Positions p decide what is seen and how far away it is. They are the index of the token, or with `segment_ids` the
-    number of earlier real tokens of its segment; `q_positions` and `kv_positions` of `tokens` replace both, and are
+    number of earlier real tokens of its segment. `q_positions` and `kv_positions` of `tokens` replace both, and are
     needed where positions matter and t differs from s. Query i sees key j if
 
         ((in the window and in a listed block) or p_j < sink_tokens) and (p_j <= p_i, if causal),
@@ -58,13 +58,13 @@ def attention(
 
     Args:
       q, k, v: queries, keys and values; h is a multiple of g.
-      causal: a query sees no later key.
+      causal: whether a query sees no later key.
       mask: windows, sink tokens, prefixes and lists of blocks.
       logits: bias, slopes, cap and sink logits.
-      segment_ids: (b, t) integers or `Segments`, see `layers.kernels.segments`. Alone they hold for queries and keys
-        (t = s).
+      segment_ids: (b, t) integers or `Segments`, see `layers.kernels.segments`. Without segments in `tokens` they hold for
+        queries and keys alike (t = s).
       tokens: segments and positions of the keys, and positions of the queries, if these are not the same tokens.
-      scale: of the logits, 1 / sqrt(k) if absent.
+      scale: factor of the logits, 1 / sqrt(k) if None.
       impl: "xla", "cudnn", "reference", or None for the best.
 
     Returns:
@@ -91,9 +91,9 @@ def attention(
 
 
 class Piece(NamedTuple):
-    """Attention over some of the keys: the output (b, t, h, v) and log-sum-exp of the logits (b, t, h) of every row.
+    """Attention over some of the keys: the output (b, t, h, v) and the log-sum-exp of the logits (b, t, h) per row.
 
-    Both float32 or wider. A row that sees none of these keys has output 0 and log-sum-exp -inf.
+    Both are float32 or wider. A row that sees none of these keys has output 0 and log-sum-exp -inf.
     """
 
     output: jax.Array
@@ -108,9 +108,9 @@ def attention_with_lse(
     impl: str | None = None,
     **options: Any,
 ) -> Piece:
-    """`attention`, with the same options, as a `Piece` that others over other keys can be joined to by `compose`.
+    """Returns `attention`, with the same options, as a `Piece` that `compose` joins to others over other keys.
 
-    A sink logit is part of the log-sum-exp: give it to one of the pieces only.
+    A sink logit is part of the log-sum-exp, so only one of the pieces may have it.
     """
     chosen = read_options(q, k, v, **options)
     if q.size == 0 or k.shape[1] == 0 or v.size == 0:
@@ -119,7 +119,7 @@ def attention_with_lse(
 
 
 def compose(first: Piece, second: Piece) -> Piece:
-    """Attention over the keys of both pieces, as one softmax. Associative and commutative; identity Piece(0, -inf)."""
+    """Returns attention over the keys of both, as one softmax. Associative, commutative; the identity is Piece(0, -inf)."""
     top = jax.lax.stop_gradient(jnp.maximum(first.lse, second.lse))
     top = jnp.where(top == -jnp.inf, 0, top)
     weights = jnp.exp(first.lse - top), jnp.exp(second.lse - top)

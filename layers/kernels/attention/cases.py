@@ -30,7 +30,7 @@ def _prefix(rng, batch, time):
 
 
 def _blocks(rng, batch, time):
-    """Lists for 160 positions, with padding, repetitions and blocks that do not exist, different for every head."""
+    """Lists for 160 positions, with padding, repetitions and blocks that do not exist, which differ between heads."""
     lists = rng.integers(-1, 22, (1, HEADS, 20, 4))
     mask = Mask(sink_tokens=5, block_indices=lists, block_size=BLOCK)
     return {**_draw(rng, batch, time), "mask": mask}
@@ -42,7 +42,7 @@ def _large(rng, batch, time):
 
 
 def _benchmark(name, options, visible, batch=8, time=4096, heads=16, kv_heads=16, size=128):
-    """`visible`: keys that a query sees on average."""
+    """A benchmark in which a query sees `visible` keys on average."""
     queries, keys = 2 * batch * time * heads * size, 2 * batch * time * kv_heads * size
     flops = 4 * batch * time * heads * size * visible
     return Benchmark(

@@ -1,4 +1,4 @@
-"""`attention` by cuDNN's fused kernels, through `jax.nn.dot_product_attention`, for what they compute exactly as defined."""
+"""`attention` by cuDNN's fused kernels, through `jax.nn.dot_product_attention`, where they compute it exactly as defined."""
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,14 @@ TAKEN = "causal, window, scale and segment_ids of rows that are not packed and e
 
 
 def attention(q, k, v, options):
-    """The output (b, t, h, v), and None for the log-sum-exp."""
+    """Returns the output (b, t, h, v), and None for the log-sum-exp."""
     if devices.assumed():  # cuDNN cannot be traced where it is not installed
         return xla.attention(q, k, v, options)
     window, segments = options.mask.window, options.segment_ids
     lengths = None
     if segments is not None:
         lengths = segments.real.sum(1, dtype=jnp.int32)
-        # The kernels multiply what stands at padding by zero, which leaves it if it is not a number.
+        # The kernels multiply what stands at padding by zero, which leaves NaN where it is not finite.
         q, k, v = (select_real(x, segments) for x in (q, k, v))
     output = jax.nn.dot_product_attention(
         q,
@@ -60,7 +60,7 @@ def refuses(q, k, v, options) -> str | None:
 
 
 def _unknown_option(options: Options) -> str | None:
-    """Why its kernels do not compute what these options say, or None."""
+    """Why the kernels do not compute what these options say, or None."""
     default = Options()
     for group in ("mask", "logits", "tokens"):
         for name, value in vars(getattr(options, group)).items():
@@ -75,7 +75,7 @@ def _unknown_option(options: Options) -> str | None:
 
 
 def _device() -> jax.Device:
-    """Where computations run unless told otherwise."""
+    """The device where computations run by default."""
     chosen = jax.config.jax_default_device
     if chosen is None or isinstance(chosen, str):
         return jax.devices(chosen)[0]

@@ -1,6 +1,6 @@
-"""The options of `attention` by what they are about, their checks, and the positions and segments that they amount to.
+"""The options of `attention` by subject, their checks, and the positions and segments that follow from them.
 
-The groups are pytrees: JAX also builds them from specifications and placeholders, so that their arrays are annotated as
+The groups are pytrees. JAX also builds them from specifications and placeholders, so their arrays are annotated as
 anything and checked in `read_options`.
 """
 
@@ -23,17 +23,17 @@ from layers.kernels.segments import SegmentIds, Segments
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Which keys of its segment a query sees, beside `causal`; `attention` states the rule.
+    """Which keys of its segment a query sees, besides `causal`; `attention` states the rule.
 
     Attributes:
       window: causal: the last `window` keys, the query's own included. Otherwise: keys at a distance of at most
         `window` on either side.
-      sink_tokens: the first so many positions stay visible where `window` or `block_indices` would hide them.
+      sink_tokens: number of first positions that stay visible where `window` or `block_indices` would hide them.
       prefix_lengths: (b,) integers; positions below it see each other in both directions; needs `causal`. An axis of
         size 1 stands for all rows.
-      block_indices: (b, h, blocks, listed) integers: for every block of `block_size` query positions, the blocks of as
-        many key positions that it sees; -1 fills up, a block listed twice counts once. Axes of size 1 stand for all
-        rows or heads.
+      block_indices: (b, h, blocks, listed) integers: per block of `block_size` query positions, the blocks of as many key
+        positions that it sees; -1 fills up, and a block listed twice counts once. Axes of size 1 stand for all rows or
+        heads.
       block_size: positions in a block of `block_indices`.
     """
 
@@ -55,9 +55,9 @@ class Logits:
 
     Attributes:
       bias: (b, h, t, s), added to the logits; axes of size 1 stand for all. -inf hides a key.
-      slopes: (h,), ALiBi: what the logits of a head lose per distance between positions.
+      slopes: (h,), ALiBi: what the logits lose per head and unit of distance between positions.
       logit_cap: bounds the scaled logits, before bias and slopes.
-      sink_logits: (h,), the logit of a key without value that every query of a head sees.
+      sink_logits: (h,), the logit of a key without value that every query sees, per head.
     """
 
     bias: Any = None
@@ -73,10 +73,10 @@ class Logits:
 )
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Where queries and keys stand if the keys are not the queries' own tokens, such as those of a cache.
+    """Segments and positions of queries and keys, if the keys are not the queries' own tokens, such as those of a cache.
 
     Attributes:
-      kv_segment_ids: (b, s), segments of the keys, given with `segment_ids`: then a query sees the keys of equal, non-zero
+      kv_segment_ids: (b, s), segments of the keys, given with `segment_ids`. A query then sees the keys of equal, non-zero
         id, and positions are indices if they are not given.
       q_positions, kv_positions: (b, t) and (b, s), always given together; one row stands for all.
       kv_lengths: (b,); keys at index kv_lengths or beyond, such as the unused end of a cache, are not seen.
@@ -114,7 +114,7 @@ def read_options(
     tokens: Tokens | None = None,
     scale: float | None = None,
 ) -> Options:
-    """The options of a call.
+    """Returns the options of a call.
 
     Raises:
       ValueError, TypeError: a shape, type or combination that `attention` does not take.
@@ -144,14 +144,14 @@ def read_options(
 
 
 def _group(name, given, kind):
-    """`given`, or the options that change nothing if it is None."""
+    """Returns `given`, or the options that change nothing if it is None."""
     if given is not None and not isinstance(given, kind):
         raise TypeError(f"{name} is {type(given).__name__}; expected a {kind.__name__} or None")
     return kind() if given is None else given
 
 
 def _check_numbers(mask, logits, scale) -> None:
-    """Raises TypeError for an array where a Python number is needed; these shape the program."""
+    """Raises TypeError for an array where a Python number is needed, because it shapes the program."""
     whole = {name: getattr(mask, name) for name in ("window", "sink_tokens", "block_size")}
     real = {"logit_cap": logits.logit_cap, "scale": scale}
     for kind, article, values in ((int, "an int", whole), (numbers.Real, "a number", real)):
@@ -210,7 +210,7 @@ def _check_combination(causal, mask, logits, tokens, segments) -> None:
 
 
 def _check_lengths(causal, mask, logits, tokens, segments, sizes) -> None:
-    """Raises ValueError where queries and keys of different lengths need more to be told."""
+    """Raises ValueError where queries and keys of different lengths need further options."""
     t, s = sizes["t"], sizes["s"]
     lists = mask.block_indices
     uses_positions = causal or mask.window is not None or lists is not None or logits.slopes is not None
@@ -232,7 +232,7 @@ def _check_lengths(causal, mask, logits, tokens, segments, sizes) -> None:
 class Places(NamedTuple):
     """Positions (b|1, t), (b|1, s) and segments (b, t), (b, s) of the queries and keys.
 
-    A query sees only keys of its own segment, and none if that is 0. Both segments are None if there is only one.
+    A query sees only keys of its own segment, and none if its segment is 0. Both segments are None if there is only one.
     """
 
     q_positions: jax.Array
@@ -242,7 +242,7 @@ class Places(NamedTuple):
 
 
 def places(q, k, options: Options) -> Places:
-    """Fills in the positions that were not given, and puts keys beyond a row's length in segment 0."""
+    """Returns places with the positions that were not given, and with keys beyond a row's length in segment 0."""
     (b, t), s, tokens, segments = q.shape[:2], k.shape[1], options.tokens, options.segment_ids
     alone = isinstance(segments, Segments)
     q_segments, kv_segments = (segments.numbers,) * 2 if alone else (segments, tokens.kv_segment_ids)

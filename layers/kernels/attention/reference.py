@@ -8,7 +8,7 @@ from layers.kernels.checks import accumulation_dtype
 
 
 def attention(q, k, v, options):
-    """The output (b, t, h, v) and the log-sum-exp of every row (b, t, h)."""
+    """Returns the output (b, t, h, v) and the log-sum-exp per row (b, t, h)."""
     o, mask = options, options.mask
     dtype = accumulation_dtype(q, k, v, o.logits.bias, o.logits.slopes, o.logits.sink_logits)
     repeats = q.shape[2] // k.shape[2]

@@ -1,8 +1,8 @@
 """Which blocks of keys each block of queries visits, and in how many steps.
 
-Two schedules. The general one visits pairs of large blocks, one pair per step, leaving out what can be told in advance
-that the mask hides; steps that only turn out to be hidden are skipped when they are reached. Where a query block sees
-few key blocks, in windows and lists of blocks, the other takes many small query blocks per step and fetches for each the
+There are two schedules. The general one visits pairs of large blocks, one pair per step, and leaves out the pairs that the
+mask is known to hide. Steps that only turn out to be hidden at run time are skipped then. Where a query block sees few key
+blocks, as in windows and lists of blocks, the other schedule takes many small query blocks per step and fetches for each the
 key blocks on its own list.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from layers.kernels.segments import Segments
 
-# The memory that the logits of one step may take: a CPU's cache, or enough to keep an accelerator busy.
+# The memory for the logits of one step: a CPU's cache, or enough to keep an accelerator busy.
 CPU_STEP_BYTES, STEP_BYTES = 1 << 19, 1 << 27
 # Bounds on a block of the general schedule.
 PAIR_BLOCKS = 128, 512
@@ -26,8 +26,8 @@ LISTED_KEYS = 2048
 class Steps(NamedTuple):
     """One entry per step: row groups (n,) by their first query block; lists (n, b|1, h|1, rows, columns) of key blocks.
 
-    -1 in a list is no block. `listed` (same shape) tells blocks on the list from those visited for their sink tokens;
-    None: the mask looks that up.
+    -1 in a list is no block. `listed` (same shape) distinguishes blocks on the list from those visited for their sink
+    tokens; if None, the mask looks that up.
     """
 
     row: jax.Array
@@ -36,7 +36,7 @@ class Steps(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Sizes of blocks, number of query blocks (padding included), steps, and whether they may turn out to be hidden."""
+    """Sizes of blocks, number of query blocks (padding included), steps, and whether steps may turn out to be hidden."""
 
     q_block: int
     kv_block: int
@@ -46,7 +46,7 @@ class Schedule(NamedTuple):
 
 
 def schedule(q, k, options, at) -> Schedule:
-    """The schedule for arguments of these shapes; `at` are their places, in order if `uses_lists`."""
+    """Returns the schedule for arguments of these shapes; `at` are their places, in order if `uses_lists`."""
     (b, t, h, _), s = q.shape, k.shape[1]
     if uses_lists(q, k, options):
         return _grouped(b * h, *_lists(t, s, options, at))
@@ -60,7 +60,7 @@ def schedule(q, k, options, at) -> Schedule:
 
 
 def uses_lists(q, k, o) -> bool:
-    """Whether lists of small blocks save anything, and by index hold what the options mean by position."""
+    """Returns whether lists of small blocks save work, and mean the same by index as the options do by position."""
     if (o.mask.window is None and o.mask.block_indices is None) or _is_small(q, k):
         return False
     if o.tokens.q_positions is not None or o.mask.prefix_lengths is not None:
@@ -93,7 +93,7 @@ def _list_shape(o) -> tuple[int, int]:
 
 
 def in_segments(o) -> bool:
-    """Whether the position of a real token may differ from its index, as it counts within a segment."""
+    """Returns whether the position of a real token may differ from its index, because it counts within a segment."""
     segments = o.segment_ids
     if o.tokens.q_positions is not None or not isinstance(segments, Segments):
         return False
@@ -139,7 +139,7 @@ def _lists(t, s, o, at):
 
 
 def _sets(lists):
-    """Each list in order, with what is listed again replaced by -1."""
+    """Each list in order, with repeated entries replaced by -1."""
     lists = jnp.sort(jnp.maximum(lists, -1), axis=3)
     again = jnp.pad(lists[..., 1:] == lists[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0)))
     return jnp.where(again, -1, lists)
@@ -148,7 +148,7 @@ def _sets(lists):
 def _sink_blocks(o, at, q_blocks, size):
     """The blocks (b|1, 1, query blocks, columns) that hold the sink tokens of the queries of a block.
 
-    Of several segments in a causal block, only the first can have begun in an earlier one.
+    Of several segments in a causal block, only the first can have begun in an earlier block.
     """
     sinks = o.mask.sink_tokens
     if not sinks or not in_segments(o):

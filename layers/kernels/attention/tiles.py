@@ -1,8 +1,8 @@
 """One step of blocked attention: fetching its blocks, its logits, and what they may see.
 
 Blocked arrays are (b, g, blocks, r, block, d) for queries and (b, g, blocks, block, d) for keys and values: g key/value
-heads, r query heads per key/value head. Lists of key blocks that differ by head go with g = h and r = 1 on the queries'
-side. A step holds R query blocks and for each N keys; its logits are (b, g, R, r, block, N).
+heads, r query heads per key/value head. If lists of key blocks differ by head, g = h and r = 1 for the queries. A step holds
+R query blocks and, per query block, N keys; its logits are (b, g, R, r, block, N).
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from layers.kernels.attention.schedule import Steps
 
 
 class Context(NamedTuple):
-    """What decides over the logits beside queries and keys.
+    """What the logits depend on besides queries and keys.
 
     Places are blocked, (b|1, 1, blocks, block), and so is the bias, (b|1, h|1, blocks|1, block|1, blocks|1, block|1);
     the others are as given.
@@ -48,12 +48,12 @@ def rows(x, step: Steps):
 
 
 def put_rows(x, step: Steps, new):
-    """`x` with the query blocks of a step replaced."""
+    """Returns `x` with the query blocks of a step replaced."""
     return new if new.shape == x.shape else jax.lax.dynamic_update_slice_in_dim(x, new, step.row, axis=2)
 
 
 def columns(x, step: Steps):
-    """For each query block its key blocks, end to end: (b, g, blocks, block, ...) to (b, g, R, N, ...)."""
+    """The key blocks per query block, end to end: (b, g, blocks, block, ...) to (b, g, R, N, ...)."""
     if step.blocks.size == 1:
         return jax.lax.dynamic_slice_in_dim(x, step.blocks[0, 0, 0, 0], 1, axis=2)
     x = x.at[_where(x, step)].get(mode="promise_in_bounds")
@@ -61,7 +61,7 @@ def columns(x, step: Steps):
 
 
 def add_columns(x, step: Steps, new):
-    """`x` with `new` (b, g, R, N, ...) added at the key blocks of each query block."""
+    """Returns `x` with `new` (b, g, R, N, ...) added at the key blocks of each query block."""
     if step.blocks.size == 1:
         old = columns(x, step)
         return jax.lax.dynamic_update_slice_in_dim(x, old + new, step.blocks[0, 0, 0, 0], axis=2)
@@ -108,7 +108,7 @@ def distances(context: Context, step: Steps):
 
 
 def visible(context: Context, step: Steps, rules: Rules):
-    """Which keys of a step are seen, (b|1, h|1, R, block, N)."""
+    """Returns which keys of a step are seen, (b|1, h|1, R, block, N)."""
     at = context.at
     i, j = rows(at.q_positions, step)[..., None], columns(at.kv_positions, step)[..., None, :]
     seen = jnp.ones((1,) * 5, bool)
@@ -144,7 +144,7 @@ def _on_list(lists, size, i, j):
 
 
 def logits(q, k, context: Context, step: Steps, rules: Rules):
-    """The logits of a step, -inf where hidden, and the capped ones before any bias, both float32 or wider."""
+    """The logits of a step, -inf where hidden, and the capped logits before any bias, both float32 or wider."""
     capped = product("bgnrqd,bgnkd->bgnrqk", q, k, rules) * rules.scale
     if rules.logit_cap is not None:
         capped = rules.logit_cap * jnp.tanh(capped / rules.logit_cap)

@@ -1,17 +1,17 @@
 """`attention` in plain JAX, without the matrix of logits in memory.
 
 Queries and keys are cut into blocks, and steps of a `lax.scan` visit blocks of logits (see `schedule`). Every row keeps
-the running maximum m of its logits, the sum l of exp(a - m) and the output so far, rescaled whenever m grows; at the
-end the output is divided by l, and L = m + log l is its log-sum-exp. The backward pass goes through the same steps and
-computes the probabilities again from L,
+the running maximum m of its logits, the sum l of exp(a - m) and the output so far, rescaled whenever m grows. At the
+end the output is divided by l, and L = m + log l is its log-sum-exp. The backward pass takes the same steps and
+recomputes the probabilities from L,
 
     p = exp(a - L),  da = p (do . v - D),  D = do . o - dL,  dv = p^T do,  dq = scale da k,  dk = scale da^T q,
 
 so that it needs only q, k, v, o and L. The sink logit is an outer step: it scales the output by sigmoid(L - sink).
 
-Memory: one step of logits (`STEP_BYTES`, a few times) beside the arguments, the output, and float32 sums of the size of
-the output (forward) or of q, k and v (backward). Traffic is mostly the logits': with bf16 inputs about 16 bytes for each
-logit visited forward (product, maximum, exponential and its sum, product) and about 40 backward. On a GPU, query blocks
+Memory: one step of logits (`STEP_BYTES`, a few times) besides the arguments, the output, and float32 sums of the size of
+the output (forward) or of q, k and v (backward). Traffic is mostly that of the logits: with bfloat16 inputs about 16 bytes
+per visited logit forward (product, maximum, exponential and its sum, product) and about 40 backward. On a GPU, query blocks
 of a step that fetched the same key block add their gradients to it in no fixed order.
 """
 
@@ -27,11 +27,11 @@ from layers.kernels.checks import accumulation_dtype
 
 
 def attention(q, k, v, options):
-    """The output (b, t, h, v) and log-sum-exp (b, t, h); the arguments are checked by the public function."""
+    """Returns output (b, t, h, v) and log-sum-exp (b, t, h); the public function has checked the arguments."""
     q, k, v, o = _varying_alike(q, k, v, options)
     at = places(q, k, o)
     if uses_lists(q, k, o) and in_segments(o) and o.segment_ids.padding != "end":
-        # Lists go by index: the tokens of a segment have to be neighbours.
+        # Lists go by index, so the tokens of a segment must be neighbours.
         order = jnp.argsort(at.q_segments == 0, axis=1, stable=True)
         back = jnp.argsort(order, axis=1)
         q, k, v = (jnp.take_along_axis(x, order[:, :, None, None], axis=1) for x in (q, k, v))
@@ -50,9 +50,9 @@ def attention(q, k, v, options):
 
 
 def _varying_alike(*arguments):
-    """The arguments as they are; under `shard_map` those that are the same on all devices count as varying.
+    """The arguments unchanged; under `shard_map` those that are equal on all devices count as varying.
 
-    The gradient of what is the same everywhere is then summed over devices, outside the custom VJP.
+    The gradient of what is equal everywhere is then summed over devices, outside the custom VJP.
     """
     arrays = [x for x in jax.tree.leaves(arguments) if isinstance(x, jax.Array)]
     zero = sum(jnp.zeros_like(x, jnp.float32, shape=()) for x in arrays)
@@ -125,7 +125,7 @@ def _context(t, s, o, at, plan: Schedule, q_length, kv_length) -> tiles.Context:
 
 
 def _pad(x, axis, length):
-    """`x` with zeros after it, to `length` along `axis`."""
+    """Returns `x` with zeros after it, to `length` along `axis`."""
     if x.shape[axis] == length:
         return x
     return jnp.pad(x, [(0, length - x.shape[i] if i == axis else 0) for i in range(x.ndim)])
@@ -226,7 +226,7 @@ def _backward(rules, residuals, cotangents):
     start = tuple(jnp.zeros_like(x, dtype) for x in (q, k, v))
     (dq, dk, dv, dslopes), dbias = jax.lax.scan(step, (*start, dslopes), steps)
     if context.bias is not None:
-        # The bias of all steps is a linear function of the bias: its transpose joins their gradients.
+        # The bias of all steps is a linear function of the bias; its transpose joins their gradients.
         fetch = jax.linear_transpose(
             lambda bias: jax.vmap(lambda now: tiles.bias_columns(bias, now))(steps),
             context.bias.astype(dtype),

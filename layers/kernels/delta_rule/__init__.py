@@ -37,29 +37,29 @@ def delta_rule(
     segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """Runs the delta rule, which corrects what the state holds at a key instead of adding to it.
+    """Returns the outputs of the delta rule, which corrects what the state holds at a key, and the last state.
 
         S' = Diag(alpha_t) S_{t-1}                         decay first,
         S_t = S' + beta_t k_t (v_t - S'^T k_t)^T           then erase and write,
         o_t = scale S_t^T q_t,
 
     that is S_t = (I - beta_t k_t k_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T with alpha = exp(log_decay). DeltaNet
-    (Yang et al. 2024, arXiv:2406.06484) has no decay, Gated DeltaNet (Yang et al. 2024, arXiv:2412.06464) one a head,
-    Kimi Delta Attention (Kimi Team 2025, arXiv:2510.26692) one a key channel.
+    (Yang et al. 2024, arXiv:2406.06484) has no decay, Gated DeltaNet (Yang et al. 2024, arXiv:2412.06464) one per head,
+    Kimi Delta Attention (Kimi Team 2025, arXiv:2510.26692) one per key channel.
 
     Args:
-      q, k: queries and keys. They may have fewer heads than v: head j of v uses head j // (h / g) of q and k. Keys whose
-        norm is not about 1 or less make the state diverge, beta |k|^2 must not exceed 2.
+      q, k: queries and keys. They may have fewer heads than v: head j of v uses head j // (h / g) of q and k. beta |k|^2
+        must not exceed 2, or the state diverges; keys should have a norm of about 1 or less.
       v: values.
-      beta: writing strength, in (0, 1), or (0, 2) to let a step reverse what it erases.
+      beta: writing strength, in (0, 1), or in (0, 2) to let a step reverse the sign of what it erases.
       log_decay: log alpha <= 0, per head (b, t, h) or key channel (b, t, h, k); None for no decay.
-      scale: of the queries; k^-1/2 if None.
+      scale: factor of the queries; k^-1/2 if None.
       normalize_qk: whether to divide queries and keys by their norms first, x / sqrt(sum x^2 + 1e-6), in float32.
-      initial_state: S_0, zero if absent. It belongs to the segment of the first real token.
-      segment_ids: 0 is padding, which leaves the state as it is and outputs zero; a change of id forgets the state
+      initial_state: S_0, zero if None. It belongs to the segment of the first real token.
+      segment_ids: 0 is padding, which leaves the state as it is and outputs zero; a change of id resets the state
         (see `layers.kernels.segments`).
       impl: "gpu", "xla", "reference", or None for the best. "gpu", for Hopper, takes bfloat16 queries, keys and values of
-        at most 128 features a head, and no decay or one a head.
+        at most 128 features per head, with no decay or one per head.
 
     Returns:
       o: (b, t, h, v) in the type of v.
@@ -103,20 +103,20 @@ def dplr_delta_rule(
     segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """Runs a linear recurrence whose transition is diagonal plus low-rank, the general form of the delta rules.
+    """Returns the outputs and last state of the general delta rule, whose transition is diagonal plus low-rank.
 
         S_t = Diag(w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T,    o_t = scale S_t^T q_t,
 
     with w = exp(log_decay); both terms read the old state. RWKV-7 (Peng et al. 2025, arXiv:2503.14456) is a = -kappa,
-    b = eta kappa for the removal key kappa and the learning rate eta, with scale = 1; `delta_rule` is a = alpha k,
-    b = -beta k and beta k in place of k, at about half the cost.
+    b = eta kappa for the removal key kappa and the learning rate eta, with scale = 1. `delta_rule` is a = alpha k,
+    b = -beta k and beta k in place of k, and costs about half as much.
 
     Args:
       q, k, v: queries, keys and values.
-      a: what is read from the old state.
-      b: where it is written; Diag(w) + b a^T should not lengthen vectors, or the state diverges.
+      a: the direction in which the old state is read.
+      b: the direction in which that is written; Diag(w) + b a^T should not lengthen vectors, or the state diverges.
       log_decay: log w <= 0, per head (b, t, h) or key channel (b, t, h, k); None for no decay.
-      scale: of the queries; k^-1/2 if None.
+      scale: factor of the queries; k^-1/2 if None.
       initial_state, segment_ids: as for `delta_rule`.
       impl: "xla", "reference", or None for the best.
 
@@ -171,7 +171,7 @@ def _checked(name, implementations, impl, sizes, inputs, options, initial_state,
 
 
 class Piece(NamedTuple):
-    """What a stretch of the sequence does to the state: S -> transition S + state."""
+    """The effect of consecutive tokens on the state: S -> transition S + state."""
 
     transition: jax.Array
     state: jax.Array
@@ -187,10 +187,10 @@ def summarize(
     segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> Piece:
-    """The effect of a stretch on the state that enters it: a transition (b, h, k, k) and a state (b, h, k, v).
+    """Returns the effect of consecutive tokens: a transition (b, h, k, k) and a state (b, h, k, v).
 
-    The first real token of the stretch continues what came before; if a segment starts there, the caller sets
-    `transition` to zero.
+    The first real token continues the segment before it; where it begins another segment, the caller sets `transition`
+    to zero.
     """
     v, state = _with_probe(k, v)
     options = {"log_decay": log_decay, "normalize_qk": normalize_k, "segment_ids": segment_ids, "impl": impl}
@@ -208,7 +208,7 @@ def summarize_dplr(
     segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> Piece:
-    """As `summarize`, for `dplr_delta_rule`."""
+    """Returns what `summarize` does, for `dplr_delta_rule`."""
     v, state = _with_probe(k, v)
     options = {"log_decay": log_decay, "segment_ids": segment_ids, "impl": impl}
     _, final = dplr_delta_rule(jnp.zeros_like(k), k, v, a, b, initial_state=state, **options)
@@ -218,7 +218,7 @@ def summarize_dplr(
 def _with_probe(k, v):
     """Values with k more features that stay zero, and a state that is the identity there and zero elsewhere.
 
-    A rule treats the features of the values alike and apart, so one run gives the state and the transition.
+    A rule treats the features of the values alike and independently, so one run gives the state and the transition.
     """
     batch, time, heads, value_dim = v.shape
     key_dim = k.shape[-1]
@@ -233,7 +233,7 @@ def _piece(final):
 
 
 def compose(first: Piece, second: Piece) -> Piece:
-    """The effect of two neighbouring stretches, `first` run before `second`. Associative; identity Piece(I, 0)."""
+    """Returns the effect of `first` followed by `second`. Associative; the identity is Piece(I, 0)."""
 
     def product(a, b):
         return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

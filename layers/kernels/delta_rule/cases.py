@@ -13,7 +13,7 @@ def _unit(x):
 
 
 def _plain(rng, batch, time, heads=HEADS, groups=HEADS, key_dim=KEY_DIM, value_dim=VALUE_DIM):
-    """Keys of norm 1, which keep the state bounded."""
+    """Inputs with keys of norm 1, which keep the state bounded."""
     return {
         "q": rng.standard_normal((batch, time, groups, key_dim)),
         "k": _unit(rng.standard_normal((batch, time, groups, key_dim))),
@@ -46,7 +46,7 @@ def _grouped_channel_large(rng, batch, time):
 
 
 def _strong(arguments, rng):
-    """Log-decay of -20 in half of the places."""
+    """The arguments with a log-decay of -20 in half of the places."""
     shape = arguments["log_decay"].shape
     return {**arguments, "log_decay": np.where(rng.random(shape) < 0.5, -20.0, -0.01)}
 
@@ -74,7 +74,7 @@ def _rwkv7(rng, batch, time, heads=HEADS, key_dim=KEY_DIM, value_dim=VALUE_DIM):
 
 
 def _strong_scalar_dplr(rng, batch, time):
-    """a = -w kappa, without which w and b a^T together would not be contracting where the decay is strong."""
+    """a = -w kappa; otherwise w + b a^T would not contract where the decay is strong."""
     arguments = _rwkv7(rng, batch, time)
     log_decay = np.where(rng.random((batch, time, HEADS)) < 0.5, -20.0, -0.01)
     return {**arguments, "log_decay": log_decay, "a": np.exp(log_decay)[..., None] * arguments["a"]}
@@ -85,14 +85,14 @@ def _state(rng, batch):
 
 
 def _benchmark(name, draw, inputs, products, *, batch=8, time=4096, heads=16):
-    """Heads of 128, all in bfloat16, which counts what is as large as q.
+    """A benchmark with heads of 128, all in bfloat16, whose bytes count the arrays as large as q.
 
     Args:
       name: see `Benchmark`.
-      draw: of the cases above.
-      inputs: how many of them are as large as q.
-      products: matrix products a chunk of 64 needs with one of its own matrices, and with the state.
-      batch, time, heads: of the call.
+      draw: a function of the cases above.
+      inputs: number of its arrays that are as large as q.
+      products: matrix products per chunk of 64: those with one of the chunk's own matrices, and those with the state.
+      batch, time, heads: sizes of the call.
     """
     size, chunk = 128, 64
     numbers = batch * time * heads * size

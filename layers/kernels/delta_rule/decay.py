@@ -1,12 +1,13 @@
 """Decayed scores inside a chunk, exact for any log-decay.
 
 The score of a row i against an earlier column j is sum_k row_ik column_jk exp(g_{j+1} + ... + g_i). Differences of one
-cumulative sum would lose digits after strong decay, and its two exponentials could not be taken apart. Instead blocks of
-1, 2, 4, ... steps are joined pairwise: a row in the second block of a pair reaches a column in the first by
+cumulative sum would lose digits after strong decay, and the two exponentials that the score splits into would overflow.
+Instead, blocks of 1, 2, 4, ... steps are joined pairwise: a row in the second block of a pair reaches a column in the first
+by
 
     exp(sum of g from the start of the row's block to the row) exp(sum of g after the column to the end of its block),
 
-two factors that are at most 1, from sums of numbers of one sign. A state forgotten is a decay by `RESET`.
+two factors that are at most 1, from sums of numbers of one sign. A reset of the state is a decay by `RESET`.
 """
 
 import functools
@@ -18,19 +19,19 @@ import jax.numpy as jnp
 from layers.kernels.delta_rule.triangular import BASE, join_blocks, level_mask
 from layers.kernels.mixed_precision import contract, product
 
-# Log-decay that forgets: its exponential is exactly 0 in float32 and float64, and sums of it stay finite.
+# Log-decay of a reset: its exponential is exactly 0 in float32 and float64, and sums of it stay finite.
 RESET = -1e4
 
 
 class Sums(NamedTuple):
-    """Sums of log-decay inside blocks up to a step and after it, both without the step itself: (..., c, k)."""
+    """Sums of log-decay inside blocks, before a step and after it, both without the step itself: (..., c, k)."""
 
     before: jax.Array
     after: jax.Array
 
 
 def block_sums(log_decay: jax.Array) -> list[Sums]:
-    """`Sums` inside blocks of 1, 2, 4, ... steps, the last for the whole chunk."""
+    """Returns `Sums` inside blocks of 1, 2, 4, ... steps, the last for the whole chunk."""
     size, width = log_decay.shape[-2:]
     sums = [Sums(jnp.zeros_like(log_decay), jnp.zeros_like(log_decay))]
     for block in _blocks(size):
@@ -45,7 +46,7 @@ def block_sums(log_decay: jax.Array) -> list[Sums]:
 
 
 def scores(erase, query, columns, log_decay, before_decay, dtype):
-    """Scores of what a step erases by and reads with, against every column that steps write along.
+    """Returns the scores of what a step erases by and reads with, against every column that steps write along.
 
     Args:
       erase: (..., c, k), read from the state before the step's own column is written: scores for j < i.
@@ -56,7 +57,7 @@ def scores(erase, query, columns, log_decay, before_decay, dtype):
       dtype: type of the operands of matrix products.
 
     Returns:
-      The scores (..., c, c) of `erase` for every column, those of `query`, and the `Sums` of the whole chunk.
+      The scores (..., c, c) of `erase` per column, those of `query`, and the `Sums` of the whole chunk.
     """
     if log_decay.shape[-1] > 1:
         return _channel_scores(erase, query, columns, log_decay, before_decay, dtype)
@@ -69,7 +70,7 @@ def scores(erase, query, columns, log_decay, before_decay, dtype):
 
 
 def _blocks_of(matrix, size):
-    """(..., m size, n size) as lists of m rows of n blocks."""
+    """(..., m size, n size) as a list of m rows of n blocks."""
     rows, columns = (range(0, count, size) for count in matrix.shape[-2:])
     return [[matrix[..., i : i + size, j : j + size] for j in columns] for i in rows]
 
@@ -92,8 +93,8 @@ def _decay_matrix_forward(log_decay, exclusive):
 
 
 def _decay_matrix_backward(exclusive, log_decay, cotangent):
-    # A step's decay is in the exponents of all i after it (or at it) and j before it: the rows from there on, less the
-    # columns from there on.
+    # A step's decay is in the exponents of all i after it (or at it) and j before it: the sum over the rows from there on,
+    # less the sum over the columns from there on.
     dexponent = jnp.tril(cotangent * _decay_matrix(log_decay, exclusive), -1)
     rows, columns = dexponent.sum(-1), dexponent.sum(-2)
     if exclusive:
@@ -148,9 +149,9 @@ def _channel_scores(erase, query, columns, log_decay, before_decay, dtype):
 def _inside_tiles(erase, query, columns, log_decay, before_decay, dtype):
     """Scores inside tiles of BASE steps without the diagonal, as rows and columns of `_blocks_of`, and their `Sums`.
 
-    At every level one exponent serves a step, which is a row if in an odd block and a column if in an even one. All are
-    sums of steps of a tile, taken by one product with zeros and ones, where adding block by block would write every
-    level to memory; the levels, one more axis, go through one product for the scores.
+    At every level each step has one exponent; the step is a row if in an odd block and a column if in an even one. All
+    exponents are sums over steps of a tile, from one product with zeros and ones; adding block by block would write every
+    level to memory. The levels form one more axis, and one product gives the scores of all.
     """
     g = _tiles(log_decay)
     base = g.shape[-2]
@@ -161,7 +162,7 @@ def _inside_tiles(erase, query, columns, log_decay, before_decay, dtype):
     if before_decay:
         taken.append(same & odd & (step < row))
     taken = jnp.concatenate(taken).astype(g.dtype)
-    # Added to zeros made from g, to be laid out over devices as g is.
+    # Zeros made from g are divided over devices as g is.
     flat = taken.reshape(*(1,) * (g.ndim - 2), -1, base) + jnp.zeros_like(g[..., :1, :1])
     sums = contract("...ij,...jk->...ik", flat, g).reshape(*g.shape[:-2], -1, *g.shape[-2:])
     levels = len(_blocks(base))
@@ -177,7 +178,7 @@ def _inside_tiles(erase, query, columns, log_decay, before_decay, dtype):
 
 
 def _tiles(x):
-    """(..., c, k) to (..., c / BASE, BASE, k), or one tile if c is less."""
+    """(..., c, k) to (..., c / BASE, BASE, k), or one tile if c is smaller."""
     base = min(x.shape[-2], BASE)
     return x.reshape(*x.shape[:-2], x.shape[-2] // base, base, x.shape[-1])
 

@@ -55,7 +55,7 @@ def _state(initial_state, k, v):
 
 
 def _run(update, inputs, q, state, segments):
-    """Every output and the last state; a segment starts from zero, padding leaves the state and outputs zero."""
+    """Every output and the last state; a segment starts from zero, padding keeps the state and has zero outputs."""
     if segments is None:
         segments = Segments.of(jnp.ones(q.shape[:2], jnp.int32))
     start, padding = segments.starts, ~segments.real

@@ -1,14 +1,15 @@
 """Unit lower triangular systems by matrix products.
 
-(I + L) y = x with L strictly lower triangular is solved by inverting I + L, which every chunk needs for several right
-sides. The inverse grows from the diagonal: once the diagonal blocks of size s are inverted, those of size 2 s follow from
+(I + L) y = x with L strictly lower triangular is solved by inverting I + L, because every chunk needs the inverse for
+several right-hand sides. The inverse grows from the diagonal: once the diagonal blocks of size s are inverted, those of
+size 2 s follow from
 
     [ A    ]^-1   [  A^-1              ]
     [ C  B ]    = [ -B^-1 C A^-1   B^-1 ].
 
 Blocks smaller than BASE are treated inside tiles of BASE x BASE, where the same step is T <- T - T C T with C the entries
-of L that join two neighbouring blocks. Nothing runs row by row, and unlike the product of (I + (-L)^(2^i)) no power of L
-is formed, which could be large although the inverse is not.
+of L that join two neighbouring blocks. Nothing runs row by row. Unlike the product of (I + (-L)^(2^i)), this forms no power
+of L, which could be large although the inverse is not.
 """
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 
 from layers.kernels.mixed_precision import contract
 
-# Side of the tiles that tiny blocks are treated in: the smallest product that a matrix unit takes.
+# Side of the tiles in which smaller blocks are treated: the smallest product that a matrix unit takes.
 BASE = 16
 
 
@@ -27,7 +28,7 @@ def level_mask(size: int, block: int) -> jax.Array:
 
 
 def diagonal_blocks(matrix: jax.Array, block: int) -> jax.Array:
-    """(..., c, c) to its blocks on the diagonal, (..., c / block, block, block)."""
+    """The blocks on the diagonal of (..., c, c), as (..., c / block, block, block)."""
     starts = range(0, matrix.shape[-1], block)
     return jnp.stack([matrix[..., i : i + block, i : i + block] for i in starts], axis=-3)
 

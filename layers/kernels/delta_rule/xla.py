@@ -1,24 +1,22 @@
-"""`delta_rule` and `dplr_delta_rule` in plain JAX: chunks of matrix products with their own backward pass.
+"""`delta_rule` and `dplr_delta_rule` in plain JAX: matrix products per chunk, with a backward pass of their own.
 
-Inside a chunk of c steps that the state S enters, both rules are
+Inside a chunk of c steps entered by the state S, both rules are
 
     (I + L) y = values + erase S,   o = query S + scores y + output,   S <- total S + write^T y + state,
 
-with L strictly lower triangular, so that the chunk acts on the state as S <- total S + M S + N, M = write^T W,
-W = (I + L)^-1 erase. A first part computes these for all chunks at once by batched products, a scan over the chunks
-carries the state (one product of k x k by k x v each), and a last part computes all outputs at once from the states.
+with L strictly lower triangular. The chunk acts on the state as S <- total S + M S + N, with M = write^T W and
+W = (I + L)^-1 erase. A first part computes these for all chunks at once by batched products. A scan over the chunks
+carries the state (one product of k x k by k x v each). A last part computes all outputs at once from the states.
 
 The backward pass keeps the inputs, the states at the starts of chunks and (I + L)^-1. With dS' the gradient of the state
-leaving a chunk, that of the state entering it is
+that leaves a chunk, that of the state that enters it is
 
     dS = total dS' + M^T dS' + query^T do + W^T scores^T do,
 
-a scan over the chunks in reverse; given dS and S, the rest is local to the chunks and is done for all of them at once.
+a scan over the chunks in reverse. Given dS and S, the rest is local to the chunks and is computed for all of them at once.
 
-Memory traffic, read off the programs that JAX 0.11.2 compiles for an H100 at 8 x 4096 tokens, 16 heads of 128, bfloat16,
-where an array of the size of q is 0.13 GB: with one decay a head 9 GB forward, 22 GB forward and backward, in 116 kernels
-and two scans of 64 steps of 0.07 GB; with a decay a channel 70 GB in all. Inputs, outputs and their gradients alone are
-0.54 GB and 1.5 GB. Scratch memory is 2.2 GB and 7.3 GB. Chunks of 128 halve the steps and move a sixth more.
+Byte floor at 8 x 4096 tokens, 16 heads of 128, bfloat16, where an array of the size of q is 0.13 GB: inputs, outputs and
+their gradients are 0.54 GB forward and 1.5 GB in all. With one decay per head XLA moves about 15 times as much.
 """
 
 import functools
@@ -33,14 +31,14 @@ from layers.kernels.delta_rule.triangular import inverse
 from layers.kernels.mixed_precision import product, solve
 from layers.kernels.segments import reset_mask
 
-# Steps a chunk; a power of two. Longer chunks do more arithmetic and fewer steps of the scan; with a decay per channel
-# they also keep larger intermediate results.
+# Steps per chunk; a power of two. Longer chunks mean more arithmetic and fewer steps of the scan. With a decay per channel
+# they also mean larger intermediate results.
 CHUNK = 64
 GPU_SCALAR_CHUNK = 128
 
 
 class Rule(NamedTuple):
-    """What is fixed when a call is compiled."""
+    """The static part of a call."""
 
     general: bool
     scale: float
@@ -50,7 +48,7 @@ class Rule(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """The equations of a chunk, see the top of the file: arrays (n, b, h, ...), chunks first."""
+    """The equations of a chunk, see the top of the file, as arrays (n, b, h, ...), chunks first."""
 
     lower: jax.Array  # (c, c)
     values: jax.Array  # (c, v)
@@ -64,7 +62,7 @@ class Chunks(NamedTuple):
 
 
 def delta_rule(q, k, v, beta, log_decay, scale, normalize_qk, initial_state, segments, chunk=None):
-    """Runs the delta rule; the arguments are checked by the public function."""
+    """Returns outputs and the final state; the public function has checked the arguments."""
     inputs = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
     if chunk is None:
         per_channel = log_decay is not None and log_decay.ndim == 4
@@ -73,20 +71,20 @@ def delta_rule(q, k, v, beta, log_decay, scale, normalize_qk, initial_state, seg
 
 
 def dplr_delta_rule(q, k, v, a, b, log_decay, scale, initial_state, segments, chunk=CHUNK):
-    """Runs the diagonal-plus-low-rank rule; the arguments are checked by the public function."""
+    """Returns outputs and the final state of the general rule; the public function has checked the arguments."""
     inputs = {"q": q, "k": k, "v": v, "a": a, "b": b, "log_decay": log_decay}
     return _run(inputs, initial_state, segments, True, scale, False, chunk)
 
 
 def _run(inputs, initial_state, segments, general, scale, normalize_qk, chunk):
-    """Pads time to whole chunks, so that few shapes are compiled, and runs them."""
+    """Runs the arguments with time padded to whole chunks, so that few shapes are compiled."""
     v, k = inputs["v"], inputs["k"]
     batch, time, heads, value_dim = v.shape
     accumulate = accumulation_dtype(*inputs.values(), initial_state)
     low = all(inputs[name].dtype == jnp.bfloat16 for name in inputs if name not in ("beta", "log_decay"))
     chunk = min(chunk, 1 << (time - 1).bit_length())
     rule = Rule(general, scale, normalize_qk, chunk, jnp.dtype(jnp.bfloat16) if low else accumulate)
-    if initial_state is None:  # made from v, to be laid out over devices as v is
+    if initial_state is None:  # made from v, to be divided over devices as v is
         zeros = jnp.zeros_like(v[:, 0, :, None], accumulate)
         initial_state = jnp.broadcast_to(zeros, (batch, heads, k.shape[-1], value_dim))
     padding = -time % chunk
@@ -118,7 +116,7 @@ def _forward(rule, inputs, segments, state):
 
 
 def _backward(rule, residuals, cotangents):
-    # The barrier keeps the compiler from storing what the forward pass computed in place of computing it again.
+    # The barrier keeps the compiler from storing what the forward pass computed instead of recomputing it.
     (inputs, segments, states, inverted), (do, dfinal) = jax.lax.optimization_barrier((residuals, cotangents))
     do = _chunk(do, rule.chunk)
     chunks, equations_vjp = jax.vjp(lambda x: _equations(rule, x, segments, dfinal.dtype), inputs)
@@ -140,9 +138,9 @@ _compiled = jax.jit(_chunked, static_argnums=0)
 
 
 def _scan(rule, total, left, right, added, state, reverse):
-    """What enters every chunk, as operands of products, and what leaves the last, by S <- (total + left^T right) S + added.
+    """The states that enter chunks, as operands of products, and the last, by S <- (total + left^T right) S + added.
 
-    In reverse for the gradients of states, which come from the end and pass the transposed transition.
+    With `reverse` they are gradients of states, which start at the end and pass the transposed transition.
     """
     transition = _times(rule, "...ji,...jk->...ik", left, right)
 
@@ -169,7 +167,7 @@ def _apply(rule, chunks, inverted, states):
 
 
 def _times(rule, spec, a, b):
-    """A product that is rounded, because it is an operand of others or one of several terms."""
+    """A product whose result is rounded, because it is an operand of others or one of several terms."""
     return product(spec, a, b, rule.dtype, rule.dtype)
 
 
@@ -195,7 +193,7 @@ def _equations(rule, inputs, segments, dtype):
     group = inputs["v"].shape[2] // inputs["k"].shape[2]
     x |= {name: jnp.repeat(x[name], group, axis=2) for name in ("q", "k")}
     x = {name: _chunk(array, rule.chunk) for name, array in x.items()}
-    # What decays more than a reset is 0 as well, and an infinity would meet zeros in the sums.
+    # What decays more than a reset is 0 as well, and an infinity would give 0 x inf = NaN.
     log_decay = jnp.maximum(log_decay if log_decay.ndim == 4 else log_decay[..., None], RESET)
     log_decay = _chunk(log_decay, rule.chunk)
     k, v, query = x["k"], x["v"], rule.scale * x["q"]

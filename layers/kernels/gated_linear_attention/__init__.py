@@ -20,7 +20,7 @@ IMPLEMENTATIONS = {
     "reference": Implementation(reference.gated_linear_attention, passed_over_reason=by_name_only),
 }
 
-# A denominator nearer to 0 than this is replaced by it, with the sign kept.
+# A denominator nearer to 0 than this is replaced by it, with its sign kept.
 SMALLEST_DENOMINATOR = 1e-6
 
 LogDecay = Float[Array, "h"] | Float[Array, "#b #t h"] | Float[Array, "#b #t h k"]
@@ -39,9 +39,9 @@ def gated_linear_attention(
     segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k s"]]:
-    """Attention whose scores are products, summed up in a matrix state that decays.
+    """Returns the outputs of linear attention with decay, and its matrix state after the last token.
 
-    With alpha_t = exp(log_decay_t), in every head
+    With alpha_t = exp(log_decay_t), per head
 
         S_t = Diag(alpha_t) S_{t-1} + k_t v_t^T,    o_t = scale S_t^T q_t,
 
@@ -54,22 +54,22 @@ def gated_linear_attention(
     -1e-6 if negative, else 1e-6, so that zero queries give zero; useful features of queries and keys are positive.
 
     Linear attention (Katharopoulos et al. 2020, arXiv:2006.16236): no decay. RetNet (Sun et al. 2023,
-    arXiv:2307.08621), Lightning Attention (Qin et al. 2024, arXiv:2401.04658): one fixed decay a head. Mamba-2 (Dao
-    and Gu 2024, arXiv:2405.21060): one decay a head and step, q = C, k = B, v = dt x. GLA (Yang et al. 2023,
+    arXiv:2307.08621), Lightning Attention (Qin et al. 2024, arXiv:2401.04658): one fixed decay per head. Mamba-2 (Dao
+    and Gu 2024, arXiv:2405.21060): one decay per head and step, q = C, k = B, v = dt x. GLA (Yang et al. 2023,
     arXiv:2312.06635), HGRN2 (Qin et al. 2024, arXiv:2404.07904): a decay per key channel. RWKV-5 and RWKV-6 (Peng et
-    al. 2024, arXiv:2404.05892): that and the bonus.
+    al. 2024, arXiv:2404.05892): a decay per key channel and the bonus.
 
     Args:
-      q, k, v: any of them may have fewer heads than the largest count h; they are then shared, head i of h using head
-        i // (h / heads). Their types may differ; bfloat16 throughout is what matrix units are fast in.
+      q, k, v: queries, keys and values. Any of them may have fewer heads than the largest count h; head i of h then uses
+        head i // (h / heads). Their types may differ; matrix units are fast where all three are bfloat16.
       log_decay: natural logarithm of the decay, at most 0. None: no decay. (h): fixed. (b, t, h): per head and
         step. (b, t, h, k): per key channel. A size of 1 in place of b or t stands for all.
       bonus: (h, k), the weight u of the current token.
-      scale: factor of the outputs, k ** -0.5 if absent. Normalised outputs have none.
-      normalize: divide by the sum of the weights.
-      initial_state: S_0, zero if absent; it belongs to the first real token.
-      segment_ids: 0 is padding, which leaves the state as it is and has zero outputs; a change of id forgets the state
-        (see `layers.kernels.segments`).
+      scale: factor of the outputs, k ** -0.5 if None. Must be None with `normalize`.
+      normalize: whether to divide the outputs by the sum of the weights.
+      initial_state: S_0, zero if None; it belongs to the first real token.
+      segment_ids: (b, t). 0 is padding, which leaves the state as it is and has zero outputs; a change of id resets the
+        state (see `layers.kernels.segments`).
       impl: "gpu" (bfloat16) or "tpu", both with at most one decay per head and step, no bonus and not normalised;
         "xla", "reference", or None for the best.
 
@@ -116,7 +116,7 @@ def gated_linear_attention(
 
 
 class Piece(NamedTuple):
-    """What a stretch of the sequence does to the state: S -> decay * S + state."""
+    """The effect of consecutive tokens on the state: S -> decay * S + state."""
 
     decay: jax.Array
     state: jax.Array
@@ -131,10 +131,10 @@ def summarize(
     segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> Piece:
-    """The effect of a stretch on the state that enters it: decay (b, h, k or 1, 1) and state (b, h, k, v or v + 1).
+    """Returns the effect of consecutive tokens: decay (b, h, k or 1, 1) and state (b, h, k, v or v + 1).
 
-    The first real token of the stretch continues what came before; if a segment starts there, the caller sets `decay`
-    to zero. The heads are those of the largest of k, v and log_decay. With a bonus the effect is the same.
+    The first real token continues the segment before it; where it begins another segment, the caller sets `decay` to
+    zero. The number of heads is the largest of those of k, v and log_decay. A bonus does not change the effect.
     """
     sizes, segments = _check(k=k, v=v, log_decay=log_decay, segment_ids=segment_ids)
     dtype = checks.accumulation_dtype(k, v, log_decay)
@@ -157,12 +157,12 @@ def summarize(
 
 
 def compose(first: Piece, second: Piece) -> Piece:
-    """The effect of two neighbouring stretches, `first` run before `second`. Associative; identity Piece(1, 0)."""
+    """Returns the effect of `first` followed by `second`. Associative; the identity is Piece(1, 0)."""
     return Piece(second.decay * first.decay, second.decay * first.state + second.state)
 
 
 def _check(*, k, v, log_decay, segment_ids, q=None):
-    """Checks what `gated_linear_attention` and `summarize` share, and returns the sizes b, t, k, v and h, and `Segments`."""
+    """Checks what `gated_linear_attention` and `summarize` share; returns the sizes b, t, k, v and h, and `Segments`."""
     inputs = {name: x for name, x in (("q", q), ("k", k), ("v", v)) if x is not None}
     checks.check_real(**inputs, log_decay=log_decay)
     sizes: dict[str, int] = {}
@@ -188,6 +188,6 @@ def _check(*, k, v, log_decay, segment_ids, q=None):
 
 
 def _raise_heads(x, axis, sizes):
-    """Lets `x` raise the count of heads: queries, keys and values may all be shared."""
+    """Lets `x` raise the number of heads: queries, keys and values may all be shared."""
     if x.ndim > axis:
         sizes["h"] = max(sizes["h"], x.shape[axis])

@@ -18,7 +18,7 @@ def _tokens(rng, batch, time, *, q=HEADS, k=HEADS, v=HEADS, keys=KEYS, values=VA
 
 
 def _mixed(rng, *shape):
-    """Log-decay of -20 or nearly 0, at random."""
+    """Log-decay that is -20 or nearly 0, at random."""
     return np.where(rng.random(shape) < 0.3, -20.0, -0.02 * rng.random(shape))
 
 
@@ -63,7 +63,7 @@ def _state(rng, batch):
 
 
 def _sums(rng, batch):
-    """A state with its sum of keys."""
+    """An initial state with its sum of keys."""
     keys = np.exp(0.5 * rng.standard_normal((batch, HEADS, 7, KEYS, 1)))
     values = np.concatenate(
         [rng.standard_normal((batch, HEADS, 7, 1, VALUES)), np.ones((batch, HEADS, 7, 1, 1))], -1
@@ -75,7 +75,7 @@ _BATCH, _TIME, _WIDTH = 8, 4096, 128
 
 
 def _benchmark(name, decays, *, bonus=False, batch=_BATCH, time=_TIME, heads=16):
-    """Heads of 128, in bfloat16, with `decays` numbers of log-decay per token and head."""
+    """A benchmark with heads of 128 in bfloat16, and `decays` numbers of log-decay per token and head."""
     numbers = batch * time * heads
 
     def draw(rng, batch, time, narrow):
@@ -96,7 +96,7 @@ def _benchmark(name, decays, *, bonus=False, batch=_BATCH, time=_TIME, heads=16)
         "bfloat16",
         forward_bytes=2 * numbers * (4 * _WIDTH + decays),
         backward_bytes=2 * numbers * (7 * _WIDTH + 2 * decays),
-        # Chunks of 64: scores and their use, states and their use; twice that for the backward pass, with the scores again.
+        # Chunks of 64: scores and their use, states and their use; twice that, and the scores again, for the backward pass.
         forward_flops=numbers * (4 * 64 * _WIDTH + 4 * _WIDTH**2),
         backward_flops=numbers * (10 * 64 * _WIDTH + 10 * _WIDTH**2),
     )
@@ -118,7 +118,7 @@ _MAMBA2 = Benchmark(
     "bfloat16",
     forward_bytes=2 * (2 * _VALUES + _BATCH * _TIME * (2 * 128 + 64)),
     backward_bytes=2 * (3 * _VALUES + _BATCH * _TIME * (4 * 128 + 2 * 64)),
-    # Chunks of 64, as above; the scores of keys are shared by the heads.
+    # Chunks of 64, as above; heads share the scores of their group.
     forward_flops=_VALUES * (2 * 64 + 4 * 128),
     backward_flops=_VALUES * (5 * 64 + 10 * 128),
 )

@@ -1,10 +1,10 @@
-"""Inside a chunk, with a log-decay per key channel: scores, and the decays from and to the chunk's ends.
+"""Scores and decays inside a chunk, with a log-decay per key channel.
 
-The score of i against j is sum_k q_ik k_jk exp(g_{j+1,k} + ... + g_ik). It is a matrix product only when the exponential
+The score of i against j is sum_k q_ik k_jk exp(g_{j+1,k} + ... + g_ik). It is a matrix product only if the exponential
 is split at a point between j and i, where both factors are at most 1. A chunk is therefore cut into leaves of 16 steps.
-Inside a leaf the sum over channels is written out; then neighbouring blocks of 1, 2, 4, ... leaves are joined, the border
-between the two being the point at which queries of the second and keys of the first split, so that each join is one
-batched product. Sums of g start anew at the points of reference: strong decay elsewhere costs no accuracy.
+Inside a leaf the sum over channels is written out. Neighbouring blocks of 1, 2, 4, ... leaves are then joined. The border
+between two blocks is the point at which queries of the second and keys of the first split, so each join is one batched
+product. Sums of g restart at the points of reference, so strong decay elsewhere costs no accuracy.
 
 Arrays are cut into chunks (n): q, k, g (n, b or 1, h, c, k).
 """
@@ -19,7 +19,7 @@ from layers.kernels.mixed_precision import product
 
 
 def within_chunks(q, k, g, bonus, same, scale, dtype, leaf):
-    """Weights of the chunk's values, and decays to and from its ends.
+    """Returns the weights of the chunk's values, and the decays from its start and to its end.
 
     Returns:
       weights: scale sum_k q_ik k_jk exp(sum of g_k over j + 1 .. i, or i - 1 with a bonus), (n, b, h, 1, c, c).
@@ -38,7 +38,7 @@ def within_chunks(q, k, g, bonus, same, scale, dtype, leaf):
         diagonal = jnp.broadcast_to(jnp.eye(leaf, dtype=bool), weights.shape)
         weights = jnp.where(diagonal, here[..., None], weights)
     weights = weights.astype(dtype)
-    # Otherwise the compiler computes the leaves inside the concatenations below.
+    # The barrier keeps the compiler from computing the leaves inside the concatenations below.
     weights = jax.lax.optimization_barrier(weights)
     block = 1
     while block < leaves:
@@ -66,22 +66,22 @@ def within_chunks(q, k, g, bonus, same, scale, dtype, leaf):
 
 
 def _leaf_sums(g, leaf, exclusive):
-    """Sums of g inside each leaf up to a step (`exclusive`: without it), after it, and of the whole leaf."""
+    """Sums of g inside each leaf up to a step (without the step if `exclusive`), after it, and over the whole leaf."""
     g = g.reshape(*g.shape[:-2], g.shape[-2] // leaf, leaf, g.shape[-1])
     upto = jnp.tril(jnp.ones((leaf, leaf), bool))
-    # Each is summed anew: as a difference, its gradient at early steps would be one of large numbers.
+    # Each sum is computed separately: the gradient of a difference would subtract large numbers at early steps.
     return _masked_sum(jnp.tril(upto, -1) if exclusive else upto, g), _masked_sum(~upto, g), g.sum(-2)
 
 
 def _neighbours(totals, block, *, earlier):
-    """Sum over the leaves earlier (or later) than each in its block of leaves: (..., leaves, k)."""
+    """Sums over the leaves before (or after) each leaf in its block of leaves: (..., leaves, k)."""
     blocks = totals.reshape(*totals.shape[:-2], totals.shape[-2] // block, block, totals.shape[-1])
     below = jnp.tril(jnp.ones((block, block), bool), -1)
     return _masked_sum(below if earlier else below.T, blocks).reshape(totals.shape)
 
 
 def _masked_sum(mask, x):
-    """sum_j mask_ij x_j over the next-to-last axis: a fused loop, and exact where a matrix product might round."""
+    """sum_j mask_ij x_j over the next-to-last axis, as a fused loop; exact where a matrix product may round."""
     terms = jnp.broadcast_to(x[..., None, :, :], (*x.shape[:-2], *mask.shape, x.shape[-1]))
     return jnp.where(jnp.broadcast_to(mask[..., None], terms.shape), terms, 0).sum(-2)
 
@@ -97,9 +97,8 @@ def _leaf_scores(settings, q, k, g):
 def _sum_pairs(terms, axis):
     """The sum over an axis; NaN where a term is infinite.
 
-    XLA's autotuner tries a Triton kernel for a fusion that ends in a plain sum. Its tile would hold all pairs of a leaf:
-    on an H100 it took 80 seconds to compile and 30 times as long to run as the kernel without Triton. It does not try
-    for a sum and a maximum taken at once.
+    XLA's autotuner tries a Triton kernel for a fusion that ends in a plain sum. Its tile would hold all pairs of a leaf,
+    which is slow to compile and to run. XLA does not try Triton for a sum and a maximum that are taken together.
     """
     lowest = jnp.full((), -jnp.inf, terms.dtype)
 
@@ -113,9 +112,9 @@ def _sum_pairs(terms, axis):
 
 
 def _leaf_decay(settings, g, *, diagonal=False, keys_first=False):
-    """Decay from every key to every query after it, and with the `diagonal` to that of its own step, else 0.
+    """The decay from every key to every later query, and to the query of its own step with `diagonal`; else 0.
 
-    (..., s, s, k): queries before keys, or after them with `keys_first`.
+    The shape is (..., s, s, k): queries before keys, or keys before queries with `keys_first`.
     """
     exclusive, dtype = settings
     upto = jnp.tril(jnp.ones((g.shape[-2],) * 2, bool))
@@ -136,7 +135,7 @@ def _leaf_forward(settings, q, k, g):
 
 def _leaf_backward(settings, residuals, cotangent):
     # The barriers keep the compiler from holding the decays of all pairs in memory for several sums. Both sums run over
-    # the axis before the last two: over the other an H100 takes 2.7 times as long.
+    # the third axis from the end, which is the fast one on a GPU.
     q, k, g, cotangent = jax.lax.optimization_barrier((*residuals, cotangent))
     decay = _leaf_decay(settings, g, keys_first=True)
     dq = _sum_pairs(cotangent.swapaxes(-1, -2)[..., None] * k[..., :, None, :] * decay, -3)
@@ -148,7 +147,7 @@ def _leaf_backward(settings, residuals, cotangent):
         dg = _masked_sum(jnp.triu(later, 1), q * dq) - _masked_sum(later, k * dk)
     else:
         dg = _masked_sum(later, q * dq - k * dk)
-        # The score of a step with itself has no decay: it takes no part in the sums above, which would only round it.
+        # The score of a step with itself has no decay. The sums above leave it out, since they would only round it.
         own = jnp.diagonal(cotangent, axis1=-2, axis2=-1)[..., None]
         dq, dk = dq + own * k, dk + own * q
     return dq, dk, _sum_to(dg, g.shape)
@@ -158,5 +157,5 @@ _leaf_scores.defvjp(_leaf_forward, _leaf_backward)
 
 
 def _sum_to(x, shape):
-    """Sums over the axes that `shape` has with size 1."""
+    """Sums over the axes that have size 1 in `shape`."""
     return x.sum([i for i, size in enumerate(shape) if size != x.shape[i]], keepdims=True)

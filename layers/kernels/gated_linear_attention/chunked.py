@@ -1,24 +1,23 @@
 """Gated linear attention in chunks of the sequence: matrix products, and a backward pass of its own.
 
-A chunk of c steps with the state S that enters it gives
+A chunk of c steps, entered by the state S, gives
 
     o = P v + (q b) S,    P_ij = scale q_i k_j decay(j -> i),    b_i = scale decay(start -> i),
     S' = a S + (k w)^T v,    a = decay(start -> end),    w_j = decay(j -> end),
 
-where S comes from a short scan over the chunks' own contributions; everything else is a batched product over all chunks
-and heads. The backward pass, with R the gradient of the state that leaves a chunk, is
+where S comes from a short scan over the contributions of the chunks; everything else is a batched product over all chunks
+and heads. With R the gradient of the state that leaves a chunk, the backward pass is
 
     dP = do v^T,    dv = P^T do + (k w) R,    d(q b) = do S^T,    d(k w) = v R^T,
     R of the chunk before = a R + (q b)^T do,
 
-and the gradients of q, k and log-decay through P come from differentiating the scores again. It keeps the inputs, the
-states S in the type of the products and, with a decay per channel, P, which is then dear to compute and half the size of
-q. With one decay per head the factors b and w multiply outputs and values instead, so that heads that share queries and
-keys share their products.
+and the gradients of q, k and log-decay through P come from differentiating the scores again. The backward pass keeps the
+inputs and the states S in the type of the products. With a decay per channel it also keeps P, which is then expensive to
+compute and half the size of q. With one decay per head the factors b and w multiply outputs and values instead, so that
+heads that share queries and keys share their products.
 
-Device memory moved at 8 x 4096 tokens and 16 heads of 128 in bfloat16, as XLA compiles it for an H100, and the least
-possible: one decay per head, 5 GB forward and 15 with the backward pass (least 0.5 and 1.5), 1.8 GB held at the peak
-besides arguments and results; a float32 decay per channel, 10 and 30 GB (least 0.8 and 2.3), 4 GB held.
+Byte floor at 8 x 4096 tokens and 16 heads of 128 in bfloat16: with one decay per head 0.5 GB forward and 1.5 GB with the
+backward pass; with a float32 decay per channel 0.8 and 2.3 GB. XLA moves about ten times as much.
 """
 
 import functools
@@ -30,12 +29,12 @@ import jax.numpy as jnp
 from layers.kernels.gated_linear_attention import channel_decay, scalar_decay
 from layers.kernels.mixed_precision import contract
 
-# Chunks a step of the scan over chunks: fewer, larger kernels.
+# Chunks per step of the scan over chunks: a larger number gives fewer, larger kernels.
 UNROLL = 8
 
 
 class Settings(NamedTuple):
-    """Scale of the outputs, steps a chunk, and steps a leaf of the per-channel form (None: one decay per head)."""
+    """Scale of the outputs, steps per chunk, and steps per leaf of the per-channel form (None: one decay per head)."""
 
     scale: float
     chunk: int
@@ -44,10 +43,11 @@ class Settings(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(settings, q, k, v, g, bonus, state, number):
-    """Outputs (b, t, h, v) and the final state, both in the type of g.
+    """Returns the outputs (b, t, h, v) and the final state, both in the type of g.
 
-    q, k (b, t, groups, k) and v (b, t, h, v) are of the type of the products; g (b or 1, t, h or 1[, k]), bonus (h, k) and
-    state (b, h, k, v), None for zero, are wide; number (b, t) numbers the segments, with 0 for padding, whose q, k and g are zero.
+    q, k (b, t, groups, k) and v (b, t, h, v) have the type of the products. g (b or 1, t, h or 1[, k]), bonus (h, k) and
+    state (b, h, k, v), None for zero, are float32 or wider. `number` (b, t) holds the numbers of the segments, 0 for
+    padding, whose q, k and g are zero.
     """
     return _forward(settings, q, k, v, g, bonus, state, number)[0]
 
@@ -59,8 +59,8 @@ class _Chunks(NamedTuple):
       q, k: (n, b, g, c, k); v: (n, b, g, c, r, v), or (n, b, g, c, x) with x = r v in products with states.
       g: log-decay (n, b or 1, g or 1, r or 1, c), or (n, b or 1, g, c, k) per channel.
       bonus: (g, r, k), or (g, k) per channel.
-      same: which pairs share a segment, (n, b, 1, 1, c, c); None, like the following, if there is one segment.
-      reads, writes: which steps read the entering state and which write the leaving one, (n, b, 1, c, 1).
+      same: which pairs share a segment, (n, b, 1, 1, c, c). None, like the following, if there is one segment.
+      reads, writes: which steps read the entering state and which write the leaving state, (n, b, 1, c, 1).
       keeps: whether the state passes through a chunk, (n, b, 1, 1).
     """
 
@@ -95,7 +95,7 @@ def _chunks(settings, q, k, v, g, bonus, number):
 
 
 def _cut(x, chunk, groups):
-    """(b, t, h, ...) to (n, b, groups, c, h / groups, ...), with zeros for the steps that are missing."""
+    """(b, t, h, ...) to (n, b, groups, c, h / groups, ...), with zeros for missing steps."""
     batch, time = x.shape[:2]
     x = jnp.pad(x, ((0, 0), (0, -time % chunk)) + ((0, 0),) * (x.ndim - 2))
     x = x.reshape(batch, -1, chunk, groups, x.shape[2] // groups, *x.shape[3:])
@@ -109,9 +109,9 @@ def _join(x, time):
 
 
 def _within_chunks(settings, x, q, k, g, bonus):
-    """Weights (n, b, g, r, c, c), and log-decay from the chunk's start to each step, from there to its end, and of all.
+    """Weights (n, b, g, r, c, c), and log-decay from the chunk's start to each step, from each step to its end, and in all.
 
-    The exponents are (n, b, g, c, k), twice, and (n, b, g, k); with r in place of k if there is one decay per head.
+    The exponents are (n, b, g, c, k), twice, and (n, b, g, k); with one decay per head r takes the place of k.
     """
     n, b, groups, c, r, _ = x.v.shape
     arguments = q, k, g, bonus, x.same, settings.scale, x.q.dtype
@@ -131,10 +131,10 @@ def _within_chunks(settings, x, q, k, g, bonus):
 
 
 class _Passing(NamedTuple):
-    """How a chunk reads the state that enters and writes the one that leaves, with every decay applied.
+    """How a chunk reads the entering state and writes the leaving state, with all decays applied.
 
-    read, write and keep are the decays themselves (exponentials, times scale and masks), q, k and v what they multiplied:
-    per channel q and k, otherwise v (and the outputs, by `read`).
+    read, write and keep are the decays themselves: exponentials times scale and masks. q, k and v are what they multiply:
+    q and k with a decay per channel, otherwise v (and the outputs, by `read`).
     """
 
     q: jax.Array
@@ -172,7 +172,7 @@ def _forward(settings, q, k, v, g, bonus, state, number):
         keep, written = inputs
         return keep * entering + written, entering.astype(x.q.dtype)
 
-    # Zeros made of what is written are cut over devices as that is.
+    # Zeros made from `written` are divided over devices as it is.
     start = jnp.where(False, written[0], 0) if state is None else _to_groups(state, groups, r)
     final, states = jax.lax.scan(step, start, (passing.keep, written), unroll=UNROLL)
     o = contract("nbgck,nbgkx->nbgcx", passing.q, states).reshape(x.v.shape)

@@ -1,7 +1,7 @@
-"""Inside a chunk, with one log-decay per head and step: scores, and the decays from and to the chunk's ends.
+"""Scores and decays inside a chunk, with one log-decay per head and step.
 
 Arrays are cut into chunks (n) and heads into groups that share queries and keys: q, k (n, b, g, c, k); log-decay
-(n, b or 1, g or 1, r or 1, c), r heads a group.
+(n, b or 1, g or 1, r or 1, c), with r heads per group.
 """
 
 import functools
@@ -13,7 +13,7 @@ from layers.kernels.mixed_precision import contract, product
 
 
 def within_chunks(q, k, g, bonus, same, scale, dtype):
-    """Weights of the chunk's values, and decays to and from its ends.
+    """Returns the weights of the chunk's values, and the decays from its start and to its end.
 
     Returns:
       weights: scale q_i k_j exp(sum of g over j + 1 .. i, or i - 1 with a bonus), (n, b, g, r, c, c).
@@ -34,16 +34,16 @@ def within_chunks(q, k, g, bonus, same, scale, dtype):
         diagonal = jnp.broadcast_to(jnp.eye(q.shape[-2], dtype=bool), weights.shape)
         weights = jnp.where(diagonal, here[..., None], weights)
     before = contract("...j,ij->...i", g, _below(g.shape[-1], -1 if exclusive else 0).astype(g.dtype))
-    # Summed anew: as a difference, its gradient at early steps would be one of large numbers.
+    # This sum is computed separately: the gradient of a difference would subtract large numbers at early steps.
     after = contract("...j,ji->...i", g, _below(g.shape[-1], -1).astype(g.dtype))
     return weights.astype(dtype), (before, after, g.sum(-1))
 
 
 def exact_parts(g, dtype):
-    """Splits g into parts whose cumulative sums may be subtracted: a sum of g, rounded, loses digits to all before it.
+    """Splits g into parts whose cumulative sums may be subtracted: a rounded sum of g loses digits to everything before it.
 
-    For products of wide operands (`dtype`), the first part is g in multiples of 1/256, whose sums over a chunk are exact,
-    and the second the rest, which is small.
+    For products of float32 or wider operands (`dtype`), the first part is g in multiples of 1/256, whose sums over a chunk
+    are exact, and the second is the small remainder.
     """
     if dtype == jnp.bfloat16:
         return (g,)
@@ -69,11 +69,11 @@ def _differences_forward(g, exclusive, dtype):
 
 
 def _differences_backward(exclusive, dtype, _, cotangent):
-    """Every step t collects the cotangents of all pairs j < t <= i (`exclusive`: t < i)."""
+    """The gradient of g: step t collects the cotangents of all pairs j < t <= i (`exclusive`: t < i)."""
     size = cotangent.shape[-1]
     reading, upto = (_below(size, k).astype(cotangent.dtype) for k in (-1 if exclusive else 0, 0))
     if dtype == jnp.bfloat16:
-        # Two sums of one sign subtracted lose some digits, but no more than the operands of the products did.
+        # Subtracting two sums of one sign loses some digits, but no more than the operands of the products lost.
         rows = contract("...i,it->...t", cotangent.sum(-1), reading)
         return (rows - contract("...j,jt->...t", cotangent.sum(-2), upto),)
     earlier = contract("...ij,jt->...it", cotangent, 1 - upto)

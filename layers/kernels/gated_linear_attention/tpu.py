@@ -1,22 +1,21 @@
-"""`gated_linear_attention` as Pallas kernels for TPUs, with at most one decay per head and step. Not yet run on a TPU.
+"""`gated_linear_attention` as Pallas kernels for TPUs, with at most one decay per head and step.
 
-Chunks as in `chunked`, one kernel forward and one backward. The grid is batch, groups of heads that share queries and
-keys, blocks of a few chunks in order, and parts of a group's heads: the states of all heads of the group stay in VMEM from
-block to block. Heads come before time in memory, and the values of a group's heads lie beside each other. The forward
-pass of a gradient stores the state at the start of every block, from which the backward pass computes those of the
-block's chunks again while it carries the gradient of the state from the last block to the first.
+The kernels are checked in the interpreter and compiled for a v5e; they have not run on a TPU.
 
-Sums of log-decay over the steps between two are products with a triangle of ones, without differences, so that a
-decay of -20 costs its neighbours no accuracy.
+There is one kernel forward and one backward, with chunks as in `chunked`. The grid is batch, groups of heads that share
+queries and keys, blocks of a few chunks in order, and parts of a group's heads. The states of all heads of the group stay in
+VMEM from block to block. In memory heads come before time, and the values of a group's heads lie side by side. The forward
+pass of a gradient stores the state at the start of every block. From it the backward pass recomputes the states of the
+block's chunks, while it carries the gradient of the state from the last block to the first.
 
-At 8 x 4096 tokens, 16 heads of 128 in bfloat16, the bytes are 0.54 GB forward and 1.0 GB backward with the stored states,
-0.66 and 1.25 ms on a v5e. With scalar decay, a chunk and head takes 6 products of 128 x 128 matrices forward, 2 of them for
-sums of log-decay, and 14 backward, 0.10 and 0.23 TFLOP in all or 0.5 and 1.2 ms at the peak of the matrix units. As the
-compiler schedules the kernels for a v5e, they take 0.9 and 1.9 ms (0.6 and 1.2 without decay): the exponentials, masks and
-roundings of scores and the registers that they spill bound the backward pass. Mamba-2's form (64 heads of 64 that share
-128 keys) has 0.6 and 1.0 GB and is scheduled to 1.9 and 6.5 ms, for the scores of 8 heads do not fit into registers.
-Sums of log-decay as differences instead of products were scheduled to 10 % less time with heads of their own, and 10 %
-more with shared keys. Moving heads before time costs, where the producer of an array does not absorb it, a pass over it.
+Sums of log-decay between two steps are products with a triangle of ones, without differences, so a decay of -20 costs its
+neighbours no accuracy.
+
+At 8 x 4096 tokens, 16 heads of 128 in bfloat16, the kernels move 0.54 GB forward and 1.0 GB backward with the stored states:
+0.66 and 1.25 ms on a v5e. With scalar decay, each chunk and head takes 6 products of 128 x 128 matrices forward, 2 of them
+for sums of log-decay, and 14 backward: 0.10 and 0.23 TFLOP in all, or 0.5 and 1.2 ms at the peak of the matrix units. The
+exponentials, masks and roundings of scores, and the registers that they spill, bound the backward pass. Moving heads before
+time costs a pass over an array unless its producer absorbs the move.
 """
 
 import functools
@@ -35,24 +34,24 @@ from layers.kernels.mixed_precision import operand_dtype
 from layers.kernels.segments import select_real
 from layers.kernels.shard_map_types import vary_as
 
-# Steps a chunk, the size of matrix units, and chunks a block (half as many in float32): fewer, longer steps
-# of the grid.
+# Steps per chunk, the size of matrix units, and chunks per block (half as many in float32). Larger blocks make fewer, longer
+# steps of the grid.
 CHUNK, CHUNKS = 128, 4
-# What fits into 16 MB of VMEM with everything else in the backward pass: values of the heads that a step of the grid takes,
-# keys times these, and keys times those of all heads of a group and twice these (fewer in float32).
+# What fits into 16 MB of VMEM beside everything else in the backward pass: the values of the heads that a step of the grid
+# takes, keys times these, keys times the values of all heads of a group plus twice these (fewer in float32).
 WIDEST, LARGEST_STATE = 512, 1 << 17
 LARGEST_STATES, LARGEST_STATES_FLOAT32 = 9 << 17, 6 << 17
 
 
 class Settings(NamedTuple):
-    """What fixes a kernel.
+    """The static settings of a kernel.
 
     Attributes:
       scale: factor of the outputs.
-      chunk, chunks: steps a chunk, chunks a block.
-      groups, group: groups of heads that share queries and keys, and heads a group.
+      chunk, chunks: steps per chunk, chunks per block.
+      groups, group: groups of heads that share queries and keys, and heads per group.
       heads: heads of a group that one step of the grid takes.
-      keys, width: channels of a key and of a value, with what fills them up.
+      keys, width: features of a key and of a value, with padding.
       dtype: type of the operands of products.
       interpret: see `mosaic_tpu`.
     """
@@ -90,7 +89,7 @@ def unsupported_reason(q, k, v, log_decay, bonus, normalize, initial_state, **_)
 
 
 def passed_over_reason(q, k, v, **_):
-    """Why `impl=None` does not take the kernels, or None. They are not timed; calls that fill no chunk are left to XLA."""
+    """Why `impl=None` does not take the kernels, or None. Calls that fill no chunk are left to XLA."""
     if reason := mosaic_tpu.passed_over_reason(q):
         return reason
     if (dtype := operand_dtype(q, k, v)) != jnp.bfloat16:
@@ -101,7 +100,7 @@ def passed_over_reason(q, k, v, **_):
 
 
 def gated_linear_attention(q, k, v, log_decay, bonus, scale, normalize, initial_state, segments, smallest):
-    """Runs the kernels; the arguments are checked by the public function and by `unsupported_reason`."""
+    """Returns outputs and the final state; the public function and `unsupported_reason` have checked the arguments."""
     del bonus, normalize, smallest
     own = 1 if log_decay is None else log_decay.shape[0 if log_decay.ndim == 1 else 2]
     heads = max(*(x.shape[2] for x in (q, k, v)), own)
@@ -149,9 +148,9 @@ def _local(scale, q, k, v, log_decay, initial_state, segments):
 
 
 def _heads(q, k, v, log_decay):
-    """Groups of heads that share queries and keys, heads a group, and channels of a value with those that fill up.
+    """Returns the groups of heads that share queries and keys, the heads per group, and the padded features per value.
 
-    Values narrower than a register lie beside each other if those of a group fill registers.
+    Values narrower than a register lie side by side if those of a group fill registers.
     """
     own = 1 if log_decay is None else log_decay.shape[0 if log_decay.ndim == 1 else 2]
     heads = max(*(x.shape[2] for x in (q, k, v)), own)
@@ -163,14 +162,14 @@ def _heads(q, k, v, log_decay):
 
 
 def _part(heads, width):
-    """Heads of a group that a step of the grid takes: few, but what registers and blocks admit."""
+    """The number of heads of a group that a step of the grid takes: as many as registers and VMEM admit."""
     fits = (n for n in range(8, heads, 8) if heads % n == 0 and n * width % mosaic_tpu.LANES == 0)
     return next(fits, heads)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(settings, q, k, v, log_decay, initial_state, segments):
-    """Brings arrays into the layout of the kernels, with time cut into chunks n.
+    """Runs the kernels on arrays in their layout, with time cut into chunks n.
 
     q, k: (b, groups, n c, k); v: (b, groups, n c, heads v); log-decay: (b or 1, groups, n, heads, c);
     states: (b, groups, k, heads v).
@@ -190,7 +189,7 @@ def _run(settings, q, k, v, log_decay, initial_state, segments):
     log_decays = ()
     if log_decay is not None:
         g = (log_decay[None, None] if log_decay.ndim == 1 else log_decay).astype(jnp.float32)
-        # Less than this decays to 0 as well, and an infinity would meet zeros in the sums.
+        # Clamp: exp underflows below this, and -inf would give 0 x inf = NaN.
         g = jnp.maximum(g, 2 * math.log(jnp.finfo(jnp.float32).tiny))
         g = jnp.broadcast_to(g, (g.shape[0], time, g.shape[2]))
         if only_padding:
@@ -215,7 +214,7 @@ def _run(settings, q, k, v, log_decay, initial_state, segments):
 
 
 def _numbers(settings, segments, missing):
-    """(b, n, 2, c): the segment of every step, 0 for padding, and in the second row the one that enters the chunk."""
+    """(b, n, 2, c): the segment number per step, 0 for padding; row 1 holds that of the state entering the chunk."""
     if segments is None or not segments.packed:
         return ()
     number = jnp.pad(segments.numbers, ((0, 0), (0, missing)))
@@ -228,7 +227,7 @@ def _numbers(settings, segments, missing):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(settings, q, k, v, g, numbers, state):
-    """Outputs, of the type of v, and the final state, in the layout of `_run`."""
+    """Returns outputs, in the type of v, and the final state, in the layout of `_run`."""
     return _forward_pass(settings, q, k, v, g, numbers, state, store=False)[:2]
 
 
@@ -332,7 +331,7 @@ class _Blocks:
         ]
 
     def state(self, *, first):
-        """A state that is read in the first block, or written in the last; elsewhere its block is not moved."""
+        """A state that is read in the first block, or written in the last; its block does not move between."""
         block = None, None, self.settings.keys, self.lanes
 
         def at(b, g, i, j):

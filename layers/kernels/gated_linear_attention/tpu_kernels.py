@@ -1,12 +1,12 @@
 """The kernels of `tpu`: one block of time of one group of heads, chunk by chunk.
 
-For a chunk with the state S that enters it, and R, the gradient of the one that leaves (see `chunked`),
+With S the state that enters a chunk, and R the gradient of the state that leaves it (see `chunked`),
 
     o = P v + b q S,    P_ij = scale q_i k_j d_ij,    S' = a S + k^T (w v),
     dP = do v^T,    dv = P^T do + w k R,    R of the chunk before = a R + q^T (b do),
     dq = (dP d scale) k + b do S^T,    dk = (dP d scale)^T q + w v R^T,
 
-where d_ij, b_i, w_j and a are the decays from j to i, from the start to i (times scale), from j to the end and over all.
+where d_ij, b_i, w_j and a are the decays from j to i, from the start to i (times scale), from j to the end, and in all.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from layers.kernels.mosaic_tpu import column
 
 
 def forward(settings, q, k, v, g, numbers, state, o, final, entering, carried):
-    """One block forward. References in groups, as `mosaic_tpu.call` gives them."""
+    """Computes one block forward. References come in groups, as `mosaic_tpu.call` gives them."""
     (q,), (k,), (v,), (state,), (o,), (final,), (carried,) = q, k, v, state, o, final, carried
     place, part = pl.program_id(2), pl.program_id(3)
 
@@ -53,7 +53,7 @@ def forward(settings, q, k, v, g, numbers, state, o, final, entering, carried):
 
 
 def backward(settings, q, k, v, g, numbers, entering, do, dfinal, dqk, dv, dg, dstate, carried, states, sums):
-    """One block backward, blocks in descending order; `entering` is the state at its start."""
+    """Computes one block backward, blocks in descending order; `entering` is the state at its start."""
     (q,), (k,), (v,), (entering,), (do,), (dfinal,) = q, k, v, entering, do, dfinal
     (dv,), (dstate,), (carried,), (states,) = dv, dstate, carried, states
     place, part = pl.program_id(2), pl.program_id(3)
@@ -126,13 +126,13 @@ def backward(settings, q, k, v, g, numbers, entering, do, dfinal, dqk, dv, dg, d
 
 
 class _Masks(NamedTuple):
-    """What the steps of a chunk see.
+    """Which steps of a chunk see which.
 
     Attributes:
       seen: which j each i sees, (c, c).
-      reads, writes: which steps read the state that enters and write the one that leaves, (c, 1).
+      reads, writes: which steps read the entering state and write the leaving state, (c, 1).
       keeps: whether the state passes through the chunk, (1, 1).
-      row: numbers of segments, 0 for padding, (1, c), or None.
+      row: segment numbers, 0 for padding, (1, c), or None.
     """
 
     seen: jax.Array
@@ -158,9 +158,9 @@ class _Decay(NamedTuple):
 
     Attributes:
       weights: scale times the decay from j to i, 0 for pairs that do not see each other, (c, c).
-      read: scale times that from the start to each step, 0 where the state is not seen, (c, 1).
-      write: that from each step to the end, likewise, (c, 1).
-      keep: that over all steps, (1, 1).
+      read: scale times the decay from the start to each step, 0 where the state is not seen, (c, 1).
+      write: the decay from each step to the end, 0 where it does not reach the end, (c, 1).
+      keep: the decay over all steps, (1, 1).
     """
 
     weights: jax.Array
@@ -192,7 +192,7 @@ def _decay(settings, n, head, g, masks):
 
 
 def _decay_gradient(settings, dscores, dreads, dwrites, dkeep):
-    """Gradient of log-decay, (1, c), from those of exponents: of scores, reads, writes and the whole chunk.
+    """The gradient of log-decay, (1, c), from those of the exponents: of scores, reads, writes and the whole chunk.
 
     Step t collects the scores of all pairs j < t <= i, the reads of all i >= t and the writes of all j < t.
     """
@@ -202,7 +202,7 @@ def _decay_gradient(settings, dscores, dreads, dwrites, dkeep):
 
 
 def _loop(settings, count, step):
-    """Runs over chunks; those of a single head are written out, which lets their products overlap."""
+    """Runs over chunks; the loop over chunks of a single head is unrolled, so that their products overlap."""
     jax.lax.fori_loop(0, count, step, None, unroll=max(count, 1) if settings.heads == 1 else 1)
 
 
@@ -212,12 +212,12 @@ def _steps(settings, n):
 
 
 def _lanes(settings, head):
-    """Where the values of a head are."""
+    """The lanes that hold the values of a head."""
     return slice(settings.width * head, settings.width * (head + 1))
 
 
 def _spread(settings, columns):
-    """One column a head, repeated for all its values."""
+    """Repeats one column per head for all values of the head."""
     return _joined([jnp.broadcast_to(x, (x.shape[0], settings.width)) for x in columns])
 
 
@@ -231,7 +231,7 @@ def _pairs(size, relation):
 
 
 def _dot(settings, a, b, a_axis, b_axis):
-    """Product over an axis of each, with operands of the type of the settings and float32 sums."""
+    """The product over an axis of each, with operands in the type of the settings and float32 sums."""
     return jax.lax.dot_general(
         a.astype(settings.dtype),
         b.astype(settings.dtype),
@@ -242,7 +242,7 @@ def _dot(settings, a, b, a_axis, b_axis):
 
 
 def _sums(settings, terms, chosen):
-    """Sums of float32 terms over what is chosen: one product, or for bfloat16 operands those of two parts of the terms."""
+    """Sums of float32 terms over what is chosen: one product; for bfloat16 operands, one per part of the split terms."""
     if settings.dtype != jnp.bfloat16:
         return _dot(settings, terms, chosen, 1, 0)
     coarse = terms.astype(jnp.bfloat16).astype(jnp.float32)

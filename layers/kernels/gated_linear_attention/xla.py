@@ -1,4 +1,4 @@
-"""`gated_linear_attention` in plain JAX: makes one form of every call and runs it in chunks (see `chunked`)."""
+"""`gated_linear_attention` in plain JAX: brings every call into one form and runs it in chunks (see `chunked`)."""
 
 import functools
 import math
@@ -11,10 +11,10 @@ from layers.kernels.gated_linear_attention.chunked import Settings, attend
 from layers.kernels.mixed_precision import operand_dtype
 from layers.kernels.segments import select_real
 
-# Steps a chunk: what is stored for scores grows with it, what is stored for states falls.
+# Steps per chunk. Memory for scores grows with it, memory for states shrinks.
 SCALAR_CHUNK = 128
 CHANNEL_CHUNK = 64
-# Steps over which the per-channel form writes its sums out.
+# Steps over which the per-channel form writes out its sums.
 LEAF = 16
 
 
@@ -34,9 +34,9 @@ def gated_linear_attention(
     chunk=None,
     leaf=None,
 ):
-    """Runs the chunked form; the arguments are checked by the public function. Chunks and leaves are powers of 2."""
+    """Runs the chunked form on arguments that the public function has checked. Chunks and leaves are powers of 2."""
     wide = accumulation_dtype(q, k, v, log_decay, bonus, initial_state)
-    # Dividing by the denominator cancels in the gradient, for which bfloat16 is too coarse.
+    # The division by the denominator makes terms of the gradient cancel, for which bfloat16 is too coarse.
     dtype = wide if normalize else operand_dtype(q, k, v)
     time, width = q.shape[1], v.shape[-1]
     g = _decay(log_decay, time, wide)
@@ -45,7 +45,7 @@ def gated_linear_attention(
     groups = heads if per_channel else math.lcm(q.shape[2], k.shape[2])
     q, k, v = (_share(x.astype(dtype), count) for x, count in ((q, groups), (k, groups), (v, heads)))
     if normalize:
-        # A column of ones, and zeros up to a multiple of 8, which matrix units want.
+        # A column of ones, and zeros up to a multiple of 8, which suits matrix units.
         v = jnp.pad(v, ((0, 0),) * 3 + ((0, 1),), constant_values=1)
         v = jnp.pad(v, ((0, 0),) * 3 + ((0, -v.shape[-1] % 8),))
     state = None
@@ -62,7 +62,7 @@ def gated_linear_attention(
         chunk=chunk,
         leaf=min(leaf or LEAF, chunk) if per_channel else None,
     )
-    # Inside shard_map, what is the same on all devices must vary as v does before a gradient of its own.
+    # Inside `shard_map`, what is equal on all devices must vary as v does before it enters a custom gradient.
     varying = jnp.where(False, v, 0).sum().astype(wide)
     g = g + varying
     bonus = None if bonus is None else bonus.astype(wide) + varying
@@ -76,7 +76,7 @@ def gated_linear_attention(
 
 
 def _share(x, heads):
-    """Repeats each head of (b, t, h, d) for the heads that share it."""
+    """Repeats each head of (b, t, h, d) for all heads that share it."""
     count = heads // x.shape[2]
     if count == 1:
         return x
@@ -89,7 +89,7 @@ def _decay(log_decay, time, dtype):
     if log_decay is None:
         return jnp.zeros((1, time, 1), dtype)
     g = log_decay[None, None] if log_decay.ndim == 1 else log_decay
-    # Less than this decays to 0 as well, and an infinity would meet zeros in the sums.
+    # Clamp: exp underflows below this, and -inf would give 0 x inf = NaN.
     g = jnp.maximum(g, 2 * math.log(jnp.finfo(dtype).tiny))
     return jnp.broadcast_to(g.astype(dtype), (g.shape[0], time, *g.shape[2:]))
 

@@ -30,18 +30,18 @@ def linear_recurrence(
     reverse: bool = False,
     impl: str | None = None,
 ) -> tuple[Num[Array, "b t d"], Num[Array, "b d"]]:
-    """Runs h_t = a_t h_{t-1} + x_t along time and returns every h_t and the last.
+    """Returns every h_t of h_t = a_t h_{t-1} + x_t along time, and the last.
 
     A diagonal linear recurrence: the core of S5 (Smith et al. 2023, arXiv:2208.04933), LRU (Orvieto et al. 2023,
     arXiv:2303.06349) and RG-LRU (De et al. 2024, arXiv:2402.19427).
 
     Args:
-      a: decay of every step; an axis of size 1 in place of b or t stands for all (a time-invariant system).
-      x: input of every step. a and x may each be real or complex.
-      initial_state: h_0, zero if absent. It belongs to the segment of the first real token in the running direction.
-      segment_ids: 0 is padding, which leaves the state as it is; a change of id forgets the state
+      a: decay per step; an axis of size 1 in place of b or t stands for all (a time-invariant system).
+      x: input per step. a and x may each be real or complex.
+      initial_state: h_0, zero if None. It belongs to the segment of the first real token in the running direction.
+      segment_ids: 0 is padding, which leaves the state as it is; a change of id resets the state
         (see `layers.kernels.segments`).
-      reverse: run from the last step to the first, h_t = a_t h_{t+1} + x_t.
+      reverse: whether to run from the last step to the first, h_t = a_t h_{t+1} + x_t.
       impl: "gpu", "tpu", "xla", "reference", or None for the best.
 
     Returns:
@@ -87,7 +87,7 @@ def linear_recurrence(
 
 
 class Piece(NamedTuple):
-    """What a stretch of the sequence does to the state: h -> decay * h + state."""
+    """The effect of consecutive tokens on the state: h -> decay * h + state."""
 
     decay: jax.Array
     state: jax.Array
@@ -101,10 +101,10 @@ def summarize(
     reverse: bool = False,
     impl: str | None = None,
 ) -> Piece:
-    """The effect of a stretch on the state that enters it, as a `Piece` with leaves (b, d).
+    """Returns the effect of consecutive tokens, with leaves (b, d).
 
-    The segment ids must be those of the whole sequence's numbering only in that the first real token of the stretch
-    continues what came before; a reset at its very first token is expressed by a decay of zero there.
+    The first real token continues the segment before it; where it begins another segment, the caller sets `decay` to
+    zero.
     """
     probe = jnp.ones((x.shape[0], x.shape[2]), checks.accumulation_dtype(a, x))
     options = {"segment_ids": segment_ids, "reverse": reverse, "impl": impl}
@@ -114,5 +114,5 @@ def summarize(
 
 
 def compose(first: Piece, second: Piece) -> Piece:
-    """The effect of two neighbouring stretches, `first` run before `second`. Associative; identity Piece(1, 0)."""
+    """Returns the effect of `first` followed by `second`. Associative; the identity is Piece(1, 0)."""
     return Piece(second.decay * first.decay, second.decay * first.state + second.state)

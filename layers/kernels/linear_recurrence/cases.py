@@ -97,7 +97,7 @@ SUITE = Suite(
             backward_flops=3 * _ELEMENTS,
             matrix_products=False,
         ),
-        # As S5 and LRU call it; half as many channels, which are as many numbers.
+        # As S5 and LRU call it; half as many channels, because each holds two numbers.
         Benchmark(
             "complex with fixed factors",
             8,

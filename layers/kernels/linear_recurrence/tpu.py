@@ -1,20 +1,20 @@
-"""`linear_recurrence` as Pallas kernels for TPUs: one pass over memory forward and one backward. Not yet run on a TPU.
+"""`linear_recurrence` as Pallas kernels for TPUs: one pass over memory forward and one backward.
+
+The kernels are checked in the interpreter and compiled for a v5e; they have not run on a TPU.
 
 The grid is batch, blocks of channels (lanes) and blocks of time, the last in order: the state stays in VMEM. Complex
-numbers are two real planes. Inside a block, 8 steps (the sublanes of a register) are combined by doubling, three times
-a rotation, and the state then passes from one such tile to the next. The backward pass runs the other way; with the
-state's gradient u_t behind step t,
+numbers are two real planes. Inside a block, 8 steps (the sublanes of a register) are combined by doubling, with three
+rotations, and the state then passes from one such tile to the next. The backward pass runs the other way. With u_t the
+gradient that step t passes to the state before it,
 
     g_t = dh_t + u_{t+1},    u_t = conj(a_t) g_t,    dx_t = g_t,    da_t = g_t conj(h_{t-1}),
 
 needs a, the output h and, at the border of a block, 16 steps of h of the block before.
 
-Bytes: a, x and h once forward; a, h, dh, dx and da once backward, which at 8 x 4096 x 2048 float32 is 0.8 and 1.3 GB, or
-1.0 and 1.6 ms on a v5e. Arithmetic (real): 2 operations an element are needed, some 20 are done, of which a third are
-rotations and masks. As the compiler schedules them for a v5e, a block of 256 steps and 512 channels takes 1000 cycles
-forward and 1300 backward, a third of the time that its bytes take (0.33 and 0.45 ms in all): bytes should bound it.
-Complex numbers have twice the bytes and 1.5 times the cycles. Segments or an odd length add a mask, one float per step,
-which every block of channels reads and turns from lanes to sublanes, and 30 to 40 % to the cycles.
+Bytes: a, x and h once forward; a, h, dh, dx and da once backward. At 8 x 4096 x 2048 float32 that is 0.8 and 1.3 GB, or
+1.0 and 1.6 ms on a v5e. The arithmetic (real) needs 2 operations per element and does some 20, of which a third are
+rotations and masks; memory should bound both passes. Segments or an odd length add a mask, one float per step, which every
+block of channels reads and turns from lanes to sublanes.
 """
 
 import functools
@@ -33,14 +33,14 @@ from layers.kernels.linear_recurrence.tpu_kernels import HALO, OUTSIDE, PADDING,
 from layers.kernels.segments import reset_mask
 from layers.kernels.shard_map_types import vary_as
 
-# Steps a block of time and channels a block of lanes (half of these if complex): 0.5 MB an array, twice buffered.
+# Steps per block of time and channels per block of lanes (half of these if complex): 0.5 MB per array, double-buffered.
 STEPS, CHANNELS = 256, 512
 # Steps whose tiles of 8 are combined at once, enough to hide the latency of rotations; a multiple of HALO.
 GROUP = 64
 
 
 class Settings(NamedTuple):
-    """Direction, steps and lanes of a block, steps of a group, and the interpreter if any."""
+    """Direction, steps and lanes per block, steps per group, and the interpreter if any."""
 
     reverse: bool
     steps: int
@@ -55,7 +55,7 @@ def unsupported_reason(a, x, initial_state, **_):
 
 
 def passed_over_reason(x, **_):
-    """Why `impl=None` does not take the kernels, or None. They are not timed; calls that do not fill blocks are left to XLA."""
+    """Why `impl=None` does not take the kernels, or None. Calls that do not fill blocks are left to XLA."""
     if reason := mosaic_tpu.passed_over_reason(x):
         return reason
     if x.shape[1] < STEPS or x.shape[2] < mosaic_tpu.LANES:
@@ -64,7 +64,7 @@ def passed_over_reason(x, **_):
 
 
 def linear_recurrence(a, x, initial_state, segments, reverse):
-    """Runs the recurrence; the arguments are checked by the public function."""
+    """Returns every state and the last; the public function has checked the arguments."""
     dtype = accumulation_dtype(a, x, initial_state)
     shape = x.shape[0], x.shape[2]
     state = jnp.zeros(shape, dtype) if initial_state is None else initial_state.astype(dtype)
@@ -103,7 +103,7 @@ def _run(settings, a, x, state, segments):
 
 
 def _marks(settings, time, segments):
-    """(b or 1, 1, blocks of steps): the mark of every step, and OUTSIDE for missing ones; None if all are 0."""
+    """(b or 1, 1, blocks of steps): the mark per step, and OUTSIDE for missing steps; None if all are 0."""
     missing = -time % settings.steps
     if segments is None:
         if not missing:
@@ -117,7 +117,7 @@ def _marks(settings, time, segments):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recurrence(settings, a, x, state, marks):
-    """Planes of the outputs, in the type of x or float32 if x has fewer, and of the final state, (b, 1, d)."""
+    """Planes of the outputs, in the type of x or float32 if x has fewer planes, and of the final state, (b, 1, d)."""
     blocks = _Blocks(settings, x[0].shape, backward=False)
     count = len(state)
     dtype = x[0].dtype if len(x) == count else jnp.float32
@@ -133,7 +133,7 @@ def _recurrence(settings, a, x, state, marks):
 
 def _forward(settings, a, x, state, marks):
     h, final = _recurrence(settings, a, x, state, marks)
-    # Of x, only its type and number of planes are needed.
+    # Only the type and the number of planes of x are needed.
     return (h, final), (a, tuple(v[:0] for v in x), state, marks, h)
 
 
@@ -187,7 +187,7 @@ class _Blocks:
         self.descending = settings.reverse != backward
 
     def call(self, kernel, inputs, outputs, scratch, name):
-        """Runs a kernel on groups of planes, which takes the references in the same groups."""
+        """Runs a kernel on groups of planes; it takes the references in the same groups."""
         return mosaic_tpu.call(
             functools.partial(kernel, self.settings),
             (self.batch, pl.cdiv(self.width, self.settings.lanes), self.count),
@@ -230,7 +230,7 @@ class _Blocks:
         ]
 
     def halos(self, planes):
-        """The steps of (b, t, d) next to a block, on the side where the recurrence comes from."""
+        """The steps of (b, t, d) next to a block, on the side from which the recurrence comes."""
         per_block = self.settings.steps // HALO
         last = pl.cdiv(self.time, HALO) - 1
 

@@ -1,7 +1,7 @@
 """The kernels of `tpu`: one block of time and channels, in tiles of 8 steps.
 
-In a tile, the decays and inputs of 1, 2 and 4 steps before are combined with a step's own, so that each step has what the
-tile adds to the state and by what it multiplies the one that enters; that state is then passed on from tile to tile.
+In a tile, the decays and inputs of 1, 2 and 4 steps before are combined with a step's own. Each step then has what the tile
+adds to the state, and the factor of the state that enters. That state then passes from tile to tile.
 """
 
 import jax
@@ -19,7 +19,7 @@ PADDING, START, OUTSIDE = 1.0, 2.0, 3.0
 
 
 def forward(settings, a, x, state, marks, h, final, carried, rows):
-    """One block forward. References in groups, as `mosaic_tpu.call` gives them; planes of complex numbers are a group."""
+    """Computes one block forward. References come in groups, as `mosaic_tpu.call` gives them; complex planes are a group."""
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
     pl.when(first)(lambda: _copy(carried, state))
     _spread(rows, marks)
@@ -42,7 +42,7 @@ def forward(settings, a, x, state, marks, h, final, carried, rows):
 
 
 def backward(settings, a, h, state, marks, dh, dfinal, halo, da, dx, dstate, carried, sums, rows):
-    """One block backward; blocks come in the opposite order, `halo` has the outputs next to this one."""
+    """Computes one block backward; blocks come in the opposite order, `halo` has the outputs next to this one."""
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
     _spread(rows, marks)
 
@@ -52,7 +52,7 @@ def backward(settings, a, h, state, marks, dh, dfinal, halo, da, dx, dstate, car
         for ref in sums:
             ref[...] = jnp.zeros_like(ref)
 
-    # The step before a block: of the block before, or the state that entered.
+    # The step before a block is in the block before, or is the state that entered.
     edge = slice(0, 1) if settings.reverse else slice(HALO - 1, HALO)
     before_block = tuple(
         jnp.where(last, s[...], v[...].astype(jnp.float32)[edge]) for s, v in zip(state, halo, strict=True)
@@ -130,7 +130,7 @@ def _group(settings, k, *, descending):
 
 
 def _tiles(refs, at):
-    """Steps `at` as (tiles, 8, lanes) in float32; one step stands for all."""
+    """Steps `at` as (tiles, 8, lanes) in float32; a single step stands for all."""
     planes = []
     for ref in refs:
         if ref.shape[0] == 1:
@@ -147,7 +147,7 @@ def _skipped(mark):
 
 
 def _passing(decay, mark):
-    """Decay 0 where a segment starts and 1 on padding."""
+    """The decay, 0 where a segment starts and 1 on padding."""
     marked = tuple(jnp.where(mark != 0, 0, v) for v in decay[1:])
     return (jnp.where(mark == START, 0, jnp.where(_skipped(mark), 1, decay[0])), *marked)
 
@@ -155,7 +155,7 @@ def _passing(decay, mark):
 def _states(decay, inputs, carry, descending):
     """The recurrence over tiles (n, 8, d).
 
-    Returns the states after every step, those that enter every tile, (n, 1, d), and the one that leaves.
+    Returns the states after every step, those that enter every tile, (n, 1, d), and the state that leaves the last.
     """
     decay, inputs = _doubled(decay, inputs, descending)
     count = inputs[0].shape[0]
@@ -202,7 +202,7 @@ def _edges(v, before, descending):
 
 
 def _times(a, b):
-    """Product of numbers of one (real) or two planes."""
+    """The product of numbers of one (real) or two planes."""
     if len(a) == 1 or len(b) == 1:
         (factor,), planes = (a, b) if len(a) == 1 else (b, a)
         return tuple(factor * v for v in planes)

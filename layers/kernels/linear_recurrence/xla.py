@@ -1,8 +1,8 @@
 """`linear_recurrence` in plain JAX: a blocked scan with its own backward pass.
 
 The sequence is cut into blocks of a few steps. A first pass reads the inputs and reduces each block to its total decay
-and its contribution to the state; the same problem, shorter, gives the state at the start of every block; a last pass
-runs through all blocks at once. Every pass is a handful of elementwise operations over slices, which XLA fuses, where
+and its contribution to the state. The same problem, shorter, gives the state at the start of every block. A last pass
+runs through all blocks at once. Every pass is a few elementwise operations over slices, which XLA fuses, whereas
 `jax.lax.associative_scan` makes two passes over memory for each of log2(t) levels.
 
 The backward pass is the same recurrence in the other direction,
@@ -21,13 +21,12 @@ from layers.kernels.checks import accumulation_dtype
 from layers.kernels.segments import reset_mask
 from layers.kernels.shard_map_types import vary_like
 
-# Steps a block, the best of 4, 8, 16 and 32 over forward and backward passes: on an H100 at 8 x 4096 x 2048 (real) and
-# 64 x 1024 x 128 (complex), on a CPU at 50 x 1024 x 8 (complex) and 8 x 1024 x 256 (real).
+# Steps per block.
 BLOCK = {"gpu": 16, "cpu": 8}
 
 
 def linear_recurrence(a, x, initial_state, segments, reverse):
-    """Runs the recurrence; the arguments are checked by the public function."""
+    """Returns every state and the last; the public function has checked the arguments."""
     dtype = accumulation_dtype(a, x, initial_state)
     state = (
         jnp.zeros((x.shape[0], x.shape[2]), dtype) if initial_state is None else initial_state.astype(dtype)
@@ -40,7 +39,7 @@ def linear_recurrence(a, x, initial_state, segments, reverse):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _recurrence(a, x, state, start, padding, reverse):
-    """Outputs in the type of x (complex if a is), the final state in the type of `state`."""
+    """Outputs in the type of x (complex if a is), and the final state in the type of `state`."""
     decay, inputs = _masked(a, x, state.dtype, start, padding)
     h, final = _scan(decay, inputs, state, reverse)
     return h.astype(jnp.result_type(x.dtype, jnp.complex64) if jnp.iscomplexobj(a) else x.dtype), final
@@ -74,7 +73,7 @@ _recurrence.defvjp(_forward, _backward)
 
 
 def _masked(a, x, dtype, start, padding):
-    """Decay and input with segments applied: a start (if any) forgets the state, padding keeps it."""
+    """Decay and input with segments applied: a start (if any) resets the state, padding keeps it."""
     a, x = a.astype(dtype), x.astype(dtype)
     if padding is None:
         return a, x
@@ -85,7 +84,7 @@ def _masked(a, x, dtype, start, padding):
 
 
 def _scan(a, x, state, reverse):
-    """Every state and the last one; a may have one step that stands for all."""
+    """Every state and the last; a may have a single step that stands for all."""
     if reverse:
         h, final = _scan(a[:, ::-1], x[:, ::-1], state, False)
         return h[:, ::-1], final
@@ -104,7 +103,7 @@ def _scan(a, x, state, reverse):
 
 
 def _in_blocks(v, block):
-    """(b, t, d) to (b, blocks, block, d), padded with zeros; one step that stands for all stays one."""
+    """(b, t, d) to (b, blocks, block, d), padded with zeros; a single step that stands for all stays one."""
     if v.shape[1] == 1:
         return v[:, None]
     v = jnp.pad(v, ((0, 0), (0, -v.shape[1] % block), (0, 0)))
@@ -112,12 +111,12 @@ def _in_blocks(v, block):
 
 
 def _steps(v, count):
-    """The slices of the next-to-last axis, one a step."""
+    """The slices of the next-to-last axis, one per step."""
     return [v[..., 0 if v.shape[-2] == 1 else i, :] for i in range(count)]
 
 
 def _run(decays, inputs, state):
-    """The recurrence written out: the list of states after each step."""
+    """The unrolled recurrence: the list of states after each step."""
     states = []
     for a, x in zip(decays, inputs, strict=True):
         state = a * state + x

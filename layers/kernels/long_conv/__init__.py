@@ -1,4 +1,4 @@
-"""y = k * u, a convolution a channel with a kernel as long as the sequence: S4, S4D, DSS, SGConv, Hyena, H3, MEGA."""
+"""y = k * u, per channel a convolution with a kernel as long as the sequence: S4, S4D, DSS, SGConv, Hyena, H3, MEGA."""
 
 from typing import NamedTuple
 
@@ -12,9 +12,8 @@ from layers.typing import Array, Num
 
 __all__ = ["Piece", "compose", "long_conv", "summarize"]
 
-# Up to these many taps, or these many outputs after a state, matrix products are faster than transforms. On a CPU they
-# are not at any number of taps from 8 to 1024. On an H100 they take 0.55 of the time at 256 taps and 1.04 at 512 (both
-# passes, 8 x 4096 x 2048); on a TPU the number is a guess from the bytes that the two forms move.
+# Numbers of taps, or of outputs after a state, up to which matrix products are faster than transforms. The number for a TPU
+# is an estimate from the bytes that the two forms move.
 TOEPLITZ_TAPS = {"cpu": 0, "gpu": 256, "tpu": 256}
 TOEPLITZ_OUTPUTS = 4
 
@@ -50,7 +49,7 @@ def long_conv(
     circular: bool = False,
     impl: str | None = None,
 ) -> tuple[Num[Array, "b t d"], Num[Array, "b s d"] | None]:
-    """Convolves every channel with its own kernel, causally or around a circle, between two optional gates.
+    """Returns every channel convolved with its own kernel, causally or around a circle, between two optional gates.
 
         u_t = input_gate_t x_t
         y_t = output_gate_t (sum_{j=0}^{l-1} kernel_j u_{t-j} + skip u_t)
@@ -64,12 +63,12 @@ def long_conv(
 
     Args:
       x: input.
-      kernel: taps; tap j acts at lag j. Sums are in float32 or wider and "xla" never rounds the kernel to less.
+      kernel: taps; tap j acts at lag j. Sums are in float32 or wider, and "xla" never rounds the kernel to less.
       skip: weight of the input itself.
       input_gate: multiplies the input.
       output_gate: multiplies the output, the skip term included.
-      initial_state: the last l - 1 inputs before x, gated, the latest last; zeros if absent.
-      circular: u_{t-j} wraps around, t - j modulo t; there is no state then.
+      initial_state: the last l - 1 inputs before x, gated, the latest last; zeros if None.
+      circular: whether u_{t-j} wraps around, t - j modulo t; there is no state then.
       impl: "xla" (Fourier transforms), "toeplitz" (matrix products, with operands in the type of x), "reference", or
         None for the best.
 
@@ -129,11 +128,11 @@ def _final_state(x, taps, input_gate, initial_state):
 
 
 class Piece(NamedTuple):
-    """What a stretch of the sequence does to the state: it moves `steps` places back and `inputs` fills the end.
+    """The effect of consecutive tokens on the state: it moves `steps` places back and `inputs` fills the end.
 
     Attributes:
-      inputs: (b, l-1, d), the inputs of the stretch at the end, zeros before them.
-      steps: int32 scalar, the length of the stretch or l - 1 if that is less.
+      inputs: (b, l-1, d), the inputs of these tokens at the end, zeros before them.
+      steps: int32 scalar, the number of tokens or l - 1 if that is less.
     """
 
     inputs: jax.Array
@@ -143,13 +142,13 @@ class Piece(NamedTuple):
 def summarize(
     x: Num[Array, "b t d"], kernel: Num[Array, "d l"], *, input_gate: Num[Array, "b t d"] | None = None
 ) -> Piece:
-    """The effect of a stretch on the state that enters it."""
+    """Returns the effect of consecutive tokens on the state."""
     state = _final_state(x, kernel.shape[1], input_gate, None)
     return Piece(state, jnp.int32(min(x.shape[1], kernel.shape[1] - 1)))
 
 
 def compose(first: Piece, second: Piece) -> Piece:
-    """The effect of two neighbouring stretches. Associative; the identity is zeros and no steps."""
+    """Returns the effect of `first` followed by `second`. Associative; the identity is zeros and no steps."""
     size = first.inputs.shape[1]
     moved = jnp.roll(first.inputs, -second.steps, axis=1)
     older = jnp.arange(size)[None, :, None] < size - second.steps

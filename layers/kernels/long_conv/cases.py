@@ -9,7 +9,7 @@ WIDTH = 3
 
 
 def _real(taps=None, gates=(), skip=False, width=WIDTH):
-    """Draws x, a decaying kernel of `taps` taps (as many as there are steps if None), gates and the skip weight."""
+    """Returns a draw of x, a decaying kernel of `taps` taps (one per step if None), gates and the skip weight."""
 
     def draw(rng, batch, time):
         l = max(1, time) if taps is None else taps
@@ -45,7 +45,7 @@ GATES = ("input_gate", "output_gate")
 
 
 def _benchmark(name, batch, time, width, taps=None, gates=()):
-    """`taps`: of the kernel; as many as there are steps if None."""
+    """A benchmark with a kernel of `taps` taps, one per step if None."""
     elements = batch * time * width
     length = time if taps is None else taps
     kernel = 4 * width * length

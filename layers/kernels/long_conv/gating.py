@@ -1,11 +1,11 @@
-"""What surrounds a convolution, whichever way it is computed: gates, the skip term, and one backward pass.
+"""What surrounds a convolution, however it is computed: gates, the skip term, and one backward pass.
 
 The backward pass needs only the arguments: with u = i x, z = k * u, y = o (z + s u) and g = o dy,
 
     du = k correlated with g, plus s g,    dk = u correlated with g,    ds = sum of g u,
     dx = i du,    di = x du,    do = (z + s u) dy,
 
-and z is computed again, when there is an output gate, rather than kept.
+and z is recomputed, if there is an output gate, instead of kept.
 """
 
 import functools
@@ -24,7 +24,7 @@ class Convolution(NamedTuple):
 
     Attributes:
       forward: `forward(u, past, kernel, circular, operand)` gives k * u, (b, t, d). `past` (b, l-1, d) or None comes
-        before u; `circular` puts the end of u there, and then l <= t. `operand` is the type that u may be rounded to.
+        before u. `circular` puts the end of u there, and requires l <= t. `operand` is the type that u may be rounded to.
       transpose: `transpose(u, past, kernel, circular, operand, g)` gives the cotangents of u, past and kernel.
     """
 
@@ -33,7 +33,7 @@ class Convolution(NamedTuple):
 
 
 def gated(convolution, circular, x, kernel, skip, input_gate, output_gate, past):
-    """y = output_gate (kernel * (input_gate x) + skip input_gate x), in the type of x, complex if anything is."""
+    """Returns output_gate (kernel * (input_gate x) + skip input_gate x), in the type of x, complex if anything is."""
     time, taps = x.shape[1], kernel.shape[1]
     if circular and taps > time:
         turns = -(-taps // time)
@@ -79,7 +79,7 @@ _gated.defvjp(_forward, _backward)
 
 
 def _inputs(x, kernel, input_gate, past):
-    """The input of the convolution, in the type that it is computed in."""
+    """The input of the convolution, in the type in which it is computed."""
     u = x.astype(accumulation_dtype(x, kernel, input_gate, past))
     return u if input_gate is None else u * input_gate
 
@@ -90,5 +90,5 @@ def _before_output_gate(convolution, circular, operand, u, kernel, skip, past):
 
 
 def cast(v, dtype):
-    """`v` in `dtype`; what belongs to a real number is the real part."""
+    """`v` in `dtype`; the cotangent of a real number is the real part."""
     return (v if jnp.issubdtype(dtype, jnp.complexfloating) else v.real).astype(dtype)

@@ -1,11 +1,11 @@
-"""`long_conv` by matrix products: the kernel laid out as blocks of a Toeplitz matrix, for kernels of a few hundred taps.
+"""`long_conv` by matrix products: the kernel as blocks of a Toeplitz matrix, for kernels of a few hundred taps.
 
 A block of c outputs is the product of a c x (c + l - 1) Toeplitz matrix, the same for all blocks, with the window of
-inputs that these outputs see; the blocks of all sequences are the columns of one product a channel. Inputs of 16 bits are
-multiplied as they are, with the kernel rounded to their type and sums in float32. The windows overlap, so each input
-is copied about (c + l) / c times; long kernels are done a group of columns at a time, which bounds that copy.
+inputs that these outputs see. The blocks of all sequences are the columns of one product per channel. 16-bit inputs are
+multiplied as they are, with the kernel rounded to their type and sums in float32. The windows overlap, so each input is
+copied about (c + l) / c times. Long kernels are processed in groups of columns, which bounds that copy.
 
-Bytes moved in bf16, per channel: 2 r for the input and output of r = b t rows, 4 r (c + l) / c for the windows and
+Bytes moved per channel in bfloat16: 2 r for the input and output of r = b t rows, 4 r (c + l) / c for the windows and
 4 c (c + l) for the matrix; arithmetic 2 r (c + l).
 """
 
@@ -16,14 +16,14 @@ import jax.numpy as jnp
 
 from layers.kernels.long_conv.gating import Convolution, gated
 
-# Outputs a block.
+# Outputs per block.
 BLOCK = 128
 # Most elements of one channel's matrix that exist at a time.
 MATRIX_ELEMENTS = 1 << 17
 
 
 def long_conv(x, kernel, skip, input_gate, output_gate, initial_state, circular):
-    """The arguments are checked by the public function."""
+    """Returns outputs and the final state; the public function has checked the arguments."""
     return gated(TOEPLITZ, circular, x, kernel, skip, input_gate, output_gate, initial_state)
 
 
@@ -93,7 +93,7 @@ def _correlate(inputs, g, kernel, operand, dtype):
 
 
 class _Plan(NamedTuple):
-    """How `blocks` blocks of outputs, of `block` each, read `groups` groups of `span` blocks of inputs each."""
+    """How `blocks` blocks of `block` outputs each read `groups` groups of `span` blocks of inputs each."""
 
     block: int
     blocks: int
@@ -126,7 +126,7 @@ def _input_blocks(inputs, time, plan, operand):
 
 
 def _windows(blocks, plan, group):
-    """What each block of outputs sees of the inputs through the columns of a group, (d, b, blocks, span * block)."""
+    """The inputs that each block of outputs sees through the columns of a group, (d, b, blocks, span * block)."""
     first = group * plan.span
     if plan.blocks == 1:
         window = jax.lax.dynamic_slice_in_dim(blocks, first, plan.span, axis=2)
@@ -138,7 +138,7 @@ def _windows(blocks, plan, group):
 def _matrix(kernel, plan, group, operand):
     """Columns of the Toeplitz matrix, (d, block, span * block): [p, w] holds tap p - w + (l-1 and the zeros before it).
 
-    Row p is row 0 moved p places to the right: one row after the other, cut into rows that are one shorter.
+    Row p is row 0 shifted p places to the right: copies of row 0, end to end, cut into rows that are one shorter.
     """
     block, columns = plan.block, plan.span * plan.block
     total = columns * plan.groups
@@ -150,11 +150,11 @@ def _matrix(kernel, plan, group, operand):
 
 
 def _operand(v, operand):
-    """`v` in the type that is multiplied: the 16 bits of the input, or its own."""
+    """`v` in the type of the products: the 16-bit type of the input, or its own."""
     return v.astype(operand) if jnp.dtype(operand).itemsize < 4 and not jnp.iscomplexobj(v) else v
 
 
 def _product(equation, left, right, dtype):
-    """Sums in `dtype`; operands of 32 bits are not rounded to fewer."""
+    """A product with sums in `dtype`; 32-bit operands are not rounded to fewer bits."""
     precision = jax.lax.Precision.DEFAULT if left.dtype.itemsize < 4 else jax.lax.Precision.HIGHEST
     return jnp.einsum(equation, left, right, precision=precision, preferred_element_type=dtype)

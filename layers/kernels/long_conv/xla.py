@@ -1,12 +1,12 @@
 """`long_conv` by fast Fourier transforms, in float32 or wider whatever the type of the input.
 
-With n at least t + l - 1 the circular convolution of size n holds the causal one; a state of l - 1 past inputs in front of
-the input needs no more, since what wraps around lands on outputs that are thrown away. A circular convolution is done at its
-own size where that is a good one, and else with the end of the input as the state.
+With n at least t + l - 1 the circular convolution of size n holds the causal one. A state of l - 1 past inputs in front of
+the input needs no more, since what wraps around falls on outputs that are discarded. A circular convolution runs at its own
+size if FFTs of that size are fast, and otherwise with the end of the input as the state.
 
-Bytes moved per element of x, forward, in bf16 with n = 2t: 2 read and 8 written to cast, transpose and pad; 16 by each of
-the two transforms; 16 by the product; 4 read and 2 written at the end: 64 in all, against 4 at least. The backward
-pass has one more transform forward and one more product (two of each with an output gate).
+Bytes moved per element of x, forward, in bfloat16 with n = 2t: 2 read and 8 written to cast, transpose and pad; 16 by each
+of the two transforms; 16 by the product; 4 read and 2 written at the end: 64 in all, against 4 at least.
+The backward pass has one more transform forward and one more product (two of each with an output gate).
 """
 
 import jax.numpy as jnp
@@ -15,12 +15,12 @@ from layers.kernels.long_conv.gating import Convolution, gated
 
 
 def long_conv(x, kernel, skip, input_gate, output_gate, initial_state, circular):
-    """The arguments are checked by the public function."""
+    """Returns outputs and the final state; the public function has checked the arguments."""
     return gated(FFT, circular, x, kernel, skip, input_gate, output_gate, initial_state)
 
 
 def good_size(n: int) -> int:
-    """The least m * 2^k >= n with m in {1, 3, 5, 7, 9, 15}: FFT libraries are fast at products of small primes."""
+    """Returns the least m * 2^k >= n with m in {1, 3, 5, 7, 9, 15}: FFTs are fast at products of small primes."""
     return min(m << max(0, (-(-n // m) - 1).bit_length()) for m in (1, 3, 5, 7, 9, 15))
 
 
@@ -71,7 +71,7 @@ def _by_time(kernel, taps, dtype):
 def _spectra(size, *signals):
     """The Fourier transforms of signals (b, t, d) along time, each (b, d, frequencies).
 
-    All in one call: XLA on a CPU can hang when two transforms run at the same time, each waiting for the other's threads.
+    All are in one call: XLA on a CPU can hang if two transforms run concurrently, each waiting for the other's threads.
     """
     padded = [jnp.pad(v, ((0, 0), (0, size - v.shape[1]), (0, 0))).swapaxes(1, 2) for v in signals]
     transform = jnp.fft.fft if jnp.iscomplexobj(signals[0]) else jnp.fft.rfft

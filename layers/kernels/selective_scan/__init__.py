@@ -34,25 +34,25 @@ def selective_scan(
     segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b d n"]]:
-    """Runs a diagonal state space of n states a channel whose step size, input and output depend on the token.
+    """Returns the outputs and last state of a diagonal state space whose step size, input and output depend on the token.
 
         h_t = exp(dt_t a) h_{t-1} + (dt_t x_t) b_t^T
         y_t = (h_t c_t + skip x_t) silu(gate_t)
 
-    The core of Mamba (Gu and Dao 2023, arXiv:2312.00752). The input is discretised by dt b (Euler), the decay
-    exactly, as in the released models.
+    Each of the d channels has n states. The core of Mamba (Gu and Dao 2023, arXiv:2312.00752). The input is discretised by
+    dt b (Euler), the decay exactly, as in the released models.
 
     Args:
       x: input.
-      dt: step size of every token and channel, at least zero; with dt_softplus any real number.
-      a: continuous-time decay rates, negative. The log decay of a step is dt a.
-      b, c: input and output vectors of each group; channel i reads group i // (d / g).
-      skip: weight of the current input in the output (D in the paper); absent: 0.
-      gate: the output is multiplied by silu(gate) (z in the paper); absent: by 1.
+      dt: step size per token and channel, at least zero; with dt_softplus any real number.
+      a: continuous-time decay rates, negative. The log-decay of a step is dt a.
+      b, c: input and output vectors per group; channel i reads group i // (d / g).
+      skip: weight of the current input in the output (D in the paper); 0 if None.
+      gate: the output is multiplied by silu(gate) (z in the paper); by 1 if None.
       dt_bias: added to dt, before the softplus.
-      dt_softplus: use softplus(dt + dt_bias) for dt + dt_bias.
-      initial_state: h_0, zero if absent. It belongs to the segment of the first real token.
-      segment_ids: 0 is padding, which leaves the state as it is and gives the output 0; a change of id forgets the
+      dt_softplus: whether softplus(dt + dt_bias) replaces dt + dt_bias.
+      initial_state: h_0, zero if None. It belongs to the segment of the first real token.
+      segment_ids: 0 is padding, which leaves the state as it is and gives the output 0; a change of id resets the
         state (see `layers.kernels.segments`).
       impl: "xla", "reference", or None for the best.
 
@@ -100,7 +100,7 @@ def _check(arrays, initial_state, segment_ids):
 
 
 class Piece(NamedTuple):
-    """What a stretch of the sequence does to the state: h -> decay * h + state."""
+    """The effect of consecutive tokens on the state: h -> decay * h + state."""
 
     decay: jax.Array
     state: jax.Array
@@ -117,10 +117,10 @@ def summarize(
     segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> Piece:
-    """The effect of a stretch on the state that enters it, as a `Piece` with leaves (b, d, n).
+    """Returns the effect of consecutive tokens, with leaves (b, d, n).
 
-    The first real token of the stretch is taken to continue what came before; where it starts a segment instead, set
-    the decay to zero.
+    The first real token continues the segment before it; where it begins another segment, the caller sets `decay` to
+    zero.
     """
     segments = Segments.of(segment_ids)
     options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "segment_ids": segments}
@@ -138,5 +138,5 @@ def summarize(
 
 
 def compose(first: Piece, second: Piece) -> Piece:
-    """The effect of two neighbouring stretches, `first` run before `second`. Associative; identity Piece(1, 0)."""
+    """Returns the effect of `first` followed by `second`. Associative; the identity is Piece(1, 0)."""
     return Piece(second.decay * first.decay, second.decay * first.state + second.state)

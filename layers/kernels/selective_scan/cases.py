@@ -9,7 +9,7 @@ CHANNELS, STATES = 6, 3
 
 
 def _scan(rng, batch, time, channels=CHANNELS, groups=1, states=STATES):
-    """The step sizes dt are positive here and any number in the cases with a softplus."""
+    """Inputs whose step sizes dt are positive; the cases with a softplus draw any number."""
     return {
         "x": rng.standard_normal((batch, time, channels)),
         "dt": np.exp(rng.uniform(np.log(1e-3), 0.0, (batch, time, channels))),
@@ -36,7 +36,7 @@ def _grouped(rng, batch, time):
 
 
 def _strong(rng, batch, time):
-    """Half of the steps forget the state, with a log decay of -20."""
+    """Inputs of which half of the steps reset the state, with a log-decay of -20."""
     arguments = _scan(rng, batch, time)
     strong = rng.random((batch, time, CHANNELS)) < 0.5
     gate = rng.standard_normal((batch, time, CHANNELS))
@@ -75,7 +75,7 @@ SUITE = Suite(
             "bfloat16",
             forward_bytes=2 * (4 * _ELEMENTS + 2 * _BATCH * _TIME * 16),
             backward_bytes=2 * (7 * _ELEMENTS + 4 * _BATCH * _TIME * 16),
-            # For each state: log decay, exponential (as one), decay and input of the state, readout; twice backward.
+            # Per state: log-decay, exponential (as one), decay and input of the state, readout; twice that backward.
             forward_flops=7 * 16 * _ELEMENTS,
             backward_flops=18 * 16 * _ELEMENTS,
             matrix_products=False,

@@ -1,6 +1,6 @@
 """The inside of a chunk of `selective_scan`: layout, and the recurrence over steps and blocks.
 
-States have the axes (b, block, g, n, r) with d = g r; quantities of a step have the same axes, of size 1 where they do
+States have the axes (b, block, g, n, r) with d = g r. Quantities of a step have the same axes, of size 1 where they do
 not depend on one. Lists run over the steps of a block, and each operation on an entry serves all blocks at once.
 """
 
@@ -23,7 +23,7 @@ class Series(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """The arguments without one: a (1, 1, g, n, r), skip and dt_bias (1, 1, g, 1, r)."""
+    """The arguments without a time axis: a (1, 1, g, n, r), skip and dt_bias (1, 1, g, 1, r)."""
 
     a: jax.Array
     skip: jax.Array | None
@@ -43,7 +43,7 @@ class Steps(NamedTuple):
 
 
 def pad_time(series, time):
-    """Extends every array to `time` steps with padding tokens."""
+    """Returns every array extended to `time` steps with padding tokens."""
     short = series.x.shape[1]
     if short == time:
         return series
@@ -54,17 +54,17 @@ def pad_time(series, time):
 
 
 def extend(v, time):
-    """Zeros appended along axis 1."""
+    """Returns v with zeros appended along axis 1, to `time` steps."""
     return jnp.pad(v, ((0, 0), (0, time - v.shape[1])) + ((0, 0),) * (v.ndim - 2))
 
 
 def cut(v, i, size):
-    """Chunk i of `size` steps."""
+    """Returns chunk i of `size` steps of v."""
     return jax.lax.dynamic_slice_in_dim(v, i * size, size, axis=1)
 
 
 def put(v, steps, i):
-    """Writes a list over steps into chunk i of v."""
+    """Returns v with a list over steps written into chunk i."""
     chunk = jnp.stack(steps, axis=2)
     chunk = chunk.reshape(v.shape[0], -1, *chunk.shape[3:])
     chunk = chunk.reshape(v.shape[0], -1, *v.shape[2:]).astype(v.dtype)
@@ -95,7 +95,7 @@ def _flags(v, block):
 
 
 def parameters(a, skip, dt_bias, groups, dtype):
-    """The parameters in the layout of a chunk."""
+    """Returns the parameters in the layout of a chunk."""
     channels, n = a.shape
     a = a.astype(dtype).reshape(1, 1, groups, channels // groups, n).swapaxes(3, 4)
     rows = (None if v is None else v.astype(dtype).reshape(1, 1, groups, 1, -1) for v in (skip, dt_bias))
@@ -103,7 +103,7 @@ def parameters(a, skip, dt_bias, groups, dtype):
 
 
 def prepare(part, parameters, softplus, block):
-    """The steps of a chunk, with padding turned into steps that change nothing."""
+    """Returns the steps of a chunk, with padding turned into steps that change nothing."""
     a, bias = parameters.a, parameters.dt_bias
     padding, start = _flags(part.padding, block), _flags(part.start, block)
     x, dt = by_channel(part.x, a, block), by_channel(part.dt, a, block)
@@ -121,7 +121,7 @@ def prepare(part, parameters, softplus, block):
 
 
 def on_padding(values, padding, fill):
-    """`fill` instead of the entries of a list over steps that belong to padding."""
+    """Returns a list over steps with `fill` in place of the entries that belong to padding."""
     if padding is None:
         return values
     return [jnp.where(p, fill, v) for v, p in zip(values, padding, strict=True)]
@@ -140,7 +140,7 @@ def total_decay(steps, a):
 
 
 def states(steps, a, h):
-    """h_t of every step, for blocks that begin with the states h."""
+    """h_t per step, for blocks that begin with the states h."""
     out = []
     for q, (inputs, b) in enumerate(zip(steps.inputs, steps.b, strict=True)):
         h = decay(steps, a, q) * h + inputs * b
@@ -149,7 +149,7 @@ def states(steps, a, h):
 
 
 def adjoints(steps, a, dp, g):
-    """g_t = dL/dh_t of every step and the gradient with respect to the state before the block, from that after it."""
+    """g_t = dL/dh_t per step and the gradient of the state before the block, from that of the state after it."""
     out = []
     for q in reversed(range(len(dp))):
         out.append(g + dp[q] * steps.c[q])
@@ -158,7 +158,7 @@ def adjoints(steps, a, dp, g):
 
 
 def across_blocks(totals, ends, h):
-    """h -> total h + end, block after block: the value before each block, and after the last."""
+    """h -> total h + end, block after block: the value before each block, and the value after the last."""
     before = []
     for i in range(totals.shape[1]):
         before.append(h)
@@ -167,10 +167,10 @@ def across_blocks(totals, ends, h):
 
 
 def add_up(values, axis):
-    """The sum of each array along `axis`, kept with size 1.
+    """Returns the sum of each array along `axis`, which keeps size 1.
 
-    On accelerators one operation serves all of them: what the arrays have in common is then computed once and never
-    written out. Compiled for a CPU such an operation is slower than separate sums.
+    On accelerators one operation serves all arrays, so that what they have in common is computed once and never written
+    out. Compiled for a CPU such an operation is slower than separate sums.
     """
 
     def together(values):

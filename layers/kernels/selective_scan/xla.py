@@ -1,11 +1,11 @@
 """`selective_scan` in plain JAX: blocks inside chunks, with its own backward pass.
 
-Time is cut into chunks, run one after the other, and a chunk into blocks of a few steps, run side by side. Within a
-chunk a first pass reduces every block to what it adds to a state (its decay is exp(a sum dt)), a short recurrence over
-the blocks gives the state before each of them, and a last pass runs through all blocks at once and reads the output.
-Steps are written out as elementwise operations on slices, and all sums over the state axis (or over the channels) are
-one operation with many operands, so that XLA keeps the states of a block in registers. Nothing of size (b, t, d, n)
-exists: the largest array has one state for each block of one chunk.
+Time is cut into chunks, which run one after the other, and a chunk into blocks of a few steps, which run side by side.
+Within a chunk a first pass reduces every block to what it adds to a state (its decay is exp(a sum dt)). A short recurrence
+over the blocks gives the state before each of them. A last pass runs through all blocks at once and computes the output.
+Steps are unrolled as elementwise operations on slices, and all sums over the state axis (or over the channels) are one
+operation with many operands, so that XLA keeps the states of a block in registers. Nothing of size (b, t, d, n) exists: the
+largest array has one state per block of one chunk.
 
 The forward pass keeps the states at the chunk borders. The backward pass takes the chunks in reverse order, recomputes
 the states inside, and runs the adjoint recurrence
@@ -17,10 +17,8 @@ where dp is the gradient of the output before the gate. With w_t = g_t exp(dt_t 
     dx_t = dt_t sum_n(g_t b_t) + skip dp_t        ddt_t = x_t sum_n(g_t b_t) + sum_n(w_t a)
     db_t = sum_d(g_t dt_t x_t)                    dc_t = sum_d(dp_t h_t)               da = sum_t(w_t dt_t)
 
-States have the axes (b, block, g, n, r), d = g r: on a GPU the sum over n is a loop of one thread and the sum over
-channels runs along memory. Compiled for an H100 in blocks of 8 steps, the passes of a chunk write and read about 6
-states a block going forward and 35 going backward (3 n and 17 n bytes a step and channel, much of it in the cache) and
-compute 3 and 4 exponentials a state and step. The states kept for the backward pass are 4 n bytes a channel and chunk.
+States have the axes (b, block, g, n, r), d = g r: on a GPU the sum over n is a loop of one thread, and the sum over
+channels runs along memory. The states kept for the backward pass are 4 n bytes per channel and chunk.
 """
 
 import functools
@@ -34,10 +32,10 @@ from layers.kernels.segments import reset_mask
 from layers.kernels.selective_scan import chunk
 from layers.kernels.shard_map_types import vary_like
 
-# Steps of a block, written out: a CPU takes long to compile more than 4.
+# Steps per block, unrolled: on a CPU more than 4 take long to compile.
 MAX_BLOCK = 8
 BLOCK = {"cpu": 4}
-# Blocks of a chunk run side by side: 4, or on a device with many threads up to 16 where rows and channels are few.
+# Blocks per chunk, run side by side: 4, or on a device with many threads up to 16 where rows and channels are few.
 BLOCKS = 4
 MAX_BLOCKS = 16
 THREADS = 2**17
@@ -52,7 +50,7 @@ class _Options(NamedTuple):
 def selective_scan(
     x, dt, a, b, c, skip, gate, dt_bias, dt_softplus, initial_state, segments, block=None, blocks=None
 ):
-    """Runs the scan; the arguments are checked by the public function."""
+    """Returns the outputs and the final state; the public function has checked the arguments."""
     dtype = accumulation_dtype(x, dt, a, b, c, skip, gate, dt_bias, initial_state)
     batch, time, channels = x.shape
     if initial_state is None:
@@ -148,10 +146,10 @@ def _backward(options, residuals, cotangents):
 
 
 def _chunk_gradients(part, dout, parameters, h, g, options):
-    """Gradients of a chunk, given the state before it and the gradient of the state after it.
+    """Returns the gradients of a chunk, from the state before it and the gradient of the state after it.
 
-    Returns the gradient of the state before it, those of the series as lists over steps, and those of the parameters
-    as (b, g, n, r) and (b, g, 1, r).
+    They are the gradient of the state before it, those of the series as lists over steps, and those of the parameters as
+    (b, g, n, r) and (b, g, 1, r).
     """
     a, skip, bias = parameters
     block = options.block
@@ -162,7 +160,7 @@ def _chunk_gradients(part, dout, parameters, h, g, options):
         dp = _times(dout, [jax.nn.silu(z) for z in gate])
     dp = jax.lax.optimization_barrier(chunk.on_padding(dp, steps.padding, 0))
 
-    # The state before each block and the gradient that reaches it from later ones, then all steps of all blocks.
+    # The state before each block and the gradient that reaches it from later blocks, then all steps of all blocks.
     totals, zero = chunk.total_decay(steps, a), jnp.zeros_like(g[:, None])
     ends, leads = chunk.states(steps, a, zero)[-1], chunk.adjoints(steps, a, dp, zero)[1]
     before, _ = chunk.across_blocks(totals, ends, h)

@@ -31,7 +31,9 @@ def short_conv(
     segment_ids: SegmentIds = None,
     impl: str | None = None,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b w-1 d"]]:
-    """Convolves every channel with its own w taps, the last of which is for the current token.
+    """Returns every channel convolved with its own w taps, and the last w - 1 inputs.
+
+    The last tap is for the current token:
 
         y_t = activation(bias + sum_{j<w} weight_j x_{t-(w-1)+j})
 
@@ -43,10 +45,10 @@ def short_conv(
       weight: the taps, oldest first, between 2 and 8 of them.
       bias: added before the activation.
       activation: None or "silu".
-      initial_state: the w - 1 inputs before the sequence, oldest first; zero if absent. It belongs to the segment of
-        the first real token.
-      segment_ids: taps reach over padding (0) to earlier tokens of the same segment and never into another one; the
-        output on padding is 0 (see `layers.kernels.segments`).
+      initial_state: the w - 1 inputs before the sequence, oldest first; zero if None. It belongs to the segment of the
+        first real token.
+      segment_ids: taps reach over padding (0) to earlier tokens of the same segment and never into another one. The
+        output at padding is 0 (see `layers.kernels.segments`).
       impl: "xla", "reference", or None for the best.
 
     Returns:
@@ -93,9 +95,9 @@ def short_conv(
 
 
 class Piece(NamedTuple):
-    """What a stretch of the sequence does to the state: h -> h moved `length` places into the past, plus `state`.
+    """The effect of consecutive tokens on the state: h -> h moved `length` places into the past, plus `state`.
 
-    A length of w - 1 leaves nothing of what was there before.
+    A length of w - 1 leaves nothing of the earlier state.
     """
 
     length: jax.Array
@@ -103,10 +105,10 @@ class Piece(NamedTuple):
 
 
 def summarize(x: Float[Array, "b t d"], width: int, *, segment_ids: SegmentIds = None) -> Piece:
-    """The effect of a stretch on the state of a convolution with `width` taps: leaves (b,) and (b, w - 1, d).
+    """Returns the effect of consecutive tokens on a convolution with `width` taps: leaves (b,) and (b, w - 1, d).
 
-    The first real token of the stretch is taken to continue what came before; where it starts a segment instead, set
-    the length to w - 1.
+    The first real token continues the segment before it; where it begins another segment, the caller sets the length to
+    w - 1.
     """
     sizes: dict[str, int] = {}
     checks.check_real(x=x)
@@ -125,7 +127,7 @@ def summarize(x: Float[Array, "b t d"], width: int, *, segment_ids: SegmentIds =
 
 
 def compose(first: Piece, second: Piece) -> Piece:
-    """The effect of two neighbouring stretches, `first` run before `second`. Associative; identity Piece(0, 0)."""
+    """Returns the effect of `first` followed by `second`. Associative; the identity is Piece(0, 0)."""
     memory = first.state.shape[1]
     index = jnp.arange(memory)[None] + second.length[:, None]
     moved = jnp.take_along_axis(first.state, jnp.minimum(index, memory - 1)[..., None], axis=1)

@@ -8,7 +8,7 @@ from layers.kernels.segments import Segments
 
 
 def short_conv(x, weight, bias, activation, initial_state, segments):
-    """y_t = activation(bias + sum_j weight_j window_j), where the window ends with x_t and forgets at segment starts."""
+    """y_t = activation(bias + sum_j weight_j window_j), where the window ends with x_t and is reset at segment starts."""
     dtype = accumulation_dtype(x, weight, bias, initial_state)
     (batch, time, channels), width = x.shape, weight.shape[0]
     weight = weight.astype(dtype)

@@ -1,9 +1,9 @@
 """Where the taps of a short convolution find their inputs.
 
 `earlier(v, k)` holds at each token the value of v at the k-th real token before it in its segment, and zero if there is
-none. The first tokens of a sequence also reach into the state, and the state after it holds its last tokens; with
-m = width - 1 those are moved as blocks (b, m, d). Each movement has its adjoint beside it, so that the backward
-pass never scatters.
+none. The first tokens of a sequence also reach into the state, and the state after it holds its last tokens. With
+m = width - 1 those move as blocks (b, m, d). Each movement has its adjoint beside it, so that the backward pass never
+scatters.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Whole:
         return _shift(block, self.time - self.memory, self.time)
 
     def remaining(self, state):
-        """What is left of the state that was there before, at its new place."""
+        """What is left of the earlier state, at its new place."""
         return _shift(state, -self.time, self.memory)
 
     def from_remaining(self, block):
@@ -55,7 +55,7 @@ class Whole:
         return _shift(block, self.time, self.memory)
 
     def real(self, v):
-        """v, with zeros on padding."""
+        """v, with zeros at padding."""
         return v
 
 
@@ -69,7 +69,7 @@ class Beside:
         tokens = segments.real.sum(1, keepdims=True, dtype=jnp.int32)
         time = jnp.arange(self.time, dtype=jnp.int32)[None]
         in_last = segments.real & (self._number == self._segments)
-        # Real tokens behind each one, and m outside of the last segment.
+        # The number of real tokens behind each one, and m outside the last segment.
         self._last_rank = jnp.where(in_last, tokens - 1 - time, memory)
         self._length = jnp.minimum(in_last.sum(1, keepdims=True, dtype=jnp.int32), memory)
 
@@ -142,7 +142,7 @@ class Scattered:
         self._segments = self._number.max(1, keepdims=True)
         from_end = jnp.cumsum(real[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1] - real
         self._last_rank = jnp.where(real & (self._number == self._segments), from_end, memory)
-        # Real tokens of the last segment, counted up to m.
+        # The number of real tokens of the last segment, at most m.
         self._length = jnp.minimum((self._last_rank < memory).sum(1, keepdims=True, dtype=jnp.int32), memory)
 
     def earlier(self, v, k):
@@ -210,7 +210,7 @@ def _take(v, index):
 
 
 def _follow(index, links):
-    """One link further, staying put outside of the row."""
+    """The index one link further, unchanged outside the row."""
     return jnp.where(_within(index, links), _take(links, index), index)
 
 

@@ -1,12 +1,12 @@
 """`short_conv` in plain JAX: a sum of shifted copies, with its own backward pass.
 
 Shifts, products, bias and activation are elementwise and fuse into one pass that reads x and writes y; a library
-convolution with one channel a group would be many times slower on a GPU. With segments and padding
-anywhere the shifts become gathers of rows (see `taps`), still one pass. The backward pass recomputes the pre-activation p and stores dp once,
+convolution with one channel per group would be many times slower on a GPU. If padding may stand anywhere, the shifts become
+gathers of rows (see `taps`), still in one pass. The backward pass recomputes the pre-activation p and stores dp once,
 
     dp_t = dy_t activation'(p_t),   dx_s = sum_k weight_{w-1-k} dp_{s+k},   dweight_{w-1-k} = sum_t dp_t x_{t-k}.
 
-Numbers moved a token and channel, as compiled for a GPU at width 4: 2 forward; 9 backward, where 3 are the least (the
+Numbers moved per token and channel, as compiled for a GPU at width 4: 2 forward; 9 backward, where 3 are the least (the
 compiler makes three passes over dp and x for the five sums).
 """
 
@@ -21,7 +21,7 @@ from layers.kernels.short_conv.taps import Beside, Scattered, Whole
 
 
 def short_conv(x, weight, bias, activation, initial_state, segments):
-    """Runs the convolution; the arguments are checked by the public function."""
+    """Returns outputs and the final state; the public function has checked the arguments."""
     dtype = accumulation_dtype(x, weight, bias, initial_state)
     if initial_state is None:
         shape = (x.shape[0], weight.shape[0] - 1, x.shape[2])

@@ -42,9 +42,9 @@ def ssm_kernel(
     truncated: bool = False,
     impl: str | None = None,
 ) -> Float[Array, "*channels d l"]:
-    """The kernel K_l = C A_bar^l B_bar of x' = A x + B u, y = C x, sampled every dt, for l < length.
+    """Returns the kernel K_l = C A_bar^l B_bar of x' = A x + B u, y = C x, sampled every dt, for l < length.
 
-    A is diagonal, diag(a), or diagonal plus low rank, diag(a) - p p^*. Its kernel goes to `layers.kernels.long_conv`.
+    A is diagonal, diag(a), or diagonal plus low rank, diag(a) - p p^*. The kernel is for `layers.kernels.long_conv`.
 
         zoh        A_bar = exp(dt A),  B_bar = A^{-1} (A_bar - I) B: S4D, DSS-exp
         bilinear   A_bar = (I - dt/2 A)^{-1} (I + dt/2 A),  B_bar = dt (I - dt/2 A)^{-1} B: S4, S4D
@@ -54,18 +54,19 @@ def ssm_kernel(
     arXiv:2203.14343). Parameters are stored as real arrays; pass `jax.lax.complex(re, im)`.
 
     Args:
-      a: eigenvalues of the diagonal part, per unit of time, of every channel or of all; complex or real, real part <= 0
-        for a kernel that does not grow.
-      b: input, None for ones.
+      a: eigenvalues of the diagonal part, per unit of time, per channel or for all channels; complex or real, with real
+        part <= 0 for a kernel that does not grow.
+      b: input, ones if None.
       c: output. Its leading axes, any number of them, are several outputs of one system.
-      dt: step size of every channel, positive.
-      length: how many steps; any.
+      dt: step size per channel, positive.
+      length: number of steps; any.
       p: low-rank part. It needs "bilinear" and conjugate pairs.
       discretization: "zoh", "bilinear" or "softmax".
-      conjugate_pairs: a, b, c and p hold one of each conjugate pair, and K is twice the real part of the sum; else K
-        is the real part.
-      truncated: c is C (I - A_bar^length), which S4 trains in the place of C (see `truncate_output`). K is then found by Cauchy
-        sums instead of powers of A_bar, which is cheaper in n; Re(a) must stay below 0, about -1e-3 or less in float32.
+      conjugate_pairs: whether a, b, c and p hold one of each conjugate pair. K is then twice the real part of the sum, and
+        otherwise the real part.
+      truncated: whether c is C (I - A_bar^length), which S4 trains in the place of C (see `truncate_output`). K is then
+        computed by Cauchy sums instead of powers of A_bar, which is cheaper in n. Re(a) must stay below 0, about -1e-3 or
+        less in float32.
       impl: "xla", "reference", or None for the best.
 
     Returns:

@@ -7,7 +7,7 @@ from layers.kernels import checks
 
 
 def checked(a, b, c, dt, p) -> dict[str, jax.Array | None]:
-    """The arrays by name, in one precision, float32 or wider, after checks of shape and type."""
+    """Returns the arrays by name, in one precision, float32 or wider, after checks of shape and type."""
     sizes: dict[str, int] = {}
     checks.check_floating(a=a, b=b, c=c, p=p)
     checks.check_real(dt=dt)

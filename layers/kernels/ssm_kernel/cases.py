@@ -1,7 +1,7 @@
 """The calls of `ssm_kernel` that tests and benchmarks share.
 
-A kernel has no batch and no sequence. The batch of a case is the first axis of c, several outputs of one system, and its time is
-the length of the kernel, given to the suite as the shape of an array.
+A kernel has no batch and no sequence. The batch of a case is the first axis of c, several outputs of one system. Its time
+is the length of the kernel, which the suite gets as the shape of an array.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ def of_length(steps, *, b=None, **arguments):
 
 
 def _system(rng, batch, time, width, states):
-    """The parts that all cases have: frequencies as in S4D-Lin, and steps from 0.001 to 0.1."""
+    """The arrays that all cases have: frequencies as in S4D-Lin, and steps from 0.001 to 0.1."""
     a = -0.5 + 1j * np.pi * np.arange(states)[None] * rng.uniform(0.8, 1.2, (1, states))
     dt = np.exp(rng.uniform(np.log(1e-3), np.log(0.1), width))
     return {
@@ -60,7 +60,7 @@ def _low_rank(rank, width=WIDTH, states=STATES):
 
 
 def _truncated(rng, batch, time):
-    # With this output given, a kernel over times in which the modes hardly change does not depend on dt: its gradient
+    # With this output given, a kernel over times in which the modes hardly change does not depend on dt; its gradient
     # would be a difference of large numbers. So the steps are longer here, and at least eight.
     system = _low_rank(2)(rng, batch, time + 8)
     return system | {"dt": 10 * system["dt"]}
@@ -71,7 +71,7 @@ def _complex_normal(rng, *shape):
 
 
 def _benchmark(name, draw, flops, options, matrix_products):
-    """512 channels and 16384 steps; `flops` for each term of the sum over states."""
+    """A benchmark of 512 channels and 16384 steps; `flops` counts per term of the sum over states."""
     width, length = 512, 16384
     kernel = 4 * width * length
     return Benchmark(

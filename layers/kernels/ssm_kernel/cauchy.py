@@ -1,25 +1,25 @@
 """The S4 kernel from its generating function at the roots of unity: Cauchy sums and the Woodbury identity.
 
-At w = exp(-2 pi i f / L) = exp(-2 i t) the bilinear rule reads z = 2 (1 - w) / (1 + w) = 2 i tan(t), and with C~ = C (I - A_bar^L)
+At w = exp(-2 pi i f / L) = exp(-2 i t) the bilinear rule is z = 2 (1 - w) / (1 + w) = 2 i tan(t). With C~ = C (I - A_bar^L)
 
     sum_{l<L} K_l w^l = 2 / (1 + w) (r_CB - r_CP (I + r_PP)^{-1} r_PB),    r_xy = dt sum_n x_n y_n / (z - dt a_n),
 
-the sum running over both of each conjugate pair. Everything is multiplied by cos(t), which leaves nothing infinite at w = -1:
+with the sum over both of each conjugate pair. Everything is multiplied by cos(t), so that nothing is infinite at w = -1:
 2 / (1 + w) = exp(i t) / cos(t), and cos(t) / (z - dt a) = 1 / (-dt Re(a) cos(t) + i (2 sin(t) - dt Im(a) cos(t))).
 
-Frequencies are done a chunk at a time, so that n x L numbers are never held; the backward pass computes each chunk again.
+Frequencies are processed CHUNK at a time, so that n x L numbers never exist at once; the backward pass recomputes them.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Frequencies a chunk.
+# Frequencies per step of the loop.
 CHUNK = 256
 
 
 def dplr_kernel(a, b, c, dt, p, length):
-    """Kernel (k, d, length) of a (1|d, n), b the same or None, c = C~ (k, d, n), dt (d) and p (1|d, n, r)."""
+    """Returns the kernel (k, d, length) of a (1|d, n), b the same or None, c = C~ (k, d, n), dt (d) and p (1|d, n, r)."""
     count, channels, width = c.shape
     b = jnp.ones_like(a) if b is None else b
     by_rank = jnp.moveaxis(jnp.broadcast_to(p, (p.shape[0], width, p.shape[2])), 2, 0)

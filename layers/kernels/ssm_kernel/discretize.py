@@ -1,4 +1,4 @@
-"""From continuous to discrete time, one diagonal mode at a time: h' = a h + b x becomes h_t = a_bar h_{t-1} + (b_scale b) x_t.
+"""Discretisation per diagonal mode: h' = a h + b x becomes h_t = a_bar h_{t-1} + (b_scale b) x_t.
 
 `zoh` holds the input constant over a step (exact for such inputs); `bilinear` is the trapezoidal rule. Both keep their
 relative accuracy, in value and gradient, as a dt tends to zero.
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from layers.typing import Array, Float, Num
 
-# Below this |z| the power series of (exp(z) - 1) / z is exact to float64 with the terms used here; above it the quotient
-# and its derivative lose at most a few units in the last place.
+# For |z| below this, the power series of (exp(z) - 1) / z is exact to float64 with the terms used here. Above it, the
+# quotient and its derivative lose at most a few units in the last place.
 SERIES_RADIUS = 0.5
 SERIES_TERMS = 14
 
@@ -18,7 +18,7 @@ SERIES_TERMS = 14
 def zoh(
     a: Num[Array, "*#shape"], dt: Float[Array, "*#shape"]
 ) -> tuple[Num[Array, "*shape"], Num[Array, "*shape"]]:
-    """Zero-order hold: a_bar = exp(a dt), b_scale = (exp(a dt) - 1) / a, which is dt where a is 0.
+    """Returns the zero-order hold: a_bar = exp(a dt), b_scale = (exp(a dt) - 1) / a, which is dt where a is 0.
 
     Args:
       a: eigenvalues of the continuous system, real or complex, per unit of time.
@@ -35,7 +35,7 @@ def zoh(
 def bilinear(
     a: Num[Array, "*#shape"], dt: Float[Array, "*#shape"]
 ) -> tuple[Num[Array, "*shape"], Num[Array, "*shape"]]:
-    """Bilinear (Tustin) rule: a_bar = (1 + a dt/2) / (1 - a dt/2), b_scale = dt / (1 - a dt/2).
+    """Returns the bilinear (Tustin) rule: a_bar = (1 + a dt/2) / (1 - a dt/2), b_scale = dt / (1 - a dt/2).
 
     Args:
       a: eigenvalues of the continuous system, real or complex, per unit of time.

@@ -1,9 +1,9 @@
 """Diagonal plus low rank, A = diag(a) - p p^*, in conjugate pairs, discretised by the bilinear rule.
 
-A state of n conjugate pairs is 2n real numbers (Re h, Im h), and in them A is a real matrix whose symmetric part is negative
-semidefinite wherever Re a <= 0, so that A_bar = (I - dt A / 2)^{-1} (I + dt A / 2) never expands. Powers of A_bar are held as their
-difference from the identity, E_m = A_bar^m - I: slow modes keep their relative accuracy through E_2m = 2 E_m + E_m^2, where
-A_bar^m itself would round them to 1.
+A state of n conjugate pairs is 2n real numbers (Re h, Im h). In them A is a real matrix whose symmetric part is negative
+semidefinite wherever Re a <= 0, so that A_bar = (I - dt A / 2)^{-1} (I + dt A / 2) never expands. Powers of A_bar are held
+as their difference from the identity, E_m = A_bar^m - I. Slow modes keep their relative accuracy through
+E_2m = 2 E_m + E_m^2, where A_bar^m itself would round them to 1.
 """
 
 import math
@@ -19,7 +19,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class RealSystem(NamedTuple):
-    """h_t = a_bar h_{t-1} + b_bar u_t, y_t = c h_t with real numbers, one system a channel.
+    """h_t = a_bar h_{t-1} + b_bar u_t, y_t = c h_t in real numbers, one system per channel.
 
     Attributes:
       a_bar: (d, 2n, 2n).
@@ -39,7 +39,7 @@ def real_system(
     dt: Float[Array, " d"],
     p: Num[Array, "#d n r"],
 ) -> RealSystem:
-    """The discretised system in real numbers, for running it step by step; arguments as for `ssm_kernel`."""
+    """Returns the discretised system in real numbers, for running it step by step; arguments as for `ssm_kernel`."""
     arrays = checked(a, b, c, dt, p)
     change = _change(arrays["a"], arrays["dt"], arrays["p"])
     b_bar = _input(arrays["b"], change, arrays["dt"], arrays["a"])
@@ -54,7 +54,7 @@ def truncate_output(
     *,
     length: int,
 ) -> Complex[Array, "*channels d n"]:
-    """C (I - A_bar^length), the output for which sum_l C A_bar^l B_bar w^l, with w^length = 1, ends before `length`."""
+    """Returns C (I - A_bar^length), the output for which sum_l C A_bar^l B_bar w^l, w^length = 1, ends before `length`."""
     arrays = checked(a, None, c, dt, p)
     rows = _output(arrays["c"])
     moved = jnp.zeros_like(rows)
@@ -75,7 +75,7 @@ def restore_output(
     *,
     length: int,
 ) -> Complex[Array, "*channels d n"]:
-    """C from C (I - A_bar^length), the inverse of `truncate_output`; inaccurate where modes hardly decay in `length`."""
+    """Returns C from C (I - A_bar^length), the inverse of `truncate_output`; inaccurate for modes that hardly decay."""
     system = real_system(a, None, c, dt, p)
     power = jnp.linalg.matrix_power(system.a_bar, length)
     transposed = jnp.swapaxes(_identity(power) - power, 1, 2)
@@ -84,9 +84,9 @@ def restore_output(
 
 
 def dplr_kernel(a, b, c, dt, p, length):
-    """Kernel (k, d, length): C A_bar^{jm} in rows times A_bar^i B_bar in columns, both doubled as the powers of A_bar are.
+    """Returns the kernel (k, d, length): C A_bar^{jm} in rows times A_bar^i B_bar in columns, both built by doubling.
 
-    Costs log2(length) products of 2n x 2n matrices a channel, and holds nothing larger than 2n sqrt(length).
+    Costs log2(length) products of 2n x 2n matrices per channel, and holds nothing larger than 2n sqrt(length).
     """
     change = _change(a, dt, p)
     columns, rows = _input(b, change, dt, a)[..., None], _output(c)[..., None, :]

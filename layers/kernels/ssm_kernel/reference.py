@@ -7,7 +7,7 @@ from layers.kernels.ssm_kernel import discretize, dplr
 
 
 def ssm_kernel(a, b, c, dt, p, length, discretization, conjugate_pairs, truncated):
-    """Kernel (k, d, length); the arguments are checked by the public function and of one precision."""
+    """Returns the kernel (k, d, length); the public function has checked the arguments, which have one precision."""
     if p is None:
         kernel = _diagonal(a, b, c, dt, length, discretization)
         return 2 * kernel.real if conjugate_pairs else kernel.real

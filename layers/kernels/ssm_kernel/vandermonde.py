@@ -1,9 +1,9 @@
-"""The kernel of a diagonal system, K_l = sum_n w_n a_bar_n^l, as one matrix product a channel.
+"""The kernel of a diagonal system, K_l = sum_n w_n a_bar_n^l, as one matrix product per channel.
 
-With l = j m + i the power splits, a_bar^l = (a_bar^m)^j a_bar^i, so the sum over n is a product of a matrix of about sqrt(l) rows by
-one of about sqrt(l) columns: n sqrt(l) exponentials, n l multiply-adds on matrix units, and no array larger than n sqrt(l) beside
-the kernel. Only real numbers are multiplied: Re(X Y) = [Re X, -Im X] [Re Y; Im Y]. Bytes moved a channel: about 32 n sqrt(l) for the
-two factors and 4 l for the kernel.
+With l = j m + i the power splits, a_bar^l = (a_bar^m)^j a_bar^i, so the sum over n is a product of a matrix of about sqrt(l)
+rows by one of about sqrt(l) columns: n sqrt(l) exponentials, n l multiply-adds on matrix units, and no array larger than
+n sqrt(l) besides the kernel. Only real numbers are multiplied: Re(X Y) = [Re X, -Im X] [Re Y; Im Y]. Bytes moved per
+channel: about 32 n sqrt(l) for the two factors and 4 l for the kernel.
 """
 
 import math
@@ -15,12 +15,12 @@ from layers.kernels.ssm_kernel import discretize, phase
 
 # DSS adds this to |x|^2 in 1 / x = conj(x) / |x|^2.
 SOFTMAX_EPSILON = 1e-7
-# The least |1 + z|^2 of the bilinear rule, so that a mode that is gone after one step has a logarithm.
+# The least |1 + z|^2 of the bilinear rule, so that a mode that vanishes after one step has a logarithm.
 TINY = 1e-30
 
 
 def diagonal_kernel(a, b, c, dt, length, discretization, conjugate_pairs):
-    """Kernel (k, d, length) of a (1|d, n), b the same or None, c (k, d, n) and dt (d)."""
+    """Returns the kernel (k, d, length) of a (1|d, n), b the same or None, c (k, d, n) and dt (d)."""
     weights = c if b is None else c * b[None]
     if discretization == "softmax":
         kernel = _softmax_kernel(a, weights, dt, length)
@@ -37,7 +37,7 @@ def _log_step(a, dt, discretization):
     if discretization == "zoh":
         angle = phase.split_product(*jnp.broadcast_arrays(a.imag, step)) if jnp.iscomplexobj(a) else None
         return real * step, angle
-    # a_bar = (1 + z) / (1 - z) with z = a dt / 2: its size from |1 + z|^2 = |1 - z|^2 + 4 Re z, whichever side is not
+    # a_bar = (1 + z) / (1 - z) with z = a dt / 2. Its size comes from |1 + z|^2 = |1 - z|^2 + 4 Re z, whichever side is not
     # lost to rounding, and its angle from (1 + z) (1 - conj z).
     z_real, z_imag = real * step / 2, a.imag * step / 2
     numerator, denominator = ((1 + z_real) ** 2 + z_imag**2, (1 - z_real) ** 2 + z_imag**2)
@@ -88,7 +88,7 @@ def _times(weights, powers):
 
 
 def _softmax_kernel(a, weights, dt, length):
-    """Re sum_n weights_n / a_n softmax_l(a_n dt l): growing modes run backwards in time, as decaying ones."""
+    """Re sum_n weights_n / a_n softmax_l(a_n dt l); growing modes run backwards in time, as decaying modes."""
     rate, angle = _log_step(a, dt, "zoh")
     growing = rate > 0
     sign = jnp.where(growing, -1.0, 1.0).astype(rate.dtype)

@@ -1,4 +1,4 @@
-"""`ssm_kernel` in plain JAX. The backward pass computes everything again from the parameters, which are all that it keeps."""
+"""`ssm_kernel` in plain JAX. The backward pass recomputes everything from the parameters and keeps nothing else."""
 
 import functools
 
@@ -8,7 +8,7 @@ from layers.kernels.ssm_kernel import cauchy, dplr, vandermonde
 
 
 def ssm_kernel(a, b, c, dt, p, length, discretization, conjugate_pairs, truncated):
-    """Kernel (k, d, length); the arguments are checked by the public function and of one precision."""
+    """Returns the kernel (k, d, length); the public function has checked the arguments, which have one precision."""
     if p is None:
         options = {"discretization": discretization, "conjugate_pairs": conjugate_pairs}
         run = functools.partial(vandermonde.diagonal_kernel, length=length, **options)

@@ -1,7 +1,7 @@
-"""`delta_rule` without decay or with one decay a head on Hopper GPUs.
+"""`delta_rule` without decay or with one decay per head on Hopper GPUs.
 
-The kernels and what bounds them are in forward.py, backward.py and gradients.py, the walk that the first two share
-in chain.py; pieces.py cuts time into pieces for them.
+The kernels and what bounds them are in forward.py, backward.py and gradients.py, the walk that the first two share is in
+chain.py, and pieces.py cuts time into pieces for them.
 """
 
 import dataclasses
@@ -21,29 +21,29 @@ from layers.kernels.delta_rule.gpu.tiles import CHUNK
 from layers.kernels.segments import select_real
 from layers.kernels.shard_map_types import vary_as
 
-# The shortest calls and the fewest rows times heads that were timed beside XLA and `impl=None` takes; fewer if they are long.
+# Shortest calls and smallest batch x heads for which `impl=None` takes these kernels; the second value applies from LONG
+# tokens.
 SHORTEST, LONG = 128, 2048
 FEWEST, FEWEST_IF_LONG = 64, 8
-WIDEST = 128  # features of keys and of values
-ROWS = 8  # tokens in a tile of shared memory, of which copies take whole ones
+WIDEST = 128  # key or value features per head
+ROWS = 8  # tokens per tile of shared memory; copies take whole tiles
 
-# What decays more is 0 in bfloat16 as well, and sums over a chunk keep their digits.
+# Clamp: exp underflows to 0 in bfloat16 below this, and sums over a chunk keep their digits.
 STRONGEST = -100.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How the kernels are run.
+    """The layout of the kernels.
 
     Attributes:
-      keep: whether the forward pass keeps the states of all chunks for the backward pass, which otherwise computes them
-        again. They take twice the memory of q if a head has 128 features of keys and of values, and save a twelfth of the
-        time of both passes.
+      keep: whether the forward pass keeps the states of all chunks for the backward pass, which otherwise recomputes them.
+        With 128 key and value features per head they take twice the memory of q.
       refinements, workers: see `forward_kernels.prepare`.
-      forward, states, backward: chunks of inputs that the walks of both passes have in shared memory, under way or in use;
-        `states` is for a walk that computes states again.
+      forward, states, backward: chunks of inputs that the walks of both passes have in shared memory, in flight or in use;
+        `states` is for a walk that recomputes states.
       turns: see `gradient_kernel.chunk_gradients`.
-      pieces: of the time axis, which are walked through side by side; by `time_pieces.piece_length` if None.
+      pieces: number of pieces of the time axis, walked concurrently; by `time_pieces.piece_length` if None.
     """
 
     keep: bool = True
@@ -57,7 +57,7 @@ class Settings:
 
     @property
     def forward_keeping(self) -> int:
-        """`forward`, but leaving room for states on their way out."""
+        """`forward`, reduced to leave room for states on their way out."""
         return min(self.forward, 2)
 
 
@@ -86,7 +86,7 @@ def unsupported_reason(q, k, v, beta, log_decay, initial_state, **_: Any) -> str
 
 
 def passed_over_reason(v, **_: Any) -> str | None:
-    """Why `impl=None` does not take these kernels, or None. Short calls, and few heads of them, are left to XLA."""
+    """Why `impl=None` does not take these kernels, or None. Short calls and those with few heads are left to XLA."""
     batch, time, heads, _ = v.shape
     fewest = FEWEST_IF_LONG if time >= LONG else FEWEST
     if devices.backend() != "gpu":
@@ -110,10 +110,10 @@ def delta_rule(
     segments,
     settings: Settings | None = None,
 ):
-    """Runs the delta rule; the arguments are checked by the public function.
+    """Returns outputs and the final state; the public function has checked the arguments.
 
     Args:
-      settings: in place of the tuned ones.
+      settings: layouts that replace the tuned ones.
     """
     rows, _, across, _ = partition.spec_of(v, heads=2)
     if k.shape[2] != v.shape[2] and k.shape[2] % partition.parts(across):
@@ -129,7 +129,7 @@ def delta_rule(
 
 
 def _local(scale, normalize_qk, settings, q, k, v, beta, log_decay, initial_state, segments):
-    """The rule on one device: masks, norms and decays here, the rest in kernels."""
+    """Runs the rule on one device: masks, norms and decays here, the rest in kernels."""
     batch, time, heads, value_dim = v.shape
     key_dim, chunks = k.shape[-1], -(-time // CHUNK)
     length = time_pieces.piece_length(chunks, batch * heads, settings.pieces)
@@ -163,7 +163,7 @@ def _normalized(x):
 
 
 def token_vectors(beta, log_decay, segments):
-    """The numbers of every token that the kernels read, (b, h, chunks, kinds, c); see tiles.py."""
+    """Returns the numbers per token that the kernels read, (b, h, chunks, kinds, c); see tiles.py."""
     batch, time, _ = beta.shape
     padding = -time % CHUNK
 
@@ -176,7 +176,7 @@ def token_vectors(beta, log_decay, segments):
     if packed:
         segment = jnp.maximum(jax.lax.cummax(segments.numbers, axis=1) - 1, 0)
         segment = chunked(segment[..., None], "edge")
-    if log_decay is None:  # sums of zeros are left out: XLA would take half a minute to find them out
+    if log_decay is None:  # sums of zeros are left out: XLA would take half a minute to fold them
         total = jnp.zeros_like(chunked(beta))
         enters = leaves = jnp.ones_like(total)
     else:
@@ -199,13 +199,13 @@ def token_vectors(beta, log_decay, segments):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _rule(q, k, v, vectors, state, scale, settings):
-    """Outputs and the final state, transposed as `state` is. Rows but those of `state` are pieces of rows, in order."""
+    """Outputs and the final state, transposed as `state` is. Except in `state`, rows are pieces of rows, in order."""
     return _run(q, k, v, vectors, state, scale, settings, keeping=False)[0]
 
 
 @mosaic_gpu.lowered_once("scale", "settings", "keeping")
 def _run(q, k, v, vectors, state, scale, settings, *, keeping):
-    """What `_rule` gives, and what enters pieces, takes states through them, and is known of chunks, if `keeping`."""
+    """What `_rule` returns; with `keeping`, also the states that enter pieces, their transitions, and facts about chunks."""
     inverse = forward_kernels.prepare(k, vectors, settings.refinements, settings.workers)
     entering, passages = time_pieces.entering(k, v, vectors, inverse, state, settings.states)
     stages = settings.forward_keeping if keeping else settings.forward
@@ -222,7 +222,7 @@ def _forward(q, k, v, vectors, state, scale, settings):
 @mosaic_gpu.lowered_once("scale", "settings")
 def gradients(scale, settings, residuals, cotangents):
     """The backward pass, from the inputs and the gradients of outputs and of the final state."""
-    # The barrier keeps the compiler from storing what the forward pass computed in place of computing it again.
+    # The barrier keeps the compiler from storing what the forward pass computed instead of recomputing it.
     residuals, (do, dfinal) = jax.lax.optimization_barrier((residuals, cotangents))
     q, k, v, vectors, entering, passages, made = residuals
     if "states" not in made:

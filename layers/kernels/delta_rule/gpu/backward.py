@@ -1,21 +1,16 @@
-"""The Hopper kernel of `delta_rule`'s backward pass that walks; forward.py has the equations and their letters.
+"""The Hopper kernel of `delta_rule`'s backward pass that walks along time; forward.py has the equations and their letters.
 
-With dS' the gradient of the state that leaves a chunk, in which e = v - r k S is the error of what the state holds,
+With dS' the gradient of the state that leaves a chunk, and e = v - r k S the error of what the state holds,
 
     dy = P^T do + w k dS',   de = beta G^T dy = dv,   dS = total dS' + (scale r q)^T do - (r k)^T de,
 
-which `chain` computes from the last chunk to the first, as `forward` does from the first to the last. Given S, dS', de and
+which `chain` computes from the last chunk to the first, as `forward` walks from the first to the last. Given S, dS', de and
 dy, the rest is local to the chunks; see gradients.py.
 
 At 8 x 4096 tokens, 16 heads of 128, bfloat16, `chain` reads 0.47 GB and writes 0.54 GB, 0.34 ms at 3.0 TB/s; its products
-take 0.19 ms at 400 TFLOP/s. The backward pass, with the states computed again by `forward`, moves 3.3 GB, 1.1 ms; without,
-if the forward pass keeps them, 2.7 GB. An H100 takes 1.68 to 1.71 ms for both passes, 3.3 and 3.4 times the floor of the
-primitive: 0.69 for gradients.py, 0.38 here, 0.32 and 0.16 in forward.py. An H200 (4.1 TB/s, at which 2.7 GB take 0.66 ms)
-takes 1.64 ms for both passes where states are kept and 1.78 where they are not; plain JAX takes 10.7. One stage instead of
-two takes 0.15 ms more. With products under way together where they can be, three waits a chunk instead of five, lanes spill 230
-bytes instead of 32, the compiler serialises the products, and the walk takes 1.2 times as long. The H100 took 2.1 to 2.2 ms when
-inverses were made again too. Half of the bytes are states, dS', dy and de on their way from the walks to gradients.py; a walk
-that did its work as well would leave most of them where they are.
+take 0.19 ms at 400 TFLOP/s. The backward pass moves 3.3 GB, 1.1 ms, if `forward` recomputes the states, and 2.7 GB if the
+forward pass keeps them. Half of the bytes are states, dS', dy and de on their way from the walks to
+gradients.py.
 """
 
 import jax
@@ -49,17 +44,17 @@ def chain(
     *,
     keeping: bool = True,
 ) -> dict[str, jax.Array]:
-    """Walks through the chunks from the last to the first, with states transposed.
+    """Returns the gradients of states, v and y, from a walk from the last chunk to the first, with states transposed.
 
     Args:
-      made: `inverse`, what `prepare` gives.
+      made: `inverse`, which `prepare` returns.
       dfinal: (b, h, v, k), float32.
-      stages: chunks of inputs under way or in use.
+      stages: chunks of inputs in flight or in use.
       keeping: whether anything but `dstate` is needed.
 
     Returns:
       dstate: (b, h, v, k), float32, the gradient of the state that enters the first chunk.
-      dstates: (b, h, chunks, v, k), bfloat16, those of the states that leave the chunks.
+      dstates: (b, h, chunks, v, k), bfloat16, the gradients of the states that leave the chunks.
       dv, dy: (b, t, h, v), bfloat16.
     """
     sizes = sizes_of(k, do)

@@ -1,4 +1,4 @@
-"""The walk of the Hopper kernels of `delta_rule` through the chunks of a row and head, by warpgroups with different tasks."""
+"""The walk of the Hopper kernels of `delta_rule` through the chunks of a row and head, by warpgroups with separate tasks."""
 
 from typing import Any
 
@@ -17,12 +17,12 @@ from layers.kernels.delta_rule.gpu.tiles import (
 )
 from layers.kernels.mosaic_gpu import matrices, pl, plgpu, product
 
-# Registers of a lane of `Chain`: of the warpgroup that serves, and of two that walk. Three start with 168 each.
+# Registers per lane of `Chain`: of the warpgroup that serves, and of two that walk. Three start with 168 each.
 SERVING, WALKING = 104, 200
 
 
 def chain_scratch(sizes: Sizes, stages: int, kinds: int, names: list[str]) -> dict[str, Any]:
-    """Shared memory of the inputs of `stages` chunks, of `scores` if q is one of them, and barriers."""
+    """Returns the shared memory of the inputs of `stages` chunks, of `scores` if q is one of them, and of barriers."""
     shapes = {
         **dict.fromkeys(("q", "k"), (CHUNK, sizes.key_dim)),
         **dict.fromkeys(("v", "do"), (sizes.blocks, CHUNK, BLOCK)),
@@ -45,9 +45,10 @@ def chain_scratch(sizes: Sizes, stages: int, kinds: int, names: list[str]) -> di
 
 
 class Chain:
-    """A warpgroup at the chunks of a row and head: one of those that walk, or the last of the block, which serves them.
+    """A warpgroup at the chunks of a row and head: one of those that walk, or the last of the program, which serves them.
 
-    That one fetches the chunks and makes what depends on no state: G in the place of T and, if there are queries, P.
+    The serving warpgroup fetches the chunks and computes what depends on no state: G in the place of T and, if there are
+    queries, P.
     """
 
     def __init__(
@@ -63,9 +64,9 @@ class Chain:
         self.features = pl.ds(self.block * BLOCK, BLOCK)
 
     def run(self, walk: Any) -> None:
-        """Runs `walk`, which calls `self.walk`, beside the warpgroup that serves, and ends with all of them."""
+        """Runs `walk`, which calls `self.walk`, beside the warpgroup that serves, and ends together with all of them."""
         blocks = self._sizes.blocks
-        limited = blocks == 2  # three warpgroups start with 168 registers a lane
+        limited = blocks == 2  # three warpgroups start with 168 registers per lane
 
         @pl.when(self.block == blocks)
         def _():
@@ -83,9 +84,9 @@ class Chain:
         plgpu.barrier_wait(self._done)
 
     def enter(self, state: Any) -> jax.Array:
-        """This warpgroup's part of an array (b, h, v, k)."""
+        """This warpgroup's block of an array (b, h, v, k)."""
         ref = state.at[*self.at, self.features]
-        # The product takes off the mark of arrays that differ between devices, which loops would not let through.
+        # The product removes the mark of arrays that differ between devices, which loops do not accept.
         return 1.0 * plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
 
     def tiles(self, slot: Any) -> dict[str, Any]:
@@ -95,14 +96,14 @@ class Chain:
         }
 
     def walk(self, step: Any, carry: Any) -> Any:
-        """Runs `step(chunk, slot, carry)`, which must have waited for its products; not for copies out."""
+        """Runs `step(chunk, slot, carry)`, which must have waited for its products, but not for copies out."""
 
         def go(turn, carry):
             slot = jax.lax.rem(turn, self._stages)
             plgpu.barrier_wait(self._arrived.at[slot])
             plgpu.barrier_wait(self._made.at[slot])
             carry = step(self._place(turn), slot, carry)
-            plgpu.commit_smem()  # what this warpgroup read here, a copy may now overwrite
+            plgpu.commit_smem()  # a copy may overwrite what this warpgroup read here
             plgpu.barrier_arrive(self._used.at[slot])
             return carry
 
@@ -133,7 +134,7 @@ class Chain:
             self._make(slot)
             plgpu.commit_smem()
             plgpu.barrier_arrive(self._made.at[slot])
-            if stages > 1:  # while the others are at the chunk that was made just now
+            if stages > 1:  # while the others are at the chunk made last
                 refill()
 
         for turn in range(

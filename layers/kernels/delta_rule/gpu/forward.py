@@ -1,16 +1,16 @@
 """The Hopper kernels of `delta_rule`'s forward pass, which its backward pass uses too.
 
-In a chunk of c tokens that the state S enters, with D the decay from token j to token i >= j,
+In a chunk of c tokens entered by the state S, with D the decay from token j to token i >= j,
 
     T = (I + A)^-1,   A_ij = beta_i k_i.k_j for j < i,      G = T o D,
     y = G beta (v - r k S),   o = scale r q S + P y,   P = scale (q k^T) o D,   S <- total S + (w k)^T y,
 
-where r decays from the state that enters and w to the state that leaves. The decay needs no part in T, because it changes
-A by a diagonal similarity: (I + A o D)^-1 = T o D. `prepare` computes T for all chunks at once; it grows from the diagonal,
+where r decays from the state that enters and w to the state that leaves. The decay has no part in T, because it changes
+A by a diagonal similarity: (I + A o D)^-1 = T o D. `prepare` computes T for all chunks at once. T grows from the diagonal,
 X <- X - X L X with L the entries of A that join two neighbouring blocks of 1, 2, 4, ... tokens. `forward` walks through the
-chunks of a row and head. Each of its warpgroups holds S^T for 64 features of the values in registers, where every product
-of a chunk takes it from, transposed, so that nothing of the chain but inputs goes through shared memory. One warpgroup
-more fetches the chunks and makes G and P of them ahead of the walk.
+chunks of a row and head. Each of its warpgroups holds S^T for 64 features of the values in registers. Every product of a
+chunk takes it from there, transposed, so that only inputs pass through shared memory. One more warpgroup fetches the chunks
+and computes their G and P ahead of the walk.
 
 At 8 x 4096 tokens, 16 heads of 128, bfloat16, at 3.0 TB/s and 400 TFLOP/s:
 
@@ -19,15 +19,9 @@ At 8 x 4096 tokens, 16 heads of 128, bfloat16, at 3.0 TB/s and 400 TFLOP/s:
     forward                  0.47 GB   0.13 GB     0.20 ms      0.19 ms
     forward, states alone    0.34 GB   0.27 GB     0.20 ms      0.11 ms
 
-The products of `prepare` are a chain, of 64 x 64 each, in which a warpgroup waits for itself; warpgroups for several chunks are
-on every processor. It took 0.16 ms of the 0.42 that an H100 took for all, 2.3 times the floor of the primitive. Compiled for
-Hopper it has 1500 instructions a chunk and no spills, where it had 2340 and 52 bytes a lane: entries come to X as bits behind a
-mask, not by comparing places at every level, and pairs of bfloat16 are not converted one by one. That gained 0.01 ms, so
-instructions were not what it waits for; the H100 takes 0.41 (2.2 times the floor) with and without decay. An H200 (4.1 TB/s)
-took 0.37 ms before that, 0.34 without the refinement of inverses, 0.39 with two of them, with two stages or with two workers.
-An H100 took 0.52 ms when `prepare` made G and P as well (1.07 GB in all, not 0.8), one chunk a block, and registers let two
-blocks run on a processor. What is left is the wait of 64 chunks for each other: a row and head has one block to walk it. To
-have the walk's k S and q S under way together, and then o and the next S, did not change its time.
+The products of `prepare` form a chain of 64 x 64 products, in which a warpgroup waits for itself; every multiprocessor
+therefore runs warpgroups for several chunks. `forward` is bound by the wait of 64 chunks for each other, since one program
+walks each row and head.
 """
 
 import jax
@@ -60,7 +54,7 @@ from layers.kernels.shard_map_types import vary_as
 
 
 def _masks() -> np.ndarray:
-    """All bits set where a level of the inversion puts entries of X, (levels, c, c): the diagonal and the first, the others."""
+    """Bits set where a level of the inversion puts entries of X, (levels, c, c): the diagonal and the first, the others."""
     row, column = np.indices(SQUARE)
     levels = [
         ((row >> level) & 1 == 1) & (column >> level == (row >> level) - 1)
@@ -71,22 +65,22 @@ def _masks() -> np.ndarray:
 
 
 _MASKS = _masks()
-TURNS = 4  # chunks that a warpgroup of `prepare` inverts, at most
+TURNS = 4  # chunks per warpgroup of `prepare`, at most
 
 
 def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) -> jax.Array:
-    """The inverse T of every chunk, (b, h, chunks * c, c), bfloat16.
+    """Returns the inverse T of every chunk, (b, h, chunks * c, c), bfloat16.
 
-    Every warpgroup inverts some chunks, each a chain of small products in which it mostly waits: blocks have several of
-    them. What a chunk needs comes while the one before is inverted.
+    Every warpgroup inverts some chunks. Each inversion is a chain of small products in which the warpgroup mostly waits, so
+    programs have several warpgroups. The inputs of a chunk arrive while the chunk before is inverted.
 
     Args:
-      workers: warpgroups of a block. Four leave each lane 128 registers.
+      workers: warpgroups per program. Four leave each lane 128 registers.
       refinements: steps of Newton's method, X <- X - X ((I + A) X - I), with X rounded and A the sum of two rounded
-        matrices. Rounding in the products before leaves a twentieth of T wrong where beta is near 2 and keys are alike.
-        After one step that is 2e-3 to 3e-3, after two 1.5e-3, as much as rounding T to bfloat16 leaves wrong. One is enough:
-        with beta up to 1.9 and keys at a cosine of up to 0.8, outputs and gradients are no further from float64 than with
-        two, nor than XLA's; without any they are up to three times as far.
+        matrices. Without them, rounding leaves a twentieth of T wrong where beta is near 2 and keys are alike. One step
+        leaves 2e-3 to 3e-3; two leave 1.5e-3, as much as rounding T to bfloat16. One is enough: with beta up to 1.9 and
+        keys at a cosine of up to 0.8, outputs and gradients are as close to float64 as with two, and as XLA's. Without
+        any the error is up to three times as large.
     """
     batch, _, groups, key_dim = k.shape
     _, heads, chunks, kinds, _ = vectors.shape
@@ -128,7 +122,7 @@ def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) ->
             fetch([(keys, k_tiles.at[here]), *numbers], arrived.at[here])
 
         def invert(chunk, after):
-            # As in `chunk_gradients`, what depends on the place of tiles is to be computed where it is used.
+            # As in `chunk_gradients`, what depends on the place of tiles must be computed where it is used.
             tiles = (k_tiles, x_tiles, high_tiles, low_tiles, vector_tiles)
             own = jax.lax.optimization_barrier(here)
             k_tile, x_tile, high_tile, low_tile, vector_tile = (ref.at[own] for ref in tiles)
@@ -143,8 +137,8 @@ def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) ->
             plgpu.commit_smem()
             pl.when(after < ends)(lambda: bring(after))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            # Of -X: it grows by X L X, which is (-X)(A - I)(-X) where a level adds entries. Elsewhere they are masked, and
-            # where it adds them there were zeros, so that bits can be put together.
+            # This holds -X, which grows by X L X: (-X)(A - I)(-X) where a level adds entries, and masked elsewhere. The
+            # entries that it adds to are zero, so that bits can be combined.
             x = _bits(high) & in_registers(mask_tiles.at[0])
             for level in range(1, len(_MASKS)):
                 x_tile[...] = _from_bits(x)
@@ -176,7 +170,7 @@ def prepare(k: jax.Array, vectors: jax.Array, refinements: int, workers: int) ->
             pl.when(chunk < ends)(lambda: invert(chunk, chunk + workers))
 
         plgpu.wait_smem_to_gmem(0)
-        # A warpgroup that ends while another multiplies can break off the kernel.
+        # A warpgroup that ends while another multiplies can abort the kernel.
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
 
@@ -201,7 +195,7 @@ def _from_bits(x: jax.Array) -> jax.Array:
 
 
 def _rounded(x: jax.Array) -> jax.Array:
-    """To bfloat16, two numbers at once: without the barrier the compiler splits pairs that are used as float32 again."""
+    """Rounds to bfloat16, two numbers at once: without the barrier the compiler splits pairs that are used as float32."""
     return jax.lax.optimization_barrier(x.astype(jnp.bfloat16))
 
 
@@ -217,20 +211,20 @@ def forward(
     q: jax.Array | None,
     keeping: bool,
 ) -> dict[str, jax.Array]:
-    """Walks through the chunks, with states transposed.
+    """Returns the last state, outputs and states of a walk through the chunks, with states transposed.
 
     Args:
       v: None for zeros.
-      inverse: what `prepare` gives.
+      inverse: what `prepare` returns.
       state: (b, h, v, k), float32.
-      stages: chunks of inputs under way or in use.
+      stages: chunks of inputs in flight or in use.
       q: None if the output is not needed.
-      keeping: whether the states are.
+      keeping: whether the states are needed.
 
     Returns:
       final: the state that leaves the last chunk.
       o: (b, t, h, v), bfloat16, the output; only if `q` is given.
-      states: (b, h, chunks, v, k), bfloat16, those that enter the chunks; only if `keeping`.
+      states: (b, h, chunks, v, k), bfloat16, the states that enter the chunks; only if `keeping`.
     """
     _, heads, value_dim, _ = state.shape
     batch, time, groups, key_dim = k.shape

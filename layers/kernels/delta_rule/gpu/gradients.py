@@ -1,17 +1,17 @@
-"""The Hopper kernel for those gradients of `delta_rule` that are local to chunks; letters as in backward.py.
+"""The Hopper kernel for the gradients of `delta_rule` that are local to chunks; letters as in backward.py.
 
     dP = do y^T,          dq = scale r do S^T + (scale dP o D) k,
     dG = dy (beta e)^T,   dT = dG o D,   dA = - T^T dT T^T for j < i,
     dk = w y dS'^T - r de S^T + (scale dP o D)^T q + (beta dA + (beta dA)^T) k,
 
-where A is that without decay. A sum of log-decay up to a token scales what its row of q and of e reads, and divides what
-its row of k and of y writes: its gradient is q.dq + k.(the second term of dk) - k.(the first and third term of dk), and the
-row sums less the column sums of dG o G, which is dT o T. The products of a chunk are shared by two warpgroups.
+where A is the matrix without decay. A sum of log-decay up to a token scales what its row of q and of e reads, and divides
+what its row of k and of y writes. Its gradient is q.dq + k.(the second term of dk) - k.(the first and third term of dk),
+plus the row sums less the column sums of dG o G, which is dT o T. Two warpgroups divide the products of a chunk.
 
 At 8 x 4096 tokens, 16 heads of 128, bfloat16, this reads 1.4 GB and writes 0.27 GB, 0.56 ms at 3.0 TB/s; the products take
-0.36 ms at 400 TFLOP/s. A chunk fills the shared memory of a processor: copies of the next one start as soon as this one
-has no more use for their place, which is before its last 10 of 34 products of 64 x 64 x 64 numbers for S, v, do and de, and
-after them for the rest. That most copies used to wait for the end of a chunk was thought to cost 0.2 to 0.3 ms.
+0.36 ms at 400 TFLOP/s. A chunk fills the shared memory of a multiprocessor. Copies of the next chunk start as soon as this
+one no longer needs their place: for S, v, do and de before its last 10 of 34 products of 64 x 64 x 64 numbers, and for the
+rest after them.
 """
 
 import functools
@@ -43,7 +43,7 @@ from layers.kernels.delta_rule.gpu.tiles import (
 )
 from layers.kernels.mosaic_gpu import launch, matrices, pl, plgpu, product
 
-# What `chunk_gradients` needs before the rest.
+# The inputs that `chunk_gradients` needs first.
 FIRST = ("k", "v", "states", "inverse")
 
 
@@ -58,15 +58,29 @@ def chunk_gradients(
     scale: float,
     turns: int,
 ) -> dict[str, jax.Array]:
-    """What is local to the chunks, of which a block takes some in turn; a part of the next arrives during this one.
+    """Returns the gradients that are local to the chunks; each program takes some chunks in turn.
+
+    Stages per chunk, with warpgroup 0 on the left and 1 on the right; the next chunk's copies start where noted:
+
+        load      inverse T, k, v, S, vectors arrive first
+        solve                                      |    G = T o D
+        errors    e = v - r k S in place of v, beta e (each warpgroup 64 features)
+        written   y = G beta e                     (each 64 features)
+        load      q, do, de, dy, dS' arrive
+        scores    scale dP o D; sums of S o dS'    |    dG, dT o T; beta dA in place of T
+        products  dq; de S^T of dk                 (each 64 features)
+        release   fetch S, v, do, de of the next chunk
+        products  the other terms of dk            (each 64 features)
+        store     dq, dk, sums of decays and beta
+        release   fetch k, T, dS'; after the store, q and dy
 
     Args:
-      made: `inverse`, what `prepare` gives, and `states`, what `forward` does.
-      chained: what `chain` gives.
-      turns: chunks a block, at most.
+      made: `inverse`, which `prepare` returns, and `states`, which `forward` returns.
+      chained: what `chain` returns.
+      turns: chunks per program, at most.
 
     Returns:
-      dq, dk: (b, t, h, k), bfloat16, for every head of the values.
+      dq, dk: (b, t, h, k), bfloat16, per head of the values.
       dvectors: (b, h, chunks, rows, c), float32; see `part_rows`.
     """
     sizes = sizes_of(k, v)
@@ -140,7 +154,7 @@ def chunk_gradients(
             plgpu.barrier_wait(met)
 
         def shares(width, work):
-            """Each warpgroup runs `work(number, columns)` for its part of the columns, if there are enough."""
+            """Each warpgroup runs `work(number, columns)` for its block of the columns, if there are enough."""
             for i in range(width // BLOCK):
                 pl.when(here == i)(functools.partial(work, i, pl.ds(i * BLOCK, BLOCK)))
 
@@ -151,8 +165,8 @@ def chunk_gradients(
             return (x * y).sum(axis=1)
 
         def step(chunk):
-            # A zero that the compiler does not know: before the first chunk it would make descriptors of what all products
-            # take from shared memory, which registers do not hold.
+            # A zero that the compiler does not know. Otherwise it would compute, before the first chunk, the descriptors of
+            # all that products take from shared memory, which registers cannot hold.
             slot = chunk - jax.lax.optimization_barrier(chunk)
             q, k, v, do, de, dy, state, dstate, inverse, y, score, solve, *more_tiles = (
                 tiles[name].at[slot] for name in shapes
@@ -183,13 +197,13 @@ def chunk_gradients(
                     ],
                 )
 
-            def through_inverse():  # The gradient by A, times beta, takes the place of the inverse.
+            def through_inverse():  # the gradient by A, times beta, takes the place of the inverse
                 rows, columns = indices()
                 lower = rows > columns
                 beta = along_columns(by_column(vector_tile.at[1, BETA]))
                 dsolve = product(dy, v.T) * decay_matrix(vector_tile, rows, columns)
                 through = dsolve * read(inverse)
-                # The one sum over columns: warpgroups that both took one would share the memory for it.
+                # The only sum over columns: two warpgroups that both took one would share the memory for it.
                 part_tile.at[kinds["solve columns"].start][...] = through.sum(axis=0)
                 part_tile.at[kinds["solve rows"].start][...] = row_sum(through, beta)
                 negative = rounded(jnp.where(lower, dsolve * (0.0 - beta), 0.0))
@@ -220,7 +234,7 @@ def chunk_gradients(
 
             more = (here == 0) & (chunk + 1 < ends)
 
-            def release():  # what only the products until here read
+            def release():  # frees what only the products until here read
                 meet()
                 pl.when(more)(lambda: bring(chunk + 1, "states", "v", "do", "de"))
 
@@ -276,7 +290,7 @@ def chunk_gradients(
 
 
 def part_rows(key_dim: int) -> dict[str, range]:
-    """The rows of the `dvectors` of `chunk_gradients`, which are to be added up; see `vector_gradients`."""
+    """Returns the rows of the `dvectors` of `chunk_gradients` that are to be added up; see `vector_gradients`."""
     blocks = key_dim // BLOCK
     counts = {"decay": blocks, "write": blocks, "solve rows": 1, "solve columns": 1, "beta": 1, "total": 1}
     ends = itertools.accumulate(counts.values())
@@ -284,7 +298,7 @@ def part_rows(key_dim: int) -> dict[str, range]:
 
 
 def vector_gradients(parts: jax.Array, vectors: jax.Array, key_dim: int) -> jax.Array:
-    """The gradients of `vectors`, those by the decays in the row of what they are exponentials of."""
+    """Returns the gradients of `vectors`; those by the decays are in the row of what they are exponentials of."""
     sums = {name: parts[..., rows.start : rows.stop, :].sum(-2) for name, rows in part_rows(key_dim).items()}
     decay = sums["decay"] + sums["solve rows"] - vectors[..., BETA, :] * sums["solve columns"]
     # Decays up to the end of the chunk: from its tokens, and from the state that enters.

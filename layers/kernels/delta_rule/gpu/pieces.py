@@ -1,22 +1,22 @@
-"""Time in pieces for the Hopper kernels of `delta_rule`, where rows and heads are too few to fill the machine.
+"""Time in pieces for the Hopper kernels of `delta_rule`, where rows and heads are too few to fill the GPU.
 
-A piece of the time axis takes the state that enters it through a map that is affine for every head,
+A piece of the time axis acts on the state that enters it by an affine map per head,
 
-    S' = M S + B,
+    S' = M S + B.
 
-B is where a walk from a zero state ends, M where one without values from the identity does. Both walks take all pieces at
-once, a short scan goes from piece to piece, and what follows takes pieces for rows, each with its state. Backward, dS = M^T dS'
-+ C, with C the gradient that a piece's own outputs give the state that enters it, from a walk with dS' = 0.
+B is where a walk from a zero state ends, M where a walk without values from the identity ends. Both walks take all pieces
+at once. A short scan composes the pieces, and the walk for the outputs takes pieces as rows, each with its own state.
+Backward, dS = M^T dS' + C, with C the gradient that a piece's own outputs give to the state that enters it, from a walk with
+dS' = 0.
 
-What is per chunk is computed once. M and the states between pieces are kept for the backward pass: together they are no more
-than twice the pieces' states, 17 MB if 128 of them have 128 x 128 features, whatever the length. States and M are float32
-and the scan multiplies them as such; inside the walks of M, as of the states, what is added to them is rounded to bfloat16.
+What is local to chunks is computed once. M and the states between pieces are kept for the backward pass: together they are
+at most twice the pieces' states, 17 MB if 128 of them have 128 x 128 features, whatever the length. States and M are
+float32, and the scan multiplies them as such. Inside the walks of M and of the states, what is added is rounded to bfloat16.
 
-With `p` pieces the forward pass walks three times over a p-th of the chunks, the backward pass three times instead of
-twice, and each scan takes p steps of small products: one row of 32768 tokens and 8 heads, in 16 pieces, waits for 96
-chunks and 16 steps in place of 512 chunks. An H200 takes 0.48 ms forward and 1.28 backward, and 1.31 for both passes where
-states are kept; in 8 pieces 0.56 and 1.39, in one 1.45 and 3.16, plain JAX 3.99 forward and 8.69 for both passes. Segments
-need no care here: the decay into the first token of a segment is 0, and so is M behind it.
+With p pieces the forward pass walks three times over 1 / p of the chunks, the backward pass three times instead of twice,
+and each scan takes p steps of small products: one row of 32768 tokens and 8 heads, in 16 pieces, waits for 96 chunks and 16
+steps in place of 512 chunks. Segments need no special case: the decay into the first token of a segment is 0, and so is M
+after it.
 """
 
 import math
@@ -29,15 +29,15 @@ from layers.kernels.delta_rule.gpu import forward as gpu_forward
 from layers.kernels.delta_rule.gpu.tiles import PROCESSORS
 from layers.kernels.shard_map_types import vary_as
 
-_FEWEST = 4  # pieces that win more than the walks more lose
+_FEWEST = 4  # pieces from which the shorter walks outweigh the additional ones
 
 
 def piece_length(chunks: int, blocks: int, pieces: int | None) -> int:
-    """Chunks a piece of the time axis: all of them, or as many as fill the machine but not fewer than there are pieces.
+    """Returns the chunks per piece: all of them, or as many as fill the GPU, but no fewer chunks than there are pieces.
 
     Args:
       blocks: rows times heads.
-      pieces: how many, if not by that rule.
+      pieces: the number of pieces, if not chosen by that rule.
     """
     if pieces is None:
         pieces = min(PROCESSORS // blocks, math.isqrt(chunks))
@@ -60,12 +60,12 @@ def vectors_as_rows(vectors: jax.Array, pieces: int) -> jax.Array:
 
 
 def first(x: jax.Array, like: jax.Array) -> jax.Array:
-    """What belongs to the first piece of every row, of an array (b * pieces, ...)."""
+    """The entries of the first piece of every row, of an array (b * pieces, ...)."""
     return _by_piece(x, like.shape[0])[:, 0]
 
 
 def last(x: jax.Array, like: jax.Array) -> jax.Array:
-    """What belongs to the last piece of every row, of an array (b * pieces, ...)."""
+    """The entries of the last piece of every row, of an array (b * pieces, ...)."""
     return _by_piece(x, like.shape[0])[:, -1]
 
 
@@ -76,11 +76,11 @@ def _by_piece(x: jax.Array, batch: int) -> jax.Array:
 def entering(
     k: jax.Array, v: jax.Array, vectors: jax.Array, inverse: jax.Array, state: jax.Array, stages: int
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The states that enter pieces, (b * pieces, h, v, k), and M, transposed as they are; None if there is one piece.
+    """Returns the states that enter pieces, (b * pieces, h, v, k), and M, transposed alike; M is None for one piece.
 
     Args:
       k, v, vectors, inverse, stages: see `gpu_forward.forward`; pieces are their rows.
-      state: (b, h, v, k), float32, that which enters the first.
+      state: (b, h, v, k), float32, the state that enters the first piece.
     """
     (batch, heads, value_dim, key_dim), rows = state.shape, k.shape[0]
     if rows == batch:
@@ -114,12 +114,12 @@ def leaving(
     scale: float,
     stages: int,
 ) -> jax.Array:
-    """The gradients of the states that leave pieces, (b * pieces, h, v, k).
+    """Returns the gradients of the states that leave pieces, (b * pieces, h, v, k).
 
     Args:
       q, k, do, vectors, made, scale, stages: see `gpu_backward.chain`; pieces are their rows.
-      passages: what `entering` gave.
-      dfinal: (b, h, v, k), float32, that of the state that leaves the last.
+      passages: what `entering` returned.
+      dfinal: (b, h, v, k), float32, the gradient of the state that leaves the last piece.
     """
     if passages is None:
         return dfinal

@@ -1,6 +1,6 @@
 """What the Hopper kernels of `delta_rule` share: masks, decays and copies of a chunk.
 
-One chunk is CHUNK tokens. The numbers a kernel needs of every token besides q, k and v are rows of one array `vectors`
+A chunk is CHUNK tokens. The numbers that a kernel needs per token besides q, k and v are rows of one array `vectors`
 (b, h, chunks, rows, CHUNK), float32.
 """
 
@@ -16,15 +16,15 @@ from layers.kernels.mosaic_gpu import pl, plgpu
 CHUNK = 64
 SQUARE = (CHUNK, CHUNK)
 PROCESSORS = 132  # of an H100
-BLOCK = 64  # features of the values that a warpgroup holds
+BLOCK = 64  # value features per warpgroup
 
 # Rows of `vectors`: the sum of log-decay from the start of the chunk, beta, the decay from the state that enters the chunk,
-# the decay to the state that leaves it, and, with segments, the number of the segment.
+# the decay to the state that leaves it, and, with segments, the segment number.
 DECAY, BETA, READ, WRITE, SEGMENT = range(5)
 
 
 class Sizes(NamedTuple):
-    """Of a call: rows, tokens, heads, heads that share a key, features of keys and of values."""
+    """The sizes of a call: rows, tokens, heads, heads that share a key, features of keys and of values."""
 
     batch: int
     time: int
@@ -43,23 +43,23 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(k: jax.Array, v: jax.Array) -> Sizes:
-    """From (b, t, g, k) and (b, t, h, v)."""
+    """Returns the sizes of k (b, t, g, k) and v (b, t, h, v)."""
     batch, time, heads, value_dim = v.shape
     return Sizes(batch, time, heads, heads // k.shape[2], k.shape[-1], value_dim)
 
 
 def read(ref: Any) -> jax.Array:
-    """A tile of shared memory in registers, float32, laid out as the result of a product."""
+    """A tile of shared memory in float32 registers, laid out as the result of a product."""
     return mosaic_gpu.in_registers(ref).astype(jnp.float32)
 
 
 def by_row(ref: Any) -> jax.Array:
-    """A vector of a token a row."""
+    """A vector with one token per row of a tile."""
     return mosaic_gpu.along(ref, 0)
 
 
 def by_column(ref: Any) -> jax.Array:
-    """A vector of a token a column."""
+    """A vector with one token per column of a tile."""
     return mosaic_gpu.along(ref, 1)
 
 
@@ -74,7 +74,7 @@ def along_columns(vector: jax.Array, height: int = CHUNK) -> jax.Array:
 
 
 def indices() -> tuple[jax.Array, jax.Array]:
-    """The row and the column of every entry of a square."""
+    """The row and the column of every entry of a square tile."""
     return mosaic_gpu.indices(SQUARE, 0), mosaic_gpu.indices(SQUARE, 1)
 
 
@@ -82,7 +82,7 @@ def visible(vectors: Any, mask: jax.Array) -> jax.Array:
     """The mask without pairs of tokens of different segments.
 
     Args:
-      vectors: (2, kinds, c), two copies: the compiler makes one of two loads of a vector, in one layout.
+      vectors: (2, kinds, c), two copies: the compiler merges two loads of one vector, which then have one layout.
     """
     if vectors.shape[1] <= SEGMENT:
         return mask
@@ -94,7 +94,7 @@ def visible(vectors: Any, mask: jax.Array) -> jax.Array:
 
 
 def decay_matrix(vectors: Any, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """The decay from the token of the column to that of the row, zero if it comes later or is in another segment.
+    """The decay from the column's token to the row's, zero if the column's comes later or is in another segment.
 
     Args:
       vectors: see `visible`.
@@ -105,7 +105,7 @@ def decay_matrix(vectors: Any, rows: jax.Array, columns: jax.Array) -> jax.Array
 
 
 def in_turn(chunks: int, most: int) -> int:
-    """How many of all chunks of a call a block takes in turn: so few that every processor has several blocks."""
+    """Returns how many chunks a program takes in turn: few enough that every multiprocessor has several programs."""
     return max(1, min(most, chunks // (4 * PROCESSORS)))
 
 
@@ -124,5 +124,5 @@ def send(pairs: Sequence[tuple[Any, Any]]) -> None:
 
 
 def wait_to_send(kinds: int) -> None:
-    """Waits until what was sent longest ago has left, where `kinds` sends take turns, so that its place can be used again."""
+    """Waits until the oldest copy has left and its place is free again, where `kinds` sends take turns."""
     plgpu.wait_smem_to_gmem(kinds - 1, wait_read_only=True)

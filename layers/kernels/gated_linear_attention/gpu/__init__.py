@@ -1,6 +1,6 @@
 """`gated_linear_attention` on Hopper GPUs, with at most one decay per head and step.
 
-See kernels.py and backward.py, and grouped.py for many heads that share queries and keys.
+kernels.py and backward.py hold the kernels, grouped.py those for many heads that share queries and keys.
 """
 
 import functools
@@ -18,13 +18,12 @@ from layers.kernels.gated_linear_attention.gpu.kernels import CHUNK, KEEP, PART,
 from layers.kernels.segments import Segments, select_real
 from layers.kernels.shard_map_types import vary_as
 
-# The fastest of `python -m experiments.benchmark tune` on an H100 (alone) and an H200 (in pairs): three stages were 0 to 5%
-# slower where they fit, one 19 to 64%.
+# The fastest settings of `python -m experiments.benchmark tune`.
 FORWARD = Settings()
 BACKWARD = Settings()
-SPAN = 8  # chunks between the states at which the backward pass takes what flows through them
+SPAN = 8  # chunks between the states from which the backward pass derives the flow through each chunk
 
-WIDEST = 128  # keys and values of a head
+WIDEST = 128  # key or value features per head
 # Smallest batch x heads for which `impl=None` takes these kernels; the second value applies from LONG tokens.
 FEWEST, FEWEST_IF_LONG, LONG = 64, 8, 2048
 _PROCESSORS = 132  # of an H100
@@ -34,7 +33,7 @@ _LOWEST = -100.0
 
 
 class Call(NamedTuple):
-    """What is static in a call."""
+    """The static part of a call."""
 
     scale: float
     heads: int
@@ -69,7 +68,7 @@ def unsupported_reason(q, k, v, log_decay, bonus, normalize, initial_state, **_:
 def passed_over_reason(q, k, v, **_: Any) -> str | None:
     """Why `impl=None` does not take these kernels, or None.
 
-    They need a full chunk, heads wide enough for the tensor cores, and enough blocks to fill the GPU.
+    They need a full chunk, heads wide enough for the tensor cores, and enough programs to fill the GPU.
     """
     if devices.backend() != "gpu":
         return devices.hopper_refusal()
@@ -99,10 +98,10 @@ def gated_linear_attention(
     forward: Settings | None = None,
     backward: Settings | None = None,
 ):
-    """Runs the kernels; the arguments are checked by the public function and by `unsupported_reason`.
+    """Returns outputs and the final state; the public function and `unsupported_reason` have checked the arguments.
 
     Args:
-      forward, backward: layout of the kernels, in place of the tuned ones.
+      forward, backward: layouts of the kernels that replace the tuned ones.
     """
     del bonus, normalize, smallest
     batch, _, _, keys = q.shape
@@ -134,7 +133,7 @@ def gated_linear_attention(
 
 
 def _sharding(q, k, v, heads):
-    """Mesh axes that divide rows and heads: as those of v, heads only where all or one of them are given."""
+    """Mesh axes that divide rows and heads as those of v; heads only where all arrays have as many, or one."""
     rows, _, split, _ = partition.spec_of(v, heads=2)
     if v.shape[2] != heads or any(x.shape[2] not in (1, heads) for x in (q, k)):
         split = None
@@ -142,7 +141,7 @@ def _sharding(q, k, v, heads):
 
 
 def _padded(call, q, k, v, state, g=None, segments: Segments | None = None):
-    """Runs on one device, with widths filled up to multiples of 64 and time to multiples of 8."""
+    """Runs on one device, with widths padded to multiples of 64 and time to multiples of 8."""
     time, keys, width = q.shape[1], q.shape[3], v.shape[3]
     missing = -time % 8
     pads = ((0, 0), (0, missing), (0, 0))
@@ -162,7 +161,7 @@ def _pad(x, pads):
 
 
 def gates(g, number, batch: int, time: int, call: Call) -> Gates:
-    """See `Gates`; g (b, t, h) is the log-decay, number (b, t) that of the segment of every step."""
+    """Returns `Gates`; g (b, t, h) is the log-decay, number (b, t) the segment number per step."""
     count = -(-time // CHUNK)
     missing = count * CHUNK - time
     shape = (batch, call.heads, count, CHUNK)
@@ -190,7 +189,7 @@ def gates(g, number, batch: int, time: int, call: Call) -> Gates:
 
 
 def piece_length(chunks: int, blocks: int, span: int, settings: Settings) -> int:
-    """Chunks a piece of the time axis: all of them if blocks of one piece fill the machine, else whole spans."""
+    """Chunks per piece of the time axis: all of them if one piece per row and head fills the GPU, else whole spans."""
     spans = -(-chunks // span)
     pieces = settings.pieces or (1 if 2 * blocks > _PROCESSORS else _PROCESSORS // blocks)
     pieces = min(pieces, spans, _MAX_PIECES)
@@ -198,7 +197,7 @@ def piece_length(chunks: int, blocks: int, span: int, settings: Settings) -> int
 
 
 def _at_pieces(x, y, given: Gates, factor, edge, length, settings, *, reverse):
-    """The states at which pieces start, in the order of the walk, (b, pieces, h, k, v); `edge` is the first, (b, h, k, v)."""
+    """The states at which pieces start, in walking order, (b, pieces, h, k, v); `edge` is the first, (b, h, k, v)."""
     if length == given.chunks:
         return edge[:, None]
     added = kernels.effects(x, y, given, factor, reverse, length, settings)
@@ -224,7 +223,7 @@ def _attend(q, k, v, g, number, state, call):
 
 @mosaic_gpu.lowered_once("call", "span")
 def forward(q, k, v, g, number, state, call, span):
-    """Outputs, and states as `kernels.forward` gives them."""
+    """Returns outputs, and states as `kernels.forward` gives them."""
     batch, time, settings = q.shape[0], q.shape[1], call.forward
     given = gates(g, number, batch, time, call)
     if grouped.in_pairs(q, k, v, call.heads, settings):
@@ -246,7 +245,7 @@ def _forward(q, k, v, g, number, state, call):
 
 
 def layout_backward(q, k, v, call):
-    """Whether blocks take two heads of a group, and chunks a piece."""
+    """Returns whether programs take two heads of a group, and the chunks per piece."""
     paired = grouped.in_pairs(q, k, v, call.heads, call.backward)
     paired = paired and k.shape[3] == grouped_queries.KEYS
     blocks = q.shape[0] * call.heads // (grouped_queries.HEADS if paired else 1)
@@ -257,7 +256,7 @@ def layout_backward(q, k, v, call):
 def gradients(call, residuals, cotangents):
     """The backward pass, from (q, k, v, g, number, states) and the gradients of outputs and the final state.
 
-    The states at the start of every piece, see `layout_backward`, come first.
+    The first states are those at the start of every piece, see `layout_backward`.
     """
     q, k, v, g, number, states = residuals
     do, dfinal = cotangents
@@ -284,7 +283,7 @@ def gradients(call, residuals, cotangents):
     if g is not None:
         total, read = jnp.moveaxis(queries.sum(2), 3, 0)
         through = _flows(flows.sum(-1), read.sum(-1), written.sum(-1), span)
-        # In the chunk itself, what was written before a step counts as `dk` has it.
+        # In the chunk itself, what was written before a step counts as it does in `dk`.
         sums = jax.lax.cumsum(total - keys[:, :, :, 0], axis=3, reverse=True)
         sums += (keys[:, :, :, 1].sum(-1) + through)[..., None]
         dg = sums.reshape(batch, call.heads, -1).swapaxes(1, 2)[:, :time]
@@ -296,10 +295,10 @@ _attend.defvjp(_forward, gradients)
 
 
 def _flows(ends, read, written, span):
-    """What passes through every chunk (b, h, n), from the flows through the ends of spans (b, h, s).
+    """The flow through every chunk (b, h, n), from the flows through the ends of spans (b, h, s).
 
-    The flow through the end of a chunk is what passed through it and what it wrote, that through its start what passed and
-    what it read.
+    The flow through the end of a chunk is what passed through the chunk plus what it wrote. The flow through its start is
+    what passed plus what the chunk read.
     """
     chunks = read.shape[2]
     missing = ends.shape[2] * span - chunks
@@ -316,7 +315,7 @@ def _flows(ends, read, written, span):
 
 
 def _shared(dx, heads):
-    """The gradient of an array whose `heads` heads are shared, from one a head."""
+    """The gradient of an array with `heads` shared heads, from one gradient per head."""
     if dx.shape[2] == heads:
         return dx
     batch, time, count, width = dx.shape
@@ -325,7 +324,7 @@ def _shared(dx, heads):
 
 
 def _probe() -> None:
-    """Lowers both passes of small calls, of a single head and of many that share queries and keys."""
+    """Lowers both passes of small calls: of a single head, and of many heads that share queries and keys."""
 
     def loss(q, k, v, g, number, state):
         call = Call(1.0, v.shape[2], SPAN, FORWARD, BACKWARD)

@@ -1,18 +1,19 @@
-"""The Mosaic GPU kernels of `gated_linear_attention`, backward: one walk forwards in time for q, one backwards for k and v.
+"""The Mosaic GPU kernels of `gated_linear_attention`, backward: a walk forwards in time for q, one backwards for k and v.
 
-With the state S that enters a chunk and the gradient R of the one that leaves it, and the notation of `chunked`,
+With S the state that enters a chunk, R the gradient of the state that leaves it, and the notation of `chunked`,
 
     dP = do v^T,    dq = b do S^T + (dP d scale) k,    R of the chunk before = a R + q^T (b do),
     dk = w v R^T + (dP d scale)^T q,    dv = w k R + P^T do.
 
-`query_gradients` computes S again from the states that the forward pass kept, every warpgroup for 64 keys and all values;
-`key_value_gradients` carries R, 64 keys a warpgroup, of which one makes dv and the other dk.
+`query_gradients` recomputes S from the states that the forward pass kept; each warpgroup holds 64 keys and all values.
+`key_value_gradients` carries R, 64 keys per warpgroup; one warpgroup computes dv and the other dk.
 
-Every log-decay collects the terms of pairs of steps on either side of it. Those of dq . q are what a step reads, those of
-dk . k what it writes, so for step t they are the sum of dq . q - dk . k from t to the end of its chunk, in which the terms of
-pairs on one side cancel, for they come from the same rounded factors, and the flow S' . R through the end of the chunk. That
-is known at the ends of spans. From there, what the chunk wrote is taken off and what it read added, products of the very
-numbers that S and R are sums of, so that nothing of a large flow is left where little passes.
+Every log-decay collects the terms of the pairs of steps on either side of it. The terms of dq . q are what a step reads,
+those of dk . k what it writes. For step t the gradient is therefore the sum of dq . q - dk . k from t to the end of its
+chunk, plus the flow S' . R through the end of the chunk. In the sum, pairs on one side cancel, because both terms come from
+the same rounded factors. The flow is known at the ends of spans. From there, what each chunk wrote is subtracted and what it
+read is added. These are products of the very numbers that S and R are sums of, so a large flow leaves no error where little
+passes.
 """
 
 import jax
@@ -47,13 +48,13 @@ def query_gradients(
     length: int,
     settings: Settings,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq (b, t, h, k), in the type of q, sums (b, h, parts of keys, n, 2, c) and ends (b, h, s, k, v), float32.
+    """Returns dq (b, t, h, k), in the type of q, sums (b, h, parts of keys, n, 2, c) and ends (b, h, s, k, v), float32.
 
-    The sums are dq . q, and S . q^T (b do) for each key; the ends are the states at the ends of spans.
+    The sums are dq . q, and S . q^T (b do) per key. The ends are the states at the ends of spans.
 
     Args:
-      states: (b, h, pieces or more, k, v), float32: those at the start of every piece come first.
-      span: chunks between ends; pieces are of whole spans, if there are several.
+      states: (b, h, pieces or more, k, v), float32; those at the start of every piece come first.
+      span: chunks between ends. If there are several pieces, they are whole spans.
     """
     batch, time, _, keys = q.shape
     heads, width = gates.rows.shape[1], v.shape[3]
@@ -172,13 +173,26 @@ def key_value_gradients(
     length: int,
     settings: Settings,
 ) -> tuple[jax.Array, ...]:
-    """dk (b, t, h, k), dv (b, t, h, v), sums, written, flows (b, h, s, k) and the gradient of the first state.
+    """Returns dk (b, t, h, k), dv (b, t, h, v), sums, written, flows (b, h, s, k) and the gradient of the first state.
 
-    The sums, (b, h, n, 2, c), are dk . k and what of it comes from R; `written`, (b, h, n, k), is R . k^T (w v) for each key,
-    `flows` what flows through the ends of spans.
+    The sums, (b, h, n, 2, c), are dk . k and its part that comes from R; `written`, (b, h, n, k), is R . k^T (w v) per key,
+    `flows` the flow through the ends of spans.
+
+    Stages per chunk, with warpgroup 0 on the left and 1 on the right:
+
+        load      q, k, v, do, gates to shared memory, `stages` chunks ahead
+        flow      at the end of a span: S . R of the own keys
+        state     w k, R . (w k)^T v; then b q and R, rounded, to shared memory (own keys)
+        ready     ------------------------------------------------------------------------
+        scores    P^T = scale (k q^T) d^T          |    dP^T = scale (v do^T) d^T
+        products  dv = w k R + P^T do              |    dk = w v R^T + dP^T q
+        sums                                       |    dk . k, and its part from R
+        store     dv                               |    dk
+        carry     R = a R + (b q)^T do (own keys)
+        done      ------------------------------------------------------------------------
 
     Args:
-      ends, span: as of `query_gradients`.
+      ends, span: as for `query_gradients`.
       dleaving: (b, pieces, h, k, v), float32: the gradient of the state at the end of every piece.
     """
     batch, time, _, keys = q.shape
@@ -223,7 +237,7 @@ def key_value_gradients(
                 plgpu.copy_gmem_to_smem(source.at[row, head, chunk], target.at[slot], barrier)
 
         def of_values(chunk, slot):
-            """dv, by the first warpgroup."""
+            """dv, by warpgroup 0."""
             factors = row_tiles.at[slot]
             weights = None
             for part in range(parts):
@@ -241,7 +255,7 @@ def key_value_gradients(
             plgpu.copy_smem_to_gmem(tiles["dv_tile"], target)
 
         def of_keys(chunk, slot):
-            """dk, by the second warpgroup."""
+            """dk, by warpgroup 1."""
             factors, dk_tile = row_tiles.at[slot], tiles["dk_tile"]
             scores = product(v_tiles.at[slot], do_tiles.at[slot].T)
             scores = scale * scores * decays(factors, column_tiles.at[slot], transposed=True)
@@ -253,7 +267,7 @@ def key_value_gradients(
                 gradient = gradient * by_rows(factors.at[WRITE], PART)
                 keys = in_registers(k_tiles[part].at[slot]).astype(jnp.float32)
                 passed = passed + (gradient * keys).sum(axis=1)
-                # A product that starts with the gradient would change its sum with the keys; see `product`.
+                # Starting the product with the gradient would change the gradient's sum with the keys; see `product`.
                 scored = product(scores, q_tiles[part].at[slot])
                 inside = inside + (scored * keys).sum(axis=1)
                 dk_tile[part][...] = (gradient + scored).astype(k.dtype)
@@ -266,7 +280,7 @@ def key_value_gradients(
                 plgpu.copy_smem_to_gmem(dk_tile[part], dk.at[row, steps, head, lanes])
 
         def walk_as(me):
-            """What warpgroup `me` does; it carries the gradients of the states of the keys of part `me`, if any."""
+            """The walk of warpgroup `me`, which carries the gradients of the states of the keys of part `me`, if any."""
             lanes = pl.ds(me * PART, PART)
             mine = me < parts
 

@@ -1,26 +1,19 @@
 """Mosaic GPU kernels of `gated_linear_attention` for heads that share queries and keys, forward; see kernels.py.
 
-The scores q k^T of a chunk are the same for all heads of a group. XLA computes them once, scaled and with a mark where a step
-does not see another, so that a head has only its decay to put on. A block takes two heads of a group, a warpgroup each, with
-their states in registers. Products that read the state and those that write it are under way together, while the weights are
+The scores q k^T of a chunk are the same for all heads of a group. XLA computes them once, scaled, with a mark where a step
+does not see another, so that each head only applies its decay. A program takes two heads of a group, one per warpgroup, with
+their states in registers. The products that read the state and those that write it run together, while the weights are
 computed.
 
-The kernels of single heads take 0.394 ms forward for Mamba-2's 64 heads of 64 that share 128 keys, at 8 x 4096 tokens in
-bfloat16 on an H100 (0.412 with three stages), and 2.729 both ways, 2.343 of it backward. Of that, memory explains 0.22 and
-1.2 ms, 0.5 of it for gradients of queries and keys that leave the kernels once a head and are read again to be summed. In the
-rest, warpgroups wait for their own products. Here, compiled for Hopper,
+For Mamba-2's 64 heads of 64 that share 128 keys, at 8 x 4096 tokens in bfloat16, compiled for Hopper:
 
                                    forward   backward, q   backward, k and v
-    GB through memory              0.6       1.0           1.3                 and 0.5 for the sums over blocks
-    products of 64 x 64 x 16       20 (28)   18 (20)       24 (28)             a head, chunk and warpgroup, in brackets before
-    instructions                   750 (1010)  870 (1160)  1020 (1450)         as above
+    GB through memory              0.6       1.0           1.3                 and 0.5 for the sums over programs
+    products of 64 x 64 x 16       20        18            24                  per head, chunk and warpgroup
+    instructions                   750       870           1020                per head, chunk and warpgroup
 
-with 0.14 and 0.30 KB of spills a lane backward. An H100 takes 0.357 ms forward and 2.29 both ways, an H200 0.348 and 2.27;
-the H200 with the kernels of single heads 0.366 (three stages) or 0.424 forward and 2.14 instead of 2.01 backward. So fewer
-bytes and products gained less than they should: spills and one block a processor are left to blame. One stage takes 0.57 and
-2.54. Four heads a block, two a warpgroup, halve what is read of queries, keys and scores, and took 0.405 forward. Code of its
-own for each warpgroup, instead of addresses that depend on it, spilled more; three heads' warpgroups would have 168 registers
-each, of the 177 they need.
+Spills (0.14 and 0.30 KB per lane in the two backward kernels) and one program per multiprocessor are
+what most likely bounds the kernels.
 """
 
 from typing import Any
@@ -55,18 +48,18 @@ from layers.kernels.mosaic_gpu import (
 )
 
 WARPGROUPS = 2
-FEWEST = 8  # heads of a group, for the scores to be few beside the values
-# Stands for the scores of pairs that do not see each other: a number that is not one of a score.
+FEWEST = 8  # heads per group, so that the scores are few beside the values
+# Stands for the score of a pair that does not see each other: a number that no score takes.
 UNSEEN = 2.0**-120
 
 _SQUARE = (CHUNK, CHUNK)
 
 
 def in_pairs(q: Any, k: Any, v: Any, heads: int, settings: Settings) -> bool:
-    """Whether blocks take two heads of a group: not where groups are small, or odd, or heads wide.
+    """Whether programs take two heads of a group: not where groups are small or odd, or heads wide.
 
     Args:
-      heads: of the states.
+      heads: number of heads of the states.
     """
     groups = q.shape[2]
     if k.shape[2] != groups or v.shape[2:] != (heads, PART) or heads < FEWEST * groups:
@@ -75,11 +68,11 @@ def in_pairs(q: Any, k: Any, v: Any, heads: int, settings: Settings) -> bool:
 
 
 def scores(q: jax.Array, k: jax.Array, number: jax.Array | None, scale: float) -> jax.Array:
-    """scale q_i k_j of every chunk, (b, groups, n, c, c), float32, and `UNSEEN` where step i does not see step j.
+    """Returns scale q_i k_j per chunk, (b, groups, n, c, c), float32, and `UNSEEN` where step i does not see step j.
 
     Args:
       q, k: (b, t, groups, width).
-      number: of the segment of every step, (b, t), or None.
+      number: (b, t), the segment number per step, or None.
     """
     time = q.shape[1]
     missing = -time % CHUNK
@@ -95,7 +88,7 @@ def scores(q: jax.Array, k: jax.Array, number: jax.Array | None, scale: float) -
 
 
 def weights(kept: jax.Array, decayed: jax.Array) -> jax.Array:
-    """Scores with their decay, and zeros where they are `UNSEEN`."""
+    """The scores times their decay, and zeros where they are `UNSEEN`."""
     return jnp.where(kept != UNSEEN, kept * decayed, 0.0)
 
 
@@ -116,7 +109,7 @@ def forward(
     length: int,
     settings: Settings,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `gpu_kernels.forward`, with `scores` and a head for every warpgroup of a block."""
+    """Returns what `gpu_kernels.forward` does, from `scores`, with one head per warpgroup of a program."""
     batch, time, groups, keys = q.shape
     heads, width, stages = gates.rows.shape[1], v.shape[3], settings.stages
     walk = Walk(gates.chunks, length, stages)

@@ -4,7 +4,8 @@ With the notation of backward.py and grouped_queries.py,
 
     dk = sum of (w v) R^T + scale (sum of dP d)^T q,    dk . k of a head = (w k R) . v + (dP d)^T . A^T,
 
-sums over the heads of a block. Warpgroup `me` has 64 keys of all heads' states, the pairs of steps of one head, and its dv.
+with sums over the heads of a program. Warpgroup `me` holds 64 keys of all heads' states, and the pairs of steps and dv of
+one head.
 """
 
 import jax
@@ -42,7 +43,22 @@ def key_value_gradients(
     length: int,
     settings: Settings,
 ) -> tuple[jax.Array, ...]:
-    """As `gpu_backward.key_value_gradients`, with `scores`, of k and q instead of q and k; dk is (b, t, blocks, k)."""
+    """Returns what `gpu_backward.key_value_gradients` does, from `scores` of k and q; dk is (b, t, blocks, k).
+
+    Stages per chunk, the same for both warpgroups; each holds R of its 64 keys for both heads:
+
+        flow      at the end of a span: S . R
+        load      q, k of the own keys; v, do, gates of the own head; scores of the group
+        scores    v do^T of the own head, times decay: its gradients of scores and the terms of its decay
+                  R rounded to shared memory
+        ready     ------------------------------------------------------------------------------------------
+        products  dv = w k R + P^T do of the own head; w v and b do replace v and do in shared memory
+        prepared  ------------------------------------------------------------------------------------------
+        carry     R = a R + q^T (b do) and R . k^T (w v), for both heads
+        products  dk = sum over both heads of (w v) R^T + dP^T q, for the own keys
+        done      ------------------------------------------------------------------------------------------
+        store     dv of the own head, dk of the own keys
+    """
     batch, time, groups, keys = q.shape
     heads, width, stages, spans = v.shape[2], v.shape[3], settings.stages, ends.shape[2]
     walk = Walk(gates.chunks, length, stages, reverse=True)
@@ -68,7 +84,7 @@ def key_value_gradients(
         dk, dv, sums, written, flows, dentering = (refs[name] for name in names)
         me, row, piece, block = (jax.lax.axis_index(name) for name in ("warpgroup", "row", "piece", "block"))
         group, lanes = shared_head(block * HEADS, heads, groups), pl.ds(me * PART, PART)
-        order, head = (me, 1 - me), block * HEADS + me  # the heads of the block, the own first
+        order, head = (me, 1 - me), block * HEADS + me  # the heads of the program, its own first
         q_tiles, k_tiles, v_tiles, do_tiles = (refs[f"{name}_tiles"] for name in ("q", "k", "v", "do"))
         row_tiles, column_tiles, score_tiles = (refs[f"{name}_tiles"] for name in ("row", "column", "score"))
         leaving_tile, pair_tile = refs["leaving_tile"], refs["pair_tile"]
@@ -139,7 +155,7 @@ def key_value_gradients(
             own, other = carried
 
             def update(at, leaving):
-                """The products that R is to be multiplied with, and that make the next one."""
+                """The product that is multiplied with R, and the product that makes the next R."""
                 keep = row_tiles[at, slot, KEEP, 0]
                 return (
                     ([(k_tiles.at[me, slot].T, v_tiles.at[at, slot])],),

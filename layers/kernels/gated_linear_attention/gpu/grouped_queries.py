@@ -4,8 +4,8 @@ With the notation of backward.py, and the scores A = scale q k^T of pairs that s
 
     dq = sum of (b do) S^T + scale (sum of dP d) k,    dq . q of a head = ((b do) S^T) . q + (dP d) . A,
 
-sums over the heads of a block, so that the gradient leaves the kernel once a block instead of once a head. Warpgroup `me`
-has 64 keys of all heads' states, and the pairs of steps of one head.
+with sums over the heads of a program, so that the gradient leaves the kernel once per program instead of once per head.
+Warpgroup `me` holds 64 keys of all heads' states, and the pairs of steps of one head.
 """
 
 from typing import Any
@@ -29,16 +29,16 @@ from layers.kernels.gated_linear_attention.gpu.kernels import (
 )
 from layers.kernels.mosaic_gpu import in_registers, launch, matrices, pl, plgpu, products
 
-HEADS = WARPGROUPS  # of a block: each warpgroup has the pairs of one
-KEYS = WARPGROUPS * PART  # of a head: each warpgroup has the states of half of them
+HEADS = WARPGROUPS  # per program: each warpgroup has the pairs of one head
+KEYS = WARPGROUPS * PART  # per head: each warpgroup has the states of half of them
 
 
 def pair(scored: Any, scores: jax.Array, decayed: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
-    """What the pairs of steps give: the terms of the gradients of decay, and those of the gradients of scores.
+    """Returns the terms of the gradients of decay, and those of the gradients of scores, per pair of steps.
 
     Args:
       scored: `scores` of the chunk.
-      scores, decayed: dP and d, over all pairs.
+      scores, decayed: dP and d, for all pairs.
     """
     gradients = scores * decayed
     seen = scored != UNSEEN
@@ -58,7 +58,20 @@ def query_gradients(
     length: int,
     settings: Settings,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `gpu_backward.query_gradients`, with `scores`; dq is (b, t, blocks, k)."""
+    """Returns what `gpu_backward.query_gradients` does, from `scores`; dq is (b, t, blocks, k).
+
+    Stages per chunk, the same for both warpgroups; each holds S of its 64 keys for both heads:
+
+        load      q, k of the own keys; v, do, gates of the own head; scores of the group
+        scores    do v^T of the own head, times decay: its gradients of scores and the terms of its decay
+                  w v and b do replace v and do in shared memory; S rounded to shared memory
+        ready     --------------------------------------------------------------------------------------
+        carry     S = a S + k^T (w v) and S . q^T (b do), for both heads
+        products  dq = sum over both heads of (b do) S^T + dP k, for the own keys; dq . q per head
+        ends      at the end of a span: S to device memory
+        done      --------------------------------------------------------------------------------------
+        store     dq of the own keys
+    """
     batch, time, groups, keys = q.shape
     heads, width, stages = v.shape[2], v.shape[3], settings.stages
     walk = Walk(gates.chunks, length, stages)
@@ -81,7 +94,7 @@ def query_gradients(
     def body(*, q, k, v, do, rows, columns, scored, states, dq, sums, ends, **tiles):
         me, row, piece, block = (jax.lax.axis_index(name) for name in ("warpgroup", "row", "piece", "block"))
         group, lanes = shared_head(block * HEADS, heads, groups), pl.ds(me * PART, PART)
-        order = me, 1 - me  # the heads of the block, the own first
+        order = me, 1 - me  # the heads of the program, its own first
         q_tiles, k_tiles, own_tile, other_tile = (
             tiles[name].at[me] for name in ("q_tiles", "k_tiles", "own_tile", "other_tile")
         )
@@ -103,7 +116,7 @@ def query_gradients(
                 plgpu.copy_gmem_to_smem(scored.at[row, group, chunk], score_tiles.at[slot], barrier)
 
         def pairs(slot):
-            """Leaves the gradients of the own head's scores, w v and b do in shared memory; the terms of its decay."""
+            """The terms of the own head's decay; leaves the gradients of its scores, w v and b do in shared memory."""
             factors, own_v, own_do = row_tiles.at[me, slot], v_tiles.at[me, slot], do_tiles.at[me, slot]
 
             def beside():
@@ -129,7 +142,7 @@ def query_gradients(
             together(ready)
 
             def update(at, state):
-                """The products that the state is to be multiplied with, and that make the next one."""
+                """The product that is multiplied with the state, and the product that makes the next state."""
                 keep = row_tiles[at, slot, KEEP, 0]
                 return (
                     ([(q_tiles.at[slot].T, do_tiles.at[at, slot])],),

@@ -1,27 +1,24 @@
-"""The Mosaic GPU kernels of `gated_linear_attention`, forward: outputs, and the effect of a stretch of time on the state.
+"""The Mosaic GPU kernels of `gated_linear_attention`, forward: outputs, and the effect of a piece of time on the state.
 
 With the notation of `chunked`, in chunks of 64 steps,
 
     o = b q S + P v,    P_ij = scale q_i k_j d_ij,    S' = a S + k^T (w v).
 
-A block takes one row of the batch, one piece of the time axis and as many parts of heads as it has warpgroups. A warpgroup
-walks through the chunks with its part of the state, all keys by 64 values, in registers in float32; q, k and v come into
-shared memory by asynchronous copies, `stages` chunks of them under way. Two warpgroups share the queries and keys of their
-head or group of heads, and hide each other's waits.
+A program takes one row of the batch, one piece of the time axis and as many parts of heads as it has warpgroups. A warpgroup
+walks through the chunks with its part of the state, all keys by 64 values, in float32 registers. Asynchronous copies bring
+q, k and v into shared memory, up to `stages` chunks in flight. Two warpgroups share the queries and keys of their head or
+group of heads, and hide each other's waits.
 
 At 8 x 4096 tokens and 16 heads of 128 in bfloat16, the forward pass moves 0.54 GB, which take 0.18 ms at 3.0 TB/s, and does
-0.06 TFLOP of matrix products, less than 0.1 ms at half the peak; an H100 takes 0.22 ms. Both passes move 2.0 GB, and take
-0.96 ms (0.99 before `exp2` of mosaic_gpu.py and fewer states kept). A block fills a multiprocessor by
-its shared memory, so that two warpgroups, of about a thousand instructions a chunk and most of them in turn with their
-products, set the time where memory does not. Mamba-2's heads of 64 that share 128 keys, twice the steps of such warpgroups,
-took 0.39 and 2.73 ms this way: for them, see grouped.py.
+0.06 TFLOP of matrix products, less than 0.1 ms at half the peak. Both passes move 2.0 GB. A program fills a multiprocessor
+by its shared memory. Its two warpgroups execute about a thousand instructions per chunk, most of them in turn with their
+products, and bound the kernel where memory does not.
 
-Where rows and heads are too few to fill the machine, time is cut into pieces. A first launch finds what each piece adds to
-the state, a short scan the states between pieces: one row of 32768 tokens and 8 heads takes 0.21 and 0.67 ms, 2.3 and 2.6 times
-the floor, for the second reading and the scan; forward in one piece 1.19, in 32 pieces 0.28 instead of 0.22 in 16.
+Where rows and heads are too few to fill the GPU, time is cut into pieces. A first launch computes what each piece adds to
+the state, and a short scan the states between pieces. The price is a second reading of the inputs, and the scan.
 
-The numbers of every step that depend on decay and segments come ready made, see `Gates`. The tail of the sequence needs no
-masks: copies in fill with zeros beyond the ends of an array, and copies out write nothing there.
+`Gates` holds the numbers per step that depend on decay and segments. The tail of the sequence needs no masks: copies into
+shared memory fill with zeros beyond the ends of an array, and copies out write nothing there.
 """
 
 import dataclasses
@@ -44,18 +41,18 @@ from layers.kernels.mosaic_gpu import (
 )
 
 CHUNK = 64
-PART = 64  # values, or keys, of a state that a warpgroup takes
+PART = 64  # values, or keys, of the state per warpgroup
 
 _SQUARE = (CHUNK, CHUNK)
 
 
 class Gates(NamedTuple):
-    """What decay and segments do to every step, float32.
+    """The factors that decay and segments give to every step, float32.
 
     Attributes:
       rows: (b, h, n, 4 or 5, c): the sum of log-decay to base 2 from the start of the chunk, the factor with which the step
-        reads the state, that with which it writes it, that of the state over the whole chunk, and the number of the segment.
-      columns: (b, h, n, 1 or 2, c): the sum again, and the number; those of padding agree with none in `rows`.
+        reads the state, that with which it writes it, that of the state over the whole chunk, and the segment number.
+      columns: (b, h, n, 1 or 2, c): the sum again, and the segment number; that of padding equals none in `rows`.
     """
 
     rows: jax.Array
@@ -74,9 +71,9 @@ class Settings:
     """How the kernels are laid out.
 
     Attributes:
-      stages: chunks of inputs in shared memory, under way or in use.
-      pieces: pieces of the time axis; chosen by shape if None.
-      pairs: whether blocks take two heads of a group with the same queries and keys, where they can; see grouped.py.
+      stages: chunks of inputs in shared memory, in flight or in use.
+      pieces: number of pieces of the time axis; chosen by shape if None.
+      pairs: whether programs take two heads of a group with the same queries and keys, where possible; see grouped.py.
     """
 
     stages: int = 2
@@ -86,7 +83,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """A walk through the chunks in pieces of `length`, from the last to the first if `reverse`."""
+    """A walk through the chunks in pieces of `length` chunks, from the last to the first if `reverse`."""
 
     chunks: int
     length: int
@@ -133,22 +130,22 @@ def decays(rows: Any, columns: Any, transposed: bool = False) -> jax.Array:
 
 
 def by_rows(vector: Any, width: int) -> jax.Array:
-    """A number for every step, in shared memory, spread over a matrix with as many rows."""
+    """A vector of one number per step, in shared memory, spread over a matrix with as many rows."""
     return spread(along(vector, 0), 0, (CHUNK, width))
 
 
 def together(barrier: Any) -> None:
-    """Waits for the other warpgroups of the block: one that ends while another multiplies can break off the kernel."""
+    """Waits for the other warpgroups of the program: one that ends while another multiplies can abort the kernel."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
 
 
 def warpgroups(*counts: int, parts: int) -> int:
-    """Warpgroups of a block: two if two neighbouring parts of heads share queries and keys, else one.
+    """Warpgroups per program: two if two neighbouring parts of heads share queries and keys, else one.
 
     Args:
-      counts: heads that share a query, a key.
-      parts: parts of a head.
+      counts: heads per query head, heads per key head.
+      parts: parts per head.
     """
     return 2 if all(count * parts % 2 == 0 for count in counts) else 1
 
@@ -164,15 +161,15 @@ def forward(
     length: int,
     settings: Settings,
 ) -> tuple[jax.Array, jax.Array]:
-    """Outputs (b, t, h, v), in the type of v, and states (b, h, s + 1, k, v), float32.
+    """Returns outputs (b, t, h, v), in the type of v, and states (b, h, s + 1, k, v), float32.
 
-    The states are those at the start of every span and the last; the last alone without spans.
+    The states are those at the start of every span and the last; only the last without spans.
 
     Args:
       q, k, v: (b, t, heads, width), bfloat16, t a multiple of 8, widths of 64.
       entering: (b, pieces, h, k, v), float32: the state at the start of every piece.
       span: chunks between the states, or None.
-      length: chunks a piece.
+      length: chunks per piece.
     """
     batch, time, _, keys = q.shape
     heads, width = gates.rows.shape[1], v.shape[3]
@@ -274,10 +271,10 @@ def forward(
 def effects(
     x: jax.Array, y: jax.Array, gates: Gates, factor: int, reverse: bool, length: int, settings: Settings
 ) -> jax.Array:
-    """What every piece adds to the state, (b, pieces, h, k, v): the sum of decayed x^T (f y), f a row of the gates.
+    """Returns what every piece adds to the state, (b, pieces, h, k, v): the sum of decayed x^T (f y), f a row of the gates.
 
     Args:
-      x, y: (b, t, heads, width): keys and values; queries and gradients of outputs, from the last step to the first.
+      x, y: (b, t, heads, width): keys and values; or queries and gradients of outputs, from the last step to the first.
     """
     batch, keys, width = x.shape[0], x.shape[3], y.shape[3]
     heads, parts, stages = gates.rows.shape[1], width // PART, settings.stages
@@ -326,5 +323,5 @@ def effects(
 
 
 def shared_head(head: Any, heads: int, count: int) -> Any:
-    """The head, of `count`, that one of `heads` heads uses."""
+    """The index, among `count` heads, of the head that head `head` of `heads` uses."""
     return jax.lax.div(head, heads // count)

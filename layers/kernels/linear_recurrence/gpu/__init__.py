@@ -15,8 +15,7 @@ from layers.kernels.linear_recurrence.gpu.kernels import Planes, Settings
 from layers.kernels.segments import Segments, reset_mask
 from layers.kernels.shard_map_types import vary_as
 
-# Within 3% of the best candidates of `python -m experiments.benchmark tune` on an H100: forward, and backward in float32.
-# Backward in bfloat16 two channels a lane were 4% faster than one with 4 stages; 3 were not timed.
+# Within 3% of the best candidates of `python -m experiments.benchmark tune`, in float32.
 FORWARD = Settings()
 BACKWARD = Settings(stages=3)
 
@@ -39,8 +38,8 @@ def unsupported_reason(a, x, initial_state, **_: Any) -> str | None:
 def passed_over_reason(a, x, initial_state, **_: Any) -> str | None:
     """Why `impl=None` does not take these kernels, or None.
 
-    Short calls are left to XLA, which fuses them. Complex ones were timed inside S5, where factors are fixed and arrays are
-    made of their parts, at 704 steps and more: on arrays that are in memory as complex numbers XLA is up to 1.6 times as fast.
+    Short calls are left to XLA, which fuses them with their neighbours. Complex arrays pay off where they are made of their
+    parts; on arrays that are in memory as complex numbers XLA is faster.
     """
     is_complex = any(v is not None and jnp.iscomplexobj(v) for v in (a, x, initial_state))
     shortest = SHORTEST_COMPLEX if is_complex else SHORTEST
@@ -55,7 +54,7 @@ def passed_over_reason(a, x, initial_state, **_: Any) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is static in a call."""
+    """The static part of a call."""
 
     reverse: bool
     x_dtype: Any
@@ -72,10 +71,10 @@ def linear_recurrence(
     forward: Settings | None = None,
     backward: Settings | None = None,
 ):
-    """Runs the recurrence; the arguments are checked by the public function.
+    """Returns every state and the last; the public function has checked the arguments.
 
     Args:
-      forward, backward: layout of the kernels, in place of the tuned ones.
+      forward, backward: layouts of the kernels that replace the tuned ones.
     """
     dtype = accumulation_dtype(a, x, initial_state)
     shape = (x.shape[0], x.shape[2])
@@ -93,7 +92,7 @@ def linear_recurrence(
 
 
 def token_codes(segments: Segments | None, reverse: bool) -> jax.Array | None:
-    """What each token does to the state, (b, t); None if there are no segments."""
+    """Returns what each token does to the state, (b, t); None if there are no segments."""
     if segments is None:
         return None
     starts, codes = reset_mask(segments, reverse), kernels.KEPT
@@ -104,7 +103,7 @@ def token_codes(segments: Segments | None, reverse: bool) -> jax.Array | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _recurrence(a, x, state, codes, call):
-    """Outputs in the type of x (complex if a is), the final state in the type of `state`."""
+    """Outputs in the type of x (complex if a is), and the final state in the type of `state`."""
     return _run(a, x, state, codes, call)
 
 
@@ -164,14 +163,14 @@ def _padded(channels: int) -> int:
 
 
 def _planes(v: jax.Array) -> Planes:
-    """Real and imaginary part, or v itself; channels padded so that rows are multiples of 16 bytes, as copies need."""
+    """Real and imaginary part, or v itself; channels are padded so that rows are multiples of 16 bytes, as copies need."""
     parts = (v.real, v.imag) if jnp.iscomplexobj(v) else (v,)
     missing = _padded(v.shape[-1]) - v.shape[-1]
     return tuple(jnp.pad(p, [(0, 0)] * (v.ndim - 1) + [(0, missing)]) for p in parts) if missing else parts
 
 
 def _join(planes: Planes, channels: int) -> jax.Array:
-    """The array that these are the parts of, without padding."""
+    """The array whose parts these are, without padding."""
     planes = tuple(p[..., :channels] for p in planes)
     return planes[0] if len(planes) == 1 else jax.lax.complex(*planes)
 

@@ -1,16 +1,12 @@
-"""`linear_recurrence` of few channels on Hopper GPUs: stretches of time lie side by side in the lanes of a block.
+"""`linear_recurrence` of few channels on Hopper GPUs: parts of time lie side by side in the lanes of a program.
 
-A block of kernels.py has 128 lanes, one for a channel. Of c <= 64 channels that leaves most idle, and one lane runs
-through all of time. Here S = 128 / c equal stretches of time become channels of their own, (b, t, c) -> (b, t / S, S c),
-so that a chain of steps is S times shorter. A first launch gives the effect of every stretch on the state; composing S of
-them, a few numbers a row, gives the state that enters each; a second launch runs through all stretches at once.
+A program of kernels.py has 128 lanes, one per channel. With c <= 64 channels most of them would idle, and one lane would
+run through all of time. Here S = 128 / c equal parts of time become channels of their own, (b, t, c) -> (b, t / S, S c), so
+that a chain of steps is S times shorter. A first launch computes the effect of every part on the state. Composing S of
+them, a few numbers per row, gives the state that enters each part. A second launch runs through all parts at once.
 
-Arrays are laid out anew on the way in and out, and what a token does to the state (`codes`) goes to every lane: with
-fixed complex a the forward pass moves 32 bytes a number more than the 16 it has to, most of it in the L2 cache. In a training
-step of S5 on an H100 (16 calls, 50 x 2048, 8 channels) the three kernels take 0.45 ms of 8.14; with XLA the step takes 8.77.
-In another run the kernels as they are in kernels.py, one lane a channel, took 9.43, and XLA 8.95. Both directions as rows
-of one call, half the launches, took 8.03 instead of 8.14, and would be gathered from all devices where rows are shared out. With
-64 channels, two stretches, a step moves 1.12 times the bytes of one lane a channel, which was not timed there.
+Arrays change their layout on the way in and out, and every lane reads what a token does to the state (`codes`). With fixed
+complex a the forward pass moves 32 bytes per number besides the 16 that it must, most of it in the L2 cache.
 """
 
 import dataclasses
@@ -24,13 +20,13 @@ from layers.kernels.mosaic_gpu import LANES
 
 
 def narrow(shape: tuple[int, ...]) -> bool:
-    """Whether arrays (b, t, c) of this shape have room for two stretches of time or more."""
+    """Returns whether arrays (b, t, c) of this shape have room for two parts of time or more."""
     return shape[2] <= LANES // 2 and shape[1] >= LANES // shape[2]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fold:
-    """`time` steps of `channels` in `parts` stretches of `length`, in the direction of the recurrence."""
+    """`time` steps of `channels` in `parts` parts of `length` steps, in the direction of the recurrence."""
 
     time: int
     channels: int
@@ -46,7 +42,7 @@ class _Fold:
 
     @property
     def order(self) -> range:
-        """The stretches as the recurrence meets them."""
+        """The parts as the recurrence meets them."""
         return range(self.parts)[:: -1 if self.reverse else 1]
 
     def lay(self, planes: Planes, fill: Planes | None = None) -> Planes:
@@ -72,7 +68,7 @@ class _Fold:
         return tuple(back(p) for p in planes)
 
     def codes(self, codes: jax.Array | None, rows: int) -> jax.Array | None:
-        """A code for every lane; steps beyond the end leave the state as it is."""
+        """A code per lane; steps beyond the end leave the state as it is."""
         missing = self.parts * self.length - self.time
         if codes is None:
             if not missing:
@@ -83,16 +79,16 @@ class _Fold:
         return jnp.repeat(codes, self.channels, axis=2)
 
     def part(self, planes: Planes, number: int) -> Planes:
-        """One stretch of (b, parts c): (b, c)."""
+        """One part of (b, parts c): (b, c)."""
         return tuple(p[:, number * self.channels : (number + 1) * self.channels] for p in planes)
 
     def beside(self, stretches: dict[int, Planes]) -> Planes:
-        """All stretches, by number, as (b, parts c)."""
+        """All parts, by number, as (b, parts c)."""
         ordered = [stretches[number] for number in range(self.parts)]
         return tuple(jnp.concatenate(p, axis=1) for p in zip(*ordered, strict=True))
 
     def entering(self, effects: tuple[Planes, Planes], state: Planes) -> Planes:
-        """The state that enters every stretch, (b, parts c), from the one that enters the sequence."""
+        """The state that enters every part, (b, parts c), from the one that enters the sequence."""
         stretches = {}
         for number in self.order:
             stretches[number] = state
@@ -102,7 +98,7 @@ class _Fold:
 
 
 def forward(a, x, codes, state, reverse, dtype, settings: Settings) -> tuple[Planes, Planes]:
-    """As `gpu_kernels.forward`."""
+    """Returns what `gpu_kernels.forward` does."""
     fold = _Fold(*x[0].shape[1:], reverse)
     a, x, codes = fold.lay(a), fold.lay(x), fold.codes(codes, x[0].shape[0])
     effects = gpu_kernels.effects(a, x, codes, reverse, False, settings)
@@ -113,7 +109,7 @@ def forward(a, x, codes, state, reverse, dtype, settings: Settings) -> tuple[Pla
 def backward(
     a, h, dh, codes, state, dfinal, reverse, input_type, settings: Settings
 ) -> tuple[Planes, Planes, Planes]:
-    """As `gpu_kernels.backward`."""
+    """Returns what `gpu_kernels.backward` does."""
     fold = _Fold(*h[0].shape[1:], reverse)
     opposite = dataclasses.replace(fold, reverse=not reverse)
     constant = a[0].shape[1] == 1

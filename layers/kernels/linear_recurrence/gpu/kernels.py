@@ -1,35 +1,29 @@
-"""The Mosaic GPU kernels of `linear_recurrence`: forward, backward, and the summary of a stretch of time.
+"""The Mosaic GPU kernels of `linear_recurrence`: forward, backward, and the effect of a piece of time on the state.
 
-A block of 128 lanes takes one row of the batch, `width` neighbouring channels and one piece of the time axis. Tiles of
-`steps` x `width` numbers come into shared memory by asynchronous copies, `stages` of them under way; every lane runs
-through its own channels, the state in registers, and whole tiles of results leave by asynchronous copies. So each input
-is read once and each output written once:
+A program of 128 lanes takes one row of the batch, `width` neighbouring channels and one piece of the time axis. Asynchronous
+copies bring tiles of `steps` x `width` numbers into shared memory, `stages` of them in flight. Every lane runs through its
+own channels, with the state in registers, and whole tiles of results leave by asynchronous copies. So each input is read
+once and each output is written once:
 
-    forward   reads a, x           writes h         2 FLOPs an element (real), 8 (complex)
-    backward  reads a, h, dh       writes da, dx    3 FLOPs an element (real), 14 (complex)
+    forward   reads a, x           writes h         2 FLOPs per element (real), 8 (complex)
+    backward  reads a, h, dh       writes da, dx    3 FLOPs per element (real), 14 (complex)
 
 At 3.0 TB/s and 8 x 4096 x 2048 float32 that is 0.27 ms forward and 0.45 ms backward. The arithmetic, 0.13 and 0.20
 GFLOP, takes less than 0.01 ms. A step of the chain, with its loads from shared memory and stores into it, takes 20 ns
-forward and 27 backward, so 4096 of them 0.08 and 0.11 ms, and the copies on their way, 24 to 96 KB a multiprocessor, cover
-the latency of memory. The bytes bound both passes: an H100 takes 0.30 and 0.49 ms (1.08 times the floor; bfloat16 0.15 and
-0.26, 1.08 and 1.15 times), XLA 0.9 and 1.1 (`experiments/results/tune_h100`). Layouts matter little: two channels a lane,
-other numbers of stages or steps give 1.06 to 1.16 times the floor. Cutting time where the rows fill the machine costs 1.7
-times the floor. No layout spills; lanes take 23 to 86 registers.
+forward and 27 backward, so 4096 steps take 0.08 and 0.11 ms. The copies in flight, 24 to 96 KB per multiprocessor, cover
+the latency of memory. Memory bounds both passes.
 
-Where rows and channels are too few to fill the machine, time is cut into pieces. A first launch reads a and x and
-writes the effect of each piece on the state, two numbers a channel; every block of the second launch composes the effects
-of the pieces before its own. The forward pass then moves 5 numbers an element instead of 3, the backward pass 7 instead
-of 5; small calls find the second reading in the L2 cache. `_plan` reckons whether that is worth it: a row of 65536 steps
-and 256 channels takes 0.13 ms forward in 64 pieces (XLA 0.25), and 0.34 in 8.
+Where rows and channels are too few to fill the GPU, time is cut into pieces. A first launch reads a and x and writes the
+effect of each piece on the state, two numbers per channel. Every program of the second launch composes the effects of the
+pieces before its own. The forward pass then moves 5 numbers per element instead of 3, the backward pass 7 instead of 5;
+small calls find the second reading in the L2 cache. `_plan` estimates whether that pays. A single launch in which each piece
+waits for the state of the one before (decoupled look-back) would save the second reading, but programs would wait for
+programs that may not be running.
 
-A complex array is two arrays, real and imaginary: XLA removes `real(complex(re, im))` on both sides of the call, and 16 calls
-of 50 x 2048 x 128 make a training step of S5 19.5 ms long instead of XLA's 24.8. Where it cannot, because the array is in memory,
-that is what bounds the call: 3 to 4 times the floor at 64 x 1024 x 128, XLA 2. The tail
-of the sequence and channels beyond the last need no masks: copies in fill with zeros beyond the ends of an array, and
-copies out write nothing there, unless what they copy is one stretch of memory.
-
-Not done: a single launch with pieces, each waiting for the state of the one before (decoupled look-back). It would save
-the second reading, at the price of blocks that wait for blocks that may not be running.
+A complex array is two arrays, real and imaginary: XLA removes `real(complex(re, im))` on both sides of the call. Where it
+cannot, because the array is in memory, separating the parts bounds the call. The tail of the sequence and channels beyond
+the last need no masks: copies into shared memory fill with zeros beyond the ends of an array, and copies out write nothing
+there, unless what they copy is contiguous in memory.
 """
 
 import dataclasses
@@ -51,8 +45,7 @@ _PROCESSORS = 132  # of an H100
 _MAX_PIECES = 64
 _GROUP = 4  # pieces whose effects are loaded together
 
-# What the choice of pieces reckons with, in nanoseconds: a step of the chain, a launch more, and composing a piece. They
-# give the times of `experiments.benchmark tune` on an H100, at one row and at few blocks, within 5%.
+# The estimates behind the number of pieces, in nanoseconds: a step of the chain, one more launch, and composing a piece.
 _BYTES_A_NS = 3000.0
 _FORWARD_STEP_NS, _BACKWARD_STEP_NS = 20.0, 27.0
 _LAUNCH_NS = 4000.0
@@ -61,15 +54,15 @@ _PIECE_NS = 100.0
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a kernel is laid out.
+    """The layout of a kernel.
 
     Attributes:
-      vector: neighbouring channels a lane, 1 or 2; a copy takes at most 256 channels.
-      steps: time steps a tile.
-      stages: tiles of inputs in shared memory, under way or in use.
+      vector: neighbouring channels per lane, 1 or 2; a copy takes at most 256 channels.
+      steps: time steps per tile.
+      stages: tiles of inputs in shared memory, in flight or in use.
       unroll: steps whose inputs are loaded into registers together.
-      pieces: pieces of the time axis; chosen by shape if None.
-      fold: whether stretches of time fill the lanes that few channels leave idle (folded.py); of complex numbers if None.
+      pieces: number of pieces of the time axis; chosen by shape if None.
+      fold: whether parts of time fill the lanes that few channels leave idle (folded.py); if None, for complex numbers.
     """
 
     vector: int = 1
@@ -86,7 +79,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """The shapes of one launch: batch, time, channels; tiles a piece; pieces; direction."""
+    """The shapes of one launch: batch, time, channels; tiles per piece; pieces; direction."""
 
     batch: int
     time: int
@@ -158,7 +151,7 @@ def forward(
     dtype: Any,
     settings: Settings,
 ) -> tuple[Planes, Planes]:
-    """Every state, in `dtype`, and the last, in float32.
+    """Returns every state, in `dtype`, and the last, in float32.
 
     Args:
       a: (b or 1, t or 1, d).
@@ -219,7 +212,7 @@ def backward(
     input_type: tuple[int, Any],
     settings: Settings,
 ) -> tuple[Planes, Planes, Planes]:
-    """Gradients of a (before any sum over b), x and the state that entered; `reverse` and `state` as in `forward`.
+    """Returns the gradients of a (before any sum over b), x and the entering state; arguments as for `forward`.
 
     Args:
       input_type: the number of planes of x and their type.
@@ -337,7 +330,7 @@ def backward(
 def effects(
     a: Planes, x: Planes, codes: jax.Array | None, reverse: bool, multiply_last: bool, settings: Settings
 ) -> tuple[Planes, Planes]:
-    """The decay and the contribution of the whole of time, (b, d) each; the arguments are those of `forward`."""
+    """Returns the decay and the contribution of the whole of time, (b, d) each; arguments as for `forward`."""
     settings = dataclasses.replace(settings, pieces=1)
     plan = _plan(x[0].shape, settings, reverse, (a, x, _each(codes)), (), (), _FORWARD_STEP_NS)
     decay, contribution = _effects(a, x, codes, plan, multiply_last)
@@ -347,7 +340,7 @@ def effects(
 def _effects(
     a: Planes, x: Planes, codes: jax.Array | None, plan: _Plan, multiply_last: bool
 ) -> tuple[Planes, Planes]:
-    """Of every piece, the decay and the contribution: state -> decay state + contribution; (b, pieces, d) each.
+    """The decay and the contribution of every piece: state -> decay state + contribution; (b, pieces, d) each.
 
     A step is state -> a state + x, or state -> a (state + x) if `multiply_last`.
     """
@@ -398,7 +391,7 @@ def _effects(
 
 
 class _Block:
-    """What one block of a launch does; `arriving` are the arrays that come in tiles besides a and codes."""
+    """What one program of a launch does; `arriving` are the arrays that come in tiles besides a and codes."""
 
     def __init__(self, plan: _Plan, refs: dict[str, Any], arriving: dict[str, tuple[Planes, Planes]]):
         self.plan, self.width = plan, plan.settings.width
@@ -422,8 +415,8 @@ class _Block:
         return strided(ref, self.width).astype(jnp.float32)
 
     def channel(self, ref: Any) -> jax.Array:
-        """This block's part of an array (b, d)."""
-        # The product takes off the mark of arrays that differ between devices, which loops would not let through.
+        """This program's channels of an array (b, d)."""
+        # The product removes the mark of arrays that differ between devices, which loops do not accept.
         return 1.0 * self._load(ref.at[self.row, self.channels])
 
     def read(self, tiles: Planes, slot: Any, row: Any) -> Planes:
@@ -433,7 +426,7 @@ class _Block:
         return self._constant or self.read(self._a_tiles, slot, row)
 
     def mark(self, slot: Any, row: Any) -> Any:
-        """The code of a token, one for all lanes or one for each; None if there are no segments."""
+        """The code of a token, shared by all lanes or one per lane; None if there are no segments."""
         if self._codes is None:
             return None
         tiles = self._codes[0]
@@ -475,7 +468,7 @@ class _Block:
 
         Args:
           tile: reads the inputs in `slot`; must fence them (`send` does); `turn` is 0, 1, 0, ...
-          more: further copies of a tile, as pairs of source and destination.
+          more: further copies per tile, as pairs of source and destination.
         """
         plan, stages, steps = self.plan, self.plan.settings.stages, self.plan.settings.steps
         total = pl.cdiv(plan.time, steps)
@@ -531,7 +524,7 @@ class _Block:
         return jax.lax.fori_loop(groups * unroll, count, group(1), carry)
 
     def send(self, index: Any, turn: Any, results: Any) -> None:
-        """Sends tiles of results on their way, once all lanes have written them and read the inputs."""
+        """Starts copies of tiles of results, once all lanes have written them and read the inputs."""
         plgpu.commit_smem()
         time, steps = self.plan.time, self.plan.settings.steps
         first, pairs = index * steps, list(results)
@@ -544,7 +537,7 @@ class _Block:
         if time % steps == 0 or self.plan.channels != self.width:
             copy(0, steps)
             return
-        # A tile of all channels is one stretch of memory, and a copy of it would not end where the row of the batch ends.
+        # A tile of all channels is contiguous in memory, and its copy would not end where the row of the batch ends.
         pl.when(first + steps <= time)(lambda: copy(0, steps))
 
         @pl.when(first + steps > time)
@@ -553,12 +546,12 @@ class _Block:
 
 
 def _bytes(groups: Sequence[Planes]) -> int:
-    """Bytes of one step and channel of every array that comes in tiles."""
+    """Bytes per step and channel of every array that comes in tiles."""
     return sum(p.dtype.itemsize for planes in groups for p in planes if p.shape[1] > 1)
 
 
 def _decay_inputs(a: Planes, plan: _Plan) -> dict[str, Planes]:
-    """A decay that is the same at all times comes as (b or 1, padded d), float32."""
+    """Returns a decay that is the same at all times as (b or 1, padded d), float32."""
     if a[0].shape[1] > 1:
         return {"a": a}
     return {"a": _pad(tuple(p[:, 0].astype(jnp.float32) for p in a), plan)}
@@ -573,12 +566,12 @@ def _codes(codes: jax.Array | None) -> dict[str, Planes]:
 
 
 def _each(codes: jax.Array | None) -> Planes:
-    """Codes that differ between channels, as what arrives in tiles."""
+    """Codes that differ between channels, as an array that arrives in tiles."""
     return () if codes is None or codes.ndim == 2 else (codes,)
 
 
 def _optional(codes: jax.Array | None, effects: tuple[Planes, Planes] | None) -> dict[str, Any]:
-    """Codes as copies want them, rows of a multiple of 16 bytes, and effects."""
+    """Codes as copies need them, with rows of a multiple of 16 bytes, and effects."""
     given: dict[str, Any] = {}
     if codes is not None:
         given["codes"] = _each(codes) or (jnp.pad(codes, ((0, 0), (0, -codes.shape[1] % 4))),)
@@ -588,7 +581,7 @@ def _optional(codes: jax.Array | None, effects: tuple[Planes, Planes] | None) ->
 
 
 def _buffers(plan: _Plan, more: int, **arriving: Planes) -> dict[str, Any]:
-    """Shared memory of the arrays that arrive in tiles, and the barriers of the stages, for `more` copies besides."""
+    """Shared memory of the arrays that arrive in tiles, and the barriers of the stages, for `more` further copies."""
     stages, steps, width = plan.settings.stages, plan.settings.steps, plan.settings.width
     # Every stage must start at a multiple of 128 bytes.
     by_token = stages, pl.cdiv(steps, 32) * 32
@@ -603,7 +596,7 @@ def _buffers(plan: _Plan, more: int, **arriving: Planes) -> dict[str, Any]:
 
 
 def _pad(planes: Sequence[jax.Array], plan: _Plan) -> Planes:
-    """(b, d) with channels up to whole blocks."""
+    """(b, d) with channels padded to whole blocks."""
     return tuple(jnp.pad(p, ((0, 0), (0, plan.padded - plan.channels))) for p in planes)
 
 
@@ -630,7 +623,7 @@ def plus(p: Planes, q: Planes) -> Planes:
 
 
 def _masked(decay: Planes, mark: Any) -> Planes:
-    """The decay with segments applied: nothing is left at a reset, all at padding."""
+    """The decay with segments applied: 0 at a reset, 1 at padding."""
     if mark is None:
         return decay
     shape = decay[0].shape
