@@ -25,5 +25,5 @@ CHANNEL_MIXERS = {
 def make_channel_mixer(
     name: str, options: Mapping[str, Any], *, given: Mapping[str, Any], rngs: nnx.Rngs
 ) -> nnx.Module:
-    """The channel mixer called `name`; see `CHANNEL_MIXERS`."""
+    """Returns the channel mixer called `name`; see `CHANNEL_MIXERS`."""
     return build("channel mixer", CHANNEL_MIXERS, name, options, given=given, rngs=rngs)

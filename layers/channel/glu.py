@@ -1,7 +1,7 @@
-"""Channel mixers: maps of every token by itself, `y = channel(x, mask=None, key=None)` with x (b t d).
+"""Channel mixers: maps that act on each token separately, `y = channel(x, mask=None, key=None)` with x (b t d).
 
-`mask` (b t) is true at real tokens; only what is averaged over tokens reads it. `key` is given only in training and
-draws the dropout inside.
+`mask` (b t) is true at real tokens; only averages over tokens read it. `key` is passed only in training and draws the
+dropout inside.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class MLPConfig:
 
 
 class MLP(nnx.Module):
-    """y = W2 f(W1 x), f = gelu unless said."""
+    """y = W2 f(W1 x), with f = gelu by default."""
 
     def __init__(self, config: MLPConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -62,7 +62,7 @@ class MLP(nnx.Module):
         mask: Bool[Array, "b t"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Maps every token; dropout acts on the hidden features."""
+        """Maps each token; dropout acts on the hidden features."""
         return self.down(dropout(self.activation(self.up(x)), self.config.dropout, key))
 
 
@@ -85,7 +85,7 @@ class GLU(nnx.Module):
         mask: Bool[Array, "b t"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Maps every token; dropout acts on the hidden features."""
+        """Maps each token; dropout acts on the hidden features."""
         return self.down(dropout(self.activation(self.gate(x)) * self.up(x), self.config.dropout, key))
 
 

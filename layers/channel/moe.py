@@ -1,4 +1,4 @@
-"""Mixture of experts: every token takes a few of many gated linear units, as a router chooses."""
+"""Mixture of experts: a router chooses a few of many gated linear units for each token."""
 
 import dataclasses
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from layers.dropout import dropout
 from layers.parameters import AuxiliaryLoss, linear, parameter
 from layers.typing import Array, Bool, Float, Int, Key
 
-# The leading axis counts experts: each starts as a matrix of its own.
+# The leading axis counts experts: each expert's matrix is initialized on its own.
 _lecun_normal = nnx.initializers.lecun_normal(batch_axis=(0,))
 
 
@@ -24,26 +24,26 @@ class MoEConfig:
     """Options of `MoE`.
 
     Attributes:
-      width: d, features in and out.
-      experts: E, of which a token takes `top_k`.
-      top_k: k, experts of a token.
-      hidden: inner width of an expert; 8/3 width rounded up to a multiple of `multiple_of` if None.
-      shared: experts that every token takes besides, as one of `shared` times the inner width.
-      shared_gate: weigh the shared experts by a sigmoid of the token (Qwen3-Next).
-      scores: what makes scores of the router's logits: "softmax" over the experts, or "sigmoid" (DeepSeek-V3).
-      normalize: divide the weights of the chosen experts by their sum. Not with top_k=1, where the weight would always
-        be 1 and the router would learn nothing from the output.
-      scale: factor of the weights of the chosen experts.
-      groups: equal groups of neighbouring experts; 1 for none.
-      top_groups: groups whose experts a token may take: those with the largest sum of their two best scores.
-      bias_rate: what a call in training adds to or takes from the bias by which each expert is preferred, towards even
-        loads; 0 for no bias. DeepSeek-V3 has 0.001.
+      width: d, number of input and output features.
+      experts: E, number of experts.
+      top_k: k, number of experts per token.
+      hidden: inner width per expert; 8/3 width rounded up to a multiple of `multiple_of` if None.
+      shared: number of further experts that every token takes, computed as one expert of `shared` times the inner width.
+      shared_gate: whether a sigmoid of the token weighs the shared experts (Qwen3-Next).
+      scores: function from the router's logits to scores: "softmax" over the experts, or "sigmoid" (DeepSeek-V3).
+      normalize: whether the weights of the chosen experts are divided by their sum. Not with top_k=1, where the weight
+        would always be 1 and the router would learn nothing from the output.
+      scale: factor on the weights of the chosen experts.
+      groups: number of equal groups of neighboring experts; 1 for none.
+      top_groups: number of groups whose experts a token may take: those with the largest sum of their two best scores.
+      bias_rate: step by which a call in training moves the bias of each expert's score towards even loads; 0 for no bias.
+        DeepSeek-V3 uses 0.001.
       balance: coefficient of the load-balancing loss.
-      z_loss: coefficient of the loss that keeps the router's logits small; routers by sigmoid have none in the papers.
-      compute: "grouped" runs each expert on its own tokens, "dense" every expert on all tokens; the outputs are the
+      z_loss: coefficient of the loss that keeps the router's logits small; sigmoid routers have none in the papers.
+      compute: "grouped" runs each expert on its own tokens, "dense" runs every expert on all tokens; the outputs are the
         same. None takes "dense" if a token takes half of the experts or more, else "grouped".
-      dropout: of hidden features, in training.
-      dtype: type of activations; the router computes in float32.
+      dropout: dropout rate of the hidden features, in training.
+      dtype: dtype of the activations; the router computes in float32.
     """
 
     width: int
@@ -104,12 +104,12 @@ class MoE(nnx.Module):
         auxiliary = balance E sum_e f_e P_e + z_loss mean logsumexp(W x)^2
 
     with GLU_e(x) = D_e (silu(G_e x) * U_e x), and g = 1 or sigmoid(w . x). f_e is the fraction of the choices of all
-    real tokens that fall on e and P_e their mean score, scores of a token adding up to 1: the sum is 1 / E when both
-    are even (Fedus et al. 2022, arXiv:2101.03961); the last term is from Zoph et al. 2022, arXiv:2202.08906.
+    real tokens that fall on e and P_e their mean score, scores per token adding up to 1: the sum is 1 / E when both are
+    uniform (Fedus et al. 2022, arXiv:2101.03961); the last term is from Zoph et al. 2022, arXiv:2202.08906.
 
-    A call with a key moves b_e by bias_rate sign(1/E - f_e) after it has chosen: experts with too little to do come to
-    be chosen more, and no gradient is disturbed (Wang et al. 2024, arXiv:2408.15664). Sigmoids, this bias and groups
-    are the router of DeepSeek-V3 (arXiv:2412.19437), but for its balancing by sequence.
+    A call with a key moves b_e by bias_rate sign(1/E - f_e) after the choice: underloaded experts are chosen more often,
+    and gradients are unaffected (Wang et al. 2024, arXiv:2408.15664). Sigmoids, this bias and groups are the router of
+    DeepSeek-V3 (arXiv:2412.19437), except for its balance loss per sequence.
     """
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
@@ -138,7 +138,7 @@ class MoE(nnx.Module):
         mask: Bool[Array, "b t"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Maps every token; with a key also writes the auxiliary loss of the real tokens and moves the bias."""
+        """Maps each token; with a key also writes the auxiliary loss of the real tokens and moves the bias."""
         config = self.config
         keys = (None, None) if key is None else jax.random.split(key)
         tokens = x.reshape(-1, config.width)
@@ -164,7 +164,7 @@ class MoE(nnx.Module):
         return y + shared
 
     def _choose(self, scores: Float[Array, "n e"]) -> Int[Array, "n k"]:
-        """The experts of every token: the best by score and bias, of the best groups."""
+        """Returns the experts per token: the best by score and bias within the best groups."""
         config = self.config
         merit = scores if self.bias is None else scores + self.bias[...][None]
         if config.top_groups < config.groups:
@@ -185,7 +185,7 @@ class MoE(nnx.Module):
         """Writes the scaled losses of the router, averaged over real tokens, and moves the bias."""
         config = self.config
         weight = real / jnp.maximum(real.sum(), 1)
-        # Whole numbers, so that even loads compare as equal.
+        # Integers, so that even loads compare as equal.
         counts = real.astype(jnp.float32) @ jax.nn.one_hot(chosen, config.experts).sum(1)
         load = counts / jnp.maximum(counts.sum(), 1)
         shares = scores / scores.sum(-1, keepdims=True) if config.scores == "sigmoid" else scores
@@ -199,7 +199,7 @@ class MoE(nnx.Module):
         return tuple(v[...].astype(self.config.dtype) for v in (self.gate, self.up, self.down))
 
     def _dense(self, x, weights, chosen, key):
-        """Every expert on every token, those not chosen with weight zero."""
+        """Runs every expert on every token, with weight zero where it was not chosen."""
         gate, up, down = self._matrices()
         h = jax.nn.silu(jnp.einsum("nd,edh->enh", x, gate)) * jnp.einsum("nd,edh->enh", x, up)
         h = dropout(h, self.config.dropout, key)
@@ -208,9 +208,9 @@ class MoE(nnx.Module):
         return jnp.einsum("end,en->nd", y, every).astype(x.dtype)
 
     def _grouped(self, x, weights, chosen, key):
-        """Tokens sorted by expert into blocks of rows that each meet the matrices of one expert.
+        """Sorts tokens by expert into blocks of rows, each multiplied by the matrices of one expert.
 
-        The rows of an expert are filled up to whole blocks, so that shapes do not depend on how many it has.
+        The rows of each expert are padded to whole blocks, so that shapes do not depend on their number.
         """
         n, d, k, experts = *x.shape, self.config.top_k, self.config.experts
         flat = chosen.reshape(-1)
@@ -223,7 +223,7 @@ class MoE(nnx.Module):
         blocks = jnp.zeros((count * size, d), x.dtype)
         blocks = blocks.at[slot].set(jnp.repeat(x, k, axis=0), unique_indices=True).reshape(count, size, d)
         owner = jnp.searchsorted(jnp.cumsum(filled), jnp.arange(count) * size, side="right")
-        # A product picks the matrices, so that their gradient is one too, summed in float32 and always in one order.
+        # A product picks the matrices, so that their gradient is a product too: summed in float32, in a fixed order.
         pick = jax.nn.one_hot(owner, experts, dtype=x.dtype)
         gate, up, down = (jnp.einsum("ne,eij->nij", pick, matrix) for matrix in self._matrices())
         h = jax.nn.silu(jnp.einsum("nbd,ndh->nbh", blocks, gate)) * jnp.einsum("nbd,ndh->nbh", blocks, up)
@@ -234,5 +234,5 @@ class MoE(nnx.Module):
 
 
 def _block_size(choices: int, experts: int) -> int:
-    """Rows of a block: about a quarter of what an expert has on average, a power of two from 8 to 512."""
+    """Rows per block: about a quarter of the mean number per expert, a power of two from 8 to 512."""
     return min(512, max(8, 1 << (choices // (4 * experts)).bit_length()))

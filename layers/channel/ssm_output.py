@@ -1,6 +1,7 @@
-"""The maps that S4, S5, LRU and their kin put behind the state space model, inside the same residual branch.
+"""Output maps that S4, S5, LRU and related models apply after the state space model, in the same residual branch.
 
-With g = gelu(x), sigma the logistic function and dropout tied over time (one draw for all tokens) after g and after y:
+With g = gelu(x), sigma the logistic function, and dropout after g and after y that is tied over time (one draw for all
+tokens):
 
     gelu        y = g
     half_glu1   y = g * sigma(W g)
@@ -44,12 +45,12 @@ class Gelu(nnx.Module):
         mask: Bool[Array, "b t"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Maps every token."""
+        """Maps each token."""
         return dropout(jax.nn.gelu(x), self.config.dropout, key, shared_axes=(1,))
 
 
 class _Gated(nnx.Module):
-    """The gated maps: sigma(W g) times what `gated(x, g)` of the subclass says."""
+    """Gated maps: sigma(W g) times `gated(x, g)` of the subclass."""
 
     def __init__(self, config: OutputConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -62,7 +63,7 @@ class _Gated(nnx.Module):
         mask: Bool[Array, "b t"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Maps every token."""
+        """Maps each token."""
         inner, outer = (None, None) if key is None else jax.random.split(key)
         g = dropout(jax.nn.gelu(x), self.config.dropout, inner, shared_axes=(1,))
         y = self.gated(x, g) * jax.nn.sigmoid(self.gate(g))
@@ -73,7 +74,7 @@ class HalfGLU1(_Gated):
     """y = g * sigma(W g)."""
 
     def gated(self, x: jax.Array, g: jax.Array) -> jax.Array:
-        """The activation."""
+        """Returns the activation."""
         return g
 
 
@@ -81,7 +82,7 @@ class HalfGLU2(_Gated):
     """y = x * sigma(W g)."""
 
     def gated(self, x: jax.Array, g: jax.Array) -> jax.Array:
-        """The input itself, not activated."""
+        """Returns the input without activation."""
         return x
 
 
@@ -93,5 +94,5 @@ class FullGLU(_Gated):
         self.value = linear(config.width, config.width, axes=("embed", None), dtype=config.dtype, rngs=rngs)
 
     def gated(self, x: jax.Array, g: jax.Array) -> jax.Array:
-        """A second map of the activation."""
+        """Returns a second linear map of the activation."""
         return self.value(g)

@@ -87,11 +87,11 @@ MIXERS = {
 def make_mixer(
     name: str, options: Mapping[str, Any], *, given: Mapping[str, Any], rngs: nnx.Rngs
 ) -> nnx.Module:
-    """The mixer called `name`; see `MIXERS`.
+    """Returns the mixer called `name`; see `MIXERS`.
 
     Args:
-      options: fields of its config.
-      given: fields that the surrounding model supplies, such as width and dtype.
+      options: fields of the mixer's config.
+      given: fields that the enclosing model supplies, such as width and dtype.
 
     Raises:
       ValueError: unknown name or option (with a suggestion), or an impossible combination of options.

@@ -22,14 +22,14 @@ class BidirectionalConfig:
     """Options of `Bidirectional`.
 
     Attributes:
-      width: d, features in and out.
-      inner: name of a causal mixer. (A model's config gives "mixer" a meaning of its own: there it marks an alias.)
-      options: its options.
-      combine: "sum" of both directions, or "concatenate", which maps both by one matrix to the width.
-      tied: False: each direction has weights of its own. "projections": they share the projections into and out of
-        the mixer, as Mamba has them, and nothing else. True: they share everything.
-      layer, depth: place in the model, passed to the mixer.
-      dtype: type of activations.
+      width: d, number of input and output features.
+      inner: name of a causal mixer. (The key "mixer" marks an alias in a model's config.)
+      options: options of that mixer.
+      combine: "sum" adds both directions; "concatenate" maps both to the width by one matrix.
+      tied: weights that the directions share: False for none, "projections" for the projections into and out of the
+        mixer, as in Mamba, or True for all.
+      layer, depth: index of the layer and number of layers of the model, passed to the mixer.
+      dtype: dtype of the activations.
     """
 
     width: int
@@ -53,8 +53,8 @@ class Bidirectional(Mixer):
 
         y = F(x) + R(B(R(x)))        or        y = W [F(x), R(B(R(x)))]
 
-    with mixers F and B of one kind, and R that reverses the tokens of every segment. Not causal; a token is seen by
-    both mixers. With tied="projections" and Mamba it is BiMamba-S (Wang et al. 2024, arXiv:2411.08909): as the output
+    with mixers F and B of one kind, and R that reverses the tokens of every segment. Not causal; both mixers see the
+    token itself. With tied="projections" and Mamba it is BiMamba-S (Wang et al. 2024, arXiv:2411.08909): as the output
     projection is linear, projecting the sum is the sum of the projections.
     """
 
@@ -72,7 +72,7 @@ class Bidirectional(Mixer):
             raise ValueError(
                 f"inner={config.inner!r} is not causal with options={dict(config.options)}; it needs no second direction"
             )
-        # With all weights tied there is one mixer, which runs twice.
+        # With all weights tied, one mixer runs twice.
         self.backward = None if config.tied is True else make()
         if config.tied == "projections":
             for name in PROJECTIONS:

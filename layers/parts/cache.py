@@ -1,7 +1,7 @@
-"""The cache of past keys and values, or of what they are made from, that attention reads again.
+"""The cache of past keys and values, or of what they are computed from.
 
-A row has `sinks` slots for the first tokens of its current segment and others for the rest: as many as tokens are
-expected, filled in order, or with a window as many as that, used in turn.
+Each row has `sinks` slots for the first tokens of its current segment and further slots for the rest: one per expected
+token, filled in order, or with a window one per token of the window, used cyclically.
 """
 
 from typing import NamedTuple
@@ -13,13 +13,13 @@ from layers.typing import Array, Bool, Int, Num
 
 
 class Cache(NamedTuple):
-    """Slots `s` of every row.
+    """A cache with slots `s` per row.
 
     Attributes:
-      entries: what is kept of a token.
-      numbers: which segment of its row, counted from 1, a slot belongs to; 0 is empty.
-      positions: position of a slot's token within its segment.
-      length: real tokens seen by each row.
+      entries: arrays stored per token.
+      numbers: number of the segment in its row that a slot belongs to, from 1; 0 is empty.
+      positions: position of the slot's token within its segment.
+      length: number of real tokens seen per row.
     """
 
     entries: tuple[Num[Array, "b s *_f"], ...]
@@ -29,7 +29,7 @@ class Cache(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What new tokens may attend to: cached and new entries (b, s, ...), their segments and positions."""
+    """The entries that new tokens may attend to: cached and new entries (b, s, ...), their segments and positions."""
 
     entries: tuple[Num[Array, "b s *_f"], ...]
     numbers: Int[Array, "b s"]
@@ -46,7 +46,7 @@ def empty_cache(
     window: int | None = None,
     sinks: int = 0,
 ) -> Cache:
-    """A cache of entries of these shapes (without batch and slots).
+    """Returns an empty cache of entries of these shapes (without batch and slots).
 
     Raises:
       ValueError: neither a window nor max_length bounds the slots.
@@ -69,15 +69,15 @@ def extend(
     window: int | None = None,
     sinks: int = 0,
 ) -> tuple[Cache, Seen, Bool[Array, "b t"]]:
-    """Puts new tokens into the cache.
+    """Writes new tokens into the cache.
 
     Args:
       new: entries of the new tokens.
-      visit: how they continue the row.
+      visit: how the new tokens continue each row.
       window, sinks: as in `empty_cache`.
 
     Returns:
-      The cache, what the new tokens may attend to, and which of them found no slot.
+      The cache, the entries that the new tokens may attend to, and which new tokens found no slot.
     """
     numbers, positions, slots = visit.numbers, visit.positions, cache.numbers.shape[1]
     real = numbers != 0
@@ -87,7 +87,7 @@ def extend(
         index = jnp.where(real, count, slots)
         beyond = real & (count >= slots)
     else:
-        # Kept are the first tokens of the segment that the row is in, and the last tokens of all.
+        # Keeps the first tokens of the row's current segment and the last tokens of all.
         sink = real & (positions < sinks) & (numbers == visit.place.number[:, None])
         recent = real & (positions >= sinks) & (count >= length[:, None] - window)
         index = jnp.where(recent, sinks + count % window, slots)
@@ -110,7 +110,7 @@ def extend(
         put(old.numbers, numbers),
         put(old.positions, positions),
     )
-    # A ring overwrites what early queries of a long call still need: they read what was there and what is new.
+    # A ring overwrites entries that early queries of a long call still need: they read the old and the new entries.
     seen = written
     if window is not None:
         seen = Seen(

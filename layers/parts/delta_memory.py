@@ -1,4 +1,4 @@
-"""What DeltaNet and its gated descendants share: options, short convolutions, writing strengths and the delta rule."""
+"""Parts shared by DeltaNet and its gated variants: options, short convolutions, writing strengths and the delta rule."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -17,16 +17,16 @@ from layers.typing import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class DeltaRuleConfig:
-    """Options of every mixer with a `DeltaMemory`.
+    """Options of mixers with a `DeltaMemory`.
 
     Attributes:
-      width: d, features in and out.
-      heads: g, query and key heads.
-      taps: of the short convolution, between 2 and 8.
-      negative_eigenvalues: writing strengths in (0, 2) instead of (0, 1), so that a token may turn a sign
+      width: d, number of input and output features.
+      heads: g, number of query and key heads.
+      taps: number of taps of the short convolution, 2 to 8.
+      negative_eigenvalues: whether writing strengths lie in (0, 2) instead of (0, 1), so that a token may flip a sign
         (Grazzi et al. 2024, arXiv:2411.12537).
-      epsilon: of the norm of every head.
-      dtype: type of activations; decays and state are float32.
+      epsilon: epsilon of the norm per head.
+      dtype: dtype of the activations; decays and state are float32.
     """
 
     width: int
@@ -41,12 +41,12 @@ class DeltaRuleConfig:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """K and V, the features of a key head and of a value head."""
+        """Returns K and V, the features per key head and per value head."""
         raise NotImplementedError(f"{type(self).__name__} defines no sizes")
 
     @property
     def outputs(self) -> int:
-        """h, value heads."""
+        """Number of value heads, h."""
         return self.heads
 
 
@@ -55,14 +55,15 @@ class SharedKeysConfig(DeltaRuleConfig):
     """Options of delta rules in which several value heads may share a query and key head.
 
     Attributes:
-      value_heads: h, a multiple of g; value head i reads query and key head i // (h / g). g if None.
+      value_heads: h, number of value heads, a multiple of g. If None, equals g. Value head i reads query and key head i
+        // (h / g).
     """
 
     value_heads: int | None = None
 
     @property
     def outputs(self) -> int:
-        """h, value heads."""
+        """Number of value heads, h."""
         if self.value_heads is None:
             return self.heads
         if self.value_heads < 1 or self.value_heads % self.heads:
@@ -71,21 +72,20 @@ class SharedKeysConfig(DeltaRuleConfig):
 
 
 class DeltaCarry(NamedTuple):
-    """What a `DeltaMemory` carries: the matrix memory of every head, float32, and the last inputs of its convolution."""
+    """What a `DeltaMemory` carries: the matrix memory per head, float32, and the last inputs of its convolution."""
 
     memory: Float[Array, "b h k v"]
     inputs: Float[Array, "b w-1 n"]
 
 
 class DeltaMemory(nnx.Module):
-    """A delta rule with its inputs.
+    """The delta rule together with its input projections.
 
         q, k, v = silu(conv(W_q x)), silu(conv(W_k x)), silu(conv(W_v x)),   then q and k of norm 1
         beta = sigmoid(W_b x)                                                (h)
         S' = Diag(alpha_t) S_{t-1},   S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,  o_t = S_t^T q_t / sqrt(K)
 
-    q, k and v come from one projection and one convolution, in this order. Beta is doubled with
-    `negative_eigenvalues`.
+    q, k and v come from one projection and one convolution, in this order. With `negative_eigenvalues`, beta is doubled.
     """
 
     def __init__(self, config: DeltaRuleConfig, *, rngs: nnx.Rngs):
@@ -99,7 +99,7 @@ class DeltaMemory(nnx.Module):
         self.strength = linear(config.width, self.value_heads, **options)
 
     def initial(self, batch_size: int) -> DeltaCarry:
-        """An empty memory, and no inputs yet."""
+        """Returns the zero state."""
         memory = jnp.zeros((batch_size, self.value_heads, self.key_dim, self.value_dim), jnp.float32)
         return DeltaCarry(memory, self.convolution.init_state(batch_size))
 
@@ -111,7 +111,7 @@ class DeltaMemory(nnx.Module):
         log_decay: Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
         segment_ids: SegmentIds,
     ) -> tuple[Float[Array, "b t h v"], DeltaCarry]:
-        """What the queries read, and what is carried after the last token."""
+        """Returns what the queries read, and the carry after the last token."""
         memory, inputs = (None, None) if carried is None else carried
         features, inputs = self.convolution(self.projection(x), inputs, segment_ids=segment_ids)
         keys = self.key_heads * self.key_dim

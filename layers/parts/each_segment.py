@@ -1,9 +1,9 @@
-"""Mixers that need a whole sequence at once, kept to one segment at a time.
+"""Runs mixers that need a whole sequence at once on each segment separately.
 
-What they compute depends on the length of the sequence and on positions in it, so every segment is brought to the
-start of its row and mixed there by itself: first the first segment of all rows, then the second, and so on. A batch
-without packing costs one pass, a packed one as many as the fullest row has segments. Where `Segments` says that padding
-is at the ends already, nothing is moved, and where it says that no row is packed, there is no loop.
+What they compute depends on the length of the sequence and on positions in it, so each segment is moved to the start of
+its row and mixed there alone: first the first segment of all rows, then the second, and so on. A batch without packing
+costs one pass; a packed batch costs one pass per segment of the fullest row. If `Segments` states that padding is at the
+ends, nothing is moved; if it states that no row is packed, there is no loop.
 """
 
 from collections.abc import Callable
@@ -27,15 +27,15 @@ def mix_each_segment(
     *,
     segment_ids: SegmentIds,
 ) -> Float[Array, "b t f"]:
-    """y = mix(weights, x, lengths) on every segment by itself.
+    """Returns mix(weights, x, lengths) of each segment on its own.
 
     Args:
-      mix: takes sequences (b, t, d) that are zero from their lengths (b) on, and gives outputs (b, t, f), of which
-        those from the lengths on are thrown away. Lengths are at least 1: a row that has no such segment is given as
-        one zero token. It must not close over arrays: all it reads is in `weights`.
+      mix: function of weights, sequences (b, t, d) that are zero from their lengths (b) on, and lengths, to outputs (b,
+        t, f). Outputs from the lengths on are discarded. Lengths are at least 1: a row without such a segment is passed
+        as one zero token. The function must not close over arrays; it reads only `weights`.
       weights: pytree of floating arrays.
       x: inputs; without segment_ids each row is one sequence.
-      segment_ids: see `layers.kernels.segments`; the output on padding is zero.
+      segment_ids: see `layers.kernels.segments`; the output at padding is zero.
     """
     segments = Segments.of(segment_ids)
     if segments is None or x.shape[1] == 0:
@@ -48,12 +48,12 @@ def mix_each_segment(
 
 
 def is_within(lengths: Int[Array, "b"], time: int) -> Bool[Array, "b t"]:
-    """Whether each of `time` places holds a token of a sequence of that length."""
+    """Returns whether each of `time` places holds a token of a sequence of that length."""
     return jnp.arange(time)[None] < lengths[:, None]
 
 
 def reverse_segments(x: Float[Array, "b t *f"], segment_ids: SegmentIds = None) -> Float[Array, "b t *f"]:
-    """The tokens of every segment in the reverse order, in the places of that segment; padding stays where it is."""
+    """Returns x with the tokens of each segment reversed in place; padding is not moved."""
     segments = Segments.of(segment_ids)
     if segments is None:
         return x[:, ::-1]
@@ -61,7 +61,7 @@ def reverse_segments(x: Float[Array, "b t *f"], segment_ids: SegmentIds = None) 
         return x
     packing = pack_rows(segments)
     numbers, place = packing.numbers, packing.place
-    # Numbers ascend over the tokens; padding comes last.
+    # Numbers increase over the tokens; padding comes last.
     ascending = jnp.where(numbers == 0, x.shape[1] + 1, numbers)
     first, beyond = (
         take_tokens(jax.vmap(partial(jnp.searchsorted, side=side))(ascending, numbers), place)
@@ -72,7 +72,7 @@ def reverse_segments(x: Float[Array, "b t *f"], segment_ids: SegmentIds = None) 
 
 
 def _one(mix: Mix, weights: Any, x: Array, packing: Packing, number: Int[Array, ""]) -> Array:
-    """The outputs of segment `number` of every row in the places of its tokens, and zero in those of other segments."""
+    """Returns the outputs of segment `number` of each row at its tokens, and zero elsewhere."""
     time = x.shape[1]
     own = packing.numbers == number
     start, length = jnp.argmax(own, axis=1)[:, None], own.sum(1)
@@ -86,7 +86,7 @@ def _one(mix: Mix, weights: Any, x: Array, packing: Packing, number: Int[Array, 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loop(mix, weights, x, packing):
-    """The sum over segments, a loop as long as the data need; its transpose is a loop of the same length."""
+    """Returns the sum over segments by a loop of data-dependent length; its transpose is a loop of the same length."""
     shape = jax.eval_shape(partial(_one, mix), weights, x, packing, 1)
 
     def add(number, y):

@@ -1,4 +1,4 @@
-"""Attention whose weights are products of positive features, in a memory that is causal or spans the whole segment."""
+"""Attention whose weights are products of positive features, causal or over the whole segment."""
 
 import jax.numpy as jnp
 
@@ -16,15 +16,15 @@ def feature_attention(
     causal: bool,
     segment_ids: SegmentIds,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k w"] | None]:
-    """o_i = sum_j (q_i . k_j) v_j / sum_j (q_i . k_j) over j <= i, or over all j of the segment, for features q, k >= 0.
+    """Returns o_i = sum_j (q_i . k_j) v_j / sum_j (q_i . k_j) for features q, k >= 0.
 
-    Denominators below 1e-6 are replaced by it.
+    The sums run over j <= i if `causal`, or else over all j of the segment. Denominators below 1e-6 are replaced by 1e-6.
 
     Args:
       q, k, v: features of queries and keys, and values.
-      memory: what came before the first token, float32, or None; None if not `causal`. Its last column is the sum of
-        keys that divides.
-      causal: sum over j <= i.
+      memory: initial memory, float32, or None for zeros; None if not `causal`. Its last column is the sum of keys of the
+        denominator.
+      causal: whether sums run over j <= i only.
       segment_ids: see `layers.kernels.segments`.
 
     Returns:
@@ -43,13 +43,13 @@ def feature_attention(
 
 
 def _both_directions(q, k, v, segments):
-    """What comes before, the token itself included, and what comes after, each up to the end of the segment."""
+    """Returns the sum over earlier tokens, the token itself included, and over later ones, within the segment."""
 
     def flip(x):
         return jnp.flip(x, axis=1)
 
     before, _ = gated_linear_attention(q, k, v, scale=1.0, segment_ids=segments)
-    # A bonus of zero leaves out the token itself, which the first pass has counted.
+    # A bonus of zero leaves out the token itself, which the first pass counts.
     nothing = jnp.zeros((q.shape[2], q.shape[3]), jnp.float32)
     flipped = Segments.of(flip(segments.ids), packed=segments.packed)
     after, _ = gated_linear_attention(

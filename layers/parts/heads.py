@@ -1,4 +1,4 @@
-"""Heads of mixers: their sizes, how features are cut into them, the norm and the gate behind them."""
+"""Heads of mixers: their sizes, splitting and joining, and the norm and gate after them."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ GATES = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 
 def head_size(field: str, given: int | None, config: Any, part: float = 1.0) -> int:
-    """Features of a head: as given, or an equal share of `part * config.width` for each of `config.heads`.
+    """Returns the features per head: `given`, or `part * config.width` divided by `config.heads`.
 
     Raises:
-      ValueError: the share is not a whole number, or what is given (or heads) is below 1; names the config's field.
+      ValueError: the quotient is not an integer, or `given` or the number of heads is below 1; names the config's field.
     """
     if config.heads < 1:
         raise ValueError(f"heads={config.heads}; expected at least 1")
@@ -34,7 +34,7 @@ def head_size(field: str, given: int | None, config: Any, part: float = 1.0) -> 
 
 
 def shared_heads(config: Any) -> int:
-    """Key/value heads of a config: `kv_heads`, or as many as `heads`.
+    """Returns the number of key/value heads of a config: `kv_heads`, or `heads` if None.
 
     Raises:
       ValueError: they do not divide the heads.
@@ -47,24 +47,24 @@ def shared_heads(config: Any) -> int:
 
 
 def split_heads(x: Float[Array, "b t d"], heads: int) -> Float[Array, "b t h k"]:
-    """Features cut into heads, head by head."""
+    """Returns the features split into contiguous heads."""
     return x.reshape(*x.shape[:2], heads, x.shape[2] // heads)
 
 
 def join_heads(x: Float[Array, "b t h k"]) -> Float[Array, "b t d"]:
-    """The reverse of `split_heads`."""
+    """Returns the heads joined; the inverse of `split_heads`."""
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
 
 
 class HeadNorm(nnx.Module):
-    """Norm and gate behind the heads: y = scale o / sqrt(mean(o^2) + epsilon) * activation(gate), float32 inside.
+    """Norm and gate after the heads: y = scale o / sqrt(mean(o^2) + epsilon) * activation(gate), float32 inside.
 
-    The mean is over the features of a head and all heads share one scale.
+    The mean is over the features of each head, and all heads share one scale.
 
     Args:
-      size: features of a head.
+      size: features per head.
       gate: activation of the gate, "silu" or "sigmoid"; None for no gate.
-      affine: whether there is a scale.
+      affine: whether the norm has a scale.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class HeadNorm(nnx.Module):
     def __call__(
         self, o: Float[Array, "b t h v"], gate: Float[Array, "b t d"] | None = None
     ) -> Float[Array, "b t d"]:
-        """The heads, normalised, gated and joined."""
+        """Returns the heads, normalized, gated and joined."""
         y = o.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
         if self.scale is not None:

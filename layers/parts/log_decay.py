@@ -1,4 +1,4 @@
-"""The log-decay that the gated delta rules take from Mamba: a softplus of the input times a learnt rate."""
+"""The log-decay that the gated delta rules take from Mamba: a softplus of the input times a learned rate."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ class SoftplusDecay(nnx.Module):
     """log alpha = -exp(log_rate) softplus(f + bias), at most 0, from an input f; float32.
 
     There is one rate per head, which starts uniform in `rates`. softplus(bias) starts log-uniform in [0.001, 0.1]; there
-    is one bias per head, or one per channel of every head.
+    is one bias per head, or one per channel of each head.
     """
 
     def __init__(
@@ -25,6 +25,6 @@ class SoftplusDecay(nnx.Module):
         self.bias = parameter(rngs, step_size_bias(0.001, 0.1, 1e-4), shape, axes=axes, **NO_DECAY)
 
     def __call__(self, f: Float[Array, "b t h *k"]) -> Float[Array, "b t h *k"]:
-        """The log-decay of every head, or of every channel."""
+        """Returns the log-decay per head, or per channel."""
         rate = jnp.exp(self.log_rate[...]).reshape((1, 1, -1) + (1,) * (f.ndim - 3))
         return -rate * jax.nn.softplus(f.astype(jnp.float32) + self.bias[...][None, None])

@@ -1,4 +1,4 @@
-"""Low-rank maps, by which mixers make gates, decays and learning rates from their input."""
+"""Low-rank maps, from which mixers compute gates, decays and learning rates."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,8 @@ _lecun_normal = nnx.initializers.lecun_normal()
 class LowRank(nnx.Module):
     """y = activation(x W_1) W_2 + b with W_1 (d, rank) and W_2 (rank, outputs).
 
-    `axes` are the logical axes of inputs and outputs; the rank has none. The first product is computed in `dtype`; the second, small one and the result are float32, for gates whose
-    logarithm is near zero.
+    `axes` are the logical axes of inputs and outputs; the rank has none. The first product is computed in `dtype`. The
+    second, small product and the result are float32, for gates whose logarithm is near zero.
     """
 
     def __init__(
@@ -43,6 +43,6 @@ class LowRank(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t n"]:
-        """The map applied to every token."""
+        """Returns the map of each token."""
         inner = self.inner(x).astype(jnp.float32)
         return self.outer(inner if self.activation is None else self.activation(inner))

@@ -15,13 +15,13 @@ from layers.typing import Array, Float
 
 
 class MovingAverage(nnx.Module):
-    """Multi-dimensional damped EMA (Ma et al. 2022, arXiv:2209.10655), every channel by itself.
+    """Multi-dimensional damped EMA (Ma et al. 2022, arXiv:2209.10655), per channel.
 
         h_t = (1 - alpha delta) * h_{t-1} + alpha beta x_t            (n averages, 0 < alpha, delta < 1)
         y_t = silu(eta . h_t / sqrt(n) + omega x_t)
 
     With `bidirectional` another such average runs from the end and stops before the current token. Without a state the
-    averages are one convolution, whose kernel is as long as the sequence; with one they are run step by step.
+    averages are one convolution, whose kernel is as long as the sequence; with a state they run token by token.
 
     Part of a mixer rather than a mixer: the mixer that owns it carries its state h.
     """
@@ -45,7 +45,7 @@ class MovingAverage(nnx.Module):
         self.omega = parameter(rngs, normal(1.0), (width,), axes=("embed",), **NO_DECAY)
 
     def init_state(self, batch_size: int) -> Float[Array, "b d n"]:
-        """The zero state."""
+        """Returns the zero state."""
         return jnp.zeros((batch_size, *self.eta.shape[1:]), jnp.float32)
 
     def __call__(
@@ -55,7 +55,7 @@ class MovingAverage(nnx.Module):
         *,
         segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b d n"] | None]:
-        """The averages of x, and the last h; one given here must already be that of the first segment."""
+        """Returns the averages of x and the last h; an h that is passed must belong to the first segment."""
         alpha, delta = jax.nn.sigmoid(self.alpha[...]), jax.nn.sigmoid(self.delta[...])
         lost, written = alpha * delta, alpha * self.beta[...]
         read = self.eta[...] / self.eta.shape[-1] ** 0.5
@@ -75,7 +75,7 @@ class MovingAverage(nnx.Module):
 
 
 def _kernel(lost, written, read, length):
-    """K_l = sum_n read_n (1 - lost_n)^l written_n for every channel."""
+    """Returns K_l = sum_n read_n (1 - lost_n)^l written_n per channel."""
     log_kept = jnp.log1p(-lost)
     # Zero-order hold with a step of 1 multiplies the input by ((1 - lost) - 1) / log(1 - lost).
     steps = jnp.ones(lost.shape[0], jnp.float32)
@@ -84,6 +84,6 @@ def _kernel(lost, written, read, length):
 
 
 def _alternating(key, shape, dtype):
-    """Initialiser of beta: 1, -1, 1, ... over the averages, with a little noise."""
+    """Initializer of beta: 1, -1, 1, ... over the averages, with a little noise."""
     sign = 1 - 2 * (jnp.arange(shape[-1]) % 2)
     return 0.02 * jax.random.normal(key, shape, dtype) + jnp.broadcast_to(sign, shape).astype(dtype)

@@ -1,4 +1,4 @@
-"""`attention` with the slopes or the bias of a relative position; biases are never held whole."""
+"""`attention` with the slopes or the bias of a relative position; biases are never materialized in full."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from layers.positions import Position
 from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Float
 
-# Queries whose bias is computed at once: memory is heads x this x keys instead of heads x queries x keys.
+# Number of queries whose bias is computed at once: memory is heads x this x keys, not heads x queries x keys.
 BLOCK = 128
 
 
@@ -26,10 +26,10 @@ def relative_attention(
     tokens: Tokens | None = None,
     **options: Any,
 ) -> Float[Array, "b t h v"]:
-    """`layers.kernels.attention.attention`, with what `position` adds to the logits.
+    """Returns `layers.kernels.attention.attention` with the bias that `position` adds to the logits.
 
-    T5 and FIRE add numbers for every query and key. They are computed for a block of queries at a time, and again in
-    the backward pass. `tokens`, if given, has the positions and the segments of the keys.
+    T5 and FIRE add a number per query and key. These are computed for a block of queries at a time, and recomputed in the
+    backward pass. `tokens`, if given, has the positions and the segments of the keys.
     """
     b, t = q.shape[:2]
     if not position.has_bias or q.size == 0:

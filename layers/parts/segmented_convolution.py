@@ -1,9 +1,9 @@
 """Long convolutions that stay within segments, and the past inputs that a causal one carries from call to call.
 
-A kernel that does not change with time cannot forget, so every segment is convolved by itself: padding is moved to the
+A kernel that does not change with time cannot forget, so each segment is convolved on its own: padding is moved to the
 ends of the rows, and a loop takes the first segment of all rows, then the second, and so on. A batch without packing
-costs one convolution, a packed one as many as the fullest row has segments. Where `Segments` says that padding is at the
-ends already, nothing is moved, and where it says that no row is packed, there is no loop.
+costs one convolution; a packed batch costs one per segment of the fullest row. If `Segments` states that padding is at
+the ends, nothing is moved; if it states that no row is packed, there is no loop.
 """
 
 import dataclasses
@@ -25,32 +25,32 @@ from layers.typing import Array, Float, Int, Num
 )
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Where the tokens of each row stand once its padding is moved to its end.
+    """The places of each row's tokens once its padding is moved to its end.
 
     Attributes:
-      order: the token at every place, (b, t).
-      place: the place of every token, (b, t).
-      numbers: number of the segment at every place, from 1, (b, t); 0 is padding.
-      in_order: True if padding is at the ends already, so that every token stays in its place; static.
+      order: index of the token at each place, (b, t).
+      place: place of each token, (b, t).
+      numbers: number of the segment at each place, from 1, (b, t); 0 is padding.
+      in_order: whether padding is at the ends already, so that every token stays in its place; static.
     """
 
-    # Any, since transformations put placeholders where arrays were.
+    # Any, since transformations replace arrays by placeholders.
     order: Any
     place: Any
     numbers: Any
     in_order: bool = False
 
     def pack(self, x: Num[Array, "b t *f"]) -> Num[Array, "b t *f"]:
-        """x with the padding of each row at its end."""
+        """Returns x with the padding of each row at its end."""
         return x if self.in_order else take_tokens(x, self.order)
 
     def unpack(self, x: Num[Array, "b t *f"]) -> Num[Array, "b t *f"]:
-        """The reverse of `pack`; what comes back at padding has no meaning."""
+        """Returns the inverse of `pack`; values at padding have no meaning."""
         return x if self.in_order else take_tokens(x, self.place)
 
 
 def pack_rows(segment_ids: Int[Array, "b t"] | Segments) -> Packing:
-    """How to move the padding of each row to its end."""
+    """Returns how to move the padding of each row to its end."""
     segments = Segments.of(segment_ids)
     if segments.padding == "end":
         same = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32)[None], segments.shape)
@@ -61,7 +61,7 @@ def pack_rows(segment_ids: Int[Array, "b t"] | Segments) -> Packing:
 
 
 def take_tokens(x: Num[Array, "b t *f"], index: Int[Array, "b s"]) -> Num[Array, "b s *f"]:
-    """Takes `index` of every row along time."""
+    """Returns the tokens of each row at `index`."""
     return jnp.take_along_axis(x, jnp.expand_dims(index, tuple(range(2, x.ndim))), axis=1)
 
 
@@ -73,14 +73,14 @@ def convolve(
     past: Float[Array, "b s d"] | None = None,
     segment_ids: SegmentIds = None,
 ) -> Float[Array, "b t d"]:
-    """y_t = sum_j kernel_j x_{t-j} + sum_j ahead_j x_{t+1+j}, over the tokens of the segment of t.
+    """Returns y_t = sum_j kernel_j x_{t-j} + sum_j ahead_j x_{t+1+j}, over the segment of t.
 
     Args:
       x: input.
-      kernel: taps on the token itself and what came before; computed in float32 or wider.
-      ahead: taps on what comes after, as many as t or fewer; not with `past`.
-      past: the l - 1 inputs before the first real token, the latest last, zeros where its segment had not begun.
-      segment_ids: see `layers.kernels.segments`; the output on padding is zero.
+      kernel: taps on the token itself and earlier ones; computed in float32 or wider.
+      ahead: taps on later tokens, at most t of them; not with `past`.
+      past: the l - 1 inputs before the first real token, latest last, zeros before its segment begins.
+      segment_ids: see `layers.kernels.segments`; the output at padding is zero.
     """
     if x.shape[1] == 0:
         return x
@@ -98,10 +98,10 @@ def convolve(
 def last_inputs(
     past: Float[Array, "b s d"], x: Float[Array, "b t d"], segment_ids: SegmentIds
 ) -> Float[Array, "b s d"]:
-    """The last s inputs of the current segment, the latest last, with zeros before its beginning.
+    """Returns the last s inputs of the current segment, latest last, with zeros before its start.
 
     Args:
-      past: what this gave for the tokens before x, emptied already if they belong to another segment.
+      past: the result for the tokens before x, cleared already if they belong to another segment.
       x: new inputs.
     """
     size, time = past.shape[1], x.shape[1]
@@ -120,7 +120,7 @@ def last_inputs(
 def _convolve(x, kernel, ahead, past):
     if ahead is None:
         return long_conv(x, kernel, initial_state=past)[0]
-    # Taps at the end of a circle twice as long look ahead, into zeros at the end of the row.
+    # The row is padded with zeros to a circle twice as long; the taps at the end of the circle look ahead.
     time = x.shape[1]
     both = [_fit(kernel, time), _fit(ahead, time)[:, ::-1]]
     circle = jnp.pad(x, ((0, 0), (0, time), (0, 0)))
@@ -139,7 +139,7 @@ def _one_segment(x, kernel, ahead, past, numbers, number):
 
 @jax.custom_vjp
 def _by_segment(x, kernel, ahead, past, numbers):
-    """The sum over segments, a loop as long as the data need; its transpose is a loop of the same length."""
+    """Returns the sum over segments by a loop of data-dependent length; its transpose is a loop of the same length."""
 
     def add(number, y):
         return y + _one_segment(x, kernel, ahead, past, numbers, number)

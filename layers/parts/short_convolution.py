@@ -12,7 +12,7 @@ from layers.typing import Array, Float
 
 
 class ShortConvolution(nnx.Module):
-    """y_t = activation(bias + sum_j weight_j x_{t-(w-1)+j}), for every channel by itself; see `short_conv`.
+    """y_t = activation(bias + sum_j weight_j x_{t-(w-1)+j}), per channel; see `short_conv`.
 
     Part of a mixer rather than a mixer: its state holds the last w - 1 inputs, and the mixer that owns it carries them.
     Weights (w, d) start uniform in +-1/sqrt(w), as in Mamba's code, unless `init` draws them.
@@ -41,7 +41,7 @@ class ShortConvolution(nnx.Module):
         self.bias = parameter(rngs, zeros, (width,), axes=(axis,), **NO_DECAY) if bias else None
 
     def init_state(self, batch_size: int) -> Float[Array, "b memory d"]:
-        """The state before the first token: zeros."""
+        """Returns the zero state."""
         taps, width = self.weight.shape
         return jnp.zeros((batch_size, taps - 1, width), jnp.float32)
 
@@ -52,7 +52,7 @@ class ShortConvolution(nnx.Module):
         *,
         segment_ids: SegmentIds = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b memory d"]]:
-        """The filtered input, and the last inputs; a state given here must already be that of the first segment."""
+        """Returns the filtered input and the last inputs; a state that is passed must belong to the first segment."""
         return short_conv(
             x.astype(self.dtype),
             self.weight[...],

@@ -1,4 +1,4 @@
-"""What linear state space models share: initial values, parameters, and running diagonal modes step by step."""
+"""Parts shared by linear state space models: initial values, parameters, and the recurrence of diagonal modes."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ CHUNK = 64
 
 
 def log_uniform(low: float, high: float) -> Initializer:
-    """Initialiser: the logarithm of a log-uniform number between low and high."""
+    """Initializer: logarithms of log-uniform numbers between low and high."""
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, np.log(low), np.log(high))
 
 
@@ -38,7 +38,7 @@ def check_systems(config: Any) -> None:
 
 
 def complex_parameter(value: np.ndarray, *, group: str, axes: Axes) -> nnx.Param:
-    """A complex array as a float32 parameter with a leading axis for its real and imaginary part."""
+    """Returns a complex array as a float32 parameter with a leading axis for real and imaginary part."""
     pair = jnp.asarray(np.stack([np.real(value), np.imag(value)]), jnp.float32)
     return declared(pair, group=group, axes=(None, *axes))
 
@@ -46,20 +46,20 @@ def complex_parameter(value: np.ndarray, *, group: str, axes: Axes) -> nnx.Param
 def complex_normal(
     rngs: nnx.Rngs, shape: tuple[int, ...], *, variance: float = 1.0, group: str, axes: Axes
 ) -> nnx.Param:
-    """Complex normal numbers as `complex_parameter` stores them; `variance` is that of both parts together."""
+    """Returns complex normal numbers as `complex_parameter` stores them; `variance` is that of both parts together."""
     normal = nnx.initializers.normal(np.sqrt(variance / 2))
     return parameter(rngs, normal, (2, *shape), group=group, axes=(None, *axes))
 
 
 def as_complex(pair: nnx.Param) -> Complex[Array, "..."]:
-    """The complex array of a `complex_parameter`."""
+    """Returns the complex array of a `complex_parameter`."""
     return jax.lax.complex(pair[0], pair[1])
 
 
 class Modes(nnx.Module):
-    """Eigenvalues A and inputs B of systems in conjugate pairs, shared in turn by the channels: (m, n) each.
+    """Eigenvalues A and inputs B of systems in conjugate pairs, assigned to the channels cyclically: (m, n) each.
 
-    Real parts are kept as logarithms of -Re A, so that they stay negative.
+    Real parts are stored as log(-Re A), so that they stay negative.
     """
 
     def __init__(self, a: np.ndarray, b: np.ndarray, systems: int):
@@ -70,13 +70,13 @@ class Modes(nnx.Module):
         self.b = complex_parameter(b, group="ssm/b", axes=axes)
 
     def __call__(self, width: int) -> tuple[Complex[Array, "#d n"], Complex[Array, "#d n"]]:
-        """A and B of every channel."""
+        """Returns A and B per channel."""
         a = jax.lax.complex(-jnp.exp(self.log_rate[...]), self.frequency[...])
         return to_channels(a, width), to_channels(as_complex(self.b), width)
 
 
 def to_channels(v: Complex[Array, "m n"], width: int) -> Complex[Array, "#d n"]:
-    """What every channel has: set i modulo m for channel i; a single set is left as it is."""
+    """Returns set i modulo m for each channel i; a single set is returned unchanged."""
     return v if v.shape[0] == 1 else jnp.tile(v, (width // v.shape[0], 1))
 
 
@@ -89,18 +89,18 @@ def run_modes(
     *,
     segment_ids: SegmentIds = None,
 ) -> tuple[Float[Array, "b t d"], Complex[Array, "b d n"]]:
-    """y_t = Re sum_n c_n h_tn with h_t = a h_{t-1} + b x_t for every channel: the recurrence of a diagonal system.
+    """Returns y_t = Re sum_n c_n h_tn with h_t = a h_{t-1} + b x_t per channel, and the last state.
 
     Args:
-      a: discretised eigenvalues.
-      b: discretised inputs.
+      a: discretized eigenvalues.
+      b: discretized inputs.
       c: outputs; twice as large where a mode stands for a conjugate pair.
       x: input.
       h: the state of the segment of the first real token.
       segment_ids: see `layers.kernels.segments`.
 
     Returns:
-      y float32, and the last state.
+      y in float32, and the last state.
     """
     rows, time, width = x.shape
     shape, size = (width, c.shape[-1]), width * c.shape[-1]

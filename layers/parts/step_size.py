@@ -1,4 +1,4 @@
-"""Step sizes of discretised state spaces: how the bias inside their softplus starts."""
+"""Step sizes of discretized state spaces: initial values of the bias inside their softplus."""
 
 import math
 
@@ -10,12 +10,12 @@ from layers.typing import Array, Float
 
 
 def inverse_softplus(y: Float[Array, "*a"]) -> Float[Array, "*a"]:
-    """x with softplus(x) = y: log(exp(y) - 1), without the difference of nearly equal numbers."""
+    """Returns x with softplus(x) = y: log(exp(y) - 1), without a difference of nearly equal numbers."""
     return y + jnp.log(-jnp.expm1(-y))
 
 
 def step_size_bias(low: float, high: float, floor: float = 0.0) -> Initializer:
-    """Initialiser of b with softplus(b) log-uniform in [low, high] and at least `floor`."""
+    """Initializer of b with softplus(b) log-uniform in [low, high] and at least `floor`."""
 
     def init(key, shape, dtype):
         logarithm = jax.random.uniform(key, shape, dtype, math.log(low), math.log(high))

@@ -1,4 +1,4 @@
-"""Windowed attention with sinks whose distance stops growing, as if positions were the slots of a cache."""
+"""Windowed attention with sinks whose distance is bounded, as if positions were the slots of a cache."""
 
 import dataclasses
 from typing import Any
@@ -26,11 +26,11 @@ def streaming_attention(
 ) -> Float[Array, "b t h v"]:
     """StreamingLLM (Xiao et al. 2023, arXiv:2309.17453): causal attention over a window and the first tokens.
 
-    The distance to sinks outside the window is that from the last slot of a cache of sink_tokens + window tokens,
-    min(i, sink_tokens + window - 1) - j, so that no distance exceeds those of a short sequence. Queries and keys come
-    turned by their true positions; for the sinks, the queries are turned back.
+    The distance to sinks outside the window is measured from the last slot of a cache of sink_tokens + window tokens,
+    min(i, sink_tokens + window - 1) - j, so that no distance exceeds those of a short sequence. Queries and keys are
+    passed rotated by their true positions; for the sinks, the queries are rotated back.
 
-    Other arguments are those of `layers.kernels.attention.attention`, which gives each of the two parts. `tokens`, if
+    Other arguments are those of `layers.kernels.attention.attention`, which computes each of the two parts. `tokens`, if
     given, has the positions and the segments of the keys.
     """
     window, sink_tokens = mask.window, mask.sink_tokens
@@ -53,7 +53,7 @@ def streaming_attention(
         segment_ids=segment_ids,
         tokens=Tokens(
             kv_segment_ids=jnp.where(kv_positions < sink_tokens, tokens.kv_segment_ids, 0),
-            # Shifted, causality leaves what has dropped out of the window.
+            # Shifted positions make the causal mask keep exactly what has left the window.
             q_positions=q_positions - window,
             kv_positions=kv_positions,
         ),

@@ -1,4 +1,4 @@
-"""The token shift of RWKV: the predecessor of every token in its segment."""
+"""The token shift of RWKV: the predecessor of each token in its segment."""
 
 import jax.numpy as jnp
 
@@ -13,12 +13,12 @@ def token_shift(
     *,
     segment_ids: SegmentIds = None,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b 1 d"]]:
-    """x_{t-1} for every t, zero at the start of a segment; and the last input, for the next call.
+    """Returns x_{t-1} for each t, zero at the start of a segment, and the last input for the next call.
 
     Args:
       x: input.
       last: the token before the first real one, zero if that begins a segment.
-      segment_ids: see `layers.kernels.segments`; padding is skipped, and gives zero.
+      segment_ids: see `layers.kernels.segments`; padding is skipped, and its output is zero.
     """
     taps = jnp.stack([jnp.ones(x.shape[-1], x.dtype), jnp.zeros(x.shape[-1], x.dtype)])
     return short_conv(x, taps, initial_state=last, segment_ids=segment_ids)

@@ -8,14 +8,14 @@ from layers.typing import Array, Float, Int
 
 
 def sinusoidal(positions: Int[Array, "b t"], width: int, base: float = 10_000.0) -> Float[Array, "b t d"]:
-    """Sines and cosines, in turn (Vaswani et al. 2017, arXiv:1706.03762).
+    """Returns alternating sines and cosines (Vaswani et al. 2017, arXiv:1706.03762).
 
         y_{2i} = sin(position base^(-2i/d)),  y_{2i+1} = cos(position base^(-2i/d))
 
     Args:
-      positions: of the tokens, from 0.
-      width: d; an odd width ends with a sine.
-      base: the slowest pair repeats after about 2 pi base tokens.
+      positions: positions of the tokens, from 0.
+      width: d, number of features; an odd width ends with a sine.
+      base: base of the frequencies; the slowest pair repeats after about 2 pi base tokens.
     """
     frequencies = base ** (-np.arange(0, width, 2) / width)
     cos, sin = cos_sin(positions, frequencies)

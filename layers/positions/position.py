@@ -1,4 +1,4 @@
-"""How attention knows positions: an option of its mixers, chosen by name."""
+"""Positions in attention: an option of its mixers, chosen by name."""
 
 import dataclasses
 import math
@@ -18,23 +18,23 @@ from layers.typing import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class NoPosition:
-    """No signal of position, beside causality (NoPE, Kazemnejad et al. 2023, arXiv:2305.19466)."""
+    """No encoding of position besides causality (NoPE, Kazemnejad et al. 2023, arXiv:2305.19466)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Alibi:
-    """Logits fall linearly with distance, by a slope for every head; see `alibi_slopes`."""
+    """Logits decrease linearly with distance, with one slope per head; see `alibi_slopes`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class T5Bias:
-    """A learned number for every head and bucket of relative positions is added; see `relative_buckets`.
+    """Adds a learned number per head and bucket of relative positions; see `relative_buckets`.
 
-    Every layer learns its own; in T5 all layers share one table.
+    Each layer learns its own table; in T5 all layers share one.
 
     Attributes:
-      buckets: in all.
-      max_distance: from which on all share a bucket.
+      buckets: total number of buckets.
+      max_distance: distance from which on all positions share a bucket.
     """
 
     buckets: int = 32
@@ -51,13 +51,14 @@ class T5Bias:
 
 @dataclasses.dataclass(frozen=True)
 class Fire:
-    """A small network of the relative position, divided by the query's, is added; see `fire_interpolation`.
+    """Adds a small network of the relative position, divided by the query's; see `fire_interpolation`.
 
-    Every layer has its own.
+    Each layer has its own network.
 
     Attributes:
-      width: hidden units.
-      length: positions below it are divided by this, times a learned number, instead of by the query's.
+      width: number of hidden units.
+      length: threshold: queries at positions below it, times a learned number, are normalized by it instead of by their
+        position.
       curvature: initial value of the learned factor inside the logarithm.
     """
 
@@ -76,7 +77,7 @@ PositionConfig = NoPosition | Rotary | Alibi | T5Bias | Fire
 
 
 def read_position(position: Any) -> PositionConfig:
-    """The options that a name, or a mapping with a key "name", stands for.
+    """Returns the options that a name, or a mapping with a key "name", stands for.
 
     Raises:
       ValueError: unknown name or option (with a suggestion), or impossible values.
@@ -105,23 +106,23 @@ class Position(nnx.Module):
             self.multiplier = parameter(rngs, nnx.initializers.ones_init(), (), **NO_DECAY)
 
     def rotate(self, x: Float[Array, "b t h k"], positions: Int[Array, "#b t"]) -> Float[Array, "b t h k"]:
-        """Queries or keys, turned if positions are rotary."""
+        """Returns queries or keys, rotated if positions are rotary."""
         return rotary(x, positions, self.config) if isinstance(self.config, Rotary) else x
 
     @property
     def slopes(self) -> Float[Array, "h"] | None:
-        """ALiBi's slopes."""
+        """Returns ALiBi's slopes, or None."""
         return jnp.asarray(alibi_slopes(self.heads)) if isinstance(self.config, Alibi) else None
 
     @property
     def has_bias(self) -> bool:
-        """Whether `bias` gives one."""
+        """Whether `bias` returns one."""
         return isinstance(self.config, T5Bias | Fire)
 
     def bias(
         self, q_positions: Int[Array, "b t"], kv_positions: Int[Array, "b s"]
     ) -> Float[Array, "b h t s"]:
-        """What T5 and FIRE add to the logits, float32; memory b h t s."""
+        """Returns the bias that T5 and FIRE add to the logits, float32; uses memory b h t s."""
         config = self.config
         if isinstance(config, T5Bias):
             relative = kv_positions[:, None, :] - q_positions[:, :, None]

@@ -1,4 +1,4 @@
-"""Rotary positions, and their rescalings to sequences longer than those trained on."""
+"""Rotary positions, and their scalings to sequences longer than those of training."""
 
 import dataclasses
 import math
@@ -18,17 +18,17 @@ class Rotary:
     """Options of `rotary`.
 
     Attributes:
-      base: the slowest pair turns once in about 2 pi base tokens.
-      fraction: of the features of a head that are turned, from the first on; the others carry no position.
-      scaling: how frequencies change for sequences `factor` times as long as those trained on: "linear" divides all
+      base: base of the frequencies; the slowest pair turns once in about 2 pi base tokens.
+      fraction: fraction of the features per head that are rotated, from the first on; the others carry no position.
+      scaling: change of the frequencies for sequences `factor` times as long as those of training: "linear" divides all
         (Chen et al. 2023, arXiv:2306.15595), "ntk" raises the base to base * factor^(k/(k-2)), "yarn" divides only
         those that turn a few times within `length` (Peng et al. 2023, arXiv:2309.00071).
-      factor: see `scaling`; at least 1.
-      length: yarn: the length trained on.
-      fast, slow: yarn: pairs that turn more than `fast` times within `length` keep their frequency, those that turn
-        fewer than `slow` times have it divided, and those between are mixed linearly in their number.
-      amplitude: factor on turned queries and keys, hence squared on logits; if None 0.1 log(factor) + 1 for yarn and 1
-        otherwise.
+      factor: ratio of the lengths, see `scaling`; at least 1.
+      length: length of training sequences, for "yarn".
+      fast, slow: turns within `length`, for "yarn". Pairs that turn more than `fast` times keep their frequency, those
+        that turn fewer than `slow` times have it divided, and those between are interpolated linearly in their index.
+      amplitude: factor on rotated queries and keys, hence squared on logits. If None, 0.1 log(factor) + 1 for "yarn" and
+        1 otherwise.
     """
 
     base: float = 10_000.0
@@ -59,7 +59,7 @@ class Rotary:
             raise ValueError(f"fast={self.fast} and slow={self.slow}; expected fast > slow")
 
     def size(self, features: int) -> int:
-        """How many of the features of a head are turned.
+        """Returns the number of features per head that are rotated.
 
         Raises:
           ValueError: not an even, positive number.
@@ -73,14 +73,14 @@ class Rotary:
 
     @property
     def gain(self) -> float:
-        """The amplitude, or its default."""
+        """Returns the amplitude, or its default."""
         if self.amplitude is not None:
             return self.amplitude
         return 0.1 * math.log(self.factor) + 1 if self.scaling == "yarn" else 1.0
 
 
 def rotary_frequencies(size: int, rope: Rotary) -> np.ndarray:
-    """Angle that each of the size/2 pairs turns per token, float64."""
+    """Returns the angle per token of each of the size/2 pairs, float64."""
     exponent = np.arange(0, size, 2) / size
     base = rope.base
     if rope.scaling == "ntk":
@@ -98,7 +98,7 @@ def rotary_frequencies(size: int, rope: Rotary) -> np.ndarray:
 
     low = max(math.floor(pair_that_turns(rope.fast)), 0)
     high = min(math.ceil(pair_that_turns(rope.slow)), size - 1)
-    # One pair at least lies between, as in the authors' code.
+    # At least one pair lies between, as in the authors' code.
     divided = np.clip((np.arange(size // 2) - low) / max(high - low, 1e-3), 0, 1)
     return frequency * (1 - divided) + frequency / rope.factor * divided
 
@@ -106,15 +106,17 @@ def rotary_frequencies(size: int, rope: Rotary) -> np.ndarray:
 def rotary(
     x: Float[Array, "b t h k"], positions: Int[Array, "#b t"], rope: Rotary | float = 10_000.0
 ) -> Float[Array, "b t h k"]:
-    """RoPE (Su et al. 2021, arXiv:2104.09864): turns the pair (x_i, x_{i + k/2}) by the angle position * base^(-2i/k).
+    """Returns x with each pair (x_i, x_{i + k/2}) rotated by position * base^(-2i/k).
+
+    This is RoPE (Su et al. 2021, arXiv:2104.09864).
 
     Args:
-      x: queries or keys; the number of turned features is even.
-      positions: of the tokens, from 0; an axis of size 1 stands for all rows.
+      x: queries or keys; the number of rotated features is even.
+      positions: positions of the tokens, from 0; an axis of size 1 stands for all rows.
       rope: options; a number is the base of plain RoPE.
 
     Raises:
-      ValueError: an odd number of features would be turned.
+      ValueError: the number of rotated features is odd.
     """
     rope = rope if isinstance(rope, Rotary) else Rotary(base=rope)
     size = rope.size(x.shape[-1])

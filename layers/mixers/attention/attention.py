@@ -1,4 +1,4 @@
-"""Attention: softmax attention, grouped heads, positions, windows, sinks, a cache (Vaswani et al. 2017, arXiv:1706.03762)."""
+"""Attention: softmax attention with grouped heads, windows, sinks and a cache (Vaswani et al. 2017, arXiv:1706.03762)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,24 +25,25 @@ class AttentionConfig:
     """Options of `Attention`.
 
     Attributes:
-      width: d, features in and out.
-      heads: h, query heads.
-      kv_heads: g, key/value heads; divides h; h if None. 1 is multi-query attention.
-      head_dim: features of a head; width / h if None.
-      causal: a token sees only itself and what came before.
-      window: causal: the last `window` tokens, its own included; otherwise tokens at a distance up to `window`.
-      sink_tokens: the first so many tokens of a segment stay visible beyond the window (StreamingLLM, Xiao et al. 2023,
-        arXiv:2309.17453).
-      sink_distance: how far from a query sinks beyond the window count: "true", or "cache": no farther than in a
-        sequence of sink_tokens + window tokens, as in StreamingLLM; the latter for causal rotary attention.
-      sink_logits: every head learns the logit of one more key, without a value, that all queries see (gpt-oss).
+      width: d, number of input and output features.
+      heads: h, number of query heads.
+      kv_heads: g, number of key/value heads; divides h. If None, equals h. 1 is multi-query attention.
+      head_dim: features per head; width / h if None.
+      causal: whether a token sees only itself and earlier tokens.
+      window: tokens that a query sees: if causal, the last `window` ones, its own included; otherwise those at a distance
+        up to `window`.
+      sink_tokens: number of tokens at the start of a segment that stay visible beyond the window (StreamingLLM, Xiao et
+        al. 2023, arXiv:2309.17453).
+      sink_distance: distance between a query and sinks beyond the window: "true", or "cache", at most that in a sequence
+        of sink_tokens + window tokens, as in StreamingLLM. "cache" needs causal rotary attention.
+      sink_logits: whether each head learns the logit of one more key, without a value, that all queries see (gpt-oss).
       position: "rope", "none", "alibi", "t5" or "fire", or a mapping with that "name" and the options of `Rotary`,
         `T5Bias` or `Fire` in `layers.positions`.
-      scale: of the logits; 1 / sqrt(head_dim) if None. T5 has 1.
-      logit_cap: bounds the scaled logits to +-logit_cap by tanh (Gemma 2).
-      qk_norm: RMSNorm over the features of every query and key head, before the rotation.
-      bias: add biases in the projections.
-      dtype: type of activations and of the cache.
+      scale: factor on the logits; 1 / sqrt(head_dim) if None. T5 uses 1.
+      logit_cap: bound of the scaled logits, applied by tanh (Gemma 2); None for none.
+      qk_norm: whether RMSNorm normalizes the features of each query and key head before the rotation.
+      bias: whether the projections have biases.
+      dtype: dtype of the activations and of the cache.
     """
 
     width: int
@@ -93,12 +94,12 @@ class AttentionConfig:
 
     @property
     def size(self) -> int:
-        """Features of a head."""
+        """Features per head."""
         return self.head_dim or self.width // self.heads
 
     @property
     def groups(self) -> int:
-        """Key/value heads."""
+        """Number of key/value heads."""
         return shared_heads(self)
 
 
@@ -108,8 +109,8 @@ class Attention(Mixer):
         q, k, v = W_q x, W_k x, W_v x;  y = W_o softmax(q k^T / sqrt(head_dim)) v
 
     Query head i reads key/value head i // (h / g) (Ainslie et al. 2023, arXiv:2305.13245). Positions restart in every
-    segment. The cache holds rotated keys, and values. It has `max_length` slots, and outputs of tokens beyond are NaN; with
-    a window it has that many slots, and those of the sinks, whatever the length.
+    segment. The cache holds rotated keys, and values. It has `max_length` slots, and outputs of later tokens are NaN.
+    With a window it has one slot per token of the window and per sink, for any length.
     """
 
     keeps_segments = True
@@ -178,19 +179,19 @@ class Attention(Mixer):
     def project(
         self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], segments: Segments | None
     ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
-        """Queries, keys and values of every token, normalised and rotated as the options say."""
+        """Returns queries, keys and values of each token, normalized and rotated as configured."""
         q, k, v = self.heads(x)
         return self.position.rotate(q, positions), self.position.rotate(k, positions), v
 
     def heads(
         self, x: Float[Array, "b t d"]
     ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
-        """Queries, keys and values before the rotation."""
+        """Returns queries, keys and values before the rotation."""
         config = self.config
         q = split_heads(self.query(x), config.heads)
         k, v = (split_heads(f(x), config.groups) for f in (self.key, self.value))
         return (self.query_norm(q), self.key_norm(k), v) if config.qk_norm else (q, k, v)
 
     def finish(self, o: Float[Array, "b t h k"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """From the heads' outputs, and the mixer's input, to its output."""
+        """Returns the mixer's output, given the heads' outputs and the mixer's input."""
         return self.output(join_heads(o))

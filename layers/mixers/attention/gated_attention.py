@@ -19,11 +19,11 @@ class GatedAttentionConfig(AttentionConfig):
     """Options of `GatedAttention`: those of `AttentionConfig`, and two more.
 
     Attributes:
-      qk_norm: RMSNorm over the features of every query and key head, before the rotation; on here.
-      gate: what is gated: the "attention" output before the output projection (the paper's G1, its best), the "value"
+      qk_norm: whether RMSNorm normalizes the features of each query and key head before the rotation; True by default here.
+      gate: the gated quantity: the "attention" output before the output projection (the paper's G1, its best), the "value"
         (G2), "key" (G3) or "query" (G4) after projection and norm and before the rotation, or the "output" after the
         output projection (G5).
-      gate_size: "elementwise": a gate for every feature; "headwise": one for every head. "output" has only the first.
+      gate_size: "elementwise" for one gate per feature or "headwise" for one gate per head. "output" allows only the former.
     """
 
     qk_norm: bool = True
@@ -45,7 +45,7 @@ class GatedAttention(Attention):
 
         y = W_o (o * sigmoid(W_g x)),  o the heads' outputs of `Attention`
 
-    or, by the option `gate`, the same gate on queries, keys, values or y. Gates start near 1/2.
+    or, with the option `gate`, the same gate on queries, keys, values or y. Gates start near 1/2.
     """
 
     def __init__(self, config: GatedAttentionConfig, *, rngs: nnx.Rngs):
@@ -59,14 +59,14 @@ class GatedAttention(Attention):
     def heads(
         self, x: Float[Array, "b t d"]
     ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
-        """Queries, keys and values before the rotation, one of them gated if the option says so."""
+        """Returns queries, keys and values before the rotation, one of them gated if so configured."""
         return tuple(
             self._gated(y, x) if self.config.gate == name else y
             for name, y in zip(("query", "key", "value"), super().heads(x), strict=True)
         )
 
     def finish(self, o: Float[Array, "b t h k"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """From the heads' outputs to the mixer's, either of them gated if the option says so."""
+        """Returns the mixer's output; it or the heads' outputs are gated if so configured."""
         y = super().finish(self._gated(o, x) if self.config.gate == "attention" else o, x)
         return y * jax.nn.sigmoid(self.gate(x)) if self.config.gate == "output" else y
 

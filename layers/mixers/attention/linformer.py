@@ -16,7 +16,7 @@ from layers.parts.heads import join_heads, split_heads
 from layers.segments import Segments
 from layers.typing import Array, Float
 
-# Xavier with gain 1 / sqrt(2), as the authors' code draws all matrices of the layer.
+# Xavier with gain 1 / sqrt(2), as in the authors' code for all matrices of the layer.
 _projection = nnx.initializers.variance_scaling(
     0.5, "fan_avg", "uniform", in_axis=-1, out_axis=-2, batch_axis=(0,)
 )
@@ -27,14 +27,15 @@ class LinformerConfig:
     """Options of `Linformer`.
 
     Attributes:
-      width: d, features in and out.
-      max_length: T, the longest sequence. A longer one is refused, or gives NaN if only its segment_ids tell.
-      projected: n, the number of mixtures of keys and of values.
-      heads: h.
-      sharing: which projections along time are one: "none", "heads" (E for all heads, F for all heads), or
+      width: d, number of input and output features.
+      max_length: T, length of the longest sequence. A longer input raises an error, or gives NaN where only its
+        segment_ids tell the length.
+      projected: n, number of mixtures of keys and of values.
+      heads: h, number of heads.
+      sharing: projections along time that are shared: "none", "heads" (E for all heads, F for all heads), or
         "key_value" (one E for all heads, keys and values).
-      bias: add biases in the projections of features.
-      dtype: type of activations.
+      bias: whether the projections of features have biases.
+      dtype: dtype of the activations.
     """
 
     width: int
@@ -60,7 +61,7 @@ class Linformer(Mixer):
 
         q, k, v = W_q x, W_k x, W_v x;  y = W_o softmax(q (E k)^T / sqrt(head_dim)) (F v)
 
-    with E and F (n x T) for every head. A sequence of t < T tokens uses the first t columns. Linear in t, not causal.
+    with E and F (n x T) per head. A sequence of t < T tokens uses the first t columns. Linear in t, not causal.
     """
 
     causal = False
@@ -95,7 +96,7 @@ class Linformer(Mixer):
 
 
 def _attend(config, projections, qkv, lengths):
-    """Attention within sequences that are zero from their lengths on."""
+    """Returns attention within sequences that are zero from their lengths on."""
     t = qkv.shape[1]
     q, k, v = (split_heads(part, config.heads) for part in jnp.split(qkv, 3, axis=-1))
     missing = max(0, t - config.max_length)
@@ -108,7 +109,7 @@ def _attend(config, projections, qkv, lengths):
 
 
 def _mixtures(projection, x):
-    """(h or 1, n, t) times (b, t, h, k), summed in float32."""
+    """Returns (h or 1, n, t) times (b, t, h, k), summed in float32."""
     if projection.shape[0] == 1:
         y = jnp.einsum("nt,bthk->bnhk", projection[0], x, preferred_element_type=jnp.float32)
     else:

@@ -27,17 +27,18 @@ class MegaConfig:
     """Options of `Mega`.
 
     Attributes:
-      width: d, features in and out.
-      key_dim: s, features of queries and keys.
-      value_dim: e, features of values; twice the width if None.
-      averages: n, moving averages per channel.
-      attention: "softmax", or "laplace" (weights are not normalised, logits are divided by the number of keys).
-      chunk: a token attends only to its chunk of so many tokens, counted from the start of its segment; to all if None.
-      bidirectional: averages and attention in both directions; not causal.
-      position_bias: added to logits by distance: "rotary", the product of two learnt vectors that turn by position, or
-        "simple", a learnt number for every distance.
-      max_length: with position_bias="simple" and no chunk, the longest sequence; outputs that need more are NaN.
-      dtype: type of activations and of cached keys and values; averages are float32.
+      width: d, number of input and output features.
+      key_dim: s, number of features of queries and keys.
+      value_dim: e, number of features of values; twice the width if None.
+      averages: n, number of moving averages per channel.
+      attention: "softmax", or "laplace" (weights are not normalized; logits are divided by the number of keys).
+      chunk: chunk length in tokens, counted from the start of the segment. A token attends only to its chunk, or to all
+        tokens if None.
+      bidirectional: whether averages and attention run in both directions; not causal.
+      position_bias: bias of the logits by distance: "rotary", the product of two learned vectors rotated by position, or
+        "simple", one learned number per distance.
+      max_length: length of the longest sequence with position_bias="simple" and no chunk; outputs that need more are NaN.
+      dtype: dtype of the activations and of cached keys and values; averages are float32.
     """
 
     width: int
@@ -70,7 +71,7 @@ class MegaConfig:
 
     @property
     def values(self) -> int:
-        """Features of values."""
+        """Number of features of values."""
         return self.value_dim or 2 * self.width
 
     @property
@@ -95,13 +96,13 @@ class Mega(Mixer):
         o = f(q k^T * scale + bias) v
         y = sigmoid(u) * (silu(c + W_o (r * o)) - x)
 
-    f is softmax with scale s^(-1/2), or with "laplace" (1 + erf((a - sqrt(1/2)) / sqrt(1/(2 pi)))) / 2 of every logit a
-    for itself, with one over the number of keys that the query sees as scale.
+    f is softmax with scale s^(-1/2), or with "laplace" (1 + erf((a - sqrt(1/2)) / sqrt(1/(2 pi)))) / 2 of each logit a,
+    with scale one over the number of keys that the query sees.
 
-    The paper adds y to the residual, and subtracts the residual in y. That is what a block with norm behind the sum
-    does; with the norm in front of the mixer the normalised input is subtracted in its place.
+    The paper adds y to the residual, and subtracts the residual in y. A block that normalizes the sum does exactly that;
+    with the norm before the mixer, the normalized input is subtracted instead.
 
-    Without a chunk the cache has `max_length` slots, and outputs of tokens beyond are NaN.
+    Without a chunk the cache has `max_length` slots, and outputs of later tokens are NaN.
     """
 
     keeps_segments = True
@@ -160,7 +161,7 @@ class Mega(Mixer):
         return y, None if carried is None else MegaCarry(h, cache)
 
     def _whole(self, q, k, v, segments):
-        """Attention over all of the sequence: in blocks of a chunk, so that the work grows with length times chunk."""
+        """Attends over the whole sequence, in blocks of one chunk: the cost grows with length times chunk."""
         time = q.shape[1]
         if segments is None:
             packing, numbers = None, jnp.ones((1, time), jnp.int32)
@@ -173,14 +174,14 @@ class Mega(Mixer):
         q, k, v, *at = map(blocks, (q, k, v, numbers, positions))
         there = at
         if packing is not None and q.shape[1] > 1:
-            # Chunks begin with segments, so that they straddle blocks.
+            # Chunks are aligned with segments and therefore straddle blocks.
             k, v, *there = (with_neighbours(tokens, ahead=not self.causal) for tokens in (k, v, *at))
         o = self._attend(q, k, v, at, there)
         o = o.reshape(o.shape[0], o.shape[1] * o.shape[2], o.shape[3])[:, :time]
         return o if packing is None else packing.unpack(o)
 
     def _continued(self, q, k, v, cache, visit):
-        """Attention over the cache and the new tokens, `chunk` of them at a time, and the cache with them in it."""
+        """Attends over the cache and the new tokens, `chunk` at a time; returns outputs and the extended cache."""
         time, chunk = q.shape[1], self.config.chunk
 
         def run(cache, tokens):
@@ -201,11 +202,11 @@ class Mega(Mixer):
         return o.reshape(o.shape[0], o.shape[1] * chunk, o.shape[3])[:, :time], cache
 
     def _attend(self, q, k, v, at, there):
-        """f(q k^T scale + bias) v in every block, (b, m, t, e).
+        """Returns f(q k^T scale + bias) v in each block, (b, m, t, e).
 
         Args:
           q, k, v: (b, m, t, s), (b, m, keys, s), (b, m, keys, e).
-          at, there: number of the segment, 0 for none, and position in it, of queries and of keys: (b or 1, m, ...).
+          at, there: segment number (0 for none) and position in the segment, of queries and of keys: (b or 1, m, ...).
         """
         config = self.config
         (number, position), (key_number, key_position) = at, there
@@ -226,7 +227,7 @@ class Mega(Mixer):
         return jnp.einsum("bmtk,bmke->bmte", weights.astype(v.dtype), v)
 
     def _bias(self, position, key_position):
-        """What is added to the logits, (b or 1, m, t, keys)."""
+        """Returns the bias of the logits, (b or 1, m, t, keys)."""
         if self.config.position_bias == "simple":
             distance = position[..., None] - key_position[..., None, :]
             index = distance if self.causal else distance + self.config.reach - 1

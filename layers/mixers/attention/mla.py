@@ -24,19 +24,20 @@ class MLAConfig:
     """Options of `MLA`; the defaults of sizes are those of DeepSeek-V2 and V3.
 
     Attributes:
-      width: d, features in and out.
-      heads: h.
-      latent: r, features of the vector that keys and values are made from.
-      query_latent: features of the vector that queries are made from; None makes them from x directly.
-      head_dim: features of queries and keys that carry no position.
-      rope_dim: further features, turned by their position; on the keys' side one for all heads.
-      value_dim: features of values.
-      position: "rope" or a mapping with that "name" and the options of `layers.positions.Rotary`, whose amplitude acts
-        on all features here; "none" keeps the `rope_dim` features and turns nothing (Kimi Linear).
+      width: d, number of input and output features.
+      heads: h, number of heads.
+      latent: r, number of features of the vector that keys and values are computed from.
+      query_latent: number of features of the vector that queries are computed from; if None, they are computed from x.
+      head_dim: features per query and key head that carry no position.
+      rope_dim: further features per head, rotated by position; all heads share those of the keys.
+      value_dim: features per value head.
+      position: "rope" or a mapping with that "name" and the options of `layers.positions.Rotary`, whose amplitude acts on
+        all features here; "none" keeps the `rope_dim` features without rotation (Kimi Linear).
       absorbed: whether attention runs over latent vectors, with the maps to keys and values moved to queries and
-        outputs, or over keys and values; None takes with a state what needs fewer products, and else the latter.
-      scale: of the logits; 1 / sqrt(head_dim + rope_dim) if None.
-      dtype: type of activations and of the cache.
+        outputs, or over keys and values. If None, calls with a state choose the form with fewer products, other calls the
+        latter.
+      scale: factor on the logits; 1 / sqrt(head_dim + rope_dim) if None.
+      dtype: dtype of the activations and of the cache.
     """
 
     width: int
@@ -78,12 +79,12 @@ class MLA(Mixer):
         q, q_r = W_q x, R W_q' x                      or from norm(W_a x)
         y = W_o softmax((q k^T + q_r k_r^T) scale) v
 
-    R turns by the position in the segment. Since q . W_k c = (W_k^T q) . c, the same outputs come from attention of one
-    key/value head over the vectors c themselves (absorbed), where W_v follows the softmax. The amplitude a of YaRN
-    multiplies all logits by a^2, as in the authors' code.
+    R rotates by the position in the segment. Since q . W_k c = (W_k^T q) . c, attention with one key/value head over the
+    vectors c gives the same outputs (absorbed), with W_v after the softmax. The amplitude a of YaRN multiplies all logits
+    by a^2, as in the authors' code.
 
-    The cache holds latent vectors and turned keys, latent + rope_dim numbers per token. It has `max_length` slots, and
-    outputs of tokens beyond are NaN.
+    The cache holds latent vectors and rotated keys, latent + rope_dim numbers per token. It has `max_length` slots, and
+    outputs of later tokens are NaN.
     """
 
     keeps_segments = True
@@ -131,14 +132,14 @@ class MLA(Mixer):
         return self.output(join_heads(o)), carried
 
     def _queries(self, x, positions):
-        """Queries without position (b t h head_dim) and turned ones (b t h rope_dim)."""
+        """Returns queries without position (b t h head_dim) and rotated ones (b t h rope_dim)."""
         if self.query_down is not None:
             x = self.query_norm(self.query_down(x))
         q = split_heads(self.query(x), self.config.heads)
         return q[..., : self.config.head_dim], self._turn(q[..., self.config.head_dim :], positions)
 
     def _latents(self, x, positions):
-        """What the cache holds: latent vectors (b t r) and turned keys (b t rope_dim)."""
+        """Returns what the cache holds: latent vectors (b t r) and rotated keys (b t rope_dim)."""
         c = self.latent(x)
         turned = self._turn(c[:, :, None, self.config.latent :], positions)
         return self.latent_norm(c[..., : self.config.latent]), turned[:, :, 0]
@@ -150,7 +151,7 @@ class MLA(Mixer):
         )
 
     def _attend(self, q, q_turned, c, k_turned, segment_ids, tokens=None):
-        """The heads' outputs (b t h value_dim) over latent vectors c (b s r) and turned keys (b s rope_dim)."""
+        """Returns the heads' outputs (b t h value_dim) over latent vectors c (b s r) and rotated keys (b s rope_dim)."""
         config = self.config
         scale = (config.head_dim + config.rope_dim) ** -0.5 if config.scale is None else config.scale
         scale *= config.position.gain**2 if isinstance(config.position, Rotary) else 1
@@ -170,7 +171,7 @@ class MLA(Mixer):
         return attention(q, k, v, **options)
 
     def _absorbs(self, t, s, *, cached):
-        """Whether to attend to latent vectors: as configured, or where that takes fewer products per head."""
+        """Returns whether to attend to latent vectors: as configured, or where that takes fewer products per head."""
         config = self.config
         if config.absorbed is not None:
             return config.absorbed

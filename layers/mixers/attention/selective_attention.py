@@ -21,9 +21,9 @@ class SelectiveAttentionConfig(AttentionConfig):
     """Options of `SelectiveAttention`: those of `AttentionConfig`, and three more.
 
     Attributes:
-      token_temperature: the part of the queries' temperature that depends on the token.
-      position_temperature: the part that depends on how many keys a query sees.
-      value_temperature: scale values by token.
+      token_temperature: whether the queries' temperature has a part that depends on the token.
+      position_temperature: whether it has a part that depends on the number of keys that a query sees.
+      value_temperature: whether values are scaled per token.
     """
 
     token_temperature: bool = True
@@ -47,14 +47,14 @@ class SelectiveAttention(Attention):
         tau_i  = 1 + tanh(w_q . gelu(q_i)) + sigmoid(alpha) log n_i
         tau'_j = 1 + tanh(w_v . gelu(v_j))
 
-    with a w of its own for every head (key/value head) on the projected query or value, one alpha for all heads, and n_i
-    the number of keys that the query sees in its segment, itself included. The queries are those before the rotation.
-    The w start at zero, so that the tokens' parts start at 1.
+    with one w per head (per key/value head) on the projected query or value, one alpha for all heads, and n_i the number
+    of keys that the query sees in its segment, its own included. The queries are taken before the rotation. The w start
+    at zero, so that the tokens' parts start at 1.
 
-    The part of the position is the paper's; the authors' code has it alone, with exp(-exp(beta)) in place of
-    sigmoid(alpha) and beta = 1.5 at first, and alpha starts at the same coefficient, 0.0113. That parts of the token are
-    tanh(f), are added to that of the position, and share the weights of attention is the paper's too; how f shares
-    them, w . gelu of the projected query or value, is our reading, and so is the 1 + of the values.
+    The position part follows the paper. The authors' code has only that part, with exp(-exp(beta)) in place of
+    sigmoid(alpha) and an initial beta of 1.5; alpha starts at the same coefficient, 0.0113. The paper also states that
+    the token parts are tanh(f), are added to the position part, and share the weights of attention. That f applies w to
+    gelu of the projected query or value, and the 1 + of the values, are our reading.
     """
 
     def __init__(self, config: SelectiveAttentionConfig, *, rngs: nnx.Rngs):
@@ -72,7 +72,7 @@ class SelectiveAttention(Attention):
     def project(
         self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], segments: Segments | None
     ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
-        """Rotated queries and keys, and values, the first and last scaled by their temperatures."""
+        """Returns rotated queries and keys, and values; queries and values are scaled by their temperatures."""
         q, k, v = self.heads(x)
         tau = 1.0 + _by_token(self.query_weight, q)
         if self.alpha is not None:
@@ -83,7 +83,7 @@ class SelectiveAttention(Attention):
         return self.position.rotate(q, positions), self.position.rotate(k, positions), v
 
     def _seen(self, positions, segments):
-        """How many keys every query sees; 1 or more for real tokens and 1 for padding."""
+        """Returns the number of keys that each query sees: at least 1 for real tokens and 1 for padding."""
         config, time = self.config, positions.shape[1]
         if config.causal:
             most = None if config.window is None else config.window + config.sink_tokens
@@ -104,7 +104,7 @@ class SelectiveAttention(Attention):
 
 
 def _by_token(weight, y):
-    """tanh(w . gelu(y)) of every head, (b, t, h, 1) float32, or 0."""
+    """Returns tanh(w . gelu(y)) per head, (b, t, h, 1) float32, or 0."""
     if weight is None:
         return 0.0
     score = jnp.einsum("bthk,hk->bth", jax.nn.gelu(y.astype(jnp.float32)), weight[...])

@@ -16,7 +16,7 @@ from layers.parts.short_convolution import ShortConvolution
 from layers.segments import Segments, Visit, keep_where
 from layers.typing import Array, Float
 
-# Channels decay to 1% within parts of max_length that run from the slowest channel's to the fastest one's.
+# Channels decay to 1% within these fractions of max_length, from the slowest channel to the fastest.
 SLOW, FAST, TARGET = 1.5, 0.3, 1e-2
 
 
@@ -25,15 +25,16 @@ class HyenaConfig:
     """Options of `Hyena`.
 
     Attributes:
-      width: d, features in and out.
-      order: p, gates; p - 1 long convolutions; at least 2.
-      max_length: L, taps of the filters, whose positions and decay are relative to it; what is further back is not seen.
-      taps: taps of the short convolution of the projections.
-      filter_features: features of a position, odd, at least 3.
-      filter_width: hidden units of the network of the filters.
-      sine_frequency: initial factor in its sines.
-      window_shift: what is added to the decaying window of the filters.
-      dtype: type of activations; filters are float32.
+      width: d, number of input and output features.
+      order: p, number of gates, at least 2; there are p - 1 long convolutions.
+      max_length: L, number of taps of the filters, whose positions and decay are relative to it; earlier inputs are not
+        seen.
+      taps: number of taps of the short convolution of the projections.
+      filter_features: number of features per position, odd, at least 3.
+      filter_width: number of hidden units of the network that computes the filters.
+      sine_frequency: initial frequency of the sines of that network.
+      window_shift: number added to the decaying window of the filters.
+      dtype: dtype of the activations; filters are float32.
     """
 
     width: int
@@ -63,12 +64,13 @@ class ImplicitFilter(nnx.Module):
         k_l = (exp(-tau |delta|) + shift) * (W_3 sin(w (W_2 sin(w (W_1 sin(w (W_0 z_l + b_0)) + b_1)) + b_2)))
         z_l = [tau, cos(f theta), -sin(f theta)],  tau = l / (L - 1),  theta = 2 pi l / L
 
-    with frequencies f from 1e-4 to K - 1, (features - 1) / 2 = K of them; w, one per hidden unit, is common to the three sines
-    and trained; the decays delta are fixed, evenly spaced over the channels. Nothing here is decayed by the optimizer.
+    with frequencies f from 1e-4 to K - 1, (features - 1) / 2 = K of them; w, one per hidden unit, is shared by the three
+    sines and trained; the decays delta are fixed, evenly spaced over the channels. The optimizer applies no weight decay
+    here.
 
-    Weights start normal with deviation 0.02 and biases at zero, as the authors' models draw all linear maps, filters
-    included. Drawn from +-1/sqrt(inputs) and with w = 14, gradients of W_0 are some hundred times those of the rest of
-    a model: every sine multiplies them by w.
+    Weights start normal with deviation 0.02 and biases at zero, as in the authors' models for all linear maps, filters
+    included. Drawn from +-1/sqrt(inputs) and with w = 14, gradients of W_0 are about a hundred times those of the rest of
+    a model: each sine multiplies them by w.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class ImplicitFilter(nnx.Module):
         self.frequency = parameter(rngs, nnx.initializers.constant(sine_frequency), (hidden,), **NO_DECAY)
 
     def __call__(self, length: int) -> Float[Array, "d l"]:
-        """The first `length` taps of every channel, float32."""
+        """Returns the first `length` taps per channel, float32."""
         h = self.positions(length)
         for weight, bias in zip(self.weights[:3], self.biases, strict=True):
             h = jnp.matmul(h, weight[...], precision=jax.lax.Precision.HIGHEST) + bias[...][None]
@@ -104,14 +106,14 @@ class ImplicitFilter(nnx.Module):
         return (h * (jnp.exp(-self._share(length) * decay) + self.shift)).T
 
     def positions(self, length: int) -> Float[Array, "l f"]:
-        """z_l for l < `length`."""
+        """Returns z_l for l < `length`."""
         count = (self.features - 1) // 2
         frequencies = 2 * math.pi * jnp.linspace(1e-4, count - 1, count)
         turn = jnp.arange(length)[:, None] / self.length * frequencies[None]
         return jnp.concatenate([self._share(length), jnp.cos(turn), -jnp.sin(turn)], axis=1)
 
     def _share(self, length):
-        """tau of every step, as a column."""
+        """Returns tau per token, as a column."""
         return jnp.arange(length, dtype=jnp.float32)[:, None] / max(1, self.length - 1)
 
 
@@ -129,9 +131,9 @@ class Hyena(Mixer):
         v <- k_i * (x_{p-1-i} v) + beta_i x_{p-1-i} v    for i = 0 .. p-2
         y = W_out (x_0 v) + b_out
 
-    with products elementwise and filters k_i (d x L) from `ImplicitFilter`. The state holds the last L - 1 inputs of every
-    long convolution. If `init_state` gets a smaller `max_length`, it holds as many as segments of that length need, and
-    outputs of tokens beyond it are NaN.
+    with products elementwise and filters k_i (d x L) from `ImplicitFilter`. The state holds the last L - 1 inputs of each
+    long convolution. If `init_state` gets a smaller `max_length`, it holds as many inputs as segments of that length
+    need, and outputs of later tokens are NaN.
     """
 
     keeps_segments = True

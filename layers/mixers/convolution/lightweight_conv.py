@@ -1,4 +1,4 @@
-"""Lightweight and dynamic convolution: a normalised window per head, fixed or predicted (Wu et al. 2019, arXiv:1901.10430)."""
+"""Lightweight and dynamic convolution: a normalized window per head (Wu et al. 2019, arXiv:1901.10430)."""
 
 import dataclasses
 import math
@@ -22,10 +22,10 @@ class LightweightConvConfig:
     """Options of `LightweightConv` and `DynamicConv`.
 
     Attributes:
-      width: d, features in and out.
-      heads: h, windows; divides the width.
-      taps: w, tokens that a window covers, the current one included.
-      dtype: type of activations; weights of windows and the state are float32.
+      width: d, number of input and output features.
+      heads: h, number of windows; divides the width.
+      taps: w, number of tokens that a window covers, the current one included.
+      dtype: dtype of the activations; weights of windows and the state are float32.
     """
 
     width: int
@@ -41,7 +41,7 @@ class LightweightConvConfig:
 
 
 class _Windows(Mixer):
-    """What `LightweightConv` and `DynamicConv` share: all but the weights. Carries the last w - 1 gated inputs."""
+    """The base class of `LightweightConv` and `DynamicConv`, without the weights. Carries the last w - 1 gated inputs."""
 
     def __init__(self, config: LightweightConvConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -50,7 +50,7 @@ class _Windows(Mixer):
         self.output = linear(config.width, config.width, axes=("inner", "embed"), **options)
 
     def logits(self, gated: Float[Array, "b t d"]) -> Float[Array, "#b #t h w"]:
-        """The logits of every window, oldest tap first."""
+        """Returns the logits of each window, oldest tap first."""
         raise NotImplementedError
 
     def initial(self, batch_size: int, max_length: int | None) -> Float[Array, "b s d"]:
@@ -68,13 +68,14 @@ class _Windows(Mixer):
 
 
 class LightweightConv(_Windows):
-    """LightweightConv: a softmax-normalised depthwise convolution (Wu et al. 2019, arXiv:1901.10430).
+    """LightweightConv: a softmax-normalized depthwise convolution (Wu et al. 2019, arXiv:1901.10430).
 
         g = (W_1 x + b_1) * sigmoid(W_2 x + b_2)
         y_t = W_o sum_{j<w} softmax(W_h)_j g_{t-(w-1)+j} + b_o
 
-    with one vector W_h (w) for the d / h neighbouring channels of a head. The softmax is over all taps, those before the start
-    of the segment included, where g counts as zero. The paper drops normalised weights at random in training; this does not.
+    with one vector W_h (w) for the d / h neighboring channels of each head. The softmax is over all taps, those before
+    the start of the segment included, where g counts as zero. The paper drops normalized weights at random in training;
+    this class does not.
     """
 
     def __init__(self, config: LightweightConvConfig, *, rngs: nnx.Rngs):
@@ -91,7 +92,7 @@ class DynamicConv(_Windows):
         g = (W_1 x + b_1) * sigmoid(W_2 x + b_2)
         y_t = W_o sum_{j<w} softmax(W_h g_t)_j g_{t-(w-1)+j} + b_o
 
-    with W_h (w x d) for the d / h neighbouring channels of a head; otherwise as `LightweightConv`.
+    with W_h (w x d) for the d / h neighboring channels of each head; otherwise as `LightweightConv`.
     """
 
     def __init__(self, config: LightweightConvConfig, *, rngs: nnx.Rngs):
@@ -116,13 +117,13 @@ def window_sum(
     *,
     segment_ids: SegmentIds = None,
 ) -> Float[Array, "b t d"]:
-    """y_t = sum_{j<w} weights_{t,h,j} x_{t-(w-1)+j} for the d / h neighbouring channels of every head h, in float32.
+    """y_t = sum_{j<w} weights_{t,h,j} x_{t-(w-1)+j} for the d / h neighboring channels of each head, in float32.
 
     Args:
       x: input.
-      weights: oldest tap first, the last one for the token itself; the same for all tokens where t is 1.
-      past: the w - 1 inputs before the first real token, zeros where its segment had not begun.
-      segment_ids: tokens of other segments count as zeros; the output on padding is zero.
+      weights: weights per tap, oldest first; the last tap is the token itself. If t is 1, all tokens share them.
+      past: the w - 1 inputs before the first real token, zeros before its segment begins.
+      segment_ids: inputs of other segments count as zeros; the output at padding is zero.
     """
     taps, channels = weights.shape[-1], x.shape[2] // weights.shape[2]
     segments, owners = Segments.of(segment_ids), None

@@ -21,12 +21,13 @@ class SGConvConfig:
     """Options of `SGConv`.
 
     Attributes:
-      width: d, features in and out, each with a kernel of its own.
-      max_length: L, taps of the kernel; what is further back is not seen.
-      kernel_size: k, parameters per scale.
-      decay_min, decay_max: factor from one scale to the finer one, evenly spaced over the channels; at least 1.
-      bidirectional: a second kernel that looks ahead; not causal.
-      dtype: type of activations; kernels are float32.
+      width: d, number of input and output features, each with its own kernel.
+      max_length: L, number of taps of the kernel; earlier inputs are not seen.
+      kernel_size: k, number of parameters per scale.
+      decay_min, decay_max: range of the factor between a scale and the next finer one, evenly spaced over the channels;
+        at least 1.
+      bidirectional: whether a second kernel looks ahead; not causal.
+      dtype: dtype of the activations; kernels are float32.
     """
 
     width: int
@@ -49,7 +50,7 @@ class SGConvConfig:
 
     @property
     def scales(self) -> int:
-        """S, so that k 2^(S-1) taps are at least L."""
+        """Number of scales S, such that k 2^(S-1) is at least L."""
         return 1 + max(0, math.ceil(math.log2(self.max_length / self.kernel_size)))
 
 
@@ -59,11 +60,11 @@ class SGConv(Mixer):
         y_t = sum_{l<L} K_l x_{t-l} + D x_t
         K = [m^(S-1) w_0, m^(S-2) up_1(w_1), m^(S-3) up_2(w_2), m^(S-4) up_4(w_3), ...] / Z
 
-    for every channel, with w_i (k) and up_r stretching r times by linear interpolation, so that the pieces have k, k, 2k, 4k,
-    ... taps. w and D start standard normal; Z is the norm that the kernel has then, and stays. With `bidirectional` a second
-    kernel weighs x_{t+1+l}. The activation and the linear map that the paper puts behind it are a channel mixer, such as
-    `half_glu2`, in a joint residual branch. The state holds the last L - 1 inputs. If `init_state` gets a smaller
-    `max_length`, it holds as many as segments of that length need, and outputs of tokens beyond it are NaN.
+    per channel, with w_i (k) and up_r upsampling r times by linear interpolation, so that the pieces have k, k, 2k, 4k,
+    ... taps. w and D start standard normal; Z is the norm of the initial kernel and stays fixed. With `bidirectional` a
+    second kernel weighs x_{t+1+l}. The activation and the linear map that the paper puts after it are a channel mixer,
+    such as `half_glu2`, in a joint residual branch. The state holds the last L - 1 inputs. If `init_state` gets a smaller
+    `max_length`, it holds as many inputs as segments of that length need, and outputs of later tokens are NaN.
     """
 
     keeps_segments = True
@@ -101,11 +102,11 @@ class SGConv(Mixer):
         return jnp.where(lost[..., None], jnp.nan, y + skip), inputs[:, None]
 
     def kernel(self) -> Float[Array, "f d l"]:
-        """The kernels, one or two."""
+        """Returns the kernels, one or two."""
         return (self._pieces() / self.norm[...])[..., : self.config.max_length]
 
     def _pieces(self):
-        """All scales one after the other, before they are cut to L and divided by the norm."""
+        """Returns all scales in order, before the kernel is cut to L and divided by the norm."""
         config = self.config
         decay = jnp.linspace(config.decay_min, config.decay_max, config.width)[None, :, None]
         pieces = []

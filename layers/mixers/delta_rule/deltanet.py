@@ -17,9 +17,9 @@ class DeltaNetConfig(DeltaRuleConfig):
     """Options of `DeltaNet`: those of `DeltaRuleConfig` and more.
 
     Attributes:
-      key_dim: K, features of a query and key head; width / heads if None.
-      value_dim: V, features of a value head; width / heads if None.
-      gate: gate the output with silu(W_g x).
+      key_dim: K, features per query and key head; width / heads if None.
+      value_dim: V, features per value head; width / heads if None.
+      gate: whether silu(W_g x) gates the output.
     """
 
     key_dim: int | None = None
@@ -28,7 +28,7 @@ class DeltaNetConfig(DeltaRuleConfig):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """K and V."""
+        """Returns K and V."""
         return head_size("key_dim", self.key_dim, self), head_size("value_dim", self.value_dim, self)
 
 
@@ -37,8 +37,8 @@ class DeltaNet(Mixer):
 
     q, k, v = silu(conv(W_q x)), silu(conv(W_k x)), silu(conv(W_v x)),   then q and k of norm 1
     beta = sigmoid(W_b x)                                                       (h)
-    S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T,  o_t = S_t^T q_t / sqrt(K)  in every head
-    y = W_o RMSNorm(o)                                                          norm by head
+    S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T,  o_t = S_t^T q_t / sqrt(K)  per head
+    y = W_o RMSNorm(o)                                                          norm per head
     """
 
     def __init__(self, config: DeltaNetConfig, *, rngs: nnx.Rngs):

@@ -1,4 +1,4 @@
-"""Gated DeltaNet: the delta rule with a learnt decay for every head (Yang et al. 2024, arXiv:2412.06464)."""
+"""Gated DeltaNet: the delta rule with a learned decay per head (Yang et al. 2024, arXiv:2412.06464)."""
 
 import dataclasses
 
@@ -18,8 +18,8 @@ class GatedDeltaNetConfig(SharedKeysConfig):
     """Options of `GatedDeltaNet`: those of `SharedKeysConfig` and more.
 
     Attributes:
-      key_dim: K, features of a query and key head; 3/4 width / heads if None.
-      value_dim: V, features of a value head; 2 K if None.
+      key_dim: K, features per query and key head; 3/4 width / heads if None.
+      value_dim: V, features per value head; 2 K if None.
     """
 
     key_dim: int | None = None
@@ -27,22 +27,22 @@ class GatedDeltaNetConfig(SharedKeysConfig):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """K and V."""
+        """Returns K and V."""
         key_dim = head_size("key_dim", self.key_dim, self, 0.75)
         given = 2 * key_dim if self.value_dim is None else self.value_dim
         return key_dim, head_size("value_dim", given, self)
 
 
 class GatedDeltaNet(Mixer):
-    """Gated DeltaNet: the delta rule with a learnt decay for every head (Yang et al. 2024, arXiv:2412.06464).
+    """Gated DeltaNet: the delta rule with a learned decay per head (Yang et al. 2024, arXiv:2412.06464).
 
         q, k, v = silu(conv(W_q x)), silu(conv(W_k x)), silu(conv(W_v x)),   then q and k of norm 1
         beta = sigmoid(W_b x),  log alpha = -exp(a) softplus(W_a x + c)             (h)
         S' = alpha_t S_{t-1},   S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,  o_t = S_t^T q_t / sqrt(K)
-        y = W_o (RMSNorm(o) * silu(W_g x))                                          norm by head
+        y = W_o (RMSNorm(o) * silu(W_g x))                                          norm per head
 
     exp(a) starts uniform in [0.01, 16] and softplus(c) log-uniform in [0.001, 0.1]. The authors draw exp(a) from 0 on;
-    what is left out would not decay at all.
+    the values left out here would hardly decay.
     """
 
     def __init__(self, config: GatedDeltaNetConfig, *, rngs: nnx.Rngs):

@@ -26,7 +26,7 @@ class KDAConfig(SharedKeysConfig):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """K and V, which are equal."""
+        """Returns K and V, which are equal."""
         size = head_size("head_dim", self.head_dim, self)
         return size, size
 
@@ -38,7 +38,7 @@ class KDA(Mixer):
         beta = sigmoid(W_b x)                                                       (h)
         log alpha = -exp(a) softplus(F_2 F_1 x + c)                                 (h, K); a: (h), F_1: (K, d)
         S' = Diag(alpha_t) S_{t-1},   S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,  o_t = S_t^T q_t / sqrt(K)
-        y = W_o (RMSNorm(o) * sigmoid(G_2 G_1 x + e))                               norm by head
+        y = W_o (RMSNorm(o) * sigmoid(G_2 G_1 x + e))                               norm per head
 
     exp(a) starts uniform in [1, 16] and softplus(c) log-uniform in [0.001, 0.1].
     """

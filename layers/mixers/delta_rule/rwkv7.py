@@ -1,4 +1,4 @@
-"""RWKV-7: a generalised delta rule with token shift and learnt rates of every channel (Peng et al. 2025, arXiv:2503.14456)."""
+"""RWKV-7: a generalized delta rule with token shift and learned rates per channel (Peng et al. 2025, arXiv:2503.14456)."""
 
 import dataclasses
 import math
@@ -26,15 +26,16 @@ class RWKV7Config:
     """Options of `RWKV7`.
 
     Attributes:
-      width: d, features in and out.
-      head_dim: K, features of a head; divides the width.
-      decay_rank, rate_rank, gate_rank: ranks of the maps that make w, a and g; if None 2.5, 2.5 and 5 times the root of
-        the width, to the nearest multiple of 32, at least 32.
-      zero_init: the output matrix and the first factors of those maps start at zero, as the authors train; otherwise
-        normal with variance 1 / inputs.
-      epsilon: of the norm of every head, for each of its features.
-      layer, depth: which layer of how many this is; mixing weights, decays and the norm's scale start accordingly.
-      dtype: type of activations; decays and state are float32.
+      width: d, number of input and output features.
+      head_dim: K, features per head; divides the width.
+      decay_rank, rate_rank, gate_rank: ranks of the maps that compute w, a and g. If None, 2.5, 2.5 and 5 times the root
+        of the width, rounded to a multiple of 32, at least 32.
+      zero_init: whether the output matrix and the first factors of those maps start at zero, as in the authors' training;
+        otherwise normal with variance 1 / inputs.
+      epsilon: epsilon of the norm per head, for each of its features.
+      layer, depth: index of the layer, from 0, and number of layers of the model; they set the initial mixing weights,
+        decays and scale of the norm.
+      dtype: dtype of the activations; decays and state are float32.
     """
 
     width: int
@@ -68,7 +69,7 @@ class RWKV7Config:
 
     @property
     def ranks(self) -> tuple[int, int, int]:
-        """Ranks of the maps that make w, a and g."""
+        """Ranks of the maps that compute w, a and g."""
         given = zip((self.decay_rank, self.rate_rank, self.gate_rank), (2.5, 2.5, 5.0), strict=True)
         return tuple(
             max(32, 32 * round(factor * math.sqrt(self.width) / 32)) if rank is None else rank
@@ -77,16 +78,16 @@ class RWKV7Config:
 
 
 class RWKV7Carry(NamedTuple):
-    """What `RWKV7` carries: the last token, and the matrix memory of every head, float32."""
+    """What `RWKV7` carries: the last token, and the matrix memory per head, float32."""
 
     token: Float[Array, "b 1 d"]
     memory: Float[Array, "b h k v"]
 
 
 class HeadLayerNorm(nnx.Module):
-    """y = scale (o - mean) / sqrt(variance + epsilon) + bias by head, a group norm; every channel has a scale and bias.
+    """y = scale (o - mean) / sqrt(variance + epsilon) + bias per head, a group norm; each channel has a scale and bias.
 
-    float32 inside and out; heads come out joined.
+    Computes and returns float32; the heads are joined.
     """
 
     def __init__(self, heads: int, size: int, *, epsilon: float, rngs: nnx.Rngs):
@@ -99,7 +100,7 @@ class HeadLayerNorm(nnx.Module):
         )
 
     def __call__(self, o: Float[Array, "b t h v"]) -> Float[Array, "b t d"]:
-        """The heads, normalised and joined."""
+        """Returns the heads, normalized and joined."""
         y = o.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = join_heads(y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon))
@@ -107,19 +108,19 @@ class HeadLayerNorm(nnx.Module):
 
 
 class RWKV7(Mixer):
-    """RWKV-7: time mixing by a generalised delta rule (Peng et al. 2025, arXiv:2503.14456).
+    """RWKV-7: time mixing by a generalized delta rule (Peng et al. 2025, arXiv:2503.14456).
 
         x_s = x_t + mu_s * (x_{t-1} - x_t)                                  for s = r, w, k, v, a, g
         r, k, v = W_r x_r, W_k x_k, W_v x_v
-        w = exp(-e^(-1/2) sigmoid(w_0 + tanh(x_w W_1) W_2))                 decays, by channel
+        w = exp(-e^(-1/2) sigmoid(w_0 + tanh(x_w W_1) W_2))                 decays, per channel
         a = sigmoid(a_0 + x_a A_1 A_2),   g = sigmoid(x_g G_1) G_2          learning rates, gate
-        kappa = k * k_k by head over its norm,   k~ = k * (1 + (a - 1) * k_a)
+        kappa = k * k_k, per head over its norm,   k~ = k * (1 + (a - 1) * k_a)
         S_t = (Diag(w_t) - (a_t * kappa_t) kappa_t^T) S_{t-1} + k~_t v_t^T,   o_t = S_t^T r_t
-        y = W_o (g * (GroupNorm(o) + (r . (r_k * k~)) v))                   norm and product by head
+        y = W_o (g * (GroupNorm(o) + (r . (r_k * k~)) v))                   norm and product per head
 
-    The authors' later layers mix their values with those of the first layer. A mixer sees its own input alone: here
-    every layer is as their first, without that value residual. Initial values are theirs; they depend on the layer and
-    on how many there are.
+    The authors' later layers mix their values with those of the first layer. A mixer sees only its own input: here every
+    layer is like their first one, without that value residual. The initial values are theirs and depend on the layer and
+    the number of layers.
     """
 
     def __init__(self, config: RWKV7Config, *, rngs: nnx.Rngs):
@@ -167,7 +168,7 @@ class RWKV7(Mixer):
         log_decay = -math.exp(-0.5) * jax.nn.sigmoid(self.decay(stream["w"]))
         rate = jax.nn.sigmoid(self.rate(stream["a"]))
         kappa = split_heads(k * self.removal[...][None, None], config.heads)
-        # The root of a number that is not zero: its derivative is finite where a key vanishes.
+        # Keeps the argument of the root above zero: its derivative is finite where a key vanishes.
         kappa = kappa * jax.lax.rsqrt(jnp.maximum(jnp.square(kappa).sum(-1, keepdims=True), 1e-24))
         k = k * (1 + (rate - 1) * self.replacement[...][None, None])
         r, k, v, rate, log_decay = (split_heads(u, config.heads) for u in (r, k, v, rate, log_decay))
@@ -192,18 +193,18 @@ def _declared(value: np.ndarray, *axes: str | None) -> nnx.Param:
 
 
 def _uniform(bound: float):
-    """Initialiser: uniform between -bound and bound."""
+    """Initializer: uniform between -bound and bound."""
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def _orthogonal(key, shape, dtype):
-    """Initialiser of second factors: orthogonal, a tenth of what would keep the variance of many inputs."""
+    """Initializer of second factors: orthogonal with gain 0.1 sqrt(inputs / outputs), at least 0.1."""
     gain = 0.1 * max(1.0, math.sqrt(shape[0] / shape[1]))
     return nnx.initializers.orthogonal(gain)(key, shape, dtype)
 
 
 def _initial_values(config: RWKV7Config) -> dict[str, np.ndarray]:
-    """What starts differently by channel and layer, as in the authors' code."""
+    """Returns the initial values that differ per channel and layer, as in the authors' code."""
     early = 1 - config.layer / config.depth
     late = config.layer / max(config.depth - 1, 1)
     channel = np.arange(config.width)

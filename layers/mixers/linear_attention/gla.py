@@ -1,4 +1,4 @@
-"""GLA: linear attention whose state forgets by a learnt gate on every key channel (Yang et al. 2023, arXiv:2312.06635)."""
+"""GLA: linear attention whose state forgets by a learned gate per key channel (Yang et al. 2023, arXiv:2312.06635)."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -22,16 +22,17 @@ class GLAConfig:
     """Options of `GLA`.
 
     Attributes:
-      width: d, features in and out.
-      heads: h, query heads.
-      kv_heads: g, heads of keys, values and decays; divides h; h if None. Head i of h uses head i // (h / g).
-      key_dim: K, features of a query and key head; width / (2 heads) if None.
-      value_dim: V, features of a value head; width / heads if None.
-      taps: inputs that short convolutions of queries, keys and values see, 2 to 8; None for no convolutions.
-      gate_rank: rank of the map that makes the decays.
+      width: d, number of input and output features.
+      heads: h, number of query heads.
+      kv_heads: g, number of heads of keys, values and decays; divides h. If None, equals h. Head i of h uses head i // (h
+        / g).
+      key_dim: K, features per query and key head; width / (2 heads) if None.
+      value_dim: V, features per value head; width / heads if None.
+      taps: number of inputs that the short convolutions of queries, keys and values see, 2 to 8; None for no convolutions.
+      gate_rank: rank of the map that computes the decays.
       temperature: tau; the decays are the tau-th root of a sigmoid, so that they start near 1.
-      epsilon: of the norm of every head.
-      dtype: type of activations; decays and state are float32.
+      epsilon: epsilon of the norm per head.
+      dtype: dtype of the activations; decays and state are float32.
     """
 
     width: int
@@ -54,17 +55,17 @@ class GLAConfig:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """K and V."""
+        """Returns K and V."""
         return head_size("key_dim", self.key_dim, self, 0.5), head_size("value_dim", self.value_dim, self)
 
     @property
     def groups(self) -> int:
-        """Heads of keys, values and decays."""
+        """Number of heads of keys, values and decays."""
         return shared_heads(self)
 
 
 class GLACarry(NamedTuple):
-    """What `GLA` carries: the matrix memory of every head, float32, and the last inputs of its convolutions, if any."""
+    """What `GLA` carries: the matrix memory per head, float32, and the last inputs of its convolutions, if any."""
 
     memory: Float[Array, "b h k v"]
     inputs: Float[Array, "b w-1 n"] | None
@@ -75,11 +76,11 @@ class GLA(Mixer):
 
         q, k, v = W_q x, W_k x, W_v x                                  with taps, silu(conv(.)) of each
         alpha = sigmoid(W_2 W_1 x + b)^(1 / tau)                       (g, K), W_1: (gate_rank, d)
-        S_t = Diag(alpha_t) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)   in every head
-        y = W_o (RMSNorm(o) * silu(W_g x))                             norm by head
+        S_t = Diag(alpha_t) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)   per head
+        y = W_o (RMSNorm(o) * silu(W_g x))                             norm per head
 
     Queries, keys and the decay's map start Xavier-uniform with gain 2^-2.5 as in the authors' first code; the norm and
-    the gate without bias are those of their later layer, as are convolutions and shared keys and values.
+    the gate without bias are those of their later layer, as are the convolutions and shared keys and values.
     """
 
     def __init__(self, config: GLAConfig, *, rngs: nnx.Rngs):

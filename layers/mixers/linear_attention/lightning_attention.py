@@ -1,4 +1,4 @@
-"""Lightning Attention: linear attention whose heads and layers forget at fixed rates (MiniMax 2025, arXiv:2501.08313)."""
+"""Lightning Attention: linear attention whose heads and layers decay at fixed rates (MiniMax 2025, arXiv:2501.08313)."""
 
 import dataclasses
 from typing import Any
@@ -22,12 +22,12 @@ class LightningAttentionConfig:
     """Options of `LightningAttention`.
 
     Attributes:
-      width: d, features in and out.
-      heads: h.
-      head_dim: K, features of a query, key and value head; width / heads if None.
-      epsilon: of the norm.
-      layer, depth: number of the layer, from 0, and of all layers of the model: fix the rates of forgetting.
-      dtype: type of activations; rates and state are float32.
+      width: d, number of input and output features.
+      heads: h, number of heads.
+      head_dim: K, features per query, key and value head; width / heads if None.
+      epsilon: epsilon of the norm.
+      layer, depth: index of the layer, from 0, and number of layers of the model; they set the decay rates.
+      dtype: dtype of the activations; rates and state are float32.
     """
 
     width: int
@@ -45,21 +45,21 @@ class LightningAttentionConfig:
 
     @property
     def size(self) -> int:
-        """Features of a head."""
+        """Features per head."""
         return head_size("head_dim", self.head_dim, self)
 
 
 class LightningAttention(Mixer):
-    """Lightning Attention: linear attention with fixed rates of forgetting, as in MiniMax-01 (MiniMax 2025, arXiv:2501.08313).
+    """Lightning Attention: linear attention with fixed decay rates, as in MiniMax-01 (MiniMax 2025, arXiv:2501.08313).
 
         q, k, v = silu(W_q x), silu(W_k x), silu(W_v x)
-        S_t = exp(-s) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t                        in every head
+        S_t = exp(-s) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t                        per head
         s = 2^(-8 (i + 1) / h) (1 - l / (L - 1) + 1e-5)                             head i, layer l of L
         y = W_o (sigmoid(W_g x) * RMSNorm(o))                                       norm over all heads together
 
-    The rates are those of ALiBi, slower in later layers; the last layer forgets almost nothing. The recurrence is that
+    The rates are those of ALiBi, slower in later layers; the last layer hardly decays. The recurrence is that
     of Lightning Attention-2 (Qin et al. 2024, arXiv:2401.04658). The residual stream of MiniMax's model carries
-    normalised values, which is a matter of the block.
+    normalized values, which is a property of the block.
     """
 
     def __init__(self, config: LightningAttentionConfig, *, rngs: nnx.Rngs):
@@ -89,6 +89,6 @@ class LightningAttention(Mixer):
         o, memory = gated_linear_attention(
             q, k, v, log_decay=-self.rates[...], scale=1.0, initial_state=carried, segment_ids=segments
         )
-        # Without a normaliser the sums grow with the length: the norm comes before the rounding to `dtype`.
+        # Without a normalizer the sums grow with the length, so the norm precedes the rounding to `dtype`.
         y = self.norm(join_heads(o)) * jax.nn.sigmoid(self.gate(x).astype(jnp.float32))
         return self.output(y.astype(config.dtype)), memory

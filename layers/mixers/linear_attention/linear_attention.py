@@ -20,12 +20,12 @@ class LinearAttentionConfig:
     """Options of `LinearAttention`.
 
     Attributes:
-      width: d, features in and out.
-      heads: h.
-      head_dim: K, features of a query, key and value head; width / heads if None.
-      causal: a token sees only itself and what came before.
-      bias: add biases in the projections.
-      dtype: type of activations; sums and state are float32.
+      width: d, number of input and output features.
+      heads: h, number of heads.
+      head_dim: K, features per query, key and value head; width / heads if None.
+      causal: whether a token sees only itself and earlier tokens.
+      bias: whether the projections have biases.
+      dtype: dtype of the activations; sums and state are float32.
     """
 
     width: int
@@ -40,23 +40,23 @@ class LinearAttentionConfig:
 
     @property
     def size(self) -> int:
-        """Features of a head."""
+        """Features per head."""
         return head_size("head_dim", self.head_dim, self)
 
     @property
     def mapped(self) -> int:
-        """Features that a query or key of a head is mapped to."""
+        """Features per head that a query or key is mapped to."""
         return self.size
 
 
 class LinearAttention(Mixer):
-    """Linear attention: features elu + 1 and a normaliser in place of softmax (Katharopoulos et al. 2020, arXiv:2006.16236).
+    """Linear attention: features elu + 1 and a normalizer in place of softmax (Katharopoulos et al. 2020, arXiv:2006.16236).
 
         q, k = elu(W_q x) + 1, elu(W_k x) + 1,   v = W_v x
-        S_t = S_{t-1} + k_t v_t^T,   z_t = z_{t-1} + k_t                            in every head
+        S_t = S_{t-1} + k_t v_t^T,   z_t = z_{t-1} + k_t                            per head
         y = W_o (S_t^T q_t / (z_t^T q_t))
 
-    Without `causal` S and z are those of the end of the segment, for every token.
+    Without `causal`, every token uses S and z of the end of its segment.
     """
 
     def __init__(self, config: LinearAttentionConfig, *, rngs: nnx.Rngs):
@@ -85,9 +85,9 @@ class LinearAttention(Mixer):
         return self.output(join_heads(o)), memory
 
     def map_query(self, q: Float[Array, "b t h k"]) -> Float[Array, "b t h m"]:
-        """The positive features of queries, float32."""
+        """Returns the positive features of queries, float32."""
         return jax.nn.elu(q) + 1
 
     def map_key(self, k: Float[Array, "b t h k"]) -> Float[Array, "b t h m"]:
-        """The positive features of keys, float32."""
+        """Returns the positive features of keys, float32."""
         return jax.nn.elu(k) + 1

@@ -1,4 +1,4 @@
-"""Performer: softmax attention estimated by positive orthogonal random features (Choromanski et al. 2020, arXiv:2009.14794)."""
+"""Performer: softmax attention by positive orthogonal random features (Choromanski et al. 2020, arXiv:2009.14794)."""
 
 import dataclasses
 
@@ -19,8 +19,8 @@ class PerformerConfig(LinearAttentionConfig):
     """Options of `Performer`: those of `LinearAttentionConfig` and more.
 
     Attributes:
-      features: m, random features of a head; the error falls as 1 / sqrt(m).
-      epsilon: added to every feature, so that no weight vanishes.
+      features: m, number of random features per head; the error falls as 1 / sqrt(m).
+      epsilon: number added to every feature, so that no weight vanishes.
     """
 
     features: int = 256
@@ -35,7 +35,7 @@ class PerformerConfig(LinearAttentionConfig):
 
     @property
     def mapped(self) -> int:
-        """m."""
+        """Number of random features m."""
         return self.features
 
 
@@ -46,13 +46,13 @@ class Performer(LinearAttention):
         phi(q)_i = exp(w_i . q - max_j w_j . q) + epsilon,   phi(k)_i = exp(w_i . k - |k|^2 / 2) + epsilon
         y = W_o sum_s (phi(q_t) . phi(k_s)) v_s / sum_s (phi(q_t) . phi(k_s))       s <= t if causal
 
-    The mean of the weights over w ~ N(0, 1)^K is proportional to exp(q . k) but for epsilon. The rows w (m, K) are
-    orthogonal in blocks of K with lengths drawn as those of Gaussian vectors. They are drawn once, shared by the heads,
+    The mean of the weights over w ~ N(0, 1)^K is proportional to exp(q . k), up to epsilon. The rows w (m, K) are
+    orthogonal in blocks of K with lengths drawn as those of Gaussian vectors. They are drawn once, shared by all heads,
     and saved with the parameters.
 
-    The authors subtract from the exponents of keys their maximum over all positions, which would let later tokens
-    act on earlier ones through epsilon. It is left out: an exponent is at most |w_i|^2 / 2, and 60 here. Factors common
-    to all features of a query cancel.
+    The authors subtract the maximum over all positions from the exponents of keys, which lets later tokens act on earlier
+    ones through epsilon. Here it is left out: an exponent is at most |w_i|^2 / 2, and is clipped at 60. Factors common to
+    all features of a query cancel.
     """
 
     def __init__(self, config: PerformerConfig, *, rngs: nnx.Rngs):
@@ -60,23 +60,23 @@ class Performer(LinearAttention):
         self.directions = Constant(orthogonal_directions(rngs.params(), config.features, config.size))
 
     def map_query(self, q: Float[Array, "b t h k"]) -> Float[Array, "b t h m"]:
-        """phi(q), float32."""
+        """Returns phi(q), float32."""
         along, _ = self._projected(q)
         return jnp.exp(along - jax.lax.stop_gradient(along.max(-1, keepdims=True))) + self.config.epsilon
 
     def map_key(self, k: Float[Array, "b t h k"]) -> Float[Array, "b t h m"]:
-        """phi(k), float32."""
+        """Returns phi(k), float32."""
         along, half_square = self._projected(k)
         return jnp.exp(jnp.minimum(along - half_square, LARGEST_EXPONENT)) + self.config.epsilon
 
     def _projected(self, x):
-        """w . x (b, t, h, m) and |x|^2 / 2 (b, t, h, 1) of queries or keys, scaled by K^(-1/4)."""
+        """Returns w . x (b, t, h, m) and |x|^2 / 2 (b, t, h, 1) of queries or keys, scaled by K^(-1/4)."""
         x = x * self.config.size**-0.25
         return jnp.einsum("bthk,mk->bthm", x, self.directions[...]), jnp.square(x).sum(-1, keepdims=True) / 2
 
 
 def orthogonal_directions(key: jax.Array, count: int, size: int) -> Float[Array, "m k"]:
-    """Gaussian vectors of which each `size` are orthogonal to each other: every one is distributed as N(0, 1)^size."""
+    """Returns vectors distributed as N(0, 1)^size, orthogonal to each other within each group of `size`."""
     blocks = -(-count // size)
     turn, length = jax.random.split(key)
     q, r = jnp.linalg.qr(jax.random.normal(turn, (blocks, size, size)))

@@ -1,4 +1,4 @@
-"""RetNet: retention, linear attention with a fixed decay for every head and rotations (Sun et al. 2023, arXiv:2307.08621)."""
+"""RetNet: retention, linear attention with rotations and a fixed decay per head (Sun et al. 2023, arXiv:2307.08621)."""
 
 import dataclasses
 from typing import Any
@@ -21,15 +21,16 @@ class RetNetConfig:
     """Options of `RetNet`.
 
     Attributes:
-      width: d, features in and out.
-      heads: h, query heads.
-      kv_heads: g, heads of keys and values; divides h; h if None. Head i of h uses head i // (h / g).
-      key_dim: K, features of a query and key head; even; width / heads if None.
-      value_dim: V, features of a value head; 2 width / heads if None.
-      rope_base: the slowest pair of features turns once in about 2 pi rope_base tokens, the fastest in 2 pi.
-      affine: give the norm of the heads a scale; W_o can take its place.
-      epsilon: of that norm.
-      dtype: type of activations; decays and state are float32.
+      width: d, number of input and output features.
+      heads: h, number of query heads.
+      kv_heads: g, number of heads of keys and values; divides h. If None, equals h. Head i of h uses head i // (h / g).
+      key_dim: K, features per query and key head; even; width / heads if None.
+      value_dim: V, features per value head; 2 width / heads if None.
+      rope_base: base of the rotations: the slowest pair of features turns once in about 2 pi rope_base tokens, the
+        fastest in 2 pi.
+      affine: whether the norm of the heads has a scale; W_o can replace it.
+      epsilon: epsilon of that norm.
+      dtype: dtype of the activations; decays and state are float32.
     """
 
     width: int
@@ -52,17 +53,17 @@ class RetNetConfig:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """K and V."""
+        """Returns K and V."""
         return head_size("key_dim", self.key_dim, self), head_size("value_dim", self.value_dim, self, 2.0)
 
     @property
     def groups(self) -> int:
-        """Heads of keys and values."""
+        """Number of heads of keys and values."""
         return shared_heads(self)
 
     @property
     def base(self) -> float:
-        """RoPE's base by which pair i of n = K / 2 turns by rope_base^(-i / (n - 1)) a token, not by its -i / n."""
+        """Base of RoPE with which pair i of n = K / 2 turns by rope_base^(-i / (n - 1)) per token, in place of -i / n."""
         key_dim, _ = self.sizes
         return self.rope_base ** (key_dim / (key_dim - 2)) if key_dim > 2 else self.rope_base
 
@@ -70,13 +71,13 @@ class RetNetConfig:
 class RetNet(Mixer):
     """RetNet: multi-scale retention with rotations, group norm and gate (Sun et al. 2023, arXiv:2307.08621).
 
-        q, k, v = W_q x, W_k x, W_v x;   q and k turned by angles that grow with the position
+        q, k, v = W_q x, W_k x, W_v x;   q and k rotated by angles that grow with the position
         S_t = (1 - 2^(-5-h)) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)       in head h = 0, 1, ...
-        y = W_o (RMSNorm(o) * silu(W_g x))                                          norm by head, the paper's group norm
+        y = W_o (RMSNorm(o) * silu(W_g x))                                          norm per head, the paper's group norm
 
-    The turned pairs are feature i and i + K / 2. The divisions of scores and decays in the authors' parallel form are
-    left out: they multiply o by a positive number, which the norm takes away but for its epsilon. All projections
-    start Xavier-uniform, with gain 2^-2.5 but for W_o, as in the authors' code.
+    The rotated pairs are features i and i + K / 2. The divisions of scores and decays in the authors' parallel form are
+    left out: they multiply o by a positive number, which the norm removes up to its epsilon. All projections
+    start Xavier-uniform, with gain 2^-2.5 except W_o, as in the authors' code.
     """
 
     keeps_segments = True  # The rotations need positions over all calls.

@@ -1,4 +1,4 @@
-"""HGRN: a gated linear recurrence that forgets the less the deeper it stands (Qin et al. 2023, arXiv:2311.04823)."""
+"""HGRN: a gated linear recurrence that forgets less in deeper layers (Qin et al. 2023, arXiv:2311.04823)."""
 
 import dataclasses
 from typing import Any, Literal
@@ -21,13 +21,14 @@ class HGRNConfig:
     """Options of `HGRN`.
 
     Attributes:
-      width: d, features in and out.
-      state: "complex", states that also turn, by an angle of their own; or "real".
-      norm: "layer_norm" or "rms_norm", of the states, before the gate.
-      bias: add biases in the projections.
-      epsilon: of the norm.
-      layer, depth: which layer of how many this is; its lower bound starts at layer / depth.
-      dtype: type of activations; the state is float32 or complex64.
+      width: d, number of input and output features.
+      state: "complex" for states that also rotate, each by its own angle, or "real".
+      norm: norm of the states before the gate, "layer_norm" or "rms_norm".
+      bias: whether the projections have biases.
+      epsilon: epsilon of the norm.
+      layer, depth: index of the layer, from 0, and number of layers of the model; the lower bound of the decay starts at
+        layer / depth.
+      dtype: dtype of the activations; the state is float32 or complex64.
     """
 
     width: int
@@ -49,7 +50,7 @@ class HGRNConfig:
 
     @property
     def parts(self) -> int:
-        """Real numbers per state: 2 if it is complex."""
+        """Real numbers per state: 2 if the state is complex."""
         return 2 if self.state == "complex" else 1
 
 
@@ -61,11 +62,11 @@ class HGRN(Mixer):
         h_t = lambda_t exp(i theta) * h_{t-1} + (1 - lambda_t) * c_t      (theta = 0 if real)
         y_t = W_o (norm([Re h_t, Im h_t]) * silu(W_g x_t))
 
-    theta starts at 10000^(-2 k / d) for channel k. W_i gives real and imaginary parts in turn.
+    theta starts at 10000^(-2 k / d) for channel k. W_i gives real and imaginary parts alternately.
 
-    The paper makes the bounds of all layers from one matrix, by a softmax and a cumulative sum over depth. A layer by
-    itself has its own, sigmoid(bound_logit), which starts where the paper's do: 0 in the first layer, where it stays,
-    then layer / depth. Nothing forces trained bounds to grow with depth.
+    The paper computes the bounds of all layers from one matrix, by a softmax and a cumulative sum over depth. Here each
+    layer has its own bound, sigmoid(bound_logit), with the paper's initial values: 0 in the first layer, where it is
+    fixed, and layer / depth in the others. Trained bounds need not grow with depth.
     """
 
     def __init__(self, config: HGRNConfig, *, rngs: nnx.Rngs):
@@ -82,7 +83,7 @@ class HGRN(Mixer):
         if config.state == "complex":
             angles = 10_000.0 ** (-2 * np.arange(width) / width)
             self.theta = declared(jnp.asarray(angles, jnp.float32), axes=("inner",), **NO_DECAY)
-        # The first layer has no bound, but the same parameters as the others.
+        # The first layer has no bound but keeps the same parameters as the others.
         start = max(config.layer, 1) / max(config.depth, 2)
         logit = jnp.full(width, np.log(start / (1 - start)), jnp.float32)
         self.bound_logit = declared(logit, axes=("inner",), **NO_DECAY)
@@ -98,7 +99,7 @@ class HGRN(Mixer):
         config = self.config
         bound = (self.bounded[...] * jax.nn.sigmoid(self.bound_logit[...]))[None, None]
         logits = self.forget(x).astype(jnp.float32)
-        # 1 - lambda as a product: a difference would lose it where lambda is near 1.
+        # Computes 1 - lambda as a product: a difference loses precision where lambda is near 1.
         decay, complement = (
             bound + (1 - bound) * jax.nn.sigmoid(logits),
             (1 - bound) * jax.nn.sigmoid(-logits),

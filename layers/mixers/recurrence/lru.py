@@ -20,11 +20,11 @@ class LRUConfig:
     """Options of `LRU`.
 
     Attributes:
-      width: d, features in and out.
-      state_size: n, complex eigenvalues.
-      r_min, r_max: the eigenvalues start uniform by area in the ring of these radii.
-      max_phase: their phases start between 0 and this angle. Long-range tasks want r_min near 1 and a small angle.
-      dtype: type of activations; the state is complex64.
+      width: d, number of input and output features.
+      state_size: n, number of complex eigenvalues.
+      r_min, r_max: radii of the ring in which the eigenvalues start, uniform by area.
+      max_phase: upper bound of the initial phases, from 0. Long-range tasks need r_min near 1 and a small angle.
+      dtype: dtype of the activations; the state is complex64.
     """
 
     width: int
@@ -50,9 +50,9 @@ class LRU(Mixer):
         h_t = lambda * h_{t-1} + exp(gamma) * (B x_t)
         y_t = Re(C h_t) + D * x_t
 
-    with nu, theta, gamma (n), B (n x d) and C (d x n) complex, D (d). |lambda| < 1 whatever nu is. gamma starts at
-    log sqrt(1 - |lambda|^2), which gives every state the variance of its input, and is free from then on. The GELU and
-    the gate that the paper puts behind it are a channel mixer in a joint residual branch: `full_glu`.
+    with nu, theta, gamma (n), B (n x d) and C (d x n) complex, D (d). |lambda| < 1 for every nu. gamma starts at
+    log sqrt(1 - |lambda|^2), which gives every state the variance of its input, and is trained freely. The GELU and
+    the gate that the paper puts after it are a channel mixer in a joint residual branch: `full_glu`.
     """
 
     def __init__(self, config: LRUConfig, *, rngs: nnx.Rngs):
@@ -84,7 +84,7 @@ class LRU(Mixer):
             initial_state=carried,
             segment_ids=segments,
         )
-        # The real part of C h, as one real product.
+        # Computes the real part of C h as one real product.
         features = jnp.concatenate([h.real, h.imag], axis=-1).astype(dtype)
         weights = jnp.concatenate([self.c[0], -self.c[1]], axis=-1).astype(dtype)
         y = jnp.einsum("btn,dn->btd", features, weights) + self.d[...].astype(dtype)[None, None] * x
@@ -92,10 +92,10 @@ class LRU(Mixer):
 
 
 def _ring(inner: float, outer: float):
-    """Initialiser of nu: exp(-exp(nu)) has the distribution of radii of points uniform by area in a ring."""
+    """Initializer of nu: exp(-exp(nu)) has the distribution of radii of points uniform by area in a ring."""
 
     def init(key, shape, dtype):
-        # Neither radius 0 nor 1, whose nu would be infinite.
+        # Excludes the radii 0 and 1, whose nu is infinite.
         area = jax.random.uniform(key, shape, dtype, 1e-6, 1 - 1e-6) * (outer**2 - inner**2) + inner**2
         return jnp.log(-0.5 * jnp.log(area))
 

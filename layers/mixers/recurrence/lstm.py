@@ -18,10 +18,10 @@ class LSTMConfig:
     """Options of `LSTM`.
 
     Attributes:
-      width: d, features in and out.
-      state_size: e, cells; with a number, a projection back to width follows; width, and none, if None.
-      forget_bias: where the bias of the forget gate starts.
-      dtype: type of activations; the state is float32.
+      width: d, number of input and output features.
+      state_size: e, number of cells. If None, equals width and there is no output projection.
+      forget_bias: initial bias of the forget gate.
+      dtype: dtype of the activations; the state is float32.
     """
 
     width: int
@@ -35,7 +35,7 @@ class LSTMConfig:
 
     @property
     def cells(self) -> int:
-        """Cells of the recurrence."""
+        """Number of cells."""
         return self.state_size or self.width
 
 
@@ -79,7 +79,7 @@ class LSTM(Mixer):
     ) -> tuple[Float[Array, "b t d"], LSTMCarry]:
         config = self.config
         empty = self.initial(x.shape[0], None)
-        # All products with inputs at once; only those with outputs have to wait for each other.
+        # Computes all products with inputs at once; only those with outputs are sequential.
         driven = self.input(x).astype(jnp.float32) + self.bias[...][None, None]
         marks = None if segments is None else (segments.starts.T, segments.real.T)
         recurrent = self.recurrent[...].astype(config.dtype)

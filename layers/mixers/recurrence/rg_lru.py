@@ -15,7 +15,7 @@ from layers.parts.step_size import inverse_softplus
 from layers.segments import Segments, Visit, initial_place, keep_where, visit
 from layers.typing import Array, Float
 
-# The decay per token is sigmoid(...) to the power of at most so much.
+# The decay per token is sigmoid(...) raised to a power of at most this.
 POWER = 8.0
 STEEPEST = 1000.0
 
@@ -25,13 +25,13 @@ class RGLRUConfig:
     """Options of `RGLRU`.
 
     Attributes:
-      width: d, features in and out.
-      state_size: e, channels of the recurrence; width if None.
-      heads: blocks on the diagonal of the gates' matrices; divides the state size.
-      taps: w, inputs that the short convolution sees.
-      r_min, r_max: the base decays start uniform by area in the ring of these radii.
-      depth: layers of the model; the output projection starts with variance 2 / (e depth).
-      dtype: type of activations; the state is float32.
+      width: d, number of input and output features.
+      state_size: e, number of channels of the recurrence. If None, equals width.
+      heads: number of blocks on the diagonal of the gates' matrices; divides the state size.
+      taps: w, number of inputs that the short convolution sees.
+      r_min, r_max: radii of the ring in which the base decays start, uniform by area.
+      depth: number of layers of the model; the output projection starts with variance 2 / (e depth).
+      dtype: dtype of the activations; the state is float32.
     """
 
     width: int
@@ -53,7 +53,7 @@ class RGLRUConfig:
 
     @property
     def channels(self) -> int:
-        """Channels of the recurrence."""
+        """Number of channels of the recurrence."""
         return self.state_size or self.width
 
 
@@ -74,10 +74,10 @@ class RGLRU(Mixer):
         y   = W_o (h * gelu(W_y x))
 
     The first token of a segment enters with weight 1 in place of sqrt(1 - a_t^2), and exp(-softplus(lambda)) rather than
-    its eighth power starts in [r_min, r_max]: both as in the authors' code, where the paper says otherwise.
+    its eighth power starts in [r_min, r_max]: both follow the authors' code, which differs from the paper.
     """
 
-    keeps_segments = True  # The first token of a segment weighs more, whichever call it is in.
+    keeps_segments = True  # The first token of a segment has weight 1, in any call.
 
     def __init__(self, config: RGLRUConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -128,7 +128,7 @@ class RGLRU(Mixer):
             inputs, h0 = keep_where(here.continues, carried, self.initial(x.shape[0], None))
         u, inputs = self.convolution(self.input(x), inputs, segment_ids=segments)
         log_decay, driven = self._gated(u)
-        # 1 - a^2 as it is: a difference would lose it where a is near 1.
+        # Computes 1 - a^2 from the logarithm: a difference loses precision where a is near 1.
         weight = bounded_sqrt(-jnp.expm1(2 * log_decay))
         weight = jnp.where((here.positions == 0)[..., None], 1.0, weight)
         h, last = linear_recurrence(
@@ -138,7 +138,7 @@ class RGLRU(Mixer):
         return y, RGLRUCarry(inputs, last)
 
     def _gated(self, u):
-        """Logarithm of the decay, and the gated input, in float32."""
+        """Returns the logarithm of the decay and the gated input, in float32."""
         config = self.config
         blocks = u.reshape(*u.shape[:2], config.heads, config.channels // config.heads)
         logits = jnp.einsum(
@@ -154,7 +154,7 @@ class RGLRU(Mixer):
 
 @jax.custom_jvp
 def bounded_sqrt(x: jax.Array) -> jax.Array:
-    """The square root, whose derivative is held at 1000 or less: a decay near 1 would send it to infinity."""
+    """Returns the square root, with its derivative bounded by 1000: it would diverge for a decay near 1."""
     return jnp.sqrt(x)
 
 
@@ -165,7 +165,7 @@ def _bounded_sqrt_jvp(primals, tangents):
 
 
 def _ring(inner: float, outer: float):
-    """Initialiser of lambda: exp(-softplus(lambda)) as radii of points uniform by area in a ring."""
+    """Initializer of lambda: exp(-softplus(lambda)) has the distribution of radii of points uniform by area in a ring."""
 
     def init(key, shape, dtype):
         area = jax.random.uniform(key, shape, dtype, inner**2, outer**2)

@@ -1,4 +1,4 @@
-"""RWKV-4: averages over the past by keys and a decay of every channel (Peng et al. 2023, arXiv:2305.13048)."""
+"""RWKV-4: averages over the past, weighted by keys and a decay per channel (Peng et al. 2023, arXiv:2305.13048)."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from layers.parts.token_shift import token_shift
 from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Float
 
-# The logarithm of no weight at all; sums of many of them are still numbers.
+# Logarithm of a zero weight; sums of many of them stay finite.
 EMPTY = -1e30
 
 
@@ -25,11 +25,12 @@ class RWKV4Config:
     """Options of `RWKV4`.
 
     Attributes:
-      width: d, features in and out.
-      zero_init: the matrices of keys, receptance and output start at zero, as the authors train; otherwise orthogonal,
-        as that of values.
-      layer, depth: which layer of how many this is; decays and mixing weights start accordingly.
-      dtype: type of activations; averages and states are float32.
+      width: d, number of input and output features.
+      zero_init: whether the matrices of keys, receptance and output start at zero, as in the authors' training; otherwise
+        they start orthogonal, like that of values.
+      layer, depth: index of the layer, from 0, and number of layers of the model; they set the initial decays and mixing
+        weights.
+      dtype: dtype of the activations; averages and states are float32.
     """
 
     width: int
@@ -44,7 +45,7 @@ class RWKV4Config:
 
 
 class WKVState(NamedTuple):
-    """Sums over the past, exp(-top) times what they are: of weighted values, of weights; and `top`, their logarithm."""
+    """Sums of weighted values and of weights over the past, scaled by exp(-top), and the log-scale `top`."""
 
     values: Float[Array, "b d"]
     weights: Float[Array, "b d"]
@@ -117,12 +118,12 @@ def wkv(
     *,
     segment_ids: SegmentIds = None,
 ) -> tuple[Float[Array, "b t d"], WKVState]:
-    """Averages of the values so far, for every channel by itself.
+    """Returns weighted averages of the values so far, per channel.
 
         wkv_t = sum_{i<=t} e_ti v_i / sum_{i<=t} e_ti,    log e_ti = k_i + (t - 1 - i) log_decay, or k_t + bonus if i = t
 
-    All exponentials are at most 1: sums are kept relative to the largest weight in them, which is found first, by a scan
-    of maxima. The result does not depend on what they are relative to, so that no gradient goes through the maxima.
+    All exponentials are at most 1: sums are relative to their largest weight, which a scan of maxima finds first. The
+    result does not depend on that scale, so no gradient flows through the maxima.
     """
     b, t, d = keys.shape
     steps = jnp.broadcast_to(log_decay[None, None], keys.shape)
@@ -131,7 +132,7 @@ def wkv(
     if segments is not None:
         start, real = segments.starts[..., None], segments.real[..., None]
         keys, steps = jnp.where(real, keys, EMPTY), jnp.where(real, steps, 0)
-    # Held fixed from here on: the largest weight after every token and before it.
+    # Constants from here on: the largest weight after each token and before it.
     top = jax.lax.stop_gradient(_running_maximum(keys, jnp.where(start, EMPTY, steps), state.top))
     tops = jnp.concatenate([state.top[:, None], top], axis=1)
     earlier = jax.lax.stop_gradient(jnp.where(start, EMPTY, tops[:, :t]))
@@ -152,7 +153,7 @@ def wkv(
 
 
 def _running_maximum(values, steps, initial):
-    """m_t = max(m_{t-1} + steps_t, values_t) from m_0 = `initial`."""
+    """Returns m_t = max(m_{t-1} + steps_t, values_t) with m_0 = `initial`."""
 
     def join(first, second):
         return first[0] + second[0], jnp.maximum(first[1] + second[0], second[1])
@@ -162,13 +163,13 @@ def _running_maximum(values, steps, initial):
 
 
 def _empty(batch_size: int, width: int) -> WKVState:
-    """Sums over nothing."""
+    """Returns the initial state."""
     zero = jnp.zeros((batch_size, width), jnp.float32)
     return WKVState(zero, zero, jnp.full_like(zero, EMPTY))
 
 
 def _initial_values(config: RWKV4Config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Log-rates of decay, bonuses, and mixing weights of key, value and receptance, by channel and by layer."""
+    """Returns log-rates of decay, bonuses, and mixing weights of key, value and receptance per channel."""
     channel = np.arange(config.width)
     upwards, downwards = config.layer / max(config.depth - 1, 1), 1 - config.layer / config.depth
     log_rate = -5 + 8 * (channel / max(config.width - 1, 1)) ** (0.7 + 1.3 * upwards)

@@ -1,4 +1,4 @@
-"""DSS: diagonal state spaces whose kernel a softmax over time normalises, or not (Gupta et al. 2022, arXiv:2203.14343)."""
+"""DSS: diagonal state spaces whose kernel may be normalized by a softmax over time (Gupta et al. 2022, arXiv:2203.14343)."""
 
 import dataclasses
 from typing import Any, Literal
@@ -23,12 +23,12 @@ class DSSConfig:
     """Options of `DSS`.
 
     Attributes:
-      width: d, features in and out, each with a system of its own; the eigenvalues are common to all.
-      state_size: N, complex modes, none of which stands for a conjugate.
+      width: d, number of input and output features, each with its own system; all share the eigenvalues.
+      state_size: N, number of complex modes; none stands for a conjugate pair.
       kernel: "softmax" or "exp".
-      max_length: L, the length over which "softmax" normalises; inputs may not be longer, while a state continues beyond.
-      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one per channel.
-      dtype: type of activations; kernels and states are float32 and complex64.
+      max_length: L, length over which "softmax" normalizes. Inputs may not be longer; a state continues beyond it.
+      dt_min, dt_max: range of the initial step sizes, in units of one token; log-uniform, one per channel.
+      dtype: dtype of the activations; kernels and states are float32 and complex64.
     """
 
     width: int
@@ -56,17 +56,17 @@ class DSS(Mixer):
         exp       K_l = Re sum_n W_n (exp(z_n) - 1) / A_n exp(l z_n)
         softmax   K_l = Re sum_n W_n / A_n exp(l z_n) / sum_{m<L} exp(m z_n)
 
-    in every channel, with A (N) and W (d x N) complex, D (d) real, z = dt_re Re A + i dt_im Im A; the two step sizes of a
-    channel start equal. Without a state it is a convolution, with one the recurrence of its modes. The real parts of A are
-    free with "softmax", where a growing mode is normalised by its last term, and negative with "exp". Initially A is -1/2
-    plus the N imaginary parts above zero of HiPPO-LegS of size 2N. The activation and the linear map that the paper puts
-    behind it are a channel mixer in a joint residual branch.
+    per channel, with A (N) and W (d x N) complex, D (d) real, z = dt_re Re A + i dt_im Im A; the two step sizes of a
+    channel start equal. Without a state it runs as a convolution, with one as the recurrence of its modes. The real parts
+    of A are free with "softmax", where a growing mode is normalized by its last term, and negative with "exp". Initially
+    A is -1/2 plus the N imaginary parts above zero of HiPPO-LegS of size 2N. The activation and the linear map that the
+    paper puts after it are a channel mixer in a joint residual branch.
     """
 
     def __init__(self, config: DSSConfig, *, rngs: nnx.Rngs):
         self.config = config
         a = hippo.dplr_legs(2 * config.state_size, half=True).eigenvalues
-        # The logarithm of -Re A with "exp", Re A itself with "softmax".
+        # log(-Re A) with "exp", Re A with "softmax".
         rate = jnp.log(-a.real) if config.kernel == "exp" else a.real
         self.rate = declared(jnp.asarray(rate, jnp.float32), group="ssm", axes=("state",))
         self.frequency = declared(jnp.asarray(a.imag, jnp.float32), group="ssm", axes=("state",))
@@ -108,7 +108,7 @@ class DSS(Mixer):
         return ssm_kernel(a, None, c, dt, conjugate_pairs=False, **options)[:, :time]
 
     def _system(self):
-        """Eigenvalues (d, n) in units of the first step size, W to match, and that step size (d)."""
+        """Returns eigenvalues (d, n) in units of the first step size, the matching W, and that step size (d)."""
         rate = -jnp.exp(self.rate[...]) if self.config.kernel == "exp" else self.rate[...]
         common = jax.lax.complex(rate, self.frequency[...])[None]
         dt, ratio = jnp.exp(self.log_dt[:, 0]), jnp.exp(self.log_dt[:, 1] - self.log_dt[:, 0])
@@ -118,7 +118,7 @@ class DSS(Mixer):
 
 
 def _softmax_input(a, dt, length):
-    """(exp(z) - 1) / (a (exp(z L) - 1)) with z = dt a; for a growing mode, the same from the end, exp(-z (L - 1)) apart."""
+    """Returns (exp(z) - 1) / (a (exp(z L) - 1)) with z = dt a; growing modes factor out exp(-z (L - 1))."""
     growing = a.real > 0
     decaying = jnp.where(growing, -a, a)
     step, total = (zoh(decaying, dt * steps)[1] * decaying for steps in (1, length))

@@ -24,11 +24,11 @@ class GSSConfig:
     """Options of `GSS`.
 
     Attributes:
-      width: d, features in and out.
-      gate_width: features of the gate; 4 d if None.
-      ssm_width: channels of the state space model; d / 4 if None.
-      state_size: N, complex modes, common to all channels.
-      dtype: type of activations; kernels and states are float32 and complex64.
+      width: d, number of input and output features.
+      gate_width: number of features of the gate; 4 d if None.
+      ssm_width: number of channels of the state space model; d / 4 if None.
+      state_size: N, number of complex modes, shared by all channels.
+      dtype: dtype of the activations; kernels and states are float32 and complex64.
     """
 
     width: int
@@ -48,12 +48,12 @@ class GSSConfig:
 
     @property
     def gated(self) -> int:
-        """Features of the gate."""
+        """Number of features of the gate."""
         return 4 * self.width if self.gate_width is None else self.gate_width
 
     @property
     def narrow(self) -> int:
-        """Channels of the state space model."""
+        """Number of channels of the state space model."""
         return self.width // 4 if self.ssm_width is None else self.ssm_width
 
 
@@ -64,8 +64,8 @@ class GSS(Mixer):
         y = W_o (W_u s * gelu(W_g x)) + b_o,    K_l = Re sum_n C_n (exp(A_n) - 1) / A_n exp(l A_n)
 
     with A (N) and C (channels x N) complex: a DSS with the exponential kernel whose step size is fixed at 1 and whose
-    eigenvalues are random, A = -exp(r) + i exp(w) with r, w standard normal. C and D are standard normal as well. Without a
-    state it is a convolution, with one the recurrence of its modes.
+    eigenvalues are random, A = -exp(r) + i exp(w) with r, w standard normal. C and D are standard normal as well. Without
+    a state it runs as a convolution, with one as the recurrence of its modes.
     """
 
     def __init__(self, config: GSSConfig, *, rngs: nnx.Rngs):

@@ -22,11 +22,11 @@ class H3Config:
     """Options of `H3`.
 
     Attributes:
-      width: d, features in and out.
+      width: d, number of input and output features.
       head_dim: features per head, whose keys and values are multiplied as an outer product; divides the width.
-      state_size: N, past keys that the shift sees, and state of a diagonal system (N / 2 conjugate pairs).
-      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one per head.
-      dtype: type of activations; kernels and states are float32 and complex64.
+      state_size: N, number of keys that the shift sees, and state size of each diagonal system (N / 2 conjugate pairs).
+      dt_min, dt_max: range of the initial step sizes, in units of one token; log-uniform, one per head.
+      dtype: dtype of the activations; kernels and states are float32 and complex64.
     """
 
     width: int
@@ -53,8 +53,8 @@ class H3Carry(NamedTuple):
     """What `H3` carries.
 
     Attributes:
-      keys: the last N - 1 keys of the segment, the latest last.
-      h: the modes of every head, for every pair of features of its key and its value.
+      keys: the last N - 1 keys of the segment, latest last.
+      h: the modes per head, for each pair of a key feature and a value feature.
     """
 
     keys: Float[Array, "b s d"]
@@ -67,8 +67,8 @@ class H3(Mixer):
         q, k, v = W_q x + b_q, W_k x + b_k, W_v x + b_v
         y = W_o (q * SSM_diag(SSM_shift(k) * v)) + b_o
 
-    SSM_shift is a filter of N taps, C (S^l B) with S the shift matrix and B = e_1 at the start, so that the taps are C; and a
-    skip. SSM_diag is S4D with Lin eigenvalues and its own skip, one system per head. With heads of r > 1 features the
+    SSM_shift is a skip and a filter of N taps, C (S^l B) with S the shift matrix and initially B = e_1, so that the taps
+    are C. SSM_diag is S4D with Lin eigenvalues and its own skip, one system per head. With heads of r > 1 features the
     products are an outer product and its contraction, o_j = sum_i q_i SSM_diag(k_i v_j).
     """
 
@@ -117,7 +117,7 @@ class H3(Mixer):
         return y, None if carried is None else H3Carry(last_inputs(past, k, segments), h)
 
     def _attend(self, q, k, v, h, segments):
-        """o_tj = sum_i q_ti SSM_diag(k_i v_j)_t; every pair (i, j) is a row of the state space model."""
+        """Returns o_tj = sum_i q_ti SSM_diag(k_i v_j)_t; each pair (i, j) is a row of the state space model."""
         rows, time, heads, size = q.shape
         pairs = size * size
         products = jnp.einsum("bthi,bthj->bijth", k.astype(jnp.float32), v.astype(jnp.float32))
@@ -131,7 +131,7 @@ class H3(Mixer):
         return x.reshape(*x.shape[:2], self.config.heads, self.config.head_dim)
 
     def _shift_taps(self):
-        """C S^l B = sum_n B_n C_{n+l}, for l < N."""
+        """Returns C S^l B = sum_n B_n C_{n+l}, for l < N."""
         size = self.config.state_size
         b, c = (jnp.fft.rfft(v[...], 2 * size) for v in (self.shift_b, self.shift_c))
         return jnp.fft.irfft(b.conj() * c, 2 * size)[:, :size]

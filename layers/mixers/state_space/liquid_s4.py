@@ -1,4 +1,4 @@
-"""Liquid-S4: S4 plus products of neighbouring inputs (Hasani et al. 2022, arXiv:2209.12951)."""
+"""Liquid-S4: S4 plus products of neighboring inputs (Hasani et al. 2022, arXiv:2209.12951)."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple
@@ -18,11 +18,11 @@ class LiquidS4Config:
     """Options of `LiquidS4`.
 
     Attributes:
-      width: d, features in and out, each with a system of its own.
-      degree: P, the highest degree of the products, at least 2.
-      kernel: "pb" lets a product act at its own step only, "kb" lets it enter the state.
+      width: d, number of input and output features, each with its own system.
+      degree: P, highest degree of the products, at least 2.
+      kernel: how products act: "pb", only at their own token, or "kb", through the state.
       state_size, systems, max_length, dt_min, dt_max: those of `S4Config`.
-      dtype: type of activations; kernels and states are float32.
+      dtype: dtype of the activations; kernels and states are float32.
     """
 
     width: int
@@ -44,28 +44,28 @@ class LiquidS4Config:
 
     @property
     def s4(self) -> S4Config:
-        """The options of the S4 inside."""
+        """The options of the inner S4."""
         names = ("width", "state_size", "systems", "max_length", "dt_min", "dt_max", "dtype")
         return S4Config(**{name: getattr(self, name) for name in names})
 
 
 class LiquidS4Carry(NamedTuple):
-    """What `LiquidS4` carries: the state of the S4 inside, and the last product of every degree below P."""
+    """What `LiquidS4` carries: the state of the inner S4, and the last product per degree below P."""
 
     h: Float[Array, "b d n"]
     products: Float[Array, "b p d"]
 
 
 class LiquidS4(Mixer):
-    """Liquid-S4: a linearised liquid state space model, S4 with products of inputs (Hasani et al. 2022, arXiv:2209.12951).
+    """Liquid-S4: a linearized liquid state space model, S4 with products of inputs (Hasani et al. 2022, arXiv:2209.12951).
 
         y_t = sum_l C a^l b x_{t-l} + D x_t + sum_{p=2}^P C b^(p) u^(p)_t                      (pb)
         y_t = sum_l C a^l b x_{t-l} + D x_t + sum_{p=2}^P sum_l C a^l b^(p) u^(p)_{t-l}        (kb)
         u^(1) = x,  u^(p)_t = u^(p-1)_t u^(p-1)_{t-1},    b^(1) = b,  b^(p) = b^(p-1) sum_n b^(p-1)_n
 
-    with the discretised a, b and C, D of `S4`. b^(p) is b times a power of s = sum_n b_n: the term of degree p is one input
-    more, s^(2^(p-1) - 1) u^(p). Published code reads the products backwards in time in some versions; here a product acts at
-    the step of its last factor and afterwards.
+    with the discretized a, b and C, D of `S4`. b^(p) is b times a power of s = sum_n b_n: the term of degree p is one
+    more input, s^(2^(p-1) - 1) u^(p). Some versions of the published code reverse the products in time; here a product
+    acts from the token of its last factor on.
     """
 
     def __init__(self, config: LiquidS4Config, *, rngs: nnx.Rngs):
@@ -83,7 +83,7 @@ class LiquidS4(Mixer):
         h, past = (None, None) if carried is None else carried
         x = x.astype(config.dtype)
         system = self.s4.system()
-        # The other half of the modes are conjugates, so the sum over all is twice that of the real parts.
+        # The other half of the modes are conjugates: the full sum is twice that of the real parts.
         total = 2 * system.b_bar[:, : config.state_size // 2].sum(1)
         liquid, products = _liquid_input(x.astype(jnp.float32), total, config.degree, past, segments)
         liquid = liquid.astype(config.dtype)
@@ -92,13 +92,13 @@ class LiquidS4(Mixer):
             extra = (system.c * system.b_bar).sum(1).astype(config.dtype)[None, None] * liquid
         else:
             y, h = self.s4.mix(x + liquid, h, segments)
-            # The skip of the S4 inside is for the input alone.
+            # The skip of the inner S4 applies to the input only.
             extra = -self.s4.d[...].astype(config.dtype)[None, None] * liquid
         return y + extra, LiquidS4Carry(h, products)
 
 
 def _liquid_input(x, total, degree, past, segment_ids):
-    """sum_{p=2}^P s^(2^(p-1) - 1) u^(p) with s = `total` (d), and the last u^(p) of every p < P."""
+    """Returns sum_{p=2}^P s^(2^(p-1) - 1) u^(p) with s = `total` (d), and the last u^(p) for each p < P."""
     previous = jnp.broadcast_to(jnp.array([[1.0], [0.0]]), (2, x.shape[-1]))
     u, liquid, last = x, jnp.zeros_like(x), []
     for p in range(2, degree + 1):

@@ -23,19 +23,19 @@ class MambaConfig:
     """Options of `Mamba`.
 
     Attributes:
-      width: d, features in and out.
-      state_size: n, states per channel.
-      expand: channels of the state space, as a multiple of width.
-      taps: w, inputs that the short convolution sees.
+      width: d, number of input and output features.
+      state_size: n, number of states per channel.
+      expand: number of channels of the state space as a multiple of width.
+      taps: w, number of inputs that the short convolution sees.
       dt_rank: rank of the map to step sizes; width / 16, rounded up, if None.
       dt_min, dt_max: range of the initial step sizes, log-uniform.
-      dt_floor: no initial step size is smaller.
-      conv_bias: add a bias in the short convolution.
-      bias: add biases in the outer projections.
-      inner_norm: normalise r, B and C of every token, as in Jamba.
-      epsilon: of these norms.
-      depth: layers of the model; the output projection starts smaller by its root.
-      dtype: type of activations; the state is float32.
+      dt_floor: lower bound of the initial step sizes.
+      conv_bias: whether the short convolution has a bias.
+      bias: whether the outer projections have biases.
+      inner_norm: whether r, B and C of each token are normalized, as in Jamba.
+      epsilon: epsilon of these norms.
+      depth: number of layers of the model; the initial output projection is divided by its root.
+      dtype: dtype of the activations; the state is float32.
     """
 
     width: int
@@ -63,7 +63,7 @@ class MambaConfig:
 
     @property
     def channels(self) -> int:
-        """Channels of the state space."""
+        """Number of channels of the state space."""
         return self.expand * self.width
 
     @property
@@ -89,9 +89,9 @@ class Mamba(Mixer):
         h_t    = exp(dt_t A) h_{t-1} + (dt_t u_t) B_t^T       (e x n)
         y      = W_out ((h_t C_t + D u_t) silu(z))
 
-    A = -exp(log_a) starts as -1, ..., -n in every channel, D as one. The decay is discretised exactly and the input by
-    the step size times B, as in the authors' code; the paper writes zero-order hold for both. With `inner_norm`, an
-    RMSNorm each follows r, B_t and C_t, which keeps large models stable (Jamba, Lieber et al. 2024, arXiv:2403.19887).
+    A = -exp(log_a) starts as -1, ..., -n in every channel, D as one. The decay is discretized exactly and the input by
+    the step size times B, as in the authors' code; the paper writes zero-order hold for both. With `inner_norm`, r, B_t
+    and C_t each pass through an RMSNorm, which keeps large models stable (Jamba, Lieber et al. 2024, arXiv:2403.19887).
     """
 
     def __init__(self, config: MambaConfig, *, rngs: nnx.Rngs):
@@ -112,7 +112,7 @@ class Mamba(Mixer):
         rates = jnp.broadcast_to(jnp.log(jnp.arange(1.0, size + 1)), (channels, size))
         self.log_a = declared(rates.astype(jnp.float32), axes=("inner", "state"), **NO_DECAY)
         self.d = parameter(rngs, nnx.initializers.ones_init(), (channels,), **own)
-        # Smaller by the root of the number of layers that add to the residual.
+        # Divided by the root of the number of layers that add to the residual.
         small = uniform_fan_in(config.depth**-0.5)
         self.output = linear(
             channels, config.width, axes=("inner", "embed"), bias=config.bias, init=small, **options

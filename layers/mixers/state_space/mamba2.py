@@ -23,21 +23,21 @@ class Mamba2Config:
     """Options of `Mamba2`.
 
     Attributes:
-      width: d, features in and out.
-      state_size: n, states per channel: the size of B and C.
-      expand: channels of the state space, as a multiple of width.
-      head_dim: p, channels that share a decay.
-      groups: g, pairs of B and C; divides the heads. The norm is over the channels of a group.
-      taps: w, inputs that the short convolution sees.
+      width: d, number of input and output features.
+      state_size: n, number of states per channel, the size of B and C.
+      expand: number of channels of the state space as a multiple of width.
+      head_dim: p, channels per head; they share a decay.
+      groups: g, number of pairs of B and C; divides the heads. The norm is over the channels of a group.
+      taps: w, number of inputs that the short convolution sees.
       a_min, a_max: range of the initial decay rates, uniform.
       dt_min, dt_max: range of the initial step sizes, log-uniform.
-      dt_floor: no initial step size is smaller.
-      dt_limit: step sizes are held in this interval.
-      conv_bias: add a bias in the short convolution.
-      bias: add biases in the outer projections.
-      epsilon: of the norm.
-      depth: layers of the model; the output projection starts smaller by its root.
-      dtype: type of activations; the state is float32.
+      dt_floor: lower bound of the initial step sizes.
+      dt_limit: interval that step sizes are clipped to.
+      conv_bias: whether the short convolution has a bias.
+      bias: whether the outer projections have biases.
+      epsilon: epsilon of the norm.
+      depth: number of layers of the model; the initial output projection is divided by its root.
+      dtype: dtype of the activations; the state is float32.
     """
 
     width: int
@@ -76,12 +76,12 @@ class Mamba2Config:
 
     @property
     def channels(self) -> int:
-        """Channels of the state space."""
+        """Number of channels of the state space."""
         return self.expand * self.width
 
     @property
     def heads(self) -> int:
-        """Heads, each with one decay."""
+        """Number of heads, each with one decay."""
         return self.channels // self.head_dim
 
 
@@ -98,11 +98,10 @@ class Mamba2(Mixer):
         [z, u, B, C, dt] = W_in x                                        (e, e, g n, g n, h)
         [u, B, C] = silu(short_conv([u, B, C]))
         dt_t = softplus(dt_t + b_dt), clipped to dt_limit                (h)
-        S_t  = exp(-dt_t exp(log_a)) S_{t-1} + B_t (dt_t u_t)^T          (n x p, in every head)
+        S_t  = exp(-dt_t exp(log_a)) S_{t-1} + B_t (dt_t u_t)^T          (n x p, per head)
         y    = W_out RMSNorm((S_t^T C_t + D u_t) silu(z))
 
-    Head i reads group i // (h / g) of B and C. The gate comes before the norm, which is over the e / g channels of a
-    group.
+    Head i reads group i // (h / g) of B and C. The gate precedes the norm, which is over the e / g channels of a group.
     """
 
     def __init__(self, config: Mamba2Config, *, rngs: nnx.Rngs):
@@ -120,7 +119,7 @@ class Mamba2(Mixer):
         self.log_a = parameter(rngs, log_of_uniform(config.a_min, config.a_max), (heads,), **by_head)
         self.d = parameter(rngs, ones, (heads,), **by_head)
         self.scale = parameter(rngs, ones, (channels,), axes=("inner",), **NO_DECAY)
-        # Smaller by the root of the number of layers that add to the residual.
+        # Divided by the root of the number of layers that add to the residual.
         small = uniform_fan_in(config.depth**-0.5)
         self.output = linear(
             channels, config.width, axes=("inner", "embed"), bias=config.bias, init=small, **options
@@ -159,7 +158,7 @@ class Mamba2(Mixer):
         return self.output(y), Mamba2Carry(inputs, s)
 
     def _norm(self, y: jax.Array) -> jax.Array:
-        """Divides the channels of every group by the root of their mean square, and scales."""
+        """Divides the channels of each group by their root mean square, and scales them."""
         groups = self.config.groups
         grouped = y.reshape(*y.shape[:2], groups, self.config.channels // groups)
         inverse = jax.lax.rsqrt(jnp.square(grouped).mean(-1, keepdims=True) + self.config.epsilon)

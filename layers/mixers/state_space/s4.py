@@ -1,4 +1,4 @@
-"""S4: a diagonal plus low-rank state space model in every channel (Gu et al. 2022, arXiv:2111.00396)."""
+"""S4: a diagonal plus low-rank state space model per channel (Gu et al. 2022, arXiv:2111.00396)."""
 
 import dataclasses
 from typing import Any
@@ -31,15 +31,16 @@ class S4Config:
     """Options of `S4`.
 
     Attributes:
-      width: d, features in and out, each with a system of its own.
-      state_size: N, states per channel; N / 2 conjugate pairs are stored.
-      systems: how many different sets of A and B there are; channel i has set i modulo systems. Divides the width; C and
-        the step size always belong to the channel.
-      max_length: L. If given, C~ = C (I - a^L) is trained in place of C, as in the paper, and kernels of up to L taps
-        are Cauchy sums; longer inputs and states recover C from it. If None, C is trained and kernels come from powers of a.
-      bidirectional: a second output vector whose kernel looks ahead; not causal.
-      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one per channel.
-      dtype: type of activations; kernels and states are float32.
+      width: d, number of input and output features, each with its own system.
+      state_size: N, number of states per channel; N / 2 conjugate pairs are stored.
+      systems: number of different sets of A and B there are; channel i has set i modulo systems. Divides the width; every
+        channel has its own C and step size.
+      max_length: L. If given, C~ = C (I - a^L) is trained in place of C, as in the paper, and kernels of up to L taps are
+        Cauchy sums; longer inputs and states recover C from it. If None, C is trained and kernels are computed from
+        powers of a.
+      bidirectional: whether a second output vector has a kernel that looks ahead; not causal.
+      dt_min, dt_max: range of the initial step sizes, in units of one token; log-uniform, one per channel.
+      dtype: dtype of the activations; kernels and states are float32.
     """
 
     width: int
@@ -63,10 +64,10 @@ class S4(Mixer):
         y_t = sum_l K_l x_{t-l} + D x_t,    K_l = C a^l b,    A = diag(Lambda) - P P^*
         a = (I - dt/2 A)^{-1} (I + dt/2 A),  b = dt (I - dt/2 A)^{-1} B
 
-    for every channel, with Lambda, P, B, C (N/2) complex, standing for themselves and their conjugates, and dt, D real.
-    Without a state it is a convolution, with one the recurrence h_t = a h_{t-1} + b x_t, y_t = C h_t + D x_t. With
+    for every channel, with Lambda, P, B, C (N/2) complex, each standing for itself and its conjugate, and dt, D real.
+    Without a state it runs as a convolution, with one as the recurrence h_t = a h_{t-1} + b x_t, y_t = C h_t + D x_t. With
     `bidirectional` a second C gives a kernel whose tap l weighs x_{t+1+l}. Initially A and B are HiPPO-LegS in the
-    eigenbasis of its normal part. The activation and the linear map that the paper puts behind it are a channel mixer,
+    eigenbasis of its normal part. The activation and the linear map that the paper puts after it are a channel mixer,
     such as `half_glu2`, in a joint residual branch.
     """
 
@@ -105,7 +106,7 @@ class S4(Mixer):
         return y.astype(config.dtype) + skip, h
 
     def kernel(self, length: int) -> Float[Array, "k d l"]:
-        """The kernel of every output vector."""
+        """Returns the kernel of each output vector."""
         a, b, c, dt, p = self._parameters()
         options = {"p": p, "discretization": "bilinear"}
         trained = self.config.max_length
@@ -114,7 +115,7 @@ class S4(Mixer):
         return ssm_kernel(a, b, self._output(), dt, length=length, **options)
 
     def system(self) -> RealSystem:
-        """The discretised system of every channel in real numbers."""
+        """Returns the discretized system per channel, in real numbers."""
         a, b, _, dt, p = self._parameters()
         return real_system(a, b, self._output()[0], dt, p)
 
@@ -130,7 +131,7 @@ class S4(Mixer):
 
 
 def _run(system, x, h, segments):
-    """y_t = c h_t with h_t = a h_{t-1} + b x_t, one step after the other."""
+    """Returns y_t = c h_t with h_t = a h_{t-1} + b x_t, token by token."""
     marks = () if segments is None else (segments.real, segments.starts)
 
     def step(h, inputs):

@@ -1,4 +1,4 @@
-"""S4D: a diagonal state space model in every channel, trained as a convolution (Gu et al. 2022, arXiv:2206.11893)."""
+"""S4D: a diagonal state space model per channel, trained as a convolution (Gu et al. 2022, arXiv:2206.11893)."""
 
 import dataclasses
 from typing import Any, Literal
@@ -25,15 +25,15 @@ class S4DConfig:
     """Options of `S4D`.
 
     Attributes:
-      width: d, features in and out, each with a system of its own.
-      state_size: N, states per channel; N / 2 conjugate pairs are stored.
-      init: eigenvalues at the start: "legs", "inv" or "lin".
-      systems: how many different sets of eigenvalues and inputs there are; channel i has set i modulo systems. Divides
-        the width; C and the step size always belong to the channel.
-      bidirectional: a second output vector whose kernel looks ahead; not causal.
+      width: d, number of input and output features, each with its own system.
+      state_size: N, number of states per channel; N / 2 conjugate pairs are stored.
+      init: initial eigenvalues: "legs", "inv" or "lin".
+      systems: number of different sets of eigenvalues and inputs there are; channel i has set i modulo systems. Divides
+        the width; every channel has its own C and step size.
+      bidirectional: whether a second output vector has a kernel that looks ahead; not causal.
       discretization: "zoh" or "bilinear".
-      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one per channel.
-      dtype: type of activations; kernels and states are float32 and complex64.
+      dt_min, dt_max: range of the initial step sizes, in units of one token; log-uniform, one per channel.
+      dtype: dtype of the activations; kernels and states are float32 and complex64.
     """
 
     width: int
@@ -62,16 +62,16 @@ class S4D(Mixer):
         y_t = sum_l K_l x_{t-l} + D x_t,    K_l = 2 Re sum_n C_n b_n a_n^l
         a = exp(dt A),  b = (exp(dt A) - 1) / A * B            (zero-order hold; or the bilinear rule)
 
-    for every channel, with A, B, C (N/2) complex and dt, D real. Without a state it is a convolution, with one the
-    recurrence h_t = a h_{t-1} + b x_t, y_t = 2 Re(C h_t) + D x_t. With `bidirectional` a second C gives a kernel whose tap
-    l weighs x_{t+1+l}. Initially Re A = -1/2, and Im A_n for n < N/2 is
+    for every channel, with A, B, C (N/2) complex and dt, D real. Without a state it runs as a convolution, with one as
+    the recurrence h_t = a h_{t-1} + b x_t, y_t = 2 Re(C h_t) + D x_t. With `bidirectional` a second C gives a kernel
+    whose tap l weighs x_{t+1+l}. Initially Re A = -1/2, and Im A_n for n < N/2 is
 
         legs   that of the normal part of HiPPO-LegS, with B its input vector in the eigenbasis (else B = 1)
         inv    N/pi (N / (2n + 1) - 1)
         lin    pi n
 
-    Real parts are trained as logarithms and stay negative. The activation and the linear map that the paper puts behind
-    it are a channel mixer, such as `half_glu2`, in a joint residual branch.
+    Real parts are trained as logarithms and stay negative. The activation and the linear map that the paper puts after it
+    are a channel mixer, such as `half_glu2`, in a joint residual branch.
 
     Args:
       axis: logical axis of the channels; "embed" where they are those of the residual stream.
@@ -107,7 +107,7 @@ class S4D(Mixer):
 
 
 def initial_modes(init: str, state_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues A and inputs B of N / 2 conjugate pairs."""
+    """Returns eigenvalues A and inputs B of N / 2 conjugate pairs."""
     n = np.arange(state_size // 2)
     if init == "legs":
         system = hippo.dplr_legs(state_size, half=True)

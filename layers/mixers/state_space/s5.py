@@ -25,17 +25,18 @@ class S5Config:
     """Options of `S5`.
 
     Attributes:
-      width: d, features in and out.
-      state_size: P, eigenvalues of the full system. With conj_sym half of them are stored.
-      blocks: J, HiPPO-N blocks of size P / J on the diagonal at initialisation.
-      bidirectional: a second scan from the end, with its own output matrix; not causal.
-      conj_sym: keep one of each conjugate pair and take twice the real part of the output.
+      width: d, number of input and output features.
+      state_size: P, number of eigenvalues of the full system. With conj_sym half of them are stored.
+      blocks: J, number of HiPPO-N blocks of size P / J on the initial diagonal.
+      bidirectional: whether a second scan runs from the end, with its own output matrix; not causal.
+      conj_sym: whether one of each conjugate pair is stored and the output is twice the real part.
       discretization: "zoh" or "bilinear".
-      dt_min, dt_max: range of the initial step sizes, in steps of the sequence; log-uniform, one per mode.
+      dt_min, dt_max: range of the initial step sizes, in units of one token; log-uniform, one per mode.
       c_init: "lecun_normal" or "truncated_normal" (drawn real in the HiPPO basis), or "complex_normal".
-      clip_eigs: keep real parts of eigenvalues at or below -1e-4; wise for sequences longer than those of training.
+      clip_eigs: whether real parts of eigenvalues are clipped to at most -1e-4; useful for sequences longer than in
+        training.
       step_rescale: factor on all step sizes, for inputs sampled at another rate than in training.
-      dtype: type of activations; the state is complex64.
+      dtype: dtype of the activations; the state is complex64.
     """
 
     width: int
@@ -70,7 +71,7 @@ class S5Config:
 
     @property
     def modes(self) -> int:
-        """Eigenvalues stored: P, or P / 2 with conjugate symmetry."""
+        """Number of stored eigenvalues: P, or P / 2 with conjugate symmetry."""
         return self.state_size // (2 if self.conj_sym else 1)
 
 
@@ -80,9 +81,9 @@ class S5(Mixer):
         h_t = exp(dt a) * h_{t-1} + (exp(dt a) - 1) / a * (B x_t)        (zero-order hold)
         y_t = 2 Re(C h_t) + D * x_t
 
-    with a, dt (P/2), B (P/2 x d), C (d x P/2) complex but for dt, and D (d). With `bidirectional` a second h runs from
+    with a, dt (P/2), B (P/2 x d), C (d x P/2) complex except dt, and D (d). With `bidirectional` a second h runs from
     the end and C has a half for each. Initially a are the eigenvalues of the normal part of HiPPO-LegS of size P / J,
-    J times, and B and C are real matrices carried into that eigenbasis. The activation that the paper puts behind it
+    J times, and B and C are real matrices transformed to that eigenbasis. The activation that the paper puts after it
     is a channel mixer: `half_glu1`, `half_glu2`, `full_glu` or `gelu`, in a joint residual branch.
     """
 
@@ -111,7 +112,7 @@ class S5(Mixer):
     ) -> tuple[Float[Array, "b t d"], Complex[Array, "b n"]]:
         config = self.config
         if carried is None and segments is not None and not segments.packed and segments.padding == "end":
-            # Zeros behind the tokens leave every output but their own alone, and the decay the same at all tokens.
+            # Zeros after the tokens change no other output, and keep the decay equal at all tokens.
             x, segments = select_real(x, segments), None
         real, imaginary = self.eigenvalues[...]
         if config.clip_eigs:
@@ -140,7 +141,7 @@ class S5(Mixer):
 
 
 def _block_diagonal_hippo(config: S5Config) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues (modes) and eigenvectors (P x modes) of J copies of the normal part of HiPPO-LegS."""
+    """Returns eigenvalues (modes) and eigenvectors (P x modes) of J copies of the normal part of HiPPO-LegS."""
     system = hippo.dplr_legs(config.state_size // config.blocks, half=config.conj_sym)
     size, modes = system.v.shape
     vectors = np.zeros((config.blocks, size, config.blocks, modes), complex)
@@ -149,7 +150,7 @@ def _block_diagonal_hippo(config: S5Config) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _input_matrix(vectors: np.ndarray):
-    """Initialiser of B: a real matrix P x d of variance 1 / P in the eigenbasis (V unitary, so its inverse is V*)."""
+    """Initializer of B: a real matrix P x d of variance 1 / P in the eigenbasis (V unitary, so its inverse is V*)."""
 
     def init(key, shape, dtype):
         # The paper's code calls lecun_normal on (P, d), whose fan-in is P rather than d.
@@ -161,7 +162,7 @@ def _input_matrix(vectors: np.ndarray):
 
 
 def _output_matrix(config: S5Config, vectors: np.ndarray):
-    """Initialiser of C by `c_init`."""
+    """Initializer of C by `c_init`."""
 
     def init(key, shape, dtype):
         if config.c_init == "complex_normal":
@@ -184,7 +185,7 @@ def _output_matrix(config: S5Config, vectors: np.ndarray):
 
 
 def _exact(left, right):
-    """A float32 matrix product in full precision on every device."""
+    """Returns a float32 matrix product in full precision on every device."""
     return jnp.matmul(
         jnp.asarray(left, jnp.float32), jnp.asarray(right, jnp.float32), precision=jax.lax.Precision.HIGHEST
     )

@@ -18,10 +18,10 @@ class FNetConfig:
     """Options of `FNet`.
 
     Attributes:
-      width: d, features in and out.
-      orthonormal: divide by sqrt(t d), so that outputs are as large as inputs. The paper does not, and normalises
-        behind the residual connection.
-      dtype: type of the output; the transforms are computed in float32.
+      width: d, number of input and output features.
+      orthonormal: whether outputs are divided by sqrt(t d), which keeps the norm of the inputs. The paper does not, and
+        normalizes after the residual connection.
+      dtype: dtype of the output; the transforms are computed in float32.
     """
 
     width: int
@@ -34,7 +34,7 @@ class FNet(Mixer):
 
         y_{k,j} = Re sum_{s<t} sum_{c<d} x_{s,c} exp(-2 pi i (k s / t + j c / d))
 
-    with t the length of the sequence: of its segment, if rows are packed or padded. Not causal, and without parameters.
+    with t the length of the sequence, or of its segment in packed or padded rows. Not causal, and without parameters.
     """
 
     causal = False
@@ -57,10 +57,10 @@ class FNet(Mixer):
 
 
 def _transform(orthonormal, _, x, lengths):
-    """The transform of sequences of given lengths, by Bluestein's algorithm: k s = (k^2 + s^2 - (k - s)^2) / 2.
+    """Returns the transform of sequences by Bluestein's algorithm: k s = (k^2 + s^2 - (k - s)^2) / 2.
 
-    X_k = c_k sum_s (x_s c_s) conj(c_{k-s}) with c_n = exp(-i pi n^2 / t), a convolution for every row, computed by
-    transforms of one length for all rows.
+    X_k = c_k sum_s (x_s c_s) conj(c_{k-s}) with c_n = exp(-i pi n^2 / t), a convolution per row, computed by transforms
+    of one length for all rows.
     """
     time = x.shape[1]
     size = 1 << (2 * time - 1).bit_length()
@@ -76,7 +76,7 @@ def _transform(orthonormal, _, x, lengths):
 
 
 def _chirp(lengths: Int[Array, "b"], time: int) -> Complex[Array, "b t"]:
-    """exp(-i pi n^2 / length) for n < time; the phase is reduced in integers, exactly below 2^20 tokens."""
+    """Returns exp(-i pi n^2 / length) for n < time; the phase is reduced in integers, exactly below 2^20 tokens."""
     period = 2 * lengths.astype(jnp.uint32)[:, None]
     n = jnp.arange(time, dtype=jnp.uint32)[None]
     n = jnp.where(n < period // 2, n, 0)

@@ -1,4 +1,4 @@
-"""HyperMixer: a token-mixing MLP whose weights are made from the tokens (Mai et al. 2022, arXiv:2203.03691)."""
+"""HyperMixer: a token-mixing MLP whose weights are computed from the tokens (Mai et al. 2022, arXiv:2203.03691)."""
 
 import dataclasses
 from functools import partial
@@ -16,7 +16,7 @@ from layers.positions import sinusoidal
 from layers.segments import Segments
 from layers.typing import Array, Float
 
-# Xavier with the gain of the authors' code, sqrt(2), for every head's matrix by itself.
+# Xavier with the gain of the authors' code, sqrt(2), for the matrix of each head.
 _xavier = nnx.initializers.variance_scaling(2.0, "fan_avg", "uniform", batch_axis=(0,))
 
 
@@ -25,14 +25,15 @@ class HyperMixerConfig:
     """Options of `HyperMixer`.
 
     Attributes:
-      width: d, features in and out.
-      hidden: m, hidden units of the token-mixing MLP, all heads together.
-      heads: h; each mixes its share of the features with its share of the hidden units.
-      tied: use W1 as W2 too.
-      position: "sinusoid" adds sinusoids to what makes the weights; "none" leaves the mixer blind to order.
-      norm: LayerNorm behind the mixing.
-      epsilon: of that norm.
-      dtype: type of activations; hidden units are summed over time in float32.
+      width: d, number of input and output features.
+      hidden: m, number of hidden units of the token-mixing MLP over all heads.
+      heads: h, number of heads; each mixes its part of the features with its part of the hidden units.
+      tied: whether W2 equals W1.
+      position: "sinusoid" adds sinusoids to the inputs of the MLPs that compute the weights; with "none" the mixer
+        ignores order.
+      norm: whether LayerNorm follows the mixing.
+      epsilon: epsilon of that norm.
+      dtype: dtype of the activations; hidden units are summed over time in float32.
     """
 
     width: int
@@ -59,7 +60,7 @@ class HyperMixer(Mixer):
         W1 = MLP_1(x + p),  W2 = MLP_2(x + p)        t x m, token by token; MLP(u) = B gelu(A u)
         y = LayerNorm(W2 gelu(W1^T x))
 
-    Linear in t, for sequences of any length, and not causal. With heads all matrices are block diagonal.
+    Linear in t, for sequences of any length, and not causal. With several heads all matrices are block diagonal.
     """
 
     causal = False
@@ -87,7 +88,7 @@ class HyperMixer(Mixer):
 
 
 def _mix(config, weights, x, _lengths):
-    """The mixing of sequences by themselves; x is zero from their lengths on, so those rows of W1 do not count."""
+    """Mixes each sequence on its own; x is zero from its length on, so those rows of W1 do not count."""
     b, t, _ = x.shape
     source = x
     if config.position == "sinusoid":

@@ -27,15 +27,16 @@ class WERSAConfig:
     """Options of `WERSA`.
 
     Attributes:
-      width: d, features in and out.
-      heads: h.
-      head_dim: K, features of a head; width / heads if None.
-      levels: L, scales of the wavelet transform; the coarsest averages 2^L tokens.
-      features: m, random features of a head.
-      epsilon: added to every feature, so that no weight vanishes.
-      causal: a token sees only itself and what came before; then averages trail instead of lying on a grid.
-      bias: add biases in the projections.
-      dtype: type of activations; filters, sums and state are float32.
+      width: d, number of input and output features.
+      heads: h, number of heads.
+      head_dim: K, features per head; width / heads if None.
+      levels: L, number of scales of the wavelet transform; the coarsest averages 2^L tokens.
+      features: m, number of random features per head.
+      epsilon: number added to every feature, so that no weight vanishes.
+      causal: whether a token sees only itself and earlier tokens; if so, averages trail the token instead of lying on a
+        grid.
+      bias: whether the projections have biases.
+      dtype: dtype of the activations; filters, sums and state are float32.
     """
 
     width: int
@@ -58,7 +59,7 @@ class WERSAConfig:
 
     @property
     def size(self) -> int:
-        """Features of a head."""
+        """Features per head."""
         return head_size("head_dim", self.head_dim, self)
 
 
@@ -66,9 +67,9 @@ class WERSACarry(NamedTuple):
     """What a causal `WERSA` carries.
 
     Attributes:
-      past: queries and keys of the last 2^L - 1 tokens of the segment, the latest last.
-      total: sum of the queries of the segment, and in the last place their number.
-      memory: of the attention; the last column is the sum of keys.
+      past: queries and keys of the last 2^L - 1 tokens of the segment, latest last.
+      total: sum of the queries of the segment; the last entry is their number.
+      memory: matrix memory of the attention; the last column is the sum of keys.
     """
 
     past: Float[Array, "b s f"]
@@ -79,22 +80,22 @@ class WERSACarry(NamedTuple):
 class WERSA(Mixer):
     """WERSA: wavelet-enhanced random spectral attention (Dentamaro 2025, arXiv:2507.08637).
 
-        g = s * sigmoid(MLP(mean of q))                      one weight for each of L scales and the rest, by head
+        g = s * sigmoid(MLP(mean of q))                      per head, one weight per scale and one for the rest
         filter(u) = g_0 A_L u + sum_{l<=L} g_l (A_{l-1} - A_l) u,    A_0 u = u
         phi(u)_i = exp(w_i . beta u - |beta u|^2 / 2) + epsilon
         y = W_o sum_s (phi(q'_t) . phi(k'_s)) v_s / sum_s (phi(q'_t) . phi(k'_s)),    q', k' = filter(q), filter(k)
 
-    A_l averages over blocks of 2^l tokens, and (A_{l-1} - A_l) u is what the Haar wavelets of level l hold of u: the
-    filter is the transform, the weights, and the inverse transform. With all weights 1 it is the identity. s (h, L + 1)
-    and the bandwidths beta (h) are learnt; beta begins at K^(-1/4), so that the mean over w ~ N(0, 1)^K is
-    proportional to exp(q' . k' / sqrt(K)).
+    A_l averages over blocks of 2^l tokens, and (A_{l-1} - A_l) u is the Haar wavelet component of u at level l: the
+    filter is the transform, the weights and the inverse transform. With all weights 1 it is the identity. s (h, L + 1)
+    and the bandwidths beta (h) are learned; beta starts at K^(-1/4), so that the mean over w ~ N(0, 1)^K is proportional
+    to exp(q' . k' / sqrt(K)).
 
-    Causal: A_l u_t is the mean of the last 2^l inputs (zero before the first), and the mean of q is that of the tokens
-    so far. On a grid of blocks, averages would see the future.
+    Causal: A_l u_t is the mean of the last 2^l inputs (zero before the first), and the mean of q is over the tokens so
+      far. On a grid of blocks, averages would see later tokens.
 
-    Certain are the parts: Haar wavelets of queries and keys, weights from an MLP times learnt weights of the scales,
-    random features for the kernel of softmax, linear attention. What the MLP sees, weights and bandwidths by head, the
-    exponential features and the causal form are our reading.
+    The paper specifies the parts: Haar wavelets of queries and keys, weights from an MLP times learned weights of the
+    scales, random features for the softmax kernel, and linear attention. The input of the MLP, weights and bandwidths per
+    head, the exponential features and the causal form are our reading.
     """
 
     def __init__(self, config: WERSAConfig, *, rngs: nnx.Rngs):
@@ -143,7 +144,7 @@ class WERSA(Mixer):
         return *(v[...] for layer in layers for v in (layer.kernel, layer.bias)), self.scales[...]
 
     def _filter_causally(self, qk, past, total, segments):
-        """Filtered queries and keys, and what the next call needs: past inputs and the sum of queries."""
+        """Returns filtered queries and keys, and what the next call needs: past inputs and the sum of queries."""
         config = self.config
         b, t, f = qk.shape
         if past is None:
@@ -158,7 +159,7 @@ class WERSA(Mixer):
         return _weighted(averages, gates), last_inputs(past, qk, segments), total
 
     def _features(self, x: Float[Array, "b t f"], is_key: int) -> Float[Array, "b t h m"]:
-        """phi of queries or keys; a factor common to all features of a query cancels."""
+        """Returns phi of queries or keys; a factor common to all features of a query cancels."""
         config = self.config
         bandwidth = jnp.exp(self.log_bandwidth[...]) * config.size**-0.25
         x = split_heads(x, config.heads) * bandwidth[None, None, :, None]
@@ -171,7 +172,7 @@ class WERSA(Mixer):
 
 
 def _gates(config, weights, mean):
-    """g (b, t, 1, h, 1, L + 1) of mean queries (b, t, h K): an axis for queries and keys, and one for features."""
+    """Returns g (b, t, 1, h, 1, L + 1) of mean queries (b, t, h K); the unit axes are query/key and features."""
     inner, inner_bias, outer, outer_bias, scales = weights
     hidden = jax.nn.gelu(
         jnp.einsum("bthk,kf->bthf", split_heads(mean, config.heads), inner) + inner_bias[None, None, None]
@@ -181,7 +182,7 @@ def _gates(config, weights, mean):
 
 
 def _weighted(averages, gates):
-    """g_0 A_L + sum_l g_l (A_{l-1} - A_l) of queries and keys (b, t, 2 h K)."""
+    """Returns g_0 A_L + sum_l g_l (A_{l-1} - A_l) of queries and keys (b, t, 2 h K)."""
     b, t, f = averages[0].shape
     heads = gates.shape[3]
     averages = [a.reshape(b, t, 2, heads, f // (2 * heads)) for a in averages]
@@ -192,7 +193,7 @@ def _weighted(averages, gates):
 
 
 def _filter(config, weights, qk, lengths):
-    """The filter on sequences that are zero from their lengths on, by averages over a grid of blocks."""
+    """Filters sequences that are zero from their lengths on, by averages over a grid of blocks."""
     b, t, f = qk.shape
     mean = qk[..., : f // 2].sum(1, keepdims=True) / lengths.astype(qk.dtype)[:, None, None]
     whole = jnp.pad(qk, ((0, 0), (0, -t % 2**config.levels), (0, 0)))
@@ -204,7 +205,7 @@ def _filter(config, weights, qk, lengths):
 
 
 def _trailing_averages(x, past, levels, segments):
-    """x and the means of the last 2, 4, ... 2^levels inputs of the segment, those before its first being zero."""
+    """Returns x and the means of the last 2, 4, ... 2^levels inputs, zero before the start of the segment."""
     size, t = past.shape[1], x.shape[1]
     packing = None if segments is None else pack_rows(segments)
     ordered = x if packing is None else packing.pack(x)
