@@ -67,6 +67,11 @@ class Stack(nnx.Module):
         graph, variables = nnx.split(self.stacked[layer % period])
         return nnx.merge(graph, _at(variables, layer // period))
 
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks of all layers in order; those of stacked layers are copies."""
+        return [self.block(layer) for layer in range(self.config.depth)]
+
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> tuple[Any, ...]:
         """The initial state of every layer; `max_length` bounds the tokens that caches must hold."""
         return tuple(

@@ -77,7 +77,7 @@ def test_a_model_too_large_for_this_machine_is_described():
 
 def test_states_are_those_of_a_row():
     record = describe.describe(config(pattern=("s5",), mixers={"s5": dict(state_size=6)}), [16, 64])
-    assert [row["state_bytes"] for row in record["lengths"]] == [2 * (3 * 8 + 4)] * 2
+    assert [row["state_bytes"] for row in record["lengths"]] == [2 * (3 * 8 + 3 * 4)] * 2
     cached = describe.describe(config(mixers={"attention": dict(heads=2)}), [16, 64])["lengths"]
     keys_and_values = 2 * 2 * 8 * 4
     assert cached[1]["state_bytes"] - cached[0]["state_bytes"] >= 48 * keys_and_values

@@ -187,7 +187,7 @@ def test_a_step_is_timed_and_traced_and_its_frames_are_read(tiny, monkeypatch):
     assert record["milliseconds_per_step"] > 0
     assert record["others"]["linear_recurrence/reference"]["milliseconds_per_step"] > 0
     files = set(found.values()) - {"other"}
-    assert {"experiments/training/optimizers.py", "experiments/tasks/classification.py"} <= files
+    assert {"experiments/training/optimizers/transforms.py", "experiments/tasks/classification.py"} <= files
     assert [file for file in files if not (profile.ROOT / file).is_file()] == []
 
 

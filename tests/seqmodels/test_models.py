@@ -263,7 +263,7 @@ def test_vectors_as_inputs():
 def test_joint_residual_is_one_branch():
     one = dict(pattern=("s5",), mixers={"s5": {"state_size": 4}}, channel="half_glu2", residual="joint")
     model = build(CLASSIFIER, **one, depth=1)
-    block = model.stack.block(0)
+    block = model.stack.layers[0]
     assert block.channel_norm is None
     x = jax.random.normal(jax.random.key(0), (2, 6, 8))
     y, _ = block(x)
@@ -275,7 +275,7 @@ def test_the_residual_is_scaled_in_both_branches():
     x = jax.random.normal(jax.random.key(0), (2, 6, 8))
     for norm_position in ("pre", "post"):
         options = {"norm": "layer_norm", "norm_position": norm_position, "residual_scale": 3.0}
-        block = build(CLASSIFIER, **options, depth=1).stack.block(0)
+        block = build(CLASSIFIER, **options, depth=1).stack.layers[0]
         want = x
         for branch, norm in (
             (lambda u, b=block: b.mixer(u)[0], block.mixer_norm),
@@ -287,7 +287,7 @@ def test_the_residual_is_scaled_in_both_branches():
 
 def test_post_norm_normalises_the_sum():
     model = make(norm="layer_norm", norm_position="post", depth=1)
-    y, _ = model.stack.block(0)(jax.random.normal(jax.random.key(0), (2, 6, 8)))
+    y, _ = model.stack.layers[0](jax.random.normal(jax.random.key(0), (2, 6, 8)))
     np.testing.assert_allclose(np.asarray(y).mean(-1), 0, atol=1e-5)
     np.testing.assert_allclose(np.asarray(y).std(-1), 1, atol=1e-3)
 

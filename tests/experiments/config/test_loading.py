@@ -84,7 +84,7 @@ def test_impossible_data_options_are_named():
         (dict(fsdp=-2), ValueError, "mesh.fsdp=-2; expected at least 1"),
         (dict(tensor=2.0), TypeError, "mesh.tensor=2.0; expected an integer"),
         (dict(expert=True), TypeError, "mesh.expert=True; expected an integer"),
-        (dict(sequence=-1), ValueError, "mesh.data and mesh.sequence are -1; only one"),
+        (dict(data=-1, sequence=-1), ValueError, "mesh.data and mesh.sequence are -1; only one"),
         (dict(pipeline=2), ValueError, "config.mesh has no option 'pipeline'"),
     ],
 )

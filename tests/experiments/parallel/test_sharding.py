@@ -36,7 +36,7 @@ def test_an_axis_takes_the_devices_that_are_left(sizes, expected):
         ({"fsdp": 16}, "mesh: fsdp=16 takes 16 devices, and there are 8"),
         ({"tensor": 3}, "mesh: tensor=3 takes 3 devices or a multiple, and there are 8.*--num_devices=6"),
         ({"data": 2, "fsdp": 2}, "mesh: data=2, fsdp=2 takes 4 devices, and there are 8.*--num_devices=8"),
-        ({"data": -1, "fsdp": -1}, "data, fsdp are -1; at most one"),
+        ({"data": -1, "fsdp": -1}, "mesh.data and mesh.fsdp are -1; only one"),
         ({"tensor": 0}, "mesh.tensor=0; expected at least 1"),
     ],
 )
