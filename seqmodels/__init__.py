@@ -22,15 +22,15 @@ MODELS = {
 
 
 def build_model(config: Mapping[str, Any], *, rngs: nnx.Rngs) -> Classifier | LanguageModel | Autoencoder:
-    """Builds the model that a mapping describes.
+    """Returns the model that a mapping describes.
 
     Args:
       config: "kind" ("classifier", "language_model" or "autoencoder") and, flat, the fields of `InputConfig`,
         `StackConfig` and of the config of that kind in `seqmodels.config`.
-      rngs: source of the keys that initialise parameters.
+      rngs: source of the keys that initialize parameters.
 
     Raises:
-      ValueError: an unknown field or name (with the nearest one), or values that cannot go together.
+      ValueError: an unknown field or name (with the nearest one), or inconsistent values.
     """
     parsed = parse(config)
     model = MODELS[type(parsed)](parsed, rngs=rngs)

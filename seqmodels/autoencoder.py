@@ -1,4 +1,4 @@
-"""An autoencoder: embedding, stack, one vector, and a small decoder that writes the sequence from it."""
+"""An autoencoder: embedding, stack, one vector, and a small decoder that reconstructs the sequence from it."""
 
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from seqmodels.stack import Stack
 
 
 class Autoencoder(nnx.Module):
-    """Logits of the token at every position, from one vector for the whole row and the position alone.
+    """Logits of the token at each position, from one vector per row and the position alone.
 
         z_t = pooled + sinusoidal(t)
         y_t = W3 norm(gelu(W2 norm(gelu(W1 norm(z_t)))))
@@ -51,13 +51,13 @@ class Autoencoder(nnx.Module):
         segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t v"], None]:
-        """Encodes and decodes whole sequences.
+        """Returns the logits of whole sequences.
 
         Args:
           inputs: token ids (b, t).
-          state: must be None: the vector is known only at the end.
+          state: must be None, as the vector is known only at the end.
           segment_ids: 0 marks padding.
-          key: given in training only; draws dropout.
+          key: random key of the dropout; passed in training only.
 
         Returns:
           float32 logits (b, t, v), and None.

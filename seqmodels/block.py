@@ -16,7 +16,7 @@ from seqmodels.config import StackConfig
 
 
 class Block(nnx.Module):
-    """Layer `layer` of a stack.
+    """A layer of a stack.
 
     Separate residuals, pre-norm (post-norm normalises the sums instead):
 
@@ -54,7 +54,7 @@ class Block(nnx.Module):
         segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t d"], Any]:
-        """Runs the layer; the state is the mixer's. A key means training."""
+        """Returns the output of the layer and the mixer's state. A key means training."""
         segments = Segments.of(segment_ids)
         mask = None if segments is None else segments.real
         norms = {"mask": mask, "training": key is not None}

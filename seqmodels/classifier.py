@@ -16,7 +16,7 @@ from seqmodels.stack import Stack
 
 
 class Classifier(nnx.Module):
-    """Logits of the class of every row; a row is one sequence with any padding."""
+    """Logits of the classes per row; a row is one sequence, with or without padding."""
 
     def __init__(self, config: ClassifierConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -38,13 +38,13 @@ class Classifier(nnx.Module):
         segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b c"], None]:
-        """Classifies whole sequences.
+        """Returns the logits of whole sequences.
 
         Args:
           inputs: token ids (b, t) or vectors (b, t, c).
-          state: must be None: the pooling needs the whole sequence.
+          state: must be None, as the pooling needs the whole sequence.
           segment_ids: 0 marks padding.
-          key: given in training only; draws dropout and makes BatchNorm use and update batch statistics.
+          key: random key of the dropout; passed in training only, where BatchNorm uses and updates batch statistics.
 
         Returns:
           float32 logits (b, c), and None.
@@ -63,7 +63,7 @@ class Classifier(nnx.Module):
 
 
 def pool(x: Float[Array, "b t d"], mask: Bool[Array, "b t"], how: str) -> Float[Array, "b d"]:
-    """One vector a row: the mean of its real tokens, the last of them or the first; zero for a row without any."""
+    """Returns one vector per row: the mean of its real tokens, the last or the first one; zero if there are none."""
     if how == "mean":
         weight = mask / jnp.maximum(mask.sum(1, keepdims=True), 1)
         return jnp.einsum("btd,bt->bd", x, weight.astype(x.dtype))

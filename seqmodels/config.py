@@ -1,4 +1,4 @@
-"""What a model is made of, as frozen dataclasses, and how they are read from plain mappings."""
+"""Configs of models, as frozen dataclasses, and how they are read from plain mappings."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,27 +16,27 @@ class StackConfig:
     """The body of a model: `depth` blocks whose kinds cycle through `pattern`.
 
     Attributes:
-      width: d, features of the residual stream.
+      width: d, number of features of the residual stream.
       depth: number of blocks.
-      pattern: kinds of blocks, cycled: "mixer", or "mixer+channel" to name the channel mixer of that block, or
-        "mixer+none" for a block without one. A mixer is a registered name or a key of `mixers`.
-      mixers: options of mixers by the name used in the pattern. With a key "mixer" the name is an alias, so that one
-        model can hold, say, two attentions with different windows.
-      mixer_defaults: options that every mixer takes which has them and is not given others in `mixers`, such as
-        {"heads": 2}, so that mixers may be exchanged by name; the other mixers ignore them.
-      channel: the channel mixer of blocks that name none; "none" for no channel mixer.
-      channels: options of channel mixers, likewise; an alias has a key "channel".
+      pattern: kinds of blocks, repeated over the depth: "mixer", or "mixer+channel" to name the channel mixer of that
+        block, or "mixer+none" for a block without one. A mixer is a registered name or a key of `mixers`.
+      mixers: options of mixers by their names in the pattern. With a key "mixer" the name is an alias, so that one model
+        can hold, for example, two attentions with different windows.
+      mixer_defaults: options of every mixer that has them and is not given others in `mixers`, such as {"heads": 2}, so
+        that mixers can be exchanged by name. Mixers without these options ignore them.
+      channel: channel mixer of blocks that name none; "none" for no channel mixer.
+      channels: options of channel mixers by their names; an alias has a key "channel".
       residual: "separate": x + mixer, then x + channel mixer; "joint": x + channel(mixer(x)), as in S4, S5 and LRU.
-      norm, norm_options: kind of norm and its options.
+      norm, norm_options: name of the norm and its options.
       norm_position: "pre" normalises the input of every branch, "post" the sum.
-      residual_scale: factor of x before a branch is added; DeepNorm (Wang et al. 2022, arXiv:2203.00555)
-        has (2 depth)^(1/4) with norm_position="post".
-      dropout: of branch outputs if separate; passed to the channel mixer if joint.
-      scan: run repeats of the pattern under `jax.lax.scan`; compiles once instead of depth times.
-      remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products).
-      dtype: type of activations.
-      param_dtype: type that matrices of the default optimizer group are stored in, "float32" or "bfloat16"; everything
-        else stays float32.
+      residual_scale: factor on x before a branch is added; DeepNorm (Wang et al. 2022, arXiv:2203.00555) uses (2
+        depth)^(1/4) with norm_position="post".
+      dropout: dropout rate of branch outputs if separate; passed to the channel mixer if joint.
+      scan: whether repeats of the pattern run under `jax.lax.scan`, which compiles them once.
+      remat: what the backward pass recomputes: "none", "full" (every block) or "dots" (all but matrix products).
+      dtype: dtype of the activations.
+      param_dtype: dtype of stored matrices of the default optimizer group, "float32" or "bfloat16"; all other parameters
+        are float32.
     """
 
     width: int
@@ -84,13 +84,13 @@ class StackConfig:
             )
 
     def mixer_of(self, layer: int) -> tuple[str, dict[str, Any]]:
-        """Registered name and options of the mixer of a layer."""
+        """Returns the registered name and the options of the mixer of a layer."""
         name = self.pattern[layer % len(self.pattern)].partition("+")[0]
         options = dict(self.mixers.get(name, {}))
         return options.pop("mixer", name), options
 
     def channel_of(self, layer: int) -> tuple[str, dict[str, Any]] | None:
-        """Registered name and options of the channel mixer of a layer, or None."""
+        """Returns the registered name and the options of the channel mixer of a layer, or None."""
         name = self.pattern[layer % len(self.pattern)].partition("+")[2] or self.channel
         if name == "none":
             return None
@@ -100,15 +100,16 @@ class StackConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InputConfig:
-    """How inputs become vectors.
+    """Config of the map from inputs to vectors.
 
     Attributes:
-      vocab_size: inputs are token ids (b, t) below this.
-      input_size: inputs are vectors (b, t, input_size), mapped linearly. Exactly one of the two is set.
+      vocab_size: number of tokens, if inputs are token ids (b, t).
+      input_size: number of features, if inputs are vectors (b, t, input_size), mapped linearly. Exactly one of the two is
+        set.
       embedding_stddev: standard deviation of initial embeddings; 1 / sqrt(width) if None.
-      absolute_positions: encoding that is added to inputs by their position in the segment: "none"; "learned", a table; or
-        "sinusoidal", where token embeddings are multiplied by sqrt(width) first, as in the first Transformer.
-      max_positions: rows of the learned table; tokens beyond give NaN.
+      absolute_positions: encoding of the position in the segment that is added to inputs: "none", "learned" (a table) or
+        "sinusoidal", where token embeddings are first multiplied by sqrt(width), as in the original Transformer.
+      max_positions: number of rows of the learned table; tokens at later positions give NaN.
     """
 
     vocab_size: int | None = None
@@ -135,13 +136,13 @@ class InputConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-    """A model that gives one label per sequence.
+    """Config of a model that gives one label per sequence.
 
     Attributes:
-      input, stack: see there.
-      num_classes: c.
-      pooling: "mean" over real tokens, the "last" real token, or the "first".
-      final_norm: normalise between stack and pooling.
+      input, stack: see `InputConfig` and `StackConfig`.
+      num_classes: c, number of classes.
+      pooling: vector per row: "mean" over real tokens, the "last" real token, or the "first".
+      final_norm: whether a norm lies between stack and pooling.
     """
 
     input: InputConfig
@@ -158,12 +159,12 @@ class ClassifierConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelConfig:
-    """A model that gives the logits of the next token at every position.
+    """Config of a model that gives the logits of the next token at each position.
 
     Attributes:
-      input, stack: see there; inputs must be tokens.
-      tie_embeddings: use the embedding matrix for the output as well.
-      final_norm: normalise before the output matrix.
+      input, stack: see `InputConfig` and `StackConfig`; inputs must be tokens.
+      tie_embeddings: whether the output matrix is the embedding matrix.
+      final_norm: whether a norm precedes the output matrix.
     """
 
     input: InputConfig
@@ -178,11 +179,11 @@ class LanguageModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """A model that reconstructs its input from one vector.
+    """Config of a model that reconstructs its input from one vector.
 
     Attributes:
-      input, stack: see there; inputs must be tokens.
-      pooling: "last": the vector is the output at the last real token; or "mean", over real tokens.
+      input, stack: see `InputConfig` and `StackConfig`; inputs must be tokens.
+      pooling: vector per row: the output at the "last" real token, or the "mean" over real tokens.
     """
 
     input: InputConfig
@@ -204,10 +205,10 @@ KINDS = {
 
 
 def parse(config: Mapping[str, Any]) -> ModelConfig:
-    """Reads a flat mapping with a key "kind" into the config of that kind.
+    """Returns the config that a flat mapping with a key "kind" describes.
 
     Raises:
-      ValueError: unknown kind or field (with the nearest name), or values that cannot go together.
+      ValueError: unknown kind or field (with the nearest name), or inconsistent values.
     """
     values = dict(config)
     kind = values.pop("kind", None)

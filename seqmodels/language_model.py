@@ -16,14 +16,14 @@ from seqmodels.stack import Stack
 
 
 class LanguageModelState(NamedTuple):
-    """Where the rows stand, if the embedding adds positions, and the state of every layer."""
+    """The place of the rows, if the embedding adds positions, and the state of each layer."""
 
     place: Place | None
     layers: tuple[Any, ...]
 
 
 class LanguageModel(nnx.Module):
-    """Logits of the next token at every position.
+    """Logits of the next token at each position.
 
     Raises:
       ValueError: a mixer of the pattern is not causal.
@@ -49,7 +49,7 @@ class LanguageModel(nnx.Module):
         self.head = None if config.tie_embeddings else head()
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> LanguageModelState:
-        """The state before the first token; `max_length` bounds the tokens that key-value caches must hold."""
+        """Returns the initial state; `max_length` bounds the tokens that key-value caches must hold."""
         layers = self.stack.init_state(batch_size, max_length=max_length)
         return LanguageModelState(self.embedding.init_state(batch_size), layers)
 
@@ -61,16 +61,16 @@ class LanguageModel(nnx.Module):
         segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t v"], LanguageModelState | None]:
-        """Scores the next token at every position.
+        """Returns the logits of the next token at each position.
 
         Args:
-          inputs: token ids (b, t), any t: a whole text, a part of it or one token.
-          state: from `init_state` or an earlier call; None to carry nothing.
-          segment_ids: several texts in a row; 0 marks padding.
-          key: given in training only; draws dropout.
+          inputs: token ids (b, t) for any t: a whole text, a part of it or one token.
+          state: state from `init_state` or an earlier call; None if no state is carried.
+          segment_ids: segments of packed rows; 0 marks padding.
+          key: random key of the dropout; passed in training only.
 
         Returns:
-          float32 logits (b, t, v), and the state to go on with (None if none was given).
+          float32 logits (b, t, v), and the state that the next call continues (None if none was passed).
         """
         segments = Segments.of(segment_ids)
         place, layers = (None, None) if state is None else state

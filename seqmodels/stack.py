@@ -1,4 +1,4 @@
-"""A pattern of blocks cycled over the depth."""
+"""A stack of blocks: a pattern repeated over the depth."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,13 +22,13 @@ _POLICIES = {
 
 
 class Stack(nnx.Module):
-    """`depth` blocks whose kinds cycle through a pattern of p places.
+    """`depth` blocks whose kinds repeat a pattern of length p.
 
-    With `scan`, the variables of whole repeats of the pattern are made stacked: `stacked[i]` is one block whose variables
-    have an axis of repeats in front, for layers i, i + p, i + 2 p, ... They run under `jax.lax.scan`, which compiles the
-    pattern once. `blocks` holds the other layers one by one.
+    With `scan`, the variables of whole repeats of the pattern are created stacked: `stacked[i]` is one block whose
+    variables have a leading axis of repeats, for layers i, i + p, i + 2 p, ... They run under `jax.lax.scan`, which
+    compiles the pattern once. `blocks` holds the remaining layers separately.
 
-    Every variable says in its metadata which layers it belongs to (`layers`), so that checkpoints name it by layer and
+    The metadata `layers` of each variable lists the layers that it belongs to, so that checkpoints name it by layer and
     do not depend on `scan`.
     """
 
@@ -53,14 +53,14 @@ class Stack(nnx.Module):
         return all(mixer.causal for _, mixer in self.mixers())
 
     def mixers(self) -> Iterator[tuple[int, Mixer]]:
-        """Layers and their mixers; for stacked layers, the first layer of each place with the stacked mixer."""
+        """Yields layers and their mixers; for stacked layers, the first of each place and the stacked mixer."""
         for place, block in enumerate(self.stacked):
             yield place, block.mixer
         for layer, block in enumerate(self.blocks, start=self.repeats * len(self.stacked)):
             yield layer, block.mixer
 
     def block(self, layer: int) -> Block:
-        """The block of a layer. If it is stacked, a copy with the variables of this layer."""
+        """Returns the block of a layer; if it is stacked, a copy with the variables of this layer."""
         period, scanned = len(self.stacked), self.repeats * len(self.stacked)
         if layer >= scanned:
             return self.blocks[layer - scanned]
@@ -73,7 +73,7 @@ class Stack(nnx.Module):
         return [self.block(layer) for layer in range(self.config.depth)]
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> tuple[Any, ...]:
-        """The initial state of every layer; `max_length` bounds the tokens that caches must hold."""
+        """Returns the initial state of each layer; `max_length` bounds the tokens that caches must hold."""
         return tuple(
             self.block(layer).mixer.init_state(batch_size, max_length=max_length)
             for layer in range(self.config.depth)
@@ -87,12 +87,12 @@ class Stack(nnx.Module):
         segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t d"], tuple[Any, ...] | None]:
-        """Runs all layers. A key means training."""
+        """Returns the output of all layers and their states. A key means training."""
         config, segments = self.config, Segments.of(segment_ids)
         keys = None if key is None else jax.random.split(key, config.depth)
         x = divide_rows(x)
         if state is not None:
-            # One by one: a scan would copy the states of all layers.
+            # Runs layers one by one: a scan would copy the states of all layers.
             states = []
             for layer in range(config.depth):
                 layer_key = None if keys is None else keys[layer]
@@ -106,7 +106,7 @@ class Stack(nnx.Module):
         return x, None
 
     def _one(self, x, segments, keys, number, layer):
-        """One layer outside the scan."""
+        """Runs one layer outside the scan."""
         graph, params, rest = nnx.split(self.blocks[number], nnx.Param, ...)
         run = self._rematerialised(_run_blocks)
         x, (rest,) = run(
@@ -117,7 +117,7 @@ class Stack(nnx.Module):
         return x
 
     def _scan(self, x, segments, keys):
-        """All whole repeats of the pattern under one scan."""
+        """Runs all whole repeats of the pattern under one scan."""
         split = [nnx.split(block, nnx.Param, ...) for block in self.stacked]
         graphs = tuple(graph for graph, _, _ in split)
         if keys is not None:
@@ -130,21 +130,21 @@ class Stack(nnx.Module):
             return run(x, variables, segments, keys, graphs)
 
         x, rests = jax.lax.scan(body, x, (tuple((params, rest) for _, params, rest in split), keys))
-        # Only training changes statistics; writing them back otherwise would make inference impure.
+        # Only training changes statistics; writing them back otherwise makes inference impure.
         if keys is not None:
             for block, rest in zip(self.stacked, rests, strict=True):
                 nnx.update(block, rest)
         return x
 
     def _rematerialised(self, run):
-        """`run` with the checkpoint policy of the config."""
+        """Returns `run` with the checkpoint policy of the config."""
         if self.config.remat == "none":
             return run
         return jax.checkpoint(run, policy=_POLICIES[self.config.remat], static_argnums=(4,))
 
 
 def _stack(blocks: list[Block], place: int, period: int) -> Block:
-    """One block with the variables of all, stacked; blocks of one place differ in the values of their variables only."""
+    """Returns one block with the stacked variables of all; blocks of one place differ only in values of variables."""
     graph, *_ = nnx.split(blocks[0])
     states = [nnx.state(block) for block in blocks]
     stacked = nnx.merge(graph, jax.tree.map(lambda *values: jnp.stack(values), *states))
@@ -159,12 +159,12 @@ def _stack(blocks: list[Block], place: int, period: int) -> Block:
 
 
 def _at(variables: Any, number: int) -> Any:
-    """The variables of one repeat."""
+    """Returns the variables of one repeat."""
     return jax.tree.map(lambda value: value[number], variables)
 
 
 def _run_blocks(x, variables, segments, keys, graphs):
-    """Runs a few blocks given as (params, rest) pairs; returns x and the rests, which norms may have updated."""
+    """Runs blocks given as pairs (params, rest); returns x and the rests, which norms may have updated."""
     rests = []
     for place, (graph, (params, rest)) in enumerate(zip(graphs, variables, strict=True)):
         block = nnx.merge(graph, params, rest)

@@ -1,4 +1,4 @@
-"""What the commands share: their arguments, the config with its overrides, exit codes, and errors without a traceback."""
+"""Parts shared by the commands: arguments, the config with its overrides, exit codes, and errors without a traceback."""
 
 import argparse
 import csv
@@ -14,12 +14,12 @@ from experiments.config.fields import FieldError, set_field
 from experiments.config.loading import to_plain
 from experiments.data.cache import CorruptCacheError
 
-EXIT_REFUSED = 2  # the command, the config or the work directory cannot be used; nothing was computed
-EXIT_DIVERGED = 65  # a loss or gradient norm was not finite; running again would do the same
-EXIT_INTERRUPTED = 75  # left early after saving; the same command resumes
+EXIT_REFUSED = 2  # the command, the config or the work directory is invalid; nothing was computed
+EXIT_DIVERGED = 65  # a loss or gradient norm is not finite; running again gives the same
+EXIT_INTERRUPTED = 75  # interrupted after saving; the same command resumes
 EXIT_LOST = 69  # another process of the run ended; the same commands resume
 
-# What a wrong argument, config, folder or data cache raises.
+# Errors that an invalid argument, config, folder or data cache raises.
 REFUSALS = (ValueError, TypeError, OSError, CorruptCacheError)
 
 OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
@@ -27,11 +27,11 @@ Overrides = list[tuple[str, str]]
 
 
 class ArgumentError(ValueError):
-    """An argument of the command that cannot be used; the message needs no place in the sources."""
+    """An invalid argument of the command; the message needs no place in the sources."""
 
 
 def refuse(error: Exception) -> int:
-    """Prints what cannot be used and, unless it is an argument, which line of the sources says so; returns the exit code."""
+    """Prints the error and, unless an argument is invalid, the line of the sources that raised it; returns the exit code."""
     if isinstance(error, ArgumentError | FieldError):
         print(error, file=sys.stderr)
     else:
@@ -41,14 +41,14 @@ def refuse(error: Exception) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """The arguments of a command; `parse_args` ends the process with exit code 2 and a message where they cannot be used.
+    """The parser of a command; `parse_args` ends the process with exit code 2 and a message if arguments are invalid.
 
-    With `config`, the command takes --config and an override for every field: `--config.model.width=64`,
+    With `config`, the command takes --config and an override per field: `--config.model.width=64`,
     `--config.model.scan`, `--noconfig.model.scan`. `args.config` is then the plain config with its overrides.
     """
 
     def __init__(self, command: str, doc: str, *, config: bool = False, workdir: bool = False):
-        """Takes the name of the command, and the docstring of its module as the text of --help."""
+        """Creates the parser from the name of the command and the docstring of its module, the text of --help."""
         super().__init__(
             prog=f"python -m {command}",
             description=doc,
@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--workdir", required=True, type=Path, help="directory of the run")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
-        """The arguments, with the loaded config."""
+        """Returns the arguments with the loaded config."""
         given = list(sys.argv[1:] if args is None else args)
         if not self._takes_config:
             return super().parse_args(given, namespace)
@@ -81,12 +81,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def names(text: str) -> tuple[str, ...]:
-    """The names in a line of comma-separated values, as a type of arguments; quotes hold together a name that has commas."""
+    """Returns the names in a line of comma-separated values; quotes enclose a name with commas. A type of arguments."""
     return tuple(name for line in csv.reader([text], skipinitialspace=True) for name in line)
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], Overrides]:
-    """The arguments without overrides of the config, and the overrides in order as pairs of path and text."""
+    """Returns the arguments without overrides of the config, and the overrides in order as pairs of path and text."""
     rest: list[str] = []
     overrides: Overrides = []
     waiting = list(arguments)
@@ -98,7 +98,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], Overrides]:
             continue
         negated, path, text = found.groups()
         if text is None:
-            # The value is the next argument; without one, a switch is turned on or off.
+            # The value is the next argument; without one, a switch is set on or off.
             follows = not negated and bool(waiting) and not waiting[0].startswith("--")
             text = waiting.pop(0) if follows else "false" if negated else "true"
         overrides.append((path, text))
@@ -106,12 +106,12 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], Overrides]:
 
 
 def load(config: str, overrides: Overrides = ()) -> dict[str, Any]:
-    """The plain config that FILE:KEY=VALUE,... and overrides describe.
+    """Returns the plain config that FILE:KEY=VALUE,... and overrides describe.
 
     Raises:
       ArgumentError: there is no such file, it has no `get_config`, or an argument is not KEY=VALUE.
       FieldError: an override names no field, or its text is no value of the field.
-      ValueError, TypeError: what `get_config` refuses, or the config holds.
+      ValueError, TypeError: `get_config` refuses an argument, or the config is invalid.
     """
     path, colon, arguments = config.partition(":")
     for argument in filter(None, arguments.split(",")):

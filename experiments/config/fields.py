@@ -1,4 +1,4 @@
-"""The fields of a config by their paths: which there are, what types they have, and how text becomes a value.
+"""The fields of a config by their paths: their names, their types, and the conversion of text to values.
 
 A path such as "model.mixers.s5.state_size" names a field of the section's dataclass, an option of the mixer, channel mixer,
 norm, position or task that the config chooses, or a key that the config file sets.
@@ -32,19 +32,19 @@ class FieldError(ValueError):
 
 
 class Field(NamedTuple):
-    """What is known of a field: the annotation of its type, and its default (None if it has none)."""
+    """A field: the annotation of its type, and its default (None if it has none)."""
 
     type: Any
     default: Any = None
 
 
 def set_field(config: dict[str, Any], path: str, text: str) -> None:
-    """Sets the field at `path` of a plain config to the value that `text` stands for; missing mappings are made.
+    """Sets the field at `path` of a plain config to the value of `text`; missing mappings are created.
 
     Args:
-      path: names with dots between them, without "config".
-      text: read by the type of the field. "none" is None where the field may be None; a tuple is written "(3, 8)" or "3,8",
-        a mapping as in Python.
+      path: names separated by dots, without "config".
+      text: value of the field's type as text. "none" is None where the field may be None; a tuple is written "(3, 8)" or
+        "3,8", a mapping as in Python.
 
     Raises:
       FieldError: there is no such field (with the nearest name), or the text is no value of it.
@@ -65,7 +65,7 @@ def set_field(config: dict[str, Any], path: str, text: str) -> None:
 
 
 def _field(config: MAPPING, place: Place, field: Field, values: MAPPING, name: str) -> Field:
-    """The field `name` of the mapping at `place`, which is `field` and holds `values`."""
+    """Returns the field `name` of the mapping at `place`, which is `field` and holds `values`."""
     known = _fields(config, place, field, values)
     if known is None:
         arguments = typing.get_args(field.type)
@@ -90,7 +90,7 @@ def _type_of(value: Any) -> Any:
 
 
 def _opened(field: Field, value: Any, place: Place) -> dict[str, Any]:
-    """The mapping that holds the fields below `field`: its value, made if it is absent."""
+    """Returns the mapping that holds the fields below `field`: its value, created if it is absent."""
     if isinstance(value, Mapping):
         return dict(value)
     if _is_position(field):
@@ -105,7 +105,7 @@ def _is_position(field: Field) -> bool:
 
 
 def _fields(config: MAPPING, place: Place, field: Field, values: MAPPING) -> dict[str, Field] | None:
-    """The fields that the mapping at `place` may have; None where any name may stand."""
+    """Returns the fields that the mapping at `place` may have; None if any name is allowed."""
     model = config.get("model", {})
     match place:
         case ():
@@ -140,7 +140,7 @@ def _fields(config: MAPPING, place: Place, field: Field, values: MAPPING) -> dic
 
 
 def fields_of(config_class: type) -> dict[str, Field]:
-    """The fields of a dataclass by name."""
+    """Returns the fields of a dataclass by name."""
     hints = typing.get_type_hints(config_class)
     return {
         field.name: Field(hints[field.name], None if field.default is dataclasses.MISSING else field.default)
@@ -178,7 +178,7 @@ def _options(registry: Mapping[str, tuple[type, type]], name: str | None) -> dic
 
 
 def _default_fields(model: MAPPING) -> dict[str, Field]:
-    """Options of all mixers; where they differ in type, the type is that of the first one in the pattern."""
+    """Returns the options of all mixers; if types differ, that of the first mixer in the pattern applies."""
     mixers = model.get("mixers", {})
     used = [mixers.get(name, {}).get("mixer", name) for name in _used(model)]
     found: dict[str, Field] = {}
@@ -188,10 +188,10 @@ def _default_fields(model: MAPPING) -> dict[str, Field]:
 
 
 def read(kind: Any, text: str) -> Any:
-    """The value of type `kind`, an annotation, that `text` stands for.
+    """Returns the value of type `kind`, an annotation, that `text` stands for.
 
     Raises:
-      ValueError: what was expected.
+      ValueError: the text is no such value; names what is expected.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is str:
@@ -228,7 +228,7 @@ def _choice(values: Mapping[str, Any], text: str, expected: str) -> Any:
 
 
 def _read_union(kinds: Sequence[Any], text: str) -> Any:
-    """The value of the first type that takes the text; a string, which takes every text, comes last."""
+    """Returns the value of the first type that accepts the text; a string, which accepts any text, comes last."""
     reasons = []
     for kind in sorted(kinds, key=lambda kind: (kind is str, kind is not types.NoneType)):
         try:
@@ -250,7 +250,7 @@ def _read_tuple(kinds: Sequence[Any], text: str) -> tuple[Any, ...]:
 
 
 def _literal(text: str) -> Any:
-    """The Python literal in the text, or the text."""
+    """Returns the Python literal in the text, or the text itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -12,8 +12,8 @@ from layers.registry import make_config, suggestion
 SECTIONS = ("seed", "task", "model", "optimizer", "train", "data", "mesh")
 OPTIONAL_SECTIONS = ("data", "mesh")
 
-# Patterns of fields that decide what is shown or kept, where data lie and how work is divided, never what is computed: a run
-# resumes with other values. The content of data is compared by its manifest instead.
+# Patterns of fields that determine what is shown or kept, where data are stored and how work is divided, but not what is
+# computed: a run resumes with other values. The content of data is compared by its manifest instead.
 FREE_FIELDS = (
     "mesh",
     "mesh.*",
@@ -34,17 +34,17 @@ class TrainConfig:
     """The section `train`.
 
     Attributes:
-      batch_size: examples per step, over all devices and micro-batches together.
-      epochs: length of training; or give `steps`.
-      steps: length of training in steps, in place of `epochs`.
-      accumulate: micro-batches per step, computed one after the other to save memory.
-      eval_every: epochs between evaluations on the validation split; there is always one after the last step.
-      eval_batch_size: examples of an evaluation batch; `batch_size` if None.
-      log_every: steps between lines of the log.
-      checkpoint_every: steps between checkpoints, besides those that every evaluation makes; None for only those.
-      keep_last: newest checkpoints kept besides the best.
-      tensorboard: write TensorBoard event files.
-      wandb: project at Weights & Biases to report to, or None.
+      batch_size: number of examples per step, over all devices and micro-batches.
+      epochs: length of training in epochs; alternative to `steps`.
+      steps: length of training in steps.
+      accumulate: number of micro-batches per step, computed sequentially to save memory.
+      eval_every: number of epochs between evaluations on the validation split; one always follows the last step.
+      eval_batch_size: number of examples per evaluation batch; `batch_size` if None.
+      log_every: number of steps between lines of the log.
+      checkpoint_every: number of steps between checkpoints in addition to those after evaluations; None for only those.
+      keep_last: number of newest checkpoints kept besides the best.
+      tensorboard: whether TensorBoard event files are written.
+      wandb: Weights & Biases project to report to, or None.
     """
 
     batch_size: int
@@ -83,7 +83,7 @@ class DataConfig:
     """The section `data`.
 
     Attributes:
-      bucket_bounds: widths that batches are padded to, in increasing order; None pads to the longest sequence.
+      bucket_bounds: widths that batches are padded to, increasing; None pads to the longest sequence.
       prefetch: number of batches prepared ahead of their use.
     """
 
@@ -96,14 +96,14 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The section `mesh`: how many devices each axis of the mesh has; -1, in one axis at most, takes those that are left.
+    """The section `mesh`: the number of devices per mesh axis; -1, in at most one axis, takes the remaining ones.
 
     Attributes:
-      data: batches are divided over this axis, parameters are replicated. None is -1 if no other axis is, and else 1.
-      fsdp: batches, parameters and the optimizer's state are divided over this axis.
-      tensor: heads and hidden channels are divided over this axis.
-      sequence: time is divided over this axis.
-      expert: the experts of mixtures are divided over this axis.
+      data: axis that batches are sharded over, with replicated parameters. None is -1 if no other axis is -1, or else 1.
+      fsdp: axis that batches, parameters and the optimizer's state are sharded over.
+      tensor: axis that heads and hidden channels are sharded over.
+      sequence: axis that time is sharded over.
+      expert: axis that the experts of mixtures are sharded over.
     """
 
     data: int | None = None
@@ -128,7 +128,7 @@ class MeshConfig:
 
 
 def check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
-    """Raises unless `value` is a finite number, more than `above` and at least `least`."""
+    """Raises unless `value` is a finite number above `above` and at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}={value!r}; expected a number")
     if (
@@ -149,10 +149,10 @@ def check_integer(name: str, value: Any, *, least: int) -> None:
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """The config (a ConfigDict or mapping) as nested dicts of tuples and JSON scalars.
+    """Returns the config (a ConfigDict or mapping) as nested dicts of tuples and JSON scalars.
 
     Raises:
-      TypeError: naming a field whose value JSON cannot hold.
+      TypeError: a value cannot be stored as JSON; names the field.
       ValueError: an unknown or missing section.
     """
     plain = _plain(config.to_dict() if hasattr(config, "to_dict") else config, "config")
@@ -197,24 +197,24 @@ def _plain(value: Any, name: str) -> Any:
 
 
 def to_json(config: Mapping[str, Any]) -> str:
-    """The text of a plain config; `from_json` gives it back."""
+    """Returns the JSON text of a plain config, which `from_json` reads."""
     return json.dumps(config, indent=2) + "\n"
 
 
 def from_json(text: str) -> dict[str, Any]:
-    """The plain config in a text that `to_json` made."""
+    """Returns the plain config in a text from `to_json`."""
     return to_plain(json.loads(text))
 
 
 def section(config: Mapping[str, Any], name: str, config_class: type) -> Any:
-    """The section `name` as the dataclass `config_class`, with did-you-mean errors for its fields."""
+    """Returns the section `name` as the dataclass `config_class`; errors suggest the nearest field."""
     return make_config(f"config.{name}", config_class, config.get(name, {}))
 
 
 def differences(
     run: Mapping[str, Any], given: Mapping[str, Any], *, ignore: tuple[str, ...] = FREE_FIELDS
 ) -> list[str]:
-    """The fields that differ between the config of a run and a given one, a line for each.
+    """Returns the fields that differ between the config of a run and a given one, one line per field.
 
     Args:
       ignore: patterns of fields that may differ.

@@ -1,4 +1,4 @@
-"""The model of a config, checked before there are data."""
+"""The model of a config, checked before any data exist."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,18 +9,18 @@ from experiments.tasks import TASKS, make_task
 from seqmodels import build_model
 
 SIZES = ("vocab_size", "input_size", "num_classes")
-# Stand in for the sizes of a task that knows them only once it has its data.
+# Placeholders for the sizes of a task that knows them only once it has its data.
 PLACEHOLDERS = {"vocab_size": 2, "num_classes": 2}
 
 
 def sizes_of(task: Any) -> dict[str, int]:
-    """The sizes of a model that a task, or its class, gives."""
+    """Returns the model sizes that a task, or its class, defines."""
     sizes = {name: getattr(task, name, None) for name in SIZES}
     return {name: size for name, size in sizes.items() if isinstance(size, int)}
 
 
 def sizes_without_data(config: Mapping[str, Any]) -> dict[str, int]:
-    """The sizes of the model that are known before there are data; none if there is no such task.
+    """Returns the model sizes that are known without data; empty if there is no such task.
 
     Raises:
       ValueError: config.task has no name, or the task refuses an option.
@@ -33,7 +33,7 @@ def sizes_without_data(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The section `model` with the sizes that the task gives.
+    """Returns the section `model` with the sizes of the task.
 
     Raises:
       ValueError: the section sets one of them.
@@ -44,22 +44,22 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str,
 
 
 def abstract_model(config: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
-    """The model with shapes in place of arrays: nothing is allocated.
+    """Returns the model with shapes in place of arrays; nothing is allocated.
 
     Raises:
-      ValueError, TypeError: the section `model` does not make sense.
+      ValueError, TypeError: the section `model` is invalid.
     """
     values = with_sizes(config, sizes)
     return nnx.eval_shape(lambda: build_model(values, rngs=nnx.Rngs(config["seed"])))
 
 
 def check_model(config: Mapping[str, Any]) -> None:
-    """Raises unless the section `model` makes sense; makes and reads no data.
+    """Raises unless the section `model` is valid; generates and reads no data.
 
-    A task that is not registered is left to `make_task`.
+    An unregistered task is left to `make_task`.
 
     Raises:
-      ValueError, TypeError: the section does not make sense; the message names the field.
+      ValueError, TypeError: the section is invalid; the message names the field.
     """
     sizes = sizes_without_data(config)
     if not sizes and config["task"]["name"] in TASKS:

@@ -1,7 +1,7 @@
-"""Which sequences go into which batch: buckets of similar length, so that little padding is computed.
+"""Assignment of sequences to batches, in buckets of similar length, so that little padding is computed.
 
-A plan is a function of the lengths, the seed and the epoch alone, so any batch of any epoch can be made without the
-earlier ones. Shuffles sort the raw output of the Philox generator, which NumPy promises not to change.
+A plan depends only on the lengths, the seed and the epoch, so any batch of any epoch can be made without the earlier
+ones. Shuffles sort the raw output of the Philox generator, which NumPy promises not to change.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ class Plan:
     """The batches of one pass over a data set.
 
     Attributes:
-      indices: int64 (n, batch_size), the sequences of every batch; -1 where a batch has too few.
-      widths: int64 (n,), the length that each batch is padded to: the least bound that its sequences fit.
+      indices: sequences per batch, int64 (n, batch_size); -1 where a batch has too few.
+      widths: length that each batch is padded to, int64 (n,): the smallest bound that its sequences fit.
     """
 
     indices: np.ndarray
@@ -27,7 +27,7 @@ class Plan:
 
 
 def check_bucket_bounds(lengths: np.ndarray, bucket_bounds: Sequence[int] | None) -> np.ndarray:
-    """The bounds as an array; without any, the longest length is the only one.
+    """Returns the bounds as an array; if None, the longest length is the only one.
 
     Raises:
       ValueError: if there is no sequence, the bounds do not increase, or a sequence is longer than the last.
@@ -58,7 +58,7 @@ def check_batch_size(batch_size: int) -> None:
 
 
 def count_train_batches(count: int, batch_size: int) -> int:
-    """Batches in an epoch over `count` sequences: all are full.
+    """Returns the number of batches per epoch over `count` sequences; all are full.
 
     Raises:
       ValueError: if a batch is larger than the data set.
@@ -77,11 +77,12 @@ def plan_epoch(
     seed: int,
     epoch: int,
 ) -> Plan:
-    """Full batches, each sequence at most once, in random order.
+    """Returns full batches with each sequence at most once, in random order.
 
     The sequences are shuffled and fill the bucket of their length in that order; every `batch_size` of them make a
-    batch. The sequences left in a bucket at the end join the next larger one. Last, the batches are shuffled. If `batch_size` does not divide the number of sequences, the remainder of the shuffled order
-    is not part of this epoch, whatever its lengths.
+    batch. The remaining sequences of a bucket move to the next larger one. Finally the batches are shuffled. If
+    `batch_size` does not divide the number of sequences, the end of the shuffled order is left out of this epoch,
+    whatever its lengths.
     """
     bounds = check_bucket_bounds(lengths, bucket_bounds)
     batches = count_train_batches(len(lengths), batch_size)
@@ -92,7 +93,7 @@ def plan_epoch(
 
 
 def plan_evaluation(lengths: np.ndarray, *, batch_size: int, bucket_bounds: Sequence[int] | None) -> Plan:
-    """Every sequence exactly once: ceil(n / batch_size) batches, from short to long, the last one perhaps not full."""
+    """Returns ceil(n / batch_size) batches with each sequence once, from short to long; the last may not be full."""
     bounds = check_bucket_bounds(lengths, bucket_bounds)
     check_batch_size(batch_size)
     return _fill_buckets(lengths, np.arange(len(lengths)), bounds, batch_size)
@@ -119,13 +120,13 @@ def _fill_buckets(lengths: np.ndarray, order: np.ndarray, bounds: np.ndarray, ba
 
 
 def padding_fraction(lengths: np.ndarray, plan: Plan) -> float:
-    """Share of the positions of all batches that hold no token."""
+    """Returns the fraction of positions of all batches that hold no token."""
     positions = plan.widths.sum() * plan.indices.shape[1]
     return float(1 - lengths[plan.indices[plan.indices >= 0]].sum() / positions)
 
 
 def choose_bucket_bounds(lengths: np.ndarray, count: int, *, multiple: int = 64) -> tuple[int, ...]:
-    """The at most `count` bounds, multiples of `multiple`, that minimise the padding of these lengths.
+    """Returns the at most `count` bounds, multiples of `multiple`, that minimize the padding of these lengths.
 
     Dynamic programming over the last bound: padding to b the lengths in (a, b] costs b for each, and the best choice
     of j bounds ending in b extends the best choice of j - 1 bounds ending in some a < b.

@@ -1,13 +1,13 @@
 """Data sets on disk: built once, as array_record files beside a manifest that every load checks.
 
-A data set is a folder `NAME-vVERSION-HASH`, where HASH comes from its parameters, holding one
-`SPLIT.array_record` per split and `manifest.json`. A record is the label (int32, little-endian) followed by the tokens (of the manifest's
-`token_dtype`, little-endian); records are compressed one by one (group size 1), so that other readers have fast random
-access too. A whole split is read into memory: Long Range Arena's ListOps takes 100 MB.
+A data set is a folder `NAME-vVERSION-HASH` with one `SPLIT.array_record` per split and `manifest.json`; HASH depends on
+its parameters. A record is the label (int32, little-endian) followed by the tokens (of the manifest's `token_dtype`,
+little-endian). Records are compressed individually (group size 1), so that other readers have fast random access too. A
+whole split is read into memory: Long Range Arena's ListOps takes 100 MB.
 
 The manifest names generator, version, parameters and vocabulary, counts the records, and gives the size and SHA-256
 of every file and the SHA-256 of the content (`fingerprint.content_sha256`), which does not depend on the file format.
-It has no times and no names of machines: equal data sets have equal manifests.
+It holds no times or machine names: equal data sets have equal manifests.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from array_record.python import array_record_module
 from experiments.data.fingerprint import content_sha256
 from experiments.data.sequences import Sequences
 
-FORMAT = 1  # raise when the encoding of records or the manifest changes
+FORMAT = 1  # increment when the encoding of records or the manifest changes
 MANIFEST = "manifest.json"
 WRITER_OPTIONS = "group_size:1,zstd:1"
 LABEL = struct.Struct("<i")
@@ -37,20 +37,20 @@ STALE_SECONDS = 24 * 3600
 
 
 class CorruptCacheError(RuntimeError):
-    """A data set on disk is not what its manifest says, or not what was asked for."""
+    """A data set on disk does not match its manifest or the request."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a data set is made of, and so what its cache must hold.
+    """The definition of a data set, and hence of the content of its cache.
 
     Attributes:
-      name: the generator's name, which begins the folder's name.
-      version: of the generator: equal version and parameters must give equal data.
-      parameters: all that the content depends on, as JSON values.
-      vocabulary: the token that each id stands for.
-      rebuild: the command that builds the data set, for error messages; `--data_dir` is added to it.
-      token_dtype: of the stored tokens, "uint8", "uint16" or "int32".
+      name: name of the generator, the start of the folder's name.
+      version: version of the generator; equal version and parameters must give equal data.
+      parameters: all parameters that determine the content, as JSON values.
+      vocabulary: token of each id.
+      rebuild: command that builds the data set, for error messages; `--data_dir` is appended.
+      token_dtype: dtype of the stored tokens, "uint8", "uint16" or "int32".
     """
 
     name: str
@@ -66,7 +66,7 @@ class Recipe:
         return f"{self.name}-v{self.version}-{digest[:12]}"
 
     def manifest(self) -> dict[str, Any]:
-        """The part of the manifest that is known before the data are."""
+        """Returns the part of the manifest that is known without the data."""
         fields = dict(
             format=FORMAT,
             name=self.name,
@@ -75,12 +75,12 @@ class Recipe:
             vocabulary=list(self.vocabulary),
             token_dtype=self.token_dtype,
         )
-        return json.loads(json.dumps(fields))  # what a reader of the file will see, tuples as lists
+        return json.loads(json.dumps(fields))  # as a reader of the file sees it, with tuples as lists
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Splits in memory, the manifest, and the folder that both came from."""
+    """A data set: splits in memory, the manifest, and the folder of both."""
 
     splits: dict[str, Sequences]
     manifest: dict[str, Any]
@@ -88,7 +88,7 @@ class Dataset:
 
 
 def data_root(data_dir: str | os.PathLike | None = None) -> Path:
-    """Where data sets are kept: `data_dir`, else $SEQMODELS_DATA, else ~/.cache/seqmodels."""
+    """Returns the folder of data sets: `data_dir`, else $SEQMODELS_DATA, else ~/.cache/seqmodels."""
     return Path(data_dir or os.environ.get("SEQMODELS_DATA") or "~/.cache/seqmodels").expanduser().absolute()
 
 
@@ -98,13 +98,13 @@ def load_or_build(
     *,
     data_dir: str | os.PathLike | None = None,
 ) -> Dataset:
-    """Loads the data set of `recipe`, after building it if its folder does not exist.
+    """Returns the data set of `recipe`, which is built first if its folder does not exist.
 
     A build is written to a temporary folder, flushed to disk and renamed, so that a folder with the final name is
-    always complete. Two processes that build at once both succeed: the first to finish is kept.
+    always complete. If two processes build at once, both succeed and the first result is kept.
 
     Raises:
-      CorruptCacheError: if the folder exists and does not hold exactly what it should.
+      CorruptCacheError: if the folder exists and its content does not match the recipe.
     """
     root = data_root(data_dir)
     folder = root / recipe.folder_name
@@ -116,10 +116,10 @@ def load_or_build(
 
 
 def load(recipe: Recipe, folder: Path) -> Dataset:
-    """Loads and checks the data set of `recipe` in `folder`.
+    """Returns the data set of `recipe` in `folder`, after checking it.
 
     Raises:
-      CorruptCacheError: naming the file and what is wrong with it.
+      CorruptCacheError: the content does not match; names the file and the fault.
     """
 
     def corrupt(path: Path, problem: str) -> CorruptCacheError:
@@ -151,7 +151,7 @@ def load(recipe: Recipe, folder: Path) -> Dataset:
             found = _describe_file(path)
         except OSError as error:
             raise corrupt(path, f"the file cannot be read ({error.strerror})") from None
-        if found.items() <= entry.items():  # else the file is damaged, and its records are not to be decoded
+        if found.items() <= entry.items():  # else the file is damaged, and its records must not be decoded
             splits[split] = _read_records(path, recipe.token_dtype)
             found |= _count(splits[split])
         if entry != found:
@@ -228,14 +228,14 @@ def _flush(path: Path) -> None:
 
 
 def _remove_stale(root: Path, folder_name: str) -> None:
-    """Removes what builds that were killed left behind, once it is too old to be another process at work."""
+    """Removes leftovers of killed builds that are too old to belong to a running process."""
     for path in root.glob(f".{folder_name}.*"):
         if time.time() - path.stat().st_mtime > STALE_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def summary(dataset: Dataset) -> str:
-    """The manifest in a few lines for people."""
+    """Returns a readable summary of the manifest."""
     lines = [f"{dataset.manifest['name']} version {dataset.manifest['version']} in {dataset.folder}"]
     lines.append("parameters " + json.dumps(dataset.manifest["parameters"]))
     for split, entry in dataset.manifest["splits"].items():

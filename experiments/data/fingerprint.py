@@ -1,4 +1,4 @@
-"""SHA-256 of what a data set holds: independent of the file format, and needing only the standard library."""
+"""SHA-256 of the content of a data set, independent of the file format; needs only the standard library."""
 
 import hashlib
 import struct
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 
 
 def content_sha256(splits: Mapping[str, Iterable[tuple[bytes | memoryview, int]]]) -> str:
-    """Hex SHA-256 over all records in order.
+    """Returns the hex SHA-256 over all records in order.
 
-    Hashed are, for every split in the mapping's order: its name in UTF-8, a zero byte, and for every record its number
-    of bytes (uint64) and label (int64), both little-endian, then the bytes of its tokens; after the last record of a
-    split eight bytes 0xff.
+    Per split, in the mapping's order, it covers the name in UTF-8, a zero byte, and per record the number of bytes
+    (uint64) and the label (int64), both little-endian, followed by the bytes of the tokens; eight bytes 0xff end each
+    split.
     """
     digest = hashlib.sha256()
     for name, records in splits.items():

@@ -1,4 +1,4 @@
-"""ListOps of Long Range Arena (Nangia & Bowman 2018; Tay et al. 2021): its grammar, drawn from a seed.
+"""ListOps of Long Range Arena (Nangia & Bowman 2018; Tay et al. 2021), generated from a seed.
 
 A sequence is a nested expression such as `[MAX 4 [MIN 2 3 ] 9 ]`; its label is the value, one digit.
 A tree is drawn from the root at depth 1. A node above `max_depth` is a digit with probability 3/4 and an operator
@@ -6,12 +6,12 @@ with 2 to `max_args` arguments otherwise; a node at `max_depth` is a digit. Arit
 digits are uniform. A tree is kept if min_length < tokens < max_length, both strict, and if no earlier tree equals it.
 MED is the median, the mean of the two middle values truncated; SM is the sum modulo 10.
 
-Two things make this fast without changing that distribution. Length depends on the arities alone, so symbols are drawn
-only for trees that are kept. And since every node is at least one token, a tree is abandoned as soon as the nodes
-that it has promised reach `max_length`.
+Two things make this fast without changing that distribution. Length depends only on the arities, so symbols are drawn
+only for trees that are kept. Since every node is at least one token, a tree is abandoned as soon as its open nodes reach
+`max_length`.
 
-This module needs the standard library alone, and draws only from `random.Random(seed).random()`, the one stream that
-Python promises to keep: the same configuration gives the same sequences on every version and machine.
+This module needs only the standard library, and draws only from `random.Random(seed).random()`, the one stream that
+Python guarantees to keep: the same configuration gives the same sequences on every version and machine.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
-VERSION = 1  # raise when the sequences of a configuration change
+VERSION = 1  # increment when the sequences of a configuration change
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 VOCABULARY = ("<pad>", *"0123456789", *OPERATORS, "]")
 TOKEN_IDS = {token: index for index, token in enumerate(VOCABULARY)}
@@ -37,9 +37,9 @@ NUM_CLASSES = 10
 SPLITS = ("train", "validation", "test")
 
 DIGIT_ABOVE = 0.25  # a uniform draw above this makes a node a digit
-BLOCK_DRAWS = 4096  # trees drawn from one seed: the unit of parallel work
+BLOCK_DRAWS = 4096  # number of trees drawn from one seed, the unit of parallel work
 PATIENCE_BLOCKS = 64
-LEAST_YIELD = 1e-4  # new sequences per draw, over PATIENCE_BLOCKS, below which the configuration is given up
+LEAST_YIELD = 1e-4  # new sequences per draw, over PATIENCE_BLOCKS, below which generation fails
 
 Record = tuple[bytes, int]
 
@@ -100,7 +100,7 @@ PRESETS = {
 
 
 def preset_config(preset: str = "full", **overrides: int) -> ListOpsConfig:
-    """The configuration named `preset` ("full" is Long Range Arena's, "short" is for a CPU) with fields replaced."""
+    """Returns the configuration named `preset` ("full" is Long Range Arena's, "short" is for a CPU), with overrides."""
     if preset not in PRESETS:
         close = difflib.get_close_matches(str(preset), PRESETS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -109,7 +109,7 @@ def preset_config(preset: str = "full", **overrides: int) -> ListOpsConfig:
 
 
 def encode(text: str) -> bytes:
-    """Token ids, one byte each, of an expression whose tokens are separated by spaces.
+    """Returns the token ids, one byte each, of an expression whose tokens are separated by spaces.
 
     Raises:
       ValueError: if a token is not in `VOCABULARY`.
@@ -121,12 +121,12 @@ def encode(text: str) -> bytes:
 
 
 def decode(tokens: Sequence[int]) -> str:
-    """The expression of token ids; padding is left out."""
+    """Returns the expression of token ids, without padding."""
     return " ".join(VOCABULARY[token] for token in tokens if token)
 
 
 def apply_operator(operator: int, values: Sequence[int]) -> int:
-    """The digit that the operator with this token id makes of its arguments."""
+    """Returns the digit that the operator with this token id computes from its arguments."""
     name = VOCABULARY[operator]
     if name == "[MIN":
         return min(values)
@@ -139,7 +139,7 @@ def apply_operator(operator: int, values: Sequence[int]) -> int:
 
 
 def evaluate(tokens: Sequence[int]) -> int:
-    """The value of one expression given as token ids.
+    """Returns the value of one expression given as token ids.
 
     Raises:
       ValueError: if the ids are not exactly one complete expression.
@@ -163,18 +163,18 @@ def evaluate(tokens: Sequence[int]) -> int:
 def generate(
     config: ListOpsConfig, *, workers: int | None = None, report: Callable[[int], object] | None = None
 ) -> dict[str, list[Record]]:
-    """Draws the whole data set: split -> records (token ids as bytes, label), all sequences distinct.
+    """Returns the whole data set: split -> records (token ids as bytes, label), with all sequences distinct.
 
-    The result depends on `config` alone. Blocks of `BLOCK_DRAWS` trees have seeds of their own and are consumed in
-    order, duplicates are dropped over all of them, and the splits are cut one after the other.
+    The result depends only on `config`. Each block of `BLOCK_DRAWS` trees has its own seed. Blocks are consumed in order,
+    duplicates over all blocks are dropped, and the splits are cut in sequence.
 
     Args:
-      workers: processes to draw with; None takes every available core, or one for a small data set. With more than
+      workers: number of processes; None takes every available core, or one for a small data set. With more than
         one, a script that calls this at its top level must do so under `if __name__ == "__main__":`.
-      report: called with the number of sequences added, block by block.
+      report: function called with the number of sequences added, block by block.
 
     Raises:
-      ValueError: if `workers` is below one, or the grammar hardly ever yields a new sequence inside the window.
+      ValueError: if `workers` is below one, or the grammar rarely yields a new sequence inside the window.
       RuntimeError: if a worker process dies.
     """
     if workers is None:
@@ -206,7 +206,7 @@ def generate(
 
 def _default_workers(config: ListOpsConfig) -> int:
     if config.total * config.max_length < 10_000_000:
-        return 1  # starting processes would take longer
+        return 1  # starting processes takes longer
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -215,8 +215,8 @@ def _open_blocks(config: ListOpsConfig, workers: int) -> Iterator[Iterator[list[
     if workers == 1:
         yield (draw_block(config, block) for block in itertools.count())
         return
-    # Spawned, not forked: a fork of a process in which JAX runs its threads can deadlock. A pipe for each worker,
-    # whose other end only that worker holds: if it dies in the middle of a block, reading ends instead of waiting.
+    # Spawned, not forked: a fork of a process with JAX's threads can deadlock. Each worker has its own pipe, whose other
+    # end only that worker holds: if it dies within a block, reading ends instead of waiting.
     context = multiprocessing.get_context("spawn")
     processes, receivers = [], []
     try:
@@ -251,13 +251,13 @@ def _receive_blocks(receivers: Sequence[Connection]) -> Iterator[list[Record]]:
 
 
 def _send_blocks(config: ListOpsConfig, sender: Connection, first: int, step: int) -> None:
-    """Work of one process: every `step`-th block, each drawn while the one before waits to be read."""
+    """Sends every `step`-th block from one process; each is drawn while the previous one waits to be read."""
     for block in itertools.count(first, step):
         sender.send(draw_block(config, block))
 
 
 def draw_block(config: ListOpsConfig, block: int) -> list[Record]:
-    """The records among `BLOCK_DRAWS` trees drawn from the seed of this block; duplicates are still in."""
+    """Returns the records among `BLOCK_DRAWS` trees drawn from the seed of this block, with duplicates."""
     digest = hashlib.sha256(f"listops {config.seed} {block}".encode()).digest()
     uniform = random.Random(int.from_bytes(digest[:8], "little")).random
     records = []
@@ -277,13 +277,13 @@ def _length(arities: list[int]) -> int:
 def _draw_arities(
     uniform: Callable[[], float], max_depth: int, max_args: int, max_length: int
 ) -> list[int] | None:
-    """Number of arguments of every node of one tree, depth first (0 is a digit); None if it has `max_length` tokens."""
+    """Returns the number of arguments per node of a tree, depth first (0 is a digit); None at `max_length` tokens."""
     if max_depth == 1:
         return [0]
     choices = max_args - 1
     arities: list[int] = []
-    waiting = [1]  # nodes still to draw on each open level: its length is the depth
-    length = 1  # if everything still to draw were digits
+    waiting = [1]  # number of nodes still to draw per open level; its length is the depth
+    length = 1  # length if all nodes still to draw are digits
     while waiting:
         if not waiting[-1]:
             waiting.pop()
@@ -305,7 +305,7 @@ def _draw_arities(
 
 
 def _draw_symbols(uniform: Callable[[], float], arities: list[int]) -> Record:
-    """Draws the operators and digits of a tree of this shape, and evaluates it on the way."""
+    """Returns a record with the operators and digits drawn for a tree of this shape, and its value."""
     tokens = bytearray()
     value = 0
     frames: list[tuple[int, int, list[int]]] = []

@@ -23,7 +23,7 @@ REMOVE_PARENTHESES = str.maketrans("", "", "()")
 def load_generated(
     config: ListOpsConfig, *, data_dir: str | os.PathLike | None = None, workers: int | None = None
 ) -> cache.Dataset:
-    """The data set that `config` describes, generated on first use and cached (see `cache.load_or_build`)."""
+    """Returns the data set that `config` describes, generated on first use and cached (see `cache.load_or_build`)."""
 
     def build() -> dict[str, Sequences]:
         with _progress("Generating ListOps", config.total, "sequences") as bar:
@@ -45,14 +45,14 @@ def load_generated(
 def load_official(
     official_dir: str | os.PathLike, *, data_dir: str | os.PathLike | None = None
 ) -> cache.Dataset:
-    """The data set in Long Range Arena's files, with our token ids; parsed on first use and cached.
+    """Returns the data set of Long Range Arena's files with our token ids, parsed on first use and cached.
 
     Args:
       official_dir: folder with basic_train.tsv, basic_val.tsv and basic_test.tsv (`listops-1000` of the release).
 
     Raises:
       FileNotFoundError: if one of the files is missing.
-      ValueError: naming file and line, if one is not a header `Source<tab>Target` followed by expressions and digits.
+      ValueError: if a file is not a header `Source<tab>Target` followed by expressions and digits; names file and line.
     """
     folder = Path(official_dir).expanduser()
     paths = {split: folder / name for split, name in OFFICIAL_FILES.items()}
@@ -77,14 +77,14 @@ def load_official(
 
 
 def majority_accuracy(train: Sequences, test: Sequences) -> float:
-    """Accuracy on `test` of always answering the most frequent label of `train`."""
+    """Returns the accuracy on `test` of the most frequent label of `train`."""
     return float(np.mean(test.labels == np.bincount(train.labels).argmax()))
 
 
 def root_operator_accuracy(train: Sequences, test: Sequences) -> float:
-    """Accuracy on `test` of the most frequent label in `train` among sequences with the same first token.
+    """Returns the accuracy on `test` of the most frequent label in `train` among sequences with the same first token.
 
-    36.8% on Long Range Arena's ListOps: a model that scores as much has learned nothing of the nested structure.
+    It is 36.8% on Long Range Arena's ListOps: a model with this score has learned nothing of the nested structure.
     """
     counts = np.zeros((len(listops.VOCABULARY), listops.NUM_CLASSES), np.int64)
     np.add.at(counts, (_first_tokens(train), train.labels), 1)
@@ -92,7 +92,7 @@ def root_operator_accuracy(train: Sequences, test: Sequences) -> float:
 
 
 def split_baselines(splits: Mapping[str, Sequences], split: str = "test") -> dict[str, float]:
-    """Accuracies on `split` of the two predictors above, fitted on "train"."""
+    """Returns the accuracies on `split` of the two predictors above, fitted on "train"."""
     train, test = splits["train"], splits[split]
     return {"majority": majority_accuracy(train, test), "root_operator": root_operator_accuracy(train, test)}
 

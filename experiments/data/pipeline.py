@@ -1,12 +1,12 @@
 """Batches for training and evaluation, through Grain.
 
-A batch is a dict of what the source gathers and weight float32 (b,): 1, or 0 for a row that only fills the last batch of an
+A batch is a dict of the source's arrays and weight float32 (b,): 1, or 0 for a row that only fills the last batch of an
 evaluation. Such a row repeats a sequence of its batch, so that a model never sees a row without tokens. Sources gather
-inputs int32 (b, t), labels int32 (b,) or (b, t), and segment_ids int32 (b, t; 1 for tokens, 0 for padding) unless all rows
-of this width are whole.
+inputs int32 (b, t), labels int32 (b,) or (b, t), and segment_ids int32 (b, t; 1 for tokens, 0 for padding) unless all
+rows of this width are whole.
 
 The batch of step n is computed from n (see `bucketing`), so the state of an iterator is one number, and setting it
-continues bit for bit without reading what came before.
+resumes bit for bit without reading earlier batches.
 """
 
 import functools
@@ -28,16 +28,16 @@ Batch = dict[str, np.ndarray]
 
 
 class Source(Protocol):
-    """A split of a data set: `sequences.Sequences`, or anything with these members."""
+    """A split of a data set: `sequences.Sequences`, or any object with these members."""
 
     lengths: np.ndarray
 
     def __len__(self) -> int: ...
 
     def gather(self, indices: np.ndarray, width: int) -> Batch:
-        """The examples at `indices`, padded to `width`: arrays with one row per example.
+        """Returns the examples at `indices`, padded to `width`: arrays with one row per example.
 
-        Which arrays there are depends on the width alone.
+        The names of the arrays depend only on the width.
         """
         ...
 
@@ -54,17 +54,17 @@ def train_iterator(
     host_count: int = 1,
     prefetch: int = 8,
 ) -> grain.DatasetIterator:
-    """Batches of `epochs` epochs, or of `num_steps` steps: each full, the epochs shuffled (`bucketing.plan_epoch`).
+    """Returns an iterator over full batches of `epochs` shuffled epochs, or of `num_steps` steps (`bucketing.plan_epoch`).
 
     Its `get_state()` is the number of the next batch, and `set_state` resumes exactly.
 
     Args:
-      batch_size: sequences of one batch, over all hosts together.
-      bucket_bounds: the widths that batches are padded to, increasing; None pads all to the longest sequence.
-      seed: of the shuffles.
-      host_index: which of the `host_count` equal parts of each batch to yield: rows `host_index * b` to
+      batch_size: number of sequences per batch, over all hosts.
+      bucket_bounds: widths that batches are padded to, increasing; None pads all to the longest sequence.
+      seed: seed of the shuffles.
+      host_index: index of the part to yield, out of `host_count` equal parts of each batch: rows `host_index * b` to
         `(host_index + 1) * b`, with b = batch_size / host_count. All hosts see the same widths.
-      prefetch: batches made ahead in a background thread; 0 makes them when they are asked for.
+      prefetch: number of batches made ahead in a background thread; 0 makes them on request.
 
     Raises:
       ValueError: if both or neither of `epochs` and `num_steps` are given, a batch is larger than the data set, a
@@ -84,7 +84,7 @@ def train_iterator(
     rows = _host_rows(batch_size, host_index, host_count)
     check_bucket_bounds(source.lengths, bucket_bounds)
 
-    @functools.lru_cache(maxsize=2)  # at the turn of an epoch both are in use
+    @functools.lru_cache(maxsize=2)  # at the turn of an epoch both plans are in use
     def plan(epoch: int) -> Plan:
         return plan_epoch(
             source.lengths, batch_size=batch_size, bucket_bounds=bucket_bounds, seed=seed, epoch=epoch
@@ -106,10 +106,10 @@ def eval_batches(
     host_count: int = 1,
     prefetch: int = 8,
 ) -> grain.IterDataset:
-    """Every sequence exactly once with weight 1, in ceil(n / batch_size) batches; can be iterated again and again.
+    """Returns ceil(n / batch_size) batches with each sequence once with weight 1; can be iterated repeatedly.
 
     The batches are the same every time. The last one is filled with rows of weight 0; all hosts get the same number of
-    batches. Arguments and errors are those of `train_iterator`, but a batch may be larger than the data set.
+    batches. Arguments and errors are those of `train_iterator`, except that a batch may be larger than the data set.
     """
     rows = _host_rows(batch_size, host_index, host_count)
     plan = plan_evaluation(source.lengths, batch_size=batch_size, bucket_bounds=bucket_bounds)

@@ -34,7 +34,7 @@ def _prepare_listops(options: argparse.Namespace) -> cache.Dataset:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Builds or loads the data set that the arguments name, and prints a summary of its manifest."""
+    """Builds or loads the data set of the arguments, and prints a summary of its manifest."""
     parser = argparse.ArgumentParser(prog="python -m experiments.data.prepare", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="DATASET")
     _add_listops(commands)

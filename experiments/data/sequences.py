@@ -1,4 +1,4 @@
-"""Sequences of tokens with one label each, held in memory: the source that pipelines draw batches from."""
+"""Sequences of tokens with one label each, in memory: the source of pipelines."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -7,21 +7,21 @@ import numpy as np
 
 
 class Sequences:
-    """Labelled sequences of token ids, stored one after the other in one array.
+    """Labelled sequences of token ids, stored contiguously in one array.
 
     Attributes:
       tokens: all tokens, of any integer type; sequence i is `tokens[offsets[i] : offsets[i + 1]]`.
-      offsets: int64 (n + 1,).
-      labels: int32 (n,).
-      lengths: int64 (n,).
+      offsets: start of each sequence and end of the last, int64 (n + 1,).
+      labels: label of each sequence, int32 (n,).
+      lengths: number of tokens of each sequence, int64 (n,).
     """
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray, labels: np.ndarray):
-        """Checks that the arrays belong together.
+        """Creates the sequences after checking that the arrays are consistent.
 
         Raises:
           TypeError: if the tokens are not integers.
-          ValueError: if the offsets do not cut `tokens` into one sequence of at least one token for each label.
+          ValueError: if the offsets do not divide `tokens` into one sequence of at least one token per label.
         """
         self.tokens = np.array(tokens)
         if not np.issubdtype(self.tokens.dtype, np.integer):
@@ -45,7 +45,7 @@ class Sequences:
 
     @classmethod
     def from_records(cls, records: Iterable[tuple[bytes, int]], dtype: str = "uint8") -> "Sequences":
-        """From pairs of token ids, stored as `dtype`, and label."""
+        """Returns sequences from pairs of token ids, stored as `dtype`, and label."""
         records = list(records)
         item = np.dtype(dtype).itemsize
         offsets = np.cumsum([0] + [len(tokens) // item for tokens, _ in records])
@@ -59,14 +59,14 @@ class Sequences:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]], int(self.labels[index])
 
     def records(self) -> Iterator[tuple[memoryview, int]]:
-        """Pairs of token ids, as the bytes in which they are stored, and label."""
+        """Yields pairs of token ids, as stored bytes, and label."""
         stored = memoryview(self.tokens).cast("B")
         bounds = (self.offsets * self.tokens.itemsize).tolist()
         for (start, stop), label in zip(itertools.pairwise(bounds), self.labels.tolist(), strict=True):
             yield stored[start:stop], label
 
     def gather(self, indices: np.ndarray, width: int) -> dict[str, np.ndarray]:
-        """The sequences at `indices`, padded at the end with zeros.
+        """Returns the sequences at `indices`, padded at the end with zeros.
 
         Returns:
           inputs (b, width), segment_ids (b, width; 1 for tokens, 0 for padding) and labels (b,), all int32.

@@ -1,4 +1,4 @@
-"""Several processes that train one run, each with devices of its own."""
+"""Several processes that train one run, each with its own devices."""
 
 import numbers
 import os
@@ -8,7 +8,7 @@ from typing import NoReturn
 import jax
 from jax.experimental import multihost_utils
 
-# A process that has not been heard of for so long is taken for lost, and the others end.
+# A process without a heartbeat for this time is considered lost, and the others end.
 HEARTBEAT_SECONDS = 30
 LAUNCHERS = "SLURM, Kubernetes, Open MPI or a TPU pod"
 
@@ -16,16 +16,16 @@ LAUNCHERS = "SLURM, Kubernetes, Open MPI or a TPU pod"
 def connect(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins this process to the others of the run. Call it before anything uses JAX's devices.
+    """Joins this process to the others of the run. It must be called before anything uses JAX's devices.
 
-    Without arguments, what a cluster's launcher says is taken. Processes on CPUs exchange arrays through Gloo.
+    Without arguments, the settings of the cluster's launcher are used. Processes on CPUs exchange arrays through Gloo.
 
     Args:
-      coordinator: HOST:PORT at which process 0 can be reached.
-      num_processes, process_id: of the run, and this one's number from 0.
+      coordinator: address HOST:PORT of process 0.
+      num_processes, process_id: number of processes of the run, and index of this one from 0.
 
     Raises:
-      ValueError: if some of the arguments are given and others not, or they do not fit, or no launcher says anything.
+      ValueError: if only some of the arguments are given, they are inconsistent, or no launcher provides settings.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [f"--{name}" for name, value in given.items() if value is None]
@@ -54,32 +54,32 @@ def connect(
 
 
 def is_main() -> bool:
-    """Whether this process writes logs, plots and results: process 0."""
+    """Returns whether this process writes logs, plots and results: process 0."""
     return jax.process_index() == 0
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process. All processes call it at the same step."""
+    """Returns whether the flag is set in any process. All processes must call it at the same step."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(flag).any())
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when all processes have come here."""
+    """Returns when all processes have called it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process at once: without the others, what JAX does at exit would wait for them."""
+    """Ends this process at once: JAX's shutdown at exit would wait for the other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def lost_process(error: Exception) -> str | None:
-    """What to say if `error` comes from the loss of another process; None if it does not."""
+    """Returns a message if `error` comes from the loss of another process, or else None."""
     if jax.process_count() == 1:
         return None
     text = str(error)

@@ -1,4 +1,4 @@
-"""The mesh of devices of a run, and how batches and the state of training lie on it."""
+"""The mesh of devices of a run, and the sharding of batches and of the training state."""
 
 import contextlib
 import dataclasses
@@ -17,15 +17,15 @@ from layers.typing import Array
 
 
 class Devices:
-    """A mesh with the axes data, fsdp, tensor, sequence and expert, and how arrays lie on it.
+    """A mesh with the axes data, fsdp, tensor, sequence and expert, and shardings of arrays on it.
 
-    The compiler divides computations along its axes by itself (`AxisType.Auto`); kernels run under `jax.shard_map`.
+    The compiler partitions computations along its axes (`AxisType.Auto`); kernels run under `jax.shard_map`.
 
     Attributes:
-      mesh: of all devices in use, those of other hosts included.
-      rules: which mesh axis divides which logical axis of parameters.
-      replicated: the sharding of a value that every device holds.
-      by_row: the sharding of an array whose first axis is divided over the batch axes.
+      mesh: mesh of all devices in use, those of other hosts included.
+      rules: mesh axis that shards each logical axis of parameters.
+      replicated: sharding of a value that every device holds.
+      by_row: sharding of an array whose first axis is sharded over the batch axes.
       by_second_axis: the same for the second axis.
     """
 
@@ -35,10 +35,10 @@ class Devices:
         sizes: MeshConfig | None = None,
         rules: ShardingRules | None = None,
     ):
-        """A mesh of `devices`, all if None.
+        """Creates a mesh of `devices`, or of all devices if None.
 
         Raises:
-          ValueError: if the sizes of the axes do not make as many devices.
+          ValueError: if the product of the axis sizes is not the number of devices.
         """
         devices = jax.devices() if devices is None else list(devices)
         shape = axis_sizes(sizes or MeshConfig(), len(devices))
@@ -52,10 +52,10 @@ class Devices:
 
     @classmethod
     def first(cls, count: int | None, sizes: MeshConfig | None = None) -> "Devices":
-        """The first `count` devices, or all.
+        """Returns a mesh of the first `count` devices, or of all.
 
         Raises:
-          ValueError: if there are fewer, or the mesh takes another number.
+          ValueError: if there are fewer, or the mesh needs another number.
         """
         found = jax.devices()
         if count is not None and not 1 <= count <= len(found):
@@ -67,17 +67,17 @@ class Devices:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """A context in which functions are traced for this mesh: kernels learn from it how arrays are divided."""
+        """Returns a context in which functions are traced for this mesh; kernels read the shardings from it."""
         with jax.set_mesh(self.mesh):
             yield
 
     @property
     def row_parts(self) -> int:
-        """Parts that the rows of a batch are divided into."""
+        """Number of parts that the rows of a batch are divided into."""
         return math.prod(self.mesh.shape[name] for name in BATCH_AXES)
 
     def check_rows(self, name: str, rows: int, accumulate: int = 1) -> None:
-        """Raises ValueError unless every part of the mesh gets as many of the rows (of each micro-batch) as the others."""
+        """Raises ValueError unless the rows (of each micro-batch) divide evenly over the parts of the mesh."""
         parts = self.row_parts * accumulate
         if rows % parts:
             below, above = rows // parts * parts, -(-rows // parts) * parts
@@ -102,14 +102,14 @@ class Devices:
                 )
 
     def shardings(self, declarations: Mapping[str, Any]) -> dict[str, NamedSharding]:
-        """How the arrays of some `Declaration`s lie on the mesh, by the same names."""
+        """Returns the shardings of the arrays of `Declaration`s, by the same names."""
         return {
             name: self._sharding(self.rules.spec(d.axes, d.shape, self.mesh))
             for name, d in declarations.items()
         }
 
     def my_rows(self, rows: int) -> tuple[int, int]:
-        """Which part of a batch of `rows` this process reads: its number, and how many parts there are.
+        """Returns the part of a batch of `rows` that this process reads: its index, and the number of parts.
 
         Raises:
           ValueError: if the rows of the devices of this process are not one equal part of the batch.
@@ -129,9 +129,9 @@ class Devices:
         return start // share, rows // share
 
     def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """Starts copying a batch to the devices, a share of the rows to each.
+        """Starts copying a batch to the devices, sharded by rows, and returns it.
 
-        With several processes, each gives the rows that `my_rows` names.
+        With several processes, each passes the rows that `my_rows` names.
         """
         if jax.process_count() == 1:
             return jax.device_put(dict(batch), self.by_row)
@@ -141,18 +141,18 @@ class Devices:
         }
 
     def abstract_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes, types and sharding of a batch, given with all its rows."""
+        """Returns shapes, dtypes and sharding of a batch, which is passed with all its rows."""
         return {
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.by_row)
             for name, array in batch.items()
         }
 
     def replicate(self, tree: Any) -> Any:
-        """Copies arrays to every device."""
+        """Returns arrays copied to every device."""
         return jax.device_put(tree, self.replicated)
 
     def describe(self) -> str:
-        """Number and kind of the devices and the mesh, for records."""
+        """Returns the number and kind of the devices and the mesh, for records."""
         device = self.mesh.devices.flat[0]
         axes = [f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1]
         hosts = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -164,7 +164,7 @@ class Devices:
 
 
 def axis_sizes(sizes: MeshConfig, count: int) -> dict[str, int]:
-    """The size of every mesh axis for `count` devices, with what is left for the axis that is -1.
+    """Returns the size of each mesh axis for `count` devices; an axis of -1 takes the remaining ones.
 
     Raises:
       ValueError: if the axes do not multiply to `count`.
@@ -187,7 +187,7 @@ def axis_sizes(sizes: MeshConfig, count: int) -> dict[str, int]:
 
 
 def cpu() -> jax.Device | None:
-    """The CPU as a device of JAX; None, which leaves the default device as it is, if JAX_PLATFORMS leaves out the CPU."""
+    """Returns the CPU as a JAX device; None, which keeps the default device, if JAX_PLATFORMS excludes the CPU."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""How the arrays of a training run are divided over a mesh of devices."""
+"""Sharding of the arrays of a training run over a mesh of devices."""
 
 import dataclasses
 import math
@@ -8,13 +8,13 @@ from jax.sharding import Mesh, PartitionSpec
 
 from layers.parameters import Axes
 
-# Numbers below which an array is copied to every device: dividing it saves nothing and costs a collective.
+# Arrays with fewer elements are replicated: sharding them saves little and costs a collective.
 SMALLEST = 2**12
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """The mesh axis that divides each logical axis of parameters (see `layers.parameters`).
+    """The mesh axis that shards each logical axis of parameters (see `layers.parameters`).
 
     The mesh axes mean:
 
@@ -25,8 +25,8 @@ class ShardingRules:
         expert    experts divided
 
     Attributes:
-      axes: mesh axis by logical axis; logical axes without an entry are whole on every device.
-      smallest: arrays with fewer numbers are whole on every device.
+      axes: mesh axis by logical axis; logical axes without an entry are not sharded.
+      smallest: number of elements below which arrays are replicated.
     """
 
     axes: Mapping[str, str] = dataclasses.field(
@@ -42,10 +42,10 @@ class ShardingRules:
     smallest: int = SMALLEST
 
     def spec(self, axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-        """How an array with these logical axes is divided over `mesh`.
+        """Returns the partition of an array with these logical axes over `mesh`.
 
-        An axis that its mesh axis does not divide is left whole. If fsdp divides none of the named axes, it takes the
-        largest other axis that it divides, so that no large array is whole on every device.
+        An axis whose size is not divisible by its mesh axis is not sharded. If fsdp shards none of the named axes, it
+        shards the largest other axis that it divides, so that no large array is replicated.
         """
         whole = PartitionSpec(*(None for _ in shape))
         if math.prod(shape) < self.smallest:

@@ -1,9 +1,8 @@
-"""Checkpoints of a run: the only file that knows Orbax.
+"""Checkpoints of a run: the only module that uses Orbax.
 
 A checkpoint is a folder named by its step, written in the background under a temporary name and renamed when it is
-complete, so that whatever carries its step's name is whole. It holds arrays by name, and a note: all else that training
-needs to resume, as JSON. Arrays that are divided over devices are written by the processes that hold them, and read into
-whatever division is asked for.
+complete, so that a folder with a step's name is whole. It holds arrays by name, and a note: all else that training needs
+to resume, as JSON. Sharded arrays are written by the processes that hold them, and read into any requested sharding.
 """
 
 import json
@@ -21,13 +20,13 @@ from experiments.parallel import hosts
 
 SCORE = "score"
 STATE, NOTE = "state", "note"
-# What checkpoints held up to version 0.1.0, where parameters were stored as vectors by group in training.
+# Content of checkpoints up to version 0.1.0, which store parameters as vectors by group.
 OLD = "arrays"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
 class _KeepBestAndLast:
-    """Orbax's policy of preservation: the best score (the earliest of equals) and the newest few."""
+    """An Orbax preservation policy: the best score (the earliest of equals) and the newest few."""
 
     def __init__(self, last: int):
         self._last = last
@@ -43,17 +42,17 @@ def _best(checkpoints: Sequence[Any]) -> int | None:
 
 
 class Checkpoints:
-    """The checkpoints in a folder; a context that finishes writing at its end."""
+    """The checkpoints in a folder; a context manager that finishes writing at its end."""
 
     def __init__(self, folder: Path, *, keep_last: int | None = None):
         """Opens the folder.
 
         Args:
-          keep_last: newest checkpoints that a save leaves beside the best one. None opens for reading only.
+          keep_last: number of newest checkpoints that a save keeps besides the best one. None opens for reading only.
         """
         self._writable = keep_last is not None
         if self._writable:
-            # Orbax would remove these in the background, while the same steps may be written again.
+            # Orbax removes these in the background, while the same steps may be written again.
             if hosts.is_main():
                 for path in folder.glob(UNFINISHED):
                     shutil.rmtree(path)
@@ -71,27 +70,27 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, increasing."""
+        """Returns the steps that have a checkpoint, in increasing order."""
         return [checkpoint.step for checkpoint in self._orbax.checkpoints]
 
     @property
     def latest(self) -> int | None:
-        """The newest step, or None."""
+        """Returns the newest step, or None."""
         return self.steps[-1] if self.steps else None
 
     @property
     def best(self) -> int | None:
-        """The step of the highest score, the earliest of equals; None if none has a score."""
+        """Returns the step of the highest score, the earliest of equals; None if none has a score."""
         return _best(self._orbax.checkpoints)
 
     def save(
         self, step: int, arrays: Mapping[str, Any], note: Mapping[str, Any], *, score: float | None = None
     ) -> None:
-        """Starts writing a checkpoint, after any that is still being written.
+        """Starts writing a checkpoint once any earlier one is written.
 
         Args:
-          arrays: by name, of JAX or NumPy. They must be neither changed nor donated until the checkpoint is written.
-          score: of the validation, higher is better; None or a number that is not finite never counts as the best.
+          arrays: JAX or NumPy arrays by name. They must be neither changed nor donated until the checkpoint is written.
+          score: validation score, higher is better; None or a number that is not finite is never the best.
         """
         if not self._writable:
             raise ValueError("these checkpoints were opened for reading; give keep_last to write")
@@ -100,10 +99,10 @@ class Checkpoints:
         self._orbax.save_async(step, content, metrics=metrics, force=True)
 
     def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of the arrays of a step by name, without reading the arrays.
+        """Returns the shapes of the arrays of a step by name, without reading the arrays.
 
         Raises:
-          ValueError: if there is no checkpoint of that step, or it is of a version that stored something else.
+          ValueError: if there is no checkpoint of that step, or it is of a version with other content.
         """
         if step not in self.steps:
             raise ValueError(f"there is no checkpoint of step {step}; there are {self.steps or 'none'}")
@@ -119,10 +118,10 @@ class Checkpoints:
     def load(
         self, step: int, like: Mapping[str, jax.ShapeDtypeStruct] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The arrays and the note of a step.
+        """Returns the arrays and the note of a step.
 
         Args:
-          like: shapes, types and shardings by name; every process reads only what its devices hold. None for NumPy arrays.
+          like: shapes, dtypes and shardings by name; every process reads only what its devices hold. None for NumPy arrays.
 
         Raises:
           ValueError: if there is no checkpoint of that step, or it cannot be read (see `shapes`).
@@ -136,5 +135,5 @@ class Checkpoints:
         return content[STATE], json.loads(content[NOTE])
 
     def wait(self) -> None:
-        """Returns when all checkpoints are on disk; raises what went wrong in writing."""
+        """Returns when all checkpoints are on disk; raises any error of writing."""
         self._orbax.wait()

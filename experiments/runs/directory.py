@@ -1,4 +1,4 @@
-"""The folder of a run: all that is needed to resume it, look at it, or run it again.
+"""The folder of a run: everything needed to resume, inspect or repeat it.
 
     config.json       the config           manifest.json    of the data
     sessions.jsonl    one line per start: time, command, step, versions, git revision, devices
@@ -6,7 +6,7 @@
     metrics.jsonl     the log              tensorboard/     the same as event files
     checkpoints/      see `checkpoints`    curves.png, results.json: at the end
 
-Nothing in it names an absolute path of the run, so it may be moved to another folder or machine.
+It holds no absolute path of the run, so it may be moved to another folder or machine.
 """
 
 import datetime as dt
@@ -24,7 +24,7 @@ from experiments.runs.files import read_json, to_json_text, write_atomically
 
 try:
     import fcntl
-except ImportError:  # Windows, where two processes in one folder go unnoticed
+except ImportError:  # Windows, where two processes in one folder are not detected
     fcntl = None
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ml_collections")
@@ -32,11 +32,11 @@ LOCK = ".lock"
 
 
 class WorkdirError(ValueError):
-    """A work directory that this run cannot use."""
+    """A work directory that a run cannot use."""
 
 
 class RunDirectory:
-    """A run's folder, opened for reading. `RunDirectory.open` makes and locks one for training."""
+    """A run's folder, opened for reading. `RunDirectory.open` creates and locks one for training."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -44,7 +44,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, folder: str | Path, config: Mapping[str, Any]) -> "RunDirectory":
-        """Makes the folder of a new run, or opens that of a run to resume, and keeps other processes out.
+        """Returns the locked folder of a new run, or of a run to resume.
 
         Raises:
           WorkdirError: if the folder holds something else, a run of another config (the fields that differ are named),
@@ -63,14 +63,14 @@ class RunDirectory:
         return run
 
     def begin(self, config: Mapping[str, Any], manifest: Mapping[str, Any], parameters: str) -> None:
-        """Records what a new run is made of, or checks that a known one is given the same data.
+        """Records the inputs of a new run, or checks that a known run has the same data.
 
         Args:
-          manifest: of the data.
-          parameters: the table of the optimizer's groups.
+          manifest: manifest of the data.
+          parameters: table of the optimizer's groups.
 
         Raises:
-          WorkdirError: if the data differ from those that the run was started with.
+          WorkdirError: if the data differ from those at the start of the run.
         """
         if not self.config_file.exists():
             write_atomically(self.config_file, config_loading.to_json(config))
@@ -108,7 +108,7 @@ class RunDirectory:
         return self.folder / "curves.png"
 
     def config(self) -> dict[str, Any]:
-        """The config of the run.
+        """Returns the config of the run.
 
         Raises:
           WorkdirError: if there is none.
@@ -119,11 +119,11 @@ class RunDirectory:
             raise WorkdirError(f"workdir={self.folder} holds no run: there is no config.json") from None
 
     def results(self) -> dict[str, Any] | None:
-        """The results of a finished run, or None."""
+        """Returns the results of a finished run, or None."""
         return read_json(self.folder / "results.json")
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """Marks the run as finished."""
+        """Writes the results, which marks the run as finished."""
         write_atomically(self.folder / "results.json", to_json_text(results))
 
     def add_session(self, *, step: int, devices: str) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class RunDirectory:
         return session
 
     def release(self) -> None:
-        """Lets other processes train the run; the end of the process does so too."""
+        """Releases the lock for other processes; the end of the process does so too."""
         self._lock.close()
 
     def _take_lock(self) -> None:
@@ -164,14 +164,14 @@ class RunDirectory:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
+    """Returns the versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version()} | {
         name: importlib.metadata.version(name) for name in PACKAGES
     }
 
 
 def git_revision() -> str | None:
-    """The commit of the sources, with "+changes" if files differ from it; None outside a repository."""
+    """Returns the commit of the sources, with "+changes" if files differ from it; None outside a repository."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:

@@ -1,4 +1,4 @@
-"""Writing small files so that a reader, or a run after a crash, finds either the old or the new content."""
+"""Atomic writes of small files: a reader, or a run after a crash, finds either the old or the new content."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file by one that holds `text`, flushed to disk before it takes the name."""
+    """Replaces the file by one that holds `text`, which is flushed to disk before it is renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -17,12 +17,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def to_json_text(value: Any) -> str:
-    """Indented JSON with a final newline."""
+    """Returns indented JSON with a final newline."""
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, or None if there is no such file."""
+    """Returns the content of a JSON file, or None if there is no such file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

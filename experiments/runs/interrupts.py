@@ -1,4 +1,4 @@
-"""Requests to leave training early: signals and a time limit."""
+"""Requests to interrupt training: signals and a time limit."""
 
 import os
 import signal
@@ -10,20 +10,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(Exception):
-    """Training left after saving a checkpoint because it was asked to."""
+    """Training stopped on request after saving a checkpoint."""
 
 
 class Stop:
-    """Whether training was asked to leave.
+    """A request to stop training, by a signal or a time limit.
 
-    As a context it catches SIGTERM and SIGINT: the first signal is a request, the second ends the process at once.
+    As a context manager it catches SIGTERM and SIGINT: the first signal is a request, the second ends the process at once.
 
     Attributes:
-      reason: why, or None so far.
+      reason: reason to stop, or None without a request.
     """
 
     def __init__(self, *, after_seconds: float | None = None):
-        """A request comes `after_seconds` from now, if that is given.
+        """Creates an object that requests to stop `after_seconds` from now, if given.
 
         Raises:
           ValueError: if `after_seconds` is not positive.

@@ -1,7 +1,7 @@
 """The logs of a run: JSON lines, TensorBoard, Weights & Biases and a progress bar.
 
 A line is one JSON object with "kind" ("train", "validation" or "test"), "step", "epoch" and measurements. Train lines
-hold averages over the steps since the line before, validation lines those over the split.
+hold averages over the steps since the previous line, validation lines those over the split.
 """
 
 import importlib
@@ -20,10 +20,10 @@ from experiments.runs.files import write_atomically
 
 
 class Sink(Protocol):
-    """A log that takes measurements."""
+    """A log of measurements."""
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Takes the measurements of one line."""
+        """Writes the measurements of one line."""
 
     def close(self) -> None:
         """Finishes writing."""
@@ -33,7 +33,7 @@ class MetricsFile:
     """The log as JSON lines."""
 
     def __init__(self, path: Path, *, after_step: int):
-        """Opens the file to resume after a step: lines of later steps, and of tests, are removed first."""
+        """Opens the file to resume after a step; lines of later steps, and of tests, are removed."""
         cut_after(path, after_step)
         self._file = path.open("a", encoding="utf-8")
 
@@ -53,7 +53,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; one that was cut short by a crash is left out."""
+    """Returns the lines of a log; one that a crash cut short is left out."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -86,10 +86,10 @@ class TensorBoard:
 
 
 class WandB:
-    """A run at Weights & Biases, the same one after every start. Needs the package wandb."""
+    """A Weights & Biases run, the same one in every session. Needs the package wandb."""
 
     def __init__(self, project: str, folder: Path, config: Mapping[str, Any]):
-        """Opens the run; its id is kept in the folder of the run."""
+        """Opens the run; its id is stored in the folder of the run."""
         wandb = importlib.import_module("wandb")
         file = folder / "wandb-id.txt"
         known = file.read_text(encoding="utf-8").strip() if file.exists() else None
@@ -106,7 +106,7 @@ class WandB:
 
 
 class Logs:
-    """All sinks of a run; a context that closes them."""
+    """All sinks of a run; a context manager that closes them."""
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class Logs:
 
 
 def progress_bar(*, step: int, total: int, shown: bool = True) -> tqdm:
-    """A bar over the steps of training, with time left; one that prints nothing if not `shown`."""
+    """Returns a bar over the training steps with the remaining time; it prints nothing if not `shown`."""
     interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs fewer lines
     return tqdm(
         initial=step,

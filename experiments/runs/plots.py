@@ -13,11 +13,11 @@ Lines = Sequence[Mapping[str, Any]]
 def draw_curves(
     runs: Mapping[str, Lines], path: Path, *, metric: str, baselines: Mapping[str, float] | None = None
 ) -> None:
-    """Draws training loss and a validation metric against steps, one colour per run.
+    """Draws training loss and a validation metric against steps, with one color per run.
 
     Args:
-      runs: the lines of each run's log (see `logs.read_lines`), by the name to show.
-      metric: the validation metric to draw, such as "accuracy".
+      runs: lines of each run's log (see `logs.read_lines`), by displayed name.
+      metric: validation metric to draw, such as "accuracy".
       baselines: values of that metric to draw as horizontal lines, by name.
     """
     figure = Figure(figsize=(11, 4), layout="constrained")

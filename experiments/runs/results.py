@@ -12,7 +12,7 @@ from experiments.training.loop import TEST, VALIDATION, Outcome
 
 
 def summarize(experiment: Experiment, outcome: Outcome, devices: Devices) -> dict[str, Any]:
-    """The record that results.json holds."""
+    """Returns the record that results.json holds."""
     note = outcome.note
     tokens = note.records["tokens"]
     test = outcome.test is not None
@@ -39,17 +39,17 @@ def summarize(experiment: Experiment, outcome: Outcome, devices: Devices) -> dic
 
 
 def manifest_sha256(manifest: Mapping[str, Any]) -> str:
-    """Hash of a data manifest, whatever the order of its fields."""
+    """Returns the hash of a data manifest, independent of the order of its fields."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def total_seconds(results: Mapping[str, Any]) -> float:
-    """Time of training, evaluation and compilation together."""
+    """Returns the total seconds of training, evaluation and compilation."""
     return results["training_seconds"] + results["eval_seconds"] + results["compile_seconds"]
 
 
 def describe(results: Mapping[str, Any]) -> str:
-    """The results in a few lines."""
+    """Returns the results as a few lines of text."""
 
     def metrics(values: Mapping[str, float]) -> str:
         shown = (

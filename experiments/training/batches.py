@@ -1,4 +1,4 @@
-"""Batches on the devices, copied ahead of their use, with the position in the data that belongs to each."""
+"""Batches on the devices, copied ahead of their use, with the position in the data of each."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,14 +14,14 @@ class TrainBatches:
     """Training batches on the devices.
 
     Attributes:
-      position: the state of the iterator after the batch that was handed out last, as JSON.
+      position: state of the iterator after the last batch returned, as JSON.
     """
 
     def __init__(self, iterator: Any, devices: Devices, position: Any = None):
-        """Goes on from `position`, which an earlier object had, or from the start of the iterator.
+        """Resumes from the `position` of an earlier object, or starts at the start of the iterator.
 
         Args:
-          iterator: of batches of NumPy arrays, with `get_state` and `set_state`.
+          iterator: iterator over batches of NumPy arrays, with `get_state` and `set_state`.
         """
         if position is not None:
             iterator.set_state(position)
@@ -46,7 +46,7 @@ class TrainBatches:
 
 
 def ahead(batches: Iterable[Any], devices: Devices) -> Iterator[dict[str, Array]]:
-    """The batches in order on the devices."""
+    """Yields the batches in order, on the devices."""
     waiting: deque[dict[str, Array]] = deque()
     for batch in batches:
         waiting.append(devices.put_batch(batch))

@@ -1,4 +1,4 @@
-"""Compiling a function once for every shape of batch, ahead of use and in parallel."""
+"""Compilation of a function once per batch shape, ahead of use and in parallel."""
 
 import concurrent.futures
 import os
@@ -10,10 +10,10 @@ import jax
 
 
 class PerShape:
-    """A jitted function whose last argument is a batch (a dict of arrays), compiled for each shape of batch.
+    """A jitted function whose last argument is a batch (a dict of arrays), compiled once per batch shape.
 
     Attributes:
-      compile_seconds: time spent compiling so far.
+      compile_seconds: seconds of compilation so far.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -23,9 +23,9 @@ class PerShape:
         self.compile_seconds = 0.0
 
     def compile(self, *args: Any, batches: Iterable[Mapping[str, jax.ShapeDtypeStruct]]) -> None:
-        """Compiles for `args` followed by each of `batches`; arrays may be given as `jax.ShapeDtypeStruct`."""
+        """Compiles for `args` followed by each of `batches`; arrays may be passed as `jax.ShapeDtypeStruct`."""
         start = time.perf_counter()
-        # Tracing holds Python's lock, so only compiling gains from threads.
+        # Tracing holds Python's global lock, so only compilation gains from threads.
         lowered = {
             _shapes(batch): self._function.lower(*args, batch)
             for batch in batches
@@ -37,7 +37,7 @@ class PerShape:
         self.compile_seconds += time.perf_counter() - start
 
     def __call__(self, *args: Any) -> Any:
-        """Runs the function, after compiling it if the shape of the batch is new."""
+        """Returns the result of the function, compiled first if the batch shape is new."""
         shapes = _shapes(args[-1])
         if shapes not in self._compiled:
             self.compile(*args[:-1], batches=[args[-1]])

@@ -13,20 +13,20 @@ from experiments.training.step import StepFunctions, means
 
 
 class Evaluator:
-    """Evaluates states of training on splits of a task."""
+    """Evaluates training states on splits of a task."""
 
     def __init__(self, experiment: Experiment, functions: StepFunctions, devices: Devices):
-        """Prepares; nothing is compiled yet."""
+        """Creates an evaluator without compiling anything."""
         self._experiment, self._devices, self._functions = experiment, devices, functions
         self._step = PerShape(functions.evaluate)
 
     @property
     def compile_seconds(self) -> float:
-        """Time spent compiling so far."""
+        """Seconds of compilation so far."""
         return self._step.compile_seconds
 
     def compile(self, state: TrainState, split: str) -> None:
-        """Compiles for all widths of batches of a split, with a state on the devices."""
+        """Compiles for all batch widths of a split, with a state on the devices."""
         examples = self._experiment.example_batches(split, self._experiment.eval_batch_size)
         self._step.compile(
             state.evaluated,
@@ -36,9 +36,9 @@ class Evaluator:
         )
 
     def __call__(self, state: TrainState, split: str) -> dict[str, float]:
-        """Averages over what the task counts (examples or labels), their number as "examples", and the "seconds".
+        """Returns averages over the task's examples or labels, their number as "examples", and the "seconds".
 
-        With an average of the parameters, that is what is evaluated.
+        If the state has an average of the parameters, the average is evaluated.
         """
         start = time.perf_counter()
         totals = self._functions.zero_totals()

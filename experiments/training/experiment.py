@@ -1,4 +1,4 @@
-"""What a config describes, put together: task, model, optimizer and the batches that they meet."""
+"""Experiments: task, model, optimizer and batches of a config."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -22,14 +22,14 @@ from seqmodels import build_model
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A task, a model and how to train it.
+    """A task, a model and its training.
 
     Attributes:
-      config: the plain config that all of it comes from.
-      train, data, mesh: its sections.
-      steps_per_epoch: full batches in a pass over the training split.
-      eval_interval: steps between evaluations.
-      metric_names: of the sums that the task gives.
+      config: plain config of the experiment.
+      train, data, mesh: sections of the config.
+      steps_per_epoch: number of full batches per pass over the training split.
+      eval_interval: number of steps between evaluations.
+      metric_names: names of the task's sums.
     """
 
     config: Mapping[str, Any]
@@ -44,7 +44,7 @@ class Experiment:
 
     @property
     def groups_table(self) -> str:
-        """The optimizer's groups for people."""
+        """Returns the optimizer's groups as a readable table."""
         return self.optimizer.table()
 
     @property
@@ -61,17 +61,17 @@ class Experiment:
 
     @property
     def selection(self) -> tuple[str, str]:
-        """The validation metric that chooses the best checkpoint, and "max" or "min"."""
+        """Returns the validation metric that chooses the best checkpoint, and "max" or "min"."""
         default = ("accuracy", "max") if "accuracy" in self.metric_names else ("loss", "min")
         return getattr(self.task, "selection_metric", default)
 
     def score(self, metrics: Mapping[str, float]) -> float:
-        """The selection metric of a validation, turned so that higher is better."""
+        """Returns the selection metric of a validation, negated if lower is better."""
         name, direction = self.selection
         return metrics[name] if direction == "max" else -metrics[name]
 
     def train_batches(self, part: tuple[int, int] = (0, 1)) -> Any:
-        """The iterator over all batches of training, or over one part of their rows: its number, and how many there are."""
+        """Returns the iterator over training batches, or over part (index, number of parts) of their rows."""
         return pipeline.train_iterator(
             self.task.splits["train"],
             batch_size=self.train.batch_size,
@@ -84,7 +84,7 @@ class Experiment:
         )
 
     def eval_batches(self, split: str, part: tuple[int, int] = (0, 1)) -> Iterable[Any]:
-        """The batches of one pass over a split, or one part of their rows.
+        """Returns the batches of one pass over a split, or part (index, number of parts) of their rows.
 
         Raises:
           ValueError: if the task has no such split.
@@ -101,7 +101,7 @@ class Experiment:
         )
 
     def example_batches(self, split: str, batch_size: int) -> list[dict[str, np.ndarray]]:
-        """One batch of every width that batches of a split can have."""
+        """Returns one batch per width that batches of a split can have."""
         source = self.task.splits[split]
         bounds = bucketing.check_bucket_bounds(source.lengths, self.data.bucket_bounds)
         widths = bounds[np.unique(np.searchsorted(bounds, source.lengths))]
@@ -110,7 +110,7 @@ class Experiment:
         return [source.gather(shortest, int(width)) | weight for width in widths]
 
     def baselines(self, split: str) -> dict[str, float]:
-        """Metrics of trivial predictors that the task knows; empty if it knows none."""
+        """Returns the metrics of the task's trivial predictors; empty if it has none."""
         return self.task.baselines(split)
 
     def check_devices(self, devices: Devices) -> None:
@@ -121,7 +121,7 @@ class Experiment:
             devices.check_heads(name, options)
 
     def step_functions(self, devices: Devices) -> StepFunctions:
-        """The jitted steps on these devices."""
+        """Returns the jitted steps on these devices."""
         self.check_devices(devices)
         return StepFunctions(
             self.model,
@@ -134,10 +134,10 @@ class Experiment:
 
 
 def build(config: Mapping[str, Any]) -> Experiment:
-    """Puts together what a plain config (see `config_loading.to_plain`) describes.
+    """Returns the experiment that a plain config (see `loading.to_plain`) describes.
 
     Raises:
-      ValueError, TypeError: if a section does not make sense; the message names the field.
+      ValueError, TypeError: if a section is invalid; the message names the field.
     """
     train = config_loading.section(config, "train", TrainConfig)
     data = config_loading.section(config, "data", DataConfig)
@@ -173,12 +173,12 @@ def build(config: Mapping[str, Any]) -> Experiment:
 
 
 def model_without_data(config: Mapping[str, Any]) -> Any:
-    """The model of a plain config with shapes in place of arrays and its layers one by one.
+    """Returns the model of a plain config, with shapes in place of arrays and unstacked layers.
 
-    Nothing is allocated, and no data are made or read.
+    Nothing is allocated, and no data are generated or read.
 
     Raises:
-      ValueError: if the config does not make sense, or the task tells the sizes of a model only once it has its data.
+      ValueError: if the config is invalid, or the task knows the sizes of a model only once it has its data.
     """
     name = config["task"].get("name")
     if name not in TASKS:

@@ -1,4 +1,4 @@
-"""Whether all numbers of a tree are finite, asked of the devices."""
+"""A check, on the devices, that all numbers in a tree are finite."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def _numbers(tree: Any) -> list[jax.Array]:
 def check_finite(step: int, tree: Any) -> None:
     """Raises NonFiniteError, naming an array, unless all numbers in a tree of arrays are finite.
 
-    One number comes back from the devices; the arrays stay there.
+    The devices return one number; the arrays are not transferred.
     """
     if _all_finite(tree):
         return

@@ -1,4 +1,4 @@
-"""The training loop: steps, lines of the log, evaluations, checkpoints, and leaving when asked to."""
+"""The training loop: steps, log lines, evaluations, checkpoints and interruptions."""
 
 import dataclasses
 from contextlib import ExitStack
@@ -21,21 +21,21 @@ from experiments.training.records import StepRecords, Stopwatch
 from experiments.training.state import StateLayout, TrainState
 
 VALIDATION, TEST = "validation", "test"
-# Steps in flight while the metrics of earlier ones are fetched, so that the device does not wait for the log.
+# Number of steps in flight while the metrics of earlier ones are fetched, so that the device does not wait for the log.
 LAG = 2
-# Steps between the questions of a process to all others whether to leave: each waits for the slowest of them.
+# Number of steps between checks whether any process asks to stop: each check waits for the slowest process.
 STEPS_BETWEEN_QUESTIONS = 10
 
 
 @dataclasses.dataclass
 class Note:
-    """What a checkpoint holds besides the state of training, as JSON.
+    """The part of a checkpoint beside the training state, as JSON.
 
     Attributes:
       data: position in the training data.
-      records: what is collected of the steps (see `StepRecords.save`).
-      validation: metrics, if the checkpoint was made after an evaluation.
-      training_seconds, eval_seconds, compile_seconds: spent on each, over all sessions of the run.
+      records: metrics collected from the steps (see `StepRecords.save`).
+      validation: validation metrics, if the checkpoint follows an evaluation.
+      training_seconds, eval_seconds, compile_seconds: seconds spent on each, over all sessions of the run.
     """
 
     data: Any = None
@@ -48,13 +48,13 @@ class Note:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a finished training came to.
+    """The outcome of a finished training.
 
     Attributes:
-      best_step: of the checkpoint that validated best.
-      validation: its metrics.
-      test: its metrics there, or None if the task has no such split.
-      note: of the last checkpoint.
+      best_step: step of the checkpoint with the best validation.
+      validation: validation metrics of that checkpoint.
+      test: its test metrics, or None if the task has no test split.
+      note: note of the last checkpoint.
     """
 
     best_step: int
@@ -64,20 +64,20 @@ class Outcome:
 
 
 def train(experiment: Experiment, run: RunDirectory, *, devices: Devices, stop: Stop) -> Outcome:
-    """Trains from the newest checkpoint, or the start, to the end, and tests the best checkpoint.
+    """Trains from the newest checkpoint, or from the start, to the end, and returns the outcome.
 
-    Where training was interrupted, and how often, changes neither the steps nor, on a CPU, a bit of the losses.
+    Interruptions change neither the steps nor, on a CPU, any bit of the losses.
 
     Raises:
-      Interrupted: when `stop` asks for it, after saving.
-      step_records.NonFiniteError: naming the step; all checkpoints are of earlier steps.
+      Interrupted: if `stop` asks for it, after saving.
+      records.NonFiniteError: a number is not finite; names the step. All checkpoints are of earlier steps.
     """
     with ExitStack() as stack:
         return _Training(experiment, run, devices, stop, stack).to_the_end()
 
 
 def restore(layout: StateLayout, checkpoints: Checkpoints, step: int) -> tuple[TrainState, Note]:
-    """The state, on the devices of `layout`, and the note of a checkpoint.
+    """Returns the state, on the devices of `layout`, and the note of a checkpoint.
 
     Raises:
       ValueError: if there is no such checkpoint, or it does not fit the model.
@@ -135,7 +135,7 @@ class _Training:
         )
 
     def to_the_end(self) -> Outcome:
-        """Takes all steps that are left, then tests."""
+        """Takes all remaining steps, tests the best checkpoint and returns the outcome."""
         options, total = self._experiment.train, self._experiment.total_steps
         if self._step < total:
             self._compile()
@@ -156,7 +156,7 @@ class _Training:
         return self._test()
 
     def _reason_to_leave(self) -> str | None:
-        """Why to save and leave now, or None. With several processes, asked every few steps, and of all of them."""
+        """Returns why to save and stop now, or None. Several processes agree on it every few steps."""
         if jax.process_count() == 1:
             return self._stop.reason
         if self._step % STEPS_BETWEEN_QUESTIONS:
@@ -204,7 +204,7 @@ class _Training:
     def _test(self) -> Outcome:
         self._checkpoints.wait()
         best = self._checkpoints.best
-        if best is None:  # no validation gave a finite score
+        if best is None:  # no validation has a finite score
             best = self._step
         state, note = restore(self._layout, self._checkpoints, best)
         test = None

@@ -1,7 +1,7 @@
-"""A model as pure functions: of the key that initialises it, and of its parameters and statistics on a batch.
+"""A model as pure functions: initialization from a key, and the output on a batch from parameters and statistics.
 
-Parameters and statistics are dicts of arrays by the path of their variable in the model, "stack/stacked/0/mixer/b". What
-a model declares of them, and their names by layer, stand beside it as `Declaration`s.
+Parameters and statistics are dicts of arrays by the path of their variable in the model, "stack/stacked/0/mixer/b".
+`Declaration`s hold what a model declares of them, and their names by layer.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ class Declaration:
     """What a model says of one of its variables, or of several that make one vector.
 
     Attributes:
-      shape, dtype: of the array; a stacked one has its layers in front.
-      group: of the optimizer.
+      shape, dtype: shape and dtype of the array; layers of a stacked one are the leading axis.
+      group: group of the optimizer.
       axes: logical axes (see `layers.parameters`).
-      names: by layer.
+      names: names by layer.
       members: of a vector, the declarations of its parts by path.
     """
 
@@ -53,12 +53,12 @@ class Declaration:
 
     @property
     def size(self) -> int:
-        """Numbers in the array."""
+        """Number of elements of the array."""
         return math.prod(self.shape)
 
     @property
     def is_hidden_matrix(self) -> bool:
-        """Whether the array is a matrix, or a stack of them, between hidden features: neither embedding nor output."""
+        """Whether the array is a matrix, or a stack of matrices, between hidden features: neither embedding nor output."""
         if self.members:
             return False
         rank = len(self.shape) - self.names.stacked
@@ -82,12 +82,12 @@ class Declaration:
 
 
 class SplitModel:
-    """A model taken apart, without any array of it.
+    """A model split into declarations and pure functions, without any array.
 
     Attributes:
-      parameters: their declarations by path.
-      statistics: those of running statistics, constants and auxiliary losses, which gradients do not change.
-      mixer_configs: the config of every mixer by its path.
+      parameters: declarations of the parameters by path.
+      statistics: declarations of running statistics, constants and auxiliary losses, which gradients do not change.
+      mixer_configs: config of each mixer by its path.
     """
 
     def __init__(
@@ -100,12 +100,12 @@ class SplitModel:
         """Traces `make`; nothing is allocated.
 
         Args:
-          make: builds the model.
-          padding, packed: what is known of the segment ids of batches; see `Segments`.
+          make: function that builds the model.
+          padding, packed: static facts about the segment ids of batches; see `Segments`.
 
         Raises:
-          TypeError: if a parameter or statistic has a type that checkpoints do not hold.
-          ValueError: if the model has no parameter, or variables of other kinds.
+          TypeError: if a parameter or statistic has a dtype that checkpoints do not support.
+          ValueError: if the model has no parameter, or variables of other types.
         """
         self._make, self._padding, self._packed = make, padding, packed
         model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
@@ -125,21 +125,21 @@ class SplitModel:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all parameters."""
+        """Number of elements of all parameters."""
         return sum(declaration.size for declaration in self.parameters.values())
 
     def initialise(self, key: jax.Array) -> tuple[Arrays, Arrays]:
-        """Parameters and statistics before training; a pure function, to be run under `jax.jit`."""
+        """Returns parameters and statistics before training; a pure function, to be run under `jax.jit`."""
         _, *states = nnx.split(self._make(nnx.Rngs(key)), nnx.Param, STATISTICS)
         return tuple({_path(p): v[...] for p, v in nnx.to_flat_state(state)} for state in states)
 
     @property
     def has_auxiliary_loss(self) -> bool:
-        """Whether a layer adds something to the loss of training."""
+        """Whether a layer adds an auxiliary loss in training."""
         return bool(self._auxiliary)
 
     def auxiliary_loss(self, statistics: Mapping[str, Array]) -> Array:
-        """What the layers add to the mean loss, from the statistics after a call; 0 if that was no training."""
+        """Returns the sum of the layers' auxiliary losses, from the statistics after a call; 0 outside training."""
         return sum((statistics[path].sum() for path in self._auxiliary), jnp.zeros((), jnp.float32))
 
     def __call__(
@@ -150,8 +150,8 @@ class SplitModel:
         *,
         key: jax.Array | None,
     ) -> tuple[Array, Arrays]:
-        """The model's output on a batch, and the statistics after it; a key means training."""
-        # What an earlier step left must not be added again.
+        """Returns the model's output on a batch and the statistics after it; a key means training."""
+        # Losses of an earlier step must not be added again.
         zeros = {path: jnp.zeros_like(statistics[path]) for path in self._auxiliary}
         model = nnx.merge(self._graph, _nested(parameters), _nested({**statistics, **zeros}))
         segments = Segments.of(batch.get("segment_ids"), padding=self._padding, packed=self._packed)
@@ -169,7 +169,7 @@ def _path(path: tuple[str | int, ...]) -> str:
 
 
 def _nested(arrays: Mapping[str, Array]) -> dict[Any, Any]:
-    """The arrays as nnx.merge takes them, numbers of lists as integers."""
+    """Returns the arrays in the form that nnx.merge takes, with list indices as integers."""
     split = {
         tuple(int(part) if part.isdecimal() else part for part in path.split("/")): array
         for path, array in arrays.items()

@@ -1,4 +1,4 @@
-"""From the metrics of steps on the device to lines of the log, without making the device wait at every step."""
+"""Log lines from the metrics of steps on the device, without making the device wait at each step."""
 
 import math
 import time
@@ -15,10 +15,10 @@ from layers.typing import Array, Float
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss, a gradient norm or the state of training was infinite or not a number.
+    """A loss, a gradient norm or the training state is infinite or NaN.
 
     Attributes:
-      step: the step that gave it.
+      step: step in which it occurs.
     """
 
     def __init__(self, step: int, what: str):
@@ -27,10 +27,10 @@ class NonFiniteError(ArithmeticError):
 
 
 class Stopwatch:
-    """Seconds of training, over all sessions of a run."""
+    """A stopwatch of training seconds, over all sessions of a run."""
 
     def __init__(self, seconds: float = 0.0):
-        """Goes on from `seconds`, standing still."""
+        """Creates a stopped stopwatch that continues from `seconds`."""
         self._before = seconds
         self._start: float | None = None
 
@@ -40,16 +40,16 @@ class Stopwatch:
         return self._before + running
 
     def start(self) -> None:
-        """Lets it run."""
+        """Starts the stopwatch."""
         self._start = time.perf_counter()
 
     def stop(self) -> None:
-        """Holds it."""
+        """Stops the stopwatch."""
         self._before, self._start = self.seconds, None
 
     @contextmanager
     def paused(self):
-        """Holds it for the length of the context."""
+        """Stops the stopwatch within the context."""
         self.stop()
         try:
             yield
@@ -58,10 +58,10 @@ class Stopwatch:
 
 
 class StepRecords:
-    """Collects the metrics of steps, and makes a line of every `log_every` of them.
+    """Collects the metrics of steps and emits a line per `log_every` steps.
 
     Attributes:
-      tokens: real tokens of all steps collected, over all sessions of the run.
+      tokens: number of real tokens of all collected steps, over all sessions of the run.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class StepRecords:
         emit: Callable[[int, dict[str, float]], None],
         saved: Mapping[str, Any] | None = None,
     ):
-        """Starts empty, or from what `save` returned.
+        """Creates empty records, or resumes from the value of `save`.
 
         Args:
-          metric_names: of the sums over examples.
-          emit: called with the last step and the measurements of a line.
+          metric_names: names of the sums over examples.
+          emit: function called with the last step and the measurements of a line.
         """
         self._names = (*metric_names, *STEP_METRICS)
         self._sums = len(metric_names)
@@ -89,14 +89,14 @@ class StepRecords:
         self.tokens: int = saved["tokens"]
 
     def add(self, step: int, metrics: Float[Array, "m"]) -> None:
-        """Takes the metrics of a step; they stay on the device."""
+        """Adds the metrics of a step; they stay on the device."""
         self._on_device.append((step, metrics))
 
     def collect(self, last_step: int) -> None:
-        """Fetches the metrics up to a step, checks them, and emits the lines that are due.
+        """Fetches the metrics up to a step, checks them, and emits the lines that are complete.
 
         Raises:
-          NonFiniteError: naming the first step with a loss or gradient norm that is not finite.
+          NonFiniteError: a loss or gradient norm is not finite; names the first such step.
         """
         due = []
         while self._on_device and self._on_device[0][0] <= last_step:
@@ -105,7 +105,7 @@ class StepRecords:
             self._take(step, np.asarray(metrics))
 
     def save(self) -> dict[str, Any]:
-        """What has been collected and not emitted, as JSON."""
+        """Returns the collected metrics that are not emitted yet, as JSON."""
         return dict(interval=self._interval, since=self._since, tokens=self.tokens)
 
     def _take(self, step: int, metrics: np.ndarray) -> None:

@@ -1,7 +1,7 @@
-"""The state of training as a tree of global arrays, and the form in which checkpoints store it.
+"""The training state as a tree of global arrays, and the form in which checkpoints store it.
 
 On the devices, arrays are named by their variable in the model; a stacked array holds several layers. A checkpoint names
-every array by its layer, so that it depends neither on how a stack holds its layers nor on the devices.
+each array by its layer, so that it depends neither on how a stack holds its layers nor on the devices.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,18 +19,18 @@ from experiments.training.packing import Packing
 from layers.typing import Array
 from seqmodels.names import Names
 
-# Told apart from the keys that initialise the parameters, which come from the same seed.
+# Separates this key from those that initialize the parameters, which derive from the same seed.
 STEP_KEYS = 1
 
 
 class TrainState(NamedTuple):
-    """All that a training step reads and writes.
+    """The arrays that a training step reads and writes.
 
     Attributes:
-      step: int32, steps taken.
+      step: number of steps taken, int32.
       parameters: by name, small ones packed into vectors (see `packing`).
       statistics: running statistics of norms and other variables that gradients do not change, by name.
-      optimizer: the state of the optax chain.
+      optimizer: state of the optax chain.
       average: exponential moving average of the parameters, or None.
       key: data of the base key; step n draws from fold_in(key, n).
     """
@@ -44,17 +44,17 @@ class TrainState(NamedTuple):
 
     @property
     def evaluated(self) -> Arrays:
-        """The parameters that evaluation uses: the average if there is one."""
+        """Returns the parameters that evaluation uses: the average if there is one."""
         return self.parameters if self.average is None else self.average
 
 
 class StateLayout:
-    """How the state of a model and its optimizer is made, lies on devices and is stored.
+    """Creation, sharding and storage of the state of a model and its optimizer.
 
     Attributes:
       packing: which parameters the state holds as vectors.
       transformation: the optimizer's, of what the state holds.
-      abstract: shapes, types and shardings of the state.
+      abstract: shapes, dtypes and shardings of the state.
     """
 
     def __init__(self, model: SplitModel, optimizer: Optimizer, devices: Devices):
@@ -76,17 +76,17 @@ class StateLayout:
 
     @property
     def shardings(self) -> TrainState:
-        """How every array of the state lies on the devices."""
+        """Returns the sharding of each array of the state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
     def initial(self, seed: int) -> TrainState:
-        """The state before the first step. No device, nor the host, holds a divided array whole."""
+        """Returns the initial state. Neither the host nor any device holds a sharded array whole."""
         make = jax.jit(lambda seed: self.make(jax.random.key(seed)), out_shardings=self.shardings)
         with self._devices.active():
             return make(np.uint32(seed))
 
     def make(self, key: jax.Array) -> TrainState:
-        """The state before the first step, from the key of the seed. A pure function."""
+        """Returns the initial state from the key of the seed. A pure function."""
         parameters, statistics = self._model.initialise(key)
         parameters = self.packing.join(parameters)
         return TrainState(
@@ -99,15 +99,15 @@ class StateLayout:
         )
 
     def to_stored(self, state: TrainState) -> dict[str, Array]:
-        """The state by the names of its layers: new arrays, so that the state may be donated."""
+        """Returns the state by the names of its layers, in new arrays, so that the state may be donated."""
         with self._devices.active():
             return self._split(state)
 
     def from_stored(self, stored: Mapping[str, Any]) -> TrainState:
-        """The inverse of `to_stored`, on the devices.
+        """Returns the state, on the devices, from its stored form; the inverse of `to_stored`.
 
         Raises:
-          ValueError: if names or shapes of arrays are not those of the state.
+          ValueError: if names or shapes of arrays differ from those of the state.
         """
         self.check_stored({name: tuple(array.shape) for name, array in stored.items()})
         with self._devices.active():
@@ -115,7 +115,7 @@ class StateLayout:
 
     @property
     def abstract_stored(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes, types and shardings of what `to_stored` gives."""
+        """Returns shapes, dtypes and shardings of what `to_stored` returns."""
         stored = jax.eval_shape(self._by_layer, self.abstract)
         shardings = self._stored_shardings
         return {
@@ -124,7 +124,7 @@ class StateLayout:
         }
 
     def check_stored(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises ValueError unless a checkpoint with these shapes by name is one of this state."""
+        """Raises ValueError unless the shapes of a checkpoint, by name, are those of this state."""
         expected = {name: leaf.shape for name, leaf in self.abstract_stored.items()}
         problems = [f"{name} is missing" for name in expected if name not in shapes]
         problems += [f"{name} is not in the model" for name in shapes if name not in expected]
@@ -190,7 +190,7 @@ class StateLayout:
 
 
 def _part(entry: Any) -> str:
-    """A step of a path as checkpoints write it."""
+    """Returns an entry of a path as checkpoints write it."""
     for attribute in ("key", "name", "idx"):
         if hasattr(entry, attribute):
             return str(getattr(entry, attribute))

@@ -1,9 +1,10 @@
-"""The arithmetic of one training step and of one evaluation batch.
+"""One training step and one evaluation batch as pure functions.
 
-`StepFunctions.step` is the pure function that the loop, the sweeps (under `jax.vmap`) and the profiler share. It and
-evaluation return their metrics as one float32 vector whose first entries `metric_names` names: sums over examples, as the
-task gives them. In a training step the auxiliary loss of the model follows if it has one (see `layers.parameters`), again
-as a sum over examples, then the global gradient norm, the learning rate and the number of real tokens.
+`StepFunctions.step` is the function that the loop, the sweeps (under `jax.vmap`) and the profiler share. Training steps
+and evaluation return their metrics as one float32 vector. Its first entries are the task's sums over examples, named by
+`metric_names`. In a training step, these are followed by the auxiliary loss of the model if it has one (see
+`layers.parameters`), also as a sum over examples, the global gradient norm, the learning rate and the number of real
+tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +37,7 @@ class OnMesh:
             return self._function(*args)
 
     def lower(self, *args: Any) -> Any:
-        """As of `jax.jit`."""
+        """Lowers the function as `jax.jit` does."""
         with self._devices.active():
             return self._function.lower(*args)
 
@@ -45,11 +46,11 @@ class StepFunctions:
     """Training and evaluation of one model on one task.
 
     Attributes:
-      metric_names: of the sums that the task gives.
-      train_metric_names: of all sums of a training step.
-      layout: of the state of training.
-      train: (state, batch) -> (state, metrics), jitted. The state is donated.
-      evaluate: (parameters, statistics, totals, batch) -> totals + metrics, jitted. The totals are donated.
+      metric_names: names of the task's sums.
+      train_metric_names: names of all sums of a training step.
+      layout: layout of the training state.
+      train: jitted function (state, batch) -> (state, metrics). The state is donated.
+      evaluate: jitted function (parameters, statistics, totals, batch) -> totals + metrics. The totals are donated.
     """
 
     def __init__(
@@ -62,12 +63,12 @@ class StepFunctions:
         devices: Devices,
         accumulate: int = 1,
     ):
-        """Prepares the functions; nothing is compiled yet.
+        """Creates the functions without compiling anything.
 
         Args:
-          loss: of the task: outputs and batch to the mean loss and the sums "loss", "count" and others.
-          metric_names: the names of those sums.
-          accumulate: micro-batches per step.
+          loss: loss of the task: outputs and batch to the mean loss and the sums "loss", "count" and others.
+          metric_names: names of those sums.
+          accumulate: number of micro-batches per step.
         """
         self._model, self._loss = model, loss
         self._optimizer, self._devices, self._accumulate = optimizer, devices, accumulate
@@ -81,13 +82,13 @@ class StepFunctions:
         )
 
     def zero_totals(self) -> Float[Array, "m"]:
-        """The sums over no batch."""
+        """Returns zero sums."""
         return self._devices.replicate(np.zeros(len(self.metric_names), np.float32))
 
     def step(
         self, state: TrainState, batch: Batch, scale: Float[Array, ""] | float = 1.0
     ) -> tuple[TrainState, Float[Array, "m"]]:
-        """The state after one step on a batch, and the metrics of the step. A pure function.
+        """Returns the state after one step on a batch, and the metrics of the step. A pure function.
 
         Args:
           scale: factor on the learning rates of all groups.
@@ -112,7 +113,7 @@ class StepFunctions:
     def _gradients(
         self, state: TrainState, batch: Batch, key: Array
     ) -> tuple[Arrays, Arrays, dict[str, Array]]:
-        """Gradients of the sum of losses, statistics, and the sums of metrics, over all micro-batches."""
+        """Returns gradients of the sum of losses, statistics, and sums of metrics over all micro-batches."""
         parameters = self.layout.packing.cut(state.parameters)
 
         def loss(parameters, statistics, batch, key):
@@ -149,7 +150,7 @@ class StepFunctions:
         return gradients, statistics, sums
 
     def _divided(self, gradients: Arrays) -> Arrays:
-        """Gradients divided over the devices as their parameters are, so that they are summed where they are needed."""
+        """Returns gradients sharded like their parameters, so that they are summed where they are needed."""
         if len(self._devices) == 1:
             return gradients
         shardings = self.layout.shardings.parameters
@@ -159,7 +160,7 @@ class StepFunctions:
         }
 
     def _micro_batches(self, batch: Batch) -> dict[str, Array]:
-        """Every `accumulate`-th row in each micro-batch, so that rows stay on the device that holds them."""
+        """Returns micro-batches of every `accumulate`-th row, so that rows stay on their device."""
 
         def cut(array: Array) -> Array:
             array = array.reshape(-1, self._accumulate, *array.shape[1:]).swapaxes(0, 1)
@@ -170,7 +171,7 @@ class StepFunctions:
     def add_evaluation(
         self, parameters: Arrays, statistics: Arrays, totals: Float[Array, "m"], batch: Batch
     ) -> Float[Array, "m"]:
-        """The totals with the sums over one more batch. A pure function."""
+        """Returns the totals with the sums over one more batch added. A pure function."""
         output, _ = self._model(self.layout.packing.cut(parameters), statistics, batch, key=None)
         _, sums = self._loss(output, batch)
         return totals + jnp.stack(self._ordered(sums, self.metric_names))
@@ -180,7 +181,7 @@ class StepFunctions:
 
 
 def count_tokens(batch: Batch) -> Array:
-    """Real tokens of a batch: not padding."""
+    """Returns the number of real tokens of a batch, without padding."""
     if "segment_ids" in batch:
         return jnp.sum(batch["segment_ids"] != 0)
     inputs = batch["inputs"]
@@ -188,7 +189,7 @@ def count_tokens(batch: Batch) -> Array:
 
 
 def means(names: tuple[str, ...], sums: np.ndarray) -> dict[str, float]:
-    """The averages: over the sum "count", or of a sum called NAME over that called NAME_count if there is one."""
+    """Returns the averages: each sum NAME divided by the sum NAME_count if there is one, or else by "count"."""
     values = dict(zip(names, map(float, sums), strict=True))
     suffix = "_count"
     counts = {name.removesuffix(suffix): value for name, value in values.items() if name.endswith(suffix)}
@@ -199,7 +200,7 @@ def means(names: tuple[str, ...], sums: np.ndarray) -> dict[str, float]:
 
 
 def metric_names_of(model: SplitModel, loss: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the sums that a task gives, without computing them.
+    """Returns the names of the task's sums without computing them.
 
     Raises:
       ValueError: if "loss" or "count" is not among them.

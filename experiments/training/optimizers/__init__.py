@@ -21,8 +21,8 @@ class Optimizer:
     """The update rule of a training run.
 
     Attributes:
-      declarations: of the parameters, by name.
-      warmup_steps, total_steps: of the schedule.
+      declarations: declarations of the parameters by name.
+      warmup_steps, total_steps: numbers of steps of the schedule.
     """
 
     config: OptimizerConfig
@@ -40,7 +40,7 @@ class Optimizer:
 
     @functools.cached_property
     def groups(self) -> dict[str, Group]:
-        """The group of each parameter.
+        """Returns the group of each parameter.
 
         Raises:
           ValueError: if an entry of `config.groups` covers no parameter.
@@ -49,7 +49,7 @@ class Optimizer:
         return {name: groups[entry] for name, entry in chosen.items()}
 
     def schedule(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
-        """The factor on all learning rates in the update number `step`, counted from 0."""
+        """Returns the factor on all learning rates in update number `step`, counted from 0."""
         return schedule(self.config, step, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
 
     def is_elementwise(self, declaration: Declaration) -> bool:
@@ -61,7 +61,7 @@ class Optimizer:
     def transformation(
         self, declarations: Mapping[str, Declaration] | None = None
     ) -> optax.GradientTransformation:
-        """The whole rule, from gradients to what is added to the parameters.
+        """Returns the whole rule, from gradients to parameter updates.
 
         Args:
           declarations: of what the rule acts on, where some of the parameters are packed into vectors.
@@ -76,7 +76,7 @@ class Optimizer:
         )
 
     def table(self) -> str:
-        """The groups in use for people: arrays, numbers, peak learning rate, weight decay, and who declared what."""
+        """Returns a readable table of the groups in use, their sizes, rates and declared groups."""
         chosen, groups = assign_groups(self.config, {n: d.group for n, d in self.declarations.items()})
         rows = [("group", "arrays", "numbers", "learning rate", "weight decay", "declared as")]
         for entry, group in groups.items():

@@ -1,4 +1,4 @@
-"""The section `optimizer` of a config, and the groups of parameters that it sets rates for."""
+"""The section `optimizer` of a config, and the parameter groups whose rates it sets."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,20 +19,21 @@ class OptimizerConfig:
     """The section `optimizer`.
 
     Attributes:
-      name: rule of the update: "adamw", "muon", "lion" or "adafactor"; see `direction` in `transforms`.
+      name: update rule: "adamw", "muon", "lion" or "adafactor"; see `direction` in `transforms`.
       learning_rate: peak learning rate of parameters that no entry of `groups` covers.
-      weight_decay: of those; multiplied with the learning rate.
-      groups: overrides of the two by declared group. An entry covers the groups below it too ("ssm" covers "ssm/dt")
-        where no longer entry does. "no_decay" has weight decay 0 unless it is given here.
-      warmup_epochs: epochs in which all learning rates rise linearly to their peaks; or give `warmup_steps`.
-      warmup_steps: the same in steps.
-      schedule: of all learning rates after the warm-up: "cosine", "constant", "wsd" or "rsqrt"; see `schedules`.
-      final_learning_rate: where "cosine" and "wsd" end, as a fraction of the peak, in every group.
-      decay_fraction: part of all steps in which "wsd" decays, at the end.
-      clip_norm: gradients of a larger global norm are scaled down to this; None for no clipping.
+      weight_decay: weight decay of these parameters, multiplied by the learning rate.
+      groups: overrides of both by declared group. An entry also covers the groups below it ("ssm" covers "ssm/dt") unless
+        a longer entry does. "no_decay" has weight decay 0 unless it is set here.
+      warmup_epochs: number of epochs in which all learning rates rise linearly to their peaks; alternative to
+        `warmup_steps`.
+      warmup_steps: number of steps of this warm-up.
+      schedule: schedule of all learning rates after the warm-up: "cosine", "constant", "wsd" or "rsqrt"; see `schedules`.
+      final_learning_rate: final value of "cosine" and "wsd" as a fraction of the peak, in every group.
+      decay_fraction: fraction of all steps, at the end, in which "wsd" decays.
+      clip_norm: global norm that gradients are clipped to; None for no clipping.
       ema: decay per step of an exponential moving average of the parameters, used for evaluation; None for none.
-      b1, b2, epsilon: of Adam; "lion" uses b1 and b2.
-      muon_momentum, muon_rms: of "muon": momentum, and root mean square of the updates of hidden matrices.
+      b1, b2, epsilon: constants of Adam; "lion" uses b1 and b2.
+      muon_momentum, muon_rms: momentum of "muon", and root mean square of its updates of hidden matrices.
     """
 
     learning_rate: float
@@ -121,7 +122,7 @@ class Group:
 def assign_groups(
     config: OptimizerConfig, declared: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, Group]]:
-    """The entry of the config that covers each parameter, and the rates of each entry in use.
+    """Returns the entry of the config that covers each parameter, and the rates of each entry in use.
 
     Raises:
       ValueError: if an entry of `config.groups` covers no parameter.

@@ -12,7 +12,7 @@ SCHEDULES = ("cosine", "constant", "wsd", "rsqrt")
 def schedule(
     config: Any, step: Int[Array, ""] | int, *, warmup_steps: int, total_steps: int
 ) -> Float[Array, ""]:
-    """The factor s on all learning rates in the update number `step`, counted from 0.
+    """Returns the factor s on all learning rates in update number `step`, counted from 0.
 
         s = (step + 1) / w                                      for step < w, the warm-up
         cosine:    f + (1 - f) (1 + cos(pi x)) / 2              x = (step - w) / (total - w), clipped to 0 .. 1
@@ -20,8 +20,8 @@ def schedule(
         wsd:       1, then f + (1 - f) (total - step) / n       in the last n = decay_fraction * total steps
         rsqrt:     sqrt(max(w, 1) / max(step, w, 1))
 
-    with f = `final_learning_rate`. Cosine: Loshchilov and Hutter 2017 (arXiv:1608.03983); warm-up, stable, decay (wsd): Hu et
-    al. 2024 (arXiv:2404.06395); rsqrt: Vaswani et al. 2017 (arXiv:1706.03762).
+    with f = `final_learning_rate`. Cosine: Loshchilov and Hutter 2017 (arXiv:1608.03983). Warm-up, stable, decay (wsd):
+    Hu et al. 2024 (arXiv:2404.06395). Rsqrt: Vaswani et al. 2017 (arXiv:1706.03762).
 
     Args:
       config: an `OptimizerConfig`.

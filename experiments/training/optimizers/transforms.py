@@ -20,15 +20,15 @@ from experiments.training.optimizers.config import Group, OptimizerConfig
 def direction(
     config: OptimizerConfig, matrices: Mapping[str, bool], ranks: Mapping[str, int]
 ) -> optax.GradientTransformation:
-    """The transformation from gradients to the direction u of `config.name`.
+    """Returns the transformation from gradients to the direction u of `config.name`.
 
     Adam: Kingma and Ba 2015 (arXiv:1412.6980). Lion: Chen et al. 2023 (arXiv:2302.06675). Adafactor: Shazeer and Stern 2018
     (arXiv:1804.04235). Muon: Jordan et al. 2024, on hidden matrices, with updates of root mean square `muon_rms` as in Liu
-    et al. 2025 (arXiv:2502.16982), so that learning rate and weight decay are those of Adam, which takes all other arrays.
+    et al. 2025 (arXiv:2502.16982), so that learning rate and weight decay are those of Adam, which updates all other arrays.
 
     Args:
-      matrices: by name of a parameter, whether it is a hidden matrix (its last two axes), stacked or not.
-      ranks: number of axes by name.
+      matrices: whether each parameter, by name, is a hidden matrix (in its last two axes), stacked or not.
+      ranks: number of axes of each parameter by name.
     """
     adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
     if config.name == "adamw":
@@ -69,7 +69,7 @@ def _scale_matrices(rms: float) -> optax.GradientTransformation:
 
 
 class StepCount(NamedTuple):
-    """Updates made so far."""
+    """Number of updates so far."""
 
     count: jax.Array
 
@@ -77,7 +77,7 @@ class StepCount(NamedTuple):
 def decay_and_scale(
     groups: Mapping[str, Group], factor: Callable[[jax.Array], jax.Array]
 ) -> optax.GradientTransformation:
-    """The transformation u -> -r_g s (u + w_g p), with the group of each parameter by its name."""
+    """Returns the transformation u -> -r_g s (u + w_g p), with the group of each parameter by its name."""
 
     def update(updates, state, params):
         s = factor(state.count)
