@@ -24,7 +24,7 @@ from experiments.runs.results import total_seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains and compares; returns the exit code of the first run that does not finish, else 0."""
+    """Trains and compares; returns the exit code of the first run that does not finish, or else 0."""
     parser = Parser("experiments.compare", __doc__, workdir=True)
     parser.add_argument("--config", required=True, help="path of a config that takes mixer=NAME")
     parser.add_argument("--mixers", required=True, help="names of mixers, separated by commas")
@@ -42,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def with_argument(config: str, argument: str) -> str:
-    """The config string with one more argument for its `get_config`."""
+    """Returns the config string with one more argument for its `get_config`."""
     path, colon, arguments = config.partition(":")
     return f"{path}:{arguments},{argument}" if colon and arguments else f"{path}:{argument}"
 
 
 def run_training(arguments: Sequence[str]) -> int:
-    """Runs `experiments.train` in a process of its own, passes signals to it, and returns its exit code."""
-    # In a process group of its own, so that Ctrl-C reaches it once, from here.
+    """Runs `experiments.train` in its own process, passes signals to it, and returns its exit code."""
+    # It has its own process group, so that Ctrl-C reaches it once, from this process.
     process = subprocess.Popen([sys.executable, "-m", "experiments.train", *arguments], process_group=0)
     previous = {n: signal.signal(n, lambda n, _: process.send_signal(n)) for n in SIGNALS}
     try:
@@ -57,7 +57,7 @@ def run_training(arguments: Sequence[str]) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return code if code >= 0 else 128 - code  # as a shell names the death by a signal
+    return code if code >= 0 else 128 - code  # the exit code of shells for a signal
 
 
 def report(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
@@ -82,7 +82,7 @@ def report(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
 
 
 def table(heading: str, rows: Mapping[str, Mapping[str, Any]], baselines: Mapping[str, float]) -> str:
-    """Value, seconds and parameters of every run, then the values of the baselines."""
+    """Returns a table of value, seconds and parameters of each run, then the values of the baselines."""
     lines = [("", heading, "seconds", "parameters")]
     lines += [
         (name, f"{row['value']:.4f}", f"{row['seconds']:.0f}", f"{row['parameters']:,}")

@@ -29,7 +29,7 @@ LENGTHS = (1024, 4096, 16384, 65536)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Describes; returns the exit code."""
+    """Describes the model and returns the exit code."""
     parser = Parser("experiments.describe", __doc__, config=True)
     parser.add_argument(
         "--lengths", type=names, default=tuple(map(str, LENGTHS)), help="lengths of rows, in tokens"
@@ -66,12 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def implementations(config: Mapping[str, Any], length: int, batch: int, backend: str) -> list[dict[str, Any]]:
-    """The calls of primitives of every layer: what each takes on one device, and why nothing faster.
+    """Returns the calls of primitives per layer: the implementation on one device, and why no faster one applies.
 
     Args:
-      config: plain, see `config_loading.to_plain`.
-      length, batch: tokens and rows of the inputs.
-      backend: "cpu", "gpu" (Hopper) or "tpu"; it need not be there.
+      config: plain config, see `loading.to_plain`.
+      length, batch: number of tokens and of rows of the inputs.
+      backend: "cpu", "gpu" (Hopper) or "tpu"; it need not be present.
     """
     stack = experiment.model_without_data(config).stack
     x = jax.ShapeDtypeStruct((batch, length, stack.config.width), jnp.dtype(stack.config.dtype))
@@ -89,7 +89,7 @@ def implementations(config: Mapping[str, Any], length: int, batch: int, backend:
 
 
 def implementations_text(rows: Sequence[Mapping[str, Any]], backend: str) -> str:
-    """`implementations` for people."""
+    """Returns `implementations` as a readable table."""
     lines = [f"Implementations on one {backend}, forward:"]
     for row in rows:
         lines.append(f"layer {row['layer']}, {row['mixer']}")
@@ -100,14 +100,14 @@ def implementations_text(rows: Sequence[Mapping[str, Any]], backend: str) -> str
 
 
 def describe(config: Mapping[str, Any], lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
-    """What the table shows, as JSON.
+    """Returns the content of the table, as JSON.
 
     Args:
-      config: plain, see `config_loading.to_plain`.
-      lengths: tokens of a row; operations of single layers are given for the first.
+      config: plain config, see `loading.to_plain`.
+      lengths: numbers of tokens per row; operations of single layers are given for the first.
 
     Raises:
-      ValueError: the config or a length makes no sense.
+      ValueError: the config or a length is invalid.
     """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"lengths={list(lengths)}; expected one or more, of at least 1 token")
@@ -142,7 +142,7 @@ def _parameters(module: nnx.Module) -> int:
 
 
 def _mixer(config: Any, layer: int) -> str:
-    """The name in the pattern, and what it stands for if it is an alias."""
+    """Returns the name in the pattern, and the mixer that it stands for if it is an alias."""
     name, (registered, options) = (
         config.pattern[layer % len(config.pattern)].partition("+")[0],
         config.mixer_of(layer),
@@ -157,7 +157,7 @@ def _channel(config: Any, layer: int) -> str | None:
 
 
 def _layer(stack: Any, layer: int, length: int) -> dict[str, Any]:
-    """Parameters and operations a token of one layer, those of its norms and residual connections included."""
+    """Returns parameters and operations per token of one layer, its norms and residual connections included."""
     block, config = stack.blocks[layer], stack.config
     x = jax.ShapeDtypeStruct((1, length, config.width), jnp.dtype(config.dtype))
     flops = _flops(block, x)
@@ -168,7 +168,7 @@ def _layer(stack: Any, layer: int, length: int) -> dict[str, Any]:
 
 
 def _flops(module: nnx.Module, inputs: jax.ShapeDtypeStruct) -> Flops | str:
-    """Operations of one call, or why the module refuses it."""
+    """Returns the operations of one call, or the reason why the module refuses it."""
     graph, variables = nnx.split(module)
     try:
         return count_flops(lambda variables, x: nnx.merge(graph, variables)(x)[0], variables, inputs)
@@ -177,7 +177,7 @@ def _flops(module: nnx.Module, inputs: jax.ShapeDtypeStruct) -> Flops | str:
 
 
 def _at_length(model: nnx.Module, length: int) -> dict[str, Any]:
-    """Operations of one row of this length, and the bytes of the state that is carried after it."""
+    """Returns the operations of one row of this length, and the bytes of the state carried after it."""
     size = model.config.input.input_size
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     inputs = tokens if size is None else jax.ShapeDtypeStruct((1, length, size), jnp.float32)
@@ -199,7 +199,7 @@ def _at_length(model: nnx.Module, length: int) -> dict[str, Any]:
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """The tables for people."""
+    """Returns the readable tables."""
     first = record["lengths"][0]["length"]
     layers = [("layer", "mixer", "channel", "parameters", f"FLOPs a token at {first:,}")]
     layers += [
@@ -241,7 +241,7 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def _columns(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Rows as aligned columns, the first `left` to the left."""
+    """Returns rows as aligned columns, the first `left` of them left-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(
@@ -253,7 +253,7 @@ def _columns(rows: Sequence[Sequence[str]], left: int) -> str:
 
 
 def _si(value: float | None) -> str:
-    """Three digits and a decimal prefix: 1.23 M."""
+    """Returns three digits and a decimal prefix: 1.23 M."""
     if value is None:
         return "-"
     power = min(max(0, math.floor(math.log10(max(value * 1.0005, 1)) / 3)), len(PREFIXES) - 1)

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             plan = experiment.build(config)
             devices = Devices.first(args.num_devices, plan.mesh)
             functions = plan.step_functions(devices)
-            plan.eval_batches(args.split)  # refuses an unknown split before anything is computed
+            plan.eval_batches(args.split)  # raises for an unknown split before anything is computed
             state, _ = restore(functions.layout, checkpoints, step)
         evaluate = Evaluator(plan, functions, devices)
     except REFUSALS as error:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def choose_step(checkpoints: Checkpoints, which: str) -> int:
-    """The step that "best", "last" or a number means.
+    """Returns the step that "best", "last" or a number means.
 
     Raises:
       ValueError: if there is no such checkpoint; the message names the steps that have one.

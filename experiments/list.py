@@ -20,7 +20,7 @@ from experiments.tasks import TASKS
 from layers.mixers import MIXERS
 
 ROOT = Path(__file__).absolute().parents[1]
-# What a docstring calls a paper: authors, a year, and usually where it is.
+# The form of a paper in a docstring: authors, a year, and usually an identifier.
 PAPER = re.compile(r"\s*\(([^()]*\b(?:19|20)\d\d\b[^()]*|(?:arXiv:)?\d{4}\.\d{4,5})\)")
 
 
@@ -33,9 +33,9 @@ class Entry(NamedTuple):
 
 
 def read(name: str, docstrings: Iterable[str | None]) -> Entry:
-    """The entry that the first docstring whose first line names a paper gives, or else the first docstring.
+    """Returns the entry of the first docstring whose first line names a paper, or else of the first docstring.
 
-    A first line "Name: what it is (authors year, where)." loses its name and its paper.
+    Name and paper are removed from a first line "Name: what it is (authors year, where).".
     """
     given = [inspect.cleandoc(text) for text in docstrings if text]
     lines = [text.partition("\n")[0] for text in given]
@@ -47,7 +47,7 @@ def read(name: str, docstrings: Iterable[str | None]) -> Entry:
 
 
 def mixers() -> list[Entry]:
-    """Every name that a pattern may use."""
+    """Returns all names that a pattern may use."""
     entries = []
     for name, (config, module) in sorted(MIXERS.items()):
         sources = dict.fromkeys((module.__doc__, config.__doc__, sys.modules[module.__module__].__doc__))
@@ -56,7 +56,7 @@ def mixers() -> list[Entry]:
 
 
 def tasks() -> list[Entry]:
-    """Every task."""
+    """Returns all tasks."""
     return [
         read(name, (task.__doc__, sys.modules[task.__module__].__doc__))
         for name, task in sorted(TASKS.items())
@@ -64,7 +64,7 @@ def tasks() -> list[Entry]:
 
 
 def configs() -> list[Entry]:
-    """Every config, by the path that --config takes."""
+    """Returns all configs, by the path that --config takes."""
     files = sorted((ROOT / "configs").rglob("*.py"))
     return [
         read(str(file.relative_to(ROOT)), [ast.get_docstring(ast.parse(file.read_text("utf-8")))])
@@ -76,7 +76,7 @@ LISTS: dict[str, Callable[[], list[Entry]]] = {"mixers": mixers, "tasks": tasks,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Lists; returns the exit code."""
+    """Prints the lists and returns the exit code."""
     parser = Parser("experiments.list", __doc__)
     parser.add_argument("what", nargs="?", choices=tuple(LISTS), help="all three if not given")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def text(entries: Sequence[Entry]) -> str:
-    """One line per entry."""
+    """Returns one line per entry."""
     wide = max((len(entry.name) for entry in entries), default=0)
     return "\n".join(
         f"{entry.name:{wide}}  {entry.description}{f' ({entry.paper})' if entry.paper else ''}".rstrip()

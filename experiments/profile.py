@@ -28,12 +28,12 @@ from experiments.training import experiment
 from layers.kernels import dispatch
 from layers.kernels.suites import SUITES
 
-STEPS_SECONDS = 0.2  # of a measurement
+STEPS_SECONDS = 0.2  # length of a measurement
 ROOT = Path(__file__).absolute().parents[1]
 
 
 class Kernel(NamedTuple):
-    """A run of a kernel in a trace: its name, the instruction that launched it if known, and milliseconds."""
+    """A kernel run in a trace: its name, the instruction that launched it if known, and milliseconds."""
 
     name: str
     operation: str | None
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def preferences(names: Sequence[str], flag: str = "prefer") -> dict[str, str]:
-    """Implementations by primitive, from "primitive/implementation", as `flag` gives them.
+    """Returns implementations by primitive, from "primitive/implementation" as passed by `flag`.
 
     Raises:
       ValueError: there is no such primitive or implementation.
@@ -107,10 +107,10 @@ def preferences(names: Sequence[str], flag: str = "prefer") -> dict[str, str]:
 
 
 def training_batch(plan: experiment.Experiment, width: int | None) -> dict[str, np.ndarray]:
-    """A batch of training sequences that are padded to `width`, repeated if there are too few.
+    """Returns a batch of training sequences padded to `width`, repeated if there are too few.
 
     Args:
-      width: one of the widths of training batches; None for that of most sequences.
+      width: width of training batches; None for that of most sequences.
 
     Raises:
       ValueError: if no batch has this width.
@@ -128,10 +128,10 @@ def training_batch(plan: experiment.Experiment, width: int | None) -> dict[str, 
 
 
 class Steps:
-    """The training step, compiled, taken again and again on one batch.
+    """The compiled training step, run repeatedly on one batch.
 
     Attributes:
-      compiled: the step.
+      compiled: compiled step.
     """
 
     def __init__(self, plan: experiment.Experiment, devices: Devices, batch: Any, prefer: Mapping[str, str]):
@@ -142,7 +142,7 @@ class Steps:
             self.compiled = functions.train.lower(self._state, batch).compile()
 
     def take(self) -> Any:
-        """Takes a step; gives its metrics, which may still be being computed."""
+        """Runs a step and returns its metrics, which may still be being computed."""
         self._state, metrics = self.compiled(self._state, self._batch)
         return metrics
 
@@ -155,17 +155,17 @@ def profile_step(
     prefer: Mapping[str, str],
     others: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
-    """Compiles the training step, times and traces it: the figures of `summarize`.
+    """Compiles, times and traces the training step; returns the figures of `summarize`.
 
     Args:
-      steps: to trace, and rounds in which steps are timed.
-      prefer: implementations to take, by primitive.
-      others: the same by name, for steps that are timed beside it.
+      steps: number of steps to trace, and of rounds in which steps are timed.
+      prefer: preferred implementations by primitive.
+      others: the same by name, for further steps that are timed too.
     """
     batch = devices.put_batch(batch)
     step = Steps(plan, devices, batch, prefer)
     beside = {name: Steps(plan, devices, batch, choices) for name, choices in others.items()}
-    # Apart from the trace, which slows the host down, and many in a row: as in training, the host runs ahead.
+    # Timed outside the trace, which slows the host, and many in a row: as in training, the host runs ahead.
     takers = {"profiled": step.take, **{name: one.take for name, one in beside.items()}}
     times = interleaved(takers, steps, seconds=STEPS_SECONDS)
     with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +186,7 @@ def _milliseconds(timing: Timing) -> dict[str, Any]:
 
 
 def kernels_in(planes: Iterable[Any]) -> list[Kernel]:
-    """Everything that ran on the streams of the GPUs of a trace (`jax.profiler.ProfileData.planes`)."""
+    """Returns all kernels on the GPU streams of a trace (`jax.profiler.ProfileData.planes`)."""
     lines = (line for plane in planes if "GPU" in plane.name for line in plane.lines)
     events = (event for line in lines if "Stream" in line.name for event in line.events)
     return [Kernel(event.name, dict(event.stats).get("hlo_op"), event.duration_ns / 1e6) for event in events]
@@ -195,11 +195,11 @@ def kernels_in(planes: Iterable[Any]) -> list[Kernel]:
 def summarize(
     kernels: Iterable[Kernel], sources: Mapping[str, str], steps: int, timing: Timing
 ) -> dict[str, Any]:
-    """Averages over the steps, altogether and by source file, most time first.
+    """Returns averages over the steps, in total and by source file, in order of decreasing time.
 
     Args:
       sources: files by kernel, from `hlo_sources.kernel_sources`.
-      timing: of a step without a trace.
+      timing: timing of a step without a trace.
 
     Raises:
       RuntimeError: if there are no kernels.
@@ -223,7 +223,7 @@ def summarize(
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """The table for people."""
+    """Returns the readable table."""
     shape = " x ".join(map(str, record["batch"]["inputs"]))
     whole, busy = record["milliseconds_per_step"], record["busy_milliseconds_per_step"]
     others = {name: other["milliseconds_per_step"] for name, other in record["others"].items()}

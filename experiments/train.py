@@ -3,15 +3,15 @@
     python -m experiments.train --config=configs/lra/listops.py:mixer=s5 --workdir=runs/listops-s5
     python -m experiments.train --config=configs/lra/listops.py --config.train.epochs=2 --workdir=runs/brief
 
-Several processes train one run where each is given the same command and `--distributed` (SLURM, Kubernetes, Open MPI, TPU
-pods), or `--coordinator`, `--num_processes` and `--process_id`. They see the same work directory.
+Several processes train one run if each receives the same command and `--distributed` (SLURM, Kubernetes, Open MPI, TPU
+pods), or `--coordinator`, `--num_processes` and `--process_id`. They share the work directory.
 
---config.SECTION.FIELD=VALUE sets any field of the config, also one that the file leaves out. The same command resumes a run
-that was interrupted, wherever its directory lies by then, and shows the results of one that is finished.
+--config.SECTION.FIELD=VALUE sets any field of the config, even one that the file leaves out. The same command resumes an
+interrupted run, even if its directory has moved, and shows the results of a finished one.
 
 Exit codes: 0 finished; 75 left after saving because of SIGTERM, Ctrl-C or --stop_after_seconds, and the same command
-resumes; 65 a loss was not finite; 69 another process of the run was lost, and the same commands resume; 2 the config or the work directory cannot be used. A signal before the first step ends
-the process as usual: nothing is lost.
+resumes; 65 a loss was not finite; 69 another process of the run was lost, and the same commands resume; 2 the config or
+the work directory cannot be used. A signal before the first step ends the process as usual: nothing is lost.
 """
 
 import sys
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_run(folder: Path, config: Mapping[str, Any]) -> RunDirectory:
-    """The run's folder, made and locked by process 0; the others see it afterwards."""
+    """Returns the run's folder, created and locked by process 0; the other processes open it afterwards."""
     run = RunDirectory.open(folder, config) if hosts.is_main() else RunDirectory(folder)
     hosts.wait_for_all("run directory")
     return run
@@ -126,7 +126,7 @@ def _report(plan: experiment.Experiment, run: RunDirectory, record: dict[str, An
     plots.draw_curves(
         {"run": read_lines(run.metrics)}, run.curves, metric=plan.selection[0], baselines=baselines
     )
-    run.write_results(record)  # last: it marks the run as finished
+    run.write_results(record)  # last, since it marks the run as finished
     print(run_results.describe(record))
 
 

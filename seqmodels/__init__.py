@@ -41,7 +41,7 @@ def build_model(config: Mapping[str, Any], *, rngs: nnx.Rngs) -> Classifier | La
 
 
 def _store_matrices(model: nnx.Module, dtype: jnp.dtype) -> None:
-    """Gives the matrices of the optimizer group "default" a type; rates, norms and biases stay float32."""
+    """Sets the dtype of matrices of the optimizer group "default"; rates, norms and biases stay float32."""
     for _, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if parameter.ndim >= 2 and group_of(parameter) == "default":
             parameter.set_value(parameter[...].astype(dtype))

@@ -18,7 +18,7 @@ from seqmodels.config import StackConfig
 class Block(nnx.Module):
     """A layer of a stack.
 
-    Separate residuals, pre-norm (post-norm normalises the sums instead):
+    Separate residuals, pre-norm (post-norm normalizes the sums instead):
 
         x = x + dropout(mixer(norm(x)))
         x = x + dropout(channel(norm(x)))

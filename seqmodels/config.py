@@ -28,7 +28,7 @@ class StackConfig:
       channels: options of channel mixers by their names; an alias has a key "channel".
       residual: "separate": x + mixer, then x + channel mixer; "joint": x + channel(mixer(x)), as in S4, S5 and LRU.
       norm, norm_options: name of the norm and its options.
-      norm_position: "pre" normalises the input of every branch, "post" the sum.
+      norm_position: "pre" normalizes the input of each branch, "post" the sum.
       residual_scale: factor on x before a branch is added; DeepNorm (Wang et al. 2022, arXiv:2203.00555) uses (2
         depth)^(1/4) with norm_position="post".
       dropout: dropout rate of branch outputs if separate; passed to the channel mixer if joint.

@@ -5,9 +5,9 @@
 
 Exit codes: 0 the environment is ready, 1 an install failed, 3 it has to be made anew.
 
-A stamp in the environment says what was installed; it is written last. While installing, another file marks the
-environment as unfinished, so that an install killed half-way is never taken for a good one. An environment without
-either, made by hand say, is kept if it holds every pinned version whole.
+A stamp in the environment records what was installed; it is written last. During an install, another file marks the
+environment as unfinished, so that an interrupted install is never considered complete. An environment without either
+file, for example one made by hand, is kept if every pinned version in it is complete.
 """
 
 import csv
@@ -30,7 +30,7 @@ READY, FAILED, REBUILD = 0, 1, 3
 
 
 def expected_stamp() -> str:
-    """What the stamp must say: the project's place, the Python, and what the files that decide an install hold."""
+    """Returns the expected stamp: the project's folder, the Python, and the files that determine an install."""
     digests = [
         hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
         for name in ("requirements.txt", "pyproject.toml")
@@ -39,19 +39,19 @@ def expected_stamp() -> str:
 
 
 def stamp_is_current() -> bool:
-    """Whether what was installed last is what is asked for now."""
+    """Returns whether the last install matches the current requirements."""
     return STAMP.exists() and STAMP.read_text(encoding="utf-8") == expected_stamp()
 
 
 def is_whole(package: importlib.metadata.Distribution) -> bool:
-    """Whether every file that the package's record lists is there; bytecode may come and go."""
+    """Returns whether every file in the package's record exists, except bytecode."""
     record = package.read_text("RECORD")
     paths = [row[0] for row in csv.reader(record.splitlines())] if record else []
     return bool(paths) and all(path.endswith(".pyc") or package.locate_file(path).exists() for path in paths)
 
 
 def wrong_packages(*, look_at_files: bool) -> list[str]:
-    """Names of pinned packages that are absent, of another version or, if asked for, lack a file."""
+    """Returns names of pinned packages that are absent, of another version or, if `look_at_files`, lack a file."""
     if importlib.util.find_spec("packaging") is None:
         return ["packaging"]
     from packaging.requirements import Requirement
@@ -73,13 +73,13 @@ def wrong_packages(*, look_at_files: bool) -> list[str]:
 
 
 def pip(*arguments: str) -> bool:
-    """Runs pip in this environment; says whether it succeeded."""
+    """Runs pip in this environment; returns whether it succeeded."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
     return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode == 0
 
 
 def install() -> int:
-    """Brings the environment that runs this up to date; returns an exit code."""
+    """Updates the environment that runs this; returns an exit code."""
     if stamp_is_current() and not wrong_packages(look_at_files=False):
         return READY
     if UNFINISHED.exists() or importlib.util.find_spec("pip") is None:
@@ -107,7 +107,7 @@ def install() -> int:
 
 
 def rebuild() -> int:
-    """Makes the environment anew, unless another call has just done so; returns an exit code."""
+    """Recreates the environment, unless another call has just done so; returns an exit code."""
     works = (
         VENV_PYTHON.exists() and subprocess.run([VENV_PYTHON, "-c", ""], capture_output=True).returncode == 0
     )
@@ -120,8 +120,8 @@ def rebuild() -> int:
 
 
 def main(mode: str | None = None) -> int:
-    """Runs one mode under a lock, so that two calls of make at once do not disturb each other."""
-    if mode == "install":  # called by rebuild, which holds the lock
+    """Runs one mode under a lock, so that concurrent calls of make do not interfere; returns an exit code."""
+    if mode == "install":  # called by `rebuild`, which holds the lock
         return install()
     with open(__file__, encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

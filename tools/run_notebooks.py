@@ -19,7 +19,7 @@ SECONDS_A_NOTEBOOK = 300
 
 
 def run(path: pathlib.Path, kept: pathlib.Path | None) -> bool:
-    """Executes one notebook in a fresh kernel; says whether every cell ran."""
+    """Executes one notebook in a fresh kernel; returns whether every cell ran."""
     notebook = nbformat.read(path, as_version=4)
     started = time.monotonic()
     client = nbclient.NotebookClient(
@@ -49,7 +49,7 @@ def main(folder: str | None = None) -> int:
         kept.mkdir(parents=True, exist_ok=True)
     os.environ["JAX_PLATFORMS"] = "cpu"
     with tempfile.TemporaryDirectory() as scratch:
-        # Kernels write connection files and profiles; keep them away from the user's own.
+        # Kernels write connection files and profiles; these are kept apart from the user's own.
         for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
             os.environ[name] = scratch
         results = [run(path, kept) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]

@@ -1,6 +1,6 @@
-"""Floating-point operations of a function, counted on what JAX traces of it, without running or compiling it.
+"""Floating-point operations of a function, counted on its jaxpr, without running or compiling it.
 
-XLA's own analysis counts the body of a loop once; here a scan counts as often as it runs.
+XLA's own analysis counts the body of a loop once; here the body of a scan counts once per iteration.
 """
 
 import math
@@ -31,12 +31,12 @@ _COMPLEX = {"mul": 6, "div": 11, "square": 6}
 
 
 class Flops(NamedTuple):
-    """Operations on floating-point numbers.
+    """Numbers of floating-point operations.
 
     Attributes:
-      matrix: of matrix products and convolutions, two for a multiplication with its addition.
-      other: of everything else: elementwise functions, reductions and Fourier transforms.
-      exact: False if there is a loop whose length only the data tell; its body counts once.
+      matrix: operations of matrix products and convolutions; a multiplication with its addition counts as two.
+      other: all other operations: elementwise functions, reductions and Fourier transforms.
+      exact: whether the counts are exact: False if there is a loop of data-dependent length, whose body counts once.
     """
 
     matrix: float = 0.0
@@ -45,22 +45,22 @@ class Flops(NamedTuple):
 
     @property
     def total(self) -> float:
-        """All operations."""
+        """Total number of operations."""
         return self.matrix + self.other
 
     def plus(self, more: "Flops", times: float = 1) -> "Flops":
-        """Adds `times` copies of `more`."""
+        """Returns the sum of these operations and `times` copies of `more`."""
         return Flops(
             self.matrix + times * more.matrix, self.other + times * more.other, self.exact and more.exact
         )
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> Flops:
-    """Counts the operations of `function(*arguments)`.
+    """Returns the number of operations of `function(*arguments)`.
 
     Args:
-      function: anything that jax.jit takes; it is traced only.
-      arguments: arrays, or jax.ShapeDtypeStruct in their place.
+      function: any function that jax.jit accepts; it is only traced.
+      arguments: arrays or `jax.ShapeDtypeStruct`.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -112,7 +112,7 @@ def _of_equation(equation: Any) -> Flops:
 
 
 def _inner_jaxprs(params: Any) -> Iterator[Any]:
-    """The jaxprs among the parameters of a call: jit, checkpoint, custom derivatives and the like."""
+    """Yields the jaxprs among the parameters of a call: jit, checkpoint, custom derivatives and similar."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             item = getattr(item, "jaxpr", item)
@@ -132,7 +132,7 @@ def _of_product(equation: Any) -> float:
 
 
 def _of_ragged_product(equation: Any) -> float:
-    """Every row is multiplied with the matrix of its own group alone, and so in the gradient of the matrices."""
+    """Returns the operations of a ragged product: each row meets only the matrix of its group, also in gradients."""
     left, right = (variable.aval.shape for variable in equation.invars[:2])
     return float(2 * math.prod(left) * right[-1])
 
@@ -145,7 +145,7 @@ def _of_convolution(equation: Any) -> float:
 
 
 def _of_transform(equation: Any) -> float:
-    """5 n log2 n for each complex transform of n numbers, half of it for a real one."""
+    """Returns 5 n log2 n per complex transform of n numbers, and half of it per real one."""
     size, kind = math.prod(equation.params["fft_lengths"]), equation.params["fft_type"].name
     numbers = (equation.outvars[0] if kind == "IRFFT" else equation.invars[0]).aval.shape
     return (2.5 if "RFFT" in kind else 5.0) * math.prod(numbers) * math.log2(max(size, 2))

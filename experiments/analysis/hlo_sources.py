@@ -1,4 +1,4 @@
-"""The source file that a GPU kernel comes from, read from the text of the compiled program.
+"""Source files of GPU kernels, read from the text of the compiled program.
 
 The text of a module that XLA has optimised starts with tables of the Python frames that its instructions were traced
 in, and an instruction names the innermost one by `stack_frame_id`. A kernel runs one instruction, in most cases a
@@ -22,18 +22,18 @@ _FRAME = re.compile(r"[ {]stack_frame_id=(\d+)")
 
 
 def kernel_sources(hlo: str, root: Path) -> dict[str, str]:
-    """The source file of every instruction that a kernel may run.
+    """Returns the source file of each instruction that a kernel may run.
 
-    A fusion belongs to the file that most of its instructions were traced in, counting for each the innermost frame
-    of ours; on a tie, to the one that comes first.
+    A fusion belongs to the file that most of its instructions were traced in, by the innermost frame inside `root`; on a
+    tie, to the first one.
 
     Args:
       hlo: text of a compiled module, `jax.stages.Compiled.as_text()`.
-      root: folder that holds ours, as the paths in the text name it.
+      root: folder of our sources, as the paths in the text name it.
 
     Returns:
-      files relative to `root`, such as "layers/norms.py", or "other" where no frame is in a file of ours; by names of
-      instructions as kernels spell them (see `kernel_name`).
+      files relative to `root`, such as "layers/norms.py", or "other" if no frame lies in `root`; by names of instructions
+      as kernels spell them (see `kernel_name`).
     """
     files = _frame_files(hlo, root)
     fused: dict[str, Counter[str]] = {}
@@ -51,19 +51,19 @@ def kernel_sources(hlo: str, root: Path) -> dict[str, str]:
 
 
 def kernel_name(instruction: str) -> str:
-    """An instruction's name as its kernel has it: with "_" for what C identifiers cannot hold."""
+    """Returns an instruction's name in the form of its kernel, with "_" for characters that C identifiers exclude."""
     return re.sub(r"\W", "_", instruction, flags=re.ASCII)
 
 
 def attribute(kernel: str, operation: str | None, sources: Mapping[str, str]) -> str:
-    """The source file of a kernel in a trace, or "other"; "Pallas: name" of one that Mosaic GPU made.
+    """Returns the source file of a kernel in a trace, or "other"; "Pallas: name" for a Mosaic GPU kernel.
 
     Args:
-      operation: name of the instruction that launched it, if the trace tells. It is asked first: kernels of libraries
-        have names of their own, and instructions that are alike share one kernel, named after the first.
-      sources: from `kernel_sources`.
+      operation: name of the instruction that launched the kernel, if the trace has it. It takes precedence: library
+        kernels have their own names, and equal instructions share one kernel, named after the first.
+      sources: files from `kernel_sources`.
     """
-    if kernel.endswith(_MOSAIC):  # these name no instruction, and one is launched from several
+    if kernel.endswith(_MOSAIC):  # these name no instruction, and several launch the same one
         return f"Pallas: {kernel.removesuffix(_MOSAIC)}"
     for name in (operation, kernel):
         if name is not None and (file := sources.get(kernel_name(name))) is not None:
@@ -72,16 +72,16 @@ def attribute(kernel: str, operation: str | None, sources: Mapping[str, str]) ->
 
 
 def _frame_files(hlo: str, root: Path) -> dict[int, str]:
-    """The innermost file of ours of every frame that has one."""
+    """Returns the innermost file inside `root` of each frame that has one."""
     names = _table(hlo, "FileNames")
     locations, frames = (
         {number: {key: int(value) for key, value in _FIELD.findall(row)} for number, row in table.items()}
         for table in (_table(hlo, "FileLocations"), _table(hlo, "StackFrames"))
     )
-    # Frames count from 1. XLA writes the parent, 0 for none, or the parent plus one: outermost frames tell which.
+    # Frames count from 1. XLA writes the parent, 0 for none, or the parent plus one: outermost frames distinguish the two.
     shift = min((frame["parent_frame_id"] for frame in frames.values()), default=0)
     files: dict[int, str] = {}
-    for number, frame in sorted(frames.items()):  # parents come before what they call
+    for number, frame in sorted(frames.items()):  # parents precede their callees
         name = names[locations[frame["file_location_id"]]["file_name_id"]]
         file = _ours(name.strip('"'), root) or files.get(frame["parent_frame_id"] - shift)
         if file is not None:
@@ -96,13 +96,13 @@ def _table(hlo: str, name: str) -> dict[int, str]:
 
 
 def _ours(file: str, root: Path) -> str | None:
-    """The path relative to `root`, or None if the file is not in a folder of ours."""
+    """Returns the path relative to `root`, or None if the file is not in one of our folders."""
     path = Path(file).relative_to(root) if Path(file).is_relative_to(root) else Path()
     return path.as_posix() if path.parts and path.parts[0] in FOLDERS else None
 
 
 def _instructions(hlo: str) -> Iterator[tuple[str, str, str | None, int]]:
-    """Computation, name, called computation and frame (0 for none) of every instruction."""
+    """Yields computation, name, called computation and frame (0 for none) of each instruction."""
     computation = ""
     for line in hlo.splitlines():
         if found := _INSTRUCTION.match(line):

@@ -1,1 +1,1 @@
-"""Timings of the primitives beside their floors and beside other implementations."""
+"""Timings of the primitives, their floors and other implementations."""

@@ -35,7 +35,7 @@ ON_CPU = {"dtype": "float32", "batch": 1, "time": 1024, "narrower": 8, "rounds":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a study; returns the exit code."""
+    """Runs a study and returns the exit code."""
     values = _parser().parse_args(argv)
     study = values.study
     try:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line, file=sys.stderr, flush=True)
 
     def add(row: dict[str, Any], line: str) -> None:
-        """Prints a row and stores all rows, so that a run that is cut short keeps them."""
+        """Prints a row and stores all rows, so that an interrupted run keeps them."""
         print(line, flush=True)
         rows.append(row)
         store()
@@ -95,9 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _share_memory(workers: int) -> None:
-    """Lets the processes that share the accelerator take memory when they need it.
+    """Makes the processes that share the accelerator allocate memory on demand.
 
-    More than an equal share: one measures, which takes most, while others hold what they compiled with, or nothing.
+    Each may take more than an equal part: the one that measures needs the most, while others hold little.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9" if workers == 1 else "0.4")

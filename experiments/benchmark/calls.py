@@ -20,7 +20,7 @@ Function = Callable[..., Any]
 
 
 class Compiled(NamedTuple):
-    """A function ready to run: of arrays; of arrays and a cotangent, with gradients; and the memory each needs."""
+    """Compiled functions of arrays, and of arrays and a cotangent with gradients, and the memory of each."""
 
     forward: Callable[[Arrays], Any]
     both: Callable[[Arrays, Any], Any]
@@ -30,23 +30,23 @@ class Compiled(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class JaxFunction:
-    """A function of arrays by name that gives the output, for `jax.jit`."""
+    """A function from arrays by name to the output, for `jax.jit`."""
 
     run: Function
 
     def compiled(self, arrays: Arrays, cotangent: np.ndarray) -> Compiled:
-        """Both passes, compiled."""
+        """Returns both passes, compiled."""
         forward = jax.jit(lambda arrays: self.run(**arrays)).lower(arrays).compile()
         both = jax.jit(forward_and_backward(self.run)).lower(arrays, cotangent).compile()
         return Compiled(forward, both, peak_bytes(forward), peak_bytes(both))
 
     def results(self, arrays: Arrays, cotangent: np.ndarray) -> tuple[Array, Arrays]:
-        """The output and the gradients."""
+        """Returns the output and the gradients."""
         return jax.jit(forward_and_backward(self.run))(arrays, cotangent)
 
 
 def draw(benchmark: Benchmark, dtype: str) -> Arrays:
-    """The random arguments of a benchmark as host arrays; complex ones in complex64, integers as they are."""
+    """Returns the random arguments of a benchmark as host arrays; complex ones in complex64, integers unchanged."""
     seed = zlib.crc32(benchmark.name.encode())
     rng = np.random.Generator(np.random.SFC64(seed))
     arrays = benchmark.draw(rng, benchmark.batch, benchmark.time, 1)
@@ -60,7 +60,7 @@ def draw(benchmark: Benchmark, dtype: str) -> Arrays:
 
 
 def with_implementation(suite: Suite, benchmark: Benchmark, impl: str | None) -> Function:
-    """The primitive with the options of the benchmark, as a function of its arrays by name that gives the output."""
+    """Returns the primitive with the options of the benchmark, as a function from its arrays by name to the output."""
     return functools.partial(_output, suite.function, **benchmark.options, impl=impl)
 
 
@@ -70,7 +70,7 @@ def _output(function: Function, **arguments: Any) -> Array:
 
 
 def forward_and_backward(function: Function) -> Callable[[Arrays, Array], tuple[Array, Arrays]]:
-    """Output, and gradients by every array that has them, from the arrays and a cotangent of the output."""
+    """Returns a function from arrays and a cotangent to the output and the gradients of all differentiable arrays."""
 
     def run(arrays: Arrays, cotangent: Array) -> tuple[Array, Arrays]:
         differentiable, rest = split(arrays)
@@ -81,7 +81,7 @@ def forward_and_backward(function: Function) -> Callable[[Arrays, Array], tuple[
 
 
 def split(arrays: Mapping[str, Any]) -> tuple[Arrays, Arrays]:
-    """The arrays that have gradients, and the others."""
+    """Returns the arrays that have gradients, and the others."""
     has_gradient = {name: jnp.issubdtype(a.dtype, jnp.inexact) for name, a in arrays.items()}
     return (
         {name: a for name, a in arrays.items() if has_gradient[name]},
@@ -90,7 +90,7 @@ def split(arrays: Mapping[str, Any]) -> tuple[Arrays, Arrays]:
 
 
 def cotangent(function: Function, arrays: Arrays) -> np.ndarray:
-    """A random cotangent of the output."""
+    """Returns a random cotangent of the output."""
     shape = jax.eval_shape(lambda arrays: function(**arrays), arrays)
     rng = np.random.Generator(np.random.SFC64(1))
     real = rng.standard_normal(shape.shape, np.float32)
@@ -100,7 +100,7 @@ def cotangent(function: Function, arrays: Arrays) -> np.ndarray:
 
 
 class Check(NamedTuple):
-    """A call with its output and gradients by the float64 reference."""
+    """A call with the output and gradients of the float64 reference."""
 
     arrays: Arrays
     cotangent: np.ndarray
@@ -109,9 +109,9 @@ class Check(NamedTuple):
 
 
 def check(suite: Suite, benchmark: Benchmark, arrays: Arrays) -> Check:
-    """Runs the reference in float64 on these arrays, which are rounded to the benchmark's type.
+    """Returns the reference in float64 on these arrays, which are rounded to the benchmark's dtype.
 
-    It runs on the CPU: it keeps every state, and an accelerator's allocator keeps its memory until the process ends.
+    It runs on the CPU, since it keeps every state and an accelerator's allocator keeps its memory until the process ends.
     """
     reference = with_implementation(suite, benchmark, "reference")
     direction = cotangent(reference, arrays)
@@ -121,9 +121,9 @@ def check(suite: Suite, benchmark: Benchmark, arrays: Arrays) -> Check:
 
 
 def errors(function: Any, expected: Check) -> tuple[float, float]:
-    """Relative error of a `JaxFunction`, or of what has its methods: of the output, and the largest of the gradients.
+    """Returns relative errors of a `JaxFunction` or similar: of the output, and the largest of the gradients.
 
-    ||result - reference|| / ||reference||.
+    The error is ||result - reference|| / ||reference||.
     """
     output, gradients = function.results(expected.arrays, expected.cotangent)
     return (

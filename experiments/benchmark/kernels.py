@@ -17,7 +17,7 @@ from layers.kernels import dispatch
 from layers.kernels.suite import Benchmark, Suite
 from layers.kernels.suites import SUITES
 
-ERROR_TIME = 256  # where the float64 reference and all its intermediate states fit
+ERROR_TIME = 256  # length at which the float64 reference and all its intermediate states fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Options:
 
     Attributes:
       only: primitives, or "primitive/case"; all if empty.
-      dtype: type of real inputs; that of each benchmark if None.
-      batch, time: sizes in place of the benchmark's.
-      narrower: divides the number of heads or channels.
-      rounds: measurements of every function.
-      peers: whether to time other libraries too.
-      workers: processes that trace and compile.
-      patience: seconds that one implementation of a case may compile and be checked; no limit if None.
+      dtype: dtype of real inputs; that of each benchmark if None.
+      batch, time: sizes that replace those of the benchmark.
+      narrower: divisor of the number of heads or channels.
+      rounds: number of measurements per function.
+      peers: whether other libraries are timed too.
+      workers: number of processes that trace and compile.
+      patience: seconds in which an implementation of a case must compile and be checked; no limit if None.
     """
 
     only: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Options:
 
 
 def selected(only: tuple[str, ...]) -> Iterator[tuple[str, Suite, Benchmark]]:
-    """The benchmarks of these primitives, or these cases of them.
+    """Yields the benchmarks of these primitives, or these cases of them.
 
     Raises:
       ValueError: a name is neither.
@@ -62,7 +62,7 @@ def selected(only: tuple[str, ...]) -> Iterator[tuple[str, Suite, Benchmark]]:
 
 
 def failures(rows: list[dict]) -> list[dict]:
-    """The rows of our implementations that raised an error other than a refusal of the case."""
+    """Returns the rows of our implementations that raised an error other than a refusal of the case."""
     return [row for row in rows if row["ours"] and "problem" in row and not row["refused"]]
 
 
@@ -72,12 +72,12 @@ def run(
     report: Callable[[dict], None],
     say: Callable[[str], None],
 ) -> list[dict]:
-    """Compiles and checks everything before it times anything, so that no compiler runs beside a measurement.
+    """Returns the rows of the study; everything is compiled and checked before anything is timed.
 
     Args:
-      ceilings: of the device, by type of the inputs.
-      report: called with each row as soon as it is known.
-      say: called with a line for everything that is ready to be timed.
+      ceilings: ceilings of the device by dtype of the inputs.
+      report: function called with each row as soon as it is known.
+      say: function called with a line for each function that is ready to be timed.
 
     Raises:
       ValueError: see `selected`.
@@ -102,7 +102,7 @@ def _refusal(problem: Exception) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _within(seconds: float | None) -> Iterator[None]:
-    """Raises TimeoutError inside the block when the time is over, as soon as Python runs again; in the main thread only."""
+    """Raises TimeoutError in the context after this time, as soon as Python runs again; in the main thread only."""
     if seconds is None:
         yield
         return
@@ -120,11 +120,11 @@ def _within(seconds: float | None) -> Iterator[None]:
 
 
 class Study:
-    """One benchmark: its inputs on the host, and everything that computes it, compiled and checked.
+    """One benchmark: its inputs on the host, and all implementations, compiled and checked.
 
     Attributes:
-      dtype: type of the real inputs.
-      peak_bytes: memory of what needs the most.
+      dtype: dtype of the real inputs.
+      peak_bytes: largest memory that a function needs.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Study:
         self.benchmark = benchmark.resized(
             options.batch or benchmark.batch, options.time or benchmark.time, options.narrower
         )
-        # As many heads as are timed, because compilers that tune kernels repeat it for every number of heads.
+        # As many heads as are timed, because kernel autotuning is repeated per number of heads.
         self._small = self.benchmark.resized(1, min(self.benchmark.time, ERROR_TIME))
         self._patience = options.patience
         self.dtype = options.dtype or benchmark.dtype
@@ -161,7 +161,7 @@ class Study:
         self.peak_bytes = max(c.get("both_peak_bytes", 0) for c in self._contestants.values())
 
     def _choice(self) -> str | None:
-        """What `impl=None` takes, or None if it fails."""
+        """Returns the implementation that `impl=None` chooses, or None if it fails."""
         function = calls.with_implementation(self.suite, self.benchmark, None)
         with dispatch.noted() as taken, contextlib.suppress(Exception):
             jax.eval_shape(lambda arrays: function(**arrays), self._arrays)
@@ -176,7 +176,7 @@ class Study:
         }
 
     def _prepare(self, function: Any) -> dict[str, Any]:
-        """The compiled functions with their errors and memory, or why there are none."""
+        """Returns the compiled functions with their errors and memory, or the reason why there are none."""
         try:
             with _within(self._patience):
                 compiled = function.compiled(self._arrays, self._cotangent)
@@ -192,7 +192,7 @@ class Study:
         }
 
     def measure(self, ceilings: Ceilings, rounds: int) -> list[dict[str, Any]]:
-        """A row for everything that computes this benchmark."""
+        """Returns one row per implementation of this benchmark."""
         arrays, cotangent = jax.device_put((self._arrays, self._cotangent))
         able = {
             name: (
@@ -246,7 +246,7 @@ class Study:
         return rows
 
     def _floors(self, ceilings: Ceilings) -> tuple[float, float]:
-        """Lower bounds of the milliseconds of the forward pass and of both passes."""
+        """Returns lower bounds in milliseconds of the forward pass and of both passes."""
         b = self.benchmark
         rate = ceilings.matrix if b.matrix_products else ceilings.vector
 

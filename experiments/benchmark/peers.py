@@ -1,6 +1,6 @@
-"""The same calculations by other libraries, and by plain JAX, as baselines.
+"""Baselines: the same computations by other libraries and by plain JAX.
 
-`peers(primitive, name)` gives functions of the arrays of a benchmark, by a name to print. A library that cannot be
+`peers(primitive, name)` returns functions of the arrays of a benchmark by displayed name. A library that cannot be
 imported is left out.
 """
 
@@ -21,7 +21,7 @@ PACKAGES = ("jax-linear-attention", "flash-linear-attention", "torch", "triton")
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that can be imported."""
+    """Returns the versions of the libraries that can be imported."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def peers(primitive: str, case: str) -> dict[str, JaxFunction | TorchFunction]:
-    """All other functions that compute the case called `case` of a primitive."""
+    """Returns all other functions that compute the case called `case` of a primitive."""
     found: dict[str, JaxFunction | TorchFunction] = {
         name: JaxFunction(function) for name, function in PLAIN.get((primitive, case), {}).items()
     }
@@ -48,7 +48,7 @@ def peers(primitive: str, case: str) -> dict[str, JaxFunction | TorchFunction]:
 
 
 def _associative_scan(a: Any, x: Any) -> Any:
-    """The recurrence as JAX users write it today."""
+    """Returns the recurrence as an associative scan, as JAX users commonly write it."""
 
     def step(first, second):
         return first[0] * second[0], second[0] * first[1] + second[1]
@@ -68,7 +68,7 @@ PLAIN = {
 }
 
 
-# What jax-linear-attention calls our cases.
+# Names of our cases in jax-linear-attention.
 _JAX_LINEAR_ATTENTION = {
     ("gated_linear_attention", "scalar decay"): "simple_gla",
     ("gated_linear_attention", "scalar decay on one row"): "simple_gla",
@@ -82,7 +82,7 @@ _JAX_LINEAR_ATTENTION = {
 
 
 def _jax_linear_attention(primitive: str, case: str) -> dict[str, Function]:
-    """The plain-JAX ("chunked") forms, which take float32 precision from every product, and the Hopper kernels."""
+    """Returns the plain-JAX ("chunked") forms, whose products are all in float32, and the Hopper kernels."""
     kind = _JAX_LINEAR_ATTENTION.get((primitive, case))
     if kind is None:
         return {}
@@ -97,7 +97,7 @@ def _jax_linear_attention(primitive: str, case: str) -> dict[str, Function]:
 
     forms = ["chunked", "mosaic_gpu"] if jax.default_backend() == "gpu" else ["chunked"]
     if case == "Mamba-2":
-        forms.remove("chunked")  # has no groups of keys
+        forms.remove("chunked")  # does not support groups of keys
     return {f"jax-linear-attention, {impl}": function(impl) for impl in forms}
 
 
@@ -108,7 +108,7 @@ def _torch_attention(q: Any, k: Any, v: Any) -> Any:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-# Module and name of the Triton kernels of flash-linear-attention, what they call our arguments, and options.
+# Module and name of the Triton kernels of flash-linear-attention, their names of our arguments, and options.
 _GATED = {"q": "q", "k": "k", "v": "v", "log_decay": "g"}
 _DELTA = _GATED | {"beta": "beta"}
 _RWKV7 = {"q": "r", "k": "k", "v": "v", "log_decay": "w", "a": "a", "b": "b"}
@@ -139,7 +139,8 @@ _FLASH_LINEAR_ATTENTION: dict[tuple[str, str], tuple[str, str, dict[str, str], d
 
 def _fla_kernel(module: str, name: str, names: dict[str, str], options: dict[str, Any]) -> Function:
     kernel = getattr(importlib.import_module(f"fla.ops.{module}"), name)
-    # It refuses gated gradients on Hopper with Triton 3.4 to 3.7.0, which got some wrong; here the error stands beside the time.
+    # The library refuses gated gradients on Hopper with Triton 3.4 to 3.7.0, some of which are wrong; here the error is
+    # shown beside the time.
     importlib.import_module("fla.ops.common.chunk_o").TRITON_ABOVE_3_7_1 = True
 
     def run(**arguments: Any) -> Any:

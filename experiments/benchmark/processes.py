@@ -1,7 +1,7 @@
-"""Measurements that are prepared in several processes in parallel and made one after another.
+"""Measurements that are prepared in parallel processes and made sequentially.
 
-Python traces one program at a time in a process, and tracing kernels takes longer than compiling them. Nothing compiles
-while something is timed.
+Python traces one program at a time per process, and tracing kernels takes longer than compiling them. Nothing compiles
+during a measurement.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ Say = Callable[[str], None]
 
 
 class Ready(NamedTuple):
-    """A prepared measurement: the function that makes its rows, and the bytes of device memory that it needs."""
+    """A prepared measurement: the function that returns its rows, and the bytes of device memory that it needs."""
 
     measure: Callable[[], list[dict[str, Any]]]
     peak_bytes: int
@@ -35,19 +35,19 @@ def run(
     report: Callable[[dict[str, Any]], None],
     say: Say,
 ) -> list[dict[str, Any]]:
-    """Rows of every key, in order: prepared in parallel, then measured one after another.
+    """Returns the rows of all keys, in order: prepared in parallel, then measured sequentially.
 
     The process that needs the least memory measures first, and releases its memory before the next one starts.
 
     Args:
-      prepare: a function of a module, or a `functools.partial` of one; with its keys and rows, it is sent between processes.
-      workers: processes; with one, everything happens in this process, in order.
-      report: called with each row as soon as it is known.
-      say: called with the lines that `prepare` says.
+      prepare: function of a module, or a `functools.partial` of one; it is sent between processes with its keys and rows.
+      workers: number of processes; with one, everything runs in this process, in order.
+      report: function called with each row as soon as it is known.
+      say: function called with the messages of `prepare`.
 
     Raises:
-      EndedEarly: processes ended early, such as by an error, which is then on their standard error. The measurements of the
-        others are reported before.
+      EndedEarly: processes ended early, for example by an error, which is on their standard error. The measurements of
+        the others are reported first.
     """
     if workers == 1 or len(keys) < 2:
         prepared = [prepare(key, say) for key in keys]
@@ -76,7 +76,7 @@ def run(
 
 
 def _prepared(pipes: list[Connection], say: Say) -> dict[Connection, int]:
-    """The bytes that each process needs, once all are ready or have ended; those that ended are left out."""
+    """Returns the bytes that each process needs, once all are ready or have ended; those that ended are left out."""
     waiting, needs = set(pipes), {}
     while waiting:
         for pipe in wait(waiting):
@@ -91,7 +91,7 @@ def _prepared(pipes: list[Connection], say: Say) -> dict[Connection, int]:
 
 
 def _measured(pipe: Connection, report: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
-    with contextlib.suppress(BrokenPipeError):  # it has ended since; the next line finds that out
+    with contextlib.suppress(BrokenPipeError):  # the process has ended; the next line detects that
         pipe.send("measure")
     rows = []
     while (message := _received(pipe))[0] == "row":
@@ -100,7 +100,7 @@ def _measured(pipe: Connection, report: Callable[[dict[str, Any]], None]) -> lis
 
 
 def _parts(keys: Sequence[Hashable], workers: int) -> list[Sequence[Hashable]]:
-    """The keys in runs of neighbours, so that a process ends when its part is measured."""
+    """Returns the keys in contiguous parts, so that a process ends when its part is measured."""
     count = min(workers, len(keys))
     bounds = [len(keys) * i // count for i in range(count + 1)]
     return [keys[low:high] for low, high in itertools.pairwise(bounds)]

@@ -1,4 +1,4 @@
-"""The results of a study as a table and as a picture."""
+"""The results of a study as a table and as a plot."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ HEADER = (
 
 
 def line(row: Row) -> str:
-    """One row: milliseconds forward, and forward with backward, beside their floors, memory and errors."""
+    """Returns one row as text: milliseconds forward, and forward with backward, floors, memory and errors."""
     label = _label(row)
     if "problem" in row:
         return f"{label:58}  {row['problem']}"
@@ -37,7 +37,7 @@ def _label(row: Row) -> str:
 
 
 def draw_bars(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draws milliseconds of forward and backward as bars, with the floor as a black mark on each."""
+    """Draws milliseconds of forward and backward as bars, with a black mark at the floor of each."""
     rows = [row for row in rows if "both_ms" in row]
     figure = Figure(figsize=(10, 1 + 0.22 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -56,7 +56,7 @@ def draw_bars(rows: Sequence[Row], path: Path, title: str) -> None:
 
 
 def draw_scaling(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draws time and memory of both passes against the length, one line per primitive; dashes are proportional to the length."""
+    """Draws time and memory of both passes against the length, one line per primitive; dashes show linear growth."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     for axes, field, label in zip(
         figure.subplots(1, 2),

@@ -10,7 +10,7 @@ from experiments.benchmark import calls, processes
 from experiments.benchmark.kernels import Options, selected
 from experiments.benchmark.timing import interleaved, peak_bytes
 
-# One or two cases of a primitive; those with a kernel of fixed length or a quadratic cost say nothing here.
+# One or two cases per primitive; those with a kernel of fixed length or a quadratic cost are left out.
 CASES = (
     "linear_recurrence/real",
     "selective_scan/Mamba",
@@ -29,9 +29,9 @@ CASES = (
 def run(
     options: Options, lengths: Sequence[int], report: Callable[[dict], None], say: processes.Say
 ) -> list[dict]:
-    """Times both passes at every length, one row of a batch; `report` gets each row as soon as it is known.
+    """Returns times of both passes at each length, for a batch of one; `report` receives each row as it is known.
 
-    Everything is compiled before the first measurement, so that compilers do not slow what is timed.
+    Everything is compiled before the first measurement, so that compilers do not slow down measurements.
 
     Raises:
       ValueError: unknown names in `options.only`.

@@ -1,4 +1,4 @@
-"""Timing compiled functions side by side, and the ceilings of the device that floors are computed from."""
+"""Timing of compiled functions side by side, and the ceilings of the device that floors are computed from."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MIN_SECONDS = 0.01  # of a measurement by default; shorter calls are repeated within it
+MIN_SECONDS = 0.01  # default length of a measurement; shorter calls are repeated within it
 
 
 class Timing(NamedTuple):
@@ -28,7 +28,7 @@ class Ceilings(NamedTuple):
 
 
 def peak_bytes(compiled: Any) -> int:
-    """Memory that a compiled function needs at once: arguments, results and temporaries."""
+    """Returns the memory that a compiled function needs at once: arguments, results and temporaries."""
     sizes = compiled.memory_analysis()
     return sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
 
@@ -36,13 +36,13 @@ def peak_bytes(compiled: Any) -> int:
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], rounds: int, seconds: float = MIN_SECONDS
 ) -> dict[str, Timing]:
-    """Times every call once per round, so that a change of the machine's speed affects all of them alike.
+    """Returns timings of all calls, each measured once per round, so that changes of speed affect all alike.
 
-    A call starts work and returns arrays; every measurement waits for them.
+    A call starts work and returns arrays; each measurement waits for them.
 
     Args:
-      seconds: of a measurement, which repeats shorter calls, 50 times at most. The time in which the host starts the
-        first of them is included.
+      seconds: length of a measurement, which repeats shorter calls, at most 50 times. It includes the time in which the
+        host starts the first of them.
     """
     repeats = {name: _repeats(call, seconds) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -55,7 +55,7 @@ def interleaved(
 
 
 def _repeats(call: Callable[[], Any], seconds: float) -> int:
-    _seconds(call, 2)  # the first call is never typical
+    _seconds(call, 2)  # the first call is not representative
     return max(1, min(50, int(np.ceil(seconds / max(_seconds(call, 1), 1e-6)))))
 
 
@@ -73,7 +73,7 @@ def _summary(seconds: Sequence[float]) -> Timing:
 
 
 def ceilings(dtype: str) -> Ceilings:
-    """Measures a copy, a matrix product of numbers of this type, and a polynomial in float32."""
+    """Returns the ceilings measured by a copy, a matrix product of this dtype, and a polynomial in float32."""
     large = jax.default_backend() != "cpu"
     elements, size, degree = (2**28, 8192, 512) if large else (2**24, 1024, 128)
     x = jax.random.normal(jax.random.key(0), (elements,), jnp.float32)
@@ -86,7 +86,7 @@ def ceilings(dtype: str) -> Ceilings:
             y = y * x + (1.0 + power)
         return y
 
-    # A sign flip rather than a copy, which the compiler could leave out.
+    # A sign flip rather than a copy, which the compiler may eliminate.
     copy, product, power = jax.jit(jnp.negative), jax.jit(jnp.matmul), jax.jit(polynomial)
     timings = interleaved(
         {

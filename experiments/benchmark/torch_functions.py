@@ -1,4 +1,4 @@
-"""Functions of PyTorch tensors, such as Triton kernels, timed on the arrays that JAX functions are timed on."""
+"""Functions of PyTorch tensors, such as Triton kernels, timed on the same arrays as JAX functions."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,19 +12,19 @@ from experiments.benchmark.calls import Arrays, Compiled, split
 
 @dataclasses.dataclass(frozen=True)
 class TorchFunction:
-    """A function of tensors by name that gives the output, made by `load` when it is needed."""
+    """A function from tensors by name to the output, created by `load` when it is needed."""
 
     load: Callable[[], Callable[..., Any]]
 
     def compiled(self, arrays: Arrays, cotangent: np.ndarray) -> Compiled:
-        """Both passes, run once, so that everything is compiled. Memory is PyTorch's allocations plus the arguments."""
+        """Returns both passes, compiled by one run each. Memory is PyTorch's allocations plus the arguments."""
         function = self.load()
         passes = _Passes(function, *jax.device_put((arrays, cotangent)))
         arguments = sum(array.nbytes for array in arrays.values())
         forward, both = _peak_bytes(passes.forward), _peak_bytes(passes.both)
         _give_back()
         return Compiled(
-            # Tensors are views of JAX's arrays, made for every call, so that none outlives its study.
+            # Tensors are views of JAX's arrays, created per call, so that none outlives its study.
             lambda arrays: _Passes(function, arrays).forward(),
             lambda arrays, cotangent: _Passes(function, arrays, cotangent).both(),
             arguments + forward,
@@ -32,7 +32,7 @@ class TorchFunction:
         )
 
     def results(self, arrays: Arrays, cotangent: np.ndarray) -> tuple[np.ndarray, Arrays]:
-        """The output and the gradients, as numpy arrays."""
+        """Returns the output and the gradients as NumPy arrays."""
         passes = _Passes(self.load(), *jax.device_put((arrays, cotangent)))
         output, gradients = passes.both().block_until_ready().values
         results = _array(output), {name: _array(gradient) for name, gradient in gradients.items()}
@@ -84,7 +84,7 @@ class _Passes:
 
 
 def _peak_bytes(run: Callable[[], _Launched]) -> int:
-    """What a call allocates at the most, after one that compiles."""
+    """Returns the peak allocation of a call, after one that compiles."""
     import torch
 
     run().block_until_ready()
@@ -97,7 +97,7 @@ def _peak_bytes(run: Callable[[], _Launched]) -> int:
 
 
 def _give_back() -> None:
-    """Gives memory that PyTorch keeps for later back to the GPU, which other processes share."""
+    """Releases PyTorch's cached memory to the GPU, which other processes share."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,7 +1,7 @@
 """The study `tune`: layouts of GPU kernels, each compiled, checked and timed, beside XLA and the byte floor.
 
-Results are compared with the float64 reference at full size, over memory that was filled with NaN. One layout that
-fails or is wrong is reported and left out; the others continue.
+Results are compared with the float64 reference at full size, in memory that was filled with NaN. A layout that fails or
+is wrong is reported and left out; the others continue.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ ALLOWED_ERROR = {"float32": 2e-5, "complex64": 2e-5, "bfloat16": 1e-2}
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Sizes of a quick run: rows, tokens, a divisor of channels, and rounds in which each layout is timed."""
+    """Sizes of a quick run: rows, tokens, a divisor of channels, and the number of timing rounds."""
 
     batch: int | None = None
     time: int | None = None
@@ -35,7 +35,7 @@ class Sizes:
 
 
 def selected(only: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """The problems of these primitives, or these problems of them; all if empty.
+    """Yields the problems of these primitives, or these problems of them; all if empty.
 
     Raises:
       ValueError: a name is neither.
@@ -56,9 +56,9 @@ def run(
     say: Callable[[str], None],
     keep: Callable[[list[dict[str, Any]]], None],
 ) -> None:
-    """Makes a row for every layout of every pass of the chosen problems.
+    """Makes a row per layout of each pass of the chosen problems.
 
-    `say` is called with lines as they are known, `keep` with all rows so far after each pass.
+    `say` is called with each line as it is known, `keep` with all rows so far after each pass.
 
     Raises:
       ValueError: see `selected`; or the kernels cannot run here.
@@ -83,7 +83,7 @@ def run(
 def _part(
     prepared: Any, part: str, best: dict[str, Any], floor: float, rounds: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Compiles, checks and times the trials of one pass; notes the fastest layout in `best`."""
+    """Compiles, checks and times the trials of one pass; stores the fastest layout in `best`."""
     rows, able = [], {}
     arguments, expected = prepared.arguments(part), prepared.expected(part)
     trials = prepared.trials(part, best)
@@ -134,7 +134,7 @@ def _poison(tree: Mapping[str, Any]) -> None:
 
 
 def errors(got: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, float]:
-    """||got - want|| / ||want|| of every array in `want`, in float64."""
+    """Returns ||got - want|| / ||want|| of each array in `want`, in float64."""
     with jax.enable_x64(True):
         return {name: float(_relative(got[name], want[name])) for name in want}
 

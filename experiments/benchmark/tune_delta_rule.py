@@ -46,19 +46,19 @@ class Problem:
     backward: tuple[Settings, ...] = (Settings(),)
 
     def refusal(self) -> str | None:
-        """Why the kernels cannot run here, or None."""
+        """Returns the reason why the kernels cannot run here, or None."""
         probe, beta = jnp.zeros((1, 1, 1, 64), jnp.bfloat16), jnp.zeros((1, 1, 1))
         return gpu.unsupported_reason(probe, probe, probe, beta, None, None)
 
     def prepare(self, sizes: Any) -> "Prepared":
-        """The arguments on the device, at the size to run, and the float64 results."""
+        """Returns the arguments on the device, at the size to run, and the float64 results."""
         batch, time, heads, size = self.shape
         shape = (sizes.batch or batch, sizes.time or time, max(1, heads // sizes.narrower), size)
         return Prepared(dataclasses.replace(self, shape=shape))
 
 
 def problems() -> Iterator[Problem]:
-    """The shapes of speed comparisons, packed rows, and one long row of few heads."""
+    """Yields the shapes of speed comparisons, packed rows, and one long row of few heads."""
     wide = (8, 4096, 16, 128)
     yield Problem("gated", wide, forward=_FORWARD, backward=_BACKWARD)
     yield Problem("no decay", wide, decay=False)
@@ -70,7 +70,7 @@ def problems() -> Iterator[Problem]:
 
 
 class Prepared:
-    """The arrays of a problem, and the functions to time: each takes `arguments(part)`, returns arrays by name."""
+    """The arrays of a problem, and the functions to time: each takes `arguments(part)` and returns arrays by name."""
 
     def __init__(self, problem: Problem):
         self.problem, self.dtype = problem, problem.dtype
@@ -103,7 +103,7 @@ class Prepared:
         self._expected = self._exact()
 
     def _exact(self) -> Arrays:
-        """Both passes of the chunked form in float64, row by row to spare memory."""
+        """Returns both passes of the chunked form in float64, row by row to save memory."""
         with jax.enable_x64(True):
             wide = jax.tree.map(lambda x: x.astype(jnp.float64), (self._arrays, self._cotangents))
 
@@ -119,7 +119,7 @@ class Prepared:
         return f"{' x '.join(map(str, self.problem.shape))} {self.dtype}"
 
     def bytes(self, part: str) -> int:
-        """The fewest through memory: q, k, v, o forward; these but o, and do, dq, dk, dv backward."""
+        """Returns the fewest bytes through memory: q, k, v, o forward; these but o, and do, dq, dk, dv backward."""
         size = self._arrays["q"].nbytes
         return {"forward": 4 * size, "backward": 7 * size, "both": 11 * size}[part]
 
@@ -134,7 +134,7 @@ class Prepared:
         return {name: v for name, v in self._expected.items() if name in wanted.get(part, self._expected)}
 
     def trials(self, part: str, best: dict[str, Settings]) -> dict[str, tuple[Settings | None, Any]]:
-        """What to compile for a pass: the settings (None for other implementations) and a function."""
+        """Returns the trials of a pass: the settings (None for other implementations) and a function."""
 
         def on(function: Any, **settings: Any) -> Any:
             return functools.partial(_call, functools.partial(function, **settings), self._segments)
@@ -187,7 +187,7 @@ def _both(call: Any) -> Any:
 
 
 def _gradients(call: Any) -> Any:
-    """The backward pass alone: it keeps nothing of the forward pass, which is then not compiled."""
+    """Returns the backward pass alone: it uses no output of the forward pass, which is therefore not compiled."""
 
     def run(arrays: Arrays, cotangents: Arrays) -> Arrays:
         results = _both(call)(arrays, cotangents)
@@ -197,6 +197,6 @@ def _gradients(call: Any) -> Any:
 
 
 def _name(settings: Settings) -> str:
-    """What differs from the defaults."""
+    """Returns the settings that differ from the defaults, as text."""
     changed = {field: x for field, x in dataclasses.asdict(settings).items() if x != getattr(Settings, field)}
     return ", ".join(f"{field} {value}" for field, value in changed.items()) or "default"

@@ -19,7 +19,7 @@ def _stages(*counts: int) -> tuple[Settings, ...]:
     return tuple(Settings(stages=count) for count in counts)
 
 
-# Heads that share queries and keys, in pairs and, as those that do not, alone.
+# Layouts of heads that share queries and keys: in pairs, and alone like heads that do not.
 _GROUPED = (Settings(), Settings(stages=1), Settings(pairs=False), Settings(pairs=False, stages=3))
 
 
@@ -28,7 +28,7 @@ class Problem:
     """A call of one size, with the layouts to try forward and backward, beside XLA.
 
     Attributes:
-      shape: batch, time, heads, heads of queries and keys, widths of keys and values.
+      shape: sizes of batch, time, heads, heads of queries and keys, key features and value features.
     """
 
     name: str
@@ -39,12 +39,12 @@ class Problem:
     backward: tuple[Settings, ...] = _stages(2)
 
     def refusal(self) -> str | None:
-        """Why the kernels cannot run here, or None."""
+        """Returns the reason why the kernels cannot run here, or None."""
         probe = jnp.zeros((1, 8, 1, 64), jnp.bfloat16)
         return gpu.unsupported_reason(probe, probe, probe, None, None, False, None)
 
     def prepare(self, sizes: Any) -> "Prepared":
-        """The arguments on the device, at the size to run, and the results of XLA in float32."""
+        """Returns the arguments on the device, at the size to run, and the results of XLA in float32."""
         batch, time, heads, shared, keys, values = self.shape
         heads = max(1, heads // sizes.narrower)
         shape = (sizes.batch or batch, sizes.time or time, heads, min(heads, shared), keys, values)
@@ -52,7 +52,7 @@ class Problem:
 
 
 def problems() -> Iterator[Problem]:
-    """The shapes of the tables: 16 heads of 128, Mamba-2's, small heads, packed rows, and one row of few heads."""
+    """Yields the shapes of the tables: 16 heads of 128, Mamba-2's, small heads, packed rows, and one row of few heads."""
     wide = (8, 4096, 16, 16, 128, 128)
     yield Problem("scalar decay", wide, forward=_stages(2, 3, 1), backward=_stages(2, 1))
     yield Problem("no decay", wide, decay=False)
@@ -67,7 +67,7 @@ def problems() -> Iterator[Problem]:
 
 
 class Prepared:
-    """The arrays of a problem, and the functions to time: each takes `arguments(part)`, returns arrays by name."""
+    """The arrays of a problem, and the functions to time: each takes `arguments(part)` and returns arrays by name."""
 
     dtype = "bfloat16"
 
@@ -106,7 +106,7 @@ class Prepared:
         return f"{batch} x {time}, {heads} heads of {keys} x {values}, queries and keys of {shared}"
 
     def bytes(self, part: str) -> int:
-        """The fewest through memory: inputs and outputs, all of them and their gradients backward."""
+        """Returns the fewest bytes through memory: inputs and outputs, all of them and their gradients backward."""
         moved = sum(
             self._arrays[name].nbytes for name in ("q", "k", "v", "log_decay") if name in self._arrays
         )
@@ -127,7 +127,7 @@ class Prepared:
         return {name: self._expected[name] for name in names.get(part, tuple(self._expected))}
 
     def trials(self, part: str, best: dict[str, Settings]) -> dict[str, tuple[Settings | None, Any]]:
-        """What to compile for a pass: the settings (None for other implementations) and a function."""
+        """Returns the trials of a pass: the settings (None for other implementations) and a function."""
         if part == "forward":
             tried = {_name(s): (s, self._forward(_gpu(forward=s))) for s in self.problem.forward}
             return tried | {"xla": (None, self._forward(xla.gated_linear_attention))}
@@ -191,7 +191,7 @@ def _gpu(**settings: Settings) -> Any:
 
 
 def _name(settings: Settings) -> str:
-    """Its stages, and what else is not as usual."""
+    """Returns the stages, and the settings that differ from the defaults, as text."""
     usual = dataclasses.asdict(Settings())
     given = dataclasses.asdict(settings)
     return ", ".join(f"{name} {x}" for name, x in given.items() if name == "stages" or x != usual[name])

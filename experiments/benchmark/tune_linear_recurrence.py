@@ -63,19 +63,19 @@ class Problem:
     backward: tuple[Settings, ...] = tuple(_FEW)
 
     def refusal(self) -> str | None:
-        """Why the kernels cannot run here, or None."""
+        """Returns the reason why the kernels cannot run here, or None."""
         probe = jnp.zeros((1, 1, 8), jnp.float32)
         return gpu.unsupported_reason(probe, probe, None)
 
     def prepare(self, sizes: Any) -> "Prepared":
-        """The arguments on the device, at the size to run, and the float64 results."""
+        """Returns the arguments on the device, at the size to run, and the float64 results."""
         batch, time, channels = self.shape
         shape = (sizes.batch or batch, sizes.time or time, max(8, channels // sizes.narrower))
         return Prepared(dataclasses.replace(self, shape=shape))
 
 
 def problems() -> Iterator[Problem]:
-    """Shapes of S5, LRU and RG-LRU: many rows of many channels, few of either, packed rows."""
+    """Yields shapes of S5, LRU and RG-LRU: many rows of many channels, few of either, packed rows."""
     wide = (8, 4096, 2048)
     yield Problem("real", wide, scan=True, forward=tuple(_FORWARD), backward=tuple(_BACKWARD))
     yield Problem("bfloat16", wide, dtype="bfloat16", forward=tuple(_SMALL), backward=tuple(_SMALL))
@@ -106,7 +106,7 @@ def _try(*counts: int) -> tuple[Settings, ...]:
 
 
 class Prepared:
-    """The arrays of a problem, and the functions to time: each takes `arguments(part)`, returns arrays by name."""
+    """The arrays of a problem, and the functions to time: each takes `arguments(part)` and returns arrays by name."""
 
     def __init__(self, problem: Problem):
         self.problem, self.dtype = problem, problem.dtype
@@ -142,7 +142,7 @@ class Prepared:
         return f"{' x '.join(map(str, self.problem.shape))} {self.dtype}"
 
     def bytes(self, part: str) -> int:
-        """The fewest through memory: a, x and h forward; a, h and gradients of h, a and x backward."""
+        """Returns the fewest bytes through memory: a, x and h forward; a, h and gradients of h, a and x backward."""
         decays, inputs = self._arrays["a"].nbytes, self._arrays["x"].nbytes
         passes = {"forward": decays + 2 * inputs, "backward": 2 * decays + 3 * inputs}
         return sum(passes.values()) if part == "both" else passes[part]
@@ -159,7 +159,7 @@ class Prepared:
         }
 
     def trials(self, part: str, best: dict[str, Settings]) -> dict[str, tuple[Settings | None, Any]]:
-        """What to compile for a pass: the settings (None for other implementations) and a function."""
+        """Returns the trials of a pass: the settings (None for other implementations) and a function."""
         if part == "forward":
             tried = {_name(s): (s, self._forward(_gpu(forward=s))) for s in self.problem.forward}
             others = {name: (None, self._forward(f)) for name, f in self._others().items()}
@@ -205,7 +205,7 @@ def _gpu(**settings: Settings) -> Any:
 
 
 def _by_scan(scan: Any, a: Any, x: Any, state: Any, segments: Any, reverse: bool) -> Any:
-    """The recurrence by `jax.lax.associative_scan`, the state entering by the first input."""
+    """Returns the recurrence by `jax.lax.associative_scan`, with the state added to the first input."""
     del segments, reverse
     x = x.at[:, 0].add((a[:, 0] * state).astype(x.dtype))
     h = scan(jnp.broadcast_to(a, x.shape), x)

@@ -99,11 +99,12 @@ class MeshConfig:
     """The section `mesh`: the number of devices per mesh axis; -1, in at most one axis, takes the remaining ones.
 
     Attributes:
-      data: axis that batches are sharded over, with replicated parameters. None is -1 if no other axis is -1, or else 1.
-      fsdp: axis that batches, parameters and the optimizer's state are sharded over.
-      tensor: axis that heads and hidden channels are sharded over.
-      sequence: axis that time is sharded over.
-      expert: axis that the experts of mixtures are sharded over.
+      data: size of the axis that batches are sharded over, with replicated parameters. None is -1 if no other axis is -1,
+        or else 1.
+      fsdp: size of the axis that batches, parameters and the optimizer's state are sharded over.
+      tensor: size of the axis that heads and hidden channels are sharded over.
+      sequence: size of the axis that time is sharded over.
+      expert: size of the axis that the experts of mixtures are sharded over.
     """
 
     data: int | None = None

@@ -70,17 +70,17 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Returns the steps that have a checkpoint, in increasing order."""
+        """The steps that have a checkpoint, in increasing order."""
         return [checkpoint.step for checkpoint in self._orbax.checkpoints]
 
     @property
     def latest(self) -> int | None:
-        """Returns the newest step, or None."""
+        """The newest step, or None."""
         return self.steps[-1] if self.steps else None
 
     @property
     def best(self) -> int | None:
-        """Returns the step of the highest score, the earliest of equals; None if none has a score."""
+        """The step of the highest score, the earliest of equals; None if none has a score."""
         return _best(self._orbax.checkpoints)
 
     def save(

@@ -28,11 +28,11 @@ from experiments.sweep.replicas import Replicas
 from experiments.sweep.report import draw, made_by, summarize, table
 from experiments.sweep.studies import STUDIES, Job, Study
 
-AHEAD = 2  # jobs made and compiled while another trains
+AHEAD = 2  # number of jobs prepared and compiled while another trains
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is missing and reports; returns the exit code."""
+    """Runs the missing jobs and reports; returns the exit code."""
     parser = Parser("experiments.sweep", __doc__)
     parser.add_argument("--study", required=True, choices=tuple(STUDIES))
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
@@ -89,7 +89,7 @@ def _chosen(study: Study, rows: Sequence[str] | None) -> tuple[Job, ...]:
 
 
 def _run(jobs: Sequence[Job], file: Path, deadline: float | None) -> tuple[int, int]:
-    """Runs the jobs that have no lines in the file; returns how many are left at the deadline, and how many failed."""
+    """Runs the jobs without lines in the file; returns how many are left at the deadline, and how many failed."""
     missing = [job for job in jobs if len(_done(job, file)) < len(job.rates) * len(job.seeds)]
     print(f"{len(jobs) - len(missing)} of {len(jobs)} jobs are done", flush=True)
     pool = concurrent.futures.ThreadPoolExecutor(AHEAD)
@@ -108,7 +108,7 @@ def _run(jobs: Sequence[Job], file: Path, deadline: float | None) -> tuple[int, 
             except (
                 ValueError,
                 jax.errors.JaxRuntimeError,
-            ) as error:  # such as too little memory; others may fit
+            ) as error:  # such as too little memory; other jobs may fit
                 failed += 1
                 print(f"[{number + 1}/{len(missing)}] {job.row} failed: {error}", file=sys.stderr, flush=True)
                 continue
@@ -125,7 +125,7 @@ def _prepare(job: Job) -> Replicas:
 
 
 def _train(job: Job, replicas: Replicas, deadline: float | None) -> list[dict[str, Any]]:
-    """Trains and evaluates the runs of a job; a record of each."""
+    """Trains and evaluates the runs of a job; returns a record per run."""
     found = replicas.train(deadline=deadline)
     start = time.perf_counter()
     validation = replicas.evaluate("validation")
@@ -158,7 +158,7 @@ def _train(job: Job, replicas: Replicas, deadline: float | None) -> list[dict[st
 
 
 def _done(job: Job, file: Path) -> list[Mapping[str, Any]]:
-    """The lines of the file that are runs of this job."""
+    """Returns the lines of the file that are runs of this job."""
     if not file.exists():
         return []
     config = job.plain_config()

@@ -1,7 +1,7 @@
-"""Training several copies of one model at once, which differ in learning rate and in the seed of their parameters.
+"""Simultaneous training of copies of one model that differ in learning rate and parameter seed.
 
-Small models leave a GPU idle: launching and compiling cost more than computing. All copies are one program (`vmap`)
-that takes many steps a call (`scan`), on the same batches in the same order.
+Small models leave a GPU idle: launching and compiling cost more than computing. All copies are one program (`vmap`) that
+takes many steps per call (`scan`), on the same batches in the same order.
 """
 
 import concurrent.futures
@@ -29,34 +29,34 @@ from experiments.training.step import StepFunctions, means, metric_names_of
 from seqmodels import build_model
 
 STEPS_AT_ONCE = 50
-EVAL_TOKENS = 2**15  # tokens of an evaluation batch, but at least one row
+EVAL_TOKENS = 2**15  # number of tokens per evaluation batch, with at least one row
 
 
 @functools.lru_cache(maxsize=4)
 def _task(options: str) -> Any:
-    """A task by its options as JSON; jobs of a study share the data that it keeps."""
+    """Returns a task by its options as JSON; jobs of a study share its cached data."""
     values = _tuples(json.loads(options))
     return make_task(values.pop("name"), **values)
 
 
 class Replicas:
-    """Copies of the model of a config, one for each pair of a learning rate and a seed.
+    """Copies of the model of a config, one per pair of a learning rate and a seed.
 
     Attributes:
-      runs: the pairs, in the order of the copies.
-      num_parameters: of one copy.
-      compile_seconds: spent on making the program of a training step.
+      runs: pairs of learning rate and seed, in the order of the copies.
+      num_parameters: number of parameters per copy.
+      compile_seconds: seconds spent compiling the training step.
     """
 
     def __init__(self, config: Mapping[str, Any], rates: Sequence[float], seeds: Sequence[int]):
-        """Makes data and parameters, and compiles the training step.
+        """Creates data and parameters, and compiles the training step.
 
         Args:
-          config: plain, see `config_loading.to_plain`. Its seed orders the batches; its learning rate
-            is what those of `optimizer.groups` are relative to.
+          config: plain config, see `loading.to_plain`. Its seed orders the batches; the rates of `optimizer.groups` are
+            relative to its learning rate.
 
         Raises:
-          ValueError: the config makes no sense.
+          ValueError: the config is invalid.
         """
         self._train = config_loading.section(config, "train", TrainConfig)
         optimizer = config_loading.section(config, "optimizer", OptimizerConfig)
@@ -97,11 +97,11 @@ class Replicas:
         return compiled
 
     def _keys(self) -> jax.Array:
-        """The key of every copy."""
+        """Returns the key of each copy."""
         return jnp.stack([jax.random.key(seed) for _, seed in self.runs])
 
     def _start(self, keys: jax.Array) -> TrainState:
-        """The states of all copies before the first step, stacked."""
+        """Returns the initial states of all copies, stacked."""
         return jax.vmap(self._functions.layout.make)(keys)
 
     def _batches(self) -> Iterator[dict[str, np.ndarray]]:
@@ -116,7 +116,7 @@ class Replicas:
     def _steps(
         self, state: TrainState, rate: jax.Array, batches: Mapping[str, jax.Array]
     ) -> tuple[TrainState, jax.Array]:
-        """Steps of one copy; returns the state and the losses."""
+        """Runs steps of one copy; returns the state and the losses."""
         names = self._functions.train_metric_names
 
         def step(state, batch):
@@ -127,13 +127,13 @@ class Replicas:
         return jax.lax.scan(step, state, batches)
 
     def train(self, *, deadline: float | None = None) -> dict[str, Any]:
-        """Trains all copies from the start.
+        """Trains all copies from the start and returns their losses.
 
         Args:
-          deadline: of `time.monotonic`.
+          deadline: time of `time.monotonic` at which training stops.
 
         Returns:
-          "losses" (chunks, copies), means over the steps of each chunk, and "seconds".
+          "losses" (chunks, copies), means over the steps per chunk, and "seconds".
 
         Raises:
           Interrupted: if the deadline passes; nothing is kept.
@@ -155,14 +155,14 @@ class Replicas:
                 state, values = self._chunk(state, rates, given)
                 losses.append(values.mean(axis=1))
                 if number:
-                    losses[number - 1].block_until_ready()  # no more than one chunk ahead
+                    losses[number - 1].block_until_ready()  # at most one chunk ahead
                 if deadline is not None and time.monotonic() > deadline:
                     raise Interrupted("the time limit")
         self._trained = state
         return dict(losses=np.stack(jax.device_get(losses)), seconds=time.perf_counter() - start)
 
     def evaluate(self, split: str) -> list[dict[str, float]]:
-        """Metrics of every copy on a split, after training."""
+        """Returns the metrics of each copy on a split, after training."""
         source = self._task.splits[split]
         rows = max(1, min(len(source), EVAL_TOKENS // int(source.lengths.max())))
         names = self._functions.metric_names
@@ -180,7 +180,7 @@ class Replicas:
 
 
 def _tuples(value: Any) -> Any:
-    """Lists, as JSON has them, as tuples."""
+    """Returns a JSON value with tuples in place of lists."""
     if isinstance(value, dict):
         return {name: _tuples(item) for name, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

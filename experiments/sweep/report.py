@@ -14,9 +14,9 @@ Cells = dict[str, dict[str, tuple[float, float, float]]]
 
 
 def summarize(study: Study, records: Iterable[Mapping[str, Any]]) -> Cells:
-    """By row and column: mean over seeds, its spread (highest minus lowest) and the learning rate that was chosen.
+    """Returns, by row and column, the mean over seeds, the spread (highest minus lowest) and the chosen learning rate.
 
-    The rate is the one with the best validation, on average over seeds.
+    The rate is the one with the best mean validation over seeds.
     """
     groups: dict[tuple[str, str], dict[float, list[Mapping[str, Any]]]] = {}
     for record in records:
@@ -34,7 +34,7 @@ def summarize(study: Study, records: Iterable[Mapping[str, Any]]) -> Cells:
 
 
 def table(study: Study, cells: Cells) -> str:
-    """A Markdown table in percent; after values of several seeds comes the distance between the best and the worst."""
+    """Returns a Markdown table in percent; with several seeds, values are followed by their spread."""
     columns = list(dict.fromkeys(column for job in study.jobs for column in job.columns))
     lines = [["", *columns, *(["average"] if study.average else []), "learning rates"]]
     for row, found in cells.items():
@@ -56,7 +56,7 @@ def table(study: Study, cells: Cells) -> str:
 
 
 def made_by(name: str, records: Iterable[Mapping[str, Any]], missing: int) -> str:
-    """The command, devices and versions of a table, and the number of jobs that it lacks."""
+    """Returns the command, devices and versions of a table, and the number of missing jobs."""
     records = list(records)
 
     def several(values: Iterable[str]) -> str:

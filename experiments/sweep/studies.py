@@ -1,6 +1,6 @@
 """The studies: configs of synthetic tasks with changed fields, learning rates and seeds.
 
-Sizes are such that one GPU runs a study in minutes; each study says where they differ from the papers'.
+With these sizes one GPU runs a study in minutes; each study states the differences from the papers.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ CONFIGS = Path(__file__).absolute().parents[2] / "configs" / "synthetic"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Runs that differ in learning rate and seed alone.
+    """Runs that differ only in learning rate and seed.
 
     Attributes:
-      row: its name in the table, usually the mixer.
+      row: name of the row in the table, usually the mixer.
       config: name of a file in configs/synthetic and, after a colon, its arguments.
-      changes: values of fields of the config, by path.
+      changes: changed values of config fields, by path.
       rates, seeds: learning rates and seeds of the runs.
-      columns: for each column of the table, the split whose accuracy it shows.
+      columns: split whose accuracy each column of the table shows.
     """
 
     row: str
@@ -34,7 +34,7 @@ class Job:
     columns: Mapping[str, str]
 
     def plain_config(self) -> dict[str, Any]:
-        """The config with its changes."""
+        """Returns the config with its changes."""
         name, _, arguments = self.config.partition(":")
         config = to_plain(runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](arguments))
         config["train"] |= {"epochs": None, "steps": 1}
@@ -53,11 +53,11 @@ class Study:
 
     Attributes:
       title: title of the table and the plot.
-      jobs: the jobs to run.
-      metric: the metric in the cells.
-      chance: the metric of guessing.
-      average: whether to add a column with the mean of the others.
-      axis: the name of the columns, if they are numbers to draw curves against.
+      jobs: jobs to run.
+      metric: metric in the cells.
+      chance: metric of guessing.
+      average: whether a column with the mean of the others is added.
+      axis: name of the columns, if they are numbers to draw curves against.
     """
 
     title: str

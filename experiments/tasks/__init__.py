@@ -1,4 +1,4 @@
-"""Tasks by name; `Task` says what a task is.
+"""Tasks by name; `Task` defines what a task is.
 
 To add a task, write a class that inherits from `Task` and name it in `TASKS`. The keyword arguments of its constructor are
 the options of the section `task`.
@@ -41,10 +41,10 @@ TASKS: dict[str, type[Task]] = {
 
 
 def make_task(name: str, **options: Any) -> Task:
-    """The task called `name`, made with `options`.
+    """Returns the task called `name`, created with `options`.
 
     Raises:
-      ValueError: if there is no such task, or it does not know an option.
+      ValueError: if there is no such task, or it has no such option.
     """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}{_suggest(name, TASKS)}")

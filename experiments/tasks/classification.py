@@ -11,7 +11,7 @@ from layers.typing import Array, Float
 def cross_entropy(
     logits: Float[Array, "b c"], batch: Mapping[str, Array]
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Mean softmax cross-entropy in nats, and sums from which metrics over many batches follow.
+    """Returns the mean softmax cross-entropy in nats, and sums for metrics over many batches.
 
     loss = sum_i w_i (logsumexp(logits_i) - logits_i[label_i]) / sum_i w_i, in float32, with `batch["labels"]` (b,) and
     `batch["weight"]` (b,). A row of weight 0 is ignored, even if its logits are not finite. Without any weight
@@ -19,10 +19,10 @@ def cross_entropy(
 
     Returns:
       The loss, and the float32 sums {"loss": sum w_i loss_i, "accuracy": sum w_i [argmax logits_i = label_i],
-      "count": sum w_i}. Add them up over batches and hosts, then divide by "count".
+      "count": sum w_i}. They are summed over batches and hosts, then divided by "count".
 
     Raises:
-      ValueError: if the shapes do not belong together.
+      ValueError: if the shapes are inconsistent.
     """
     labels, weight = batch["labels"], batch["weight"]
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or weight.shape != logits.shape[:1]:

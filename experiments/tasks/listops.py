@@ -17,10 +17,10 @@ class ListOps(Task):
     Published accuracy on the full task: Transformer 36.4% (what the root operator alone gives), S4 59.6%, S5 62.2%.
 
     Attributes:
-      vocab_size: 16, padding (id 0) included.
-      num_classes: 10.
-      splits: "train", "validation" and "test".
-      manifest: of the data set (see `data.cache`).
+      vocab_size: number of tokens, 16, padding (id 0) included.
+      num_classes: number of labels, 10.
+      splits: splits "train", "validation" and "test".
+      manifest: manifest of the data set (see `data.cache`).
     """
 
     vocab_size = len(listops.VOCABULARY)
@@ -42,18 +42,19 @@ class ListOps(Task):
         data_dir: str | os.PathLike | None = None,
         workers: int | None = None,
     ):
-        """Loads the data, after generating it on first use.
+        """Loads the data, which are generated on first use.
 
         Args:
-          preset: "full" (the default, Long Range Arena's) or "short" (the same grammar, short, for a CPU).
-          seed: of the generator, 0 by default.
-          train: sequences in that split, in place of the preset's; likewise `validation` and `test`.
-          official_dir: folder with Long Range Arena's TSV files, to use those instead of generating.
+          preset: configuration of the generator: "full" (the default, Long Range Arena's) or "short" (the same grammar
+            with short sequences, for a CPU).
+          seed: seed of the generator, 0 by default.
+          train: number of sequences in that split, in place of the preset's; likewise `validation` and `test`.
+          official_dir: folder with Long Range Arena's TSV files, which are used instead of generated data.
           data_dir: folder of the cache; by default $SEQMODELS_DATA, else ~/.cache/seqmodels.
-          workers: processes that generate; by default one for each core.
+          workers: number of processes that generate; by default one per core.
 
         Raises:
-          ValueError: if `official_dir` is given together with an argument about generating, or a value is impossible.
+          ValueError: if `official_dir` is combined with an argument of the generator, or a value is invalid.
           CorruptCacheError: if the cached data set is damaged.
         """
         overrides = dict(seed=seed, train=train, validation=validation, test=test)
@@ -79,9 +80,9 @@ class ListOps(Task):
     def loss(
         self, outputs: Float[Array, "b c"], batch: Mapping[str, Array]
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Mean loss and the sums {"loss", "accuracy", "count"} (see `classification.cross_entropy`)."""
+        """Returns the mean loss and the sums {"loss", "accuracy", "count"} (see `classification.cross_entropy`)."""
         return cross_entropy(outputs, batch)
 
     def baselines(self, split: str = "test") -> dict[str, float]:
-        """Accuracies of the predictors {"majority", "root_operator"}, fitted on "train" (see `listops_datasets`)."""
+        """Returns the accuracies of "majority" and "root_operator", fitted on "train" (see `listops_datasets`)."""
         return listops_datasets.split_baselines(self.splits, split)

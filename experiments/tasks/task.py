@@ -1,4 +1,4 @@
-"""What a task is."""
+"""The protocol of tasks."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
@@ -11,22 +11,23 @@ Sums = dict[str, Float[Array, ""]]
 
 
 class Task(Protocol):
-    """Data, loss and metrics; a task does not know the model. Its class inherits from this one.
+    """Data, loss and metrics, independent of the model. Classes of tasks inherit from this one.
 
     Attributes:
-      splits: "train", "validation", "test" and further splits by name.
-      manifest: what the data are made from, as JSON; a run is resumed with equal data alone.
-      vocab_size: inputs are token ids below this.
-      input_size: inputs are vectors of this size. A task has one of the two; the model takes its sizes from the task.
-      num_classes: labels of whole sequences, where the task has them.
-      makes_no_data: whether an object of the class can be made only to know its sizes, in no time.
-      padding: where padding may stand in a row: "end", behind all tokens, or "anywhere".
-      packed: whether a row may hold more than one sequence.
-      selection_metric: the validation metric that chooses the best checkpoint, and "max" or "min". Where a task does not
-        set it, the accuracy chooses if there is one, or else the loss.
+      splits: splits by name: "train", "validation", "test" and others.
+      manifest: parameters that determine the data, as JSON; a run resumes only with equal data.
+      vocab_size: number of tokens, if inputs are token ids.
+      input_size: number of features, if inputs are vectors. A task has one of the two; the model takes its sizes from the
+        task.
+      num_classes: number of labels of whole sequences, if the task has them.
+      makes_no_data: whether creating an object of the class is cheap, so that it can be created only for its sizes.
+      padding: places where padding may occur in a row: "end", after all tokens, or "anywhere".
+      packed: whether a row may hold more than one segment.
+      selection_metric: validation metric that chooses the best checkpoint, and "max" or "min". If a task does not set it,
+        it is the accuracy if there is one, or else the loss.
 
-    `padding` and `packed` are what is known of `segment_ids` before there are any; the model relies on them. A batch whose
-    rows are all whole has no `segment_ids`.
+    `padding` and `packed` are static facts about `segment_ids`; the model relies on them. A batch without padding has no
+    `segment_ids`.
     """
 
     splits: Mapping[str, Source]
@@ -40,12 +41,12 @@ class Task(Protocol):
     selection_metric: ClassVar[tuple[str, str]]
 
     def loss(self, outputs: Array, batch: Mapping[str, Array]) -> tuple[Float[Array, ""], Sums]:
-        """The mean loss of a batch, and sums over examples that include "loss" and "count".
+        """Returns the mean loss of a batch, and sums over examples that include "loss" and "count".
 
-        A sum NAME is averaged over the sum NAME_count where there is one, or else over "count".
+        A sum NAME is divided by the sum NAME_count if there is one, or else by "count".
         """
         ...
 
     def baselines(self, split: str) -> dict[str, float]:
-        """Metrics of trivial predictors on a split; empty where the task knows none."""
+        """Returns the metrics of trivial predictors on a split; empty if the task has none."""
         return {}

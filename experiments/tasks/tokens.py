@@ -11,25 +11,25 @@ IGNORE = -1
 
 
 def is_counted(batch: Mapping[str, Array]) -> Bool[Array, "b t"]:
-    """True at the labels to predict, in rows whose weight is not 0."""
+    """Returns True at the labels to predict, in rows whose weight is not 0."""
     return (batch["labels"] != IGNORE) & (batch["weight"] > 0)[:, None]
 
 
 def cross_entropy(
     logits: Float[Array, "b t v"], batch: Mapping[str, Array]
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Mean softmax cross-entropy in nats over the labels, and sums from which metrics over many batches follow.
+    """Returns the mean softmax cross-entropy in nats over the labels, and sums for metrics over many batches.
 
     loss = sum_p (logsumexp(logits_p) - logits_p[label_p]) / count, over the positions p of `batch["labels"]` (b, t)
-    that are not IGNORE (-1) in rows with `batch["weight"]` (b,) not 0. The logits elsewhere do not matter, even if they
-    are not finite. Without any label the loss is 0.
+    that are not IGNORE (-1) in rows with `batch["weight"]` (b,) not 0. Logits elsewhere are ignored, even if they are not
+    finite. Without any label the loss is 0.
 
     Returns:
       The loss, and the float32 sums {"loss", "accuracy": labels that have the largest logit, "count": labels,
       "sequence_accuracy": rows in which all labels have it, "sequence_accuracy_count": rows with a label}.
 
     Raises:
-      ValueError: if the shapes do not belong together.
+      ValueError: if the shapes are inconsistent.
     """
     labels, weight = batch["labels"], batch["weight"]
     if logits.ndim != 3 or labels.shape != logits.shape[:2] or weight.shape != logits.shape[:1]:

@@ -44,7 +44,7 @@ class Experiment:
 
     @property
     def groups_table(self) -> str:
-        """Returns the optimizer's groups as a readable table."""
+        """The optimizer's groups as a readable table."""
         return self.optimizer.table()
 
     @property
@@ -61,7 +61,7 @@ class Experiment:
 
     @property
     def selection(self) -> tuple[str, str]:
-        """Returns the validation metric that chooses the best checkpoint, and "max" or "min"."""
+        """The validation metric that chooses the best checkpoint, and "max" or "min"."""
         default = ("accuracy", "max") if "accuracy" in self.metric_names else ("loss", "min")
         return getattr(self.task, "selection_metric", default)
 

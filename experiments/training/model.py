@@ -27,14 +27,14 @@ STORED = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
-    """What a model says of one of its variables, or of several that make one vector.
+    """The declaration of a variable of a model, or of several that form one vector.
 
     Attributes:
       shape, dtype: shape and dtype of the array; layers of a stacked one are the leading axis.
       group: group of the optimizer.
       axes: logical axes (see `layers.parameters`).
       names: names by layer.
-      members: of a vector, the declarations of its parts by path.
+      members: declarations of the parts of a vector by path.
     """
 
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class Declaration:
 
     @classmethod
     def of_vector(cls, members: Mapping[str, "Declaration"]) -> "Declaration":
-        """The declaration of a vector of some arrays of one group and type, one behind the other."""
+        """Returns the declaration of a vector of concatenated arrays of one group and dtype."""
         first = next(iter(members.values()))
         size = sum(member.size for member in members.values())
         return cls((size,), first.dtype, first.group, (None,), Names((), False), members)
@@ -65,7 +65,7 @@ class Declaration:
         return rank == 2 and self.group == "default" and "vocab" not in self.axes
 
     def split(self, array: Array) -> dict[str, Array]:
-        """The array by the names of its layers."""
+        """Returns the array by the names of its layers."""
         if not self.members:
             return split_layers(self.names, array)
         parts, start = {}, 0
@@ -75,7 +75,7 @@ class Declaration:
         return parts
 
     def join(self, arrays: Mapping[str, Array]) -> Array:
-        """The inverse of `split`."""
+        """Returns the array whose parts are given; the inverse of `split`."""
         if not self.members:
             return join_layers(self.names, arrays)
         return jnp.concatenate([jnp.ravel(member.join(arrays)) for member in self.members.values()])

@@ -1,8 +1,8 @@
-"""Small parameters of a model as few long vectors.
+"""Packing of a model's small parameters into a few long vectors.
 
-A small model has hundreds of arrays of a few thousand numbers each, and a training step reads and writes all of them
-several times (moments, decay, average). As one vector per group of the optimizer that is a handful of operations in place
-of hundreds, each of which would be bound by the launch of its kernel.
+A small model has hundreds of arrays of a few thousand elements each, and a training step reads and writes all of them
+several times (moments, decay, average). One vector per group of the optimizer takes a few operations in place of
+hundreds, each of which is bound by the launch of its kernel.
 """
 
 from collections.abc import Mapping
@@ -14,23 +14,23 @@ from experiments.training.model import Arrays, Declaration
 from experiments.training.optimizers import Optimizer
 from layers.typing import Array
 
-# Numbers from which an array stays by itself.
+# Number of elements from which an array is not packed.
 LARGEST = 2**16
 PREFIX = "packed"
 
 
 class Packing:
-    """Which parameters are held in vectors.
+    """The parameters that are packed into vectors.
 
-    Packed are arrays of fewer than `LARGEST` numbers that every device holds whole and that the update rule treats number
-    by number: all such arrays of one group and type make one vector.
+    It packs replicated arrays of fewer than `LARGEST` elements that the update rule treats elementwise: all such arrays
+    of one group and dtype form one vector.
 
     Attributes:
-      declarations: of what is held, by name: vectors and the arrays that are not packed.
+      declarations: declarations by name of the vectors and of the arrays that are not packed.
     """
 
     def __init__(self, parameters: Mapping[str, Declaration], optimizer: Optimizer, devices: Devices):
-        """Chooses the arrays; see the class."""
+        """Chooses the arrays to pack."""
         shardings = devices.shardings(parameters)
         self._members: dict[str, dict[str, Declaration]] = {}
         self.declarations: dict[str, Declaration] = {}
@@ -44,14 +44,14 @@ class Packing:
         self.declarations |= {name: Declaration.of_vector(members) for name, members in self._members.items()}
 
     def join(self, arrays: Arrays) -> Arrays:
-        """The vectors and the arrays that are not packed, from all arrays by the paths of the model."""
+        """Returns the vectors and the arrays that are not packed, from all arrays by the paths of the model."""
         held = {name: array for name, array in arrays.items() if name in self.declarations}
         for vector, members in self._members.items():
             held[vector] = jnp.concatenate([jnp.ravel(arrays[name]) for name in members])
         return held
 
     def cut(self, held: Mapping[str, Array]) -> Arrays:
-        """The inverse of `join`."""
+        """Returns all arrays by the paths of the model; the inverse of `join`."""
         arrays = {name: array for name, array in held.items() if name not in self._members}
         for vector, members in self._members.items():
             start = 0

@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: number of steps taken, int32.
-      parameters: by name, small ones packed into vectors (see `packing`).
+      parameters: parameters by name, small ones packed into vectors (see `packing`).
       statistics: running statistics of norms and other variables that gradients do not change, by name.
       optimizer: state of the optax chain.
       average: exponential moving average of the parameters, or None.
@@ -44,7 +44,7 @@ class TrainState(NamedTuple):
 
     @property
     def evaluated(self) -> Arrays:
-        """Returns the parameters that evaluation uses: the average if there is one."""
+        """The parameters that evaluation uses: the average if there is one."""
         return self.parameters if self.average is None else self.average
 
 
@@ -52,8 +52,8 @@ class StateLayout:
     """Creation, sharding and storage of the state of a model and its optimizer.
 
     Attributes:
-      packing: which parameters the state holds as vectors.
-      transformation: the optimizer's, of what the state holds.
+      packing: packing of small parameters into vectors.
+      transformation: transformation of the optimizer for the arrays of the state.
       abstract: shapes, dtypes and shardings of the state.
     """
 
@@ -76,7 +76,7 @@ class StateLayout:
 
     @property
     def shardings(self) -> TrainState:
-        """Returns the sharding of each array of the state."""
+        """The sharding of each array of the state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
     def initial(self, seed: int) -> TrainState:
@@ -115,7 +115,7 @@ class StateLayout:
 
     @property
     def abstract_stored(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns shapes, dtypes and shardings of what `to_stored` returns."""
+        """Shapes, dtypes and shardings of what `to_stored` returns."""
         stored = jax.eval_shape(self._by_layer, self.abstract)
         shardings = self._stored_shardings
         return {
@@ -177,12 +177,12 @@ class StateLayout:
         return shardings
 
     def _leaves(self, state: Any) -> Iterator[tuple[str, Declaration, Any]]:
-        """Every array of the state, with the declaration that says its names in a checkpoint, and what they begin with."""
+        """Yields each array of the state with the prefix and the declaration of its names in a checkpoint."""
         for path, leaf in jax.tree.leaves_with_path(state):
             declaration = self._declared.get(_part(path[-1]))
             *before, last = (_part(entry) for entry in path)
             prefix = "".join(f"{part}/" for part in before)
-            # What is no variable, or a placeholder of the optimizer for one, is stored under its own name.
+            # Arrays that are no variables, and the optimizer's placeholders for them, are stored under their own names.
             names = None if declaration is None else declaration.names
             if names is None or (names.stacked and leaf.shape[:1] != (len(names.names),)):
                 declaration = Declaration(leaf.shape, leaf.dtype, "", (), Names((last,), False))

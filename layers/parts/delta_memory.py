@@ -41,7 +41,7 @@ class DeltaRuleConfig:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Returns K and V, the features per key head and per value head."""
+        """K and V, the features per key head and per value head."""
         raise NotImplementedError(f"{type(self).__name__} defines no sizes")
 
     @property

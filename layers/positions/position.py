@@ -111,7 +111,7 @@ class Position(nnx.Module):
 
     @property
     def slopes(self) -> Float[Array, "h"] | None:
-        """Returns ALiBi's slopes, or None."""
+        """ALiBi's slopes, or None."""
         return jnp.asarray(alibi_slopes(self.heads)) if isinstance(self.config, Alibi) else None
 
     @property

@@ -73,7 +73,7 @@ class Rotary:
 
     @property
     def gain(self) -> float:
-        """Returns the amplitude, or its default."""
+        """The amplitude, or its default."""
         if self.amplitude is not None:
             return self.amplitude
         return 0.1 * math.log(self.factor) + 1 if self.scaling == "yarn" else 1.0

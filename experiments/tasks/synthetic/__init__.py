@@ -1,1 +1,1 @@
-"""Tasks generated from seeds alone, with tokens as inputs and labels at the positions to predict."""
+"""Tasks generated from seeds, with tokens as inputs and labels at the positions to predict."""

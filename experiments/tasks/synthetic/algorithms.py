@@ -1,9 +1,9 @@
 """Copy, parity, sorting and addition, trained on short examples and evaluated on longer ones.
 
-Models trained on lengths up to some bound rarely do the same for longer inputs (Kazemnejad et al. 2023,
+Models trained on lengths up to some bound rarely generalize to longer inputs (Kazemnejad et al. 2023,
 arXiv:2305.19466; Zhou et al. 2024, arXiv:2310.16028). Training, "validation" and "test" have lengths uniform in
-`lengths`; each length in `extrapolate` is a split "length_N" of its own, so it shares no example with training if it
-is above. `sequence_accuracy` is the share of answers without any mistake, with the earlier tokens of the answer given.
+`lengths`; each length in `extrapolate` has its own split "length_N", which shares no example with training if it is
+longer. `sequence_accuracy` is the fraction of answers without a mistake, given the earlier tokens of the answer.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ class _Algorithm(SyntheticTask):
     """The base class of the four tasks.
 
     Attributes:
-      lengths: the shortest and the longest input of training, both included.
-      extrapolate: further lengths, each for a split "length_N".
+      lengths: lengths of the shortest and the longest training input, inclusive.
+      extrapolate: further lengths, each with a split "length_N".
     """
 
     ragged = True
@@ -45,12 +45,12 @@ class _Algorithm(SyntheticTask):
         return tuple(length_splits(self.extrapolate))
 
     def range_of(self, split: str) -> tuple[int, int]:
-        """The shortest and the longest input of a split."""
+        """Returns the lengths of the shortest and the longest input of a split."""
         length = length_splits(self.extrapolate).get(split)
         return self.lengths if length is None else (length, length)
 
     def draw_lengths(self, draws: Draws, split: str) -> np.ndarray:
-        """Uniform lengths (b,)."""
+        """Returns uniform lengths (b,)."""
         low, high = self.range_of(split)
         return draws.integers(low, high + 1, 1)[:, 0]
 
@@ -60,7 +60,7 @@ class Copy(_Algorithm):
     """Copying a string, as in x1 ... xn = x1 ... xn end (Jelassi et al. 2024, arXiv:2402.01032).
 
     Attributes:
-      symbols: that strings are made of, ids 0 .. symbols - 1; "=" and the end are the next two ids.
+      symbols: number of symbols of the strings, with ids 0 .. symbols - 1; "=" and the end are the next two ids.
     """
 
     symbols: int = 26
@@ -81,7 +81,7 @@ class Copy(_Algorithm):
         return 1 / self.symbols
 
     def answer(self, given: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The answer: a function of the string (b, n) and its length (b,), with that length."""
+        """Returns the answer to strings (b, n) of lengths (b,), which has the same lengths."""
         return given
 
     def make(self, draws: Draws, split: str) -> Arrays:
@@ -110,7 +110,7 @@ class Parity(_Algorithm):
     The label is 1 if the number of ones is odd. A linear recurrence needs an eigenvalue of -1 for it.
 
     Attributes:
-      running: labels at every bit, the parity so far: the scratchpad of Anil et al. 2022 (arXiv:2207.04901).
+      running: whether every bit has a label, the parity so far: the scratchpad of Anil et al. 2022 (arXiv:2207.04901).
     """
 
     running: bool = False
@@ -143,12 +143,12 @@ class Parity(_Algorithm):
 class Addition(_Algorithm):
     """Adding two numbers digit by digit, as in 35 + 8 = 43 end (Zhou et al. 2024, arXiv:2402.09371).
 
-    The two numbers of digits are uniform and independent, and so are the digits, without leading zeros (but 0 is a
-    number of one digit). In "length_N" one number, either, has N digits and the other no more. Digits are ids 0 .. 9,
-    "+" 10, "=" 11 and the end 12.
+    The numbers of digits are uniform and independent, and so are the digits, without leading zeros (except the one-digit
+    number 0). In "length_N" one of the numbers has N digits and the other at most N. Digits are ids 0 .. 9, "+" 10, "="
+    11 and the end 12.
 
     Attributes:
-      reverse: write all three numbers starting with the least digit.
+      reverse: whether all three numbers start with the least significant digit.
     """
 
     reverse: bool = True
@@ -171,7 +171,7 @@ class Addition(_Algorithm):
             shorter = draws.integers(0, 2, 1)
             np.put_along_axis(lengths, shorter, draws.integers(1, high + 1, 1), axis=1)
         places = np.arange(high + 1)
-        digits = draws.integers(0, 10, 2, high + 1)  # from the least on
+        digits = draws.integers(0, 10, 2, high + 1)  # least significant first
         leading = (places == lengths[..., None] - 1) & (lengths[..., None] > 1)
         digits = np.where(leading, draws.integers(1, 10, 2, 1), digits) * (places < lengths[..., None])
         total, carry = np.zeros((len(draws), high + 1), np.int64), np.zeros(len(draws), np.int64)
@@ -188,7 +188,7 @@ class Addition(_Algorithm):
 
 
 def _flipped(digits: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The first digits of each row, backwards."""
+    """Returns the first digits of each row, reversed."""
     return np.take_along_axis(
         digits, (lengths[:, None] - 1 - np.arange(digits.shape[1])) % digits.shape[1], axis=1
     )

@@ -17,15 +17,15 @@ class AssociativeRecall(SyntheticTask):
 
         k3 v3 k1 v1 k3 v3 ... => k1      label at the last position: v1
 
-    Keys are uniform over the first half of the symbols, values over the second, drawn once for each key of a sequence,
-    so that a key always has the same value. The query is one of the keys that occurred. In training every next token
-    is a label, as in the authors' code, so the loss stays far above zero; the other splits ask for the answer alone.
+    Keys are uniform over the first half of the symbols, values over the second, drawn once per key and sequence, so that
+    a key always has the same value. The query is one of the keys that occurred. In training every next token is a label,
+    as in the authors' code, so the loss stays far above zero; in the other splits only the answer is.
 
     Attributes:
-      vocab_size: symbols, and the two tokens "=>" (V - 2) and "." (V - 1, which this form never uses).
-      length: of the pairs together, even.
-      answers_only: in training, too.
-      extrapolate: other lengths, each for a split "length_N".
+      vocab_size: V, number of symbols and the two tokens "=>" (V - 2) and "." (V - 1, never used by this form).
+      length: number of tokens of all pairs, even.
+      answers_only: whether training, too, has only the answer as label.
+      extrapolate: other lengths, each with a split "length_N".
     """
 
     vocab_size: int = 20
@@ -75,11 +75,11 @@ class AssociativeRecall(SyntheticTask):
 def random_member(
     draws: Draws, items: np.ndarray, count: int, allowed: np.ndarray | None = None
 ) -> np.ndarray:
-    """One of the different numbers below `count` in each row of `items`, each equally likely: (b, 1).
+    """Returns one of the distinct numbers below `count` in each row of `items`, uniformly: (b, 1).
 
     Args:
-      items: int (b, n).
-      allowed: bool (b, n), which of them count; None for all.
+      items: numbers, int (b, n).
+      allowed: whether each of them counts, bool (b, n); None for all.
     """
     present = np.zeros((len(items), count + 1), bool)
     items = items if allowed is None else np.where(allowed, items, count)

@@ -1,7 +1,7 @@
-"""Random numbers for examples: pure integer arithmetic, so the same on every machine, Python and NumPy.
+"""Random numbers for examples, by integer arithmetic: the same on every machine, Python and NumPy.
 
-Every example has a stream of its own, which depends on a key and the number of the example alone. Any example can
-therefore be made without those before it, and a batch is the same whatever else was made with it.
+Each example has its own stream, which depends only on a key and the number of the example. Any example can therefore be
+made without the earlier ones, and does not depend on the rest of its batch.
 """
 
 import math
@@ -14,21 +14,21 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64 (Steele et al. 2014): a bijection of uint64 that scatters near numbers."""
+    """Returns the output function of SplitMix64 (Steele et al. 2014), a bijection of uint64 that scatters nearby numbers."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 class Draws:
-    """The streams of some examples; every method returns one row per example."""
+    """The streams of some examples; each method returns one row per example."""
 
     def __init__(self, key: Iterable[int | str], examples: np.ndarray):
-        """Streams at their start.
+        """Creates streams at their start.
 
         Args:
-          key: names and numbers that tell this set of streams from others.
-          examples: int (b,), the numbers of the examples.
+          key: names and numbers that identify this set of streams.
+          examples: numbers of the examples, int (b,).
         """
         start = np.zeros(1, np.uint64)
         for part in key:
@@ -41,33 +41,33 @@ class Draws:
         return len(self._starts)
 
     def child(self, number: int) -> "Draws":
-        """Other streams of the same examples, at their start however much was drawn here."""
+        """Returns other streams of the same examples, at their start regardless of earlier draws."""
         child = Draws((), np.zeros(0, np.int64))
         child._starts = mix(self._starts ^ mix(np.uint64([number]) + GOLDEN))
         return child
 
     def bits(self, *shape: int) -> np.ndarray:
-        """Uniform uint64 (b, *shape)."""
+        """Returns uniform uint64 (b, *shape)."""
         count = math.prod(shape)
         counters = np.arange(self._used + 1, self._used + count + 1, dtype=np.uint64) * GOLDEN
         self._used += count
         return mix(self._starts[:, None] + counters).reshape(len(self), *shape)
 
     def uniform(self, *shape: int) -> np.ndarray:
-        """float64 (b, *shape) in [0, 1)."""
+        """Returns uniform float64 (b, *shape) in [0, 1)."""
         return (self.bits(*shape) >> np.uint64(11)) * 2.0**-53
 
     def integers(self, low: int, high: int | np.ndarray, *shape: int) -> np.ndarray:
-        """int64 (b, *shape) from low to high - 1; `high` may be an array that broadcasts to the shape."""
+        """Returns uniform int64 (b, *shape) from low to high - 1; `high` may be an array that broadcasts to the shape."""
         span = np.asarray(high - low).astype(np.uint64)
         return ((self.bits(*shape) >> np.uint64(32)) * span >> np.uint64(32)).astype(np.int64) + low
 
     def order(self, count: int, *shape: int) -> np.ndarray:
-        """Random orders of 0 .. count - 1: int64 (b, *shape, count)."""
+        """Returns random permutations of 0 .. count - 1: int64 (b, *shape, count)."""
         return np.argsort(self.bits(*shape, count), axis=-1, kind="stable")
 
     def distinct(self, population: int | np.ndarray, count: int, *shape: int) -> np.ndarray:
-        """`count` different integers below `population` in random order: int64 (b, *shape, count).
+        """Returns `count` distinct integers below `population` in random order: int64 (b, *shape, count).
 
         Floyd's sampling: the j-th is drawn below population - count + j + 1, and replaced by that bound minus 1 if it
         was drawn before.
@@ -82,9 +82,9 @@ class Draws:
         return np.take_along_axis(chosen, self.order(count, *shape), axis=-1)
 
     def weighted(self, weights: np.ndarray, count: int) -> np.ndarray:
-        """`count` different indices, drawn one after the other in proportion to `weights` (n,): int64 (b, count).
+        """Returns `count` distinct indices, drawn in sequence in proportion to `weights` (n,): int64 (b, count).
 
-        The race of n exponential clocks with these rates (Efraimidis and Spirakis 2006).
+        Uses the race of n exponential clocks with these rates (Efraimidis and Spirakis 2006).
         """
         times = -np.log1p(-self.uniform(len(weights))) / weights
         return np.argsort(times, axis=-1, kind="stable")[:, :count]

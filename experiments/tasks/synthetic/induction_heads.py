@@ -18,13 +18,13 @@ class InductionHeads(SyntheticTask):
         3 1 V 6 2 ... 4 V      label at the last position: 6
 
     Tokens are uniform over 0 .. V - 1. The special token V stands at one random place before the last two and again at
-    the end, where the label is the token that followed it. Trained at `length` = 256, evaluated at 2^6 to 2^14 and
-    further: `extrapolate=(2**20,)` makes a split "length_1048576".
+    the end, where the label is the token that followed it. Training uses `length` = 256, evaluation lengths of 2^6 to
+    2^14; `extrapolate=(2**20,)` makes a split "length_1048576".
 
     Attributes:
-      symbols: V, ordinary tokens.
-      length: of a sequence, both special tokens included.
-      extrapolate: other lengths, each for a split "length_N".
+      symbols: V, number of ordinary tokens.
+      length: tokens per sequence, both special tokens included.
+      extrapolate: other lengths, each with a split "length_N".
     """
 
     symbols: int = 16
@@ -42,7 +42,7 @@ class InductionHeads(SyntheticTask):
 
     @property
     def vocab_size(self) -> int:
-        """Symbols and the special token."""
+        """Number of symbols and the special token."""
         return self.symbols + 1
 
     @property

@@ -21,9 +21,9 @@ class MADSelectiveCopying(SyntheticTask):
     data stands before a random data token, so that the last one is right before C, as in the authors' code.
 
     Attributes:
-      vocab_size: V.
-      length: T.
-      tokens: to copy.
+      vocab_size: V, number of tokens.
+      length: T, tokens per row.
+      tokens: number of tokens to copy.
     """
 
     vocab_size: int = 16
@@ -49,7 +49,7 @@ class MADSelectiveCopying(SyntheticTask):
     def make(self, draws: Draws, split: str) -> Arrays:
         blank, blanks = self.vocab_size - 2, self.length - 2 * self.tokens - 1
         data = draws.integers(0, blank, self.tokens)
-        # Data token j is at j plus the blanks that stand before it or an earlier one.
+        # Data token j is at j plus the number of blanks before it or an earlier one.
         before = draws.integers(0, self.tokens, blanks)
         places = [j + np.sum(before <= j, axis=1) for j in range(self.tokens)]
         inputs = np.full((len(draws), self.length), blank)
@@ -64,12 +64,12 @@ class MADSelectiveCopying(SyntheticTask):
 class Compression(SyntheticTask):
     """MAD's compression, one vector must hold a random sequence (Poli et al. 2024, arXiv:2403.17844).
 
-    T - 1 random tokens below V - 1, then the token V - 1. The label at every position is the input there, so this
-    task is for models that decode all of them from the last vector: `kind="autoencoder"`.
+    T - 1 random tokens below V - 1, then the token V - 1. The label at each position is its input, so this task is for
+    models that decode all of them from the last vector: `kind="autoencoder"`.
 
     Attributes:
-      vocab_size: V.
-      length: T.
+      vocab_size: V, number of tokens.
+      length: T, tokens per row.
     """
 
     vocab_size: int = 16
@@ -102,12 +102,12 @@ class Memorization(SyntheticTask):
 
         k5 ? k2 ? ...      labels at the signs ?: the values of k5, k2
 
-    The map from keys, the first half of the V - 1 symbols, to values, the second, follows from the seed and is the
-    same in all splits; the sequence does not contain it. The sign ? is V - 1.
+    The map from keys, the first half of the V - 1 symbols, to values, the second, depends on the seed and is the same in
+    all splits; the sequence does not contain it. The sign ? is V - 1.
 
     Attributes:
-      vocab_size: V.
-      length: T, even.
+      vocab_size: V, number of tokens.
+      length: T, tokens per row, even.
     """
 
     vocab_size: int = 256
@@ -131,7 +131,7 @@ class Memorization(SyntheticTask):
 
     @property
     def value_of(self) -> np.ndarray:
-        """The value of every key, (keys,)."""
+        """The value of each key, (keys,)."""
         half = (self.vocab_size - 1) // 2
         draws = Draws((type(self).__name__, self.seed, "dictionary"), np.array([0]))
         return half + draws.distinct(self.vocab_size - 1 - half, half)[0]

@@ -19,15 +19,15 @@ class InContextRecall(SyntheticTask):
 
         k3 v3 k1 v1 k3 v3 ... k1 v1      labels outside training: the values of keys seen before
 
-    Pairs of a key (uniform over the first half of the vocabulary without noise tokens) and its value (of the second
-    half; the same whenever the key is repeated in a sequence), the last with a key that occurred before. In training
-    every next token is a label, as in the authors' code.
+    A row consists of pairs of a key (uniform over the first half of the vocabulary without noise tokens) and its value
+    (of the second half; fixed per key and sequence). The key of the last pair occurred before. In training every next
+    token is a label, as in the authors' code.
 
     Attributes:
-      vocab_size: V, noise tokens included; those are the last.
+      vocab_size: V, number of tokens; the noise tokens are the last.
       length: T, even; a row has T - 1 tokens.
-      noise_vocab_size: noise tokens.
-      noise: probability that two noise tokens take the place of a pair. One random pair and the last are never noise.
+      noise_vocab_size: number of noise tokens.
+      noise: probability that two noise tokens replace a pair. One random pair and the last are never noise.
     """
 
     vocab_size: int = 16
@@ -94,16 +94,16 @@ class NoisyRecall(InContextRecall):
 class FuzzyRecall(SyntheticTask):
     """MAD's fuzzy recall, keys and values of one to three tokens (Poli et al. 2024, arXiv:2403.17844).
 
-    Keys are ordered choices without repetition from the first half of the symbols, values from the second; their
-    sizes are uniform up to `motif`, but keys outside training always have `motif` tokens. A key has one value in a
-    sequence. The last pair, the probe, occurred before; rows are filled with the token V - 1 on the left. In training
-    every next token is a label, else the values of keys seen before. Unlike in the authors' code the fill is never a
-    label, and the probe always fits in before its repetition.
+    Keys are ordered choices without repetition from the first half of the symbols, values from the second. Their sizes
+    are uniform up to `motif`, but keys outside training always have `motif` tokens. A key has one value per sequence. The
+    last pair, the probe, occurred before; rows are filled with the token V - 1 on the left. In training every next token
+    is a label, otherwise the values of keys seen before. Unlike in the authors' code, the fill is never a label, and the
+    probe always fits before its repetition.
 
     Attributes:
-      vocab_size: V, the fill included.
-      length: tokens of a row.
-      motif: the most tokens of a key or a value.
+      vocab_size: V, number of tokens, the fill included.
+      length: tokens per row.
+      motif: largest number of tokens per key or value.
     """
 
     vocab_size: int = 16
@@ -135,7 +135,9 @@ class FuzzyRecall(SyntheticTask):
         value_of = value_motifs.draw(draws, len(key_motifs))
         probe = key_motifs.draw(draws, 1)[:, 0]
         rows = np.arange(len(draws))
-        sizes = key_motifs.sizes[:, None] + value_motifs.sizes[value_of.T]  # of pairs, by key and row
+        sizes = (
+            key_motifs.sizes[:, None] + value_motifs.sizes[value_of.T]
+        )  # size of each pair, by key and row
         probe_size = sizes[probe, rows]
         end = self.length - probe_size - 2 * self.motif  # no pair starts here or later
         place = draws.integers(0, np.minimum(self.length - 2 * probe_size, end)[:, None], 1)[:, 0]
@@ -165,7 +167,9 @@ class FuzzyRecall(SyntheticTask):
             due = ((at >= place) | last_chance) & ~seen[rows, probe]
             write(np.where(due, probe, key), at < end)
         write(probe, np.ones(len(draws), bool))
-        columns = np.arange(self.length + 1) - (self.length + 1) + at[:, None]  # the rows moved to the right
+        columns = (
+            np.arange(self.length + 1) - (self.length + 1) + at[:, None]
+        )  # the rows shifted to the right
         text = np.where(
             columns >= 0, np.take_along_axis(text, columns % text.shape[1], axis=1), self.vocab_size - 1
         )
@@ -175,11 +179,11 @@ class FuzzyRecall(SyntheticTask):
 
 
 class _Motifs:
-    """All ordered choices without repetition of some sizes from some symbols.
+    """All ordered choices without repetition, of given sizes, from given symbols.
 
     Attributes:
-      tokens: (n, largest size), filled up with -1.
-      sizes: (n,).
+      tokens: tokens of each choice, (n, largest size), padded with -1.
+      sizes: number of tokens of each choice, (n,).
     """
 
     def __init__(self, symbols: np.ndarray, sizes: range):
@@ -192,14 +196,14 @@ class _Motifs:
         return len(self.sizes)
 
     def draw(self, draws: Draws, count: int) -> np.ndarray:
-        """Motifs with uniform sizes (b, count), as indices."""
+        """Returns indices of motifs with uniform sizes, (b, count)."""
         size = draws.integers(0, len(self._counts), count)
         first = np.cumsum(self._counts) - self._counts
         return first[size] + draws.integers(0, self._counts[size], count)
 
 
 def _seen_before(items: np.ndarray, count: int) -> np.ndarray:
-    """Whether each number below `count` in a row (b, n) occurred to its left; larger ones never count."""
+    """Returns whether each number below `count` in a row (b, n) occurred to its left; larger ones never count."""
     hot = items[..., None] == np.arange(count)
     before = np.cumsum(hot, axis=1) - hot > 0
     return np.any(hot & before, axis=2)

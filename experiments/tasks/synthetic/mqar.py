@@ -17,20 +17,20 @@ class MQAR(SyntheticTask):
 
         k1 v1 ... kD vD 0 0 k2 0 k1 0 0 ...      labels: v2 at k2, v1 at k1
 
-    Keys are D different tokens of 1 .. V/2 - 1, values D different ones of V/2 .. V - 1. The keys are repeated at D
-    different even places of the tail: place i of the S = (T - 2D)/2 is drawn with probability proportional to
-    i^(power - 1), one after the other, and the j-th drawn holds the j-th key, as in the authors' generator. Early
-    places are likely and drawn early, so the order of the queries tells something of the order of the pairs;
-    `shuffle_queries` takes that away. The defaults are the smallest setting of the paper's Figure 2.
+    Keys are D distinct tokens of 1 .. V/2 - 1, values D distinct ones of V/2 .. V - 1. The keys are repeated at D
+    distinct even places of the tail: place i of the S = (T - 2D)/2 is drawn with probability proportional to i^(power -
+    1), in sequence, and the j-th drawn holds the j-th key, as in the authors' generator. Early places are likely
+    and drawn early, so the order of the queries reveals part of the order of the pairs; `shuffle_queries` removes this.
+    The defaults are the smallest setting of the paper's Figure 2.
 
     Attributes:
-      vocab_size: V.
-      length: T, even.
-      pairs: D, at most T/4.
-      power: of the distribution of places; 1 is uniform.
-      random_filler: tokens of the whole vocabulary in place of 0 between the queries.
-      shuffle_queries: assign the keys to the drawn places in random order.
-      extrapolate: pairs (T, D), each for a split "length_T_pairs_D".
+      vocab_size: V, number of tokens.
+      length: T, tokens per row, even.
+      pairs: D, number of pairs, at most T/4.
+      power: power of the distribution of places; 1 is uniform.
+      random_filler: whether tokens of the whole vocabulary replace 0 between the queries.
+      shuffle_queries: whether the keys are assigned to the drawn places in random order.
+      extrapolate: pairs (T, D), each with a split "length_T_pairs_D".
     """
 
     vocab_size: int = 8192

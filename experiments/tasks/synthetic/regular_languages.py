@@ -1,4 +1,4 @@
-"""In-context learning of regular languages: continuing the words of an automaton that is known by the sequence alone."""
+"""In-context learning of regular languages: continuing the words of an automaton that only the sequence defines."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from experiments.tasks.synthetic.task import SyntheticTask
 from experiments.tasks.tokens import IGNORE, cross_entropy, is_counted
 from layers.typing import Array, Float
 
-PARTS = {"validation": 0, "test": 1}  # of 16 parts of all languages; training has the others
+PARTS = {"validation": 0, "test": 1}  # indices out of 16 parts of all languages; training has the others
 EDGES = 3
 
 
@@ -23,9 +23,9 @@ class Automata(NamedTuple):
     """One deterministic automaton per row; every state accepts and state 0 is the start.
 
     Attributes:
-      symbols: (b, states, EDGES), tokens of the outgoing edges.
-      targets: (b, states, EDGES), the states that they lead to.
-      edges: (b, states), the number of outgoing edges.
+      symbols: tokens of the outgoing edges, (b, states, EDGES).
+      targets: states that the edges lead to, (b, states, EDGES).
+      edges: number of outgoing edges, (b, states).
     """
 
     symbols: np.ndarray
@@ -39,19 +39,19 @@ class RegularLanguages(SyntheticTask):
 
         a c a b | a c | a b a c ...      labels: the next letter; none where a word ends
 
-    Every sequence has an automaton of its own, of 4 to 12 states. A state has 1 to 3 outgoing edges with different
-    letters, out of an alphabet of the automaton of 4 to 18 letters, to different other states. Words are random walks
-    from the start, and end after a random number of letters. Evaluation languages do not occur in training: a hash of
-    the language, not of its description, decides the split. The letters are ids 0 .. letters - 1 and "|" the next.
+    Each sequence has its own automaton of 4 to 12 states. A state has 1 to 3 outgoing edges with distinct letters, out of
+    the automaton's alphabet of 4 to 18 letters, to distinct other states. Words are random walks from the start, and end
+    after a random number of letters. Evaluation languages do not occur in training: a hash of the language, not of its
+    description, decides the split. The letters are ids 0 .. letters - 1 and "|" the next.
 
-    Metrics besides those of all tasks: `dfa_accuracy`, the share of likeliest letters that the automaton allows, and
+    The task has two more metrics: `dfa_accuracy`, the fraction of likeliest letters that the automaton allows, and
     `total_variation` between the predicted and the true distribution of the next letter.
 
     Attributes:
-      letters: of all languages.
-      states: least and most states.
-      words: least and most words of a sequence.
-      word_length: least and most letters of a word.
+      letters: number of letters of all languages.
+      states: smallest and largest number of states.
+      words: smallest and largest number of words per sequence.
+      word_length: smallest and largest number of letters per word.
     """
 
     ragged = True
@@ -76,7 +76,7 @@ class RegularLanguages(SyntheticTask):
 
     @property
     def vocab_size(self) -> int:
-        """Letters and the sign between words."""
+        """Number of letters and the sign between words."""
         return self.letters + 1
 
     def width(self, split: str) -> int:
@@ -118,7 +118,7 @@ class RegularLanguages(SyntheticTask):
         }
 
     def automata(self, draws: Draws, split: str) -> Automata:
-        """The automaton of each row: the first random one whose language belongs to the split."""
+        """Returns the automaton of each row: the first random one whose language belongs to the split."""
         attempt = 0
         chosen = self._random(draws.child(attempt))
         wrong = ~_belongs(chosen, split)
@@ -148,7 +148,7 @@ class RegularLanguages(SyntheticTask):
     def loss(
         self, outputs: Float[Array, "b t v"], batch: Mapping[str, Array]
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Mean loss over labels, and sums with those of the two further metrics."""
+        """Returns the mean loss over labels, and sums including those of the two further metrics."""
         mean, sums = cross_entropy(outputs, batch)
         counted = is_counted(batch)
         legal = (batch["legal"][..., None] >> jnp.arange(outputs.shape[-1])[None, None]) & 1
@@ -164,7 +164,7 @@ class RegularLanguages(SyntheticTask):
         }
 
     def baselines(self, split: str = "test") -> dict[str, float]:
-        """Accuracies of guessing, and of a predictor that knows the automaton and its state."""
+        """Returns the accuracies of guessing, and of a predictor that knows the automaton and its state."""
         rows = self.splits[split]
         legal = rows.gather(np.arange(len(rows)), self.width(split))["legal"]
         letters = np.bitwise_count(legal[legal > 0])
@@ -172,7 +172,7 @@ class RegularLanguages(SyntheticTask):
 
 
 def language_hash(automata: Automata) -> np.ndarray:
-    """A number (b,) for the language of each automaton: equal for automata that accept the same words.
+    """Returns a hash (b,) of the language of each automaton, equal for automata that accept the same words.
 
     The hash of a state is refined from its edges, whose order does not count:
     h_0 = 1, h_{n+1}(s) = mix(sum over edges of mix(symbol + mix(h_n(target)))). Two automata of n states that differ

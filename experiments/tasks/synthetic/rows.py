@@ -1,4 +1,4 @@
-"""Splits whose rows are computed from their numbers, and rows joined from parts."""
+"""Splits whose rows are computed from their indices, and rows joined from parts."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,20 +8,20 @@ import numpy as np
 from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.tokens import IGNORE
 
-# Splits with more tokens are not kept in memory; their rows are made again in every epoch.
+# Splits with more tokens are not kept in memory; their rows are made again in each epoch.
 LARGEST_KEPT = 2**26
-AT_ONCE = 2**22  # tokens made in one call, so that intermediate arrays stay small
+AT_ONCE = 2**22  # number of tokens made in one call, so that intermediate arrays stay small
 
 Arrays = dict[str, np.ndarray]
 
 
 class Rows:
-    """A split of a data set in which row i is a function of a key and i alone.
+    """A split of a data set in which row i depends only on a key and i.
 
     Nothing is computed until rows are gathered; small splits are then made as a whole and kept.
 
     Attributes:
-      lengths: int64 (n,), tokens of each row.
+      lengths: number of tokens of each row, int64 (n,).
     """
 
     def __init__(
@@ -33,14 +33,14 @@ class Rows:
         width: int,
         ragged=False,
     ):
-        """Describes a split.
+        """Creates a split without computing rows.
 
         Args:
-          make: from the draws of some rows to their arrays: "inputs" and "labels" int (b, width), where labels are
-            IGNORE if there is nothing to predict, "lengths" int (b,) if `ragged`, and others (b, width).
-          key: of the draws.
-          count: rows.
-          width: tokens of the longest row.
+          make: function from the draws of some rows to their arrays: "inputs" and "labels" int (b, width), where labels
+            are IGNORE if there is nothing to predict, "lengths" int (b,) if `ragged`, and others (b, width).
+          key: key of the draws.
+          count: number of rows.
+          width: number of tokens of the longest row.
           ragged: whether some rows are shorter.
 
         Raises:
@@ -60,10 +60,10 @@ class Rows:
         return np.full(self._count, self._width, np.int64)
 
     def gather(self, indices: np.ndarray, width: int) -> Arrays:
-        """The rows at `indices`, padded or cut at the end to `width`, all int32.
+        """Returns the rows at `indices`, padded or cut at the end to `width`, all int32.
 
         Returns:
-          inputs (b, width), labels (b, width) and what else the task gives each position; and segment_ids (b, width; 1
+          inputs (b, width), labels (b, width) and further arrays per position of the task; and segment_ids (b, width; 1
           for tokens, 0 for padding), unless every row of the split fills the width.
 
         Raises:
@@ -105,17 +105,17 @@ def _resize(array: np.ndarray, width: int, fill: int) -> np.ndarray:
 
 
 def joined(parts: Sequence[tuple[np.ndarray, np.ndarray | int]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that are made of parts, one after the other.
+    """Returns rows that are concatenated from parts.
 
     Args:
-      parts: tokens (b, k) and how many of them to take from the start (b,).
-      width: of the result.
+      parts: tokens (b, k) and the number of them to take from the start (b,).
+      width: width of the result.
 
     Returns:
-      Tokens (b, width), 0 after the last; and the tokens of each row (b,).
+      Tokens (b, width), 0 after the last, and the number of tokens per row (b,).
     """
     rows = len(parts[0][0])
-    out = np.zeros((rows, width + 1), np.int64)  # the last column takes what no part has
+    out = np.zeros((rows, width + 1), np.int64)  # the last column takes the tokens that are left out
     end = np.zeros(rows, np.int64)
     for tokens, taken in parts:
         columns = np.arange(tokens.shape[1])
@@ -127,11 +127,11 @@ def joined(parts: Sequence[tuple[np.ndarray, np.ndarray | int]], width: int) -> 
 
 
 def next_tokens(text: np.ndarray, lengths: np.ndarray | int, first: np.ndarray | int) -> Arrays:
-    """A text (b, width + 1) as inputs and the labels that follow each, from text position `first` on; ragged."""
+    """Returns a text (b, width + 1) as inputs and the next tokens as labels, from text position `first` on; ragged."""
     lengths = np.broadcast_to(lengths, len(text))
     places = np.arange(1, text.shape[1])
     predicted = (places >= np.reshape(first, (-1, 1))) & (places < lengths[:, None])
     labels = np.where(predicted, text[:, 1:], IGNORE)
-    # The last token of a text is a label and no input.
+    # The last token of a text is a label but no input.
     inputs = np.where(places < lengths[:, None], text[:, :-1], 0)
     return {"inputs": inputs, "labels": labels, "lengths": lengths - 1}

@@ -17,14 +17,14 @@ class SelectiveCopying(SyntheticTask):
 
         0 5 0 0 2 0 7 0 | M M M      labels below the markers M: 5 2 7
 
-    `tokens` data tokens, uniform over 1 .. V - 2, stand at different random places of `length + tokens`; elsewhere is
-    noise, token 0. As many markers V - 1 follow, at which the data tokens are the labels. The defaults are the paper's.
+    `tokens` data tokens, uniform over 1 .. V - 2, stand at distinct random places of `length + tokens`; all other places
+    hold noise, token 0. As many markers V - 1 follow, whose labels are the data tokens. The defaults are the paper's.
 
     Attributes:
-      vocab_size: V, noise and marker included.
-      length: places of noise.
-      tokens: to remember.
-      extrapolate: other lengths, each for a split "length_N".
+      vocab_size: V, number of tokens, noise and marker included.
+      length: number of noise tokens.
+      tokens: number of tokens to remember.
+      extrapolate: other lengths, each with a split "length_N".
     """
 
     vocab_size: int = 16

@@ -1,4 +1,4 @@
-"""The base class of synthetic tasks: splits from seeds, masked cross-entropy, a manifest, the score of guessing."""
+"""The base class of synthetic tasks: splits from seeds, masked cross-entropy, a manifest and the accuracy of guessing."""
 
 import abc
 import dataclasses
@@ -15,19 +15,19 @@ from experiments.tasks.task import Task
 from layers.kernels.segments import Padding
 from layers.typing import Array, Float
 
-# Raise when a generator makes other rows of the same options.
+# Increment when a generator makes other rows from the same options.
 VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SyntheticTask(Task, abc.ABC):
-    """A task whose rows follow from its options; nothing is made before rows are gathered.
+    """A task whose rows depend only on its options; nothing is made before rows are gathered.
 
-    A task of this kind gives `make(draws, split)` (see `Rows`), `width(split)`, `vocab_size` and `chance`.
+    A subclass defines `make(draws, split)` (see `Rows`), `width(split)`, `vocab_size` and `chance`.
 
     Attributes:
-      seed: of all draws.
-      train, validation, test: sequences of each split; further splits have as many as the test.
+      seed: seed of all draws.
+      train, validation, test: number of sequences per split; further splits have as many as the test split.
     """
 
     makes_no_data: ClassVar[bool] = True
@@ -47,11 +47,11 @@ class SyntheticTask(Task, abc.ABC):
 
     @abc.abstractmethod
     def make(self, draws: Draws, split: str) -> Arrays:
-        """The arrays of the rows that the draws belong to."""
+        """Returns the arrays of the rows that the draws belong to."""
 
     @abc.abstractmethod
     def width(self, split: str) -> int:
-        """Tokens of the longest row of a split."""
+        """Returns the number of tokens of the longest row of a split."""
 
     @property
     @abc.abstractmethod
@@ -60,7 +60,7 @@ class SyntheticTask(Task, abc.ABC):
 
     @property
     def further_splits(self) -> tuple[str, ...]:
-        """Names of splits beside "train", "validation" and "test"; "length_512" holds rows of another length."""
+        """Names of splits besides "train", "validation" and "test"; "length_512" has another length."""
         return ()
 
     @functools.cached_property
@@ -81,28 +81,28 @@ class SyntheticTask(Task, abc.ABC):
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the data are made from."""
+        """The parameters of the data."""
         parameters = json.loads(
             json.dumps(dataclasses.asdict(self))
-        )  # tuples become lists, as when read back
+        )  # tuples become lists, as when read from JSON
         return {"name": type(self).__name__, "version": VERSION, "parameters": parameters}
 
     def loss(
         self, outputs: Float[Array, "b t v"], batch: Mapping[str, Array]
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Mean loss over labels and the sums of `tokens.cross_entropy`."""
+        """Returns the mean loss over labels and the sums of `tokens.cross_entropy`."""
         return tokens.cross_entropy(outputs, batch)
 
     def baselines(self, split: str = "test") -> dict[str, float]:
-        """The accuracy of guessing."""
+        """Returns the accuracy of guessing."""
         return {"chance": self.chance}
 
 
 def length_splits(lengths: tuple[int, ...]) -> dict[str, int]:
-    """Splits for rows of other lengths: their names, such as "length_512", and the lengths.
+    """Returns splits for rows of other lengths: their names, such as "length_512", and the lengths.
 
     Raises:
-      TypeError, ValueError: if a length is no positive integer.
+      TypeError, ValueError: if a length is not a positive integer.
     """
     for length in lengths:
         check_integer("extrapolate", length, least=1)

@@ -40,7 +40,7 @@ class Optimizer:
 
     @functools.cached_property
     def groups(self) -> dict[str, Group]:
-        """Returns the group of each parameter.
+        """The group of each parameter.
 
         Raises:
           ValueError: if an entry of `config.groups` covers no parameter.
@@ -53,7 +53,7 @@ class Optimizer:
         return schedule(self.config, step, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
 
     def is_elementwise(self, declaration: Declaration) -> bool:
-        """Whether the rule treats every number of a parameter by itself, the same way in one group."""
+        """Whether the rule is elementwise, and the same for all parameters of one group."""
         if self.config.name == "muon":
             return not declaration.is_hidden_matrix
         return self.config.name in ("adamw", "lion")
@@ -64,7 +64,7 @@ class Optimizer:
         """Returns the whole rule, from gradients to parameter updates.
 
         Args:
-          declarations: of what the rule acts on, where some of the parameters are packed into vectors.
+          declarations: declarations of the arrays that the rule updates, if some parameters are packed into vectors.
         """
         declarations = self.declarations if declarations is None else declarations
         matrices = {name: d.is_hidden_matrix for name, d in declarations.items()}

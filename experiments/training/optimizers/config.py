@@ -109,9 +109,9 @@ class Group:
     """Peak learning rate and weight decay of one group of parameters.
 
     Attributes:
-      name: the entry of the config that sets them, "default" or "no_decay".
-      learning_rate: peak.
-      weight_decay: multiplied with the learning rate.
+      name: entry of the config that sets them, "default" or "no_decay".
+      learning_rate: peak learning rate.
+      weight_decay: weight decay, multiplied by the learning rate.
     """
 
     name: str

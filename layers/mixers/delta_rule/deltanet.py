@@ -28,7 +28,7 @@ class DeltaNetConfig(DeltaRuleConfig):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Returns K and V."""
+        """K and V."""
         return head_size("key_dim", self.key_dim, self), head_size("value_dim", self.value_dim, self)
 
 

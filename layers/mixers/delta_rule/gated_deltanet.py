@@ -27,7 +27,7 @@ class GatedDeltaNetConfig(SharedKeysConfig):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Returns K and V."""
+        """K and V."""
         key_dim = head_size("key_dim", self.key_dim, self, 0.75)
         given = 2 * key_dim if self.value_dim is None else self.value_dim
         return key_dim, head_size("value_dim", given, self)

@@ -26,7 +26,7 @@ class KDAConfig(SharedKeysConfig):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Returns K and V, which are equal."""
+        """K and V, which are equal."""
         size = head_size("head_dim", self.head_dim, self)
         return size, size
 

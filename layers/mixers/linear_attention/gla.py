@@ -55,7 +55,7 @@ class GLAConfig:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Returns K and V."""
+        """K and V."""
         return head_size("key_dim", self.key_dim, self, 0.5), head_size("value_dim", self.value_dim, self)
 
     @property
