@@ -33,7 +33,8 @@ class StackConfig:
         depth)^(1/4) with norm_position="post".
       dropout: dropout rate of branch outputs if separate; passed to the channel mixer if joint.
       scan: whether repeats of the pattern run under `jax.lax.scan`, which compiles them once.
-      remat: what the backward pass recomputes: "none", "full" (every block) or "dots" (all but matrix products).
+      remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products). Under `scan`,
+        "none" recomputes elementwise operations, which costs less than writing their results for every layer.
       dtype: dtype of the activations.
       param_dtype: dtype of stored matrices of the default optimizer group, "float32" or "bfloat16"; all other parameters
         are float32.

@@ -15,6 +15,64 @@ from layers.typing import Array, Float, Key
 from seqmodels.block import Block
 from seqmodels.config import StackConfig
 
+# What the backward pass of a scan computes again rather than reads: one pass over memory gives many of these at once,
+# while a scan would write each result of each layer. Layers that are not scanned leave that choice to the compiler.
+_CHEAP = frozenset(
+    [
+        "abs",
+        "add",
+        "and",
+        "broadcast_in_dim",
+        "clamp",
+        "concatenate",
+        "convert_element_type",
+        "copy",
+        "div",
+        "eq",
+        "erf",
+        "exp",
+        "exp2",
+        "expand_dims",
+        "expm1",
+        "ge",
+        "gt",
+        "integer_pow",
+        "iota",
+        "le",
+        "log",
+        "log1p",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "not",
+        "or",
+        "pad",
+        "pow",
+        "reshape",
+        "rsqrt",
+        "select_n",
+        "sign",
+        "slice",
+        "split",
+        "sqrt",
+        "square",
+        "squeeze",
+        "stop_gradient",
+        "sub",
+        "tanh",
+        "transpose",
+    ]
+)
+
+
+def _all_but_cheap(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in _CHEAP
+
+
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -123,7 +181,8 @@ class Stack(nnx.Module):
         if keys is not None:
             scanned = self.repeats * len(graphs)
             keys = keys[:scanned].reshape(self.repeats, len(graphs), *keys.shape[1:])
-        run = self._rematerialised(_run_blocks)
+        policy = _POLICIES.get(self.config.remat, _all_but_cheap)
+        run = jax.checkpoint(_run_blocks, policy=policy, static_argnums=(4,), prevent_cse=False)
 
         def body(x, layers):
             variables, keys = layers

@@ -82,7 +82,7 @@ def passed_over_reason(x: Any, *, batch: int = 0) -> str | None:
 
 
 def over_shards(
-    function: Callable[..., Any], arrays: Sequence[Any], specs: Sequence[P], out_specs: Any
+    function: Callable[..., Any], arrays: Sequence[Any], specs: Sequence[P | None], out_specs: Any
 ) -> Any:
     """Runs `function` on every device's part of the arguments.
 

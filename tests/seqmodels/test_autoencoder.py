@@ -45,12 +45,12 @@ def test_padding_changes_nothing():
 
 
 def test_defaults_reach_the_mixers_that_have_them():
-    assert build().stack.blocks[0].mixer.config.heads == 2
-    assert build(mixers={"attention": {"heads": 4}}).stack.blocks[0].mixer.config.heads == 4
-    assert build(pattern=("s5",)).stack.blocks[0].mixer.config.state_size == 4
+    assert build().stack.layers[0].mixer.config.heads == 2
+    assert build(mixers={"attention": {"heads": 4}}).stack.layers[0].mixer.config.heads == 4
+    assert build(pattern=("s5",)).stack.layers[0].mixer.config.state_size == 4
     assert build(pattern=("wersa",), mixer_defaults={"heads": 2, "causal": True}).stack.causal
     model = build(pattern=("attention",), mixer_defaults={"width": 4, "heads": 2})
-    assert model.stack.blocks[0].mixer.config.width == 8  # the model's own sizes come first
+    assert model.stack.layers[0].mixer.config.width == 8  # the model's own sizes come first
 
 
 @pytest.mark.parametrize(

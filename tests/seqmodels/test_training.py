@@ -101,7 +101,7 @@ def train(model, batch):
 @pytest.mark.parametrize("name", PLACED)
 def test_a_scan_may_run_all_layers_as_it_runs_the_first(name):
     """Layers differ in the values of their variables only."""
-    model = nnx.eval_shape(lambda: model_of(LINES[name], **CLASSIFIER))
+    model = nnx.eval_shape(lambda: model_of(LINES[name], **CLASSIFIER, scan=False))
     x = jax.ShapeDtypeStruct((*IDS.shape, 8), jnp.float32)
 
     def computation(mixer):

@@ -59,7 +59,7 @@ def config(model):
         seed=0,
         task=task,
         model=dict(width=16, depth=max(2, len(sizes["pattern"])), **sizes),
-        optimizer=dict(learning_rate=0.1, weight_decay=0.1, warmup_steps=2, clip_norm=1.0, epsilon=1.0),
+        optimizer=dict(learning_rate=0.02, weight_decay=0.1, warmup_steps=2, clip_norm=1.0, epsilon=1.0),
         train=dict(batch_size=16, steps=STEPS),
         data=dict(prefetch=0),
     )
