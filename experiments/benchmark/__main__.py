@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark kernels [--peers] [--only=delta_rule/KDA,linear_recurrence] [--out=FOLDER]
     python -m experiments.benchmark scaling [--lengths=2048,8192,32768,131072] [--out=FOLDER]
+    python -m experiments.benchmark steps [--only=gated_deltanet,transformer] [--rows=whole,packed] [--num_devices=2]
     python -m experiments.benchmark tune [--only=linear_recurrence/real] [--out=FOLDER]
 
 `kernels` prints a table and writes kernels.json and kernels.png: milliseconds (median of interleaved measurements) of
@@ -9,7 +10,7 @@ the forward pass and of both passes, the ratio to the floor, the ratio to what `
 against the float64 reference. The floor is the larger of the fewest bytes over the bandwidth of a copy and the
 arithmetic over the rate of the unit that does it, both measured at the start. On a CPU the sizes are smaller and the
 inputs float32. On a GPU `--workers` processes compile and check in parallel, which takes longer than timing;
-`--patience` bounds it. `tune` checks and times layouts of the GPU kernels and writes tune.json. Exit codes: 0 done; 1 one of
+`--patience` bounds it. `steps` times whole training steps of language models (`experiments/benchmark/steps.py`). `tune` checks and times layouts of the GPU kernels and writes tune.json. Exit codes: 0 done; 1 one of
 our implementations failed or a process ended, the others are in the table; 2 an argument cannot be used.
 """
 
@@ -22,7 +23,7 @@ from typing import Any
 
 import jax
 
-from experiments.benchmark import kernels, peers, report, scaling, tune
+from experiments.benchmark import kernels, peers, report, scaling, steps, tune
 from experiments.benchmark.processes import EndedEarly
 from experiments.benchmark.timing import ceilings
 from experiments.config.command_line import REFUSALS, Parser, names, refuse
@@ -30,7 +31,7 @@ from experiments.parallel.mesh import Devices
 from experiments.runs.directory import git_revision, versions
 from experiments.runs.files import to_json_text, write_atomically
 
-STUDIES = ("kernels", "scaling", "tune")
+STUDIES = ("kernels", "scaling", "steps", "tune")
 ON_CPU = {"dtype": "float32", "batch": 1, "time": 1024, "narrower": 8, "rounds": 5, "workers": 1}
 
 
@@ -39,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = _parser().parse_args(argv)
     study = values.study
     try:
-        _share_memory(1 if study == "tune" else values.workers or kernels.Options.workers)
+        _share_memory(1 if study in ("steps", "tune") else values.workers or kernels.Options.workers)
         options = _options(values)
         lengths = tuple(map(int, values.lengths.split(",")))
-        chosen = [] if study == "tune" else list(kernels.selected(options.only))
+        chosen = [] if study in ("steps", "tune") else list(kernels.selected(options.only))
         folder = Path(values.out)
         folder.mkdir(parents=True, exist_ok=True)
     except REFUSALS as error:
@@ -78,6 +79,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             record["ceilings"] = {dtype: limit._asdict() for dtype, limit in limits.items()}
             print(f"{device}; {_describe(limits)}\n{report.HEADER}", flush=True)
             rows[:] = kernels.run(options, limits, lambda row: add(row, report.line(row)), say)
+        elif study == "steps":
+            shape, rounds = (values.batch, values.time), values.rounds or 5
+            record["rounds"], record["device"] = rounds, Devices.first(values.num_devices).describe()
+            print(record["device"], flush=True)
+            try:
+                steps.run(
+                    values.only,
+                    values.rows,
+                    values.num_devices,
+                    shape,
+                    rounds,
+                    lambda row: add(row, steps.line(row)),
+                    say,
+                )
+            except ValueError as error:
+                return refuse(error)
         else:
             print(f"{device}; one row; both passes", flush=True)
             rows[:] = scaling.run(options, lengths, lambda row: add(row, _scaling_line(row)), say)
@@ -86,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems.append(str(error))
     if study == "kernels":
         problems += [report.line(row) for row in kernels.failures(rows)]
-    if rows:
+    if rows and study != "steps":
         draw = report.draw_bars if study == "kernels" else report.draw_scaling
         draw(rows, folder / f"{study}.png", device)
     for problem in problems:
@@ -164,6 +181,10 @@ def _parser() -> Parser:
     parser.add_argument(
         "--patience", type=float, help="seconds for one implementation to compile and be checked"
     )
+    parser.add_argument(
+        "--rows", type=names, default=steps.ROWS, help="kinds of rows, for `steps`: whole, ones and packed"
+    )
+    parser.add_argument("--num_devices", type=_positive, default=1, help="devices, for `steps`")
     parser.add_argument("--lengths", default="2048,8192,32768,131072", help="tokens per row, for `scaling`")
     return parser
 

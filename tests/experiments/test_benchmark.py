@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmark import calls, kernels, peers, report, scaling, timing
+from experiments.benchmark import calls, kernels, peers, report, scaling, steps, timing
+from experiments.benchmark.__main__ import main
 from layers.kernels.suites import SUITES
 
 SMALL = kernels.Options(
@@ -230,3 +231,18 @@ def test_the_command_refuses_before_it_computes(tmp_path, arguments, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_steps_are_timed_on_all_kinds_of_rows(tmp_path):
+    assert main(["steps", "--only=transformer", "--rounds=1", f"--out={tmp_path}"]) == 0
+    rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    assert [row["rows"] for row in rows] == list(steps.ROWS)
+    assert all(row["tokens_per_second"] > 0 and row["implementations"] == ["attention/xla"] for row in rows)
+    packed = steps._batch("packed", 3, 20, 9)["segment_ids"]
+    assert (packed.max(1) == steps.DOCUMENTS).all()
+    assert (np.diff(packed) >= 0).all()
+
+
+def test_unknown_models_of_steps_are_refused_with_the_nearest(tmp_path, capsys):
+    assert main(["steps", "--only=transformr", f"--out={tmp_path}"]) == 2
+    assert "did you mean 'transformer'" in capsys.readouterr().err
