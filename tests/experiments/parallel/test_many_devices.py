@@ -1,5 +1,6 @@
 """Training on eight emulated devices gives the losses of one, and resumes on other numbers of devices."""
 
+import dataclasses
 import functools
 import tempfile
 
@@ -12,6 +13,9 @@ from experiments.parallel.mesh import Devices
 from experiments.parallel.sharding import ShardingRules
 from experiments.runs.checkpoints import Checkpoints
 from experiments.training import experiment, loop
+from experiments.training.model import SplitModel
+from experiments.training.state import StateLayout
+from seqmodels import build_model
 
 STEPS = 20
 MESHES = {
@@ -135,3 +139,20 @@ def test_a_checkpoint_of_eight_devices_resumes_on_fewer(tmp_path, counts):
             if count in counts:
                 rest, _, _ = steps("hybrid", on(mesh, count), 4, read, half)
                 np.testing.assert_allclose(rest, alone("hybrid")[half : half + 4], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_no_device_holds_a_divided_state_whole_while_it_is_made():
+    """By the memory that the compiled program needs per device: an eighth of the state, and less than that beside it."""
+    model = dict(kind="language_model", width=512, depth=8, pattern=("attention",), vocab_size=4096)
+    plan = experiment.build(config("hybrid"))
+    wide = SplitModel(lambda rngs: build_model(model, rngs=rngs))
+    optimizer = dataclasses.replace(plan.optimizer, declarations=wide.parameters)
+    devices = Devices(sizes=MESHES["fsdp 8"])
+    layout = StateLayout(wide, optimizer, devices)
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layout.abstract))
+    with devices.active():
+        make = jax.jit(lambda seed: layout.make(jax.random.key(seed)), out_shardings=layout.shardings)
+        memory = make.lower(np.uint32(0)).compile().memory_analysis()
+    assert memory.output_size_in_bytes < 1.1 * whole / 8
+    assert memory.temp_size_in_bytes < 1.1 * whole / 8
