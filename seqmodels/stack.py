@@ -181,14 +181,19 @@ class Stack(nnx.Module):
         if keys is not None:
             scanned = self.repeats * len(graphs)
             keys = keys[:scanned].reshape(self.repeats, len(graphs), *keys.shape[1:])
-        policy = _POLICIES.get(self.config.remat, _all_but_cheap)
-        run = jax.checkpoint(_run_blocks, policy=policy, static_argnums=(4,), prevent_cse=False)
+        variables = tuple((params, rest) for _, params, rest in split)
+        if self.config.remat != "none":
+            run = self._rematerialised(_run_blocks)
+        elif _uses_complex(x, variables, segments, keys, graphs):
+            run = _run_blocks  # jax.checkpoint cannot save complex arrays
+        else:
+            run = jax.checkpoint(_run_blocks, policy=_all_but_cheap, static_argnums=(4,), prevent_cse=False)
 
         def body(x, layers):
             variables, keys = layers
             return run(x, variables, segments, keys, graphs)
 
-        x, rests = jax.lax.scan(body, x, (tuple((params, rest) for _, params, rest in split), keys))
+        x, rests = jax.lax.scan(body, x, (variables, keys))
         # Only training changes statistics; writing them back otherwise makes inference impure.
         if keys is not None:
             for block, rest in zip(self.stacked, rests, strict=True):
@@ -220,6 +225,30 @@ def _stack(blocks: list[Block], place: int, period: int) -> Block:
 def _at(variables: Any, number: int) -> Any:
     """Returns the variables of one repeat."""
     return jax.tree.map(lambda value: value[number], variables)
+
+
+def _uses_complex(x, variables, segments, keys, graphs) -> bool:
+    """Returns whether the blocks compute with complex numbers, from a trace of one repeat of the pattern."""
+
+    def one(tree):
+        return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), tree)
+
+    traced = jax.make_jaxpr(lambda x, variables, keys: _run_blocks(x, variables, segments, keys, graphs))(
+        jax.ShapeDtypeStruct(x.shape, x.dtype), one(variables), one(keys)
+    )
+    return _holds_complex(traced.jaxpr)
+
+
+def _holds_complex(jaxpr: Any) -> bool:
+    for equation in jaxpr.eqns:
+        if any(jnp.issubdtype(getattr(v.aval, "dtype", bool), jnp.complexfloating) for v in equation.outvars):
+            return True
+        for value in equation.params.values():
+            for item in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(item, "jaxpr", item)
+                if hasattr(inner, "eqns") and _holds_complex(inner):
+                    return True
+    return False
 
 
 def _run_blocks(x, variables, segments, keys, graphs):
