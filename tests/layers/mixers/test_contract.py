@@ -269,7 +269,7 @@ def test_parameters_declare_known_groups(entry):
 def test_parameters_declare_logical_axes(entry):
     """A name or None per axis, none twice, and a name for something wherever a matrix grows with the width."""
     name, options = MIXERS[entry]
-    more = {"heads": 2 * options["heads"]} if "heads" in options else {}
+    more = {"heads": 2 * options["heads"]} if "heads" in options and "state_size" not in options else {}
     given = {"width": 2 * WIDTH, "dtype": jnp.float32}
     wide = make_mixer(name, options | more, given=given, rngs=nnx.Rngs(0))
     wider = dict(nnx.to_flat_state(nnx.state(wide, nnx.Param)))
