@@ -4,6 +4,7 @@ On the devices, arrays are named by their variable in the model; a stacked array
 each array by its layer, so that it depends neither on how a stack holds its layers nor on the devices.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ class StateLayout:
 
         self.abstract: TrainState = jax.tree.map_with_path(place, abstract)
 
-    @property
+    @functools.cached_property
     def shardings(self) -> TrainState:
         """The sharding of each array of the state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
@@ -113,7 +114,7 @@ class StateLayout:
         with self._devices.active():
             return self._join(dict(stored))
 
-    @property
+    @functools.cached_property
     def abstract_stored(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of what `to_stored` returns."""
         stored = jax.eval_shape(self._by_layer, self.abstract)
@@ -137,11 +138,11 @@ class StateLayout:
             more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems[:5])}{more}")
 
-    @property
+    @functools.cached_property
     def _split(self) -> Callable[[TrainState], dict[str, Array]]:
         return jax.jit(self._by_layer, out_shardings=self._stored_shardings)
 
-    @property
+    @functools.cached_property
     def _join(self) -> Callable[[dict[str, Array]], TrainState]:
         def join(stored):
             leaves = []
@@ -163,7 +164,7 @@ class StateLayout:
             stored |= {f"{prefix}{name}": jnp.copy(array) for name, array in parts.items()}
         return stored
 
-    @property
+    @functools.cached_property
     def _stored_shardings(self) -> dict[str, NamedSharding]:
         shardings = {}
         for prefix, declaration, leaf in self._leaves(self.abstract):

@@ -143,18 +143,3 @@ def reset_mask(segments: Segments, reverse: bool = False) -> Bool[Array, "b t"] 
     following = jax.lax.cummin(numbers, axis=1, reverse=True)
     following = jnp.pad(following, ((0, 0), (0, 1)), constant_values=none)[:, 1:]
     return segments.real & (following != none) & (following != segments.numbers)
-
-
-def segment_starts(segment_ids: SegmentIds) -> Bool[Array, "b t"]:
-    """`Segments.starts`."""
-    return Segments.of(segment_ids).starts
-
-
-def segment_numbers(segment_ids: SegmentIds) -> Int[Array, "b t"]:
-    """`Segments.numbers`."""
-    return Segments.of(segment_ids).numbers
-
-
-def segment_positions(segment_ids: SegmentIds) -> Int[Array, "b t"]:
-    """`Segments.positions`."""
-    return Segments.of(segment_ids).positions
