@@ -88,7 +88,8 @@ def _measure(name, kind, devices, shape, rounds, say) -> dict[str, Any]:
     batch, length = (given or usual for given, usual in zip(shape, default, strict=True))
     config = MODELS[name] | (ON_CPU if on_cpu else SIZES) | dict(kind="language_model", dtype="bfloat16")
     arrays = _batch(kind, batch * len(devices), length, config["vocab_size"])
-    model = SplitModel(lambda rngs: build_model(config, rngs=rngs), padding="end", packed=kind == "packed")
+    most = DOCUMENTS if kind == "packed" else 1
+    model = SplitModel(lambda rngs: build_model(config, rngs=rngs), padding="end", packed=most)
     rule = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)
     functions = StepFunctions(
         model,

@@ -95,7 +95,7 @@ class SplitModel:
         make: Callable[[nnx.Rngs], nnx.Module],
         *,
         padding: Padding = "anywhere",
-        packed: bool = True,
+        packed: bool | int = True,
     ):
         """Traces `make`; nothing is allocated.
 

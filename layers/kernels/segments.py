@@ -31,7 +31,8 @@ class Segments:
       starts: True at the first token of every segment but the row's first, where a state is reset.
       padding: "end" if padding stands only behind all real tokens of its row; static. The neighbours of a token are then
         adjacent to it, so that shifts and masks replace gathers.
-      packed: False if no row holds more than one segment; static. Then `starts` is False everywhere.
+      packed: False if no row holds more than one segment, and then `starts` is False everywhere; or the most segments of a
+        row, or True if that number is unknown. Static.
     """
 
     ids: Int[Array, "b t"]
@@ -39,23 +40,30 @@ class Segments:
     positions: Int[Array, "b t"]
     starts: Bool[Array, "b t"]
     padding: Padding = "anywhere"
-    packed: bool = True
+    packed: bool | int = True
 
     @classmethod
     def of(
-        cls, segment_ids: "SegmentIds", *, padding: Padding = "anywhere", packed: bool = True
+        cls, segment_ids: "SegmentIds", *, padding: Padding = "anywhere", packed: bool | int = True
     ) -> "Segments | None":
         """Returns `segment_ids` as `Segments`; None and `Segments` come back unchanged.
 
         Args:
           segment_ids: (b, t), integers.
           padding, packed: what is known of the ids beforehand. They are trusted: wrong ones give wrong results.
+            `packed=1` is `packed=False`.
 
         Raises:
-          ValueError: `padding` is not "anywhere" or "end".
+          ValueError: `padding` is not "anywhere" or "end", or `packed` is below 1.
         """
         if padding not in ("anywhere", "end"):
             raise ValueError(f"padding={padding!r}; expected 'anywhere' or 'end'")
+        if not isinstance(packed, bool):
+            if packed < 1:
+                raise ValueError(
+                    f"packed={packed}; expected a bool, or the most segments of a row, at least 1"
+                )
+            packed = packed > 1 and packed
         if segment_ids is None or isinstance(segment_ids, Segments):
             return segment_ids
         segment_ids = jnp.asarray(segment_ids)
@@ -73,6 +81,11 @@ class Segments:
     def real(self) -> Bool[Array, "b t"]:
         """True for tokens, False for padding."""
         return self.ids != 0
+
+    @property
+    def most(self) -> int | None:
+        """The most segments of a row, or None if that is unknown; static."""
+        return None if self.packed is True else int(self.packed) or 1
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,4 +1,6 @@
-"""`attention` by cuDNN's fused kernels, through `jax.nn.dot_product_attention`, where they compute it exactly as defined."""
+"""`attention` by cuDNN's fused kernels, where they compute it exactly as defined."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,33 +8,120 @@ import jax.numpy as jnp
 from layers.kernels import devices
 from layers.kernels.attention import xla
 from layers.kernels.attention.options import Options
-from layers.kernels.segments import select_real
+from layers.kernels.segments import Segments, select_real
 
-TAKEN = "causal, window, scale and segment_ids of rows that are not packed and end with their padding"
+TAKEN = "causal, window, scale and segment_ids whose padding ends the rows"
+# The kernels keep a log-sum-exp per row for every segment that a row may hold.
+MOST_SEGMENTS = 64
 
 
 def attention(q, k, v, options):
-    """Returns the output (b, t, h, v), and None for the log-sum-exp."""
+    """Returns the output (b, t, h, v), and None for the log-sum-exp.
+
+    `jax.nn.dot_product_attention` reaches the same kernels, but neither their segments nor values of another size than
+    keys.
+    """
     if devices.assumed():  # cuDNN cannot be traced where it is not installed
         return xla.attention(q, k, v, options)
-    window, segments = options.mask.window, options.segment_ids
-    lengths = None
-    if segments is not None:
-        lengths = segments.real.sum(1, dtype=jnp.int32)
-        # The kernels multiply what stands at padding by zero, which leaves NaN where it is not finite.
-        q, k, v = (select_real(x, segments) for x in (q, k, v))
-    output = jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        scale=options.scale,
-        is_causal=options.causal,
-        query_seq_lengths=lengths,
-        key_value_seq_lengths=lengths,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation="cudnn",
-    )
+    segments = options.segment_ids
+    # The kernels multiply what stands at padding by zero, which leaves NaN where it is not finite.
+    q, k, v = (select_real(x, segments) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
+    output = _attend((float(scale), options.causal, options.mask.window), q, k, v, *_where(segments))
+    if segments is not None and segments.packed:
+        output = jnp.where((segments.numbers > segments.most)[..., None, None], jnp.nan, output)
     return select_real(output, segments), None
+
+
+def _where(segments: Segments | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """Lengths of the segments of every row, and where they begin in it, as cuDNN takes them: -1 for no segment."""
+    if segments is None:
+        return None, None
+    if not segments.packed:
+        return segments.real.sum(1, dtype=jnp.int32), None
+    numbers = jnp.arange(1, segments.most + 1)[None, None]
+    lengths = (segments.numbers[..., None] == numbers).sum(1, dtype=jnp.int32)
+    starts = jnp.where(lengths == 0, -1, jnp.cumsum(lengths, axis=1) - lengths)
+    return jnp.where(lengths == 0, -1, lengths), jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
+
+
+def _batches_as_rows(function):
+    """`function` of arrays and trees of arrays, batched by making the new axis part of the first."""
+    mapped = jax.custom_batching.custom_vmap(function)
+
+    @mapped.def_vmap
+    def rule(size, batched, *arguments):
+        def rows(x, is_batched):
+            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        results = mapped(*jax.tree.map(rows, arguments, tuple(batched)))
+        results = jax.tree.map(lambda y: y.reshape(size, -1, *y.shape[1:]), results)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return mapped
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=0)
+def _attend(static, q, k, v, lengths, starts):
+    return _forward(static, q, k, v, lengths, starts)[0]
+
+
+def _forward(static, q, k, v, lengths, starts):
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    scale, causal, window = static
+
+    @_batches_as_rows
+    def run(q, k, v, lengths, starts):
+        return tuple(
+            fused.dot_product_attention(
+                q,
+                k,
+                v,
+                q_seqlen=lengths,
+                kv_seqlen=lengths,
+                q_offsets=starts,
+                kv_offsets=starts,
+                scale=scale,
+                mask_type=_mask_type(causal, lengths),
+                sliding_window_length=window,
+                return_residual=True,
+            )
+        )
+
+    output, lse = run(q, k, v, lengths, starts)
+    return output, (q, k, v, lengths, starts, lse, output)
+
+
+def _backward(static, kept, gradient):
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    scale, causal, window = static
+
+    @_batches_as_rows
+    def run(q, k, v, lengths, starts, lse, output, gradient):
+        none = jnp.zeros(0, q.dtype)  # how cuDNN's calls spell None
+        where = [none if x is None else x for x in (lengths, lengths, starts, starts)]
+        residuals = (q, k, v, none, *where, none, none, lse, output)
+        seed, dropout, bias, layout = 42, 0.0, (False, False), fused.AttentionLayout.BTNH.value
+        kind = _mask_type(causal, lengths)
+        return fused._dot_product_attention_bwd_rule(
+            scale, seed, dropout, bias, kind, layout, window, True, False, residuals, gradient
+        )[:3]
+
+    return *run(*kept, gradient), None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _mask_type(causal, lengths):
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType
+
+    if lengths is None:
+        return MaskType.CAUSAL if causal else MaskType.NO_MASK
+    return MaskType.PADDING_CAUSAL if causal else MaskType.PADDING
 
 
 def refuses(q, k, v, options) -> str | None:
@@ -54,8 +143,17 @@ def refuses(q, k, v, options) -> str | None:
         if capability < (8, 0):
             return f"it needs compute capability 8.0; {device.device_kind} has {device.compute_capability}"
     largest = 256 if capability >= (9, 0) else 128
-    if q.shape[3] != v.shape[3] or q.shape[3] % 8 or q.shape[3] > largest:
-        return f"it takes heads of one size for k and v, a multiple of 8 up to {largest}; they are {q.shape[3]} and {v.shape[3]}"
+    sizes = q.shape[3], v.shape[3]
+    if any(size % 8 or size > largest for size in sizes):
+        return f"it takes heads of a multiple of 8 up to {largest}; those of k and v are {sizes[0]} and {sizes[1]}"
+    packed = options.segment_ids is not None and options.segment_ids.packed
+    if capability < (9, 0):
+        if sizes[0] != sizes[1]:
+            return f"it takes heads of one size for k and v below compute capability 9.0; they are {sizes[0]} and {sizes[1]}"
+        if packed:
+            return "it takes packed rows from compute capability 9.0"
+    if packed and sizes[0] != sizes[1]:
+        return f"it takes heads of one size for k and v in packed rows; they are {sizes[0]} and {sizes[1]}"
     return None
 
 
@@ -69,8 +167,16 @@ def _unknown_option(options: Options) -> str | None:
     window, segments = options.mask.window, options.segment_ids
     if window is not None and not options.causal:
         return "its window is causal; causal is False"
-    if segments is not None and (segments.packed or segments.padding != "end"):
-        return f"it knows {TAKEN}, not segment_ids of which less is known; `Segments.of` takes what is"
+    if segments is None:
+        return None
+    if segments.padding != "end":
+        return f"it knows {TAKEN}; `Segments.of(segment_ids, padding='end')` says that it does"
+    if segments.most is None or segments.most > MOST_SEGMENTS:
+        known = "an unknown number" if segments.most is None else segments.most
+        return (
+            f"it takes rows of at most {MOST_SEGMENTS} segments, and these hold {known}; "
+            "`Segments.of(segment_ids, packed=...)` takes the most of a row"
+        )
     return None
 
 

@@ -44,8 +44,12 @@ def test_cudnn_takes_only_what_it_computes_as_defined(monkeypatch):
         assert refusal(options) is None
     for options in ({}, {"causal": True}, {"causal": True, "mask": Mask(window=4)}):
         assert refusal({**options, "segment_ids": whole}) is None
-        for less in (ids, Segments.of(ids, padding="end"), Segments.of(ids, packed=False)):
-            assert "not segment_ids of which less is known" in refusal({**options, "segment_ids": less})
+        assert refusal({**options, "segment_ids": Segments.of(ids, padding="end", packed=3)}) is None
+        for less in (ids, Segments.of(ids, packed=False)):
+            assert "Segments.of(segment_ids, padding='end')" in refusal({**options, "segment_ids": less})
+        for most, said in ((True, "an unknown number"), (65, "65")):
+            less = Segments.of(ids, padding="end", packed=most)
+            assert f"at most 64 segments, and these hold {said}" in refusal({**options, "segment_ids": less})
     assert "window is causal" in refusal({"mask": Mask(window=4)})
     assert "not sink_tokens" in refusal({"mask": Mask(window=4, sink_tokens=1)})
     assert "not kv_lengths" in refusal({"tokens": Tokens(kv_lengths=jnp.ones(1, jnp.int32))})
@@ -53,7 +57,11 @@ def test_cudnn_takes_only_what_it_computes_as_defined(monkeypatch):
     assert "not logit_cap" in refusal({"logits": Logits(logit_cap=5.0)})
     assert "float32" in refusal({}, dtype=jnp.float32)
     assert "multiple of 8" in refusal({}, sizes=(60, 60))
-    assert "of one size" in refusal({}, sizes=(64, 128))
+    assert refusal({}, sizes=(192, 128)) is None
+    packed = Segments.of(ids, padding="end", packed=3)
+    assert "of one size for k and v in packed rows" in refusal({"segment_ids": packed}, sizes=(192, 128))
+    assert "packed rows from" in refusal({"segment_ids": packed}, capability="8.0")
+    assert "of one size for k and v below" in refusal({}, sizes=(64, 128), capability="8.0")
     assert "up to 128" in refusal({}, sizes=(256, 256), capability="8.0")
     assert "compute capability 8.0" in refusal({}, capability="7.5")
     assert "even lengths" in refusal({}, length=7)
@@ -69,31 +77,43 @@ def test_cudnn_says_why_not():
         attention_with_lse(**narrow, impl="cudnn")
 
 
-PADDED = Segments.of(
-    jnp.repeat(jnp.array([[1, 1, 1, 0], [2, 0, 0, 0], [0, 0, 0, 0]]), 32, 1), padding="end", packed=False
-)
+IDS = jnp.repeat(jnp.array([[1, 1, 1, 0], [2, 0, 0, 0], [0, 0, 0, 0], [1, 2, 2, 1]]), 32, 1)
+PADDED = Segments.of(IDS[:3], padding="end", packed=False)
+PACKED = Segments.of(IDS, padding="end", packed=4)
+
+
+def test_lengths_and_starts_are_those_of_the_segments():
+    ids = jnp.array([[3, 3, 5, 3, 0], [2, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+    lengths, starts = cudnn._where(Segments.of(ids, padding="end", packed=4))
+    np.testing.assert_array_equal(lengths, [[2, 1, 1, -1], [1, -1, -1, -1], [-1] * 4])
+    np.testing.assert_array_equal(starts, [[0, 2, 3, -1, -1], [0, -1, -1, -1, -1], [-1] * 5])
+    lengths, starts = cudnn._where(Segments.of(ids.at[0].set(1), padding="end", packed=False))
+    assert starts is None
+    np.testing.assert_array_equal(lengths, [5, 1, 0])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "mask": Mask(window=20)}])
-def test_cudnn_leaves_out_padding(options):
+@pytest.mark.parametrize("segments", [PADDED, PACKED], ids=["padded", "packed"])
+def test_cudnn_leaves_out_padding_and_other_segments(segments, options):
     """Whatever stands there, not a number included, outputs and gradients are those of the reference, zero at padding."""
-    shapes = {"q": (3, 128, 8, 64), "k": (3, 128, 2, 64), "v": (3, 128, 2, 64)}
+    rows = segments.shape[0]
+    shapes = {"q": (rows, 128, 8, 64), "k": (rows, 128, 2, 64), "v": (rows, 128, 2, 64)}
     arguments = {n: normal(i, *shape).astype(jnp.bfloat16) for i, (n, shape) in enumerate(shapes.items())}
 
     def loss(arguments, impl):
-        output = attention(**arguments, **options, segment_ids=PADDED, impl=impl).astype(jnp.float32)
+        output = attention(**arguments, **options, segment_ids=segments, impl=impl).astype(jnp.float32)
         return (output * normal(9, *output.shape)).sum(), output
 
     run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
-    spoilt = {n: jnp.where(PADDED.real[..., None, None], v, jnp.nan) for n, v in arguments.items()}
+    spoilt = {n: jnp.where(segments.real[..., None, None], v, jnp.nan) for n, v in arguments.items()}
     got = run(spoilt, "cudnn")
     want = run({n: v.astype(jnp.float32) for n, v in arguments.items()}, "reference")
     close(got[1], want[1], 1e-2, "output")
-    assert (np.asarray(got[1])[~np.asarray(PADDED.real)] == 0).all()
+    assert (np.asarray(got[1])[~np.asarray(segments.real)] == 0).all()
     for name in want[0]:
         close(got[0][name].astype(jnp.float32), want[0][name], 1e-2, f"gradient of {name}")
-        assert (np.asarray(got[0][name], np.float32)[~np.asarray(PADDED.real)] == 0).all()
+        assert (np.asarray(got[0][name], np.float32)[~np.asarray(segments.real)] == 0).all()
 
 
 @pytest.mark.gpu
@@ -117,3 +137,45 @@ def test_cudnn_matches_the_reference(options, t):
     close(got[1], want[1], 1e-2, "output")
     for name in want[0]:
         close(got[0][name].astype(jnp.float32), want[0][name], 1e-2, f"gradient of {name}")
+
+
+@pytest.mark.gpu
+def test_cudnn_takes_values_of_another_size_than_keys():
+    shapes = {"q": (2, 130, 4, 192), "k": (2, 130, 4, 192), "v": (2, 130, 4, 128)}
+    arguments = {n: normal(i, *shape).astype(jnp.bfloat16) for i, (n, shape) in enumerate(shapes.items())}
+
+    def loss(arguments, impl):
+        output = attention(**arguments, causal=True, impl=impl).astype(jnp.float32)
+        return (output * normal(9, *output.shape)).sum(), output
+
+    run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    got = run(arguments, "cudnn")
+    want = run({n: v.astype(jnp.float32) for n, v in arguments.items()}, "reference")
+    close(got[1], want[1], 1e-2, "output")
+    for name in want[0]:
+        close(got[0][name].astype(jnp.float32), want[0][name], 1e-2, f"gradient of {name}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("segments", [None, PADDED, PACKED], ids=["whole", "padded", "packed"])
+def test_cudnn_under_vmap_is_a_call_of_more_rows(segments):
+    rows = 2 if segments is None else segments.shape[0]
+    q, k, v = (normal(i, 3, rows, 128, 2, 64).astype(jnp.bfloat16) for i in range(3))
+
+    def loss(q, k, v, segments):
+        return (attention(q, k, v, causal=True, segment_ids=segments, impl="cudnn") ** 2).sum()
+
+    both = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    got = jax.jit(jax.vmap(both, in_axes=(0, None, 0, None)))(q, k[0], v, segments)
+    for i in range(3):
+        want = both(q[i], k[0], v[i], segments)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            close(one[i].astype(jnp.float32), other.astype(jnp.float32), 1e-2, f"replica {i}")
+
+
+@pytest.mark.gpu
+def test_more_segments_than_stated_give_nan():
+    q, k, v = (normal(i, 4, 128, 2, 64).astype(jnp.bfloat16) for i in range(3))
+    segments = Segments.of(IDS, padding="end", packed=2)
+    output = attention(q, k, v, causal=True, segment_ids=segments, impl="cudnn")
+    np.testing.assert_array_equal(np.isnan(np.asarray(output, np.float32)).any((2, 3)), segments.numbers > 2)
