@@ -62,7 +62,7 @@ def _batches_as_rows(function):
     return mapped
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static, q, k, v, lengths, starts):
     return _forward(static, q, k, v, lengths, starts)[0]
 
