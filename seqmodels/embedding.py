@@ -82,11 +82,6 @@ class Embedding(nnx.Module):
             raise ValueError(f"inputs have shape {inputs.shape}; expected (b, t, {self.config.input_size})")
         return self.map(inputs)
 
-    def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
-        """Returns the float32 logits of all tokens: x times the transposed table."""
-        table = self.table[...].astype(self.dtype)
-        return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
-
 
 def look_up(table: Float[Array, "v d"], ids: Int[Array, "b t"], dtype: jnp.dtype) -> Float[Array, "b t d"]:
     """Returns rows of a float32 table, converted to `dtype` afterwards: their gradients are summed in float32.

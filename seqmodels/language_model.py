@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.cross_entropy import Unprojected
 from layers.norms import make_norm
 from layers.parameters import linear
 from layers.segments import Place, SegmentIds, Segments
@@ -72,6 +73,21 @@ class LanguageModel(nnx.Module):
         Returns:
           float32 logits (b, t, v), and the state that the next call continues (None if none was passed).
         """
+        outputs, state = self.unprojected(inputs, state, segment_ids=segment_ids, key=key)
+        return outputs.logits, state
+
+    def unprojected(
+        self,
+        inputs: Int[Array, "b t"],
+        state: LanguageModelState | None = None,
+        *,
+        segment_ids: SegmentIds = None,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Unprojected, LanguageModelState | None]:
+        """Returns what the logits are computed from, and the next state; see `__call__`.
+
+        `layers.cross_entropy.linear_cross_entropy` takes it in place of logits.
+        """
         segments = Segments.of(segment_ids)
         place, layers = (None, None) if state is None else state
         x, place = self.embedding(inputs, place, segment_ids=segments)
@@ -79,6 +95,5 @@ class LanguageModel(nnx.Module):
         state = None if state is None else LanguageModelState(place, layers)
         if self.norm is not None:
             x = self.norm(x, mask=None if segments is None else segments.real, training=key is not None)
-        if self.head is None:
-            return self.embedding.logits(x), state
-        return self.head(x).astype(jnp.float32), state
+        matrix = self.embedding.table[...] if self.head is None else self.head.kernel[...].T
+        return Unprojected(x, matrix), state

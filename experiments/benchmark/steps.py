@@ -1,6 +1,6 @@
 """The study `steps`: whole training steps of language models, on rows that are whole, marked as one segment, or packed.
 
-A step is that of training (`experiments.training.step`): embedding, layers, cross-entropy of full logits, both passes and
+A step is that of training (`experiments.training.step`): embedding, layers, cross-entropy, both passes and
 the optimizer. Models have 12 layers of width 768, SwiGLU, tied embeddings of 32,768 tokens and bfloat16 activations, about
 110 to 117 million parameters. Tokens are random.
 """
@@ -89,7 +89,9 @@ def _measure(name, kind, devices, shape, rounds, say) -> dict[str, Any]:
     config = MODELS[name] | (ON_CPU if on_cpu else SIZES) | dict(kind="language_model", dtype="bfloat16")
     arrays = _batch(kind, batch * len(devices), length, config["vocab_size"])
     most = DOCUMENTS if kind == "packed" else 1
-    model = SplitModel(lambda rngs: build_model(config, rngs=rngs), padding="end", packed=most)
+    model = SplitModel(
+        lambda rngs: build_model(config, rngs=rngs), padding="end", packed=most, unprojected=True
+    )
     rule = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)
     functions = StepFunctions(
         model,

@@ -67,7 +67,10 @@ class Replicas:
         self._steps_at_once = math.gcd(self._train.steps, STEPS_AT_ONCE)
         values = config["model"] | {"vocab_size": self._task.vocab_size}
         model = SplitModel(
-            lambda rngs: build_model(values, rngs=rngs), padding=self._task.padding, packed=self._task.packed
+            lambda rngs: build_model(values, rngs=rngs),
+            padding=self._task.padding,
+            packed=self._task.packed,
+            unprojected=self._task.unprojected,
         )
         self.num_parameters = model.num_parameters
         self._rate = optimizer.learning_rate

@@ -23,6 +23,8 @@ class Task(Protocol):
       makes_no_data: whether creating an object of the class is cheap, so that it can be created only for its sizes.
       padding: places where padding may occur in a row: "end", after all tokens, or "anywhere".
       packed: whether a row may hold more than one segment, or the most segments of a row, which fast attention needs.
+      unprojected: whether `loss` takes `Unprojected` of a language model, so that the logits need not be in memory at once;
+        see `layers.cross_entropy`.
       selection_metric: validation metric that chooses the best checkpoint, and "max" or "min". If a task does not set it,
         it is the accuracy if there is one, or else the loss.
 
@@ -38,6 +40,7 @@ class Task(Protocol):
     makes_no_data: ClassVar[bool] = False
     padding: ClassVar[Padding] = "anywhere"
     packed: ClassVar[bool | int] = True
+    unprojected: ClassVar[bool] = False
     selection_metric: ClassVar[tuple[str, str]]
 
     def loss(self, outputs: Array, batch: Mapping[str, Array]) -> tuple[Float[Array, ""], Sums]:

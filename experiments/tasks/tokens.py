@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import optax
 
+from layers.cross_entropy import Unprojected, linear_cross_entropy
 from layers.typing import Array, Bool, Float
 
 IGNORE = -1
@@ -16,13 +17,16 @@ def is_counted(batch: Mapping[str, Array]) -> Bool[Array, "b t"]:
 
 
 def cross_entropy(
-    logits: Float[Array, "b t v"], batch: Mapping[str, Array]
+    outputs: Float[Array, "b t v"] | Unprojected, batch: Mapping[str, Array]
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the mean softmax cross-entropy in nats over the labels, and sums for metrics over many batches.
 
     loss = sum_p (logsumexp(logits_p) - logits_p[label_p]) / count, over the positions p of `batch["labels"]` (b, t)
     that are not IGNORE (-1) in rows with `batch["weight"]` (b,) not 0. Logits elsewhere are ignored, even if they are not
     finite. Without any label the loss is 0.
+
+    Args:
+      outputs: logits (b, t, v), or what they are computed from; then they are never in memory at once.
 
     Returns:
       The loss, and the float32 sums {"loss", "accuracy": labels that have the largest logit, "count": labels,
@@ -32,19 +36,23 @@ def cross_entropy(
       ValueError: if the shapes are inconsistent.
     """
     labels, weight = batch["labels"], batch["weight"]
-    if logits.ndim != 3 or labels.shape != logits.shape[:2] or weight.shape != logits.shape[:1]:
+    shape = outputs.x.shape[:2] if isinstance(outputs, Unprojected) else outputs.shape[:-1]
+    if labels.shape != shape or weight.shape != shape[:1]:
         raise ValueError(
-            "logits must be (b, t, vocabulary), labels (b, t) and weight (b,); "
-            f"got {logits.shape}, {labels.shape} and {weight.shape}"
+            "outputs must be (b, t, vocabulary), labels (b, t) and weight (b,); "
+            f"got {(*shape, 'vocabulary')}, {labels.shape} and {weight.shape}"
         )
     counted = is_counted(batch)
-    logits = jnp.where(counted[..., None], logits.astype(jnp.float32), 0.0)
-    labels = jnp.where(counted, labels, 0)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    hits = jnp.argmax(logits, axis=-1) == labels
+    if isinstance(outputs, Unprojected):
+        loss, _, hits = linear_cross_entropy(*outputs, labels, counted)
+    else:
+        logits = jnp.where(counted[..., None], outputs.astype(jnp.float32), 0.0)
+        labels = jnp.where(counted, labels, 0)
+        loss = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels), where=counted)
+        hits = jnp.argmax(logits, axis=-1) == labels
     rows = jnp.any(counted, axis=1)
     sums = {
-        "loss": jnp.sum(losses, where=counted),
+        "loss": loss,
         "accuracy": jnp.sum(hits & counted),
         "sequence_accuracy": jnp.sum(jnp.all(hits | ~counted, axis=1) & rows),
         "sequence_accuracy_count": jnp.sum(rows),

@@ -146,7 +146,12 @@ def build(config: Mapping[str, Any]) -> Experiment:
     check_model(config)
     task = make_task(task_options.pop("name"), **task_options)
     values = with_sizes(config, sizes_of(task))
-    model = SplitModel(lambda rngs: build_model(values, rngs=rngs), padding=task.padding, packed=task.packed)
+    model = SplitModel(
+        lambda rngs: build_model(values, rngs=rngs),
+        padding=task.padding,
+        packed=task.packed,
+        unprojected=task.unprojected,
+    )
     source = task.splits["train"]
     steps_per_epoch = bucketing.count_train_batches(len(source), train.batch_size)
     warmup = optimizer_config.warmup_steps

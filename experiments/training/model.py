@@ -18,6 +18,7 @@ from layers.mixer import Mixer
 from layers.parameters import AuxiliaryLoss, Axes, Constant, axes_of, group_of
 from layers.segments import Segments
 from layers.typing import Array
+from seqmodels.language_model import LanguageModel
 from seqmodels.names import Names, join_layers, names_of, split_layers
 
 Arrays = dict[str, Array]
@@ -96,18 +97,20 @@ class SplitModel:
         *,
         padding: Padding = "anywhere",
         packed: bool | int = True,
+        unprojected: bool = False,
     ):
         """Traces `make`; nothing is allocated.
 
         Args:
           make: function that builds the model.
           padding, packed: static facts about the segment ids of batches; see `Segments`.
+          unprojected: whether outputs are what logits are computed from, if the model is a language model; see `Task`.
 
         Raises:
           TypeError: if a parameter or statistic has a dtype that checkpoints do not support.
           ValueError: if the model has no parameter, or variables of other types.
         """
-        self._make, self._padding, self._packed = make, padding, packed
+        self._make, self._padding, self._packed, self._unprojected = make, padding, packed, unprojected
         model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
         self._graph, parameters, statistics, rest = nnx.split(model, nnx.Param, STATISTICS, ...)
         if others := [f"{_path(p)} ({type(v).__name__})" for p, v in nnx.to_flat_state(rest)]:
@@ -155,7 +158,10 @@ class SplitModel:
         zeros = {path: jnp.zeros_like(statistics[path]) for path in self._auxiliary}
         model = nnx.merge(self._graph, _nested(parameters), _nested({**statistics, **zeros}))
         segments = Segments.of(batch.get("segment_ids"), padding=self._padding, packed=self._packed)
-        output, _ = model(batch["inputs"], segment_ids=segments, key=key)
+        call = model
+        if self._unprojected and isinstance(model, LanguageModel):
+            call = model.unprojected
+        output, _ = call(batch["inputs"], segment_ids=segments, key=key)
         new = nnx.to_flat_state(nnx.state(model, STATISTICS))
         return output, {_path(path): variable[...] for path, variable in new}
 

@@ -44,9 +44,28 @@ def spec_of(x: jax.Array, *, batch: int = 0, heads: int | None = None) -> P:
     return P(*entries)
 
 
+def spec_of_tokens(x: jax.Array) -> P:
+    """How rows and time of x (b, t, ...) are divided where tokens do not depend on each other: over every mesh axis that can.
+
+    On a mesh with automatic axes BATCH_AXES divide rows, and the axes that elsewhere divide heads or time divide time.
+    """
+    automatic = _sizes(AxisType.Auto)
+    if not automatic:
+        return P(*jax.typeof(x).sharding.spec[:2])
+    return P(
+        _dividing(x.shape[0], BATCH_AXES, automatic),
+        _dividing(x.shape[1], (*HEAD_AXES, SEQUENCE_AXIS), automatic),
+    )
+
+
+def names_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes in an entry of a spec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def parts(entry: Any) -> int:
     """The number of parts that an entry of a spec makes."""
-    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    names = names_of(entry)
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[name] for name in names)
 
