@@ -1,5 +1,7 @@
 """Settings that every test runs under; nothing here is imported by a test.
 
+- `--share=K/N` takes the K-th of N shares of the parametrised slow tests; all others run as without it.
+
 - JAX runs on the CPU with eight emulated devices, so that tests of sharding need no special process. `-m gpu` leaves
   the choice of device to JAX.
 - XLA spends little on optimisation and keeps what it compiles in .jax_cache: compiling takes most of the tests' time.
@@ -22,6 +24,8 @@ import hypothesis
 import jaxtyping
 import pytest
 from _pytest.mark.expression import Expression
+
+from tests.shares import in_share, read_share
 
 CHECKED_PACKAGES = ["layers", "seqmodels"]
 CPU_FLAGS = (
@@ -91,6 +95,10 @@ def _check_annotations() -> None:
     pytest.raises = raises
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", help="K/N: the K-th of N shares of the parametrised slow tests")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     _prepare_jax(config)
     _prepare_hypothesis()
@@ -104,13 +112,23 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out GPU tests whenever JAX is held on the CPU, whatever else `-m` or a path selects."""
-    if _wants_gpu(config):
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu:
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Leaves out other shares, and GPU tests whenever JAX is held on the CPU, whatever else `-m` or a path selects."""
+    share = config.getoption("share")
+    try:
+        share = share and read_share(share)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+
+    def left_out(item: pytest.Item) -> bool:
+        if item.get_closest_marker("gpu"):
+            return not _wants_gpu(config)
+        drawn = share and item.get_closest_marker("slow") and hasattr(item, "callspec")
+        return bool(drawn and not in_share(item.nodeid, share))
+
+    chosen = [item for item in items if not left_out(item)]
+    if len(chosen) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
+        items[:] = chosen
 
 
 @pytest.fixture(autouse=True)

@@ -36,11 +36,11 @@ def cross_entropy(
       ValueError: if the shapes are inconsistent.
     """
     labels, weight = batch["labels"], batch["weight"]
-    shape = outputs.x.shape[:2] if isinstance(outputs, Unprojected) else outputs.shape[:-1]
-    if labels.shape != shape or weight.shape != shape[:1]:
+    shape = (*outputs.x.shape[:2], len(outputs.matrix)) if isinstance(outputs, Unprojected) else outputs.shape
+    if len(shape) != 3 or labels.shape != shape[:2] or weight.shape != shape[:1]:
         raise ValueError(
-            "outputs must be (b, t, vocabulary), labels (b, t) and weight (b,); "
-            f"got {(*shape, 'vocabulary')}, {labels.shape} and {weight.shape}"
+            "logits must be (b, t, vocabulary), labels (b, t) and weight (b,); "
+            f"got {shape}, {labels.shape} and {weight.shape}"
         )
     counted = is_counted(batch)
     if isinstance(outputs, Unprojected):

@@ -7,6 +7,7 @@ import pytest
 
 from experiments.tasks.tokens import IGNORE, cross_entropy
 from experiments.training.step import means
+from layers.cross_entropy import Unprojected
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(5, 4, 3)).astype(np.float32)
@@ -35,6 +36,16 @@ def test_against_the_formula():
         assert sums[name].dtype == jnp.float32
         np.testing.assert_allclose(sums[name], value, rtol=1e-6)
     np.testing.assert_allclose(mean, expected()["loss"] / 7, rtol=1e-6)
+
+
+def test_the_same_without_logits():
+    matrix = RNG.normal(size=(3, 6)).astype(np.float32)
+    x = np.linalg.lstsq(matrix, LOGITS.reshape(-1, 3).T, rcond=None)[0].T.reshape(5, 4, 6).astype(np.float32)
+    mean, sums = jax.jit(cross_entropy)(Unprojected(x, matrix), BATCH)
+    for name, value in expected().items():
+        assert sums[name].dtype == jnp.float32
+        np.testing.assert_allclose(sums[name], value, rtol=1e-5)
+    np.testing.assert_allclose(mean, expected()["loss"] / 7, rtol=1e-5)
 
 
 def test_a_right_answer_everywhere_and_one_mistake():

@@ -7,6 +7,8 @@ import pytest
 from flax import nnx
 
 from experiments.training.model import SplitModel
+from layers.cross_entropy import Unprojected
+from seqmodels import build_model
 from tests.experiments.tiny import TinyModel
 
 BATCH = {"inputs": jnp.array([[1, 2, 3], [3, 1, 0]]), "segment_ids": jnp.array([[1, 1, 1], [1, 1, 0]])}
@@ -26,6 +28,22 @@ def test_a_split_model_computes_what_the_model_does(training):
     np.testing.assert_allclose(output, expected, rtol=1e-6)
     np.testing.assert_allclose(statistics["mean"], model.mean[...], rtol=1e-6)
     assert training == bool(np.any(statistics["mean"] != before["mean"]))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_language_model_may_leave_its_logits_to_the_loss(tied):
+    config = dict(
+        kind="language_model", vocab_size=5, width=4, depth=1, pattern=("s4d",), tie_embeddings=tied
+    )
+    options = {}, {"unprojected": True}
+    whole, split = (SplitModel(lambda rngs: build_model(config, rngs=rngs), **more) for more in options)
+    parameters, statistics = split.initialise(jax.random.key(0))
+    output, _ = split(parameters, statistics, BATCH, key=None)
+    logits, _ = whole(parameters, statistics, BATCH, key=None)
+    assert isinstance(output, Unprojected)
+    np.testing.assert_array_equal(output.logits, logits)
+    tiny = SplitModel(tiny_model, unprojected=True)
+    assert tiny(*tiny.initialise(jax.random.key(0)), BATCH, key=None)[0].shape == (2, 3)
 
 
 def test_groups_and_sizes_are_read_from_the_model():
