@@ -3,13 +3,13 @@
 A norm is called as `norm(x, mask=None, training=False)` with x (b t d) and a boolean mask (b t) of the real tokens.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.options import ActivationDtype, Fraction, NonNegative, checked_dataclass
 from layers.parameters import NO_DECAY, parameter
 from layers.registry import build
 from layers.typing import Array, Bool, Float
@@ -17,23 +17,23 @@ from layers.typing import Array, Bool, Float
 _zeros, _ones = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class NormConfig:
     """Options of `LayerNorm` and `RMSNorm`."""
 
     width: int
-    epsilon: float = 1e-6
-    dtype: Any = jnp.float32
+    epsilon: NonNegative = 1e-6
+    dtype: ActivationDtype = jnp.float32
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class BatchNormConfig:
     """Options of `BatchNorm`. `momentum` is the weight of the old running statistics in an update."""
 
     width: int
-    epsilon: float = 1e-5
-    momentum: float = 0.9
-    dtype: Any = jnp.float32
+    epsilon: NonNegative = 1e-5
+    momentum: Fraction = 0.9
+    dtype: ActivationDtype = jnp.float32
 
 
 class LayerNorm(nnx.Module):

@@ -5,13 +5,13 @@ dropout inside.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.dropout import dropout
+from layers.options import ActivationDtype, Fraction, checked_dataclass
 from layers.parameters import linear
 from layers.registry import choose
 from layers.typing import Array, Bool, Float, Key
@@ -27,7 +27,7 @@ ACTIVATIONS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class MLPConfig:
     """Options of `MLP` and `GLU`.
 
@@ -40,8 +40,8 @@ class MLPConfig:
     activation: str | None = None
     multiple_of: int = 8
     bias: bool = False
-    dropout: float = 0.0
-    dtype: Any = jnp.float32
+    dropout: Fraction = 0.0
+    dtype: ActivationDtype = jnp.float32
 
 
 class MLP(nnx.Module):

@@ -11,25 +11,23 @@ tokens):
 (Smith et al. 2023, arXiv:2208.04933, and its code.)
 """
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.dropout import dropout
+from layers.options import ActivationDtype, Fraction, checked_dataclass
 from layers.parameters import linear
 from layers.typing import Array, Bool, Float, Key
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class OutputConfig:
     """Options of the output maps."""
 
     width: int
-    dropout: float = 0.0
-    dtype: Any = jnp.float32
+    dropout: Fraction = 0.0
+    dtype: ActivationDtype = jnp.float32
 
 
 class Gelu(nnx.Module):
