@@ -1,6 +1,7 @@
 """Normalisation over features (LayerNorm, RMSNorm) or over batch and time (BatchNorm).
 
-A norm is called as `norm(x, mask=None, training=False)` with x (b t d) and a boolean mask (b t) of the real tokens.
+A norm is called as `norm(x, mask=None, training=False)` with x (b t d) and a boolean mask (b t) of the real tokens. Whatever
+stands at other tokens reaches neither the rest nor a gradient.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from flax import nnx
 from layers.options import ActivationDtype, Fraction, NonNegative, checked_dataclass
 from layers.parameters import NO_DECAY, parameter
 from layers.registry import build
+from layers.segments import select_masked
 from layers.typing import Array, Bool, Float
 
 _zeros, _ones = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
@@ -47,8 +49,8 @@ class LayerNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "*b d"], *, mask: Bool[Array, "*b"] | None = None, training: bool = False
     ) -> Float[Array, "*b d"]:
-        """Returns x, normalised per token: mask and training change nothing here."""
-        wide = x.astype(jnp.float32)
+        """Returns x, normalised per token; training changes nothing here."""
+        wide = select_masked(x, mask).astype(jnp.float32)
         centred = wide - wide.mean(-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.config.epsilon)
         scale, bias = (v.reshape((1,) * (x.ndim - 1) + (-1,)) for v in (self.scale[...], self.bias[...]))
@@ -65,8 +67,8 @@ class RMSNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "*b d"], *, mask: Bool[Array, "*b"] | None = None, training: bool = False
     ) -> Float[Array, "*b d"]:
-        """Returns x, normalised per token: mask and training change nothing here."""
-        wide = x.astype(jnp.float32)
+        """Returns x, normalised per token; training changes nothing here."""
+        wide = select_masked(x, mask).astype(jnp.float32)
         y = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.config.epsilon)
         return (y * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.config.dtype)
 
@@ -89,7 +91,7 @@ class BatchNorm(nnx.Module):
         self, x: Float[Array, "b t d"], *, mask: Bool[Array, "b t"] | None = None, training: bool = False
     ) -> Float[Array, "b t d"]:
         """Returns x, normalised over the real tokens; in training, updates the running statistics in place."""
-        wide = x.astype(jnp.float32)
+        wide = select_masked(x, mask).astype(jnp.float32)
         if training:
             mean, variance = _moments(wide, mask)
             keep = self.config.momentum

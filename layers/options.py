@@ -44,7 +44,7 @@ class Bound:
 
     def holds(self, value: Any) -> bool:
         """Returns whether a number lies within the bounds."""
-        return (
+        return bool(
             (math.isfinite(value) or (self.infinite and not math.isnan(value)))
             and (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)

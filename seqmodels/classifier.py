@@ -8,7 +8,7 @@ from flax import nnx
 
 from layers.norms import make_norm
 from layers.parameters import linear
-from layers.segments import SegmentIds, Segments
+from layers.segments import SegmentIds, Segments, select_masked
 from layers.typing import Array, Bool, Float, Key, Num
 from seqmodels.config import ClassifierConfig
 from seqmodels.embedding import Embedding
@@ -65,8 +65,8 @@ class Classifier(nnx.Module):
 def pool(x: Float[Array, "b t d"], mask: Bool[Array, "b t"], how: str) -> Float[Array, "b d"]:
     """Returns one vector per row: the mean of its real tokens, the last or the first one; zero if there are none."""
     if how == "mean":
-        weight = mask / jnp.maximum(mask.sum(1, keepdims=True), 1)
-        return jnp.einsum("btd,bt->bd", x, weight.astype(x.dtype))
+        count = jnp.maximum(mask.sum(1, keepdims=True), 1)
+        return select_masked(x, mask).sum(1) / count.astype(x.dtype)
     time = jnp.arange(x.shape[1])[None]
     if how == "last":
         index = jnp.where(mask, time, -1).max(1)

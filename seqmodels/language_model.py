@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.mixer import check_place
 from layers.norms import make_norm
 from layers.parameters import linear
 from layers.segments import Place, SegmentIds, Segments
@@ -53,6 +54,23 @@ class LanguageModel(nnx.Module):
         layers = self.stack.init_state(batch_size, max_length=max_length)
         return LanguageModelState(self.embedding.init_state(batch_size), layers)
 
+    def _checked(self, state: Any, rows: int) -> LanguageModelState:
+        """Returns the state, or raises if it is not one of this model for as many rows; each mixer checks its own."""
+        if not isinstance(state, LanguageModelState):
+            raise TypeError(
+                f"state of a language model is a {type(state).__name__}; expected what its init_state returns"
+            )
+        expected = self.embedding.init_state(rows)
+        if (state.place is None) != (expected is None):
+            positions = self.config.input.absolute_positions
+            raise ValueError(
+                f"state has {'no ' if state.place is None else ''}place of its rows, but absolute_positions="
+                f"{positions!r}; expected the state of a model with the same positions"
+            )
+        if expected is not None:
+            check_place("a language model", state.place, rows)
+        return state
+
     def __call__(
         self,
         inputs: Int[Array, "b t"],
@@ -73,7 +91,7 @@ class LanguageModel(nnx.Module):
           float32 logits (b, t, v), and the state that the next call continues (None if none was passed).
         """
         segments = Segments.of(segment_ids)
-        place, layers = (None, None) if state is None else state
+        place, layers = (None, None) if state is None else self._checked(state, inputs.shape[0])
         x, place = self.embedding(inputs, place, segment_ids=segments)
         x, layers = self.stack(x, layers, segment_ids=segments, key=key)
         state = None if state is None else LanguageModelState(place, layers)

@@ -1,7 +1,7 @@
 """Channel mixers: maps that act on each token separately, `y = channel(x, mask=None, key=None)` with x (b t d).
 
-`mask` (b t) is true at real tokens; only averages over tokens read it. `key` is passed only in training and draws the
-dropout inside.
+`mask` (b t) is true at real tokens: whatever stands at others reaches no average and no gradient. `key` is passed only in
+training and draws the dropout inside.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from layers.dropout import dropout
 from layers.options import ActivationDtype, Fraction, checked_dataclass
 from layers.parameters import linear
 from layers.registry import choose
+from layers.segments import select_masked
 from layers.typing import Array, Bool, Float, Key
 
 ACTIVATIONS = {
@@ -63,6 +64,7 @@ class MLP(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
         """Maps each token; dropout acts on the hidden features."""
+        x = select_masked(x, mask)
         return self.down(dropout(self.activation(self.up(x)), self.config.dropout, key))
 
 
@@ -86,6 +88,7 @@ class GLU(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
         """Maps each token; dropout acts on the hidden features."""
+        x = select_masked(x, mask)
         return self.down(dropout(self.activation(self.gate(x)) * self.up(x), self.config.dropout, key))
 
 

@@ -10,6 +10,7 @@ from layers.channel.glu import GLU, MLPConfig
 from layers.dropout import dropout
 from layers.options import ActivationDtype, Count, Fraction, NonNegative, Positive, checked_dataclass
 from layers.parameters import AuxiliaryLoss, linear, parameter
+from layers.segments import select_masked
 from layers.typing import Array, Bool, Float, Int, Key
 
 # The leading axis counts experts: each expert's matrix is initialized on its own.
@@ -110,10 +111,8 @@ class MoE(nnx.Module):
         self.gate = parameter(rngs, _lecun_normal, (config.experts, d, hidden), axes=wide)
         self.up = parameter(rngs, _lecun_normal, (config.experts, d, hidden), axes=wide)
         self.down = parameter(rngs, _lecun_normal, (config.experts, hidden, d), axes=back)
-        self.shared = None
-        if config.shared:
-            shared = MLPConfig(d, config.shared * hidden, dropout=config.dropout, dtype=config.dtype)
-            self.shared = GLU(shared, rngs=rngs)
+        inner = {"dropout": config.dropout, "dtype": config.dtype}
+        self.shared = GLU(MLPConfig(d, config.shared * hidden, **inner), rngs=rngs) if config.shared else None
         self.shared_gate = (
             linear(d, 1, axes=("embed", None), bias=False, dtype=config.dtype, rngs=rngs)
             if config.shared_gate
@@ -132,6 +131,7 @@ class MoE(nnx.Module):
         """Maps each token; with a key also writes the auxiliary loss of the real tokens and moves the bias."""
         config = self.config
         keys = (None, None) if key is None else jax.random.split(key)
+        x = select_masked(x, mask)
         tokens = x.reshape(-1, config.width)
         logits = jnp.matmul(
             tokens.astype(jnp.float32), self.router.kernel[...], precision=jax.lax.Precision.HIGHEST
