@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.typing import Array, Bool, Int
+from layers.typing import Array, Float
 
 
 def is_concrete(*arrays: Any) -> bool:
@@ -37,6 +37,8 @@ def check_indices(name: str, indices: Any, size: int, *, counted: Any = None, of
     if not is_concrete(indices, counted):
         return
     indices = np.asarray(indices)
+    if indices.size == 0 or (indices.min() >= 0 and indices.max() < size):
+        return
     wrong = (indices < 0) | (indices >= size)
     if counted is not None:
         wrong &= np.asarray(counted)
@@ -49,11 +51,11 @@ def check_indices(name: str, indices: Any, size: int, *, counted: Any = None, of
     )
 
 
-def in_range(indices: Int[Array, "*s"], size: int) -> Bool[Array, "*s"]:
-    """Returns where indices are from 0 to size - 1."""
-    return (indices >= 0) & (indices < size)
+def nan_outside(values: Float[Array, "*s"], indices: Any, size: int, *, counted: Any) -> Float[Array, "*s"]:
+    """Returns the values computed from indices of their shape, NaN with gradients of NaN where one is out of range.
 
-
-def poison(valid: Bool[Array, "*s"]) -> Array:
-    """Returns the factor that is 1 where valid and NaN elsewhere, so that values and gradients there are NaN."""
-    return jnp.where(valid, 1.0, jnp.nan).astype(jnp.float32)
+    `counted` is True where an index is read.
+    """
+    indices = jnp.asarray(indices)
+    wrong = counted & ((indices < 0) | (indices >= size))
+    return values * jnp.where(wrong, jnp.nan, 1.0).astype(values.dtype)

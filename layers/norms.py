@@ -41,6 +41,8 @@ class BatchNormConfig:
 class LayerNorm(nnx.Module):
     """y = scale (x - mean) / sqrt(variance + epsilon) + bias over features (Ba et al. 2016, arXiv:1607.06450)."""
 
+    causal = True
+
     def __init__(self, config: NormConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.scale = parameter(rngs, _ones, (config.width,), axes=("embed",), **NO_DECAY)
@@ -60,6 +62,8 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """y = scale x / sqrt(mean(x^2) + epsilon) over features (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
+    causal = True
+
     def __init__(self, config: NormConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.scale = parameter(rngs, _ones, (config.width,), axes=("embed",), **NO_DECAY)
@@ -76,9 +80,13 @@ class RMSNorm(nnx.Module):
 class BatchNorm(nnx.Module):
     """y = scale (x - mean) / sqrt(variance + epsilon) + bias over batch and time (Ioffe and Szegedy 2015, 1502.03167).
 
+    Not causal: in training, every output depends on all tokens of the batch, later ones included.
+
     In training, mean and variance are those of the real tokens of the batch, and the running statistics move towards
     them. Otherwise the running statistics are used.
     """
+
+    causal = False
 
     def __init__(self, config: BatchNormConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -119,6 +127,11 @@ NORMS = {
     "rms_norm": (NormConfig, RMSNorm),
     "batch_norm": (BatchNormConfig, BatchNorm),
 }
+
+
+def causal_norms() -> list[str]:
+    """Returns the names of norms whose output at a token depends on no later token, in training either."""
+    return [name for name, (_, norm) in NORMS.items() if norm.causal]
 
 
 def make_norm(name: str, options: dict[str, Any], *, width: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:

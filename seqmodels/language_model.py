@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixer import check_place
-from layers.norms import make_norm
+from layers.norms import NORMS, causal_norms, make_norm
 from layers.parameters import linear
 from layers.segments import Place, SegmentIds, Segments
 from layers.typing import Array, Float, Int, Key
@@ -27,13 +27,18 @@ class LanguageModel(nnx.Module):
     """Logits of the next token at each position.
 
     Raises:
-      ValueError: a mixer of the pattern is not causal.
+      ValueError: a mixer of the pattern or the norm is not causal.
     """
 
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         stack = config.stack
         dtype = jnp.dtype(stack.dtype)
+        if stack.norm in NORMS and stack.norm not in causal_norms():
+            raise ValueError(
+                f"norm={stack.norm!r} takes statistics over time: in training, a language model would see the tokens that "
+                f"it predicts; use {' or '.join(map(repr, causal_norms()))}"
+            )
         self.embedding = Embedding(config.input, stack.width, dtype, rngs=rngs)
         self.stack = Stack(stack, rngs=rngs)
         for layer, mixer in self.stack.mixers():

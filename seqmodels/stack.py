@@ -107,7 +107,7 @@ class Stack(nnx.Module):
 
     @property
     def causal(self) -> bool:
-        """Whether no output depends on later inputs."""
+        """Whether no mixer lets an output depend on later inputs."""
         return all(mixer.causal for _, mixer in self.mixers())
 
     def mixers(self) -> Iterator[tuple[int, Mixer]]:

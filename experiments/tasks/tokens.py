@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import optax
 
+from experiments.data.pipeline import IGNORE
+from layers.indices import check_indices, nan_outside
 from layers.typing import Array, Bool, Float
-
-IGNORE = -1
 
 
 def is_counted(batch: Mapping[str, Array]) -> Bool[Array, "b t"]:
@@ -22,14 +22,15 @@ def cross_entropy(
 
     loss = sum_p (logsumexp(logits_p) - logits_p[label_p]) / count, over the positions p of `batch["labels"]` (b, t)
     that are not IGNORE (-1) in rows with `batch["weight"]` (b,) not 0. Logits elsewhere are ignored, even if they are not
-    finite. Without any label the loss is 0.
+    finite. Without any label the loss is 0. A traced label that is neither a token nor IGNORE makes the loss and its
+    gradients NaN.
 
     Returns:
       The loss, and the float32 sums {"loss", "accuracy": labels that have the largest logit, "count": labels,
       "sequence_accuracy": rows in which all labels have it, "sequence_accuracy_count": rows with a label}.
 
     Raises:
-      ValueError: if the shapes are inconsistent.
+      ValueError: if the shapes are inconsistent, or a label that is not traced is neither a token nor IGNORE.
     """
     labels, weight = batch["labels"], batch["weight"]
     if logits.ndim != 3 or labels.shape != logits.shape[:2] or weight.shape != logits.shape[:1]:
@@ -39,8 +40,10 @@ def cross_entropy(
         )
     counted = is_counted(batch)
     logits = jnp.where(counted[..., None], logits.astype(jnp.float32), 0.0)
-    labels = jnp.where(counted, labels, 0)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    labels, vocabulary = jnp.where(counted, labels, 0), logits.shape[2]
+    check_indices("labels", labels, vocabulary, of="the vocabulary of the logits")
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.clip(labels, 0, vocabulary - 1))
+    losses = nan_outside(losses, labels, vocabulary, counted=counted)
     hits = jnp.argmax(logits, axis=-1) == labels
     rows = jnp.any(counted, axis=1)
     sums = {

@@ -10,7 +10,7 @@ from flax import nnx
 
 from layers.mixer import Mixer, Visit
 from layers.options import ActivationDtype, checked_dataclass
-from layers.parameters import linear, parameter
+from layers.parameters import NO_DECAY, linear, parameter
 from layers.parts.blocks import in_blocks, with_neighbours
 from layers.parts.cache import Cache, empty_cache, extend
 from layers.parts.moving_average import MovingAverage
@@ -110,13 +110,13 @@ class Mega(Mixer):
         self.mixed = linear(width, 2 * width + keys + values, **inward)
         self.output = linear(values, width, **inward | {"axes": ("inner", "embed")})
         # Of query and key.
-        self.gamma = parameter(rngs, _normal, (2, keys))
-        self.beta = parameter(rngs, nnx.initializers.zeros_init(), (2, keys), group="no_decay")
+        self.gamma = parameter(rngs, _normal, (2, keys), **NO_DECAY)
+        self.beta = parameter(rngs, nnx.initializers.zeros_init(), (2, keys), **NO_DECAY)
         if config.position_bias == "rotary":
-            self.bias = parameter(rngs, _normal, (2, keys))
+            self.bias = parameter(rngs, _normal, (2, keys), **NO_DECAY)
         else:
             distances = config.reach if self.causal else 2 * config.reach - 1
-            self.bias = parameter(rngs, _normal, (distances,))
+            self.bias = parameter(rngs, _normal, (distances,), **NO_DECAY)
 
     def initial(self, batch_size: int, max_length: int | None) -> MegaCarry:
         config = self.config

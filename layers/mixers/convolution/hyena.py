@@ -153,7 +153,7 @@ class Hyena(Mixer):
             rngs=rngs,
         )
         self.beta = parameter(
-            rngs, nnx.initializers.normal(1.0), (filters, config.width), axes=(None, "inner")
+            rngs, nnx.initializers.normal(1.0), (filters, config.width), axes=(None, "inner"), **NO_DECAY
         )
         self.output = linear(
             config.width, config.width, axes=("inner", "embed"), dtype=config.dtype, rngs=rngs
