@@ -105,15 +105,17 @@ class Mixer(nnx.Module):
 
         Raises:
           ValueError, TypeError: a shape or type does not fit, a mixer that is not causal is given a state, or the state
-            belongs to another batch size, mixer or length.
+            belongs to another batch size or mixer, or its parts to different lengths of cache.
         """
         self._check(x, segment_ids)
         segments = Segments.of(segment_ids)
+        # Whatever stands at padding, products with weights must not meet it: 0 x NaN is NaN, in gradients too.
+        x = select_real(x, segments)
         more = (None,) if self.keeps_segments else ()
         if state is None:
             if self.causal and segments is not None and segments.padding == "end" and not segments.packed:
                 # Padding behind a row's only segment comes after all of its tokens, which do not see it.
-                return select_real(self.mix(select_real(x, segments), None, None, *more)[0], segments), None
+                return select_real(self.mix(x, None, None, *more)[0], segments), None
             return self.mix(x, None, segments, *more)[0], None
         self._require_causal("a state was given")
         self._check_state(state, x.shape[0])
@@ -146,32 +148,52 @@ class Mixer(nnx.Module):
             )
 
     def _check_state(self, state: Any, batch_size: int) -> None:
-        """Raises unless the state belongs to this mixer for `batch_size` rows, whatever its length."""
+        """Raises unless the state is one that `init_state` makes for `batch_size` rows, whatever its max_length."""
         name = type(self).__name__
         if not isinstance(state, MixerState):
             raise TypeError(f"state of {name} is a {type(state).__name__}; expected what init_state returns")
-        # Axes that grow with max_length may have any size.
-        shorter, longer = (jax.eval_shape(lambda n=n: self.initial(batch_size, n)) for n in (1, 2))
-        if jax.tree.structure(state.carried) != jax.tree.structure(shorter):
+        check_place(name, state.place, batch_size)
+        short, longer = (jax.eval_shape(lambda n=n: self.initial(batch_size, n)) for n in (1, 2))
+        if jax.tree.structure(state.carried) != jax.tree.structure(short):
             raise ValueError(
                 f"state of {name} is that of another mixer; expected what its init_state returns"
             )
-        rows = state.place.segment.shape[0]
-        for (path, leaf), *sizes in zip(
-            jax.tree.leaves_with_path(state.carried),
-            *map(jax.tree.leaves, (shorter, longer)),
-            strict=True,
+        # The first axis that grows with max_length tells which one the state was made with.
+        leaves, *sizes = map(jax.tree.leaves, (state.carried, short, longer))
+        lengths = [
+            1 + (got - first) // (second - first)
+            for leaf, small, large in zip(leaves, *sizes, strict=True)
+            for got, first, second in zip(jnp.shape(leaf), small.shape, large.shape)
+            if first != second
+        ]
+        length = max(1, lengths[0]) if lengths else 1
+        expected = jax.eval_shape(lambda: self.initial(batch_size, length))
+        for (path, leaf), want in zip(
+            jax.tree.leaves_with_path(state.carried), jax.tree.leaves(expected), strict=True
         ):
-            small, large = (size.shape for size in sizes)
-            fits = len(leaf.shape) == len(small) and all(
-                got == want or want != other for got, want, other in zip(leaf.shape, small, large)
-            )
-            if rows != batch_size or not fits:
-                expected = tuple(want if want == other else "any" for want, other in zip(small, large))
-                raise ValueError(
-                    f"state{jax.tree_util.keystr(path)} of {name} has shape {leaf.shape}; expected {expected} for x of "
-                    f"{batch_size} rows, as its init_state({batch_size}) makes it"
-                )
+            _check_leaf(f"state{jax.tree_util.keystr(path)} of {name}", leaf, want, batch_size)
 
 
-__all__ = ["Mixer", "MixerState", "Visit"]
+def check_place(name: str, place: Any, batch_size: int) -> None:
+    """Raises unless `place` is that of `batch_size` rows; `name` is what carries it."""
+    if not isinstance(place, Place):
+        raise TypeError(
+            f"place in the state of {name} is a {type(place).__name__}; expected what init_state returns"
+        )
+    for field, leaf, want in zip(Place._fields, place, initial_place(batch_size), strict=True):
+        _check_leaf(f"state.place.{field} of {name}", leaf, want, batch_size)
+
+
+def _check_leaf(name: str, leaf: Any, want: Any, batch_size: int) -> None:
+    if jnp.shape(leaf) != want.shape:
+        raise ValueError(
+            f"{name} has shape {jnp.shape(leaf)}; expected {want.shape} for x of {batch_size} rows, "
+            f"as init_state({batch_size}) makes it"
+        )
+    kinds = (jnp.complexfloating, jnp.floating, jnp.integer)
+    kind = next(kind for kind in kinds if jnp.issubdtype(want.dtype, kind))
+    if not jnp.issubdtype(jnp.result_type(leaf), kind):
+        raise TypeError(f"{name} has dtype {jnp.result_type(leaf)}; expected {want.dtype}")
+
+
+__all__ = ["Mixer", "MixerState", "Visit", "check_place"]

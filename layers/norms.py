@@ -1,43 +1,47 @@
 """Normalisation over features (LayerNorm, RMSNorm) or over batch and time (BatchNorm).
 
-A norm is called as `norm(x, mask=None, training=False)` with x (b t d) and a boolean mask (b t) of the real tokens.
+A norm is called as `norm(x, mask=None, training=False)` with x (b t d) and a boolean mask (b t) of the real tokens. Whatever
+stands at other tokens reaches neither the rest nor a gradient.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.options import ActivationDtype, Fraction, NonNegative, checked_dataclass
 from layers.parameters import NO_DECAY, parameter
 from layers.registry import build
+from layers.segments import select_masked
 from layers.typing import Array, Bool, Float
 
 _zeros, _ones = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class NormConfig:
     """Options of `LayerNorm` and `RMSNorm`."""
 
     width: int
-    epsilon: float = 1e-6
-    dtype: Any = jnp.float32
+    epsilon: NonNegative = 1e-6
+    dtype: ActivationDtype = jnp.float32
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class BatchNormConfig:
     """Options of `BatchNorm`. `momentum` is the weight of the old running statistics in an update."""
 
     width: int
-    epsilon: float = 1e-5
-    momentum: float = 0.9
-    dtype: Any = jnp.float32
+    epsilon: NonNegative = 1e-5
+    momentum: Fraction = 0.9
+    dtype: ActivationDtype = jnp.float32
 
 
 class LayerNorm(nnx.Module):
     """y = scale (x - mean) / sqrt(variance + epsilon) + bias over features (Ba et al. 2016, arXiv:1607.06450)."""
+
+    causal = True
 
     def __init__(self, config: NormConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -47,8 +51,8 @@ class LayerNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "*b d"], *, mask: Bool[Array, "*b"] | None = None, training: bool = False
     ) -> Float[Array, "*b d"]:
-        """Returns x, normalised per token: mask and training change nothing here."""
-        wide = x.astype(jnp.float32)
+        """Returns x, normalised per token; training changes nothing here."""
+        wide = select_masked(x, mask).astype(jnp.float32)
         centred = wide - wide.mean(-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.config.epsilon)
         scale, bias = (v.reshape((1,) * (x.ndim - 1) + (-1,)) for v in (self.scale[...], self.bias[...]))
@@ -58,6 +62,8 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """y = scale x / sqrt(mean(x^2) + epsilon) over features (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
+    causal = True
+
     def __init__(self, config: NormConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.scale = parameter(rngs, _ones, (config.width,), axes=("embed",), **NO_DECAY)
@@ -65,8 +71,8 @@ class RMSNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "*b d"], *, mask: Bool[Array, "*b"] | None = None, training: bool = False
     ) -> Float[Array, "*b d"]:
-        """Returns x, normalised per token: mask and training change nothing here."""
-        wide = x.astype(jnp.float32)
+        """Returns x, normalised per token; training changes nothing here."""
+        wide = select_masked(x, mask).astype(jnp.float32)
         y = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.config.epsilon)
         return (y * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.config.dtype)
 
@@ -74,9 +80,13 @@ class RMSNorm(nnx.Module):
 class BatchNorm(nnx.Module):
     """y = scale (x - mean) / sqrt(variance + epsilon) + bias over batch and time (Ioffe and Szegedy 2015, 1502.03167).
 
+    Not causal: in training, every output depends on all tokens of the batch, later ones included.
+
     In training, mean and variance are those of the real tokens of the batch, and the running statistics move towards
     them. Otherwise the running statistics are used.
     """
+
+    causal = False
 
     def __init__(self, config: BatchNormConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -89,7 +99,7 @@ class BatchNorm(nnx.Module):
         self, x: Float[Array, "b t d"], *, mask: Bool[Array, "b t"] | None = None, training: bool = False
     ) -> Float[Array, "b t d"]:
         """Returns x, normalised over the real tokens; in training, updates the running statistics in place."""
-        wide = x.astype(jnp.float32)
+        wide = select_masked(x, mask).astype(jnp.float32)
         if training:
             mean, variance = _moments(wide, mask)
             keep = self.config.momentum
@@ -117,6 +127,11 @@ NORMS = {
     "rms_norm": (NormConfig, RMSNorm),
     "batch_norm": (BatchNormConfig, BatchNorm),
 }
+
+
+def causal_norms() -> list[str]:
+    """Returns the names of norms whose output at a token depends on no later token, in training either."""
+    return [name for name, (_, norm) in NORMS.items() if norm.causal]
 
 
 def make_norm(name: str, options: dict[str, Any], *, width: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:

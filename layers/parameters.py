@@ -1,12 +1,14 @@
 """Parameters, the groups that optimizers treat differently, and the logical axes that meshes of devices divide.
 
-A parameter declares its group where it is created. A group is a path: an experiment that sets "ssm" also sets "ssm/b",
+A parameter declares its group where it is created. A group is a path: what an experiment sets for "ssm" also holds for "ssm/b",
 unless it sets "ssm/b" itself. Parameters without a group are "default".
 
-    no_decay     biases, the scales of norms, and decay rates that learn as fast as the rest
+    no_decay     biases, the scales of norms, and decay rates that learn as fast as the rest: no weight decay
     ssm          the time scales of a state space model: eigenvalues, step sizes ("ssm/dt"), and its
-                 input matrix ("ssm/b"); usually a small learning rate and no weight decay
-    ssm_output   the output matrix and the skip of a state space model; usually as the rest
+                 input matrix ("ssm/b"): no weight decay, and a third of the learning rate, as S5 has on ListOps
+    ssm_output   the output matrix and the skip of a state space model: as the rest
+
+`GROUP_RULES` holds these as factors. They are part of the declaration: every experiment has them, unless it sets others.
 
 A parameter also declares a name for each of its axes. `experiments.parallel.sharding` says which axis of a mesh of devices
 divides which of them:
@@ -27,6 +29,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 NO_DECAY = {"group": "no_decay"}
+# Factors on the learning rate and the weight decay of an experiment, by group; 1 where there is none.
+GROUP_RULES = {
+    "no_decay": {"weight_decay": 0.0},
+    "ssm": {"learning_rate": 1 / 3, "weight_decay": 0.0},
+}
 LOGICAL_AXES = ("embed", "heads", "inner", "mlp", "vocab", "expert", "state", "layer")
 Axes = tuple[str | None, ...]
 

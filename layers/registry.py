@@ -1,11 +1,12 @@
 """Building a layer from a name and options, with errors that list the valid choices."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
+
+from layers.options import suggestion
 
 
 def choose(kind: str, registry: Mapping[str, Any], name: str) -> Any:
@@ -17,19 +18,14 @@ def choose(kind: str, registry: Mapping[str, Any], name: str) -> Any:
     )
 
 
-def suggestion(name: str, names: Any) -> str:
-    """`; did you mean 'x'?` for the nearest of `names`, or the empty string."""
-    close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def make_config(
     kind: str, config_class: type, options: Mapping[str, Any], given: Mapping[str, Any] | None = None
 ) -> Any:
     """Returns the frozen dataclass `config_class` made from options, and from those of `given` that are fields of it.
 
     Raises:
-      ValueError: an option is not a field, a field is both given and an option, or a required field is missing.
+      ValueError: an option is not a field, a required field is missing, or a value is impossible.
+      TypeError: a value is of another kind than the annotation of its field.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for option in options:

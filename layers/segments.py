@@ -10,9 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.segments import SegmentIds, Segments, last_real_id, select_real
-from layers.typing import Array, Bool, Int
+from layers.typing import Array, Bool, Int, Num
 
-__all__ = ["Place", "SegmentIds", "Segments", "Visit", "initial_place", "keep_where", "select_real", "visit"]
+__all__ = [
+    "Place",
+    "SegmentIds",
+    "Segments",
+    "Visit",
+    "initial_place",
+    "keep_where",
+    "select_masked",
+    "select_real",
+    "visit",
+]
 
 
 class Place(NamedTuple):
@@ -49,6 +59,11 @@ def initial_place(batch_size: int) -> Place:
     """Returns the place before the first token."""
     zero = jnp.zeros(batch_size, jnp.int32)
     return Place(zero, zero, zero)
+
+
+def select_masked(x: Num[Array, "*b d"], mask: Bool[Array, "*b"] | None) -> Num[Array, "*b d"]:
+    """Returns x at the tokens of the mask and zero elsewhere, whatever stands there; x itself without a mask."""
+    return x if mask is None else jnp.where(mask[..., None], x, 0)
 
 
 def keep_where(keep: Bool[Array, "b"], state: Any, otherwise: Any) -> Any:

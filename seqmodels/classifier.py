@@ -1,18 +1,23 @@
 """A classifier of sequences: embedding, stack, pooling, one linear map."""
 
+import functools
+import logging
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.mixers import MIXERS
 from layers.norms import make_norm
 from layers.parameters import linear
-from layers.segments import SegmentIds, Segments
+from layers.segments import SegmentIds, Segments, select_masked
 from layers.typing import Array, Bool, Float, Key, Num
 from seqmodels.config import ClassifierConfig
 from seqmodels.embedding import Embedding
 from seqmodels.stack import Stack
+
+_log = logging.getLogger(__name__)
 
 
 class Classifier(nnx.Module):
@@ -24,6 +29,8 @@ class Classifier(nnx.Module):
         dtype = jnp.dtype(stack.dtype)
         self.embedding = Embedding(config.input, stack.width, dtype, rngs=rngs)
         self.stack = Stack(stack, rngs=rngs)
+        if self.stack.causal:
+            _say_causal(tuple(dict.fromkeys(stack.mixer_of(layer)[0] for layer in range(stack.depth))))
         norm = partial(
             make_norm, stack.norm, dict(stack.norm_options), width=stack.width, dtype=dtype, rngs=rngs
         )
@@ -62,11 +69,28 @@ class Classifier(nnx.Module):
         return self.head(pool(x.astype(jnp.float32), mask, self.config.pooling)), None
 
 
+@functools.cache
+def _say_causal(names: tuple[str, ...]) -> None:
+    """Logs once that no token of a classifier sees later ones, though a label belongs to the whole sequence."""
+    own = [
+        name for name in names if name in MIXERS and "bidirectional" in MIXERS[name][0].__dataclass_fields__
+    ]
+    option = (
+        f"the option bidirectional=True of {', '.join(own)}" if own else "mixer='bidirectional', inner='gla'"
+    )
+    _log.warning(
+        "a classifier whose mixers (%s) are all causal: no token sees later ones; where the task is bidirectional, %s "
+        "reads in both directions",
+        ", ".join(names),
+        option,
+    )
+
+
 def pool(x: Float[Array, "b t d"], mask: Bool[Array, "b t"], how: str) -> Float[Array, "b d"]:
     """Returns one vector per row: the mean of its real tokens, the last or the first one; zero if there are none."""
     if how == "mean":
-        weight = mask / jnp.maximum(mask.sum(1, keepdims=True), 1)
-        return jnp.einsum("btd,bt->bd", x, weight.astype(x.dtype))
+        count = jnp.maximum(mask.sum(1, keepdims=True), 1)
+        return select_masked(x, mask).sum(1) / count.astype(x.dtype)
     time = jnp.arange(x.shape[1])[None]
     if how == "last":
         index = jnp.where(mask, time, -1).max(1)

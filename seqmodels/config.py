@@ -2,16 +2,17 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import jax.numpy as jnp
-
+from layers.mixers import MIXERS
+from layers.options import Bound, DtypeNames, Fraction, NonNegative, Positive, checked_dataclass
 from layers.registry import make_config, suggestion
 
-REMAT = ("none", "full", "dots")
+# Options of mixers that a block fills in.
+SUPPLIED = {"width", "dtype", "layer", "depth"}
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class StackConfig:
     """The body of a model: `depth` blocks whose kinds cycle through `pattern`.
 
@@ -23,7 +24,7 @@ class StackConfig:
       mixers: options of mixers by their names in the pattern. With a key "mixer" the name is an alias, so that one model
         can hold, for example, two attentions with different windows.
       mixer_defaults: options of every mixer that has them and is not given others in `mixers`, such as {"heads": 2}, so
-        that mixers can be exchanged by name. Mixers without these options ignore them.
+        that mixers can be exchanged by name. Mixers without these options ignore them; one that no mixer has is refused.
       channel: channel mixer of blocks that name none; "none" for no channel mixer.
       channels: options of channel mixers by their names; an alias has a key "channel".
       residual: "separate": x + mixer, then x + channel mixer; "joint": x + channel(mixer(x)), as in S4, S5 and LRU.
@@ -51,31 +52,19 @@ class StackConfig:
     norm: str = "rms_norm"
     norm_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     norm_position: Literal["pre", "post"] = "pre"
-    residual_scale: float = 1.0
-    dropout: float = 0.0
+    residual_scale: Positive = 1.0
+    dropout: Fraction = 0.0
     scan: bool = True
     remat: Literal["none", "full", "dots"] = "none"
-    dtype: Any = "float32"
-    param_dtype: Any = "float32"
+    dtype: Annotated[Any, DtypeNames(("float32", "bfloat16", "float16"))] = "float32"
+    param_dtype: Annotated[Any, DtypeNames(("float32", "bfloat16"))] = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}; expected a positive integer")
-        if isinstance(self.pattern, str) or not self.pattern:
+        if not self.pattern:
             raise ValueError(f"pattern={self.pattern!r}; expected a tuple of names such as ('s5',)")
-        _one_of("residual", self.residual, ("separate", "joint"))
-        _one_of("norm_position", self.norm_position, ("pre", "post"))
-        _one_of("remat", self.remat, REMAT)
-        _one_of("dtype", str(jnp.dtype(self.dtype)), ("float32", "bfloat16", "float16"))
-        _one_of("param_dtype", str(jnp.dtype(self.param_dtype)), ("float32", "bfloat16"))
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}; expected 0 <= dropout < 1")
-        if self.residual_scale <= 0:
-            raise ValueError(f"residual_scale={self.residual_scale}; expected more than 0")
         used = {entry.partition("+")[0] for entry in self.pattern}
         _all_used("mixers", self.mixers, used)
+        self._check_defaults()
         _all_used(
             "channels", self.channels, {entry.partition("+")[2] or self.channel for entry in self.pattern}
         )
@@ -83,6 +72,21 @@ class StackConfig:
             raise ValueError(
                 "residual='joint' needs a channel mixer in every block; use residual='separate' with 'none'"
             )
+
+    def _check_defaults(self) -> None:
+        """Raises unless each key of `mixer_defaults` is an option of some mixer that the model does not supply."""
+        options = {name: set(_options(config)) for name, (config, _) in MIXERS.items()}
+        names = [self.mixer_of(layer)[0] for layer in range(len(self.pattern))]
+        own = set().union(*(options.get(name, set()) for name in names)) - SUPPLIED
+        every = set().union(*options.values()) - SUPPLIED
+        for key in self.mixer_defaults:
+            if key in SUPPLIED:
+                raise ValueError(f"mixer_defaults has {key!r}, which the model supplies to every mixer")
+            if key not in every:
+                raise ValueError(
+                    f"mixer_defaults has {key!r}{suggestion(key, own) or suggestion(key, every)}; no mixer has such an option; "
+                    f"options of {', '.join(dict.fromkeys(names))}: {', '.join(sorted(own)) or 'none'}"
+                )
 
     def mixer_of(self, layer: int) -> tuple[str, dict[str, Any]]:
         """Returns the registered name and the options of the mixer of a layer."""
@@ -99,7 +103,7 @@ class StackConfig:
         return options.pop("channel", name), options
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class InputConfig:
     """Config of the map from inputs to vectors.
 
@@ -115,19 +119,16 @@ class InputConfig:
 
     vocab_size: int | None = None
     input_size: int | None = None
-    embedding_stddev: float | None = None
+    embedding_stddev: NonNegative | None = None
     absolute_positions: Literal["none", "learned", "sinusoidal"] = "none"
     max_positions: int | None = None
 
     def __post_init__(self) -> None:
-        _one_of("absolute_positions", self.absolute_positions, ("none", "learned", "sinusoidal"))
         if (self.max_positions is None) == (self.absolute_positions == "learned"):
             raise ValueError(
                 f"max_positions={self.max_positions} with absolute_positions={self.absolute_positions!r}; "
                 "learned positions need the size of their table, others have none"
             )
-        if self.max_positions is not None and self.max_positions < 1:
-            raise ValueError(f"max_positions={self.max_positions}; expected at least 1")
         if (self.vocab_size is None) == (self.input_size is None):
             raise ValueError(
                 f"vocab_size={self.vocab_size} and input_size={self.input_size}; "
@@ -135,7 +136,7 @@ class InputConfig:
             )
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class ClassifierConfig:
     """Config of a model that gives one label per sequence.
 
@@ -148,17 +149,12 @@ class ClassifierConfig:
 
     input: InputConfig
     stack: StackConfig
-    num_classes: int
+    num_classes: Annotated[int, Bound(least=2)]
     pooling: Literal["mean", "last", "first"] = "mean"
     final_norm: bool = True
 
-    def __post_init__(self) -> None:
-        _one_of("pooling", self.pooling, ("mean", "last", "first"))
-        if self.num_classes < 2:
-            raise ValueError(f"num_classes={self.num_classes}; expected at least 2")
 
-
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class LanguageModelConfig:
     """Config of a model that gives the logits of the next token at each position.
 
@@ -178,7 +174,7 @@ class LanguageModelConfig:
             raise ValueError("a language model needs vocab_size; input_size is for classifiers of vectors")
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class AutoencoderConfig:
     """Config of a model that reconstructs its input from one vector.
 
@@ -192,7 +188,6 @@ class AutoencoderConfig:
     pooling: Literal["last", "mean"] = "last"
 
     def __post_init__(self) -> None:
-        _one_of("pooling", self.pooling, ("last", "mean"))
         if self.input.vocab_size is None:
             raise ValueError("an autoencoder needs vocab_size; input_size is for classifiers of vectors")
 
@@ -228,11 +223,8 @@ def parse(config: Mapping[str, Any]) -> ModelConfig:
     return make_config("model", KINDS[kind], {k: v for k, v in values.items() if k in own}, given=made)
 
 
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(
-            f"{name}={value!r}{suggestion(value, allowed)}; expected one of {', '.join(allowed)}"
-        )
+def _options(config_class: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(config_class)]
 
 
 def _all_used(name: str, options: Mapping[str, Any], used: set[str]) -> None:

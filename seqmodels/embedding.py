@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.indices import check_indices
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.positions import sinusoidal
-from layers.segments import Place, SegmentIds, initial_place, visit
+from layers.segments import Place, SegmentIds, Segments, initial_place, select_real, visit
 from layers.typing import Array, Float, Int, Num
 from seqmodels.config import InputConfig
 
@@ -56,12 +57,14 @@ class Embedding(nnx.Module):
           The vectors, and the new place if one was passed.
 
         Raises:
-          ValueError: the rank or dtype of the inputs does not match the config.
+          ValueError: the rank or dtype of the inputs does not match the config, or a token id that is not traced is out of
+            range; traced ones give NaN.
         """
-        x = self._embed(inputs)
+        segments = Segments.of(segment_ids)
+        x = self._embed(inputs, segments)
         if self.config.absolute_positions == "none":
             return x, place
-        here = visit(initial_place(x.shape[0]) if place is None else place, segment_ids, x.shape[1])
+        here = visit(initial_place(x.shape[0]) if place is None else place, segments, x.shape[1])
         positions = jnp.where(here.numbers == 0, 0, here.positions)
         if self.config.absolute_positions == "learned":
             added = self.positions[...].at[positions].get(mode="fill", fill_value=jnp.nan).astype(self.dtype)
@@ -71,28 +74,31 @@ class Embedding(nnx.Module):
                 x = x * math.sqrt(x.shape[2])
         return x + added, None if place is None else here.place
 
-    def _embed(self, inputs):
+    def _embed(self, inputs, segments):
         if self.config.vocab_size is not None:
             if inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer):
                 raise ValueError(
                     f"inputs are {inputs.dtype}{list(inputs.shape)}; expected integer token ids (b, t)"
                 )
+            inputs = select_real(inputs, segments)
+            check_indices("inputs", inputs, self.config.vocab_size, of="vocab_size")
             return look_up(self.table[...], inputs, self.dtype)
         if inputs.ndim != 3 or inputs.shape[-1] != self.config.input_size:
             raise ValueError(f"inputs have shape {inputs.shape}; expected (b, t, {self.config.input_size})")
-        return self.map(inputs)
+        return self.map(select_real(inputs, segments))
 
 
 def look_up(table: Float[Array, "v d"], ids: Int[Array, "b t"], dtype: jnp.dtype) -> Float[Array, "b t d"]:
     """Returns rows of a float32 table, converted to `dtype` afterwards: their gradients are summed in float32.
 
-    In bfloat16, a sum over many occurrences of a token stops growing.
+    In bfloat16, a sum over many occurrences of a token stops growing. An id that is no row gives NaN.
     """
     return (_look_up_few if table.shape[0] <= SMALL_TABLE else _look_up)(table, ids, dtype)
 
 
 def _look_up(table, ids, dtype):
-    return table[ids].astype(dtype)
+    rows = table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return rows.astype(dtype)
 
 
 # With few rows, scattered additions to the same row are serialized: here they are one matrix product.

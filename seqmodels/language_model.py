@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.cross_entropy import Unprojected
-from layers.norms import make_norm
+from layers.mixer import check_place
+from layers.norms import NORMS, causal_norms, make_norm
 from layers.parameters import linear
 from layers.segments import Place, SegmentIds, Segments
 from layers.typing import Array, Float, Int, Key
@@ -27,13 +28,18 @@ class LanguageModel(nnx.Module):
     """Logits of the next token at each position.
 
     Raises:
-      ValueError: a mixer of the pattern is not causal.
+      ValueError: a mixer of the pattern or the norm is not causal.
     """
 
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         stack = config.stack
         dtype = jnp.dtype(stack.dtype)
+        if stack.norm in NORMS and stack.norm not in causal_norms():
+            raise ValueError(
+                f"norm={stack.norm!r} takes statistics over time: in training, a language model would see the tokens that "
+                f"it predicts; use {' or '.join(map(repr, causal_norms()))}"
+            )
         self.embedding = Embedding(config.input, stack.width, dtype, rngs=rngs)
         self.stack = Stack(stack, rngs=rngs)
         for layer, mixer in self.stack.mixers():
@@ -53,6 +59,23 @@ class LanguageModel(nnx.Module):
         """Returns the initial state; `max_length` bounds the tokens that key-value caches must hold."""
         layers = self.stack.init_state(batch_size, max_length=max_length)
         return LanguageModelState(self.embedding.init_state(batch_size), layers)
+
+    def _checked(self, state: Any, rows: int) -> LanguageModelState:
+        """Returns the state, or raises if it is not one of this model for as many rows; each mixer checks its own."""
+        if not isinstance(state, LanguageModelState):
+            raise TypeError(
+                f"state of a language model is a {type(state).__name__}; expected what its init_state returns"
+            )
+        expected = self.embedding.init_state(rows)
+        if (state.place is None) != (expected is None):
+            positions = self.config.input.absolute_positions
+            raise ValueError(
+                f"state has {'no ' if state.place is None else ''}place of its rows, but absolute_positions="
+                f"{positions!r}; expected the state of a model with the same positions"
+            )
+        if expected is not None:
+            check_place("a language model", state.place, rows)
+        return state
 
     def __call__(
         self,
@@ -89,7 +112,7 @@ class LanguageModel(nnx.Module):
         `layers.cross_entropy.linear_cross_entropy` takes it in place of logits.
         """
         segments = Segments.of(segment_ids)
-        place, layers = (None, None) if state is None else state
+        place, layers = (None, None) if state is None else self._checked(state, inputs.shape[0])
         x, place = self.embedding(inputs, place, segment_ids=segments)
         x, layers = self.stack(x, layers, segment_ids=segments, key=key)
         state = None if state is None else LanguageModelState(place, layers)

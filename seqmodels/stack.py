@@ -9,7 +9,7 @@ from flax import nnx
 
 from layers.mixer import Mixer
 from layers.parameters import axes_of
-from layers.segments import SegmentIds, Segments
+from layers.segments import SegmentIds, Segments, select_real
 from layers.sharding import divide_rows
 from layers.typing import Array, Float, Key
 from seqmodels.block import Block
@@ -107,7 +107,7 @@ class Stack(nnx.Module):
 
     @property
     def causal(self) -> bool:
-        """Whether no output depends on later inputs."""
+        """Whether no mixer lets an output depend on later inputs."""
         return all(mixer.causal for _, mixer in self.mixers())
 
     def mixers(self) -> Iterator[tuple[int, Mixer]]:
@@ -119,6 +119,10 @@ class Stack(nnx.Module):
 
     def block(self, layer: int) -> Block:
         """Returns the block of a layer; if it is stacked, a copy with the variables of this layer."""
+        if not 0 <= layer < self.config.depth:
+            raise IndexError(
+                f"layer={layer}; expected 0 to {self.config.depth - 1}, as depth={self.config.depth}"
+            )
         period, scanned = len(self.stacked), self.repeats * len(self.stacked)
         if layer >= scanned:
             return self.blocks[layer - scanned]
@@ -148,8 +152,10 @@ class Stack(nnx.Module):
         """Returns the output of all layers and their states. A key means training."""
         config, segments = self.config, Segments.of(segment_ids)
         keys = None if key is None else jax.random.split(key, config.depth)
-        x = divide_rows(x)
+        # Padding holds zeros from here on, whatever the embedding made of it.
+        x = divide_rows(select_real(x, segments))
         if state is not None:
+            self._check_state(state)
             # Runs layers one by one: a scan would copy the states of all layers.
             states = []
             for layer in range(config.depth):
@@ -162,6 +168,16 @@ class Stack(nnx.Module):
         for number, layer in enumerate(range(self.repeats * len(self.stacked), config.depth)):
             x = self._one(x, segments, keys, number, layer)
         return x, None
+
+    def _check_state(self, state: Any) -> None:
+        """Raises unless there is one state per layer; each mixer checks its own."""
+        depth = self.config.depth
+        if not isinstance(state, tuple | list) or hasattr(state, "_fields"):
+            raise TypeError(
+                f"state of a stack is a {type(state).__name__}; expected the tuple that its init_state returns"
+            )
+        if len(state) != depth:
+            raise ValueError(f"state of a stack has {len(state)} layers; expected {depth}, one per layer")
 
     def _one(self, x, segments, keys, number, layer):
         """Runs one layer outside the scan."""

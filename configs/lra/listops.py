@@ -52,13 +52,12 @@ def get_config(arg: str = "mixer=s5") -> ConfigDict:
     config.data = dict(bucket_bounds=(704, 960, 1280, 1600, 2048))
     config.train = dict(batch_size=50, epochs=40)
     if mixer == "s5":
-        # B learns at the rate of the rest and is decayed; eigenvalues and step sizes are neither.
+        # B learns at the rate of the rest and is decayed, and so are biases; eigenvalues and step sizes are neither.
         config.optimizer = dict(
             learning_rate=3e-3,
             weight_decay=0.04,
             warmup_epochs=1,
             groups={
-                "ssm": dict(learning_rate=1e-3, weight_decay=0.0),
                 "ssm/b": dict(learning_rate=3e-3, weight_decay=0.04),
                 "no_decay": dict(weight_decay=0.04),
             },

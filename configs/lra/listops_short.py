@@ -47,6 +47,6 @@ def get_config(arg: str = "mixer=s5") -> ConfigDict:
         learning_rate=3e-3 if mixer == "s5" else 1e-3, weight_decay=0.04, warmup_steps=100, clip_norm=1.0
     )
     if mixer == "s5":
-        config.optimizer.groups = dict(ssm=dict(learning_rate=1e-3, weight_decay=0.0))
-        config.optimizer.groups["ssm/b"] = dict(learning_rate=3e-3, weight_decay=0.04)
+        # B learns at the rate of the rest and is decayed.
+        config.optimizer.groups = {"ssm/b": dict(learning_rate=3e-3, weight_decay=0.04)}
     return config

@@ -10,7 +10,7 @@ resumes bit for bit without reading earlier batches.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import grain
@@ -23,8 +23,10 @@ from experiments.data.bucketing import (
     plan_epoch,
     plan_evaluation,
 )
+from layers.indices import check_indices
 
 Batch = dict[str, np.ndarray]
+IGNORE = -1  # label of a position with nothing to predict
 
 
 class Source(Protocol):
@@ -53,6 +55,7 @@ def train_iterator(
     host_index: int = 0,
     host_count: int = 1,
     prefetch: int = 8,
+    sizes: Mapping[str, int] | None = None,
 ) -> grain.DatasetIterator:
     """Returns an iterator over full batches of `epochs` shuffled epochs, or of `num_steps` steps (`bucketing.plan_epoch`).
 
@@ -65,6 +68,7 @@ def train_iterator(
       host_index: index of the part to yield, out of `host_count` equal parts of each batch: rows `host_index * b` to
         `(host_index + 1) * b`, with b = batch_size / host_count. All hosts see the same widths.
       prefetch: number of batches made ahead in a background thread; 0 makes them on request.
+      sizes: "vocab_size" and "num_classes" of the model, which token ids and labels are checked against.
 
     Raises:
       ValueError: if both or neither of `epochs` and `num_steps` are given, a batch is larger than the data set, a
@@ -92,7 +96,7 @@ def train_iterator(
 
     def make(step: int) -> Batch:
         epoch, number = divmod(step, per_epoch)
-        return _assemble(source, plan(epoch), number, rows)
+        return _assemble(source, plan(epoch), number, rows, sizes)
 
     return iter(_dataset(make, steps, prefetch))
 
@@ -105,6 +109,7 @@ def eval_batches(
     host_index: int = 0,
     host_count: int = 1,
     prefetch: int = 8,
+    sizes: Mapping[str, int] | None = None,
 ) -> grain.IterDataset:
     """Returns ceil(n / batch_size) batches with each sequence once with weight 1; can be iterated repeatedly.
 
@@ -113,7 +118,7 @@ def eval_batches(
     """
     rows = _host_rows(batch_size, host_index, host_count)
     plan = plan_evaluation(source.lengths, batch_size=batch_size, bucket_bounds=bucket_bounds)
-    return _dataset(lambda number: _assemble(source, plan, number, rows), len(plan), prefetch)
+    return _dataset(lambda number: _assemble(source, plan, number, rows, sizes), len(plan), prefetch)
 
 
 def _host_rows(batch_size: int, host_index: int, host_count: int) -> slice:
@@ -125,10 +130,29 @@ def _host_rows(batch_size: int, host_index: int, host_count: int) -> slice:
     return slice(host_index * share, (host_index + 1) * share)
 
 
-def _assemble(source: Source, plan: Plan, number: int, rows: slice) -> Batch:
+def check_batch(batch: Batch, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError if a token id or a label of a batch is out of range; names the first one and its place.
+
+    Args:
+      sizes: "vocab_size" for token ids and labels of positions, "num_classes" for labels of sequences; others are free.
+    """
+    inputs, labels, segment_ids = batch["inputs"], batch.get("labels"), batch.get("segment_ids")
+    real = None if segment_ids is None else segment_ids != 0
+    if "vocab_size" in sizes and inputs.ndim == 2:
+        check_indices("inputs", inputs, sizes["vocab_size"], counted=real, of="vocab_size")
+    if labels is None:
+        return
+    if labels.ndim == 1 and "num_classes" in sizes:
+        check_indices("labels", labels, sizes["num_classes"], of="num_classes")
+    if labels.ndim == 2 and "vocab_size" in sizes:
+        check_indices("labels", labels, sizes["vocab_size"], counted=labels != IGNORE, of="vocab_size")
+
+
+def _assemble(source: Source, plan: Plan, number: int, rows: slice, sizes: Mapping[str, int] | None) -> Batch:
     indices = plan.indices[number]
     mine = indices[rows]
     batch = source.gather(np.where(mine >= 0, mine, indices[0]), int(plan.widths[number]))
+    check_batch(batch, sizes or {})
     return batch | {"weight": (mine >= 0).astype(np.float32)}
 
 

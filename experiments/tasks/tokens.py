@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import optax
 
+from experiments.data.pipeline import IGNORE
 from layers.cross_entropy import Unprojected, linear_cross_entropy
+from layers.indices import check_indices, nan_outside
 from layers.typing import Array, Bool, Float
-
-IGNORE = -1
 
 
 def is_counted(batch: Mapping[str, Array]) -> Bool[Array, "b t"]:
@@ -23,7 +23,8 @@ def cross_entropy(
 
     loss = sum_p (logsumexp(logits_p) - logits_p[label_p]) / count, over the positions p of `batch["labels"]` (b, t)
     that are not IGNORE (-1) in rows with `batch["weight"]` (b,) not 0. Logits elsewhere are ignored, even if they are not
-    finite. Without any label the loss is 0.
+    finite. Without any label the loss is 0. A traced label that is neither a token nor IGNORE makes the loss and its
+    gradients NaN.
 
     Args:
       outputs: logits (b, t, v), or what they are computed from; then they are never in memory at once.
@@ -33,7 +34,7 @@ def cross_entropy(
       "sequence_accuracy": rows in which all labels have it, "sequence_accuracy_count": rows with a label}.
 
     Raises:
-      ValueError: if the shapes are inconsistent.
+      ValueError: if the shapes are inconsistent, or a label that is not traced is neither a token nor IGNORE.
     """
     labels, weight = batch["labels"], batch["weight"]
     shape = (*outputs.x.shape[:2], len(outputs.matrix)) if isinstance(outputs, Unprojected) else outputs.shape
@@ -43,13 +44,15 @@ def cross_entropy(
             f"got {shape}, {labels.shape} and {weight.shape}"
         )
     counted = is_counted(batch)
+    labels, vocabulary = jnp.where(counted, labels, 0), shape[2]
+    check_indices("labels", labels, vocabulary, of="the vocabulary of the logits")
     if isinstance(outputs, Unprojected):
         loss, _, hits = linear_cross_entropy(*outputs, labels, counted)
     else:
         logits = jnp.where(counted[..., None], outputs.astype(jnp.float32), 0.0)
-        labels = jnp.where(counted, labels, 0)
-        loss = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels), where=counted)
-        hits = jnp.argmax(logits, axis=-1) == labels
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.clip(labels, 0, vocabulary - 1))
+        losses = nan_outside(losses, labels, vocabulary, counted=counted)
+        loss, hits = jnp.sum(losses, where=counted), jnp.argmax(logits, axis=-1) == labels
     rows = jnp.any(counted, axis=1)
     sums = {
         "loss": loss,

@@ -81,6 +81,7 @@ class Experiment:
             host_index=part[0],
             host_count=part[1],
             prefetch=self.data.prefetch,
+            sizes=sizes_of(self.task),
         )
 
     def eval_batches(self, split: str, part: tuple[int, int] = (0, 1)) -> Iterable[Any]:
@@ -98,6 +99,7 @@ class Experiment:
             host_index=part[0],
             host_count=part[1],
             prefetch=self.data.prefetch,
+            sizes=sizes_of(self.task),
         )
 
     def example_batches(self, split: str, batch_size: int) -> list[dict[str, np.ndarray]]:

@@ -1,19 +1,20 @@
 """Channel mixers: maps that act on each token separately, `y = channel(x, mask=None, key=None)` with x (b t d).
 
-`mask` (b t) is true at real tokens; only averages over tokens read it. `key` is passed only in training and draws the
-dropout inside.
+`mask` (b t) is true at real tokens: whatever stands at others reaches no average and no gradient. `key` is passed only in
+training and draws the dropout inside.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.dropout import dropout
+from layers.options import ActivationDtype, Fraction, checked_dataclass
 from layers.parameters import linear
 from layers.registry import choose
+from layers.segments import select_masked
 from layers.typing import Array, Bool, Float, Key
 
 ACTIVATIONS = {
@@ -27,7 +28,7 @@ ACTIVATIONS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class MLPConfig:
     """Options of `MLP` and `GLU`.
 
@@ -40,8 +41,8 @@ class MLPConfig:
     activation: str | None = None
     multiple_of: int = 8
     bias: bool = False
-    dropout: float = 0.0
-    dtype: Any = jnp.float32
+    dropout: Fraction = 0.0
+    dtype: ActivationDtype = jnp.float32
 
 
 class MLP(nnx.Module):
@@ -63,6 +64,7 @@ class MLP(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
         """Maps each token; dropout acts on the hidden features."""
+        x = select_masked(x, mask)
         return self.down(dropout(self.activation(self.up(x)), self.config.dropout, key))
 
 
@@ -86,6 +88,7 @@ class GLU(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
         """Maps each token; dropout acts on the hidden features."""
+        x = select_masked(x, mask)
         return self.down(dropout(self.activation(self.gate(x)) * self.up(x), self.config.dropout, key))
 
 

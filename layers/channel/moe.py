@@ -1,7 +1,6 @@
 """Mixture of experts: a router chooses a few of many gated linear units for each token."""
 
-import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,9 @@ from flax import nnx
 
 from layers.channel.glu import GLU, MLPConfig
 from layers.dropout import dropout
+from layers.options import ActivationDtype, Count, Fraction, NonNegative, Positive, checked_dataclass
 from layers.parameters import AuxiliaryLoss, linear, parameter
+from layers.segments import select_masked
 from layers.typing import Array, Bool, Float, Int, Key
 
 # The leading axis counts experts: each expert's matrix is initialized on its own.
@@ -19,7 +20,7 @@ _lecun_normal = nnx.initializers.lecun_normal(batch_axis=(0,))
 SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class MoEConfig:
     """Options of `MoE`.
 
@@ -50,20 +51,20 @@ class MoEConfig:
     experts: int = 8
     top_k: int = 2
     hidden: int | None = None
-    shared: int = 0
+    shared: Count = 0
     shared_gate: bool = False
     scores: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True
-    scale: float = 1.0
+    scale: Positive = 1.0
     groups: int = 1
     top_groups: int = 1
-    bias_rate: float = 0.0
-    balance: float = 0.01
-    z_loss: float = 0.001
+    bias_rate: NonNegative = 0.0
+    balance: NonNegative = 0.01
+    z_loss: NonNegative = 0.001
     compute: Literal["grouped", "dense"] | None = None
     multiple_of: int = 8
-    dropout: float = 0.0
-    dtype: Any = jnp.float32
+    dropout: Fraction = 0.0
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts:
@@ -73,26 +74,15 @@ class MoEConfig:
                 "top_k=1 with normalize=True gives every expert the weight 1 and the router no gradient; "
                 "set normalize=False"
             )
-        if self.shared < 0:
-            raise ValueError(f"shared={self.shared}; expected 0 or more")
         if self.shared_gate and not self.shared:
             raise ValueError("shared_gate=True needs shared experts; set shared to 1 or more")
-        if self.scores not in SCORES:
-            raise ValueError(f"scores={self.scores!r}; expected {' or '.join(map(repr, SCORES))}")
-        if self.scale <= 0:
-            raise ValueError(f"scale={self.scale}; expected more than 0")
-        if self.groups < 1 or self.experts % self.groups:
+        if self.experts % self.groups:
             raise ValueError(f"groups={self.groups} cannot share experts={self.experts} equally")
         if not 1 <= self.top_groups <= self.groups:
             raise ValueError(f"top_groups={self.top_groups}; expected 1 to groups={self.groups}")
         reach = self.top_groups * (self.experts // self.groups)
         if self.top_k > reach:
             raise ValueError(f"top_k={self.top_k}, but top_groups={self.top_groups} leave {reach} experts")
-        for name in ("bias_rate", "balance", "z_loss"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}; expected 0 or more")
-        if self.compute not in (None, "grouped", "dense"):
-            raise ValueError(f"compute={self.compute!r}; expected 'grouped', 'dense' or None")
 
 
 class MoE(nnx.Module):
@@ -121,8 +111,8 @@ class MoE(nnx.Module):
         self.gate = parameter(rngs, _lecun_normal, (config.experts, d, hidden), axes=wide)
         self.up = parameter(rngs, _lecun_normal, (config.experts, d, hidden), axes=wide)
         self.down = parameter(rngs, _lecun_normal, (config.experts, hidden, d), axes=back)
-        shared = MLPConfig(d, config.shared * hidden, dropout=config.dropout, dtype=config.dtype)
-        self.shared = GLU(shared, rngs=rngs) if config.shared else None
+        inner = {"dropout": config.dropout, "dtype": config.dtype}
+        self.shared = GLU(MLPConfig(d, config.shared * hidden, **inner), rngs=rngs) if config.shared else None
         self.shared_gate = (
             linear(d, 1, axes=("embed", None), bias=False, dtype=config.dtype, rngs=rngs)
             if config.shared_gate
@@ -141,6 +131,7 @@ class MoE(nnx.Module):
         """Maps each token; with a key also writes the auxiliary loss of the real tokens and moves the bias."""
         config = self.config
         keys = (None, None) if key is None else jax.random.split(key)
+        x = select_masked(x, mask)
         tokens = x.reshape(-1, config.width)
         logits = jnp.matmul(
             tokens.astype(jnp.float32), self.router.kernel[...], precision=jax.lax.Precision.HIGHEST

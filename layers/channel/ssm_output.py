@@ -11,25 +11,24 @@ tokens):
 (Smith et al. 2023, arXiv:2208.04933, and its code.)
 """
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.dropout import dropout
+from layers.options import ActivationDtype, Fraction, checked_dataclass
 from layers.parameters import linear
+from layers.segments import select_masked
 from layers.typing import Array, Bool, Float, Key
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class OutputConfig:
     """Options of the output maps."""
 
     width: int
-    dropout: float = 0.0
-    dtype: Any = jnp.float32
+    dropout: Fraction = 0.0
+    dtype: ActivationDtype = jnp.float32
 
 
 class Gelu(nnx.Module):
@@ -46,7 +45,7 @@ class Gelu(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
         """Maps each token."""
-        return dropout(jax.nn.gelu(x), self.config.dropout, key, shared_axes=(1,))
+        return dropout(jax.nn.gelu(select_masked(x, mask)), self.config.dropout, key, shared_axes=(1,))
 
 
 class _Gated(nnx.Module):
@@ -65,6 +64,7 @@ class _Gated(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """Maps each token."""
         inner, outer = (None, None) if key is None else jax.random.split(key)
+        x = select_masked(x, mask)
         g = dropout(jax.nn.gelu(x), self.config.dropout, inner, shared_axes=(1,))
         y = self.gated(x, g) * jax.nn.sigmoid(self.gate(g))
         return dropout(y, self.config.dropout, outer, shared_axes=(1,))

@@ -9,6 +9,7 @@ from flax import nnx
 
 from layers import mixers
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, Count, checked_dataclass
 from layers.parameters import linear
 from layers.parts.each_segment import reverse_segments
 from layers.segments import Segments
@@ -17,7 +18,7 @@ from layers.typing import Array, Float
 PROJECTIONS = ("input", "output")
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class BidirectionalConfig:
     """Options of `Bidirectional`.
 
@@ -37,15 +38,9 @@ class BidirectionalConfig:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     combine: Literal["sum", "concatenate"] = "sum"
     tied: bool | Literal["projections"] = False
-    layer: int = 0
+    layer: Count = 0
     depth: int = 1
-    dtype: Any = jnp.float32
-
-    def __post_init__(self) -> None:
-        if self.combine not in ("sum", "concatenate"):
-            raise ValueError(f"combine={self.combine!r}; expected 'sum' or 'concatenate'")
-        if self.tied not in (False, True, "projections"):
-            raise ValueError(f"tied={self.tied!r}; expected False, True or 'projections'")
+    dtype: ActivationDtype = jnp.float32
 
 
 class Bidirectional(Mixer):

@@ -1,13 +1,13 @@
 """Parts shared by DeltaNet and its gated variants: options, short convolutions, writing strengths and the delta rule."""
 
-import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.kernels.delta_rule import delta_rule
+from layers.options import ActivationDtype, NonNegative, checked_dataclass
 from layers.parameters import linear
 from layers.parts.heads import split_heads
 from layers.parts.short_convolution import ShortConvolution
@@ -15,7 +15,7 @@ from layers.segments import SegmentIds
 from layers.typing import Array, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class DeltaRuleConfig:
     """Options of mixers with a `DeltaMemory`.
 
@@ -33,8 +33,8 @@ class DeltaRuleConfig:
     heads: int = 4
     taps: int = 4
     negative_eigenvalues: bool = False
-    epsilon: float = 1e-5
-    dtype: Any = jnp.float32
+    epsilon: NonNegative = 1e-5
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
         _ = self.sizes, self.outputs
@@ -50,7 +50,7 @@ class DeltaRuleConfig:
         return self.heads
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class SharedKeysConfig(DeltaRuleConfig):
     """Options of delta rules in which several value heads may share a query and key head.
 
@@ -66,7 +66,7 @@ class SharedKeysConfig(DeltaRuleConfig):
         """Number of value heads, h."""
         if self.value_heads is None:
             return self.heads
-        if self.value_heads < 1 or self.value_heads % self.heads:
+        if self.value_heads % self.heads:
             raise ValueError(f"value_heads={self.value_heads} is not a multiple of heads={self.heads}")
         return self.value_heads
 

@@ -16,13 +16,9 @@ def head_size(field: str, given: int | None, config: Any, part: float = 1.0) -> 
     """Returns the features per head: `given`, or `part * config.width` divided by `config.heads`.
 
     Raises:
-      ValueError: the quotient is not an integer, or `given` or the number of heads is below 1; names the config's field.
+      ValueError: the quotient is not an integer; names the config's field.
     """
-    if config.heads < 1:
-        raise ValueError(f"heads={config.heads}; expected at least 1")
     if given is not None:
-        if given < 1:
-            raise ValueError(f"{field}={given}; expected at least 1")
         return given
     size = part * config.width / config.heads
     if size < 1 or not size.is_integer():
@@ -41,7 +37,7 @@ def shared_heads(config: Any) -> int:
     """
     if config.kv_heads is None:
         return config.heads
-    if config.kv_heads < 1 or config.heads % config.kv_heads:
+    if config.heads % config.kv_heads:
         raise ValueError(f"kv_heads={config.kv_heads} does not divide heads={config.heads}")
     return config.kv_heads
 

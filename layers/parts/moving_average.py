@@ -20,7 +20,8 @@ class MovingAverage(nnx.Module):
         h_t = (1 - alpha delta) * h_{t-1} + alpha beta x_t            (n averages, 0 < alpha, delta < 1)
         y_t = silu(eta . h_t / sqrt(n) + omega x_t)
 
-    With `bidirectional` another such average runs from the end and stops before the current token. Without a state the
+    With `bidirectional` another such average runs from the end; both include the current token, as in the authors' code,
+    whose parameters are (alpha, delta) -> (delta, alpha), beta and gamma -> eta, omega. Without a state the
     averages are one convolution, whose kernel is as long as the sequence; with a state they run token by token.
 
     Part of a mixer rather than a mixer: the mixer that owns it carries its state h.
@@ -38,8 +39,8 @@ class MovingAverage(nnx.Module):
         self.bidirectional, self.dtype = bidirectional, dtype
         shape, normal = (2 if bidirectional else 1, width, averages), nnx.initializers.normal
         axes = (None, "embed", "state")
-        self.alpha = parameter(rngs, normal(0.2), shape, axes=axes)
-        self.delta = parameter(rngs, normal(0.2), shape, axes=axes)
+        self.alpha = parameter(rngs, normal(0.2), shape, axes=axes, **NO_DECAY)
+        self.delta = parameter(rngs, normal(0.2), shape, axes=axes, **NO_DECAY)
         self.beta = parameter(rngs, _alternating, shape, axes=axes)
         self.eta = parameter(rngs, normal(1.0), shape, axes=axes)
         self.omega = parameter(rngs, normal(1.0), (width,), axes=("embed",), **NO_DECAY)
@@ -61,10 +62,11 @@ class MovingAverage(nnx.Module):
         read = self.eta[...] / self.eta.shape[-1] ** 0.5
         x = x.astype(self.dtype)
         if h is None:
-            lengths = (x.shape[1], x.shape[1] + 1) if self.bidirectional else (x.shape[1],)
-            kernels = [_kernel(*parts) for parts in zip(lost, written, read, lengths, strict=True)]
-            ahead = kernels[1][:, 1:] if self.bidirectional else None
-            y = convolve(x, kernels[0], ahead=ahead, segment_ids=segment_ids)
+            kernel, *back = (_kernel(*parts, x.shape[1]) for parts in zip(lost, written, read, strict=True))
+            ahead = None
+            if back:
+                kernel, ahead = kernel.at[:, :1].add(back[0][:, :1]), back[0][:, 1:]
+            y = convolve(x, kernel, ahead=ahead, segment_ids=segment_ids)
         else:
             y, state = run_modes(
                 1 - lost[0], written[0], read[0], x, h.astype(jnp.complex64), segment_ids=segment_ids

@@ -32,7 +32,7 @@ def check_systems(config: Any) -> None:
     """Raises ValueError unless width, state_size, systems and step sizes of a config fit."""
     if config.state_size < 2 or config.state_size % 2:
         raise ValueError(f"state_size={config.state_size}; expected an even number, for conjugate pairs")
-    if config.systems < 1 or config.width % config.systems:
+    if config.width % config.systems:
         raise ValueError(f"systems={config.systems} does not divide width={config.width}")
     check_steps(config.dt_min, config.dt_max)
 

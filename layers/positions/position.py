@@ -1,6 +1,5 @@
 """Positions in attention: an option of its mixers, chosen by name."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.options import Positive, checked_dataclass
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.positions.relative import alibi_slopes, fire_interpolation, relative_buckets
 from layers.positions.rotary import Rotary, rotary
@@ -16,17 +16,17 @@ from layers.registry import choose, make_config
 from layers.typing import Array, Float, Int
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class NoPosition:
     """No encoding of position besides causality (NoPE, Kazemnejad et al. 2023, arXiv:2305.19466)."""
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class Alibi:
     """Logits decrease linearly with distance, with one slope per head; see `alibi_slopes`."""
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class T5Bias:
     """Adds a learned number per head and bucket of relative positions; see `relative_buckets`.
 
@@ -49,7 +49,7 @@ class T5Bias:
             )
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class Fire:
     """Adds a small network of the relative position, divided by the query's; see `fire_interpolation`.
 
@@ -63,13 +63,8 @@ class Fire:
     """
 
     width: int = 32
-    length: float = 512.0
-    curvature: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name in ("width", "length", "curvature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}; expected more than 0")
+    length: Positive = 512.0
+    curvature: Positive = 0.1
 
 
 POSITIONS = {"none": NoPosition, "rope": Rotary, "alibi": Alibi, "t5": T5Bias, "fire": Fire}

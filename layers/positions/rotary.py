@@ -1,19 +1,17 @@
 """Rotary positions, and their scalings to sequences longer than those of training."""
 
-import dataclasses
 import math
 from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 
+from layers.options import checked_dataclass
 from layers.positions.angles import cos_sin
 from layers.typing import Array, Float, Int
 
-SCALINGS = ("none", "linear", "ntk", "yarn")
 
-
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class Rotary:
     """Options of `rotary`.
 
@@ -41,8 +39,6 @@ class Rotary:
     amplitude: float | None = None
 
     def __post_init__(self) -> None:
-        if self.scaling not in SCALINGS:
-            raise ValueError(f"scaling={self.scaling!r}; expected one of {', '.join(SCALINGS)}")
         if self.base <= 1:
             raise ValueError(f"base={self.base}; expected more than 1")
         if not 0 < self.fraction <= 1:

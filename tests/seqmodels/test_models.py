@@ -298,7 +298,7 @@ def test_post_norm_normalises_the_sum():
         ({"kind": "clasifier"}, "did you mean 'classifier'"),
         ({"widht": 8}, "no field 'widht'; did you mean 'width'"),
         ({"pattern": ("atention",), "mixers": {}}, "unknown mixer 'atention'; did you mean 'attention'"),
-        ({"pattern": "s5"}, "expected a tuple of names"),
+        ({"pattern": ()}, "expected a tuple of names"),
         ({"pattern": ("s5+half_glu2",)}, "mixers has options for 'attention'"),
         ({"mixers": {**CLASSIFIER["mixers"], "attention": {"heads": 3}}}, "heads=3 does not divide width=8"),
         ({"mixers": {**CLASSIFIER["mixers"], "s5": {"state_sise": 4}}}, "did you mean 'state_size'"),

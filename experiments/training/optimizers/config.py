@@ -1,16 +1,16 @@
 """The section `optimizer` of a config, and the parameter groups whose rates it sets."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from experiments.config.loading import check_integer, check_number
 from experiments.training.optimizers.schedules import SCHEDULES
+from layers.parameters import GROUP_RULES
 from layers.registry import suggestion
 
 RULES = ("adamw", "muon", "lion", "adafactor")
 DEFAULT = "default"
-NO_DECAY = "no_decay"
 OVERRIDES = ("learning_rate", "weight_decay")
 
 
@@ -22,8 +22,9 @@ class OptimizerConfig:
       name: update rule: "adamw", "muon", "lion" or "adafactor"; see `direction` in `transforms`.
       learning_rate: peak learning rate of parameters that no entry of `groups` covers.
       weight_decay: weight decay of these parameters, multiplied by the learning rate.
-      groups: overrides of both by declared group. An entry also covers the groups below it ("ssm" covers "ssm/dt") unless
-        a longer entry does. "no_decay" has weight decay 0 unless it is set here.
+      groups: both by declared group, where they are not those that the group declares (`layers.parameters.GROUP_RULES`): no weight
+        decay in "no_decay" and "ssm", and a third of the learning rate in "ssm". An entry also covers the groups below it:
+        what "ssm/dt" does not set is that of "ssm".
       warmup_epochs: number of epochs in which all learning rates rise linearly to their peaks; alternative to
         `warmup_steps`.
       warmup_steps: number of steps of this warm-up.
@@ -109,7 +110,7 @@ class Group:
     """Peak learning rate and weight decay of one group of parameters.
 
     Attributes:
-      name: entry of the config that sets them, "default" or "no_decay".
+      name: entry of the config or of the declared rules that sets them, or "default".
       learning_rate: peak learning rate.
       weight_decay: weight decay, multiplied by the learning rate.
     """
@@ -127,7 +128,7 @@ def assign_groups(
     Raises:
       ValueError: if an entry of `config.groups` covers no parameter.
     """
-    entries = {NO_DECAY: {"weight_decay": 0.0}} | {name: dict(value) for name, value in config.groups.items()}
+    entries = GROUP_RULES.keys() | config.groups.keys()
     chosen = {name: _longest_prefix(group, entries) for name, group in declared.items()}
     used = set(chosen.values())
     existing = sorted(set(declared.values()))
@@ -137,11 +138,25 @@ def assign_groups(
                 f"optimizer.groups[{name!r}] covers no parameter{suggestion(name, existing)}; "
                 f"the model's groups: {', '.join(existing)}"
             )
-    common = {"learning_rate": config.learning_rate, "weight_decay": config.weight_decay}
-    return chosen, {name: Group(name, **(common | entries.get(name, {}))) for name in sorted(used)}
+    return chosen, {name: _rates(config, name) for name in sorted(used)}
 
 
-def _longest_prefix(group: str, entries: Mapping[str, Any]) -> str:
+def _rates(config: OptimizerConfig, name: str) -> Group:
+    """Returns the rates of an entry: those of the config, changed by the declared rules and entries from "ssm" to "ssm/dt"."""
+    rates = {"learning_rate": config.learning_rate, "weight_decay": config.weight_decay}
+    for prefix in reversed(_prefixes(name)):
+        rates |= {
+            field: getattr(config, field) * factor for field, factor in GROUP_RULES.get(prefix, {}).items()
+        }
+        rates |= config.groups.get(prefix, {})
+    return Group(name, **rates)
+
+
+def _longest_prefix(group: str, entries: Collection[str]) -> str:
+    return next((prefix for prefix in _prefixes(group) if prefix in entries), DEFAULT)
+
+
+def _prefixes(group: str) -> list[str]:
+    """Returns the group and those above it, the longest first."""
     parts = group.split("/")
-    prefixes = ("/".join(parts[:length]) for length in range(len(parts), 0, -1))
-    return next((prefix for prefix in prefixes if prefix in entries), DEFAULT)
+    return ["/".join(parts[:length]) for length in range(len(parts), 0, -1)]

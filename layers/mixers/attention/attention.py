@@ -1,6 +1,5 @@
 """Attention: softmax attention with grouped heads, windows, sinks and a cache (Vaswani et al. 2017, arXiv:1706.03762)."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from flax import nnx
 from layers.kernels.attention import Logits, Mask, Tokens
 from layers.mixer import Mixer, Visit
 from layers.norms import NormConfig, RMSNorm
+from layers.options import ActivationDtype, Count, Positive, checked_dataclass
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.parts.cache import Cache, empty_cache, extend
 from layers.parts.heads import join_heads, shared_heads, split_heads
@@ -20,7 +20,7 @@ from layers.segments import Segments
 from layers.typing import Array, Float, Int
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class AttentionConfig:
     """Options of `Attention`.
 
@@ -52,36 +52,28 @@ class AttentionConfig:
     head_dim: int | None = None
     causal: bool = True
     window: int | None = None
-    sink_tokens: int = 0
+    sink_tokens: Count = 0
     sink_distance: Literal["true", "cache"] = "true"
     sink_logits: bool = False
     position: str | Mapping[str, Any] | PositionConfig = "rope"
     scale: float | None = None
-    logit_cap: float | None = None
+    logit_cap: Positive | None = None
     qk_norm: bool = False
     bias: bool = False
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.heads < 1:
-            raise ValueError(f"heads={self.heads}; expected at least 1")
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(
                 f"heads={self.heads} does not divide width={self.width}; "
                 "choose heads that do, or set head_dim to give heads a size of their own"
             )
         _ = self.groups
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window}; expected at least 1, or None")
-        if self.sink_tokens < 0 or (self.sink_tokens and self.window is None):
+        if self.sink_tokens and self.window is None:
             raise ValueError(
-                f"sink_tokens={self.sink_tokens} with window={self.window}; expected at least 0, and 0 without window"
+                f"sink_tokens={self.sink_tokens} with window={self.window}; expected 0 without window"
             )
-        if self.logit_cap is not None and self.logit_cap <= 0:
-            raise ValueError(f"logit_cap={self.logit_cap}; expected a positive number, or None")
         object.__setattr__(self, "position", read_position(self.position))
-        if self.sink_distance not in ("true", "cache"):
-            raise ValueError(f"sink_distance={self.sink_distance!r}; expected 'true' or 'cache'")
         if self.sink_distance == "cache" and not (
             self.sink_tokens and self.causal and isinstance(self.position, Rotary)
         ):

@@ -1,12 +1,12 @@
 """Gated attention: a sigmoid gate at the positions that its paper compares (Qiu et al. 2025, arXiv:2505.06708)."""
 
-import dataclasses
 from typing import Literal
 
 import jax
 from flax import nnx
 
 from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.options import checked_dataclass
 from layers.parameters import linear
 from layers.parts.heads import split_heads
 from layers.typing import Array, Float
@@ -14,7 +14,7 @@ from layers.typing import Array, Float
 GATE_AT = ("attention", "value", "key", "query", "output")
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class GatedAttentionConfig(AttentionConfig):
     """Options of `GatedAttention`: those of `AttentionConfig`, and two more.
 
@@ -32,10 +32,6 @@ class GatedAttentionConfig(AttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gate not in GATE_AT:
-            raise ValueError(f"gate={self.gate!r}; expected one of {', '.join(GATE_AT)}")
-        if self.gate_size not in ("elementwise", "headwise"):
-            raise ValueError(f"gate_size={self.gate_size!r}; expected 'elementwise' or 'headwise'")
         if self.gate == "output" and self.gate_size == "headwise":
             raise ValueError("gate='output' comes after the heads are mixed; use gate_size='elementwise'")
 

@@ -1,15 +1,15 @@
 """Linformer: attention over a fixed number of mixtures of keys and values (Wang et al. 2020, arXiv:2006.04768)."""
 
-import dataclasses
 import math
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import linear, parameter
 from layers.parts.each_segment import mix_each_segment
 from layers.parts.heads import join_heads, split_heads
@@ -22,7 +22,7 @@ _projection = nnx.initializers.variance_scaling(
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class LinformerConfig:
     """Options of `Linformer`.
 
@@ -44,16 +44,11 @@ class LinformerConfig:
     heads: int = 8
     sharing: Literal["none", "heads", "key_value"] = "heads"
     bias: bool = False
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
+        if self.width % self.heads:
             raise ValueError(f"heads={self.heads} does not divide width={self.width}")
-        for name in ("max_length", "projected"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
-        if self.sharing not in ("none", "heads", "key_value"):
-            raise ValueError(f"sharing={self.sharing!r}; expected 'none', 'heads' or 'key_value'")
 
 
 class Linformer(Mixer):

@@ -1,16 +1,16 @@
 """MEGA: single-head gated attention over moving averages, whole or within chunks (Ma et al. 2022, arXiv:2209.10655)."""
 
-import dataclasses
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixer import Mixer, Visit
-from layers.parameters import linear, parameter
+from layers.options import ActivationDtype, checked_dataclass
+from layers.parameters import NO_DECAY, linear, parameter
 from layers.parts.blocks import in_blocks, with_neighbours
 from layers.parts.cache import Cache, empty_cache, extend
 from layers.parts.moving_average import MovingAverage
@@ -22,7 +22,7 @@ from layers.typing import Array, Float
 _normal = nnx.initializers.normal(0.02)
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class MegaConfig:
     """Options of `Mega`.
 
@@ -50,17 +50,9 @@ class MegaConfig:
     bidirectional: bool = False
     position_bias: Literal["rotary", "simple"] = "rotary"
     max_length: int | None = None
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
-        for name in ("key_dim", "value_dim", "averages", "chunk", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}; expected at least 1")
-        if self.attention not in ("softmax", "laplace"):
-            raise ValueError(f"attention={self.attention!r}; expected 'softmax' or 'laplace'")
-        if self.position_bias not in ("rotary", "simple"):
-            raise ValueError(f"position_bias={self.position_bias!r}; expected 'rotary' or 'simple'")
         if self.position_bias == "rotary" and self.key_dim % 2:
             raise ValueError(f"key_dim={self.key_dim} is odd; position_bias='rotary' needs an even one")
         if (self.max_length is not None) != (self.position_bias == "simple" and self.chunk is None):
@@ -118,13 +110,13 @@ class Mega(Mixer):
         self.mixed = linear(width, 2 * width + keys + values, **inward)
         self.output = linear(values, width, **inward | {"axes": ("inner", "embed")})
         # Of query and key.
-        self.gamma = parameter(rngs, _normal, (2, keys))
-        self.beta = parameter(rngs, nnx.initializers.zeros_init(), (2, keys), group="no_decay")
+        self.gamma = parameter(rngs, _normal, (2, keys), **NO_DECAY)
+        self.beta = parameter(rngs, nnx.initializers.zeros_init(), (2, keys), **NO_DECAY)
         if config.position_bias == "rotary":
-            self.bias = parameter(rngs, _normal, (2, keys))
+            self.bias = parameter(rngs, _normal, (2, keys), **NO_DECAY)
         else:
             distances = config.reach if self.causal else 2 * config.reach - 1
-            self.bias = parameter(rngs, _normal, (distances,))
+            self.bias = parameter(rngs, _normal, (distances,), **NO_DECAY)
 
     def initial(self, batch_size: int, max_length: int | None) -> MegaCarry:
         config = self.config

@@ -10,6 +10,7 @@ from flax import nnx
 from layers.kernels.attention import Tokens, attention
 from layers.mixer import Mixer, Visit
 from layers.norms import NormConfig, RMSNorm
+from layers.options import ActivationDtype, Count, checked_dataclass
 from layers.parameters import linear
 from layers.parts.cache import Cache, empty_cache, extend
 from layers.parts.heads import join_heads, split_heads
@@ -19,7 +20,7 @@ from layers.segments import Segments
 from layers.typing import Array, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class MLAConfig:
     """Options of `MLA`; the defaults of sizes are those of DeepSeek-V2 and V3.
 
@@ -45,20 +46,14 @@ class MLAConfig:
     latent: int = 512
     query_latent: int | None = None
     head_dim: int = 128
-    rope_dim: int = 64
+    rope_dim: Count = 64
     value_dim: int = 128
     position: str | Mapping[str, Any] | PositionConfig = "rope"
     absorbed: bool | None = None
     scale: float | None = None
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
-        for name in ("heads", "latent", "query_latent", "head_dim", "value_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}; expected at least 1")
-        if self.rope_dim < 0:
-            raise ValueError(f"rope_dim={self.rope_dim}; expected at least 0")
         object.__setattr__(self, "position", read_position(self.position))
         if not isinstance(self.position, Rotary | NoPosition):
             raise ValueError(

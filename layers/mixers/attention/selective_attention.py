@@ -1,6 +1,5 @@
 """Selective attention: sharpness depends on the query and its position (Zhang et al. 2024, arXiv:2411.12892)."""
 
-import dataclasses
 import math
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.options import checked_dataclass
 from layers.parameters import NO_DECAY, parameter
 from layers.segments import Segments
 from layers.typing import Array, Float, Int
@@ -16,7 +16,7 @@ from layers.typing import Array, Float, Int
 START = math.exp(-math.exp(1.5))
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class SelectiveAttentionConfig(AttentionConfig):
     """Options of `SelectiveAttention`: those of `AttentionConfig`, and three more.
 

@@ -1,14 +1,14 @@
 """Hyena: gates and long convolutions in turn, with filters made from positions (Poli et al. 2023, arXiv:2302.10866)."""
 
-import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.parts.past_inputs import enter_call, filter_next, no_inputs
 from layers.parts.segmented_convolution import convolve
@@ -20,7 +20,7 @@ from layers.typing import Array, Float
 SLOW, FAST, TARGET = 1.5, 0.3, 1e-2
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class HyenaConfig:
     """Options of `Hyena`.
 
@@ -45,7 +45,7 @@ class HyenaConfig:
     filter_width: int = 64
     sine_frequency: float = 14.0
     window_shift: float = 0.0
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
         if self.order < 2:
@@ -54,8 +54,6 @@ class HyenaConfig:
             raise ValueError(
                 f"filter_features={self.filter_features}; expected an odd number from 3: the position and pairs of waves"
             )
-        if self.max_length < 1:
-            raise ValueError(f"max_length={self.max_length}; expected at least 1")
 
 
 class ImplicitFilter(nnx.Module):
@@ -155,7 +153,7 @@ class Hyena(Mixer):
             rngs=rngs,
         )
         self.beta = parameter(
-            rngs, nnx.initializers.normal(1.0), (filters, config.width), axes=(None, "inner")
+            rngs, nnx.initializers.normal(1.0), (filters, config.width), axes=(None, "inner"), **NO_DECAY
         )
         self.output = linear(
             config.width, config.width, axes=("inner", "embed"), dtype=config.dtype, rngs=rngs

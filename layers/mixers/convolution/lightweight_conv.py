@@ -1,14 +1,13 @@
 """Lightweight and dynamic convolution: a normalized window per head (Wu et al. 2019, arXiv:1901.10430)."""
 
-import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import linear, parameter
 from layers.parts.segmented_convolution import last_inputs, pack_rows
 from layers.segments import SegmentIds, Segments, select_real
@@ -17,7 +16,7 @@ from layers.typing import Array, Float
 _xavier = nnx.initializers.xavier_uniform()
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class LightweightConvConfig:
     """Options of `LightweightConv` and `DynamicConv`.
 
@@ -31,13 +30,11 @@ class LightweightConvConfig:
     width: int
     heads: int = 8
     taps: int = 31
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
+        if self.width % self.heads:
             raise ValueError(f"heads={self.heads} does not divide width={self.width}")
-        if self.taps < 1:
-            raise ValueError(f"taps={self.taps}; expected at least 1")
 
 
 class _Windows(Mixer):

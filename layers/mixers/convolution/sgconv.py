@@ -1,14 +1,13 @@
 """SGConv: a long convolution whose kernel gets coarser and smaller with the lag (Li et al. 2022, arXiv:2210.09298)."""
 
-import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import Constant, parameter
 from layers.parts.past_inputs import enter_call, filter_next, no_inputs
 from layers.parts.segmented_convolution import convolve
@@ -16,7 +15,7 @@ from layers.segments import Segments, Visit
 from layers.typing import Array, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class SGConvConfig:
     """Options of `SGConv`.
 
@@ -36,13 +35,9 @@ class SGConvConfig:
     decay_min: float = 2.0
     decay_max: float = 2.0
     bidirectional: bool = False
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.max_length < 1 or self.kernel_size < 1:
-            raise ValueError(
-                f"max_length={self.max_length}, kernel_size={self.kernel_size}; expected at least 1"
-            )
         if not 1 <= self.decay_min <= self.decay_max:
             raise ValueError(
                 f"decay_min={self.decay_min}, decay_max={self.decay_max}; expected 1 <= decay_min <= decay_max"

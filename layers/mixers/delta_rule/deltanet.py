@@ -1,10 +1,9 @@
 """DeltaNet: a matrix memory that a key overwrites by the delta rule (Yang et al. 2024, arXiv:2406.06484)."""
 
-import dataclasses
-
 from flax import nnx
 
 from layers.mixer import Mixer
+from layers.options import checked_dataclass
 from layers.parameters import linear
 from layers.parts.delta_memory import DeltaCarry, DeltaMemory, DeltaRuleConfig
 from layers.parts.heads import HeadNorm, head_size
@@ -12,7 +11,7 @@ from layers.segments import Segments
 from layers.typing import Array, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class DeltaNetConfig(DeltaRuleConfig):
     """Options of `DeltaNet`: those of `DeltaRuleConfig` and more.
 

@@ -1,10 +1,9 @@
 """Gated DeltaNet: the delta rule with a learned decay per head (Yang et al. 2024, arXiv:2412.06464)."""
 
-import dataclasses
-
 from flax import nnx
 
 from layers.mixer import Mixer
+from layers.options import checked_dataclass
 from layers.parameters import linear
 from layers.parts.delta_memory import DeltaCarry, DeltaMemory, SharedKeysConfig
 from layers.parts.heads import HeadNorm, head_size
@@ -13,7 +12,7 @@ from layers.segments import Segments
 from layers.typing import Array, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class GatedDeltaNetConfig(SharedKeysConfig):
     """Options of `GatedDeltaNet`: those of `SharedKeysConfig` and more.
 

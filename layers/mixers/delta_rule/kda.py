@@ -1,10 +1,9 @@
 """KDA: Kimi Delta Attention, the delta rule with a decay on every key channel (Kimi Team 2025, arXiv:2510.26692)."""
 
-import dataclasses
-
 from flax import nnx
 
 from layers.mixer import Mixer
+from layers.options import checked_dataclass
 from layers.parameters import linear
 from layers.parts.delta_memory import DeltaCarry, DeltaMemory, SharedKeysConfig
 from layers.parts.heads import HeadNorm, head_size, split_heads
@@ -14,7 +13,7 @@ from layers.segments import Segments
 from layers.typing import Array, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class KDAConfig(SharedKeysConfig):
     """Options of `KDA`: those of `SharedKeysConfig` and more.
 

@@ -1,8 +1,7 @@
 """RWKV-7: a generalized delta rule with token shift and learned rates per channel (Peng et al. 2025, arXiv:2503.14456)."""
 
-import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from flax import nnx
 
 from layers.kernels.delta_rule import dplr_delta_rule
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, Count, NonNegative, checked_dataclass
 from layers.parameters import NO_DECAY, declared, linear, parameter
 from layers.parts.heads import join_heads, split_heads
 from layers.parts.low_rank import LowRank
@@ -21,7 +21,7 @@ from layers.typing import Array, Float
 STREAMS = ("r", "w", "k", "v", "a", "g")
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class RWKV7Config:
     """Options of `RWKV7`.
 
@@ -44,10 +44,10 @@ class RWKV7Config:
     rate_rank: int | None = None
     gate_rank: int | None = None
     zero_init: bool = True
-    epsilon: float = 1e-5
-    layer: int = 0
+    epsilon: NonNegative = 1e-5
+    layer: Count = 0
     depth: int = 1
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
         if self.head_dim < 2 or self.width % self.head_dim:
@@ -56,11 +56,6 @@ class RWKV7Config:
             )
         if not 0 <= self.layer < self.depth:
             raise ValueError(f"layer={self.layer}, depth={self.depth}; expected 0 <= layer < depth")
-        if min(self.ranks) < 1:
-            raise ValueError(
-                f"decay_rank={self.decay_rank}, rate_rank={self.rate_rank}, gate_rank={self.gate_rank}; "
-                "expected at least 1"
-            )
 
     @property
     def heads(self) -> int:

@@ -1,7 +1,6 @@
 """GLA: linear attention whose state forgets by a learned gate per key channel (Yang et al. 2023, arXiv:2312.06635)."""
 
-import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ from flax import nnx
 
 from layers.kernels.gated_linear_attention import gated_linear_attention
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, NonNegative, Positive, checked_dataclass
 from layers.parameters import linear, xavier_uniform
 from layers.parts.heads import HeadNorm, head_size, shared_heads, split_heads
 from layers.parts.low_rank import LowRank
@@ -17,7 +17,7 @@ from layers.segments import Segments
 from layers.typing import Array, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class GLAConfig:
     """Options of `GLA`.
 
@@ -42,16 +42,12 @@ class GLAConfig:
     value_dim: int | None = None
     taps: int | None = None
     gate_rank: int = 16
-    temperature: float = 16.0
-    epsilon: float = 1e-5
-    dtype: Any = jnp.float32
+    temperature: Positive = 16.0
+    epsilon: NonNegative = 1e-5
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
         _ = self.sizes, self.groups
-        if self.gate_rank < 1:
-            raise ValueError(f"gate_rank={self.gate_rank}; expected at least 1")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature}; expected a positive number")
 
     @property
     def sizes(self) -> tuple[int, int]:

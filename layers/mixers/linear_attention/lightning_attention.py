@@ -1,8 +1,5 @@
 """Lightning Attention: linear attention whose heads and layers decay at fixed rates (MiniMax 2025, arXiv:2501.08313)."""
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +8,14 @@ from flax import nnx
 from layers.kernels.gated_linear_attention import gated_linear_attention
 from layers.mixer import Mixer
 from layers.norms import NormConfig, RMSNorm
+from layers.options import ActivationDtype, Count, NonNegative, checked_dataclass
 from layers.parameters import Constant, linear
 from layers.parts.heads import head_size, join_heads, split_heads
 from layers.segments import Segments
 from layers.typing import Array, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class LightningAttentionConfig:
     """Options of `LightningAttention`.
 
@@ -33,10 +31,10 @@ class LightningAttentionConfig:
     width: int
     heads: int = 8
     head_dim: int | None = None
-    epsilon: float = 1e-6
-    layer: int = 0
+    epsilon: NonNegative = 1e-6
+    layer: Count = 0
     depth: int = 1
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
         _ = self.size

@@ -1,13 +1,11 @@
 """Linear attention: softmax's kernel replaced by a product of elu + 1 (Katharopoulos et al. 2020, arXiv:2006.16236)."""
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import linear
 from layers.parts.feature_attention import feature_attention
 from layers.parts.heads import head_size, join_heads, split_heads
@@ -15,7 +13,7 @@ from layers.segments import Segments
 from layers.typing import Array, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class LinearAttentionConfig:
     """Options of `LinearAttention`.
 
@@ -33,7 +31,7 @@ class LinearAttentionConfig:
     head_dim: int | None = None
     causal: bool = True
     bias: bool = True
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
         _ = self.size

@@ -1,12 +1,11 @@
 """Performer: softmax attention by positive orthogonal random features (Choromanski et al. 2020, arXiv:2009.14794)."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixers.linear_attention.linear_attention import LinearAttention, LinearAttentionConfig
+from layers.options import NonNegative, checked_dataclass
 from layers.parameters import Constant
 from layers.typing import Array, Float
 
@@ -14,7 +13,7 @@ from layers.typing import Array, Float
 LARGEST_EXPONENT = 60.0
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class PerformerConfig(LinearAttentionConfig):
     """Options of `Performer`: those of `LinearAttentionConfig` and more.
 
@@ -24,14 +23,10 @@ class PerformerConfig(LinearAttentionConfig):
     """
 
     features: int = 256
-    epsilon: float = 1e-6
+    epsilon: NonNegative = 1e-6
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.features < 1:
-            raise ValueError(f"features={self.features}; expected at least 1")
-        if self.epsilon < 0:
-            raise ValueError(f"epsilon={self.epsilon}; expected at least 0")
 
     @property
     def mapped(self) -> int:

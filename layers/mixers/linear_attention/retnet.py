@@ -1,14 +1,12 @@
 """RetNet: retention, linear attention with rotations and a fixed decay per head (Sun et al. 2023, arXiv:2307.08621)."""
 
-import dataclasses
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from layers.kernels.gated_linear_attention import gated_linear_attention
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, NonNegative, checked_dataclass
 from layers.parameters import linear, xavier_uniform
 from layers.parts.heads import HeadNorm, head_size, shared_heads, split_heads
 from layers.positions import rotary
@@ -16,7 +14,7 @@ from layers.segments import Segments, Visit, initial_place, keep_where, visit
 from layers.typing import Array, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class RetNetConfig:
     """Options of `RetNet`.
 
@@ -40,8 +38,8 @@ class RetNetConfig:
     value_dim: int | None = None
     rope_base: float = 10_000.0
     affine: bool = False
-    epsilon: float = 1e-6
-    dtype: Any = jnp.float32
+    epsilon: NonNegative = 1e-6
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
         _ = self.groups

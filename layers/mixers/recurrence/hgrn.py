@@ -1,7 +1,6 @@
 """HGRN: a gated linear recurrence that forgets less in deeper layers (Qin et al. 2023, arXiv:2311.04823)."""
 
-import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,13 @@ from flax import nnx
 from layers.kernels.linear_recurrence import linear_recurrence
 from layers.mixer import Mixer
 from layers.norms import make_norm
+from layers.options import ActivationDtype, Count, NonNegative, checked_dataclass
 from layers.parameters import NO_DECAY, Constant, declared, linear
 from layers.segments import Segments
 from layers.typing import Array, Float, Num
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class HGRNConfig:
     """Options of `HGRN`.
 
@@ -35,16 +35,12 @@ class HGRNConfig:
     state: Literal["complex", "real"] = "complex"
     norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
     bias: bool = True
-    epsilon: float = 1e-5
-    layer: int = 0
+    epsilon: NonNegative = 1e-5
+    layer: Count = 0
     depth: int = 1
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.state not in ("complex", "real"):
-            raise ValueError(f"state={self.state!r}; expected 'complex' or 'real'")
-        if self.norm not in ("layer_norm", "rms_norm"):
-            raise ValueError(f"norm={self.norm!r}; expected 'layer_norm' or 'rms_norm'")
         if not 0 <= self.layer < self.depth:
             raise ValueError(f"layer={self.layer}, depth={self.depth}; expected 0 <= layer < depth")
 

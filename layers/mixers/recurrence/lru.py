@@ -1,8 +1,6 @@
 """LRU: a complex diagonal linear recurrence that cannot become unstable (Orvieto et al. 2023, arXiv:2303.06349)."""
 
-import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +8,13 @@ from flax import nnx
 
 from layers.kernels.linear_recurrence import linear_recurrence
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import declared, log_of_uniform, parameter
 from layers.segments import Segments
 from layers.typing import Array, Complex, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class LRUConfig:
     """Options of `LRU`.
 
@@ -32,11 +31,9 @@ class LRUConfig:
     r_min: float = 0.0
     r_max: float = 1.0
     max_phase: float = 2 * math.pi
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.state_size < 1:
-            raise ValueError(f"state_size={self.state_size}; expected at least 1")
         if not 0 <= self.r_min < self.r_max <= 1:
             raise ValueError(f"r_min={self.r_min}, r_max={self.r_max}; expected 0 <= r_min < r_max <= 1")
         if not 0 < self.max_phase <= 2 * math.pi:

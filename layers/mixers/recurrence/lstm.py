@@ -1,19 +1,19 @@
 """LSTM: the classic gated nonlinear recurrence (Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735)."""
 
-import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import NO_DECAY, declared, linear, parameter
 from layers.segments import Segments, keep_where
 from layers.typing import Array, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class LSTMConfig:
     """Options of `LSTM`.
 
@@ -27,11 +27,7 @@ class LSTMConfig:
     width: int
     state_size: int | None = None
     forget_bias: float = 1.0
-    dtype: Any = jnp.float32
-
-    def __post_init__(self) -> None:
-        if self.state_size is not None and self.state_size < 1:
-            raise ValueError(f"state_size={self.state_size}; expected at least 1, or None")
+    dtype: ActivationDtype = jnp.float32
 
     @property
     def cells(self) -> int:

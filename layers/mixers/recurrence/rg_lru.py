@@ -1,7 +1,6 @@
 """RG-LRU: Griffin's recurrent block, a gated linear recurrence beside a GELU branch (De et al. 2024, arXiv:2402.19427)."""
 
-import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ from flax import nnx
 
 from layers.kernels.linear_recurrence import linear_recurrence
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.parts.short_convolution import ShortConvolution
 from layers.parts.step_size import inverse_softplus
@@ -20,7 +20,7 @@ POWER = 8.0
 STEEPEST = 1000.0
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class RGLRUConfig:
     """Options of `RGLRU`.
 
@@ -41,12 +41,10 @@ class RGLRUConfig:
     r_min: float = 0.9
     r_max: float = 0.999
     depth: int = 1
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.state_size is not None and self.state_size < 1:
-            raise ValueError(f"state_size={self.state_size}; expected at least 1, or None")
-        if self.heads < 1 or self.channels % self.heads:
+        if self.channels % self.heads:
             raise ValueError(f"heads={self.heads} does not divide the {self.channels} channels of the state")
         if not 0 < self.r_min < self.r_max < 1:
             raise ValueError(f"r_min={self.r_min}, r_max={self.r_max}; expected 0 < r_min < r_max < 1")

@@ -1,8 +1,7 @@
 """RWKV-4: averages over the past, weighted by keys and a decay per channel (Peng et al. 2023, arXiv:2305.13048)."""
 
-import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from flax import nnx
 
 from layers.kernels.linear_recurrence import linear_recurrence
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, Count, checked_dataclass
 from layers.parameters import NO_DECAY, declared, linear
 from layers.parts.token_shift import token_shift
 from layers.segments import SegmentIds, Segments
@@ -20,7 +20,7 @@ from layers.typing import Array, Float
 EMPTY = -1e30
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class RWKV4Config:
     """Options of `RWKV4`.
 
@@ -35,9 +35,9 @@ class RWKV4Config:
 
     width: int
     zero_init: bool = True
-    layer: int = 0
+    layer: Count = 0
     depth: int = 1
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
         if not 0 <= self.layer < self.depth:

@@ -1,7 +1,6 @@
 """DSS: diagonal state spaces whose kernel may be normalized by a softmax over time (Gupta et al. 2022, arXiv:2203.14343)."""
 
-import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from layers import hippo
 from layers.kernels.ssm_kernel import ssm_kernel, zoh
 from layers.kernels.ssm_kernel.vandermonde import SOFTMAX_EPSILON
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import declared, parameter
 from layers.parts.segmented_convolution import convolve
 from layers.parts.state_space import as_complex, check_steps, complex_normal, log_uniform, run_modes
@@ -18,7 +18,7 @@ from layers.segments import Segments
 from layers.typing import Array, Complex, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class DSSConfig:
     """Options of `DSS`.
 
@@ -37,15 +37,9 @@ class DSSConfig:
     max_length: int = 1024
     dt_min: float = 0.001
     dt_max: float = 0.1
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.kernel not in ("softmax", "exp"):
-            raise ValueError(f"kernel={self.kernel!r}; expected 'softmax' or 'exp'")
-        if self.state_size < 1 or self.max_length < 1:
-            raise ValueError(
-                f"state_size={self.state_size}, max_length={self.max_length}; expected at least 1"
-            )
         check_steps(self.dt_min, self.dt_max)
 
 

@@ -1,8 +1,5 @@
 """GSS: gating around a narrow diagonal state space model (Mehta et al. 2022, arXiv:2206.13947)."""
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,6 +7,7 @@ from flax import nnx
 from layers.kernels.ssm_kernel import ssm_kernel, zoh
 from layers.mixer import Mixer
 from layers.norms import LayerNorm, NormConfig
+from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import linear, parameter
 from layers.parts.segmented_convolution import convolve
 from layers.parts.state_space import as_complex, complex_normal, run_modes
@@ -19,7 +17,7 @@ from layers.typing import Array, Complex, Float
 STEP = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class GSSConfig:
     """Options of `GSS`.
 
@@ -35,16 +33,13 @@ class GSSConfig:
     gate_width: int | None = None
     ssm_width: int | None = None
     state_size: int = 512
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("gate_width", self.gated),
-            ("ssm_width", self.narrow),
-            ("state_size", self.state_size),
-        ):
-            if value < 1:
-                raise ValueError(f"{name}={value}; expected at least 1")
+        if self.narrow < 1:
+            raise ValueError(
+                f"width={self.width} leaves ssm_width={self.narrow}; set ssm_width to at least 1"
+            )
 
     @property
     def gated(self) -> int:

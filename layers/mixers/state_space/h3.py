@@ -1,8 +1,7 @@
 """H3: a shift and a diagonal state space model between two products (Fu et al. 2023, arXiv:2212.14052)."""
 
-import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from flax import nnx
 
 from layers.mixer import Mixer
 from layers.mixers.state_space.s4d import S4D, S4DConfig
+from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import declared, linear, parameter
 from layers.parts.segmented_convolution import convolve, last_inputs
 from layers.parts.state_space import check_steps
@@ -17,7 +17,7 @@ from layers.segments import Segments
 from layers.typing import Array, Complex, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class H3Config:
     """Options of `H3`.
 
@@ -34,10 +34,10 @@ class H3Config:
     state_size: int = 64
     dt_min: float = 0.001
     dt_max: float = 0.1
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.head_dim < 1 or self.width % self.head_dim:
+        if self.width % self.head_dim:
             raise ValueError(f"head_dim={self.head_dim} does not divide width={self.width}")
         if self.state_size < 2 or self.state_size % 2:
             raise ValueError(f"state_size={self.state_size}; expected an even number, for conjugate pairs")

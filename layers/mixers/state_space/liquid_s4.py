@@ -1,7 +1,6 @@
 """Liquid-S4: S4 plus products of neighboring inputs (Hasani et al. 2022, arXiv:2209.12951)."""
 
-import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,11 +8,12 @@ from flax import nnx
 from layers.kernels.short_conv import short_conv
 from layers.mixer import Mixer
 from layers.mixers.state_space.s4 import S4, S4Config
+from layers.options import ActivationDtype, checked_dataclass
 from layers.segments import Segments
 from layers.typing import Array, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class LiquidS4Config:
     """Options of `LiquidS4`.
 
@@ -33,13 +33,11 @@ class LiquidS4Config:
     max_length: int | None = None
     dt_min: float = 0.001
     dt_max: float = 0.1
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
         if self.degree < 2:
             raise ValueError(f"degree={self.degree}; expected at least 2 (1 is S4 itself)")
-        if self.kernel not in ("pb", "kb"):
-            raise ValueError(f"kernel={self.kernel!r}; expected 'pb' or 'kb'")
         _ = self.s4
 
     @property

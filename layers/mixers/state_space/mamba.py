@@ -1,8 +1,7 @@
 """Mamba: a gated state space whose step, input and output depend on the token (Gu and Dao 2023, arXiv:2312.00752)."""
 
-import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -10,6 +9,7 @@ from flax import nnx
 from layers.kernels.selective_scan import selective_scan
 from layers.mixer import Mixer
 from layers.norms import NormConfig, RMSNorm
+from layers.options import ActivationDtype, NonNegative, checked_dataclass
 from layers.parameters import NO_DECAY, declared, linear, parameter, uniform_fan_in
 from layers.parts.short_convolution import ShortConvolution
 from layers.parts.state_space import check_steps
@@ -18,7 +18,7 @@ from layers.segments import Segments
 from layers.typing import Array, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class MambaConfig:
     """Options of `Mamba`.
 
@@ -49,16 +49,11 @@ class MambaConfig:
     conv_bias: bool = True
     bias: bool = False
     inner_norm: bool = False
-    epsilon: float = 1e-6
+    epsilon: NonNegative = 1e-6
     depth: int = 1
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
-        for name in ("state_size", "expand"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
-        if self.dt_rank is not None and self.dt_rank < 1:
-            raise ValueError(f"dt_rank={self.dt_rank}; expected at least 1, or None")
         check_steps(self.dt_min, self.dt_max)
 
     @property

@@ -1,8 +1,7 @@
 """Mamba-2: a gated state space with one decay per head and token (Dao and Gu 2024, arXiv:2405.21060)."""
 
-import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from flax import nnx
 
 from layers.kernels.gated_linear_attention import gated_linear_attention
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, Infinite, NonNegative, checked_dataclass
 from layers.parameters import NO_DECAY, linear, log_of_uniform, parameter, uniform_fan_in
 from layers.parts.short_convolution import ShortConvolution
 from layers.parts.state_space import check_steps
@@ -18,7 +18,7 @@ from layers.segments import Segments
 from layers.typing import Array, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class Mamba2Config:
     """Options of `Mamba2`.
 
@@ -51,22 +51,19 @@ class Mamba2Config:
     dt_min: float = 0.001
     dt_max: float = 0.1
     dt_floor: float = 1e-4
-    dt_limit: tuple[float, float] = (0.0, math.inf)
+    dt_limit: tuple[Infinite, Infinite] = (0.0, math.inf)
     conv_bias: bool = True
     bias: bool = False
-    epsilon: float = 1e-5
+    epsilon: NonNegative = 1e-5
     depth: int = 1
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
-        for name in ("state_size", "expand", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
         if self.channels % self.head_dim:
             raise ValueError(
                 f"head_dim={self.head_dim} does not divide expand * width = {self.channels}; choose one that does"
             )
-        if self.groups < 1 or self.heads % self.groups:
+        if self.heads % self.groups:
             raise ValueError(f"groups={self.groups} does not divide the {self.heads} heads")
         if not 0 < self.a_min <= self.a_max:
             raise ValueError(f"a_min={self.a_min}, a_max={self.a_max}; expected 0 < a_min <= a_max")

@@ -1,8 +1,5 @@
 """S4: a diagonal plus low-rank state space model per channel (Gu et al. 2022, arXiv:2111.00396)."""
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +8,7 @@ from flax import nnx
 from layers import hippo
 from layers.kernels.ssm_kernel import RealSystem, real_system, restore_output, ssm_kernel, truncate_output
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import parameter
 from layers.parts.segmented_convolution import convolve
 from layers.parts.state_space import (
@@ -26,7 +24,7 @@ from layers.segments import Segments
 from layers.typing import Array, Float
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class S4Config:
     """Options of `S4`.
 
@@ -50,12 +48,10 @@ class S4Config:
     bidirectional: bool = False
     dt_min: float = 0.001
     dt_max: float = 0.1
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
         check_systems(self)
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"max_length={self.max_length}; expected at least 1, or None")
 
 
 class S4(Mixer):

@@ -1,7 +1,6 @@
 """S4D: a diagonal state space model per channel, trained as a convolution (Gu et al. 2022, arXiv:2206.11893)."""
 
-import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +9,7 @@ from flax import nnx
 from layers import hippo
 from layers.kernels.ssm_kernel import bilinear, ssm_kernel, zoh
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import parameter
 from layers.parts.segmented_convolution import convolve
 from layers.parts.state_space import Modes, as_complex, check_systems, complex_normal, log_uniform, run_modes
@@ -17,10 +17,9 @@ from layers.segments import Segments
 from layers.typing import Array, Complex, Float
 
 DISCRETIZATIONS = {"zoh": zoh, "bilinear": bilinear}
-INITS = ("legs", "inv", "lin")
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class S4DConfig:
     """Options of `S4D`.
 
@@ -44,15 +43,9 @@ class S4DConfig:
     discretization: Literal["zoh", "bilinear"] = "zoh"
     dt_min: float = 0.001
     dt_max: float = 0.1
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.init not in INITS:
-            raise ValueError(f"init={self.init!r}; expected one of {INITS}")
-        if self.discretization not in DISCRETIZATIONS:
-            raise ValueError(
-                f"discretization={self.discretization!r}; expected one of {sorted(DISCRETIZATIONS)}"
-            )
         check_systems(self)
 
 

@@ -1,7 +1,6 @@
 """S5: one multi-input, multi-output diagonal state space model (Smith et al. 2023, arXiv:2208.04933)."""
 
-import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from layers import hippo
 from layers.kernels.linear_recurrence import linear_recurrence
 from layers.kernels.ssm_kernel.discretize import bilinear, zoh
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import declared, parameter
 from layers.parts.state_space import check_steps, log_uniform
 from layers.segments import Segments, select_real
@@ -20,7 +20,7 @@ from layers.typing import Array, Complex, Float
 DISCRETIZATIONS = {"zoh": zoh, "bilinear": bilinear}
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class S5Config:
     """Options of `S5`.
 
@@ -50,22 +50,14 @@ class S5Config:
     c_init: Literal["lecun_normal", "truncated_normal", "complex_normal"] = "lecun_normal"
     clip_eigs: bool = False
     step_rescale: float = 1.0
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
         parts = self.blocks * (2 if self.conj_sym else 1)
-        if self.blocks < 1 or self.state_size % parts:
+        if self.state_size % parts:
             raise ValueError(
                 f"state_size={self.state_size} cannot be cut into blocks={self.blocks}"
                 f"{' of conjugate pairs' if self.conj_sym else ''}; it must be a multiple of {parts}"
-            )
-        if self.discretization not in DISCRETIZATIONS:
-            raise ValueError(
-                f"discretization={self.discretization!r}; expected one of {sorted(DISCRETIZATIONS)}"
-            )
-        if self.c_init not in ("lecun_normal", "truncated_normal", "complex_normal"):
-            raise ValueError(
-                f"c_init={self.c_init!r}; expected lecun_normal, truncated_normal or complex_normal"
             )
         check_steps(self.dt_min, self.dt_max)
 

@@ -1,19 +1,18 @@
 """FNet: Fourier transforms over time and features in place of attention (Lee-Thorp et al. 2021, arXiv:2105.03824)."""
 
-import dataclasses
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixer import Mixer
+from layers.options import ActivationDtype, checked_dataclass
 from layers.parts.each_segment import is_within, mix_each_segment
 from layers.segments import Segments
 from layers.typing import Array, Complex, Float, Int
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class FNetConfig:
     """Options of `FNet`.
 
@@ -26,7 +25,7 @@ class FNetConfig:
 
     width: int
     orthonormal: bool = False
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
 
 class FNet(Mixer):

@@ -1,8 +1,7 @@
 """HyperMixer: a token-mixing MLP whose weights are computed from the tokens (Mai et al. 2022, arXiv:2203.03691)."""
 
-import dataclasses
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from flax import nnx
 
 from layers.mixer import Mixer
 from layers.norms import LayerNorm, NormConfig
+from layers.options import ActivationDtype, NonNegative, checked_dataclass
 from layers.parameters import parameter
 from layers.parts.each_segment import mix_each_segment
 from layers.positions import sinusoidal
@@ -20,7 +20,7 @@ from layers.typing import Array, Float
 _xavier = nnx.initializers.variance_scaling(2.0, "fan_avg", "uniform", batch_axis=(0,))
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class HyperMixerConfig:
     """Options of `HyperMixer`.
 
@@ -42,16 +42,14 @@ class HyperMixerConfig:
     tied: bool = False
     position: Literal["sinusoid", "none"] = "sinusoid"
     norm: bool = True
-    epsilon: float = 1e-5
-    dtype: Any = jnp.float32
+    epsilon: NonNegative = 1e-5
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
         for name in ("width", "hidden"):
             size = getattr(self, name)
-            if self.heads < 1 or size < 1 or size % self.heads:
+            if size % self.heads:
                 raise ValueError(f"heads={self.heads} does not divide {name}={size}")
-        if self.position not in ("sinusoid", "none"):
-            raise ValueError(f"position={self.position!r}; expected 'sinusoid' or 'none'")
 
 
 class HyperMixer(Mixer):

@@ -1,8 +1,7 @@
 """WERSA: linear attention between queries and keys whose wavelet scales are weighted (Dentamaro 2025, arXiv:2507.08637)."""
 
-import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from flax import nnx
 from layers.kernels.linear_recurrence import linear_recurrence
 from layers.mixer import Mixer
 from layers.mixers.linear_attention.performer import LARGEST_EXPONENT, orthogonal_directions
+from layers.options import ActivationDtype, NonNegative, checked_dataclass
 from layers.parameters import NO_DECAY, Constant, linear, parameter
 from layers.parts.each_segment import mix_each_segment
 from layers.parts.feature_attention import feature_attention
@@ -22,7 +22,7 @@ from layers.typing import Array, Float
 _ones, _zeros = nnx.initializers.ones_init(), nnx.initializers.zeros_init()
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass
 class WERSAConfig:
     """Options of `WERSA`.
 
@@ -44,18 +44,13 @@ class WERSAConfig:
     head_dim: int | None = None
     levels: int = 4
     features: int = 128
-    epsilon: float = 1e-6
+    epsilon: NonNegative = 1e-6
     causal: bool = False
     bias: bool = False
-    dtype: Any = jnp.float32
+    dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
         _ = self.size
-        for name in ("levels", "features"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
-        if self.epsilon < 0:
-            raise ValueError(f"epsilon={self.epsilon}; expected at least 0")
 
     @property
     def size(self) -> int:

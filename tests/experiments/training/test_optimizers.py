@@ -36,9 +36,18 @@ def random_arrays(seed):
 def test_the_longest_prefix_decides():
     _, chosen, groups = make(groups={"ssm": {"learning_rate": 0.01}, "ssm/b": {"weight_decay": 0.0}})
     assert chosen == {"a": "default", "b": "ssm", "c": "ssm", "d": "ssm/b", "e": "no_decay"}
-    assert groups["ssm"] == Group("ssm", learning_rate=0.01, weight_decay=0.5)
-    assert groups["ssm/b"] == Group("ssm/b", learning_rate=0.1, weight_decay=0.0)
+    assert groups["ssm"] == Group("ssm", learning_rate=0.01, weight_decay=0.0)
+    assert groups["ssm/b"] == Group("ssm/b", learning_rate=0.01, weight_decay=0.0)
     assert groups["no_decay"] == Group("no_decay", learning_rate=0.1, weight_decay=0.0)
+
+
+def test_rates_have_their_own_rates_unless_the_config_asks():
+    _, chosen, groups = make()
+    assert chosen == {"a": "default", "b": "ssm", "c": "ssm", "d": "ssm", "e": "no_decay"}
+    assert groups["ssm"] == Group("ssm", learning_rate=0.1 / 3, weight_decay=0.0)
+    _, chosen, groups = make(groups={"ssm/dt": {"learning_rate": 0.02}, "ssm/b": {"weight_decay": 0.3}})
+    assert groups["ssm/dt"] == Group("ssm/dt", learning_rate=0.02, weight_decay=0.0)
+    assert groups["ssm/b"] == Group("ssm/b", learning_rate=0.1 / 3, weight_decay=0.3)
 
 
 def test_no_decay_can_be_given():
@@ -140,7 +149,7 @@ def test_the_table_counts_every_parameter_once():
     table = Optimizer(config, DECLARATIONS, warmup_steps=0, total_steps=2).table()
     rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]}
     assert rows["default"] == ["1", "6", "0.1", "0.5", "default"]
-    assert rows["ssm"] == ["3", "10", "0.01", "0.5", "ssm,", "ssm/b,", "ssm/dt"]
+    assert rows["ssm"] == ["3", "10", "0.01", "0", "ssm,", "ssm/b,", "ssm/dt"]
     assert sum(int(row[1]) for row in rows.values()) == 21
 
 

@@ -84,7 +84,7 @@ def test_the_gate_of_a_token_acts_on_its_output_alone():
 
 
 def test_unknown_positions_are_refused():
-    with pytest.raises(ValueError, match="gate='values'; expected one of"):
+    with pytest.raises(ValueError, match="gate='values'; expected 'attention', .*did you mean 'value'"):
         make(gate="values")
     with pytest.raises(ValueError, match="gate_size='scalar'"):
         make(gate_size="scalar")

@@ -32,18 +32,51 @@ def inputs(time=TIME):
 
 
 def average(module, row):
-    """Step by step; what comes from the end leaves out the token itself."""
+    """Step by step; both directions include the token itself."""
     alpha, delta, beta, eta = (wide(getattr(module, name)) for name in ("alpha", "delta", "beta", "eta"))
     alpha, delta = sigmoid(alpha), sigmoid(delta)
     total = wide(module.omega) * row
     for side in range(len(alpha)):
         h = np.zeros(alpha.shape[1:])
         for t in range(len(row)) if side == 0 else reversed(range(len(row))):
-            new = (1 - alpha[side] * delta[side]) * h + alpha[side] * beta[side] * row[t][:, None]
-            read = new if side == 0 else (1 - alpha[side] * delta[side]) * h
-            total[t] += (eta[side] * read).sum(1) / np.sqrt(alpha.shape[2])
-            h = new
+            h = (1 - alpha[side] * delta[side]) * h + alpha[side] * beta[side] * row[t][:, None]
+            total[t] += (eta[side] * h).sum(1) / np.sqrt(alpha.shape[2])
     return silu(total)
+
+
+def authors_average(weights, x):
+    """The bidirectional average of the authors' code, from its weights; x is (t, d).
+
+    Both kernels are laid out on lags -(t - 1) .. t - 1, and lag 0 belongs to both.
+    """
+    delta, alpha, beta, gamma, omega = (
+        weights[name] for name in ("delta", "alpha", "beta", "gamma", "omega")
+    )
+    time, width = x.shape
+    p = sigmoid(delta)
+    q = 1 - p * sigmoid(alpha)
+    powers = np.exp(np.arange(time)[None, None] * np.log(q)) * p * beta  # (2 d, n, t)
+    kernel = np.einsum("dnl,dn->dl", powers, gamma * np.sqrt(1 / gamma.shape[1]))
+    first, second = kernel[:width], kernel[width:]
+    both = np.pad(first, ((0, 0), (time - 1, 0))) + np.pad(second[:, ::-1], ((0, 0), (0, time - 1)))
+    out = np.stack([sum(both[:, t - s + time - 1] * x[s] for s in range(time)) for t in range(time)])
+    return silu(out + omega * x)
+
+
+def test_the_authors_weights_load_unchanged():
+    rng, averages = np.random.default_rng(3), 3
+    shapes = dict.fromkeys(("delta", "alpha", "beta"), (2 * WIDTH, averages, 1))
+    shapes |= {"gamma": (2 * WIDTH, averages), "omega": (WIDTH,)}
+    weights = {name: 0.5 * rng.standard_normal(shape) for name, shape in shapes.items()}
+    module = MovingAverage(WIDTH, averages, bidirectional=True, rngs=nnx.Rngs(0))
+    # The paper calls alpha what the code calls delta.
+    for ours, theirs in {"alpha": "delta", "delta": "alpha", "beta": "beta", "eta": "gamma"}.items():
+        value = weights[theirs].reshape(2, WIDTH, averages)
+        getattr(module, ours)[...] = jnp.asarray(value, jnp.float32)
+    module.omega[...] = jnp.asarray(weights["omega"], jnp.float32)
+    got, _ = module(jnp.asarray(inputs()))
+    want = np.stack([authors_average(weights, row.astype(np.float64)) for row in inputs()])
+    np.testing.assert_allclose(got, want, atol=2e-6)
 
 
 def literal(model, row):
