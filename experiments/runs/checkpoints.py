@@ -25,7 +25,7 @@ from experiments.runs import manifests
 STATE, NOTE = "state", "note"
 # Content of checkpoints up to version 0.1.0, which store parameters as vectors by group.
 OLD = "arrays"
-UNFINISHED, DELETED, DAMAGED = ".unfinished", ".deleted", ".damaged"
+UNFINISHED, DELETED = ".unfinished", ".deleted"
 # Folders that an ended process left; Orbax adds a suffix of its own while it writes.
 LEFTOVERS = (f"*{UNFINISHED}*", f"*{DELETED}", "*.orbax-checkpoint-tmp*")
 
@@ -35,7 +35,11 @@ class CheckpointError(OSError):
 
 
 class Checkpoints:
-    """The checkpoints in a folder; a context manager that finishes writing at its end."""
+    """The checkpoints in a folder; a context manager that finishes writing at its end.
+
+    Attributes:
+      folder: the folder, as an absolute path.
+    """
 
     def __init__(self, folder: Path, *, keep_last: int | None = None):
         """Opens the folder.
@@ -44,20 +48,20 @@ class Checkpoints:
           keep_last: number of newest checkpoints that a save keeps besides the best one. None opens for reading only, which
             changes nothing on disk.
         """
-        self._folder, self._keep_last = folder.absolute(), keep_last
+        self.folder, self._keep_last = folder.absolute(), keep_last
         self._writing: concurrent.futures.Future[None] | None = None
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if keep_last is not None:
             if hosts.is_main():
-                self._folder.mkdir(parents=True, exist_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
                 for pattern in LEFTOVERS:
-                    for path in self._folder.glob(pattern):
+                    for path in self.folder.glob(pattern):
                         shutil.rmtree(path)
             hosts.wait_for_all("unfinished checkpoints")
-        names = [path.name for path in self._folder.glob("*") if path.is_dir()]
+        names = [path.name for path in self.folder.glob("*") if path.is_dir()]
         # Score of each complete checkpoint by its step, in order.
         self._scores = {
-            step: _score(self._folder / str(step)) for step in sorted(int(n) for n in names if n.isdecimal())
+            step: _score(self.folder / str(step)) for step in sorted(int(n) for n in names if n.isdecimal())
         }
 
     def __enter__(self) -> "Checkpoints":
@@ -106,7 +110,7 @@ class Checkpoints:
             raise ValueError("these checkpoints were opened for reading; give keep_last to write")
         self._finish()
         score = None if score is None or not math.isfinite(score) else float(score)
-        temporary = self._folder / f"{step}{UNFINISHED}"
+        temporary = self.folder / f"{step}{UNFINISHED}"
         content = {STATE: dict(arrays), NOTE: json.dumps(note)}
         context = ocp.Context()
         # Where a folder cannot be created, this raises here, and no thread of Orbax waits for the folder.
@@ -125,7 +129,7 @@ class Checkpoints:
             if hosts.is_main():
                 manifests.write(temporary, {"step": step, "score": score})
                 self._remove(step)
-                temporary.rename(self._folder / str(step))
+                temporary.rename(self.folder / str(step))
         except Exception as error:
             raise self._cannot_write(step, error) from error
         self._scores = dict(sorted((self._scores | {step: score}).items()))
@@ -137,15 +141,15 @@ class Checkpoints:
 
     def _remove(self, step: int) -> None:
         """Deletes a checkpoint, so that at no time its folder is there in part."""
-        folder, gone = self._folder / str(step), self._folder / f"{step}{DELETED}"
+        folder, gone = self.folder / str(step), self.folder / f"{step}{DELETED}"
         if folder.exists():
             folder.rename(gone)
             shutil.rmtree(gone)
 
     def _cannot_write(self, step: int, error: Exception) -> CheckpointError:
-        shutil.rmtree(self._folder / f"{step}{UNFINISHED}", ignore_errors=True)
+        shutil.rmtree(self.folder / f"{step}{UNFINISHED}", ignore_errors=True)
         reason = _first_line(error)
-        return CheckpointError(f"the checkpoint of step {step} cannot be written to {self._folder}: {reason}")
+        return CheckpointError(f"the checkpoint of step {step} cannot be written to {self.folder}: {reason}")
 
     def _finish(self) -> None:
         writing, self._writing = self._writing, None
@@ -165,7 +169,7 @@ class Checkpoints:
         return None if number < 0 else number
 
     def _is_intact(self, step: int) -> bool:
-        folder = self._folder / str(step)
+        folder = self.folder / str(step)
         try:
             record = manifests.read(folder)
             if record is None:
@@ -190,9 +194,9 @@ class Checkpoints:
         """Renames the checkpoints of later steps, which are damaged, to STEP.damaged; they do not count any more."""
         for later in [known for known in self.steps if known > step]:
             if hosts.is_main():
-                aside = self._folder / f"{later}{DAMAGED}"
+                aside = self.folder / f"{later}{manifests.DAMAGED}"
                 shutil.rmtree(aside, ignore_errors=True)
-                (self._folder / str(later)).rename(aside)
+                (self.folder / str(later)).rename(aside)
             del self._scores[later]
 
     def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
@@ -205,7 +209,7 @@ class Checkpoints:
         if step not in self.steps:
             raise ValueError(f"there is no checkpoint of step {step}; there are {self.steps or 'none'}")
         try:
-            content = ocp.metadata(self._folder / str(step)).metadata
+            content = ocp.metadata(self.folder / str(step)).metadata
         except Exception as error:
             raise self._cannot_read(step, error) from error
         if STATE not in content:
@@ -230,7 +234,7 @@ class Checkpoints:
         names = self.shapes(step)
         wanted = None if like is None else {STATE: {name: like[name] for name in names}, NOTE: ""}
         try:
-            content = ocp.load(self._folder / str(step), wanted)
+            content = ocp.load(self.folder / str(step), wanted)
             note = json.loads(content[NOTE])
         except Exception as error:
             raise self._cannot_read(step, error) from error
@@ -240,7 +244,7 @@ class Checkpoints:
 
     def _cannot_read(self, step: int, error: Exception) -> CheckpointError:
         reason = _first_line(error)
-        return CheckpointError(f"the checkpoint of step {step} in {self._folder} cannot be read: {reason}")
+        return CheckpointError(f"the checkpoint of step {step} in {self.folder} cannot be read: {reason}")
 
     def wait(self) -> None:
         """Returns when all checkpoints are on disk, in every process.

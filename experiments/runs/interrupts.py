@@ -6,7 +6,9 @@ import sys
 import time
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from experiments.config.command_line import EXIT_INTERRUPTED
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if hasattr(signal, "SIGHUP") else (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(Exception):
@@ -16,11 +18,16 @@ class Interrupted(Exception):
 class Stop:
     """A request to stop training, by a signal or a time limit.
 
-    As a context manager it catches SIGTERM and SIGINT: the first signal is a request, the second ends the process at once.
+    As a context manager it catches SIGTERM, SIGINT and SIGHUP: the first signal is a request, the second ends the process
+    at once. While there is nothing to save, as during compilation, the first one ends it too, with the exit code of an
+    interruption.
 
     Attributes:
       reason: reason to stop, or None without a request.
+      nothing_to_save: whether all steps taken so far are on disk.
     """
+
+    nothing_to_save = False
 
     def __init__(self, *, after_seconds: float | None = None):
         """Creates an object that requests to stop `after_seconds` from now, if given.
@@ -49,6 +56,12 @@ class Stop:
             signal.signal(number, handler)
 
     def _catch(self, number: int, _: FrameType | None) -> None:
+        if self.nothing_to_save:
+            name = signal.Signals(number).name
+            print(f"\nLeft at once because of {name}: nothing is lost. The same command resumes.", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_INTERRUPTED)  # threads of the compiler would delay an ordinary exit
         if self._signal is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

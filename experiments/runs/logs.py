@@ -209,7 +209,7 @@ def elapsing(bar: tqdm, what: str) -> Iterator[None]:
     bar.set_description(what)
 
     def show() -> None:
-        while not over.wait(max(_bar_interval(), 1.0)):
+        while not over.wait(1.0 if sys.stderr.isatty() else 10.0):
             bar.set_description(f"{what} for {time.monotonic() - start:.0f} s")
 
     thread = threading.Thread(target=show, daemon=True)

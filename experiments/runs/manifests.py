@@ -16,6 +16,7 @@ from experiments.runs.files import write_atomically
 
 NAME = "hashes.json"
 HASH = "blake2b"
+DAMAGED = ".damaged"  # suffix of a folder that is not what was written, and is kept for its owner to look at
 READERS = 4
 
 
