@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--process_id", type=int, help="number of this process, from 0")
     args = parser.parse_args(argv)
     try:
-        stop = Stop(after_seconds=args.stop_after_seconds)
+        stop = Stop(after_seconds=args.stop_after_seconds, exit_code=EXIT_INTERRUPTED)
         several = (args.coordinator, args.num_processes, args.process_id)
         if args.distributed or any(value is not None for value in several):
             hosts.connect(*several)

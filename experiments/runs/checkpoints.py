@@ -7,8 +7,11 @@ are written by the processes that hold them, and read into any requested shardin
 """
 
 import concurrent.futures
+import errno
 import json
+import logging
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -25,9 +28,19 @@ from experiments.runs import manifests
 STATE, NOTE = "state", "note"
 # Content of checkpoints up to version 0.1.0, which store parameters as vectors by group.
 OLD = "arrays"
+# What Orbax's own description of a checkpoint says, so that a lost manifest is noticed.
+HAS_MANIFEST = {"manifest": manifests.NAME}
 UNFINISHED, DELETED = ".unfinished", ".deleted"
 # Folders that an ended process left; Orbax adds a suffix of its own while it writes.
 LEFTOVERS = (f"*{UNFINISHED}*", f"*{DELETED}", "*.orbax-checkpoint-tmp*")
+
+
+def _is_no_error_of_orbax(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+# Orbax logs each error with the stacks of its threads before it raises it, and a `CheckpointError` says it in one line.
+logging.getLogger("absl").addFilter(_is_no_error_of_orbax)
 
 
 class CheckpointError(OSError):
@@ -117,7 +130,7 @@ class Checkpoints:
         context.asynchronous.create_directories_asynchronously = False
         try:
             with context:
-                response = ocp.save_async(temporary, content, overwrite=True)
+                response = ocp.save_async(temporary, content, overwrite=True, custom_metadata=HAS_MANIFEST)
         except Exception as error:
             raise self._cannot_write(step, error) from error
         self._writing = self._worker.submit(self._complete, step, score, temporary, response)
@@ -147,7 +160,8 @@ class Checkpoints:
             shutil.rmtree(gone)
 
     def _cannot_write(self, step: int, error: Exception) -> CheckpointError:
-        shutil.rmtree(self.folder / f"{step}{UNFINISHED}", ignore_errors=True)
+        for path in self.folder.glob(f"{step}{UNFINISHED}*"):
+            shutil.rmtree(path, ignore_errors=True)
         reason = _first_line(error)
         return CheckpointError(f"the checkpoint of step {step} cannot be written to {self.folder}: {reason}")
 
@@ -274,11 +288,15 @@ def _problem_without_manifest(folder: Path) -> str | None:
         return "it is incomplete"
     for path in descriptions:
         try:
-            json.loads(path.read_bytes())
+            content = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             return f"{path.relative_to(folder)} cannot be read ({error})"
+        if isinstance(content, dict) and content.get("custom_metadata") == HAS_MANIFEST:
+            return f"{manifests.NAME} is missing"
     return None
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    text = f"{type(error).__name__}: {error}"
+    full = os.strerror(errno.ENOSPC)  # Orbax says it at the end of a long line
+    return full if full in text else text.splitlines()[0][:300]

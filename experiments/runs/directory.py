@@ -110,7 +110,9 @@ class RunDirectory:
             )
         lines = _length_differences(known, config)
         if lines and extension_problem and (reason := extension_problem(known, self._newest_step())):
-            raise WorkdirError(f"workdir={self.folder}: {reason}\n" + "\n".join(f"  {line}" for line in lines))
+            raise WorkdirError(
+                f"workdir={self.folder}: {reason}\n" + "\n".join(f"  {line}" for line in lines)
+            )
         return known
 
     def begin(self, config: Mapping[str, Any], manifest: Mapping[str, Any], parameters: str) -> None:
@@ -156,9 +158,7 @@ class RunDirectory:
             )
         if _length_differences(known, config):
             self._results_file.unlink(missing_ok=True)  # first: they are those of fewer steps
-            length = {name: config["train"].get(name) for name in ("steps", "epochs")}
-            extended = {**known, "train": {**known["train"], **length}}
-            write_atomically(self.config_file, config_loading.to_json(extended))
+            write_atomically(self.config_file, config_loading.to_json(_with_length(known, config)))
         write_atomically(self.folder / "parameters.txt", parameters + "\n")
 
     @property
@@ -283,9 +283,18 @@ def _length_differences(run: Mapping[str, Any], given: Mapping[str, Any]) -> lis
     return config_loading.differences(*parts, ignore=())
 
 
+def _with_length(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config of a run with the length of training of another config."""
+    fields = ("steps", "epochs")
+    kept = {name: value for name, value in run["train"].items() if name not in fields}
+    return {**run, "train": kept | {name: given["train"][name] for name in fields if name in given["train"]}}
+
+
 def _changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     old, new = dict(earlier["versions"]), now["versions"]
-    changed = [f"{name} {old[name]} then, {new[name]} now" for name in new if name in old and old[name] != new[name]]
+    changed = [
+        f"{name} {old[name]} then, {new[name]} now" for name in new if name in old and old[name] != new[name]
+    ]
     if earlier["devices"] != now["devices"]:
         changed.append(f"{earlier['devices']} then, {now['devices']} now")
     return f"This session has other conditions than the one before: {'; '.join(changed)}" if changed else None

@@ -7,7 +7,7 @@ that are not finite are null in JSON, whose standard has no others.
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,15 @@ def read_json(path: Path) -> Any:
         raise DamagedFileError(f"{path}: byte {error.start} is not UTF-8; the file is damaged") from None
 
 
-def read_json_lines(path: Path, fields: Iterable[str] = ()) -> tuple[list[dict[str, Any]], list[str]]:
+def read_json_lines(
+    path: Path, fields: Iterable[str] = (), check: Callable[[Any], Any] | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Returns the objects in a file of JSON lines, and a description of each line that is none of them.
 
     Args:
       path: the file; one that does not exist has no lines.
       fields: names that each object must have.
+      check: function that raises ValueError or TypeError for an object that cannot be used.
     """
     records, problems = [], []
     content = path.read_bytes() if path.exists() else b""
@@ -83,11 +86,14 @@ def read_json_lines(path: Path, fields: Iterable[str] = ()) -> tuple[list[dict[s
             continue
         try:
             record = json.loads(line.decode("utf-8"), parse_constant=_null)
-            if not isinstance(record, dict) or (missing := [name for name in fields if name not in record]):
-                reason = f"it has no {missing[0]!r}" if isinstance(record, dict) else "it is no object"
-                raise ValueError(reason)
+            if not isinstance(record, dict):
+                raise ValueError("it is no object")
+            if missing := [name for name in fields if name not in record]:
+                raise ValueError(f"it has no {missing[0]!r}")
+            if check is not None:
+                check(record)
             records.append(record)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             problems.append(f"{path}, line {number}: the line is cut or damaged ({reason})")
     return records, problems

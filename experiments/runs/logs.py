@@ -76,8 +76,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    lines, problems = read_json_lines(path, ("kind", "step"))
-    return [line for line in lines if isinstance(line["step"], int)], problems
+    def check(line: Mapping[str, Any]) -> None:
+        if not isinstance(line["step"], int):
+            raise ValueError(f"its step is {line['step']!r}")
+
+    return read_json_lines(path, ("kind", "step"), check)
 
 
 def cut_after(path: Path, step: int) -> tuple[list[str], list[str]]:

@@ -172,7 +172,8 @@ def _train(job: Job, replicas: Replicas, deadline: float | None) -> list[dict[st
 
 def _known(file: Path) -> tuple[list[Mapping[str, Any]], list[str]]:
     """Returns the runs in the file, and a description of each line that is none."""
-    return read_json_lines(file, ("row", "config", "learning_rate", "seed", "validation", "test", "device", "versions"))
+    fields = ("row", "config", "learning_rate", "seed", "validation", "test", "device", "versions")
+    return read_json_lines(file, fields, lambda record: to_plain(record["config"]))
 
 
 def _done(job: Job, known: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -187,7 +188,9 @@ def _done(job: Job, known: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 
 
 def _progress(number: int, count: int, job: Job, records: Sequence[Mapping[str, Any]]) -> None:
-    best = max(records, key=lambda record: -math.inf if math.isnan(record["validation"]) else record["validation"])
+    best = max(
+        records, key=lambda record: -math.inf if math.isnan(record["validation"]) else record["validation"]
+    )
     seconds = best["seconds_together"]
     shown = ", ".join(f"{column} {100 * value:.1f}" for column, value in best["test"].items())
     print(

@@ -27,7 +27,9 @@ def summarize(study: Study, records: Iterable[Mapping[str, Any]]) -> Cells:
             )
     cells: Cells = {row: {} for row in dict.fromkeys(job.row for job in study.jobs)}
     for (row, column), by_rate in groups.items():
-        scores = {rate: np.mean([_or(run["validation"], -np.inf) for run in runs]) for rate, runs in by_rate.items()}
+        scores = {
+            rate: np.mean([_or(run["validation"], -np.inf) for run in runs]) for rate, runs in by_rate.items()
+        }
         best = max(scores, key=lambda rate: (scores[rate], -rate))
         values = [_or(run["test"][column], 0.0) for run in by_rate[best]]
         cells[row][column] = float(np.mean(values)), float(np.ptp(values)), best
