@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.config.command_line import ArgumentError, Parser, refuse
+from experiments.config.command_line import REFUSALS, ArgumentError, Parser, refuse
 from experiments.runs.directory import RunDirectory
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.runs.interrupts import SIGNALS
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results[mixer] = RunDirectory(args.workdir / mixer).results()
     try:
         report(results, args.workdir)
-    except OSError as error:
+    except REFUSALS as error:
         return refuse(error)
     return 0
 
@@ -105,7 +105,7 @@ def table(heading: str, rows: Mapping[str, Mapping[str, Any]], baselines: Mappin
         (name, number(row["value"]), f"{row['seconds']:.0f}", f"{row['parameters']:,}")
         for name, row in rows.items()
     ]
-    lines += [(name.replace("_", " "), f"{value:.4f}", "", "") for name, value in baselines.items()]
+    lines += [(name.replace("_", " "), number(value), "", "") for name, value in baselines.items()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]).rstrip()

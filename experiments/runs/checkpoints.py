@@ -108,13 +108,20 @@ class Checkpoints:
         return [step for _, step in sorted(scored, key=lambda pair: (-pair[0], pair[1]))]
 
     def save(
-        self, step: int, arrays: Mapping[str, Any], note: Mapping[str, Any], *, score: float | None = None
+        self,
+        step: int,
+        arrays: Mapping[str, Any],
+        note: Mapping[str, Any],
+        *,
+        score: float | None = None,
+        provisional: bool = False,
     ) -> None:
         """Starts writing a checkpoint once any earlier one is written.
 
         Args:
           arrays: JAX or NumPy arrays by name. They must be neither changed nor donated until the checkpoint is written.
           score: validation score, higher is better; None or a number that is not finite is never the best.
+          provisional: whether the score may be dropped later (see `drop_score`); the best of the others is kept too.
 
         Raises:
           CheckpointError: if this or the earlier checkpoint cannot be written.
@@ -133,10 +140,11 @@ class Checkpoints:
                 response = ocp.save_async(temporary, content, overwrite=True, custom_metadata=HAS_MANIFEST)
         except Exception as error:
             raise self._cannot_write(step, error) from error
-        self._writing = self._worker.submit(self._complete, step, score, temporary, response)
+        self._writing = self._worker.submit(self._complete, step, score, provisional, response)
 
-    def _complete(self, step: int, score: float | None, temporary: Path, response: Any) -> None:
+    def _complete(self, step: int, score: float | None, provisional: bool, response: Any) -> None:
         """Waits until all processes have written their parts, and makes the folder a checkpoint."""
+        temporary = self.folder / f"{step}{UNFINISHED}"
         try:
             response.result()  # ends the thread and the event loop that Orbax starts for each save, too
             if hosts.is_main():
@@ -146,7 +154,9 @@ class Checkpoints:
         except Exception as error:
             raise self._cannot_write(step, error) from error
         self._scores = dict(sorted((self._scores | {step: score}).items()))
-        kept = {*self.steps[-self._keep_last :], self.best}
+        kept = {*self.steps[-self._keep_last :], *self.from_best[:1]}
+        if provisional:
+            kept |= {*[known for known in self.from_best if known != step][:1]}
         for old in [known for known in self.steps if known not in kept]:
             if hosts.is_main():
                 self._remove(old)
@@ -212,6 +222,12 @@ class Checkpoints:
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.folder / str(later)).rename(aside)
             del self._scores[later]
+
+    def drop_score(self, step: int) -> None:
+        """Makes an intact checkpoint one without a score."""
+        if hosts.is_main():
+            manifests.write(self.folder / str(step), {"step": step, "score": None})
+        self._scores[step] = None
 
     def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the arrays of a step by name, without reading the arrays.

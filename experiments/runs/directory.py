@@ -10,21 +10,15 @@ It holds no absolute path of the run, so it may be moved to another folder or ma
 """
 
 import contextlib
-import datetime as dt
-import importlib.metadata
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.config import loading as config_loading
+from experiments.runs import sessions
 from experiments.runs.files import (
     DamagedFileError,
-    append_json_lines,
     read_json,
-    read_json_lines,
     to_json_text,
     write_atomically,
 )
@@ -35,7 +29,6 @@ try:
 except ImportError:  # Windows, where two processes in one folder are not detected
     fcntl = None
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ml_collections")
 LOCK = ".lock"
 WANDB_ID = "wandb-id.txt"
 # Fields that a run may be extended by.
@@ -231,25 +224,8 @@ class RunDirectory:
         write_atomically(self._results_file, to_json_text(results))
 
     def add_session(self, *, step: int, devices: str) -> str | None:
-        """Records a start of training from `step`.
-
-        Returns:
-          What differs from the session before, in versions of packages or in devices, as text; None if nothing does.
-        """
-        session = dict(
-            time=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            step=step,
-            command=[Path(sys.argv[0]).name, *sys.argv[1:]],
-            devices=devices,
-            versions=versions(),
-            git=git_revision(),
-        )
-        file = self.folder / "sessions.jsonl"
-        earlier, problems = read_json_lines(file, ("step", "devices", "versions"))
-        for problem in problems:
-            print(problem, file=sys.stderr)
-        append_json_lines(file, [session])
-        return _changes(earlier[-1], session) if earlier and step else None
+        """Records a start of training from `step`; returns what differs from the session before (see `sessions.add`)."""
+        return sessions.add(self.folder / "sessions.jsonl", step=step, devices=devices)
 
     def release(self) -> None:
         """Releases the lock for other processes; the end of the process does so too."""
@@ -288,35 +264,3 @@ def _with_length(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
     fields = ("steps", "epochs")
     kept = {name: value for name, value in run["train"].items() if name not in fields}
     return {**run, "train": kept | {name: given["train"][name] for name in fields if name in given["train"]}}
-
-
-def _changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    old, new = dict(earlier["versions"]), now["versions"]
-    changed = [
-        f"{name} {old[name]} then, {new[name]} now" for name in new if name in old and old[name] != new[name]
-    ]
-    if earlier["devices"] != now["devices"]:
-        changed.append(f"{earlier['devices']} then, {now['devices']} now")
-    return f"This session has other conditions than the one before: {'; '.join(changed)}" if changed else None
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that results depend on."""
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in PACKAGES
-    }
-
-
-def git_revision() -> str | None:
-    """Returns the commit of the sources, with "+changes" if files differ from it; None outside a repository."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(root), *args]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

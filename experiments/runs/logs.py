@@ -33,10 +33,18 @@ class Sink(Protocol):
 class MetricsFile:
     """The log as JSON lines."""
 
-    def __init__(self, path: Path, *, after_step: int, seal: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        after_step: int,
+        seal: Mapping[str, Any] | None = None,
+        drop_validation: bool = False,
+    ):
         """Opens the file to resume after a step; lines of later steps, and of tests, are removed.
 
         Args:
+          drop_validation: whether the validation of that step is removed too.
           seal: `seal` of the file at that step, from the checkpoint. If the lines differ from it, one line on standard
             error says so.
         """
@@ -50,6 +58,13 @@ class MetricsFile:
                 f"{path}: {what} up to step {after_step} are lost or changed, and the rest is kept{first}",
                 file=sys.stderr,
             )
+        if drop_validation:
+            lines = [
+                line for line in _read(path)[0] if (line["kind"], line["step"]) != ("validation", after_step)
+            ]
+            kept = [to_json_line(line) for line in lines]
+            write_atomically(path, "".join(kept))
+            self._count, self._hash = len(kept), hashlib.blake2b("".join(kept).encode(), digest_size=16)
         self._file = path.open("a", encoding="utf-8")
 
     @property
@@ -143,6 +158,7 @@ class Logs:
         tensorboard: bool,
         wandb: str | None,
         seal: Mapping[str, Any] | None = None,
+        drop_validation: bool = False,
     ):
         """Opens the sinks in the folder of a run that resumes after a step.
 
@@ -150,8 +166,10 @@ class Logs:
 
         Args:
           seal: `seal` of the logs at that step.
+          drop_validation: whether the validation of that step is removed.
         """
-        self._file = MetricsFile(folder / "metrics.jsonl", after_step=after_step, seal=seal)
+        path = folder / "metrics.jsonl"
+        self._file = MetricsFile(path, after_step=after_step, seal=seal, drop_validation=drop_validation)
         self._sinks: list[Sink] = [self._file]
         if tensorboard:
             self._add("tensorboardX", lambda: TensorBoard(folder / "tensorboard", after_step=after_step))

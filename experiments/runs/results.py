@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.parallel.mesh import Devices
-from experiments.runs.directory import git_revision, versions
+from experiments.runs.sessions import git_revision, versions
 from experiments.training.experiment import Experiment
 from experiments.training.loop import TEST, VALIDATION, Outcome
 

@@ -23,9 +23,9 @@ import jax
 from experiments.config.command_line import EXIT_INTERRUPTED, REFUSALS, ArgumentError, Parser, refuse
 from experiments.config.loading import differences, to_plain
 from experiments.parallel.mesh import Devices
-from experiments.runs.directory import git_revision, versions
 from experiments.runs.files import append_json_lines, read_json_lines, write_atomically
 from experiments.runs.interrupts import Interrupted
+from experiments.runs.sessions import git_revision, versions
 from experiments.sweep.replicas import Replicas
 from experiments.sweep.report import draw, made_by, summarize, table
 from experiments.sweep.studies import STUDIES, Job, Study
@@ -120,7 +120,7 @@ def _run(jobs: Sequence[Job], file: Path, deadline: float | None) -> tuple[int, 
             except Interrupted:
                 return len(missing) - number, failed
             except (
-                ValueError,
+                *REFUSALS,
                 jax.errors.JaxRuntimeError,
             ) as error:  # such as too little memory; other jobs may fit
                 failed += 1

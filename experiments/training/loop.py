@@ -136,6 +136,10 @@ class _Training:
         restored = restore_newest(self._layout, self._checkpoints)
         self._state, self._note = restored or (self._layout.initial(experiment.config["seed"]), Note())
         self._step = int(self._state.step)
+        # The end of a run that is extended since was evaluated, where the longer run is not.
+        extended = self._note.validation is not None and not self._evaluates(self._step)
+        if extended:
+            self._checkpoints.drop_score(self._step)
         part = devices.my_rows(experiment.train.batch_size)
         self._compiled_before = self._note.compile_seconds
         self._batches = TrainBatches(experiment.train_batches(part), devices, self._note.data)
@@ -151,6 +155,7 @@ class _Training:
                     tensorboard=options.tensorboard,
                     wandb=options.wandb,
                     seal=self._note.logs,
+                    drop_validation=extended,
                 )
             )
         self._bar = stack.enter_context(
@@ -175,7 +180,7 @@ class _Training:
         self._stop.nothing_to_save = False
         while self._step < total:
             self._take_step()
-            evaluate = self._step % self._experiment.eval_interval == 0 or self._step == total
+            evaluate = self._evaluates(self._step)
             save = options.checkpoint_every is not None and self._step % options.checkpoint_every == 0
             reason = self._reason_to_leave()
             if evaluate or save or reason:
@@ -186,6 +191,9 @@ class _Training:
                 raise Interrupted(f"{reason} after step {self._step} of {total}")
         self._stopwatch.stop()
         return self._test()
+
+    def _evaluates(self, step: int) -> bool:
+        return step % self._experiment.eval_interval == 0 or step == self._experiment.total_steps
 
     def _reason_to_leave(self) -> str | None:
         """Returns why to save and stop now, or None. Several processes agree on it every few steps."""
@@ -238,7 +246,9 @@ class _Training:
             self._compiled_before + self._train_step.compile_seconds + self._evaluate.compile_seconds
         )
         score = None if note.validation is None else self._experiment.score(note.validation)
-        self._checkpoints.save(self._step, arrays, finite(dataclasses.asdict(note)), score=score)
+        provisional = self._step % self._experiment.eval_interval != 0  # a longer run has no evaluation here
+        stored = finite(dataclasses.asdict(note))
+        self._checkpoints.save(self._step, arrays, stored, score=score, provisional=provisional)
 
     def _test(self) -> Outcome:
         self._checkpoints.wait()

@@ -50,6 +50,19 @@ def test_the_best_and_the_last_are_kept(tmp_path):
         assert checkpoints.latest == 6
 
 
+def test_the_best_survives_a_score_that_is_dropped(tmp_path):
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        for step, score in [(1, 0.5), (2, 0.4), (3, 0.7)]:
+            checkpoints.save(step, arrays(), note(), score=score, provisional=step == 3)
+        checkpoints.wait()
+        assert checkpoints.from_best == [3, 1]
+        checkpoints.drop_score(3)
+        assert checkpoints.best == 1
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best == 1
+        assert checkpoints.intact([3]) == 3
+
+
 def test_what_a_killed_process_left_unfinished_is_no_checkpoint(tmp_path):
     with Checkpoints(tmp_path, keep_last=2) as checkpoints:
         checkpoints.save(1, arrays(), note())

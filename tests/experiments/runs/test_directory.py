@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from experiments.runs import directory
-from experiments.runs.directory import RunDirectory, WorkdirError, git_revision, versions
+from experiments.runs import directory, sessions
+from experiments.runs.directory import RunDirectory, WorkdirError
 from experiments.runs.files import DamagedFileError
+from experiments.runs.sessions import git_revision, versions
 from tests.experiments.tiny import tiny_config
 
 MANIFEST = {"name": "tiny", "sha": "1"}
@@ -141,7 +142,7 @@ def test_other_conditions_are_said(tmp_path, capsys, monkeypatch):
     file = tmp_path / "sessions.jsonl"
     file.write_text(file.read_text() + '{"cut')
     jax = versions()["jax"]
-    monkeypatch.setattr(directory, "versions", lambda: versions() | {"jax": "99"})
+    monkeypatch.setattr(sessions, "versions", lambda: versions() | {"jax": "99"})
     change = run.add_session(step=9, devices="1 x H100")
     assert f"jax {jax} then, 99 now; 1 x cpu then, 1 x H100 now" in change
     assert "sessions.jsonl, line 3: the line is cut or damaged" in capsys.readouterr().err
