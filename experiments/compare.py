@@ -2,7 +2,8 @@
 
     python -m experiments.compare --config=configs/lra/listops_short.py --mixers=s5,attention --workdir=runs/first-look
 
-The config must take an argument mixer=NAME. Each run is one of `experiments.train` in its own folder WORKDIR/NAME, is
+The config must take an argument mixer=NAME. Everything that training would refuse, of any mixer, is refused before the first
+run. Each run is one of `experiments.train` in its own folder WORKDIR/NAME, is
 interrupted and resumed in the same way, and receives all further flags, such as --config.train.epochs=2. At the end the
 command prints a table, and writes it to compare.json and the curves of all runs to curves.png in the work directory.
 """
@@ -14,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.config.command_line import Parser
+from experiments.config.command_line import REFUSALS, ArgumentError, Parser, refuse
 from experiments.runs.directory import RunDirectory
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.runs.interrupts import SIGNALS
 from experiments.runs.logs import read_lines
 from experiments.runs.plots import draw_curves
-from experiments.runs.results import total_seconds
+from experiments.runs.results import number, total_seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,15 +30,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="path of a config that takes mixer=NAME")
     parser.add_argument("--mixers", required=True, help="names of mixers, separated by commas")
     args, more = parser.parse_known_args(argv)
-    mixers = args.mixers.split(",")
+    mixers = [name.strip() for name in args.mixers.split(",") if name.strip()]
+    if not mixers:
+        return refuse(ArgumentError(f"--mixers={args.mixers} names no mixer"))
+    flags = {
+        mixer: [
+            f"--config={with_argument(args.config, f'mixer={mixer}')}",
+            f"--workdir={args.workdir / mixer}",
+            *more,
+        ]
+        for mixer in mixers
+    }
+    for mixer in mixers:
+        print(f"checking {mixer}", flush=True)
+        if code := run_training([*flags[mixer], "--check"]):
+            return code
     results = {}
-    for number, mixer in enumerate(mixers, start=1):
-        print(f"[{number}/{len(mixers)}] {mixer}", flush=True)
-        config = with_argument(args.config, f"mixer={mixer}")
-        if code := run_training([f"--config={config}", f"--workdir={args.workdir / mixer}", *more]):
+    for place, mixer in enumerate(mixers, start=1):
+        print(f"[{place}/{len(mixers)}] {mixer}", flush=True)
+        if code := run_training(flags[mixer]):
             return code
         results[mixer] = RunDirectory(args.workdir / mixer).results()
-    report(results, args.workdir)
+    try:
+        report(results, args.workdir)
+    except REFUSALS as error:
+        return refuse(error)
     return 0
 
 
@@ -85,10 +102,10 @@ def table(heading: str, rows: Mapping[str, Mapping[str, Any]], baselines: Mappin
     """Returns a table of value, seconds and parameters of each run, then the values of the baselines."""
     lines = [("", heading, "seconds", "parameters")]
     lines += [
-        (name, f"{row['value']:.4f}", f"{row['seconds']:.0f}", f"{row['parameters']:,}")
+        (name, number(row["value"]), f"{row['seconds']:.0f}", f"{row['parameters']:,}")
         for name, row in rows.items()
     ]
-    lines += [(name.replace("_", " "), f"{value:.4f}", "", "") for name, value in baselines.items()]
+    lines += [(name.replace("_", " "), number(value), "", "") for name, value in baselines.items()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]).rstrip()

@@ -2,15 +2,20 @@
 
     python -m experiments.evaluate --workdir=runs/listops-s5 --split=test --checkpoint=best
 
-Prints the metrics as JSON and writes them to evaluation-SPLIT-STEP.json in the work directory.
+Prints the metrics as JSON and writes them to evaluation-SPLIT-STEP.json in the work directory, if it can be written to.
+Nothing is written elsewhere: data that the config generates and that are not on disk yet are generated in a temporary folder.
+
+A damaged checkpoint is named and left out: "best" and "last" then mean the best and the last of the others, and a step is
+refused.
 """
 
 import sys
 from collections.abc import Sequence
 
 from experiments.config.command_line import REFUSALS, Parser, refuse
+from experiments.data import cache
 from experiments.parallel.mesh import Devices
-from experiments.runs.checkpoints import Checkpoints
+from experiments.runs.checkpoints import CheckpointError, Checkpoints
 from experiments.runs.directory import RunDirectory
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.training import experiment
@@ -30,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = RunDirectory(args.workdir)
     try:
         config = run.config()
-        with Checkpoints(run.checkpoints) as checkpoints:
+        with Checkpoints(run.checkpoints) as checkpoints, cache.temporary_builds():
             step = choose_step(checkpoints, args.checkpoint)
             plan = experiment.build(config)
             devices = Devices.first(args.num_devices, plan.mesh)
@@ -44,24 +49,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     metrics = evaluate(state, args.split)
     record = dict(split=args.split, step=step, devices=devices.describe()) | metrics
     text = to_json_text(record | dict(baselines=plan.baselines(args.split)))
-    write_atomically(run.folder / f"evaluation-{args.split}-{step}.json", text)
-    print(text, end="")
+    print(text, end="", flush=True)
+    file = run.folder / f"evaluation-{args.split}-{step}.json"
+    try:
+        write_atomically(file, text)
+    except OSError as error:
+        print(f"{file} cannot be written: {error.strerror}", file=sys.stderr)
     return 0
 
 
 def choose_step(checkpoints: Checkpoints, which: str) -> int:
-    """Returns the step that "best", "last" or a number means.
+    """Returns the step that "best", "last" or a number means, among the checkpoints that are intact.
 
     Raises:
       ValueError: if there is no such checkpoint; the message names the steps that have one.
+      CheckpointError: if it is damaged.
     """
     if which not in ("best", "last") and not which.isdecimal():
         raise ValueError(f"checkpoint={which!r}; expected best, last or a step")
-    step = {"best": checkpoints.best, "last": checkpoints.latest}.get(which)
-    step = int(which) if which.isdecimal() else step
-    if step not in checkpoints.steps:
+    wanted = {"best": checkpoints.from_best, "last": checkpoints.steps[::-1]}
+    steps = [int(which)] if which.isdecimal() else wanted[which]
+    if not steps or steps[0] not in checkpoints.steps:
         known = ", ".join(map(str, checkpoints.steps)) or "none"
         raise ValueError(f"checkpoint={which}: there is no such checkpoint; steps with one: {known}")
+    step = checkpoints.intact(steps)
+    if step is None:
+        others = ", ".join(str(known) for known in checkpoints.steps if known not in steps) or "none"
+        raise CheckpointError(f"checkpoint={which}: it is damaged; steps with other checkpoints: {others}")
     return step
 
 

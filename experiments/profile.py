@@ -22,8 +22,8 @@ from experiments.benchmark.timing import Timing, interleaved
 from experiments.config.command_line import EXIT_REFUSED, REFUSALS, Parser, names, refuse
 from experiments.data import bucketing
 from experiments.parallel.mesh import Devices
-from experiments.runs.directory import git_revision, versions
 from experiments.runs.files import to_json_text, write_atomically
+from experiments.runs.sessions import git_revision, versions
 from experiments.training import experiment
 from layers.kernels import dispatch
 from layers.kernels.suites import SUITES

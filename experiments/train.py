@@ -7,15 +7,20 @@ Several processes train one run if each receives the same command and `--distrib
 pods), or `--coordinator`, `--num_processes` and `--process_id`. They share the work directory.
 
 --config.SECTION.FIELD=VALUE sets any field of the config, even one that the file leaves out. The same command resumes an
-interrupted run, even if its directory has moved, and shows the results of a finished one.
+interrupted run, even if its directory has moved, and shows the results of a finished one. A larger --config.train.steps or
+--config.train.epochs extends a run whose schedule is "constant" or "rsqrt", or "wsd" before its decay.
 
-Exit codes: 0 finished; 75 left after saving because of SIGTERM, Ctrl-C or --stop_after_seconds, and the same command
-resumes; 65 a loss was not finite; 69 another process of the run was lost, and the same commands resume; 2 the config or
-the work directory cannot be used. A signal before the first step ends the process as usual: nothing is lost.
+Every checkpoint carries hashes of its files. A damaged one is named and set aside as STEP.damaged, and the run resumes from
+the one before.
+
+Exit codes: 0 finished; 75 left because of SIGTERM, SIGHUP, Ctrl-C or --stop_after_seconds, after saving, or at once where
+there is nothing to save, as during compilation, and the same command resumes; 65 a loss in training was not finite; 69
+another process of the run was lost, and the same commands resume; 2 the config or the work directory cannot be used, or
+cannot be written to, as on a full disk. A signal before compilation ends the process as usual: nothing is lost.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--num_devices", type=int, help="use the first devices, this many (default: all)")
     parser.add_argument(
+        "--check", action="store_true", help="refuse what training would refuse, and train and write nothing"
+    )
+    parser.add_argument(
         "--compilation_cache",
         type=Path,
         help="folder of compiled programs (default: beside the workdir; on CPUs none)",
@@ -62,22 +70,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--process_id", type=int, help="number of this process, from 0")
     args = parser.parse_args(argv)
     try:
-        stop = Stop(after_seconds=args.stop_after_seconds)
+        stop = Stop(after_seconds=args.stop_after_seconds, exit_code=EXIT_INTERRUPTED)
         several = (args.coordinator, args.num_processes, args.process_id)
         if args.distributed or any(value is not None for value in several):
             hosts.connect(*several)
-        run = _open_run(args.workdir, args.config)
-        if (finished := run.results()) is not None:
+        run = RunDirectory(args.workdir)
+        known = run.check(args.config)
+        if known is not None and (finished := run.results_of(args.config)) is not None:
             print(f"{run.folder} is finished.\n{run_results.describe(finished)}")
             return 0
         _use_compilation_cache(args.compilation_cache, args.workdir)
         plan = experiment.build(args.config)
         devices = Devices.first(args.num_devices, plan.mesh)
-        plan.check_devices(devices)
+        plan.check(devices)
+        run.check(args.config, plan.extension_problem)
+        if args.check:
+            print(f"{plan.model.num_parameters:,} parameters; nothing is refused")
+            return 0
+        run = _open_run(args.workdir, plan)
         if hosts.is_main():
             run.begin(args.config, plan.task.manifest, plan.groups_table)
     except REFUSALS as error:
         return refuse(error)
+    except KeyboardInterrupt:
+        print("\nLeft before the first step: nothing is lost.", file=sys.stderr)
+        return EXIT_INTERRUPTED
     if hosts.is_main():
         print(
             f"{plan.model.num_parameters:,} parameters on {devices.describe()}\n{plan.groups_table}",
@@ -92,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NonFiniteError as error:
         print(f"Stopped: not finite at {error}. {run.checkpoints} holds earlier steps.", file=sys.stderr)
         return EXIT_DIVERGED
+    except OSError as error:  # such as a full disk, or a checkpoint that cannot be read
+        return refuse(error)
     except jax.errors.JaxRuntimeError as error:
         if (reason := hosts.lost_process(error)) is None:
             raise
@@ -101,15 +120,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             flush=True,
         )
         hosts.leave(EXIT_LOST)
-    if hosts.is_main():
-        _report(plan, run, run_results.summarize(plan, outcome, devices))
+    try:
+        if hosts.is_main():
+            _report(plan, run, run_results.summarize(plan, outcome, devices))
+    except OSError as error:
+        return refuse(error)
     hosts.wait_for_all("results")
     return 0
 
 
-def _open_run(folder: Path, config: Mapping[str, Any]) -> RunDirectory:
-    """Returns the run's folder, created and locked by process 0; the other processes open it afterwards."""
-    run = RunDirectory.open(folder, config) if hosts.is_main() else RunDirectory(folder)
+def _open_run(folder: Path, plan: experiment.Experiment) -> RunDirectory:
+    """Returns the run's folder, created and locked by process 0 after all processes have looked into it."""
+    hosts.wait_for_all("all have checked")
+    if hosts.is_main():
+        run = RunDirectory.open(folder, plan.config, plan.extension_problem)
+    else:
+        run = RunDirectory(folder)
     hosts.wait_for_all("run directory")
     return run
 

@@ -28,8 +28,8 @@ from experiments.benchmark.processes import EndedEarly
 from experiments.benchmark.timing import ceilings
 from experiments.config.command_line import REFUSALS, Parser, names, refuse
 from experiments.parallel.mesh import Devices
-from experiments.runs.directory import git_revision, versions
 from experiments.runs.files import to_json_text, write_atomically
+from experiments.runs.sessions import git_revision, versions
 
 STUDIES = ("kernels", "scaling", "steps", "tune")
 ON_CPU = {"dtype": "float32", "batch": 1, "time": 1024, "narrower": 8, "rounds": 5, "workers": 1}

@@ -10,6 +10,8 @@ of every file and the SHA-256 of the content (`fingerprint.content_sha256`), whi
 It holds no times or machine names: equal data sets have equal manifests.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import hashlib
 import json
@@ -18,8 +20,9 @@ import secrets
 import shlex
 import shutil
 import struct
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ MANIFEST = "manifest.json"
 WRITER_OPTIONS = "group_size:1,zstd:1"
 LABEL = struct.Struct("<i")
 STALE_SECONDS = 24 * 3600
+_BUILD_IN: contextvars.ContextVar[str | None] = contextvars.ContextVar("_BUILD_IN", default=None)
 
 
 class CorruptCacheError(RuntimeError):
@@ -109,10 +113,24 @@ def load_or_build(
     root = data_root(data_dir)
     folder = root / recipe.folder_name
     if not folder.exists():
+        if _BUILD_IN.get() is not None:
+            root = Path(_BUILD_IN.get())
+            folder = root / recipe.folder_name
         root.mkdir(parents=True, exist_ok=True)
         _remove_stale(root, recipe.folder_name)
         _write(recipe, build(), folder)
     return load(recipe, folder)
+
+
+@contextlib.contextmanager
+def temporary_builds() -> Iterator[None]:
+    """Returns a context in which data sets that are not on disk are built in a temporary folder, which it removes."""
+    with tempfile.TemporaryDirectory() as folder:
+        token = _BUILD_IN.set(folder)
+        try:
+            yield
+        finally:
+            _BUILD_IN.reset(token)
 
 
 def load(recipe: Recipe, folder: Path) -> Dataset:

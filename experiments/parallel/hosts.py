@@ -6,6 +6,7 @@ import sys
 from typing import NoReturn
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 # A process without a heartbeat for this time is considered lost, and the others end.
@@ -63,6 +64,13 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(flag).any())
+
+
+def from_main(number: int) -> int:
+    """Returns the number that process 0 passes. All processes must call it at the same step."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def wait_for_all(name: str) -> None:

@@ -9,26 +9,31 @@
 It holds no absolute path of the run, so it may be moved to another folder or machine.
 """
 
-import datetime as dt
-import importlib.metadata
-import json
-import platform
-import subprocess
-import sys
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.config import loading as config_loading
-from experiments.runs.files import read_json, to_json_text, write_atomically
+from experiments.runs import sessions
+from experiments.runs.files import (
+    DamagedFileError,
+    read_json,
+    to_json_text,
+    write_atomically,
+)
+from experiments.runs.manifests import DAMAGED
 
 try:
     import fcntl
 except ImportError:  # Windows, where two processes in one folder are not detected
     fcntl = None
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ml_collections")
 LOCK = ".lock"
+WANDB_ID = "wandb-id.txt"
+# Fields that a run may be extended by.
+LENGTH = ("train.steps", "train.epochs")
+ExtensionProblem = Callable[[Mapping[str, Any], int], str | None]
 
 
 class WorkdirError(ValueError):
@@ -41,29 +46,72 @@ class RunDirectory:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._lock: Any = None
+        self._made: list[Path] = []
 
     @classmethod
-    def open(cls, folder: str | Path, config: Mapping[str, Any]) -> "RunDirectory":
+    def open(
+        cls, folder: str | Path, config: Mapping[str, Any], extension_problem: ExtensionProblem | None = None
+    ) -> "RunDirectory":
         """Returns the locked folder of a new run, or of a run to resume.
 
         Raises:
-          WorkdirError: if the folder holds something else, a run of another config (the fields that differ are named),
-            or a run that another process is training.
+          WorkdirError: if `check` refuses the config, or another process is training the run. Nothing is left behind.
         """
         run = cls(folder)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        if run.config_file.exists():
-            run._check_config(config)
-        elif found := sorted(path.name for path in run.folder.iterdir() if not path.name.startswith(".")):
-            raise WorkdirError(
-                f"workdir={folder} is not empty ({', '.join(found[:3])}) and holds no run; "
-                "give a new folder or that of a run"
-            )
-        run._take_lock()
+        run.check(config, extension_problem)
+        run._made = [path for path in (run.folder, *run.folder.parents) if not path.exists()]
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            run._take_lock()
+            run.check(config, extension_problem)  # another process may have begun a run since
+        except BaseException:
+            run._undo()
+            raise
         return run
+
+    def check(
+        self, config: Mapping[str, Any], extension_problem: ExtensionProblem | None = None
+    ) -> Mapping[str, Any] | None:
+        """Returns the config of the run in the folder; None if the folder can take a new run. Changes nothing.
+
+        A run without a checkpoint gives way to a new one. Another number of steps or epochs is left to
+        `extension_problem`, which receives the config of the run and its newest step, and returns a reason to refuse or None.
+
+        Raises:
+          WorkdirError: if the folder holds something else, or a run of another config (the fields that differ are named).
+        """
+        for path in (self.folder, *self.folder.parents):
+            if path.exists() and not path.is_dir():
+                raise WorkdirError(f"workdir={self.folder}: {path} is a file; give a folder")
+        if not self.folder.exists():
+            return None
+        if not self.config_file.exists():
+            if found := sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(".")):
+                raise WorkdirError(
+                    f"workdir={self.folder} is not empty ({', '.join(found[:3])}) and holds no run; "
+                    "give a new folder or that of a run"
+                )
+            return None
+        if not self.has_steps and not self._results_file.exists():
+            return None
+        known = self.config()
+        ignored = config_loading.FREE_FIELDS + LENGTH
+        if lines := config_loading.differences(known, config, ignore=ignored):
+            raise WorkdirError(
+                f"workdir={self.folder} holds a run of another config; give another workdir, or the config of the run:\n"
+                + "\n".join(f"  {line}" for line in lines)
+            )
+        lines = _length_differences(known, config)
+        if lines and extension_problem and (reason := extension_problem(known, self._newest_step())):
+            raise WorkdirError(
+                f"workdir={self.folder}: {reason}\n" + "\n".join(f"  {line}" for line in lines)
+            )
+        return known
 
     def begin(self, config: Mapping[str, Any], manifest: Mapping[str, Any], parameters: str) -> None:
         """Records the inputs of a new run, or checks that a known run has the same data.
+
+        Where the config asks for more steps than the run has, the record of the run follows it.
 
         Args:
           manifest: manifest of the data.
@@ -72,12 +120,28 @@ class RunDirectory:
         Raises:
           WorkdirError: if the data differ from those at the start of the run.
         """
-        if not self.config_file.exists():
-            write_atomically(self.config_file, config_loading.to_json(config))
-        file = self.folder / "manifest.json"
-        recorded = read_json(file)
+        known = self.check(config)
+        manifest_file = self.folder / "manifest.json"
+        if known is None:
+            files = {
+                self.config_file: config_loading.to_json(config),
+                manifest_file: to_json_text(manifest),
+                self.folder / "parameters.txt": parameters + "\n",
+            }
+            try:
+                (self.folder / WANDB_ID).unlink(missing_ok=True)
+                for file, text in files.items():
+                    write_atomically(file, text)
+            except OSError:
+                if self._made:
+                    for file in files:
+                        file.unlink(missing_ok=True)
+                self._undo()
+                raise
+            return
+        recorded = read_json(manifest_file)
         if recorded is None:
-            write_atomically(file, to_json_text(manifest))
+            write_atomically(manifest_file, to_json_text(manifest))
         elif recorded != manifest:
             fields = recorded.keys() | manifest.keys()
             differing = sorted(name for name in fields if recorded.get(name) != manifest.get(name))
@@ -85,6 +149,9 @@ class RunDirectory:
                 f"workdir={self.folder} was trained on other data: {', '.join(differing)} differ from its "
                 "manifest.json; restore that data or give a new workdir"
             )
+        if _length_differences(known, config):
+            self._results_file.unlink(missing_ok=True)  # first: they are those of fewer steps
+            write_atomically(self.config_file, config_loading.to_json(_with_length(known, config)))
         write_atomically(self.folder / "parameters.txt", parameters + "\n")
 
     @property
@@ -107,42 +174,72 @@ class RunDirectory:
     def curves(self) -> Path:
         return self.folder / "curves.png"
 
+    @property
+    def _results_file(self) -> Path:
+        return self.folder / "results.json"
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether the run has a checkpoint, be it a damaged one."""
+        names = [path.name for path in self.checkpoints.glob("*")]
+        return any(name.removesuffix(DAMAGED).isdecimal() for name in names)
+
+    def _newest_step(self) -> int:
+        steps = [int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal()]
+        return max(steps, default=0)
+
     def config(self) -> dict[str, Any]:
         """Returns the config of the run.
 
         Raises:
           WorkdirError: if there is none.
+          DamagedFileError: if it is damaged.
         """
+        plain = read_json(self.config_file)
+        if plain is None:
+            raise WorkdirError(f"workdir={self.folder} holds no run: there is no config.json")
         try:
-            return config_loading.from_json(self.config_file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise WorkdirError(f"workdir={self.folder} holds no run: there is no config.json") from None
+            return config_loading.to_plain(plain)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DamagedFileError(f"{self.config_file} is no config of a run: {error}") from None
 
     def results(self) -> dict[str, Any] | None:
-        """Returns the results of a finished run, or None."""
-        return read_json(self.folder / "results.json")
+        """Returns the results of a finished run, or None.
+
+        Raises:
+          DamagedFileError: if they are damaged.
+        """
+        try:
+            return read_json(self._results_file)
+        except DamagedFileError as error:
+            raise DamagedFileError(f"{error}; delete it, and experiments.train writes it anew") from None
+
+    def results_of(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Returns the results of a finished run; None also if the config has another number of steps than the run."""
+        results = self.results()
+        return None if results is None or _length_differences(self.config(), config) else results
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Writes the results, which marks the run as finished."""
-        write_atomically(self.folder / "results.json", to_json_text(results))
+        write_atomically(self._results_file, to_json_text(results))
 
-    def add_session(self, *, step: int, devices: str) -> dict[str, Any]:
-        """Records a start of training from `step`, and returns the record."""
-        session = dict(
-            time=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            step=step,
-            command=[Path(sys.argv[0]).name, *sys.argv[1:]],
-            devices=devices,
-            versions=versions(),
-            git=git_revision(),
-        )
-        with (self.folder / "sessions.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(session) + "\n")
-        return session
+    def add_session(self, *, step: int, devices: str) -> str | None:
+        """Records a start of training from `step`; returns what differs from the session before (see `sessions.add`)."""
+        return sessions.add(self.folder / "sessions.jsonl", step=step, devices=devices)
 
     def release(self) -> None:
         """Releases the lock for other processes; the end of the process does so too."""
         self._lock.close()
+
+    def _undo(self) -> None:
+        """Removes the folders that `open` made, if nothing is in them."""
+        if self._lock is not None:
+            self._lock.close()
+        with contextlib.suppress(OSError):
+            if self._made:
+                (self.folder / LOCK).unlink(missing_ok=True)
+            for path in self._made:
+                path.rmdir()
 
     def _take_lock(self) -> None:
         self._lock = (self.folder / LOCK).open("w")
@@ -155,31 +252,15 @@ class RunDirectory:
                 f"workdir={self.folder}: another process is training this run; wait for it or give another workdir"
             ) from None
 
-    def _check_config(self, config: Mapping[str, Any]) -> None:
-        if lines := config_loading.differences(self.config(), config):
-            raise WorkdirError(
-                f"workdir={self.folder} holds a run of another config; give another workdir, or the config of the run:\n"
-                + "\n".join(f"  {line}" for line in lines)
-            )
+
+def _length_differences(run: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Returns the lines of `loading.differences` about the length of training."""
+    parts = [{"train": {name: c["train"].get(name) for name in ("steps", "epochs")}} for c in (run, given)]
+    return config_loading.differences(*parts, ignore=())
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that results depend on."""
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in PACKAGES
-    }
-
-
-def git_revision() -> str | None:
-    """Returns the commit of the sources, with "+changes" if files differ from it; None outside a repository."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(root), *args]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
+def _with_length(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config of a run with the length of training of another config."""
+    fields = ("steps", "epochs")
+    kept = {name: value for name, value in run["train"].items() if name not in fields}
+    return {**run, "train": kept | {name: given["train"][name] for name in fields if name in given["train"]}}

@@ -19,15 +19,18 @@ def draw_curves(
       runs: lines of each run's log (see `logs.read_lines`), by displayed name.
       metric: validation metric to draw, such as "accuracy".
       baselines: values of that metric to draw as horizontal lines, by name.
+
+    Values that are missing or null, because they were not finite, are left out.
     """
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, (name, lines) in enumerate(runs.items()):
         for axes, kind, field, marker in ((left, "train", "loss", ""), (right, "validation", metric, "o")):
-            points = [(line["step"], line[field]) for line in lines if line["kind"] == kind]
+            points = [(line["step"], line.get(field)) for line in lines if line["kind"] == kind]
             points = [(step, value) for step, value in points if value is not None]
             axes.plot(*zip(*points), marker=marker, markersize=3, color=f"C{number}", label=name)
-    for number, (name, value) in enumerate((baselines or {}).items()):
+    known = {name: value for name, value in (baselines or {}).items() if value is not None}
+    for number, (name, value) in enumerate(known.items()):
         style = ("--", ":", "-.")[number % 3]
         right.axhline(value, color="0.4", linestyle=style, linewidth=1, label=name.replace("_", " "))
     left.set(xlabel="step", ylabel="training loss")

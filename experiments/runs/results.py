@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from experiments.parallel.mesh import Devices
-from experiments.runs.directory import git_revision, versions
+from experiments.runs.sessions import git_revision, versions
 from experiments.training.experiment import Experiment
 from experiments.training.loop import TEST, VALIDATION, Outcome
 
@@ -26,7 +27,7 @@ def summarize(experiment: Experiment, outcome: Outcome, devices: Devices) -> dic
         steps_per_epoch=experiment.steps_per_epoch,
         parameters=experiment.model.num_parameters,
         tokens=tokens,
-        tokens_per_second=tokens / note.training_seconds,
+        tokens_per_second=tokens / max(note.training_seconds, 1e-9),
         training_seconds=note.training_seconds,
         eval_seconds=note.eval_seconds + (outcome.test["seconds"] if test else 0.0),
         compile_seconds=note.compile_seconds,
@@ -48,12 +49,17 @@ def total_seconds(results: Mapping[str, Any]) -> float:
     return results["training_seconds"] + results["eval_seconds"] + results["compile_seconds"]
 
 
+def number(value: float | None) -> str:
+    """Returns a metric as text; results hold null where it was not finite."""
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
 def describe(results: Mapping[str, Any]) -> str:
     """Returns the results as a few lines of text."""
 
     def metrics(values: Mapping[str, float]) -> str:
         shown = (
-            f"{name} {value:.4f}" for name, value in values.items() if name not in ("examples", "seconds")
+            f"{name} {number(value)}" for name, value in values.items() if name not in ("examples", "seconds")
         )
         return ", ".join(shown)
 

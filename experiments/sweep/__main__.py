@@ -4,13 +4,14 @@
 
 Studies: copying, induction, mqar, mad, parity (see `studies`). Runs that differ in learning rate and seed alone are
 trained together. Every finished run is a line of OUT/runs.jsonl; the same command skips those, so it may be stopped and
-repeated. OUT/table.md and OUT/plot.png show all runs so far. Exit codes: 0 all runs are done; 75 some are left at
-the time limit, and the same command resumes; 1 all others are done but some failed; 2 the arguments cannot be used.
+repeated. OUT/table.md and OUT/plot.png show all runs so far. Cut or damaged lines of OUT/runs.jsonl are named, and their
+runs are run again. Exit codes: 0 all runs are done; 75 some are left at the time limit, and the same command resumes; 1 all
+others are done but some failed; 2 the arguments or the folder cannot be used.
 """
 
 import concurrent.futures
 import dataclasses
-import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,12 @@ from typing import Any
 
 import jax
 
-from experiments.config.command_line import EXIT_INTERRUPTED, REFUSALS, Parser, refuse
+from experiments.config.command_line import EXIT_INTERRUPTED, REFUSALS, ArgumentError, Parser, refuse
 from experiments.config.loading import differences, to_plain
 from experiments.parallel.mesh import Devices
-from experiments.runs.directory import git_revision, versions
+from experiments.runs.files import append_json_lines, read_json_lines, write_atomically
 from experiments.runs.interrupts import Interrupted
+from experiments.runs.sessions import git_revision, versions
 from experiments.sweep.replicas import Replicas
 from experiments.sweep.report import draw, made_by, summarize, table
 from experiments.sweep.studies import STUDIES, Job, Study
@@ -48,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         study = _shortened(STUDIES[args.study](), args.steps)
         chosen = _chosen(study, args.rows)
+        if args.out.exists() and not args.out.is_dir():
+            raise ArgumentError(f"--out={args.out} is a file; give a folder")
         args.out.mkdir(parents=True, exist_ok=True)
         if jax.default_backend() != "cpu":
             jax.config.update(
@@ -55,21 +59,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     except REFUSALS as error:
         return refuse(error)
-    file = args.out / "runs.jsonl"
-    left, failed = _run(chosen, file, deadline)
-    found = {number: _done(job, file) for number, job in enumerate(study.jobs)}
-    records = [record for runs in found.values() for record in runs]
-    if cells := summarize(study, records):
-        missing = sum(not runs for runs in found.values())
-        text = f"{table(study, cells)}\n{made_by(args.study, records, missing)}"
-        (args.out / "table.md").write_text(text, encoding="utf-8")
-        draw(study, cells, args.out / "plot.png")
-        print(f"\n{text}")
+    try:
+        left, failed = _run(chosen, args.out / "runs.jsonl", deadline)
+        _report(args.study, study, args.out)
+    except OSError as error:  # such as a full disk
+        return refuse(error)
     if left:
         print(f"{left} of {len(chosen)} jobs are left; the same command resumes", file=sys.stderr)
     if failed:
         print(f"{failed} of {len(chosen)} jobs failed", file=sys.stderr)
     return EXIT_INTERRUPTED if left else 1 if failed else 0
+
+
+def _report(name: str, study: Study, folder: Path) -> None:
+    """Prints the table of all runs so far, and writes it and the plot to the folder."""
+    known = _known(folder / "runs.jsonl")[0]
+    found = [_done(job, known) for job in study.jobs]
+    records = [record for runs in found for record in runs]
+    if cells := summarize(study, records):
+        text = f"{table(study, cells)}\n{made_by(name, records, missing=sum(not runs for runs in found))}"
+        print(f"\n{text}")
+        write_atomically(folder / "table.md", text)
+        draw(study, cells, folder / "plot.png")
 
 
 def _shortened(study: Study, steps: int | None) -> Study:
@@ -90,7 +101,10 @@ def _chosen(study: Study, rows: Sequence[str] | None) -> tuple[Job, ...]:
 
 def _run(jobs: Sequence[Job], file: Path, deadline: float | None) -> tuple[int, int]:
     """Runs the jobs without lines in the file; returns how many are left at the deadline, and how many failed."""
-    missing = [job for job in jobs if len(_done(job, file)) < len(job.rates) * len(job.seeds)]
+    known, problems = _known(file)
+    for problem in problems:
+        print(f"{problem}; its run is run again", file=sys.stderr)
+    missing = [job for job in jobs if len(_done(job, known)) < len(job.rates) * len(job.seeds)]
     print(f"{len(jobs) - len(missing)} of {len(jobs)} jobs are done", flush=True)
     pool = concurrent.futures.ThreadPoolExecutor(AHEAD)
     prepared = [pool.submit(_prepare, job) for job in missing[:AHEAD]]
@@ -106,14 +120,13 @@ def _run(jobs: Sequence[Job], file: Path, deadline: float | None) -> tuple[int, 
             except Interrupted:
                 return len(missing) - number, failed
             except (
-                ValueError,
+                *REFUSALS,
                 jax.errors.JaxRuntimeError,
             ) as error:  # such as too little memory; other jobs may fit
                 failed += 1
                 print(f"[{number + 1}/{len(missing)}] {job.row} failed: {error}", file=sys.stderr, flush=True)
                 continue
-            with file.open("a", encoding="utf-8") as lines:
-                lines.writelines(json.dumps(record) + "\n" for record in records)
+            append_json_lines(file, records)
             _progress(number + 1, len(missing), job, records)
         return 0, failed
     finally:
@@ -157,21 +170,27 @@ def _train(job: Job, replicas: Replicas, deadline: float | None) -> list[dict[st
     ]
 
 
-def _done(job: Job, file: Path) -> list[Mapping[str, Any]]:
-    """Returns the lines of the file that are runs of this job."""
-    if not file.exists():
-        return []
+def _known(file: Path) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """Returns the runs in the file, and a description of each line that is none."""
+    fields = ("row", "config", "learning_rate", "seed", "validation", "test", "device", "versions")
+    return read_json_lines(file, fields, lambda record: to_plain(record["config"]))
+
+
+def _done(job: Job, known: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the runs of this job, the newest for each learning rate and seed."""
     config = job.plain_config()
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [
-        record
-        for record in records
+    runs = {
+        (record["learning_rate"], record["seed"]): record
+        for record in known
         if record["row"] == job.row and not differences(to_plain(record["config"]), config)
-    ]
+    }
+    return list(runs.values())
 
 
 def _progress(number: int, count: int, job: Job, records: Sequence[Mapping[str, Any]]) -> None:
-    best = max(records, key=lambda record: record["validation"])
+    best = max(
+        records, key=lambda record: -math.inf if math.isnan(record["validation"]) else record["validation"]
+    )
     seconds = best["seconds_together"]
     shown = ", ".join(f"{column} {100 * value:.1f}" for column, value in best["test"].items())
     print(

@@ -118,14 +118,16 @@ class Replicas:
 
     def _steps(
         self, state: TrainState, rate: jax.Array, batches: Mapping[str, jax.Array]
-    ) -> tuple[TrainState, jax.Array]:
-        """Runs steps of one copy; returns the state and the losses."""
+    ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
+        """Runs steps of one copy; returns the state, and the loss of each step and whether its batch had a label."""
         names = self._functions.train_metric_names
 
         def step(state, batch):
             state, metrics = self._functions.step(state, batch, rate / self._rate)
             sums = dict(zip(names, metrics, strict=False))
-            return state, sums["loss"] / sums["count"]
+            labelled = sums["count"] > 0
+            loss = jnp.where(labelled, sums["loss"] / jnp.where(labelled, sums["count"], 1.0), 0.0)
+            return state, (loss, labelled)
 
         return jax.lax.scan(step, state, batches)
 
@@ -136,7 +138,7 @@ class Replicas:
           deadline: time of `time.monotonic` at which training stops.
 
         Returns:
-          "losses" (chunks, copies), means over the steps per chunk, and "seconds".
+          "losses" (chunks, copies), means over the steps with a label per chunk, and "seconds".
 
         Raises:
           Interrupted: if the deadline passes; nothing is kept.
@@ -155,8 +157,8 @@ class Replicas:
                 given = jax.device_put(waiting.result())
                 if number + 1 < count:
                     waiting = pool.submit(chunk)
-                state, values = self._chunk(state, rates, given)
-                losses.append(values.mean(axis=1))
+                state, (values, labelled) = self._chunk(state, rates, given)
+                losses.append(values.sum(axis=1) / jnp.maximum(labelled.sum(axis=1), 1))
                 if number:
                     losses[number - 1].block_until_ready()  # at most one chunk ahead
                 if deadline is not None and time.monotonic() > deadline:
@@ -165,8 +167,14 @@ class Replicas:
         return dict(losses=np.stack(jax.device_get(losses)), seconds=time.perf_counter() - start)
 
     def evaluate(self, split: str) -> list[dict[str, float]]:
-        """Returns the metrics of each copy on a split, after training."""
+        """Returns the metrics of each copy on a split, after training.
+
+        Raises:
+          ValueError: the split has no example.
+        """
         source = self._task.splits[split]
+        if not len(source):
+            raise ValueError(f"the split {split!r} has no example")
         rows = max(1, min(len(source), EVAL_TOKENS // int(source.lengths.max())))
         names = self._functions.metric_names
         totals = jnp.zeros((len(self.runs), len(names)))

@@ -16,7 +16,8 @@ Cells = dict[str, dict[str, tuple[float, float, float]]]
 def summarize(study: Study, records: Iterable[Mapping[str, Any]]) -> Cells:
     """Returns, by row and column, the mean over seeds, the spread (highest minus lowest) and the chosen learning rate.
 
-    The rate is the one with the best mean validation over seeds.
+    The rate is the one with the best mean validation over seeds. A value that is not finite, null in the records, counts
+    as the lowest.
     """
     groups: dict[tuple[str, str], dict[float, list[Mapping[str, Any]]]] = {}
     for record in records:
@@ -26,11 +27,17 @@ def summarize(study: Study, records: Iterable[Mapping[str, Any]]) -> Cells:
             )
     cells: Cells = {row: {} for row in dict.fromkeys(job.row for job in study.jobs)}
     for (row, column), by_rate in groups.items():
-        scores = {rate: np.mean([run["validation"] for run in runs]) for rate, runs in by_rate.items()}
+        scores = {
+            rate: np.mean([_or(run["validation"], -np.inf) for run in runs]) for rate, runs in by_rate.items()
+        }
         best = max(scores, key=lambda rate: (scores[rate], -rate))
-        values = [run["test"][column] for run in by_rate[best]]
+        values = [_or(run["test"][column], 0.0) for run in by_rate[best]]
         cells[row][column] = float(np.mean(values)), float(np.ptp(values)), best
     return {row: columns for row, columns in cells.items() if columns}
+
+
+def _or(value: float | None, lowest: float) -> float:
+    return lowest if value is None or not np.isfinite(value) else value
 
 
 def table(study: Study, cells: Cells) -> str:

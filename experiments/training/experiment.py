@@ -122,6 +122,49 @@ class Experiment:
         for name, options in self.model.mixer_configs.items():
             devices.check_heads(name, options)
 
+    def extension_problem(self, run: Mapping[str, Any], newest: int) -> str | None:
+        """Returns why a run cannot go on with the number of steps of this experiment; None if it can.
+
+        It can if it then equals, step by step, a run that had this number from its start: more steps with the schedules
+        "constant" and "rsqrt", and with "wsd" before its decay. "cosine" depends on the number of steps throughout.
+
+        Args:
+          run: config of the run.
+          newest: newest step with a checkpoint.
+        """
+        train = config_loading.section(run, "train", TrainConfig)
+        before, now = train.steps or train.epochs * self.steps_per_epoch, self.total_steps
+        if now == before:
+            return None
+        if now < before:
+            return f"a run can be extended, not shortened: it has {before} steps, and {now} are given"
+        options = self.optimizer.config
+        if options.schedule == "cosine":
+            return (
+                "with optimizer.schedule='cosine' the learning rates depend on the number of steps, so the run cannot be "
+                "extended; train anew in another workdir (runs with 'constant', 'rsqrt' and, before its decay, 'wsd' can be)"
+            )
+        decay = before - max(1.0, options.decay_fraction * before)
+        if options.schedule == "wsd" and newest > decay + 1:
+            return (
+                f"the decay of optimizer.schedule='wsd' began after step {int(decay) + 1}, and the newest checkpoint is that "
+                f"of step {newest}, so the run cannot be extended; train anew in another workdir"
+            )
+        return None
+
+    def check(self, devices: Devices) -> None:
+        """Raises ValueError or TypeError for what training would refuse later; computes nothing.
+
+        The model is traced with a batch of the largest width.
+        """
+        self.check_devices(devices)
+        for rows in (self.train.batch_size, self.eval_batch_size):
+            devices.my_rows(rows)
+        examples = [self.example_batches(split, self.eval_batch_size)[-1] for split in self.task.splits]
+        widest = max(examples, key=lambda batch: batch["inputs"].shape[1])
+        with devices.active():
+            metric_names_of(self.model, self.task.loss, widest)
+
     def step_functions(self, devices: Devices) -> StepFunctions:
         """Returns the jitted steps on these devices."""
         self.check_devices(devices)
@@ -146,7 +189,13 @@ def build(config: Mapping[str, Any]) -> Experiment:
     optimizer_config = config_loading.section(config, "optimizer", OptimizerConfig)
     task_options = dict(config["task"])
     check_model(config)
+    bucketing.check_bucket_bounds(np.ones(1, np.int64), data.bucket_bounds)  # before there are data
     task = make_task(task_options.pop("name"), **task_options)
+    for name, split in task.splits.items():
+        try:
+            bucketing.check_bucket_bounds(split.lengths, data.bucket_bounds)
+        except ValueError as error:
+            raise ValueError(f"split {name!r}: {error}") from None
     values = with_sizes(config, sizes_of(task))
     model = SplitModel(
         lambda rngs: build_model(values, rngs=rngs),

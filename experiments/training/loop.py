@@ -1,6 +1,8 @@
 """The training loop: steps, log lines, evaluations, checkpoints and interruptions."""
 
 import dataclasses
+import math
+import sys
 from contextlib import ExitStack
 from typing import Any
 
@@ -8,10 +10,11 @@ import jax
 
 from experiments.parallel import hosts
 from experiments.parallel.mesh import Devices
-from experiments.runs.checkpoints import Checkpoints
+from experiments.runs.checkpoints import CheckpointError, Checkpoints
 from experiments.runs.directory import RunDirectory
+from experiments.runs.files import finite
 from experiments.runs.interrupts import Interrupted, Stop
-from experiments.runs.logs import Logs, progress_bar
+from experiments.runs.logs import Logs, elapsing, progress_bar
 from experiments.training.batches import TrainBatches
 from experiments.training.compilation import PerShape
 from experiments.training.evaluation import Evaluator
@@ -36,6 +39,7 @@ class Note:
       records: metrics collected from the steps (see `StepRecords.save`).
       validation: validation metrics, if the checkpoint follows an evaluation.
       training_seconds, eval_seconds, compile_seconds: seconds spent on each, over all sessions of the run.
+      logs: `Logs.seal` of process 0 at this step; None from versions up to 0.2.0.
     """
 
     data: Any = None
@@ -44,6 +48,7 @@ class Note:
     training_seconds: float = 0.0
     eval_seconds: float = 0.0
     compile_seconds: float = 0.0
+    logs: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +81,33 @@ def train(experiment: Experiment, run: RunDirectory, *, devices: Devices, stop: 
         return _Training(experiment, run, devices, stop, stack).to_the_end()
 
 
+def restore_newest(layout: StateLayout, checkpoints: Checkpoints) -> tuple[TrainState, Note] | None:
+    """Returns the state and the note of the newest checkpoint that is intact; None if there is no checkpoint.
+
+    Damaged ones that are newer are named on standard error and set aside.
+
+    Raises:
+      CheckpointError: if all are damaged, or the checkpoint cannot be read or does not fit the model.
+    """
+    if checkpoints.latest is None:
+        return None
+    step = checkpoints.intact(reversed(checkpoints.steps))
+    if step is None:
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints.folder} is intact; restore one from a copy, "
+            "or train anew in another workdir"
+        )
+    try:
+        restored = restore(layout, checkpoints, step)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if step != checkpoints.latest:
+        checkpoints.set_aside_after(step)
+        if hosts.is_main():
+            print(f"Resuming from the checkpoint of step {step}, the newest that is intact.", file=sys.stderr)
+    return restored
+
+
 def restore(layout: StateLayout, checkpoints: Checkpoints, step: int) -> tuple[TrainState, Note]:
     """Returns the state, on the devices of `layout`, and the note of a checkpoint.
 
@@ -100,19 +132,21 @@ class _Training:
         self._layout = functions.layout
         self._evaluate = Evaluator(experiment, functions, devices)
         self._checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep_last=options.keep_last))
-        latest = self._checkpoints.latest
-        if latest is None:
-            self._state = self._layout.initial(experiment.config["seed"])
-            self._note = Note()
-        else:
-            self._state, self._note = restore(self._layout, self._checkpoints, latest)
+        stop.nothing_to_save = True
+        restored = restore_newest(self._layout, self._checkpoints)
+        self._state, self._note = restored or (self._layout.initial(experiment.config["seed"]), Note())
         self._step = int(self._state.step)
+        # The end of a run that is extended since was evaluated, where the longer run is not.
+        extended = self._note.validation is not None and not self._evaluates(self._step)
+        if extended:
+            self._checkpoints.drop_score(self._step)
         part = devices.my_rows(experiment.train.batch_size)
         self._compiled_before = self._note.compile_seconds
         self._batches = TrainBatches(experiment.train_batches(part), devices, self._note.data)
         self._logs = None
         if hosts.is_main():
-            run.add_session(step=self._step, devices=devices.describe())
+            if change := run.add_session(step=self._step, devices=devices.describe()):
+                print(f"{change}; numbers may differ in their last digits.", file=sys.stderr)
             self._logs = stack.enter_context(
                 Logs(
                     run.folder,
@@ -120,6 +154,8 @@ class _Training:
                     config=experiment.config,
                     tensorboard=options.tensorboard,
                     wandb=options.wandb,
+                    seal=self._note.logs,
+                    drop_validation=extended,
                 )
             )
         self._bar = stack.enter_context(
@@ -141,9 +177,10 @@ class _Training:
             self._compile()
         self._bar.set_description("training")
         self._stopwatch.start()
+        self._stop.nothing_to_save = False
         while self._step < total:
             self._take_step()
-            evaluate = self._step % self._experiment.eval_interval == 0 or self._step == total
+            evaluate = self._evaluates(self._step)
             save = options.checkpoint_every is not None and self._step % options.checkpoint_every == 0
             reason = self._reason_to_leave()
             if evaluate or save or reason:
@@ -155,6 +192,9 @@ class _Training:
         self._stopwatch.stop()
         return self._test()
 
+    def _evaluates(self, step: int) -> bool:
+        return step % self._experiment.eval_interval == 0 or step == self._experiment.total_steps
+
     def _reason_to_leave(self) -> str | None:
         """Returns why to save and stop now, or None. Several processes agree on it every few steps."""
         if jax.process_count() == 1:
@@ -165,10 +205,10 @@ class _Training:
         return (reason or "another process") if hosts.any_process(reason is not None) else None
 
     def _compile(self) -> None:
-        self._bar.set_description("compiling")
-        examples = self._experiment.example_batches("train", self._experiment.train.batch_size)
-        self._train_step.compile(self._state, batches=map(self._devices.abstract_batch, examples))
-        self._evaluate.compile(self._state, VALIDATION)
+        with elapsing(self._bar, "compiling"):
+            examples = self._experiment.example_batches("train", self._experiment.train.batch_size)
+            self._train_step.compile(self._state, batches=map(self._devices.abstract_batch, examples))
+            self._evaluate.compile(self._state, VALIDATION)
         self._bar.unpause()
 
     def _take_step(self) -> None:
@@ -182,10 +222,16 @@ class _Training:
     def _validate(self) -> dict[str, float]:
         self._bar.set_description("evaluating")
         metrics = self._evaluate(self._state, VALIDATION)
+        self._say_if_not_finite(VALIDATION, self._step, metrics)
         self._note.eval_seconds += metrics["seconds"]
         self._write(VALIDATION, self._step, metrics)
         self._bar.set_description("training")
         return metrics
+
+    def _say_if_not_finite(self, split: str, step: int, metrics: dict[str, float]) -> None:
+        bad = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if bad and hosts.is_main():
+            print(f"\n{split} at step {step} is not finite: {', '.join(bad)}", file=sys.stderr)
 
     def _save(self, *, evaluate: bool) -> None:
         arrays = self._layout.to_stored(self._state)
@@ -194,24 +240,30 @@ class _Training:
         note.validation = self._validate() if evaluate else None
         note.data = self._batches.position
         note.records = self._records.save()
+        note.logs = None if self._logs is None else self._logs.seal
         note.training_seconds = self._stopwatch.seconds
         note.compile_seconds = (
             self._compiled_before + self._train_step.compile_seconds + self._evaluate.compile_seconds
         )
         score = None if note.validation is None else self._experiment.score(note.validation)
-        self._checkpoints.save(self._step, arrays, dataclasses.asdict(note), score=score)
+        provisional = self._step % self._experiment.eval_interval != 0  # a longer run has no evaluation here
+        stored = finite(dataclasses.asdict(note))
+        self._checkpoints.save(self._step, arrays, stored, score=score, provisional=provisional)
 
     def _test(self) -> Outcome:
         self._checkpoints.wait()
-        best = self._checkpoints.best
-        if best is None:  # no validation has a finite score
-            best = self._step
+        self._stop.nothing_to_save = True
+        # Without a finite score, the last one is tested.
+        best = self._checkpoints.intact([*self._checkpoints.from_best, self._step])
+        if best is None:
+            raise CheckpointError(f"no checkpoint in {self._checkpoints.folder} is intact")
         state, note = restore(self._layout, self._checkpoints, best)
         test = None
         if TEST in self._experiment.task.splits:
-            self._bar.set_description("testing")
-            self._evaluate.compile(state, TEST)
-            test = self._evaluate(state, TEST)
+            with elapsing(self._bar, "testing"):
+                self._evaluate.compile(state, TEST)
+                test = self._evaluate(state, TEST)
+            self._say_if_not_finite(TEST, best, test)
             self._write(TEST, self._step, test)
         return Outcome(best, note.validation or {}, test, self._note)
 

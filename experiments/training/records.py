@@ -1,6 +1,7 @@
 """Log lines from the metrics of steps on the device, without making the device wait at each step."""
 
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.parallel import hosts
 from experiments.training.step import STEP_METRICS, means
 from layers.typing import Array, Float
+
+# Least number of steps over which the tokens per second are measured. The device works a few steps ahead, and steps that
+# are fetched together, before an evaluation, have the same time.
+RATE_STEPS = 10
 
 
 class NonFiniteError(ArithmeticError):
@@ -82,11 +88,15 @@ class StepRecords:
         self._names = (*metric_names, *STEP_METRICS)
         self._sums = len(metric_names)
         self._log_every, self._stopwatch, self._emit = log_every, stopwatch, emit
-        saved = saved or dict(interval=[], since=0.0, tokens=0)
+        saved = saved or dict(interval=[], tokens=0)
         self._on_device: deque[tuple[int, Array]] = deque()
+        self._said_unlabelled = False
         self._interval: list[Sequence[float]] = list(saved["interval"])
-        self._since: float = saved["since"]
         self.tokens: int = saved["tokens"]
+        # Step, seconds and tokens at the ends of the last lines.
+        self._marks: deque[tuple[int, float, int]] = deque(
+            map(tuple, saved.get("marks") or [(0, 0.0, 0)])  # versions up to 0.2.0 store none
+        )
 
     def add(self, step: int, metrics: Float[Array, "m"]) -> None:
         """Adds the metrics of a step; they stay on the device."""
@@ -98,34 +108,47 @@ class StepRecords:
         Raises:
           NonFiniteError: a loss or gradient norm is not finite; names the first such step.
         """
-        due = []
         while self._on_device and self._on_device[0][0] <= last_step:
-            due.append(self._on_device.popleft())
-        for (step, _), metrics in zip(due, jax.device_get([metrics for _, metrics in due]), strict=True):
-            self._take(step, np.asarray(metrics))
+            due = []
+            while self._on_device and self._on_device[0][0] <= last_step:
+                due.append(self._on_device.popleft())
+                if due[-1][0] % self._log_every == 0:
+                    break
+            for (step, _), metrics in zip(due, jax.device_get([metrics for _, metrics in due]), strict=True):
+                self._take(step, np.asarray(metrics))
 
     def save(self) -> dict[str, Any]:
         """Returns the collected metrics that are not emitted yet, as JSON."""
-        return dict(interval=self._interval, since=self._since, tokens=self.tokens)
+        return dict(interval=self._interval, marks=list(self._marks), tokens=self.tokens)
 
     def _take(self, step: int, metrics: np.ndarray) -> None:
         values = dict(zip(self._names, map(float, metrics), strict=True))
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             raise NonFiniteError(step, f"loss {values['loss']}, gradient_norm {values['gradient_norm']}")
+        if values["count"] == 0 and not self._said_unlabelled and hosts.is_main():
+            self._said_unlabelled = True
+            print(
+                f"\nstep {step}: the batch has no label, and the step changes no parameter; "
+                "this is said once per session",
+                file=sys.stderr,
+            )
         self.tokens += round(values["tokens"])
         self._interval.append(list(map(float, metrics)))
         if step % self._log_every == 0:
-            self._emit(step, self._line())
-            self._interval, self._since = [], self._stopwatch.seconds
+            seconds = self._stopwatch.seconds
+            self._emit(step, self._line(step, seconds))
+            self._interval = []
+            self._marks.append((step, seconds, self.tokens))
+            while len(self._marks) > 1 and step - self._marks[1][0] >= RATE_STEPS:
+                self._marks.popleft()
 
-    def _line(self) -> dict[str, float]:
+    def _line(self, step: int, seconds: float) -> dict[str, float]:
         rows = np.array(self._interval, np.float64)
         last = dict(zip(self._names, self._interval[-1], strict=True))
-        seconds = self._stopwatch.seconds
-        tokens = rows[:, self._names.index("tokens")].sum()
+        mark = next((m for m in reversed(self._marks) if step - m[0] >= RATE_STEPS), self._marks[0])
         return means(self._names[: self._sums], rows[:, : self._sums].sum(axis=0)) | dict(
             gradient_norm=float(rows[:, self._names.index("gradient_norm")].mean()),
             learning_rate=last["learning_rate"],
-            tokens_per_second=float(tokens / max(seconds - self._since, 1e-9)),
+            tokens_per_second=(self.tokens - mark[2]) / max(seconds - mark[1], 1e-9),
             seconds=seconds,
         )

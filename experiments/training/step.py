@@ -7,6 +7,7 @@ and evaluation return their metrics as one float32 vector. Its first entries are
 tokens.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ import optax
 
 from experiments.parallel.mesh import Devices
 from experiments.training.model import Arrays, SplitModel
-from experiments.training.optimizers import Optimizer
+from experiments.training.optimizers import Optimizer, StepCount
 from experiments.training.state import StateLayout, TrainState
 from layers.typing import Array, Float
 
@@ -90,13 +91,17 @@ class StepFunctions:
     ) -> tuple[TrainState, Float[Array, "m"]]:
         """Returns the state after one step on a batch, and the metrics of the step. A pure function.
 
+        A batch without any label changes nothing but the number of steps, from which the learning rate follows.
+
         Args:
           scale: factor on the learning rates of all groups.
         """
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         gradients, statistics, sums = self._gradients(state, batch, key)
-        gradients = {name: gradient / sums["count"] for name, gradient in gradients.items()}
-        norm = optax.tree.norm(gradients)
+        labelled = sums["count"] > 0
+        count = jnp.where(labelled, sums["count"], 1.0)
+        gradients = {name: gradient / count for name, gradient in gradients.items()}
+        norm = jnp.where(labelled, optax.tree.norm(gradients), 0.0)
         updates, optimizer = self.layout.transformation.update(gradients, state.optimizer, state.parameters)
         parameters = {
             name: (p + scale * updates[name]).astype(p.dtype) for name, p in state.parameters.items()
@@ -108,6 +113,13 @@ class StepFunctions:
         rate = scale * self._optimizer.config.learning_rate * self._optimizer.schedule(state.step)
         metrics = [*self._ordered(sums, self.train_metric_names), norm, rate, count_tokens(batch)]
         new = TrainState(state.step + 1, parameters, statistics, optimizer, average, state.key)
+        # The compiler fuses this choice with the update.
+        new = jax.tree.map(
+            lambda new, old: new if isinstance(new, StepCount) else jnp.where(labelled, new, old),
+            new,
+            state._replace(step=new.step),
+            is_leaf=lambda leaf: isinstance(leaf, StepCount),
+        )
         return new, jnp.stack([jnp.asarray(metric, jnp.float32) for metric in metrics])
 
     def _gradients(
@@ -189,13 +201,18 @@ def count_tokens(batch: Batch) -> Array:
 
 
 def means(names: tuple[str, ...], sums: np.ndarray) -> dict[str, float]:
-    """Returns the averages: each sum NAME divided by the sum NAME_count if there is one, or else by "count"."""
+    """Returns the averages: each sum NAME divided by the sum NAME_count if there is one, or else by "count".
+
+    The average of nothing, with a count of 0, is NaN.
+    """
     values = dict(zip(names, map(float, sums), strict=True))
     suffix = "_count"
     counts = {name.removesuffix(suffix): value for name, value in values.items() if name.endswith(suffix)}
     count = values.pop("count")
     return {
-        name: value / counts.get(name, count) for name, value in values.items() if not name.endswith(suffix)
+        name: value / total if (total := counts.get(name, count)) else math.nan
+        for name, value in values.items()
+        if not name.endswith(suffix)
     }
 
 

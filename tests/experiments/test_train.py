@@ -1,5 +1,6 @@
 """The command `experiments.train` in processes of its own: kills, signals, exit codes and refusals."""
 
+import errno
 import json
 import shutil
 import signal
@@ -11,10 +12,14 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import train
 from experiments.config.command_line import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_REFUSED
+from experiments.runs import logs
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.directory import RunDirectory
 from experiments.runs.logs import read_lines
+from experiments.training import experiment
+from tests.experiments import tiny
 
 TIMED = {"seconds", "tokens_per_second"}
 PATIENCE = 120.0
@@ -125,6 +130,83 @@ def test_kills_at_any_moment_change_nothing(whole, tmp_path):
     sessions = [json.loads(line)["step"] for line in (workdir / "sessions.jsonl").read_text().splitlines()]
     assert sessions == sorted(sessions)
     assert len(sessions) == 5
+
+
+@pytest.mark.slow
+def test_forty_kills_change_no_number(tmp_path):
+    """At random operations on files and at random times; see `tests.experiments.killed`."""
+    command = [sys.executable, "-m", "tests.experiments.killed", f"--folder={tmp_path}", "--kills=40"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["kills"] == 40
+    assert summary["runs"] >= 1
+    assert summary["wrong"] == []
+
+
+@pytest.mark.slow
+def test_a_lost_terminal_saves_and_a_signal_during_compilation_leaves_at_once(tmp_path):
+    workdir = tmp_path / "run"
+    sessions = workdir / "sessions.jsonl"
+    assert run_until(workdir, sessions.exists, signal.SIGTERM) == EXIT_INTERRUPTED  # the session is compiling
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        assert checkpoints.steps == []
+    assert run_until(workdir, lambda: lines(workdir, "train"), signal.SIGHUP) == EXIT_INTERRUPTED
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        assert checkpoints.latest == lines(workdir, "train")[-1]["step"]
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The command in this process, for refusals."""
+    monkeypatch.setattr(experiment, "make_task", tiny.make_tiny_task)
+    monkeypatch.setattr(experiment, "build_model", tiny.build_tiny_model)
+    return lambda workdir, *flags: train.main(
+        ["--config=tests/experiments/tiny_config.py", f"--workdir={workdir}", "--num_devices=1", *flags]
+    )
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--config.data.bucket_bounds=(8,4)", "bucket_bounds must be positive and increase"),
+        ("--config.data.bucket_bounds=(4,5)", "make that bound"),
+        ("--config.train.batch_size=100", "batch_size=100 is larger than the data set"),
+        ("--config.optimizer.warmup_steps=24", "the warm-up of 24 steps is not shorter"),
+        ("--config.mesh.tensor=3", "mesh: tensor=3 takes 3 devices"),
+        ("--num_devices=99", "num_devices=99; JAX sees"),
+        ("--stop_after_seconds=0", "stop_after_seconds=0"),
+    ],
+)
+def test_a_refused_command_leaves_nothing_behind(tmp_path, in_process, capsys, flag, message):
+    assert in_process(tmp_path / "a" / "b", flag) == EXIT_REFUSED
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_only_checked_leaves_nothing_either(tmp_path, in_process, capsys):
+    assert in_process(tmp_path / "run", "--check") == 0
+    assert "39 parameters; nothing is refused" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_cannot_be_used_are_refused_in_two_lines(tmp_path, in_process, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    assert in_process(tmp_path / "file") == EXIT_REFUSED
+    err = capsys.readouterr().err
+    assert "is a file; give a folder" in err
+    assert err.count("\n") == 2
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(logs, "write_atomically", full)
+    assert in_process(tmp_path / "run") == EXIT_REFUSED
+    err = capsys.readouterr().err
+    assert f"No space left on device: '{tmp_path / 'run' / 'metrics.jsonl'}'" in err
+    assert err.count("\n") == 2
 
 
 def test_a_finished_run_is_shown_and_another_config_refused(whole):

@@ -25,7 +25,8 @@ CLASSES = 3
 class TinyTask(Task):
     """Rows of token ids; the label of a row is its first token.
 
-    Options for tests: `slow` seconds to make a batch, and `poison`, a training example whose loss is not a number.
+    Options for tests: `slow` seconds to make a batch; `poison`, a training example whose loss is not a number; `poison_validation`,
+    the same for the first of validation; `unlabelled`, training examples without a label.
     """
 
     vocab_size = CLASSES + 2
@@ -34,17 +35,25 @@ class TinyTask(Task):
     packed = False
 
     def __init__(
-        self, *, examples: int = 48, slow: float = 0.0, poison: int | None = None, data_seed: int = 0
+        self,
+        *,
+        examples: int = 48,
+        slow: float = 0.0,
+        poison: int | None = None,
+        poison_validation: bool = False,
+        unlabelled: tuple[int, ...] = (),
+        data_seed: int = 0,
     ):
+        poisoned = {"train": poison, "validation": 0 if poison_validation else None}
         counts = {"train": examples, "validation": 10, "test": 11}
         self.splits = {
-            name: _make_split(count, seed, slow, poison if name == "train" else None)
+            name: _make_split(count, seed, slow, poisoned.get(name), unlabelled if name == "train" else ())
             for seed, (name, count) in enumerate(counts.items(), start=10 * data_seed)
         }
         self.manifest = {"name": "tiny", "parameters": {"examples": examples, "seed": data_seed}}
 
     def loss(self, outputs, batch):
-        mean, sums = cross_entropy(outputs, batch)
+        mean, sums = cross_entropy(outputs, batch | {"weight": batch["weight"] * batch["labelled"]})
         sums["loss"] = jnp.where(jnp.any(batch["poison"] > 0), jnp.nan, sums["loss"])
         return mean, sums
 
@@ -55,22 +64,26 @@ class TinyTask(Task):
 class _Split(Sequences):
     slow = 0.0
     poison: int | None = None
+    unlabelled: tuple[int, ...] = ()
 
     def gather(self, indices, width):
         time.sleep(self.slow)
         poison = np.zeros(len(indices), np.float32)
         if self.poison is not None:
             poison[indices == self.poison] = 1.0
-        return super().gather(indices, width) | {"poison": poison}
+        labelled = np.isin(indices, self.unlabelled, invert=True).astype(np.float32)
+        return super().gather(indices, width) | {"poison": poison, "labelled": labelled}
 
 
-def _make_split(count: int, seed: int, slow: float, poison: int | None) -> _Split:
+def _make_split(
+    count: int, seed: int, slow: float, poison: int | None, unlabelled: tuple[int, ...]
+) -> _Split:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, WIDTHS[-1] + 1, count)
     tokens = rng.integers(1, CLASSES + 1, lengths.sum())
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     split = _Split(tokens, offsets, tokens[offsets[:-1]] - 1)
-    split.slow, split.poison = slow, poison
+    split.slow, split.poison, split.unlabelled = slow, poison, unlabelled
     return split
 
 

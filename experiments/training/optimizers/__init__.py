@@ -10,10 +10,10 @@ import optax
 from experiments.training.model import Declaration
 from experiments.training.optimizers.config import Group, OptimizerConfig, assign_groups
 from experiments.training.optimizers.schedules import schedule
-from experiments.training.optimizers.transforms import decay_and_scale, direction
+from experiments.training.optimizers.transforms import StepCount, decay_and_scale, direction
 from layers.typing import Array, Float, Int
 
-__all__ = ["Group", "Optimizer", "OptimizerConfig", "assign_groups"]
+__all__ = ["Group", "Optimizer", "OptimizerConfig", "StepCount", "assign_groups"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 from experiments.runs.interrupts import Stop
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_a_request(number, capsys):
     before = signal.getsignal(number)
     with Stop() as stop:
@@ -31,6 +31,19 @@ def test_a_second_signal_ends_the_process():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == -signal.SIGTERM
     assert "still here" not in done.stdout
+
+
+def test_with_nothing_to_save_the_first_signal_ends_the_process():
+    code = (
+        "import os, signal, threading, time; from experiments.runs.interrupts import Stop\n"
+        "with Stop() as stop:\n"
+        "  stop.nothing_to_save = True\n"
+        "  thread = threading.Thread(target=time.sleep, args=(60,)); thread.start()\n"
+        "  os.kill(os.getpid(), signal.SIGTERM); thread.join()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 75
+    assert "Left at once because of SIGTERM" in done.stderr
 
 
 def test_a_time_limit_is_a_request(monkeypatch):

@@ -2,11 +2,13 @@
 
 import json
 import sys
+import time
 import types
 
 import pytest
 
-from experiments.runs.logs import Logs, MetricsFile, cut_after, read_lines
+from experiments.runs import logs as logs_module
+from experiments.runs.logs import Logs, MetricsFile, cut_after, elapsing, read_lines
 
 
 def open_logs(folder, *, after_step=0, tensorboard=False, wandb=None):
@@ -33,6 +35,41 @@ def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path):
     cut_after(path, 5)
     assert [line["step"] for line in read_lines(path)] == [1]
     assert path.read_text().endswith("}\n")
+
+
+def test_lost_and_changed_lines_are_said(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    with open_logs(tmp_path) as logs:
+        for step in range(1, 6):
+            logs.write("train", step, {"loss": step / 3})
+        seal = logs.seal
+        logs.write("train", 6, {"loss": 2.0})
+    MetricsFile(path, after_step=5, seal=seal).close()
+    assert capsys.readouterr().err == ""
+    whole = path.read_text().splitlines(keepends=True)
+    changes = {
+        "1 of 5 lines": [whole[0], *whole[2:]],
+        "2 of 5 lines": [*whole[:3], whole[3][:9]],
+        "some lines": [*whole[:4], whole[4].replace("1.6", "1.7")],
+    }
+    for what, lines in changes.items():
+        path.write_text("".join(lines))
+        MetricsFile(path, after_step=5, seal=seal).close()
+        err = capsys.readouterr().err
+        assert f"{path}: {what} up to step 5 are lost or changed" in err
+        assert err.count("\n") == 1
+        assert (f"{path}, line 4: the line is cut or damaged" in err) == (what == "2 of 5 lines")
+    path.write_bytes(b'5\n{}\n{"kind": "train", "step": null}\n\xff\n' + whole[0].encode())
+    assert [line["step"] for line in read_lines(path)] == [1]
+
+
+def test_a_bar_shows_that_time_passes(monkeypatch):
+    monkeypatch.setattr(logs_module.sys.stderr, "isatty", lambda: True, raising=False)
+    shown = []
+    bar = types.SimpleNamespace(set_description=shown.append)
+    with elapsing(bar, "compiling"):
+        time.sleep(1.3)
+    assert shown == ["compiling", "compiling for 1 s"]
 
 
 def test_lines_of_tests_are_written_anew(tmp_path):

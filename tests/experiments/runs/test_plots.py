@@ -19,7 +19,7 @@ LINES = [
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_curves_are_drawn(tmp_path, lines, metric):
     path = tmp_path / "curves.png"
-    draw_curves({"a": lines, "b": LINES}, path, metric=metric, baselines={"majority": 0.2})
+    draw_curves({"a": lines, "b": LINES}, path, metric=metric, baselines={"majority": 0.2, "none": None})
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 

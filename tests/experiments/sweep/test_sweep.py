@@ -109,3 +109,55 @@ def test_the_command_resumes_where_it_left(tmp_path, monkeypatch, capsys):
 def test_errors(tmp_path, capsys):
     assert command.main(["--study=mqar", f"--out={tmp_path}", "--rows=mamba7"]) == 2
     assert "rows='mamba7'; expected some of attention; deltanet" in capsys.readouterr().err
+
+
+def test_damaged_lines_are_named_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(command.STUDIES, "parity", lambda: STUDY)
+
+    def records(job):
+        return [
+            dict(
+                **record(job.row, rate, seed, float("nan") if seed else 0.5, **{"7": 0.5, "9": 0.25}),
+                config=job.plain_config(),
+                device="1 x cpu",
+                versions={"jax": "1"},
+                seconds_together=dict(compiling=0, training=0),
+            )
+            for rate in job.rates
+            for seed in job.seeds
+        ]
+
+    trained = []
+    monkeypatch.setattr(command, "_prepare", lambda job: job)
+    monkeypatch.setattr(command, "_train", lambda job, _, deadline: trained.append(job.row) or records(job))
+    arguments = ["--study=parity", f"--out={tmp_path}"]
+    assert command.main(arguments) == 0
+    file = tmp_path / "runs.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) == 8
+    assert all(json.loads(line, parse_constant=pytest.fail) for line in lines)
+    whole = (tmp_path / "table.md").read_text()
+    # The first job loses a line in part, and the end of the file is cut.
+    file.write_text("".join([lines[0], lines[1][:50] + "\n", *lines[2:], '{"row": "s5", "conf']))
+    capsys.readouterr()
+    assert command.main(arguments) == 0
+    err = capsys.readouterr().err
+    assert f"{file}, line 2: the line is cut or damaged" in err
+    assert f"{file}, line 9: " in err
+    assert trained == ["s5", "lru", "s5"]
+    assert (tmp_path / "table.md").read_text() == whole
+    assert len(command._known(file)[0]) == 11
+
+
+def test_a_job_that_cannot_be_built_leaves_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(command.STUDIES, "parity", lambda: STUDY)
+
+    def prepare(job):
+        raise TypeError("no such option")
+
+    monkeypatch.setattr(command, "_prepare", prepare)
+    assert command.main(["--study=parity", f"--out={tmp_path}"]) == 1
+    assert "2 of 2 jobs failed" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert command.main(["--study=parity", f"--out={tmp_path / 'file'}"]) == 2
+    assert "is a file; give a folder" in capsys.readouterr().err

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from experiments.parallel.mesh import Devices
-from experiments.runs.checkpoints import Checkpoints
-from experiments.runs.directory import RunDirectory
+from experiments.runs.checkpoints import CheckpointError, Checkpoints
+from experiments.runs.directory import RunDirectory, WorkdirError
 from experiments.runs.interrupts import Interrupted, Stop
 from experiments.runs.logs import read_lines
 from experiments.training import experiment, loop
@@ -41,7 +41,7 @@ class StopAfter:
 
 def train(folder, config, stop=None):
     plan = experiment.build(config)
-    run = RunDirectory.open(folder, config)
+    run = RunDirectory.open(folder, config, plan.extension_problem)
     try:
         run.begin(config, plan.task.manifest, plan.groups_table)
         return loop.train(plan, run, devices=Devices(jax.devices()[:1]), stop=stop or StopAfter())
@@ -114,6 +114,129 @@ def test_interruptions_change_nothing(tmp_path, log_every):
         with Checkpoints(tmp_path / name / "checkpoints") as checkpoints:
             last.append(checkpoints.load(24)[0])
     jax.tree.map(np.testing.assert_array_equal, *last)
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def test_a_run_resumes_from_the_newest_checkpoint_that_is_intact(tmp_path, capsys):
+    config = tiny_config(train=dict(epochs=2))
+    whole = train(tmp_path / "whole", config)
+    for checks in (7, 2):  # checkpoints of steps 4, 6, 7, 8 and 9, of which keep_last keeps two and the best
+        with pytest.raises(Interrupted):
+            train(tmp_path / "parts", config, StopAfter(checks))
+    checkpoints = tmp_path / "parts" / "checkpoints"
+    largest = max(checkpoints.glob("9/state/**/d/*"), key=lambda path: path.stat().st_size)
+    flip(largest)
+    capsys.readouterr()
+    parts = train(tmp_path / "parts", config)
+    err = capsys.readouterr().err
+    assert "The checkpoint of step 9 is damaged and left out: the content of state/" in err
+    assert "Resuming from the checkpoint of step 8, the newest that is intact." in err
+    assert (checkpoints / "9.damaged").is_dir()
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    assert same(parts, whole)
+    for path in checkpoints.glob("*/hashes.json"):
+        flip(path)
+    with pytest.raises(CheckpointError, match="no checkpoint in .* is intact; restore one"):
+        train(tmp_path / "parts", config)
+
+
+@pytest.mark.parametrize("schedule", ["rsqrt", "wsd"])
+def test_an_extended_run_equals_one_that_was_longer_from_its_start(tmp_path, schedule):
+    def config(steps):
+        return tiny_config(
+            optimizer=dict(schedule=schedule, decay_fraction=0.5),
+            train=dict(epochs=None, steps=steps, eval_every=1, checkpoint_every=3),
+        )
+
+    train(tmp_path / "longer", config(18))
+    if schedule == "wsd":  # whose decay from 12 steps begins after step 7
+        with pytest.raises(Interrupted):
+            train(tmp_path / "extended", config(12), StopAfter(6))
+    else:  # it ends, evaluated, where the longer run is not
+        train(tmp_path / "extended", config(10))
+    train(tmp_path / "extended", config(18))
+    assert RunDirectory(tmp_path / "extended").config() == config(18)
+    assert lines(tmp_path / "extended") == lines(tmp_path / "longer")
+    last = []
+    for name in ("longer", "extended"):
+        with Checkpoints(tmp_path / name / "checkpoints") as checkpoints:
+            last.append(checkpoints.load(18)[0])
+    jax.tree.map(np.testing.assert_array_equal, *last)
+    if schedule == "wsd":
+        message = "the decay of optimizer.schedule='wsd' began after step 10, and .* step 18"
+    else:
+        message = "can be extended, not shortened: it has 18 steps, and 12 are given"
+    with pytest.raises(WorkdirError, match=message):
+        train(tmp_path / "extended", config(12 if schedule == "rsqrt" else 24))
+
+
+def test_a_run_with_cosine_cannot_be_extended(tmp_path):
+    plan = experiment.build(tiny_config(train=dict(epochs=5)))
+    assert "train anew in another workdir" in plan.extension_problem(tiny_config(), 6)
+    same_length = tiny_config(train=dict(epochs=None, steps=30))
+    assert plan.extension_problem(same_length, 6) is None
+
+
+def test_saving_again_compiles_nothing(tmp_path, monkeypatch):
+    compiled, at_saves = [], []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    save = loop._Training._save
+
+    def counting(self, *, evaluate):
+        before = len(compiled)
+        save(self, evaluate=evaluate)
+        at_saves.append(len(compiled) - before)
+
+    monkeypatch.setattr(loop._Training, "_save", counting)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        train(tmp_path, tiny_config(train=dict(epochs=2)))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert at_saves[0] > 0  # so that compiling is seen at all
+    assert len(at_saves) == 4
+    assert not any(at_saves[1:])
+
+
+def test_batches_without_labels_are_passed_by(tmp_path, capsys):
+    config = tiny_config(task=dict(unlabelled=tuple(range(48))), train=dict(epochs=1, checkpoint_every=1))
+    train(tmp_path, config)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        arrays = checkpoints.load(6)[0]
+    initial = experiment.build(config).step_functions(Devices(jax.devices()[:1])).layout
+    first = jax.device_get(initial.to_stored(initial.initial(0)))
+    for name in first:
+        if name.startswith(("parameters", "average", "statistics")):
+            np.testing.assert_array_equal(arrays[name], first[name])
+    assert [line["loss"] for line in lines(tmp_path) if line["kind"] == "train"] == [None] * 6
+    assert "step 1: the batch has no label" in capsys.readouterr().err
+
+
+def test_what_training_would_refuse_is_refused_before(monkeypatch):
+    """The largest width is traced, not only the shortest, and so are bounds and lengths of all splits."""
+    with pytest.raises(ValueError, match="bucket_bounds must be positive and increase"):
+        experiment.build(tiny_config(data=dict(bucket_bounds=(8, 4))))
+    with pytest.raises(ValueError, match="split 'train': sequence .* more than the last bucket bound"):
+        experiment.build(tiny_config(data=dict(bucket_bounds=(2, 5))))
+    plan = experiment.build(tiny_config())
+    seen = set()
+
+    def loss(outputs, batch):
+        seen.add(batch["inputs"].shape[1])
+        return 0.0, {"loss": 0.0, "count": 1.0}
+
+    monkeypatch.setattr(plan.task, "loss", loss)
+    plan.check(Devices(jax.devices()[:1]))
+    assert seen == {8}
 
 
 def test_a_time_limit_saves_and_leaves(tmp_path):

@@ -1,6 +1,7 @@
 """From metrics on the device to lines of the log."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.training.records import NonFiniteError, StepRecords, Stopwatch
@@ -91,3 +92,45 @@ def test_a_stopwatch_stands_still_while_paused(monkeypatch):
     watch.stop()
     now[0] += 16
     assert watch.seconds == 15.0
+
+
+class Clock:
+    """A stopwatch that a test sets."""
+
+    seconds = 0.0
+
+
+def timed(seconds_at, collects, *, saved=None):
+    """The lines of steps that are collected in groups, each at its time."""
+    clock, lines = Clock(), []
+    records = StepRecords(
+        NAMES, log_every=1, stopwatch=clock, emit=lambda step, values: lines.append(values), saved=saved
+    )
+    step = 0
+    for seconds, count in zip(seconds_at, collects, strict=True):
+        for _ in range(count):
+            step += 1
+            records.add(step, metrics(1.0))
+        clock.seconds = seconds
+        records.collect(step)
+    return lines
+
+
+def test_tokens_per_second_are_those_of_complete_steps():
+    """Steps that are fetched together, before an evaluation, have the same time: a second per step all the same."""
+    lines = timed([1.0, 2.0, 3.0, 6.0, 7.0, 8.0, 11.0, 14.0, 17.0], [1, 1, 1, 3, 1, 1, 3, 3, 3])
+    rates = [line["tokens_per_second"] for line in lines]
+    assert len(rates) == 17
+    assert 5 < min(rates) <= max(rates) < 20
+    assert rates[2] == pytest.approx(10)
+
+
+def test_a_line_without_labels_has_no_averages_and_is_said_once(capsys):
+    records, lines = make(log_every=1)
+    for step in (1, 2):
+        records.add(step, metrics(0.0, count=0.0, accuracy=0.0, norm=0.0))
+    records.collect(2)
+    assert np.isnan([values["loss"] for _, values in lines]).all()
+    err = capsys.readouterr().err
+    assert "step 1: the batch has no label" in err
+    assert "step 2" not in err

@@ -73,6 +73,39 @@ def test_eight_devices_equal_one(accumulate):
     assert_close(eight, one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_batch_without_labels_changes_nothing_but_the_number_of_steps(accumulate):
+    config = tiny_config(train=dict(accumulate=accumulate))
+    plan, functions, devices, state = start(config)
+    names = (*functions.metric_names, "gradient_norm", "learning_rate", "tokens")
+    batches = plan.train_batches()
+    state, _ = functions.train(state, devices.put_batch(next(batches)))
+    before = jax.device_get(functions.layout.to_stored(state))
+    batch = next(batches)
+    nothing = {**batch, "labelled": 0 * batch["labelled"]}
+    state, metrics = functions.train(state, devices.put_batch(nothing))
+    after = jax.device_get(functions.layout.to_stored(state))
+    counts = [name for name, array in before.items() if name.endswith("step") or "count" in name]
+    moved = [name for name in before if not np.array_equal(before[name], after[name])]
+    assert set(moved) <= set(counts)
+    assert after["step"] == 2
+    values = dict(zip(names, map(float, metrics), strict=True))
+    assert values["count"] == values["loss"] == values["gradient_norm"] == 0
+
+
+def test_micro_batches_count_by_their_labels():
+    config = tiny_config(model=PLAIN, train=dict(accumulate=2))
+    plan, functions, devices, state = start(config)
+    batch = next(plan.train_batches())
+    first = {**batch, "labelled": (np.arange(8) % 2 == 0).astype(np.float32)}
+    state, metrics = functions.train(state, devices.put_batch(first))
+    whole = start(tiny_config(model=PLAIN))
+    expected, others = whole[1].train(whole[3], devices.put_batch(first))
+    assert_close(np.asarray(metrics), np.asarray(others), rtol=1e-4)
+    stored = [jax.device_get(f.layout.to_stored(s)) for f, s in ((functions, state), (whole[1], expected))]
+    assert_close(*stored, rtol=1e-4, atol=1e-5)
+
+
 def test_a_batch_that_devices_do_not_divide_is_refused():
     with pytest.raises(
         ValueError,
