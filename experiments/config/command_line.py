@@ -2,15 +2,17 @@
 
 import argparse
 import csv
+import os
 import re
 import runpy
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.config.fields import FieldError, set_field
+from experiments.config.files import find
 from experiments.config.loading import to_plain
 from experiments.data.cache import CorruptCacheError
 
@@ -26,8 +28,15 @@ OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 Overrides = list[tuple[str, str]]
 
 
+SOURCES = str(Path(__file__).parents[2]) + os.sep
+
+
 class ArgumentError(ValueError):
     """An invalid argument of the command; the message needs no place in the sources."""
+
+
+class ConfigFileError(ArgumentError):
+    """A config file that cannot be run; the message ends with its line."""
 
 
 def refuse(error: Exception) -> int:
@@ -35,7 +44,8 @@ def refuse(error: Exception) -> int:
     if isinstance(error, ArgumentError | FieldError):
         print(error, file=sys.stderr)
     else:
-        where = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        where = ([frame for frame in frames if frame.filename.startswith(SOURCES)] or frames)[-1]
         print(f"{type(error).__name__}: {error}\n(from {where.filename}:{where.lineno})", file=sys.stderr)
     return EXIT_REFUSED
 
@@ -61,7 +71,8 @@ class Parser(argparse.ArgumentParser):
                 "--config",
                 required=True,
                 metavar="FILE[:KEY=VALUE,...]",
-                help="the config and the arguments of its get_config; --config.SECTION.FIELD=VALUE sets a field",
+                help="the config, a file or a name that `list configs` shows, and the arguments of its get_config; "
+                "--config.SECTION.FIELD=VALUE sets a field",
             )
         if workdir:
             self.add_argument("--workdir", required=True, type=Path, help="directory of the run")
@@ -109,9 +120,9 @@ def load(config: str, overrides: Overrides = ()) -> dict[str, Any]:
     """Returns the plain config that FILE:KEY=VALUE,... and overrides describe.
 
     Raises:
-      ArgumentError: there is no such file, it has no `get_config`, or an argument is not KEY=VALUE.
+      ArgumentError: there is no such file, an argument is not KEY=VALUE, or the file raises (`ConfigFileError`).
       FieldError: an override names no field, or its text is no value of the field.
-      ValueError, TypeError: `get_config` refuses an argument, or the config is invalid.
+      ValueError, TypeError: the config is invalid.
     """
     path, colon, arguments = config.partition(":")
     for argument in filter(None, arguments.split(",")):
@@ -119,12 +130,42 @@ def load(config: str, overrides: Overrides = ()) -> dict[str, Any]:
             raise ArgumentError(
                 f"--config={config}: the argument {argument!r} is not KEY=VALUE, such as mixer={argument}"
             )
-    if not Path(path).is_file():
-        raise ArgumentError(f"--config={config}: there is no file {path}")
-    get_config = runpy.run_path(path).get("get_config")
-    if get_config is None:
-        raise ArgumentError(f"--config={config}: the file defines no get_config")
-    plain = to_plain(get_config(arguments) if colon else get_config())
+    try:
+        file = find(path)
+    except FileNotFoundError as error:
+        raise ArgumentError(f"--config={config}: {error}") from None
+    plain = to_plain(_run(file, [arguments] if colon else []))
     for field, text in overrides:
         set_field(plain, field, text)
     return to_plain(plain)
+
+
+def _run(file: Path, arguments: Sequence[str]) -> Mapping[str, Any]:
+    """Returns the mapping that `get_config` of a config file makes.
+
+    Raises:
+      ConfigFileError: the file cannot be run or its `get_config` raises; names the line of the file.
+    """
+    try:
+        get_config = runpy.run_path(str(file)).get("get_config")
+        made = get_config(*arguments) if callable(get_config) else None
+        made = made.to_dict() if hasattr(made, "to_dict") else made
+    except Exception as error:  # noqa: BLE001  whatever the file of a user raises
+        raise ConfigFileError(_with_line(error, file)) from None
+    if not callable(get_config):
+        raise ConfigFileError(f"the file defines no get_config\n(from {file})")
+    if not isinstance(made, Mapping):
+        raise ConfigFileError(
+            f"get_config returns {made!r}; expected a ConfigDict or a dict of sections\n(from {file})"
+        )
+    return made
+
+
+def _with_line(error: Exception, file: Path) -> str:
+    """Returns the error in one line, and in a second one the last line of the file that took part."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    message = str(error)
+    if isinstance(error, SyntaxError):
+        lines, message = [error.lineno], error.msg
+    where = f"{file}:{lines[-1]}" if lines and lines[-1] else str(file)
+    return f"{type(error).__name__}: {' '.join(message.split())}".rstrip(": ") + f"\n(from {where})"
