@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from experiments.config.command_line import Parser
+from experiments.config.command_line import Parser, reporting
 from experiments.config.files import shipped
 from experiments.runs.files import to_json_text
 from experiments.tasks import TASKS
@@ -72,6 +72,7 @@ def configs() -> list[Entry]:
 LISTS: dict[str, Callable[[], list[Entry]]] = {"mixers": mixers, "tasks": tasks, "configs": configs}
 
 
+@reporting
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the lists and returns the exit code."""
     parser = Parser("experiments.list", __doc__)

@@ -2,12 +2,13 @@
 
 import argparse
 import csv
+import functools
 import os
 import re
 import runpy
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ from experiments.data.cache import CorruptCacheError
 EXIT_REFUSED = 2  # the command, the config or the work directory is invalid; nothing was computed
 EXIT_DIVERGED = 65  # a loss or gradient norm is not finite; running again gives the same
 EXIT_INTERRUPTED = 75  # interrupted after saving; the same command resumes
+EXIT_PIPE = 141  # nobody reads the output any more
 EXIT_LOST = 69  # another process of the run ended; the same commands resume
 
 # Errors that an invalid argument, config, folder or data cache raises.
 REFUSALS = (ValueError, TypeError, OSError, CorruptCacheError)
+
+# What JAX says where JAX_PLATFORMS names a device that is not there.
+NO_BACKEND = "Unable to initialize backend"
 
 OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 Overrides = list[tuple[str, str]]
@@ -48,6 +53,31 @@ def refuse(error: Exception) -> int:
         where = ([frame for frame in frames if frame.filename.startswith(SOURCES)] or frames)[-1]
         print(f"{type(error).__name__}: {error}\n(from {where.filename}:{where.lineno})", file=sys.stderr)
     return EXIT_REFUSED
+
+
+def reporting(main: Callable[..., int]) -> Callable[..., int]:
+    """Returns `main` with the errors of invalid input reported by `refuse`, and no more output once its reader has gone.
+
+    For commands that compute nothing that takes long: an error of REFUSALS anywhere is taken for a user's.
+    """
+
+    @functools.wraps(main)
+    def reported(argv: Sequence[str] | None = None) -> int:
+        try:
+            code = main(argv)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # such as `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_PIPE
+        except REFUSALS as error:
+            return refuse(error)
+        except RuntimeError as error:
+            if NO_BACKEND not in str(error):
+                raise
+            return refuse(error)
+
+    return reported
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,6 +126,42 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name for line in csv.reader([text], skipinitialspace=True) for name in line)
 
 
+def positive_integer(text: str) -> int:
+    """Returns the integer in the text, at least 1. A type of arguments."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected an integer of at least 1")
+    return value
+
+
+def positive_integers(text: str) -> tuple[int, ...]:
+    """Returns the integers, at least 1, in a line of comma-separated values, at least one. A type of arguments."""
+    return tuple(positive_integer(item) for item in text.split(","))
+
+
+def positive_number(text: str) -> float:
+    """Returns the finite number in the text, above 0. A type of arguments."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number above 0")
+    return value
+
+
+def folder(text: str) -> Path:
+    """Returns the path of a folder that exists or can be made. A type of arguments."""
+    path = Path(text).expanduser()
+    existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not text or not existing.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}; {existing} is a file" if text else "it names no folder")
+    return path
+
+
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], Overrides]:
     """Returns the arguments without overrides of the config, and the overrides in order as pairs of path and text."""
     rest: list[str] = []
@@ -126,9 +192,10 @@ def load(config: str, overrides: Overrides = ()) -> dict[str, Any]:
     """
     path, colon, arguments = config.partition(":")
     for argument in filter(None, arguments.split(",")):
-        if "=" not in argument:
+        key, equals, value = argument.partition("=")
+        if not (key and equals and value):
             raise ArgumentError(
-                f"--config={config}: the argument {argument!r} is not KEY=VALUE, such as mixer={argument}"
+                f"--config={config}: the argument {argument!r} is not KEY=VALUE, such as mixer={value or key}"
             )
     try:
         file = find(path)
