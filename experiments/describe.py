@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Describes the model and returns the exit code."""
     parser = Parser("experiments.describe", __doc__, config=True)
     parser.add_argument(
-        "--lengths", type=positive_integers, default=LENGTHS, help="lengths of rows, in tokens, separated by commas"
+        "--lengths",
+        type=positive_integers,
+        default=LENGTHS,
+        help="lengths of rows, in tokens, separated by commas",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(

@@ -65,7 +65,8 @@ def tasks() -> list[Entry]:
 def configs() -> list[Entry]:
     """Returns all configs, by the path that --config takes."""
     return [
-        read(name, [ast.get_docstring(ast.parse(file.read_text("utf-8")))]) for name, file in shipped().items()
+        read(name, [ast.get_docstring(ast.parse(file.read_text("utf-8")))])
+        for name, file in shipped().items()
     ]
 
 

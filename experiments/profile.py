@@ -47,9 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", required=True, type=folder, help="folder for profile.json; made if it does not exist"
     )
-    parser.add_argument("--width", type=positive_integer, help="width of the batch (default: that of most sequences)")
     parser.add_argument(
-        "--steps", type=positive_integer, default=10, help="steps to trace, and rounds in which steps are timed"
+        "--width", type=positive_integer, help="width of the batch (default: that of most sequences)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive_integer,
+        default=10,
+        help="steps to trace, and rounds in which steps are timed",
     )
     parser.add_argument(
         "--prefer", type=names, default=(), help="implementations, as primitive/implementation"

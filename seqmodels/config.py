@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from layers.channel import CHANNEL_MIXERS
+from layers.mixers import MIXERS
 from layers.registry import make_config, suggestion
 
 REMAT = ("none", "full", "dots")
@@ -236,8 +238,15 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def _all_used(name: str, options: Mapping[str, Any], used: set[str]) -> None:
+    """Raises ValueError if `options` has a name that the pattern does not use, or the pattern one that nobody knows."""
+    known = {"mixers": MIXERS, "channels": CHANNEL_MIXERS}[name].keys() | options.keys() | {"none"}
     for key in options:
         if key not in used:
+            for other in sorted(used - known):
+                raise ValueError(
+                    f"pattern={other!r} is unknown{suggestion(other, known)}; {name} has options for {key!r}"
+                )
             raise ValueError(
-                f"{name} has options for {key!r}{suggestion(key, used)}, which the pattern does not use"
+                f"{name} has options for {key!r}{suggestion(key, used)}, which the pattern does not use; it uses "
+                f"{', '.join(sorted(used))}"
             )

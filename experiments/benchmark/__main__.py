@@ -163,7 +163,7 @@ def _parser() -> Parser:
         "--out",
         type=folder,
         default="runs/benchmark",
-        help="folder for the results; made if it does not exist"
+        help="folder for the results; made if it does not exist",
     )
     parser.add_argument(
         "--only", type=names, default=(), help="primitives, or primitive/case, to time, separated by commas"
@@ -174,7 +174,9 @@ def _parser() -> Parser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of real inputs")
     parser.add_argument("--batch", type=positive_integer, help="rows, in place of each benchmark's own")
     parser.add_argument("--time", type=positive_integer, help="tokens, in place of each benchmark's own")
-    parser.add_argument("--narrower", type=int, choices=(1, 2, 4, 8), help="divides the number of heads or channels")
+    parser.add_argument(
+        "--narrower", type=int, choices=(1, 2, 4, 8), help="divides the number of heads or channels"
+    )
     parser.add_argument("--rounds", type=positive_integer, help="measurements of every function")
     parser.add_argument("--workers", type=positive_integer, help="processes that trace and compile")
     parser.add_argument(

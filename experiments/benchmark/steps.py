@@ -66,7 +66,9 @@ def run(
             raise ValueError(f"{name!r} is unknown{suggestion(name, known)}; choose from {', '.join(known)}")
     length = shape[1] or (SHAPE_ON_CPU if jax.default_backend() == "cpu" else SHAPE)[1]
     if "packed" in rows and length < DOCUMENTS:
-        raise ValueError(f"time={length} with rows=packed; expected at least {DOCUMENTS} tokens, one per document")
+        raise ValueError(
+            f"time={length} with rows=packed; expected at least {DOCUMENTS} tokens, one per document"
+        )
     devices = Devices.first(count, MeshConfig())
     found = []
     for name in models or MODELS:

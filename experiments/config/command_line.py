@@ -201,14 +201,21 @@ def load(config: str, overrides: Overrides = ()) -> dict[str, Any]:
         file = find(path)
     except FileNotFoundError as error:
         raise ArgumentError(f"--config={config}: {error}") from None
-    plain = to_plain(_run(file, [arguments] if colon else []))
+    get_config, made = _run(file, [arguments] if colon else [])
+    if not callable(get_config):
+        raise ArgumentError(f"--config={config}: the file defines no get_config")
+    if not isinstance(made, Mapping):
+        raise ArgumentError(
+            f"--config={config}: get_config returns {made!r}; expected a ConfigDict or a dict of sections"
+        )
+    plain = to_plain(made)
     for field, text in overrides:
         set_field(plain, field, text)
     return to_plain(plain)
 
 
-def _run(file: Path, arguments: Sequence[str]) -> Mapping[str, Any]:
-    """Returns the mapping that `get_config` of a config file makes.
+def _run(file: Path, arguments: Sequence[str]) -> tuple[Any, Any]:
+    """Returns `get_config` of a config file, None if there is none, and what it returns as nested dicts.
 
     Raises:
       ConfigFileError: the file cannot be run or its `get_config` raises; names the line of the file.
@@ -216,21 +223,16 @@ def _run(file: Path, arguments: Sequence[str]) -> Mapping[str, Any]:
     try:
         get_config = runpy.run_path(str(file)).get("get_config")
         made = get_config(*arguments) if callable(get_config) else None
-        made = made.to_dict() if hasattr(made, "to_dict") else made
+        return get_config, made.to_dict() if hasattr(made, "to_dict") else made
     except Exception as error:  # noqa: BLE001  whatever the file of a user raises
         raise ConfigFileError(_with_line(error, file)) from None
-    if not callable(get_config):
-        raise ConfigFileError(f"the file defines no get_config\n(from {file})")
-    if not isinstance(made, Mapping):
-        raise ConfigFileError(
-            f"get_config returns {made!r}; expected a ConfigDict or a dict of sections\n(from {file})"
-        )
-    return made
 
 
 def _with_line(error: Exception, file: Path) -> str:
     """Returns the error in one line, and in a second one the last line of the file that took part."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)
+    ]
     message = str(error)
     if isinstance(error, SyntaxError):
         lines, message = [error.lineno], error.msg

@@ -17,7 +17,9 @@ def root() -> Path:
     for place in PLACES:
         if (place / NAME).is_dir():
             return place
-    raise FileNotFoundError(f"the configs of the package are missing: neither of {PLACES[0]} and {PLACES[1]} has {NAME}")
+    raise FileNotFoundError(
+        f"the configs of the package are missing: neither of {PLACES[0]} and {PLACES[1]} has {NAME}"
+    )
 
 
 def shipped() -> dict[str, Path]:
@@ -49,4 +51,6 @@ def find(path: str) -> Path:
     near = difflib.get_close_matches(path, files, n=1)
     near += [short[stem] for stem in difflib.get_close_matches(Path(path).stem, short, n=1)]
     hint = f"; did you mean {near[0]!r}?" if near else "; `seqmodels list configs` shows those of the package"
-    raise FileNotFoundError(f"{path} is a folder{hint}" if Path(path).is_dir() else f"there is no file {path}{hint}")
+    raise FileNotFoundError(
+        f"{path} is a folder{hint}" if Path(path).is_dir() else f"there is no file {path}{hint}"
+    )

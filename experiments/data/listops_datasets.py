@@ -114,7 +114,8 @@ def _read_official(path: Path) -> Iterator[listops.Record]:
         try:
             if (header := _text(file.readline())) != OFFICIAL_HEADER:
                 raise ValueError(f"the header must be {OFFICIAL_HEADER!r}, got {header[:80]!r}")
-            for number, line in enumerate(file, start=2):
+            for line in file:
+                number += 1
                 yield _parse_official(_text(line))
                 bar.update(1)
             if number == 1:

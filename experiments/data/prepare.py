@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="DATASET", parser_class=argparse.ArgumentParser)
     _add_listops(commands)
     for command in commands.choices.values():
-        command.add_argument("--data_dir", type=folder, help="default: $SEQMODELS_DATA, else ~/.cache/seqmodels")
+        command.add_argument(
+            "--data_dir", type=folder, help="default: $SEQMODELS_DATA, else ~/.cache/seqmodels"
+        )
     options = parser.parse_args(argv)
     print(cache.summary(options.prepare(options)))
     return 0
