@@ -29,7 +29,7 @@ REFUSALS = (ValueError, TypeError, OSError, CorruptCacheError)
 # What JAX says where JAX_PLATFORMS names a device that is not there.
 NO_BACKEND = "Unable to initialize backend"
 
-OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
+OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 Overrides = list[tuple[str, str]]
 
 
