@@ -109,7 +109,7 @@ MODELS = {
 
 
 def get_config(arg: str = "mixer=samba") -> ConfigDict:
-    options = dict(pair.split("=", 1) for pair in arg.split(",") if pair)
+    options = dict(pair.partition("=")[::2] for pair in arg.split(",") if pair)
     mixer = options.pop("mixer", "samba")
     if options:
         raise ValueError(f"hybrids.py takes mixer=NAME, not {', '.join(options)}")

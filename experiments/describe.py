@@ -19,7 +19,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.analysis.flops import Flops, count_flops
-from experiments.config.command_line import REFUSALS, Parser, names, refuse
+from experiments.config.command_line import (
+    ArgumentError,
+    Parser,
+    positive_integer,
+    positive_integers,
+    reporting,
+)
 from experiments.runs.files import to_json_text
 from experiments.training import experiment
 from layers.kernels import devices, dispatch
@@ -28,11 +34,15 @@ PREFIXES = ("", "k", "M", "G", "T", "P")
 LENGTHS = (1024, 4096, 16384, 65536)
 
 
+@reporting
 def main(argv: Sequence[str] | None = None) -> int:
     """Describes the model and returns the exit code."""
     parser = Parser("experiments.describe", __doc__, config=True)
     parser.add_argument(
-        "--lengths", type=names, default=tuple(map(str, LENGTHS)), help="lengths of rows, in tokens"
+        "--lengths",
+        type=positive_integers,
+        default=LENGTHS,
+        help="lengths of rows, in tokens, separated by commas",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
@@ -45,22 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=["cpu", "gpu", "tpu"],
         help="device for --implementations (default: the one here)",
     )
-    parser.add_argument("--batch", type=int, default=8, help="rows for --implementations")
+    parser.add_argument("--batch", type=positive_integer, default=8, help="rows for --implementations")
     values = parser.parse_args(argv)
-    try:
-        lengths, config = [int(length) for length in values.lengths], values.config
-        if values.batch < 1 or min(lengths, default=0) < 1:
-            raise ValueError(
-                f"batch={values.batch}, lengths={lengths}; expected at least 1 row and lengths of at least 1 token"
-            )
-        if values.implementations:
-            backend = values.backend or jax.default_backend()
-            rows = implementations(config, lengths[0], values.batch, backend)
-            print(to_json_text(rows) if values.json else implementations_text(rows, backend))
-            return 0
-        record = describe(config, lengths)
-    except REFUSALS as error:
-        return refuse(error)
+    if values.backend and not values.implementations:
+        raise ArgumentError(f"--backend={values.backend} has no effect without --implementations")
+    if values.implementations:
+        backend = values.backend or jax.default_backend()
+        rows = implementations(values.config, values.lengths[0], values.batch, backend)
+        print(to_json_text(rows) if values.json else implementations_text(rows, backend))
+        return 0
+    record = describe(values.config, values.lengths)
     print(to_json_text(record) if values.json else table(record), end="" if values.json else "\n")
     return 0
 

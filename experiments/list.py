@@ -11,15 +11,14 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from experiments.config.command_line import Parser
+from experiments.config.command_line import Parser, reporting
+from experiments.config.files import shipped
 from experiments.runs.files import to_json_text
 from experiments.tasks import TASKS
 from layers.mixers import MIXERS
 
-ROOT = Path(__file__).absolute().parents[1]
 # The form of a paper in a docstring: authors, a year, and usually an identifier.
 PAPER = re.compile(r"\s*\(([^()]*\b(?:19|20)\d\d\b[^()]*|(?:arXiv:)?\d{4}\.\d{4,5})\)")
 
@@ -65,16 +64,16 @@ def tasks() -> list[Entry]:
 
 def configs() -> list[Entry]:
     """Returns all configs, by the path that --config takes."""
-    files = sorted((ROOT / "configs").rglob("*.py"))
     return [
-        read(str(file.relative_to(ROOT)), [ast.get_docstring(ast.parse(file.read_text("utf-8")))])
-        for file in files
+        read(name, [ast.get_docstring(ast.parse(file.read_text("utf-8")))])
+        for name, file in shipped().items()
     ]
 
 
 LISTS: dict[str, Callable[[], list[Entry]]] = {"mixers": mixers, "tasks": tasks, "configs": configs}
 
 
+@reporting
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the lists and returns the exit code."""
     parser = Parser("experiments.list", __doc__)

@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments.analysis.hlo_sources import attribute, kernel_sources
 from experiments.benchmark.timing import Timing, interleaved
-from experiments.config.command_line import EXIT_REFUSED, REFUSALS, Parser, names, refuse
+from experiments.config.command_line import EXIT_REFUSED, Parser, folder, names, positive_integer, reporting
 from experiments.data import bucketing
 from experiments.parallel.mesh import Devices
 from experiments.runs.files import to_json_text, write_atomically
@@ -40,15 +40,21 @@ class Kernel(NamedTuple):
     milliseconds: float
 
 
+@reporting
 def main(argv: Sequence[str] | None = None) -> int:
     """Profiles and reports; returns the exit code."""
     parser = Parser("experiments.profile", __doc__, config=True)
     parser.add_argument(
-        "--out", required=True, type=Path, help="folder for profile.json; made if it does not exist"
+        "--out", required=True, type=folder, help="folder for profile.json; made if it does not exist"
     )
-    parser.add_argument("--width", type=int, help="width of the batch (default: that of most sequences)")
     parser.add_argument(
-        "--steps", type=int, default=10, help="steps to trace, and rounds in which steps are timed"
+        "--width", type=positive_integer, help="width of the batch (default: that of most sequences)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive_integer,
+        default=10,
+        help="steps to trace, and rounds in which steps are timed",
     )
     parser.add_argument(
         "--prefer", type=names, default=(), help="implementations, as primitive/implementation"
@@ -63,19 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return EXIT_REFUSED
-    try:
-        if values.steps < 1:
-            raise ValueError(f"steps={values.steps}; expected at least 1")
-        folder = values.out
-        folder.mkdir(parents=True, exist_ok=True)
-        plan = experiment.build(values.config)
-        devices = Devices.first(1)
-        plan.check_devices(devices)
-        batch = training_batch(plan, values.width)
-        prefer = preferences(values.prefer)
-        others = {name: prefer | preferences([name], "compare") for name in values.compare}
-    except REFUSALS as error:
-        return refuse(error)
+    prefer = preferences(values.prefer)
+    others = {name: prefer | preferences([name], "compare") for name in values.compare}
+    plan = experiment.build(values.config)
+    devices = Devices.first(1)
+    plan.check_devices(devices)
+    batch = training_batch(plan, values.width)
     record = dict(
         command=["experiments.profile", *sys.argv[1:]],
         devices=devices.describe(),
@@ -85,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         steps=values.steps,
     )
     record |= profile_step(plan, devices, batch, values.steps, prefer, others)
-    write_atomically(folder / "profile.json", to_json_text(record))
+    values.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(values.out / "profile.json", to_json_text(record))
     print(describe(record))
     return 0
 

@@ -1,5 +1,9 @@
 """Whole models: a stack of blocks between an embedding and a head, built from a plain mapping."""
 
+from seqmodels import neighbours  # before anything of `layers` is imported
+
+# isort: split
+import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +16,13 @@ from seqmodels.classifier import Classifier
 from seqmodels.config import AutoencoderConfig, ClassifierConfig, LanguageModelConfig, parse
 from seqmodels.language_model import LanguageModel
 
-__all__ = ["Autoencoder", "Classifier", "LanguageModel", "build_model"]
+__all__ = ["Autoencoder", "Classifier", "LanguageModel", "__version__", "build_model"]
+
+del neighbours
+try:
+    __version__ = importlib.metadata.version("jax-seqmodels")
+except importlib.metadata.PackageNotFoundError:  # the sources are on the path and nothing is installed
+    __version__ = "unknown"
 
 MODELS = {
     ClassifierConfig: Classifier,

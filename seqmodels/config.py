@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from layers.channel import CHANNEL_MIXERS
 from layers.mixers import MIXERS
 from layers.options import Bound, DtypeNames, Fraction, NonNegative, Positive, checked_dataclass
 from layers.registry import make_config, suggestion
@@ -228,8 +229,15 @@ def _options(config_class: type) -> list[str]:
 
 
 def _all_used(name: str, options: Mapping[str, Any], used: set[str]) -> None:
+    """Raises ValueError if `options` has a name that the pattern does not use, or the pattern one that nobody knows."""
+    known = {"mixers": MIXERS, "channels": CHANNEL_MIXERS}[name].keys() | options.keys() | {"none"}
     for key in options:
         if key not in used:
+            for other in sorted(used - known):
+                raise ValueError(
+                    f"pattern={other!r} is unknown{suggestion(other, known)}; {name} has options for {key!r}"
+                )
             raise ValueError(
-                f"{name} has options for {key!r}{suggestion(key, used)}, which the pattern does not use"
+                f"{name} has options for {key!r}{suggestion(key, used)}, which the pattern does not use; it uses "
+                f"{', '.join(sorted(used))}"
             )

@@ -30,7 +30,7 @@ MODELS = {
 
 
 def get_config(arg: str = "mixer=s5") -> ConfigDict:
-    options = dict(pair.split("=", 1) for pair in arg.split(",") if pair)
+    options = dict(pair.partition("=")[::2] for pair in arg.split(",") if pair)
     mixer = options.pop("mixer", "s5")
     if options:
         raise ValueError(f"listops_short.py takes mixer=NAME, not {', '.join(options)}")

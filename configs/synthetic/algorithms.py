@@ -27,7 +27,7 @@ LENGTHS = {  # of training, and of the further splits
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    given = dict(pair.split("=", 1) for pair in arg.split(",") if pair)
+    given = dict(pair.partition("=")[::2] for pair in arg.split(",") if pair)
     if unknown := given.keys() - OPTIONS.keys():
         raise ValueError(f"algorithms.py takes {', '.join(OPTIONS)}, not {', '.join(unknown)}")
     options = OPTIONS | given

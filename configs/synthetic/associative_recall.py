@@ -15,7 +15,7 @@ LONG = 131_072
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    given = dict(pair.split("=", 1) for pair in arg.split(",") if pair)
+    given = dict(pair.partition("=")[::2] for pair in arg.split(",") if pair)
     if unknown := given.keys() - OPTIONS.keys():
         raise ValueError(f"associative_recall.py takes {', '.join(OPTIONS)}, not {', '.join(unknown)}")
     options = OPTIONS | given

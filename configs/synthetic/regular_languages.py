@@ -14,7 +14,7 @@ OPTIONS = dict(mixer="gla", width="", depth="2", learning_rate="", scale="small"
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    given = dict(pair.split("=", 1) for pair in arg.split(",") if pair)
+    given = dict(pair.partition("=")[::2] for pair in arg.split(",") if pair)
     if unknown := given.keys() - OPTIONS.keys():
         raise ValueError(f"regular_languages.py takes {', '.join(OPTIONS)}, not {', '.join(unknown)}")
     options = OPTIONS | given

@@ -19,7 +19,7 @@ BARE = ("dss", "liquid_s4", "lru", "s4", "s4d", "s5", "sgconv")
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    given = dict(pair.split("=", 1) for pair in arg.split(",") if pair)
+    given = dict(pair.partition("=")[::2] for pair in arg.split(",") if pair)
     if unknown := given.keys() - OPTIONS.keys():
         raise ValueError(f"selective_copying.py takes {', '.join(OPTIONS)}, not {', '.join(unknown)}")
     options = OPTIONS | given

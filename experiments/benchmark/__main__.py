@@ -14,11 +14,9 @@ inputs float32. On a GPU `--workers` processes compile and check in parallel, wh
 our implementations failed or a process ended, the others are in the table; 2 an argument cannot be used.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +24,15 @@ import jax
 from experiments.benchmark import kernels, peers, report, scaling, steps, tune
 from experiments.benchmark.processes import EndedEarly
 from experiments.benchmark.timing import ceilings
-from experiments.config.command_line import REFUSALS, Parser, names, refuse
+from experiments.config.command_line import (
+    Parser,
+    folder,
+    names,
+    positive_integer,
+    positive_integers,
+    positive_number,
+    reporting,
+)
 from experiments.parallel.mesh import Devices
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.runs.sessions import git_revision, versions
@@ -35,19 +41,15 @@ STUDIES = ("kernels", "scaling", "steps", "tune")
 ON_CPU = {"dtype": "float32", "batch": 1, "time": 1024, "narrower": 8, "rounds": 5, "workers": 1}
 
 
+@reporting
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a study and returns the exit code."""
     values = _parser().parse_args(argv)
     study = values.study
-    try:
-        _share_memory(1 if study in ("steps", "tune") else values.workers or kernels.Options.workers)
-        options = _options(values)
-        lengths = tuple(map(int, values.lengths.split(",")))
-        chosen = [] if study in ("steps", "tune") else list(kernels.selected(options.only))
-        folder = Path(values.out)
-        folder.mkdir(parents=True, exist_ok=True)
-    except REFUSALS as error:
-        return refuse(error)
+    _share_memory(1 if study in ("steps", "tune") else values.workers or kernels.Options.workers)
+    options = _options(values)
+    chosen = [] if study in ("steps", "tune") else list(kernels.selected(options.only))
+    out = values.out
     device = Devices.first(1).describe()
     record: dict[str, Any] = dict(
         command=["experiments.benchmark", *sys.argv[1:]],
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rounds=options.rounds,
     )
     if study == "tune":
-        return _tune(options.only, values, folder, record)
+        return _tune(options.only, values, record)
     rows: list[dict[str, Any]] = []
 
     def say(line: str) -> None:
@@ -70,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         store()
 
     def store() -> None:
-        write_atomically(folder / f"{study}.json", to_json_text(record | {"rows": rows}))
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / f"{study}.json", to_json_text(record | {"rows": rows}))
 
     problems = []
     try:
@@ -83,21 +86,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             shape, rounds = (values.batch, values.time), values.rounds or 5
             record["rounds"], record["device"] = rounds, Devices.first(values.num_devices).describe()
             print(record["device"], flush=True)
-            try:
-                steps.run(
-                    values.only,
-                    values.rows,
-                    values.num_devices,
-                    shape,
-                    rounds,
-                    lambda row: add(row, steps.line(row)),
-                    say,
-                )
-            except ValueError as error:
-                return refuse(error)
+            steps.run(
+                values.only,
+                values.rows,
+                values.num_devices,
+                shape,
+                rounds,
+                lambda row: add(row, steps.line(row)),
+                say,
+            )
         else:
             print(f"{device}; one row; both passes", flush=True)
-            rows[:] = scaling.run(options, lengths, lambda row: add(row, _scaling_line(row)), say)
+            rows[:] = scaling.run(options, values.lengths, lambda row: add(row, _scaling_line(row)), say)
         store()
     except EndedEarly as error:
         problems.append(str(error))
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems += [report.line(row) for row in kernels.failures(rows)]
     if rows and study != "steps":
         draw = report.draw_bars if study == "kernels" else report.draw_scaling
-        draw(rows, folder / f"{study}.png", device)
+        draw(rows, out / f"{study}.png", device)
     for problem in problems:
         say(problem)
     return 1 if problems else 0
@@ -120,19 +120,17 @@ def _share_memory(workers: int) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9" if workers == 1 else "0.4")
 
 
-def _tune(only: tuple[str, ...], values: Any, folder: Path, record: dict[str, Any]) -> int:
+def _tune(only: tuple[str, ...], values: Any, record: dict[str, Any]) -> int:
     limit = ceilings("float32")
     record["ceilings"] = limit._asdict()
     print(f"{record['device']}; {_describe({'float32': limit})}", flush=True)
     sizes = tune.Sizes(values.batch, values.time, values.narrower or 1, values.rounds or tune.Sizes.rounds)
 
     def keep(rows: list[dict[str, Any]]) -> None:
-        write_atomically(folder / "tune.json", to_json_text(record | {"rows": rows}))
+        values.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(values.out / "tune.json", to_json_text(record | {"rows": rows}))
 
-    try:
-        tune.run(only, sizes, limit.bytes, lambda line: print(line, flush=True), keep)
-    except ValueError as error:
-        return refuse(error)
+    tune.run(only, sizes, limit.bytes, lambda line: print(line, flush=True), keep)
     return 0
 
 
@@ -143,8 +141,6 @@ def _options(values: Any) -> kernels.Options:
         for name in ("dtype", "batch", "time", "narrower", "rounds", "workers", "patience")
     }
     given = {name: value for name, value in given.items() if value is not None}
-    if given.get("narrower", 1) not in (1, 2, 4, 8):
-        raise ValueError(f"narrower={values.narrower}; expected 1, 2, 4 or 8")
     return kernels.Options(only=values.only, peers=values.peers, **(defaults | given))
 
 
@@ -164,7 +160,10 @@ def _parser() -> Parser:
     parser = Parser("experiments.benchmark", __doc__)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument(
-        "--out", default="runs/benchmark", help="folder for the results; made if it does not exist"
+        "--out",
+        type=folder,
+        default="runs/benchmark",
+        help="folder for the results; made if it does not exist",
     )
     parser.add_argument(
         "--only", type=names, default=(), help="primitives, or primitive/case, to time, separated by commas"
@@ -173,27 +172,27 @@ def _parser() -> Parser:
         "--peers", action="store_true", help="time other libraries that can be imported, and plain JAX"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of real inputs")
-    parser.add_argument("--batch", type=_positive, help="rows, in place of each benchmark's own")
-    parser.add_argument("--time", type=_positive, help="tokens, in place of each benchmark's own")
-    parser.add_argument("--narrower", type=int, help="divides the number of heads or channels: 1, 2, 4 or 8")
-    parser.add_argument("--rounds", type=_positive, help="measurements of every function")
-    parser.add_argument("--workers", type=_positive, help="processes that trace and compile")
+    parser.add_argument("--batch", type=positive_integer, help="rows, in place of each benchmark's own")
+    parser.add_argument("--time", type=positive_integer, help="tokens, in place of each benchmark's own")
     parser.add_argument(
-        "--patience", type=float, help="seconds for one implementation to compile and be checked"
+        "--narrower", type=int, choices=(1, 2, 4, 8), help="divides the number of heads or channels"
+    )
+    parser.add_argument("--rounds", type=positive_integer, help="measurements of every function")
+    parser.add_argument("--workers", type=positive_integer, help="processes that trace and compile")
+    parser.add_argument(
+        "--patience", type=positive_number, help="seconds for one implementation to compile and be checked"
     )
     parser.add_argument(
         "--rows", type=names, default=steps.ROWS, help="kinds of rows, for `steps`: whole, ones and packed"
     )
-    parser.add_argument("--num_devices", type=_positive, default=1, help="devices, for `steps`")
-    parser.add_argument("--lengths", default="2048,8192,32768,131072", help="tokens per row, for `scaling`")
+    parser.add_argument("--num_devices", type=positive_integer, default=1, help="devices, for `steps`")
+    parser.add_argument(
+        "--lengths",
+        type=positive_integers,
+        default=(2048, 8192, 32768, 131072),
+        help="tokens per row, for `scaling`",
+    )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}; expected at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -59,11 +59,16 @@ def run(
       rounds: measurements per step.
 
     Raises:
-      ValueError: unknown names, or more devices than there are.
+      ValueError: unknown names, more devices than there are, or rows too short to be packed.
     """
     for name, known in [*((m, MODELS) for m in models), *((r, ROWS) for r in rows)]:
         if name not in known:
             raise ValueError(f"{name!r} is unknown{suggestion(name, known)}; choose from {', '.join(known)}")
+    length = shape[1] or (SHAPE_ON_CPU if jax.default_backend() == "cpu" else SHAPE)[1]
+    if "packed" in rows and length < DOCUMENTS:
+        raise ValueError(
+            f"time={length} with rows=packed; expected at least {DOCUMENTS} tokens, one per document"
+        )
     devices = Devices.first(count, MeshConfig())
     found = []
     for name in models or MODELS:

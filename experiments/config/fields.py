@@ -24,6 +24,7 @@ from seqmodels.config import KINDS, InputConfig, StackConfig
 
 Place = tuple[str, ...]
 MAPPING = Mapping[str, Any]
+NAMED_IN_PATTERN = {("model", "mixers"): MIXERS, ("model", "channels"): CHANNEL_MIXERS}
 SECTION_CLASSES = {"optimizer": OptimizerConfig, "train": TrainConfig, "data": DataConfig, "mesh": MeshConfig}
 
 
@@ -75,7 +76,11 @@ def _field(config: MAPPING, place: Place, field: Field, values: MAPPING, name: s
     if name in values:
         return Field(Any if values[name] is None else _type_of(values[name]), values[name])
     names = [*known, *(key for key in values if key not in known)]
-    hint = suggestion(name, names) or f"; fields: {', '.join(names) or 'none'}"
+    # A name in the pattern may be the typing mistake itself.
+    usable = NAMED_IN_PATTERN[place].keys() | values.keys() if place in NAMED_IN_PATTERN else names
+    hint = (
+        suggestion(name, [one for one in names if one in usable]) or f"; fields: {', '.join(names) or 'none'}"
+    )
     raise FieldError(f"{'.'.join(['config', *place])} has no field {name!r}{hint}")
 
 

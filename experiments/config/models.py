@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
 from experiments.tasks import TASKS, make_task
 from seqmodels import build_model
+from seqmodels.config import KINDS
 
+CLASSIFIER = "classifier"
 SIZES = ("vocab_size", "input_size", "num_classes")
 # Placeholders for the sizes of a task that knows them only once it has its data.
 PLACEHOLDERS = {"vocab_size": 2, "num_classes": 2}
@@ -36,11 +39,44 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str,
     """Returns the section `model` with the sizes of the task.
 
     Raises:
-      ValueError: the section sets one of them.
+      ValueError: the section sets one of them, or its kind of model has no use for one.
     """
-    if clash := sorted(sizes.keys() & config["model"].keys()):
+    model, task = config["model"], config["task"].get("name")
+    if clash := sorted(sizes.keys() & model.keys()):
         raise ValueError(f"config.model sets {', '.join(clash)}, which the task gives; leave it out")
-    return config["model"] | sizes
+    inputs = {"vocab_size": "tokens", "input_size": "vectors"}
+    for other in inputs.keys() & model.keys() if inputs.keys() & sizes.keys() else ():
+        (given,) = inputs.keys() & sizes.keys()
+        raise ValueError(
+            f"config.model sets {other}, but the inputs of the task {task!r} are {inputs[given]}; leave it out"
+        )
+    kind = model.get("kind")
+    if kind in KINDS and "num_classes" in sizes and kind != CLASSIFIER:
+        raise ValueError(
+            f"config.model.kind={kind!r}, but the task {task!r} has one label per row, of {sizes['num_classes']} classes; "
+            f"expected kind={CLASSIFIER!r}"
+        )
+    return model | sizes
+
+
+def check_kind(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    """Raises ValueError if the model classifies rows and the task, all of whose sizes are given, has no label of rows."""
+    model, task = config["model"], config["task"].get("name")
+    if model.get("kind") == CLASSIFIER and sizes and not {"num_classes"} & {*sizes, *model}:
+        raise ValueError(
+            f"config.model.kind={CLASSIFIER!r}, but the labels of the task {task!r} belong to tokens, not to rows; "
+            "expected kind='language_model'"
+        )
+
+
+def check_positions(config: Mapping[str, Any], split: str, lengths: np.ndarray) -> None:
+    """Raises ValueError if a row of a split, one segment, is longer than the model's table of learned positions."""
+    rows, longest = config["model"].get("max_positions"), int(lengths.max(initial=0))
+    if rows is not None and longest > rows:
+        raise ValueError(
+            f"config.model.max_positions={rows}, but the longest row of the split {split!r} has {longest} tokens; expected "
+            f"at least {longest}"
+        )
 
 
 def abstract_model(config: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
@@ -62,8 +98,10 @@ def check_model(config: Mapping[str, Any]) -> None:
       ValueError, TypeError: the section is invalid; the message names the field.
     """
     sizes = sizes_without_data(config)
+    if getattr(TASKS.get(config["task"]["name"]), "makes_no_data", False):
+        check_kind(config, sizes)
     if not sizes and config["task"]["name"] in TASKS:
-        classifies = config["model"].get("kind") == "classifier"
+        classifies = config["model"].get("kind") == CLASSIFIER
         sizes = PLACEHOLDERS if classifies else {"vocab_size": PLACEHOLDERS["vocab_size"]}
     if sizes:
         abstract_model(config, sizes)

@@ -109,6 +109,7 @@ def load_or_build(
 
     Raises:
       CorruptCacheError: if the folder exists and its content does not match the recipe.
+      OSError: if the folder cannot be made or written.
     """
     root = data_root(data_dir)
     folder = root / recipe.folder_name
@@ -116,7 +117,13 @@ def load_or_build(
         if _BUILD_IN.get() is not None:
             root = Path(_BUILD_IN.get())
             folder = root / recipe.folder_name
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"data_dir={str(root)!r} is no folder and cannot be made one ({error.strerror}); give another, or set "
+                "$SEQMODELS_DATA"
+            ) from None
         _remove_stale(root, recipe.folder_name)
         _write(recipe, build(), folder)
     return load(recipe, folder)
@@ -209,10 +216,13 @@ def _write(recipe: Recipe, splits: Mapping[str, Sequences], folder: Path) -> Non
 
 
 def _write_records(path: Path, sequences: Sequences) -> None:
-    writer = array_record_module.ArrayRecordWriter(str(path), WRITER_OPTIONS)
-    for tokens, label in sequences.records():
-        writer.write(LABEL.pack(label) + tokens)
-    writer.close()
+    try:
+        writer = array_record_module.ArrayRecordWriter(str(path), WRITER_OPTIONS)
+        for tokens, label in sequences.records():
+            writer.write(LABEL.pack(label) + tokens)
+        writer.close()
+    except RuntimeError as error:  # array_record's form of an OSError
+        raise OSError(f"{path} cannot be written: {str(error).partition(';')[0]}") from None
 
 
 def _read_records(path: Path, dtype: str) -> Sequences:

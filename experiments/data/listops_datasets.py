@@ -52,7 +52,8 @@ def load_official(
 
     Raises:
       FileNotFoundError: if one of the files is missing.
-      ValueError: if a file is not a header `Source<tab>Target` followed by expressions and digits; names file and line.
+      ValueError: if a file is not a header `Source<tab>Target` followed by expressions and their values, digits; names
+        file and line.
     """
     folder = Path(official_dir).expanduser()
     paths = {split: folder / name for split, name in OFFICIAL_FILES.items()}
@@ -107,27 +108,40 @@ def _sha256(path: Path) -> str:
 
 
 def _read_official(path: Path) -> Iterator[listops.Record]:
-    with path.open(encoding="utf-8") as file, _progress(f"Reading {path.name}", None, "lines") as bar:
-        if (header := file.readline().rstrip("\n")) != OFFICIAL_HEADER:
-            raise ValueError(f"{path}:1: the header must be {OFFICIAL_HEADER!r}, got {header[:80]!r}")
+    # As bytes, so that one that is no UTF-8 is found in its line.
+    with path.open("rb") as file, _progress(f"Reading {path.name}", None, "lines") as bar:
         number = 1
-        for number, line in enumerate(file, start=2):
-            try:
-                yield _parse_official(line.rstrip("\n"))
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
-            bar.update(1)
-        if number == 1:
-            raise ValueError(f"{path}:2: no expression follows the header")
+        try:
+            if (header := _text(file.readline())) != OFFICIAL_HEADER:
+                raise ValueError(f"the header must be {OFFICIAL_HEADER!r}, got {header[:80]!r}")
+            for line in file:
+                number += 1
+                yield _parse_official(_text(line))
+                bar.update(1)
+            if number == 1:
+                number = 2
+                raise ValueError("no expression follows the header")
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+
+
+def _text(line: bytes) -> str:
+    try:
+        return line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        byte = line[error.start]
+        raise ValueError(f"byte {error.start + 1} of the line, {byte:#04x}, is no UTF-8 text") from None
 
 
 def _parse_official(line: str) -> listops.Record:
     source, *targets = line.split("\t")
     if len(targets) != 1 or targets[0] not in tuple("0123456789"):
-        raise ValueError("expected an expression, a tab and a digit")
+        raise ValueError(f"expected an expression, a tab and a digit, got {line[-40:]!r}")
     tokens = listops.encode(source.translate(REMOVE_PARENTHESES))
-    listops.evaluate(tokens)
-    return tokens, int(targets[0])
+    label, value = int(targets[0]), listops.evaluate(tokens)
+    if label != value:
+        raise ValueError(f"the label is {label}, but the expression is {value}")
+    return tokens, label
 
 
 def _progress(description: str, total: int | None, unit: str) -> tqdm:

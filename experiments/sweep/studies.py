@@ -6,12 +6,10 @@ With these sizes one GPU runs a study in minutes; each study states the differen
 import dataclasses
 import runpy
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from experiments.config.files import shipped
 from experiments.config.loading import to_plain
-
-CONFIGS = Path(__file__).absolute().parents[2] / "configs" / "synthetic"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +34,8 @@ class Job:
     def plain_config(self) -> dict[str, Any]:
         """Returns the config with its changes."""
         name, _, arguments = self.config.partition(":")
-        config = to_plain(runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](arguments))
+        file = shipped()[f"configs/synthetic/{name}.py"]
+        config = to_plain(runpy.run_path(str(file))["get_config"](arguments))
         config["train"] |= {"epochs": None, "steps": 1}
         for path, value in self.changes.items():
             *parents, last = path.split(".")

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.config.loading import check_integer
 from experiments.data import listops, listops_datasets
 from experiments.data.sequences import Sequences
 from experiments.tasks.classification import cross_entropy
@@ -57,6 +58,8 @@ class ListOps(Task):
           ValueError: if `official_dir` is combined with an argument of the generator, or a value is invalid.
           CorruptCacheError: if the cached data set is damaged.
         """
+        if workers is not None:
+            check_integer("task.workers", workers, least=1)
         overrides = dict(seed=seed, train=train, validation=validation, test=test)
         overrides = {name: value for name, value in overrides.items() if value is not None}
         if official_dir is None:

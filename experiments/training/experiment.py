@@ -8,7 +8,15 @@ import numpy as np
 
 from experiments.config import loading as config_loading
 from experiments.config.loading import DataConfig, MeshConfig, TrainConfig
-from experiments.config.models import abstract_model, check_model, sizes_of, sizes_without_data, with_sizes
+from experiments.config.models import (
+    abstract_model,
+    check_kind,
+    check_model,
+    check_positions,
+    sizes_of,
+    sizes_without_data,
+    with_sizes,
+)
 from experiments.data import bucketing, pipeline
 from experiments.parallel.mesh import Devices
 from experiments.tasks import TASKS, make_task
@@ -92,6 +100,7 @@ class Experiment:
         """
         if split not in self.task.splits:
             raise ValueError(f"the task has no split {split!r}; it has {', '.join(self.task.splits)}")
+        self.check_split(split)
         return pipeline.eval_batches(
             self.task.splits[split],
             batch_size=self.eval_batch_size,
@@ -101,6 +110,13 @@ class Experiment:
             prefetch=self.data.prefetch,
             sizes=sizes_of(self.task),
         )
+
+    def check_split(self, split: str) -> None:
+        """Raises ValueError unless the rows of a split fit the buckets and the model's table of positions."""
+        lengths = self.task.splits[split].lengths
+        bucketing.check_bucket_bounds(lengths, self.data.bucket_bounds)
+        if not self.task.packed:
+            check_positions(self.config, split, lengths)
 
     def example_batches(self, split: str, batch_size: int) -> list[dict[str, np.ndarray]]:
         """Returns one batch per width that batches of a split can have."""
@@ -191,6 +207,7 @@ def build(config: Mapping[str, Any]) -> Experiment:
     check_model(config)
     bucketing.check_bucket_bounds(np.ones(1, np.int64), data.bucket_bounds)  # before there are data
     task = make_task(task_options.pop("name"), **task_options)
+    check_kind(config, sizes_of(task))
     for name, split in task.splits.items():
         try:
             bucketing.check_bucket_bounds(split.lengths, data.bucket_bounds)
@@ -214,8 +231,10 @@ def build(config: Mapping[str, Any]) -> Experiment:
         warmup_steps=warmup,
         total_steps=train.steps or train.epochs * steps_per_epoch,
     )
-    example = source.gather(np.array([np.argmin(source.lengths)]), int(source.lengths.min()))
-    return Experiment(
+    # The widest batch, so that a model that cannot take it says so before anything is computed.
+    bounds, longest = bucketing.check_bucket_bounds(source.lengths, data.bucket_bounds), source.lengths.max()
+    example = source.gather(np.array([0]), int(bounds[np.searchsorted(bounds, longest)]))
+    plan = Experiment(
         config=config,
         train=train,
         data=data,
@@ -226,6 +245,10 @@ def build(config: Mapping[str, Any]) -> Experiment:
         steps_per_epoch=steps_per_epoch,
         metric_names=metric_names_of(model, task.loss, example | {"weight": np.ones(1, np.float32)}),
     )
+    for split in ("train", "validation", "test"):
+        if split in task.splits:
+            plan.check_split(split)
+    return plan
 
 
 def model_without_data(config: Mapping[str, Any]) -> Any:

@@ -73,14 +73,12 @@ def test_error_names_a_command_that_rebuilds(generated, tmp_path, capsys):
     program, *arguments = str(caught.value).split("`")[1].split("experiments.data.prepare ")
     assert program == "python -m "
     arguments = arguments[0].split()
-    with pytest.raises(SystemExit) as exit_info:
-        prepare.main(arguments)
-    assert exit_info.value.code == 1
+    assert prepare.main(arguments) == 2
     assert str(manifest) in capsys.readouterr().err
     for path in dataset.folder.iterdir():
         path.unlink()
     dataset.folder.rmdir()
-    prepare.main(arguments)
+    assert prepare.main(arguments) == 0
     assert generated.manifest["content_sha256"] in capsys.readouterr().out
 
 
@@ -114,6 +112,10 @@ def test_changed_official_files_are_read_again(generated, tmp_path):
         ("( ( ( [AVG 4 ) 9 ) ] )\t9", r"'\[AVG' is not a ListOps token"),
         ("( ( [MAX 4 ) 9 )\t9", "not one complete expression"),
         ("", "an expression, a tab and a digit"),
+        ("( ( ( [MAX 4 ) 9 ) ] )\t4", "the label is 4, but the expression is 9"),
+        ("( ( ( [SM 4 ) 9 ) ] )\t9", "the label is 9, but the expression is 3"),
+        ("( ( ( [MED 4 ) 9 ) ] )\t7", "the label is 7, but the expression is 6"),
+        ("( ( ( [MIN 4 ) 9 ) ] )\t4 ", "an expression, a tab and a digit"),
     ],
 )
 def test_bad_official_line_is_named(generated, tmp_path, line, message):
@@ -124,6 +126,33 @@ def test_bad_official_line_is_named(generated, tmp_path, line, message):
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(ValueError, match=rf"basic_val\.tsv:18: .*{message}"):
         listops_datasets.load_official(tmp_path, data_dir=tmp_path / "cache")
+
+
+def test_a_byte_that_is_no_text_is_named_with_its_line(generated, tmp_path, capsys):
+    write_official(tmp_path, generated.splits)
+    path = tmp_path / "basic_train.tsv"
+    lines = path.read_bytes().split(b"\r\n")
+    for number, found in ((4, b"( [MIN 4 \xff\t4"), (1, b"\x1f\x8b\x08 packed")):
+        path.write_bytes(b"\r\n".join([*lines[: number - 1], found, *lines[number:]]))
+        assert (
+            prepare.main(["listops", f"--official_dir={tmp_path}", f"--data_dir={tmp_path / 'cache'}"]) == 2
+        )
+        said = capsys.readouterr().err
+        assert f"{path}:{number}: byte" in said
+        assert "is no UTF-8 text" in said
+        assert "Traceback" not in said
+
+
+def test_a_data_folder_that_is_a_file_is_named(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    for folder in (file, file / "below"):
+        with pytest.raises(OSError, match=f"data_dir='{folder}' is no folder"):
+            listops_datasets.load_generated(CONFIG, data_dir=folder)
+        with pytest.raises(SystemExit) as left:
+            prepare.main(["listops", "--preset=short", f"--data_dir={folder}"])
+        assert left.value.code == 2
+        assert f"{file} is a file" in capsys.readouterr().err
 
 
 def test_other_bad_official_files(generated, tmp_path):
@@ -170,9 +199,7 @@ def test_root_operator_predictor_on_full_size_trees():
 
 
 def test_prepare_refuses_options_without_meaning(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        prepare.main(["listops", f"--official_dir={tmp_path}", "--preset=short", "--seed=1"])
+    assert prepare.main(["listops", f"--official_dir={tmp_path}", "--preset=short", "--seed=1"]) == 2
     assert "--preset, --seed: no meaning together with --official_dir" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        prepare.main(["listops", "--max_args=1"])
+    assert prepare.main(["listops", "--max_args=1"]) == 2
     assert "max_args must be at least 2" in capsys.readouterr().err

@@ -1,0 +1,44 @@
+"""Files that a user might point a command at, by their paths: config files, official ListOps files, a run's folder."""
+
+from pathlib import Path
+
+GOOD = b"Source\tTarget\r\n( ( ( [MAX 4 ) 9 ) ] )\t9\r\n( ( ( [MIN 4 ) 9 ) ] )\t4\r\n"
+NAMES = ("basic_train.tsv", "basic_val.tsv", "basic_test.tsv")
+SECTIONS = "dict(seed=0, task=dict(name='mqar'), model={}, optimizer=dict(learning_rate=1), train=dict(batch_size=1, steps=1))"
+
+FILES = {
+    "file": b"",
+    "name.py": b"def get_config():\n    return ConfigDict()\n",
+    "key.py": b"def get_config():\n    config = {}\n    return config['sed']\n",
+    "syntax.py": b"def get_config():\n    return (\n",
+    "module.py": b"import no_such_module\n",
+    "bytes.py": b"def get_config():\n    return '\xff'\n",
+    "nothing.py": b"def get_config():\n    config = {}\n",
+    "number.py": b"def get_config():\n    return 3\n",
+    "argument.py": b"def get_config():\n    return {}\n",
+    "locked.py": b"from ml_collections import ConfigDict\ndef get_config():\n    config = ConfigDict({'train': {}}).lock()\n"
+    b"    config.trian.steps = 3\n    return config\n",
+    "section.py": f"def get_config():\n    return {SECTIONS} | dict(trian={{}})\n".encode(),
+    "missing.py": b"def get_config():\n    return dict(seed=0, task={}, model={})\n",
+    "value.py": f"def get_config():\n    return {SECTIONS} | dict(train=3)\n".encode(),
+    "array.py": f"import numpy as np\ndef get_config():\n    return {SECTIONS} | dict(model=dict(width=np.array([8])))\n".encode(),
+    "taskless.py": f"def get_config():\n    return {SECTIONS} | dict(task=dict(seed=1))\n".encode(),
+    "run/config.json": b'{"seed": 1, "task": {"name": "mqar"}, "model": {}, "optimizer": {}, "train": {}}',
+    "label/basic_val.tsv": GOOD.replace(b"MIN", b"MAX"),
+    "bytes/basic_test.tsv": GOOD.replace(b"( ( ( [MAX", b"( (\xff ( [MAX"),
+    "header/basic_train.tsv": GOOD.replace(b"\tTarget", b",Target"),
+    "zipped/basic_train.tsv": b"\x1f\x8b\x08" + GOOD,
+    "empty/basic_train.tsv": b"Source\tTarget\n",
+    "cut/basic_train.tsv": GOOD.replace(b") ] )\t9", b" )\t9").replace(b"4 ) 9", b"4 ) 9 3"),
+    "word/basic_train.tsv": GOOD.replace(b"[MAX", b"[AVG"),
+}
+OFFICIAL = ("label", "bytes", "header", "zipped", "empty", "cut", "word")
+
+
+def write(folder: Path) -> None:
+    """Writes all files; each official data set has its other files too."""
+    files = {f"{name}/{file}": GOOD for name in OFFICIAL for file in NAMES} | FILES
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)

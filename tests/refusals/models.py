@@ -1,0 +1,253 @@
+"""Options of mixers, channel mixers, norms, positions and models that do not fit, and calls of models with wrong arrays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from layers.channel import CHANNEL_MIXERS
+from layers.mixers import MIXERS
+from layers.norms import NORMS
+from layers.positions.position import read_position
+from layers.registry import build
+from seqmodels import build_model
+
+
+def mixer(name, **options):
+    return lambda: MIXERS[name][0](**dict(width=8) | options)
+
+
+def channel(name, **options):
+    return lambda: CHANNEL_MIXERS[name][0](**dict(width=8) | options)
+
+
+def named(kind, registry, name, **options):
+    return lambda: build(kind, registry, name, options, given=dict(width=8), rngs=nnx.Rngs(0))
+
+
+def model(**changes):
+    config = dict(
+        kind="language_model",
+        vocab_size=9,
+        width=8,
+        depth=1,
+        pattern=("attention",),
+        mixer_defaults=dict(heads=2),
+    )
+    values = {name: value for name, value in (config | changes).items() if value is not ...}
+    return lambda: nnx.eval_shape(lambda: build_model(values, rngs=nnx.Rngs(0)))
+
+
+def small(name="gla", **options):
+    """A mixer of width 8."""
+    return build("mixer", MIXERS, name, options, given=dict(width=8), rngs=nnx.Rngs(0))
+
+
+def traced(call):
+    """A call that looks at shapes and types alone."""
+    return lambda: jax.eval_shape(call)
+
+
+def ones(*shape, dtype="float32"):
+    return jnp.asarray(np.ones(shape, dtype))
+
+
+def called(*inputs, of="gla", options=None, **keywords):
+    return traced(lambda: small(of, **(options or {}))(*inputs, **keywords)[0])
+
+
+MIXER_OPTIONS = [
+    (mixer("attention", heads=3), ValueError, "heads=3 does not divide width=8"),
+    (mixer("attention", heads=0), ValueError, "heads=0; expected"),
+    (mixer("attention", heads=4, kv_heads=3), ValueError, "kv_heads=3"),
+    (mixer("attention", heads=2, window=0), ValueError, "window=0; expected"),
+    (mixer("attention", heads=2, sink_tokens=2), ValueError, "sink_tokens=2 with window=None"),
+    (mixer("attention", heads=2, logit_cap=-1.0), ValueError, "logit_cap=-1.0; expected"),
+    (mixer("attention", heads=2, sink_distance="far"), ValueError, "sink_distance='far'; expected"),
+    (
+        mixer("attention", heads=2, sink_distance="cache"),
+        ValueError,
+        "sink_distance='cache' needs sink_tokens",
+    ),
+    (mixer("attention", heads=8), ValueError, "rotary positions need an even head size, got 1"),
+    (
+        mixer("attention", heads=2, position="ropee"),
+        ValueError,
+        "unknown position 'ropee'; did you mean 'rope'?",
+    ),
+    (mixer("gated_attention", heads=2, gate="values"), ValueError, "gate='values'; expected"),
+    (mixer("gated_attention", heads=2, gate_size="row"), ValueError, "gate_size='row'; expected"),
+    (
+        mixer("gated_attention", heads=2, gate="output", gate_size="headwise"),
+        ValueError,
+        "use gate_size='elementwise'",
+    ),
+    (mixer("mla", heads=2, latent=0), ValueError, "latent=0; expected"),
+    (mixer("mla", heads=2, rope_dim=-2), ValueError, "rope_dim=-2; expected"),
+    (mixer("mla", heads=2, rope_dim=3), ValueError, "rope_dim=3"),
+    (mixer("mla", heads=2, position="t5"), ValueError, "latent attention takes 'rope' or 'none'"),
+    (mixer("linformer", heads=3, max_length=8), ValueError, "heads=3 does not divide width=8"),
+    (mixer("linformer", heads=2, max_length=0), ValueError, "max_length=0; expected"),
+    (mixer("linformer", heads=2, max_length=8, sharing="all"), ValueError, "sharing='all'; expected"),
+    (mixer("mega", attention="cosine"), ValueError, "attention='cosine'; expected"),
+    (mixer("mega", position_bias="alibi"), ValueError, "position_bias='alibi'; expected"),
+    (mixer("mega", key_dim=3), ValueError, "key_dim=3 is odd"),
+    (mixer("mega", max_length=9), ValueError, "max_length=9 with position_bias='rotary'"),
+    (mixer("s5", state_size=6, blocks=4), ValueError, "state_size=6 cannot be cut into blocks=4"),
+    (mixer("s5", discretization="euler"), ValueError, "discretization='euler'; expected"),
+    (mixer("s5", c_init="ones"), ValueError, "c_init='ones'; expected"),
+    (mixer("s5", dt_min=0.1, dt_max=0.01), ValueError, "dt_min=0.1"),
+    (mixer("s4d", init="legt"), ValueError, "init='legt'; expected"),
+    (mixer("s4d", state_size=3), ValueError, "state_size=3"),
+    (mixer("s4", max_length=0), ValueError, "max_length=0; expected"),
+    (mixer("dss", max_length=0), ValueError, "max_length=0; expected"),
+    (mixer("dss", max_length=8, kernel="sigmoid"), ValueError, "kernel='sigmoid'; expected"),
+    (mixer("h3", head_dim=3), ValueError, "head_dim=3 does not divide width=8"),
+    (mixer("h3", state_size=5), ValueError, "state_size=5; expected"),
+    (mixer("liquid_s4", degree=1), ValueError, "degree=1; expected"),
+    (mixer("liquid_s4", kernel="kk"), ValueError, "kernel='kk'; expected"),
+    (mixer("mamba", state_size=0), ValueError, "state_size=0; expected"),
+    (mixer("mamba", dt_rank=0), ValueError, "dt_rank=0; expected"),
+    (mixer("mamba2", head_dim=3), ValueError, "head_dim=3 does not divide expand * width = 16"),
+    (mixer("mamba2", head_dim=4, groups=3), ValueError, "groups=3 does not divide the 4 heads"),
+    (mixer("mamba2", head_dim=4, a_min=0.0), ValueError, "a_min=0.0"),
+    (mixer("mamba2", head_dim=4, dt_limit=(1.0, 0.5)), ValueError, "dt_limit=(1.0, 0.5); expected"),
+    (mixer("lru", state_size=0), ValueError, "state_size=0; expected"),
+    (mixer("lru", r_min=0.9, r_max=0.5), ValueError, "r_min=0.9, r_max=0.5; expected"),
+    (mixer("lru", max_phase=7.0), ValueError, "max_phase=7.0; expected"),
+    (mixer("rg_lru", heads=3), ValueError, "heads=3 does not divide"),
+    (mixer("rg_lru", r_min=0.0), ValueError, "r_min=0.0"),
+    (mixer("hgrn", state="imaginary"), ValueError, "state='imaginary'; expected"),
+    (mixer("hgrn", norm="group_norm"), ValueError, "norm='group_norm'; expected"),
+    (mixer("hgrn", layer=2, depth=2), ValueError, "layer=2, depth=2; expected 0 <= layer < depth"),
+    (mixer("rwkv4", layer=3, depth=2), ValueError, "layer=3, depth=2; expected 0 <= layer < depth"),
+    (mixer("lstm", state_size=0), ValueError, "state_size=0; expected"),
+    (mixer("hyena", order=1), ValueError, "order=1; expected"),
+    (mixer("hyena", filter_features=4), ValueError, "filter_features=4; expected"),
+    (mixer("sgconv", max_length=0), ValueError, "max_length=0"),
+    (mixer("sgconv", decay_min=2.0, decay_max=1.0), ValueError, "decay_min=2.0, decay_max=1.0; expected"),
+    (mixer("lightweight_conv", heads=3), ValueError, "heads=3 does not divide width=8"),
+    (mixer("dynamic_conv", heads=2, taps=0), ValueError, "taps=0; expected"),
+    (mixer("performer", heads=2, features=0), ValueError, "features=0; expected"),
+    (mixer("performer", heads=2, epsilon=-1.0), ValueError, "epsilon=-1.0; expected"),
+    (mixer("hypermixer", heads=3), ValueError, "heads=3 does not divide width=8"),
+    (mixer("hypermixer", heads=2, position="rope"), ValueError, "position='rope'; expected"),
+    (mixer("gla", heads=3), ValueError, "heads=3"),
+    (mixer("retnet", heads=3), ValueError, "heads=3"),
+    (mixer("deltanet", heads=3), ValueError, "heads=3"),
+    (mixer("rwkv7", head_dim=3), ValueError, "head_dim=3"),
+    (named("mixer", MIXERS, "mamba3"), ValueError, "unknown mixer 'mamba3'; did you mean 'mamba"),
+    (named("mixer", MIXERS, "mamba", d_state=16), ValueError, "mixer 'mamba' has no option 'd_state'"),
+    (named("mixer", MIXERS, "attention", n_heads=2), ValueError, "did you mean 'heads'?"),
+    (named("mixer", MIXERS, "bidirectional", inner="mambaa"), ValueError, "unknown mixer 'mambaa'"),
+    (named("mixer", MIXERS, "bidirectional"), ValueError, "mixer 'bidirectional' needs the option inner"),
+]
+OTHER_OPTIONS = [
+    (channel("moe", experts=4, top_k=5), ValueError, "top_k=5; expected 1 to experts=4"),
+    (channel("moe", experts=4, top_k=1), ValueError, "top_k=1 with normalize=True"),
+    (channel("moe", experts=4, shared=-1), ValueError, "shared=-1; expected"),
+    (channel("moe", experts=4, shared_gate=True), ValueError, "shared_gate=True needs shared experts"),
+    (channel("moe", experts=4, scores="relu"), ValueError, "scores='relu'; expected"),
+    (channel("moe", experts=4, groups=3), ValueError, "groups=3 cannot share experts=4 equally"),
+    (channel("moe", experts=4, compute="loop"), ValueError, "compute='loop'; expected"),
+    (named("channel mixer", CHANNEL_MIXERS, "relu"), ValueError, "unknown channel mixer 'relu'"),
+    (named("channel mixer", CHANNEL_MIXERS, "mlp", hiden=8), ValueError, "did you mean 'hidden'?"),
+    (named("norm", NORMS, "rmsnorm"), ValueError, "unknown norm 'rmsnorm'; did you mean 'rms_norm'?"),
+    (named("norm", NORMS, "batch_norm", momentun=0.9), ValueError, "did you mean 'momentum'?"),
+    (lambda: read_position("sinusoid"), ValueError, "unknown position 'sinusoid'; available: alibi"),
+    (lambda: read_position(dict(name="rope", theta=1e4)), ValueError, "has no option 'theta'"),
+    (lambda: read_position(dict(name="rope", base=0.5)), ValueError, "base=0.5; expected"),
+    (lambda: read_position(dict(name="rope", fraction=1.5)), ValueError, "fraction=1.5; expected"),
+    (lambda: read_position(dict(name="rope", scaling="yarnn")), ValueError, "scaling='yarnn'; expected"),
+    (lambda: read_position(dict(name="rope", factor=2.0)), ValueError, "factor=2.0 with scaling='none'"),
+    (
+        lambda: read_position(dict(name="rope", scaling="yarn")),
+        ValueError,
+        "yarn needs the length trained on",
+    ),
+    (lambda: read_position(dict(name="t5", buckets=6)), ValueError, "buckets=6; expected"),
+    (
+        lambda: read_position(dict(name="t5", buckets=32, max_distance=16)),
+        ValueError,
+        "max_distance=16; expected",
+    ),
+]
+MODELS = [
+    (model(kind="transformer"), ValueError, "kind='transformer'; expected one of"),
+    (model(kind="languagemodel"), ValueError, "kind='languagemodel'; did you mean 'language_model'?"),
+    (model(kind=...), ValueError, "kind=None; expected one of"),
+    (model(num_layers=2), ValueError, "model has no field 'num_layers'"),
+    (model(widht=2), ValueError, "did you mean 'width'?"),
+    (model(width=...), ValueError, "model needs the option width"),
+    (model(width=0), ValueError, "width=0; expected"),
+    (model(depth=-1), ValueError, "depth=-1; expected"),
+    (model(pattern=()), ValueError, "pattern=(); expected"),
+    (model(pattern=("atention",)), ValueError, "unknown mixer 'atention'; did you mean 'attention'?"),
+    (model(pattern=("attention+swiglue",)), ValueError, "did you mean 'swiglu'?"),
+    (model(mixers={"atention": {}}), ValueError, "did you mean 'attention'?"),
+    (model(mixers={"attention": dict(haeds=2)}), ValueError, "did you mean 'heads'?"),
+    (
+        model(channels={"mlp": {}}),
+        ValueError,
+        "channels has options for 'mlp', which the pattern does not use; it uses swiglu",
+    ),
+    (model(norm="rms"), ValueError, "unknown norm 'rms'"),
+    (model(residual="parallel"), ValueError, "residual='parallel'"),
+    (model(norm_position="post_norm"), ValueError, "norm_position='post_norm'"),
+    (model(remat="all"), ValueError, "remat='all'; expected"),
+    (model(dropout=1.0), ValueError, "dropout=1.0; expected"),
+    (model(dropout=-0.5), ValueError, "dropout=-0.5; expected"),
+    (model(residual_scale=0.0), ValueError, "residual_scale=0.0; expected"),
+    (model(dtype="float64"), ValueError, "dtype='float64'; "),
+    (model(param_dtype="float16"), ValueError, "param_dtype='float16'; "),
+    (model(vocab_size=...), ValueError, "set vocab_size for tokens or input_size for vectors"),
+    (model(vocab_size=..., input_size=3), ValueError, "a language model needs vocab_size"),
+    (model(input_size=3), ValueError, "vocab_size=9 and input_size=3"),
+    (model(absolute_positions="learnt", max_positions=4), ValueError, "absolute_positions='learnt'"),
+    (model(absolute_positions="learned"), ValueError, "learned positions need the size of their table"),
+    (model(absolute_positions="learned", max_positions=0), ValueError, "max_positions=0; expected"),
+    (model(mixer_defaults=dict(heads=2, causal=False)), ValueError, "layer 0 (attention) is not causal"),
+    (model(pattern=("fnet",)), ValueError, "layer 0 (fnet) is not causal; a language model must be"),
+    (model(kind="classifier"), ValueError, "model needs the option num_classes"),
+    (model(kind="classifier", num_classes=1), ValueError, "num_classes=1; expected"),
+    (model(kind="classifier", num_classes=2, pooling="max"), ValueError, "pooling='max'; expected"),
+    (model(kind="autoencoder", pooling="first"), ValueError, "pooling='first'; expected"),
+]
+CALLS = [
+    (
+        called(ones(2, 5, 7), options=dict(heads=2)),
+        ValueError,
+        "x of GLA has shape (2, 5, 7); expected (b, t, 8)",
+    ),
+    (called(ones(5, 8), options=dict(heads=2)), ValueError, "x of GLA has shape (5, 8); expected (b, t, 8)"),
+    (
+        called(ones(2, 5, 8), segment_ids=ones(2, 4, dtype="int32"), options=dict(heads=2)),
+        ValueError,
+        "segment_ids of GLA has shape (2, 4); expected (2, 5)",
+    ),
+    (
+        called(ones(2, 5, 8), segment_ids=ones(2, 5), options=dict(heads=2)),
+        TypeError,
+        "segment_ids of GLA has dtype float32; expected an integer type",
+    ),
+    (called(ones(2, 5, 8), 3, options=dict(heads=2)), TypeError, "state of GLA is a int"),
+    (called(ones(2, 5, 8), ones(2, 8), options=dict(heads=2)), TypeError, "expected what init_state returns"),
+    (
+        traced(lambda: small(heads=2)(ones(2, 5, 8), small("lstm").init_state(2))[0]),
+        ValueError,
+        "state of GLA is that of another mixer",
+    ),
+    (
+        traced(lambda: small(heads=2)(ones(2, 5, 8), small(heads=2).init_state(3))[0]),
+        ValueError,
+        "for x of 2 rows, as its init_state(2) makes it",
+    ),
+    (traced(lambda: small("fnet").init_state(2)), ValueError, "FNet is not causal here and has no state"),
+    (traced(lambda: small("attention", heads=2).init_state(2)), ValueError, "max_length"),
+    (
+        called(ones(2, 9, 8), of="linformer", options=dict(heads=2, max_length=8)),
+        ValueError,
+        "x has 9 tokens; Linformer was made for max_length=8",
+    ),
+]
+ROWS = [*MIXER_OPTIONS, *OTHER_OPTIONS, *MODELS, *CALLS]
