@@ -143,14 +143,21 @@ def _on_list(lists, size, i, j):
     return seen & inside[:, :, None, :, None]
 
 
-def logits(q, k, context: Context, step: Steps, rules: Rules):
-    """The logits of a step, -inf where hidden, and the capped logits before any bias, both float32 or wider."""
+def logits(q, k, context: Context, step: Steps, rules: Rules, unfit=None):
+    """The logits of a step, -inf where hidden, and the capped logits before any bias, both float32 or wider.
+
+    `unfit`, blocked as keys are, (b, g, blocks, block), is added to the logits of a key: zero, or NaN to mark it.
+    """
     capped = product("bgnrqd,bgnkd->bgnrqk", q, k, rules) * rules.scale
     if rules.logit_cap is not None:
         capped = rules.logit_cap * jnp.tanh(capped / rules.logit_cap)
     groups, total = q.shape[1], capped
+    if unfit is not None:
+        total = total + columns(unfit, step)[:, :, :, None, None]
     if context.bias is not None:
-        total = total + by_head(bias_columns(context.bias, step), groups).astype(total.dtype)
+        bias = by_head(bias_columns(context.bias, step), groups).astype(total.dtype)
+        # Selected, because the sum of -inf and NaN is NaN.
+        total = jnp.where(bias == -jnp.inf, -jnp.inf, total + bias)
     if context.slopes is not None:
         slopes = by_head(context.slopes.astype(total.dtype)[None, :, None, None, None], groups)
         total = total - slopes * by_head(jnp.abs(distances(context, step)), groups).astype(total.dtype)
