@@ -8,19 +8,24 @@ import jax.numpy as jnp
 from layers.kernels import checks
 from layers.kernels.delta_rule import gpu, reference, xla
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
+from layers.kernels.isolation import isolated
 from layers.kernels.segments import SegmentIds
 from layers.typing import Array, Float
 
 __all__ = ["Piece", "compose", "delta_rule", "dplr_delta_rule", "summarize", "summarize_dplr"]
 
+SERIES = "q", "k", "v", "beta", "log_decay"
+DPLR_SERIES = "q", "k", "v", "a", "b", "log_decay"
 DELTA_RULE = {
     "gpu": Implementation(gpu.delta_rule, gpu.unsupported_reason, gpu.passed_over_reason, "gpu"),
-    "xla": Implementation(xla.delta_rule),
-    "reference": Implementation(reference.delta_rule, passed_over_reason=by_name_only),
+    "xla": Implementation(isolated(xla.delta_rule, *SERIES)),
+    "reference": Implementation(isolated(reference.delta_rule, *SERIES), passed_over_reason=by_name_only),
 }
 DPLR_DELTA_RULE = {
-    "xla": Implementation(xla.dplr_delta_rule),
-    "reference": Implementation(reference.dplr_delta_rule, passed_over_reason=by_name_only),
+    "xla": Implementation(isolated(xla.dplr_delta_rule, *DPLR_SERIES)),
+    "reference": Implementation(
+        isolated(reference.dplr_delta_rule, *DPLR_SERIES), passed_over_reason=by_name_only
+    ),
 }
 
 

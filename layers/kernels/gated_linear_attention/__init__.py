@@ -8,16 +8,20 @@ import jax.numpy as jnp
 from layers.kernels import checks
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.gated_linear_attention import gpu, reference, tpu, xla
+from layers.kernels.isolation import isolated
 from layers.kernels.segments import SegmentIds, select_real
 from layers.typing import Array, Float
 
 __all__ = ["SMALLEST_DENOMINATOR", "Piece", "compose", "gated_linear_attention", "summarize"]
 
+SERIES = ("q", "k", "v", "log_decay")
 IMPLEMENTATIONS = {
     "gpu": Implementation(gpu.gated_linear_attention, gpu.unsupported_reason, gpu.passed_over_reason, "gpu"),
     "tpu": Implementation(tpu.gated_linear_attention, tpu.unsupported_reason, tpu.passed_over_reason, "tpu"),
-    "xla": Implementation(xla.gated_linear_attention),
-    "reference": Implementation(reference.gated_linear_attention, passed_over_reason=by_name_only),
+    "xla": Implementation(isolated(xla.gated_linear_attention, *SERIES)),
+    "reference": Implementation(
+        isolated(reference.gated_linear_attention, *SERIES), passed_over_reason=by_name_only
+    ),
 }
 
 # A denominator nearer to 0 than this is replaced by it, with its sign kept.

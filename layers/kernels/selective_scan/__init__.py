@@ -7,15 +7,19 @@ import jax.numpy as jnp
 
 from layers.kernels import checks
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
+from layers.kernels.isolation import isolated
 from layers.kernels.segments import SegmentIds, Segments, select_real
 from layers.kernels.selective_scan import reference, xla
 from layers.typing import Array, Float
 
 __all__ = ["Piece", "compose", "selective_scan", "summarize"]
 
+SERIES = "x", "dt", "b", "c", "gate"
 IMPLEMENTATIONS = {
-    "xla": Implementation(xla.selective_scan),
-    "reference": Implementation(reference.selective_scan, passed_over_reason=by_name_only),
+    "xla": Implementation(isolated(xla.selective_scan, *SERIES)),
+    "reference": Implementation(
+        isolated(reference.selective_scan, *SERIES), passed_over_reason=by_name_only
+    ),
 }
 
 

@@ -96,7 +96,7 @@ def _run(series, parameters, state, options):
         part = jax.tree.map(lambda v: chunk.cut(v, i, size), series)
         steps = chunk.prepare(part, parameters, options.softplus, options.block)
         ends = chunk.states(steps, a, jnp.zeros_like(h[:, None]))[-1]
-        before, h = chunk.across_blocks(chunk.total_decay(steps, a), ends, h)
+        before, h = chunk.across_blocks(chunk.total_decay(steps, a), ends, h, steps.start is not None)
         states = chunk.states(steps, a, before)
         out = chunk.add_up(_times(states, steps.c), axis=3)
         if skip is not None:
@@ -163,11 +163,12 @@ def _chunk_gradients(part, dout, parameters, h, g, options):
     # The state before each block and the gradient that reaches it from later blocks, then all steps of all blocks.
     totals, zero = chunk.total_decay(steps, a), jnp.zeros_like(g[:, None])
     ends, leads = chunk.states(steps, a, zero)[-1], chunk.adjoints(steps, a, dp, zero)[1]
-    before, _ = chunk.across_blocks(totals, ends, h)
-    after, g = chunk.across_blocks(totals[:, ::-1], leads[:, ::-1], g)
+    packed = steps.start is not None
+    before, _ = chunk.across_blocks(totals, ends, h, packed)
+    after, g = chunk.across_blocks(totals[:, ::-1], leads[:, ::-1], g, packed)
     states = chunk.states(steps, a, before)
     adjoints, _ = chunk.adjoints(steps, a, dp, after[:, ::-1])
-    decayed = [chunk.decay(steps, a, q) * h for q, h in enumerate([before, *states[:-1]])]
+    decayed = [chunk.decayed(steps, a, q, h) for q, h in enumerate([before, *states[:-1]])]
     w = _times(adjoints, decayed)
 
     over_n = _times(adjoints, steps.b) + [v * a for v in w]
