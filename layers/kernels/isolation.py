@@ -36,9 +36,11 @@ def isolated(run: Callable[..., Any], *series: str) -> Callable[..., Any]:
             if x is None or x.ndim < 3 or x.shape[1] != segments.shape[1]:
                 continue
             fit = x < jnp.inf if name == "log_decay" else jnp.isfinite(x)
-            spoiled |= ~fit.all(range(2, x.ndim))
-            real = fit if x.shape[0] != segments.shape[0] else fit & _expanded(segments.real, x)
-            arguments[name] = jnp.where(real, x, 0)
+            # One flag a token: autodiff keeps it for the backward pass.
+            fit = fit.all(range(2, x.ndim))
+            spoiled |= ~fit
+            fit = fit if x.shape[0] != segments.shape[0] else fit & segments.real
+            arguments[name] = jnp.where(_expanded(fit, x), x, 0)
         last = jax.lax.cummax(jnp.where(spoiled & segments.real, segments.numbers, 0), axis=1)
         if initial_state is not None:
             fit = jnp.isfinite(initial_state)

@@ -139,8 +139,20 @@ def read_options(
     _check_arrays(mask, logits, tokens, sizes)
     _check_combination(causal, mask, logits, tokens, segments)
     _check_lengths(causal, mask, logits, tokens, segments, sizes)
-    ids = segments if tokens.kv_segment_ids is None else segments.ids
+    ids = segments
+    if tokens.kv_segment_ids is not None:
+        dtype = checks.joint_dtype(segments.ids.dtype, tokens.kv_segment_ids.dtype)
+        ids = segments.ids.astype(dtype)
+        tokens = dataclasses.replace(tokens, kv_segment_ids=tokens.kv_segment_ids.astype(dtype))
+    mask, tokens = _in_int32(mask, "prefix_lengths", "block_indices"), _in_int32(tokens, "kv_lengths")
     return Options(causal, mask, logits, ids, tokens, scale)
+
+
+def _in_int32(group, *names):
+    """The group with these arrays in the type of positions."""
+    given = {name: getattr(group, name) for name in names}
+    cast = {name: array.astype(jnp.int32) for name, array in given.items() if array is not None}
+    return dataclasses.replace(group, **cast) if cast else group
 
 
 def _group(name, given, kind):
@@ -249,7 +261,7 @@ def places(q, k, options: Options) -> Places:
     if tokens.kv_lengths is not None:
         if q_segments is None:
             q_segments, kv_segments = jnp.ones((b, t), jnp.int32), jnp.ones((b, s), jnp.int32)
-        kv_segments = jnp.where(jnp.arange(s)[None] < tokens.kv_lengths[:, None], kv_segments, 0)
+        kv_segments = jnp.where(jnp.arange(s, dtype=jnp.int32)[None] < tokens.kv_lengths[:, None], kv_segments, 0)
     if tokens.q_positions is not None:
         positions = (x.astype(jnp.int32) for x in (tokens.q_positions, tokens.kv_positions))
         return Places(*positions, q_segments, kv_segments)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from layers.kernels.checks import joint_dtype
 from layers.kernels.attention.options import Places
 from layers.kernels.attention.schedule import Steps
 
@@ -167,5 +168,5 @@ def logits(q, k, context: Context, step: Steps, rules: Rules, unfit=None):
 
 def product(equation, left, right, rules: Rules):
     """A matrix product in the type of the operands, accumulated in float32 or wider."""
-    dtype = jnp.result_type(left.dtype, jnp.float32)
+    dtype = joint_dtype(left.dtype, jnp.float32)
     return jnp.einsum(equation, left, right, precision=rules.precision, preferred_element_type=dtype)

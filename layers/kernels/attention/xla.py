@@ -27,7 +27,7 @@ from layers.kernels.attention import tiles
 from layers.kernels.attention.options import Places, places
 from layers.kernels.attention.pieces import parts_of_sum
 from layers.kernels.attention.schedule import Schedule, in_segments, schedule, uses_lists
-from layers.kernels.checks import accumulation_dtype
+from layers.kernels.checks import accumulation_dtype, joint_dtype
 
 
 def attention(q, k, v, options):
@@ -47,9 +47,11 @@ def attention(q, k, v, options):
         output, top, log_total = _blocked(q, k, v, o, at)
     if o.logits.sink_logits is not None:
         sink = jnp.broadcast_to(o.logits.sink_logits.astype(top.dtype)[None, None], top.shape)
-        excess = (jax.lax.stop_gradient(top) - sink) + log_total
+        # NaN in a row that is not wanted must not reach the gradient of the sink.
+        spoiled = jnp.isnan(top)
+        excess = jnp.where(spoiled, 0, (jax.lax.stop_gradient(top) - sink) + log_total)
         output = output * jax.nn.sigmoid(excess)[..., None]
-        return output, *parts_of_sum(sink, jax.nn.softplus(excess))
+        return output, *parts_of_sum(sink, jnp.where(spoiled, jnp.nan, jax.nn.softplus(excess)))
     return output, *parts_of_sum(jax.lax.stop_gradient(top), log_total)
 
 
@@ -72,7 +74,7 @@ def _blocked(q, k, v, o, at):
     """Cuts the arguments into blocks of the schedule, attends, and joins the outputs."""
     (b, t, h, width), (s, g) = q.shape, k.shape[1:3]
     plan = schedule(q, k, o, at)
-    dtype = jnp.result_type(q, k, v)
+    dtype = joint_dtype(q, k, v)
     groups = h if plan.steps.blocks.shape[2] > 1 else g
     q_length, kv_length = plan.q_blocks * plan.q_block, -(-s // plan.kv_block) * plan.kv_block
 

@@ -155,7 +155,8 @@ def _inside_tiles(erase, query, columns, log_decay, before_decay, dtype):
     """
     g = _tiles(log_decay)
     base = g.shape[-2]
-    row, step = jnp.arange(base)[None, :, None], jnp.arange(base)[None, None, :]
+    steps = jnp.arange(base, dtype=jnp.int32)
+    row, step = steps[None, :, None], steps[None, None, :]
     block = jnp.asarray(_blocks(base), jnp.int32)[:, None, None]
     odd, same = row // block % 2 == 1, row // block == step // block
     taken = [step < row, step > row, same & jnp.where(odd, step <= row, step > row)]

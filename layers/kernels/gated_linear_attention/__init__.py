@@ -66,7 +66,8 @@ def gated_linear_attention(
     Args:
       q, k, v: queries, keys and values. Any of them may have fewer heads than the largest count h; head i of h then uses
         head i // (h / heads). Their types may differ; matrix units are fast where all three are bfloat16.
-      log_decay: natural logarithm of the decay, at most 0. None: no decay. (h): fixed. (b, t, h): per head and
+      log_decay: natural logarithm of the decay, at most 0; positive numbers are refused if known, and NaN in outputs of
+        compiled code. None: no decay. (h): fixed. (b, t, h): per head and
         step. (b, t, h, k): per key channel. A size of 1 in place of b or t stands for all.
       bonus: (h, k), the weight u of the current token.
       scale: factor of the outputs, k ** -0.5 if None. Must be None with `normalize`.
@@ -82,9 +83,10 @@ def gated_linear_attention(
       final_state: (b, h, k, v), float32 or wider; (b, h, k, v + 1) with `normalize`, the last column being z.
 
     Raises:
-      ValueError, TypeError: a shape, type, `scale` or `impl` does not fit; the message names the argument.
+      ValueError, TypeError: a shape, type, sign, `scale` or `impl` does not fit; the message names the argument.
     """
     sizes, segments = _check(q=q, k=k, v=v, log_decay=log_decay, segment_ids=segment_ids)
+    log_decay = checks.not_positive("log_decay", log_decay, checks.LOGARITHM)
     checks.check_real(bonus=bonus, initial_state=initial_state)
     if bonus is not None:
         _raise_heads(bonus, 0, sizes)
@@ -141,6 +143,7 @@ def summarize(
     zero. The number of heads is the largest of those of k, v and log_decay. A bonus does not change the effect.
     """
     sizes, segments = _check(k=k, v=v, log_decay=log_decay, segment_ids=segment_ids)
+    log_decay = checks.not_positive("log_decay", log_decay, checks.LOGARITHM)
     dtype = checks.accumulation_dtype(k, v, log_decay)
     shape = sizes["b"], sizes["t"], sizes["h"]
     total = jnp.zeros((*shape[::2], 1), dtype)

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from layers.kernels.checks import joint_dtype
 from layers.kernels.mixed_precision import contract, product
 
 
@@ -30,7 +31,7 @@ def within_chunks(q, k, g, bonus, same, scale, dtype):
     seen = seen[None, None, None, None]
     weights = jnp.where(jnp.broadcast_to(seen if same is None else seen & same, weights.shape), weights, 0)
     if exclusive:
-        here = scale * product("nbgck,grk->nbgrc", q * k, bonus, jnp.promote_types(dtype, jnp.float32))
+        here = scale * product("nbgck,grk->nbgrc", q * k, bonus, joint_dtype(dtype, jnp.float32))
         diagonal = jnp.broadcast_to(jnp.eye(q.shape[-2], dtype=bool), weights.shape)
         weights = jnp.where(diagonal, here[..., None], weights)
     before = contract("...j,ij->...i", g, _below(g.shape[-1], -1 if exclusive else 0).astype(g.dtype))

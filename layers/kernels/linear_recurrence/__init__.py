@@ -64,7 +64,7 @@ def linear_recurrence(
         and not (jnp.iscomplexobj(a) or jnp.iscomplexobj(x))
     ):
         raise TypeError("initial_state is complex but a and x are real; expected a real initial_state")
-    output = jnp.result_type(x.dtype, jnp.complex64) if jnp.iscomplexobj(a) else x.dtype
+    output = checks.joint_dtype(x.dtype, jnp.complex64) if jnp.iscomplexobj(a) else x.dtype
     if x.shape[1] == 0:
         dtype = checks.accumulation_dtype(a, x, initial_state)
         state = (

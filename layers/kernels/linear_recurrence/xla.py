@@ -17,7 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.checks import accumulation_dtype
+from layers.kernels.checks import accumulation_dtype, joint_dtype
 from layers.kernels.isolation import times
 from layers.kernels.segments import reset_mask
 from layers.kernels.shard_map_types import vary_like
@@ -47,7 +47,7 @@ def _recurrence(a, x, state, start, padding, reverse):
 def _forward(a, x, state, start, padding, reverse):
     decay, inputs = _masked(a, x, state.dtype, padding)
     h, final = _scan(decay, inputs, state, start, reverse)
-    h = h.astype(jnp.result_type(x.dtype, jnp.complex64) if jnp.iscomplexobj(a) else x.dtype)
+    h = h.astype(joint_dtype(x.dtype, jnp.complex64) if jnp.iscomplexobj(a) else x.dtype)
     return (h, final), (a, x, state, start, padding, h)
 
 

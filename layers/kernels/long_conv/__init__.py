@@ -94,7 +94,7 @@ def long_conv(
             raise ValueError("initial_state is given with circular=True; a circular convolution has no state")
         checks.check_shape("initial_state", initial_state, "b s d", sizes | {"s": taps - 1})
     given = [array for array in (*arrays.values(), initial_state) if array is not None]
-    output = jnp.result_type(x.dtype, jnp.complex64) if any(map(jnp.iscomplexobj, given)) else x.dtype
+    output = checks.joint_dtype(x.dtype, jnp.complex64) if any(map(jnp.iscomplexobj, given)) else x.dtype
     final = None if circular else _final_state(x, taps, input_gate, initial_state)
     if time == 0:
         return x.astype(output), final

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.checks import accumulation_dtype
+from layers.kernels.checks import accumulation_dtype, joint_dtype
 from layers.kernels.shard_map_types import vary_like
 
 
@@ -48,7 +48,7 @@ def _gated(convolution, circular, x, kernel, skip, input_gate, output_gate, past
     u = _inputs(x, kernel, input_gate, past)
     y = _before_output_gate(convolution, circular, x.dtype, u, kernel, skip, past)
     y = y if output_gate is None else y * output_gate
-    return y.astype(jnp.result_type(x.dtype, jnp.complex64) if jnp.iscomplexobj(y) else x.dtype)
+    return y.astype(joint_dtype(x.dtype, jnp.complex64) if jnp.iscomplexobj(y) else x.dtype)
 
 
 def _forward(convolution, circular, *arguments):

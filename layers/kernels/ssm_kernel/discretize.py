@@ -7,6 +7,7 @@ relative accuracy, in value and gradient, as a dt tends to zero.
 import jax
 import jax.numpy as jnp
 
+from layers.kernels.checks import joint_dtype
 from layers.typing import Array, Float, Num
 
 # For |z| below this, the power series of (exp(z) - 1) / z is exact to float64 with the terms used here. Above it, the
@@ -51,7 +52,7 @@ def bilinear(
 
 
 def _widen(a: jax.Array, dt: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return a.astype(jnp.result_type(a, jnp.float32)), dt.astype(jnp.result_type(dt, jnp.float32))
+    return a.astype(joint_dtype(a, jnp.float32)), dt.astype(joint_dtype(dt, jnp.float32))
 
 
 def _expm1_over(z: jax.Array) -> jax.Array:
