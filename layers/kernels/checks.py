@@ -4,10 +4,9 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
+from layers.kernels.promotion import joint_dtype
 from layers.kernels.segments import SegmentIds, Segments
-
 
 # What `not_positive` suggests for a log-decay.
 LOGARITHM = "pass the logarithm of the decay, such as jnp.log(0.9) for a decay of 0.9"
@@ -68,12 +67,6 @@ def check_segment_ids(segment_ids: SegmentIds, sizes: Mapping[str, int]) -> Segm
 def accumulation_dtype(*arrays: jax.Array | None) -> jnp.dtype:
     """Returns the type of states and sums: at least float32, or complex64 if any array is complex."""
     return joint_dtype(jnp.float32, *(a.dtype for a in arrays if a is not None))
-
-
-def joint_dtype(*types: jax.Array | DTypeLike) -> jnp.dtype:
-    """Returns the type that JAX promotes arrays or types to by default, whatever `jax_numpy_dtype_promotion` allows."""
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*types)
 
 
 def not_positive(name: str, array: jax.Array | None, instead: str) -> jax.Array | None:

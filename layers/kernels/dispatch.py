@@ -13,6 +13,7 @@ import jax
 
 from layers.kernels import devices
 from layers.kernels.partition import Mendable
+from layers.kernels.promotion import promoting
 
 _logger = logging.getLogger(__name__)
 _preferred: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar(
@@ -165,7 +166,7 @@ def _run(
     if (choices := _choices.get()) is not None:
         skipped = tuple((other, why) for other, why in (passed_over or {}).items() if other != name)
         choices.append(Choice(primitive, _summary(arguments), name, skipped))
-    return implementation.run(**arguments)
+    return promoting(implementation.run)(**arguments)
 
 
 def _summary(arguments: Mapping[str, Any]) -> str:

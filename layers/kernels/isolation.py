@@ -12,8 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.segments import Segments
-
 
 def isolated(run: Callable[..., Any], *series: str) -> Callable[..., Any]:
     """Returns `run` with padding, and what is not finite, kept from all tokens that may not see it.

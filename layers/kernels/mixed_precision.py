@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from layers.kernels.checks import joint_dtype
+from layers.kernels.promotion import joint_dtype, promoting
 
 
 def operand_dtype(*arrays: jax.Array) -> jnp.dtype:
@@ -80,7 +80,7 @@ def _backward(spec, dtype, result, a_dtype, b_dtype, operands, cotangent):  # no
     )
 
 
-_product.defvjp(_forward, _backward)
+_product.defvjp(promoting(_forward), promoting(_backward))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -100,10 +100,8 @@ def _solve_forward(lower, inverse, right, dtype):  # noqa: ARG001 - its gradient
 def _solve_backward(dtype, residuals, cotangent):
     inverse, y = residuals
     dright = product("...ji,...jk->...ik", inverse, cotangent, dtype, y.dtype)
-    dlower = -product("...ik,...jk->...ij", dright, y, dtype, y.dtype).astype(
-        joint_dtype(jnp.float32, dtype)
-    )
+    dlower = -product("...ik,...jk->...ij", dright, y, dtype, y.dtype).astype(joint_dtype(jnp.float32, dtype))
     return jnp.tril(dlower, -1), jnp.zeros_like(inverse), dright
 
 
-solve.defvjp(_solve_forward, _solve_backward)
+solve.defvjp(promoting(_solve_forward), promoting(_solve_backward))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import checks
+from layers.kernels.promotion import joint_dtype
 from layers.kernels.segments import SegmentIds, Segments
 
 
@@ -141,7 +142,7 @@ def read_options(
     _check_lengths(causal, mask, logits, tokens, segments, sizes)
     ids = segments
     if tokens.kv_segment_ids is not None:
-        dtype = checks.joint_dtype(segments.ids.dtype, tokens.kv_segment_ids.dtype)
+        dtype = joint_dtype(segments.ids.dtype, tokens.kv_segment_ids.dtype)
         ids = segments.ids.astype(dtype)
         tokens = dataclasses.replace(tokens, kv_segment_ids=tokens.kv_segment_ids.astype(dtype))
     mask, tokens = _in_int32(mask, "prefix_lengths", "block_indices"), _in_int32(tokens, "kv_lengths")
@@ -261,7 +262,9 @@ def places(q, k, options: Options) -> Places:
     if tokens.kv_lengths is not None:
         if q_segments is None:
             q_segments, kv_segments = jnp.ones((b, t), jnp.int32), jnp.ones((b, s), jnp.int32)
-        kv_segments = jnp.where(jnp.arange(s, dtype=jnp.int32)[None] < tokens.kv_lengths[:, None], kv_segments, 0)
+        kv_segments = jnp.where(
+            jnp.arange(s, dtype=jnp.int32)[None] < tokens.kv_lengths[:, None], kv_segments, 0
+        )
     if tokens.q_positions is not None:
         positions = (x.astype(jnp.int32) for x in (tokens.q_positions, tokens.kv_positions))
         return Places(*positions, q_segments, kv_segments)

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.checks import joint_dtype
 from layers.kernels.attention.options import Places
 from layers.kernels.attention.schedule import Steps
+from layers.kernels.promotion import joint_dtype
 
 
 class Context(NamedTuple):

@@ -27,7 +27,8 @@ from layers.kernels.attention import tiles
 from layers.kernels.attention.options import Places, places
 from layers.kernels.attention.pieces import parts_of_sum
 from layers.kernels.attention.schedule import Schedule, in_segments, schedule, uses_lists
-from layers.kernels.checks import accumulation_dtype, joint_dtype
+from layers.kernels.checks import accumulation_dtype
+from layers.kernels.promotion import joint_dtype, promoting
 
 
 def attention(q, k, v, options):
@@ -272,4 +273,4 @@ def _outside(da, context, now):
     return dbias, dslopes
 
 
-_attend.defvjp(_forward, _backward)
+_attend.defvjp(promoting(_forward), promoting(_backward))

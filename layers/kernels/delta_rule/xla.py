@@ -29,6 +29,7 @@ from layers.kernels.checks import accumulation_dtype
 from layers.kernels.delta_rule.decay import RESET, scores
 from layers.kernels.delta_rule.triangular import inverse
 from layers.kernels.mixed_precision import product, solve
+from layers.kernels.promotion import promoting
 from layers.kernels.segments import reset_mask
 
 # Steps per chunk; a power of two. Longer chunks mean more arithmetic and fewer steps of the scan. With a decay per channel
@@ -133,7 +134,7 @@ def _backward(rule, residuals, cotangents):
     return *equations_vjp(dchunks), None, dstate
 
 
-_chunked.defvjp(_forward, _backward)
+_chunked.defvjp(promoting(_forward), promoting(_backward))
 _compiled = jax.jit(_chunked, static_argnums=0)
 
 

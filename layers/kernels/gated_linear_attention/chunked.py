@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from layers.kernels.gated_linear_attention import channel_decay, scalar_decay
 from layers.kernels.mixed_precision import contract
+from layers.kernels.promotion import promoting
 
 # Chunks per step of the scan over chunks: a larger number gives fewer, larger kernels.
 UNROLL = 8
@@ -260,7 +261,7 @@ def _backward(settings, residuals, cotangents):
     )
 
 
-attend.defvjp(_forward, _backward)
+attend.defvjp(promoting(_forward), promoting(_backward))
 
 
 def _to_groups(state, groups, r):

@@ -9,8 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.checks import joint_dtype
 from layers.kernels.mixed_precision import contract, product
+from layers.kernels.promotion import joint_dtype, promoting
 
 
 def within_chunks(q, k, g, bonus, same, scale, dtype):
@@ -81,7 +81,7 @@ def _differences_backward(exclusive, dtype, _, cotangent):
     return ((earlier * jnp.broadcast_to(reading, earlier.shape)).sum(-2),)
 
 
-_differences.defvjp(_differences_forward, _differences_backward)
+_differences.defvjp(promoting(_differences_forward), promoting(_differences_backward))
 
 
 def _below(size, k):

@@ -17,8 +17,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.checks import accumulation_dtype, joint_dtype
+from layers.kernels.checks import accumulation_dtype
 from layers.kernels.isolation import times
+from layers.kernels.promotion import joint_dtype, promoting
 from layers.kernels.segments import reset_mask
 from layers.kernels.shard_map_types import vary_like
 
@@ -75,7 +76,7 @@ def _backward(reverse, residuals, cotangents):
     return _cast(da, a.dtype), _cast(dx, x.dtype), dstate, None, None
 
 
-_recurrence.defvjp(_forward, _backward)
+_recurrence.defvjp(promoting(_forward), promoting(_backward))
 
 
 def _masked(a, x, dtype, padding):

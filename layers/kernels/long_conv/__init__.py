@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from layers.kernels import checks, devices
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.long_conv import reference, toeplitz, xla
+from layers.kernels.promotion import joint_dtype, promoting
 from layers.typing import Array, Num
 
 __all__ = ["Piece", "compose", "long_conv", "summarize"]
@@ -94,7 +95,7 @@ def long_conv(
             raise ValueError("initial_state is given with circular=True; a circular convolution has no state")
         checks.check_shape("initial_state", initial_state, "b s d", sizes | {"s": taps - 1})
     given = [array for array in (*arrays.values(), initial_state) if array is not None]
-    output = checks.joint_dtype(x.dtype, jnp.complex64) if any(map(jnp.iscomplexobj, given)) else x.dtype
+    output = joint_dtype(x.dtype, jnp.complex64) if any(map(jnp.iscomplexobj, given)) else x.dtype
     final = None if circular else _final_state(x, taps, input_gate, initial_state)
     if time == 0:
         return x.astype(output), final
@@ -113,6 +114,7 @@ def long_conv(
     return y.astype(output), final
 
 
+@promoting
 def _final_state(x, taps, input_gate, initial_state):
     """The last taps - 1 gated inputs."""
     size, time = taps - 1, x.shape[1]

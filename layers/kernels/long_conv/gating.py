@@ -15,7 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.checks import accumulation_dtype, joint_dtype
+from layers.kernels.checks import accumulation_dtype
+from layers.kernels.promotion import joint_dtype, promoting
 from layers.kernels.shard_map_types import vary_like
 
 
@@ -75,7 +76,7 @@ def _backward(convolution, circular, arguments, dy):
     return cast(du, x.dtype), cast(dkernel, kernel.dtype), dskip, dinput, doutput, dpast
 
 
-_gated.defvjp(_forward, _backward)
+_gated.defvjp(promoting(_forward), promoting(_backward))
 
 
 def _inputs(x, kernel, input_gate, past):

@@ -17,9 +17,7 @@ __all__ = ["Piece", "compose", "selective_scan", "summarize"]
 SERIES = "x", "dt", "b", "c", "gate"
 IMPLEMENTATIONS = {
     "xla": Implementation(isolated(xla.selective_scan, *SERIES)),
-    "reference": Implementation(
-        isolated(reference.selective_scan, *SERIES), passed_over_reason=by_name_only
-    ),
+    "reference": Implementation(isolated(reference.selective_scan, *SERIES), passed_over_reason=by_name_only),
 }
 
 
@@ -114,7 +112,9 @@ def _signed(a, dt, dt_bias, dt_softplus):
     if dt_bias is None:
         return a, checks.not_negative("dt", dt, positive)
     dtype = checks.accumulation_dtype(dt, dt_bias)
-    total = checks.not_negative("dt + dt_bias", dt.astype(dtype) + dt_bias.astype(dtype)[None, None], positive)
+    total = checks.not_negative(
+        "dt + dt_bias", dt.astype(dtype) + dt_bias.astype(dtype)[None, None], positive
+    )
     return a, jnp.where(jnp.isnan(total), jnp.nan, dt)
 
 

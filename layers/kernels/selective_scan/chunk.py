@@ -136,7 +136,9 @@ def decayed(steps, a, q, h):
 def total_decay(steps, a):
     """The product of the decays of each block; zero where a segment starts in it."""
     total = jnp.exp(sum(steps.dt) * a)
-    return total if steps.start is None else jnp.where(functools.reduce(jnp.logical_or, steps.start), 0, total)
+    return (
+        total if steps.start is None else jnp.where(functools.reduce(jnp.logical_or, steps.start), 0, total)
+    )
 
 
 def states(steps, a, h):

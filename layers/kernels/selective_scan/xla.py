@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
+from layers.kernels.promotion import promoting
 from layers.kernels.segments import reset_mask
 from layers.kernels.selective_scan import chunk
 from layers.kernels.shard_map_types import vary_like
@@ -201,7 +202,7 @@ def _chunk_gradients(part, dout, parameters, h, g, options):
     return g, gradients, chunk.Parameters(da, dskip, dbias)
 
 
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(promoting(_forward), promoting(_backward))
 
 
 def _times(values, factors):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.isolation import times
+from layers.kernels.promotion import promoting
 from layers.kernels.shard_map_types import vary_like
 from layers.kernels.short_conv.taps import Beside, Scattered, Whole
 
@@ -105,4 +106,4 @@ def _backward(activation, residuals, cotangents):
     return dx.astype(x.dtype), dweight, None if bias is None else dbias.astype(bias.dtype), dstate, None
 
 
-_convolution.defvjp(_forward, _backward)
+_convolution.defvjp(promoting(_forward), promoting(_backward))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import checks
+from layers.kernels.promotion import joint_dtype
 
 
 def checked(a, b, c, dt, p) -> dict[str, jax.Array | None]:
@@ -21,7 +22,7 @@ def checked(a, b, c, dt, p) -> dict[str, jax.Array | None]:
         checks.check_shape("p", p, "d|1 n r", sizes)
     dt = checks.not_negative("dt", dt, "a step size is positive, such as jnp.exp(log_dt)")
     real = jnp.finfo(checks.accumulation_dtype(a, b, c, dt, p)).dtype
-    wide = checks.joint_dtype(real, jnp.complex64)
+    wide = joint_dtype(real, jnp.complex64)
 
     def cast(v, dtype):
         return None if v is None else v.astype(wide if jnp.iscomplexobj(v) else dtype)

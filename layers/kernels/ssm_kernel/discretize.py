@@ -7,7 +7,7 @@ relative accuracy, in value and gradient, as a dt tends to zero.
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.checks import joint_dtype
+from layers.kernels.promotion import joint_dtype, promoting
 from layers.typing import Array, Float, Num
 
 # For |z| below this, the power series of (exp(z) - 1) / z is exact to float64 with the terms used here. Above it, the
@@ -16,6 +16,7 @@ SERIES_RADIUS = 0.5
 SERIES_TERMS = 14
 
 
+@promoting
 def zoh(
     a: Num[Array, "*#shape"], dt: Float[Array, "*#shape"]
 ) -> tuple[Num[Array, "*shape"], Num[Array, "*shape"]]:
@@ -33,6 +34,7 @@ def zoh(
     return jnp.exp(z), _expm1_over(z) * dt
 
 
+@promoting
 def bilinear(
     a: Num[Array, "*#shape"], dt: Float[Array, "*#shape"]
 ) -> tuple[Num[Array, "*shape"], Num[Array, "*shape"]]:

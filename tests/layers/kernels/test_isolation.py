@@ -3,10 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from layers.kernels.attention import Logits, Mask, Tokens, attention
-from layers.kernels.segments import Segments
 from tests.layers.kernels.suites import SUITES, by_call
 from tests.layers.kernels.test_primitives import call, cast, close, draw, parted, tolerance_of
 
@@ -69,6 +66,11 @@ def test_other_tokens_reach_nothing(name, case, impl):
         (got, _), gradients = run(suite, case, impl, spoiled, chosen)
         close(got, np.asarray(want), tolerance_of(case, "float32"), f"outputs beside {value}")
         for key, gradient in gradients.items():
-            close(gradient, jax.tree.map(np.asarray, want_gradients[key]), 1e-5, f"gradient of {key} beside {value}")
+            close(
+                gradient,
+                jax.tree.map(np.asarray, want_gradients[key]),
+                1e-5,
+                f"gradient of {key} beside {value}",
+            )
             if at.get(key) is not None:
                 assert not np.asarray(gradient)[at[key]].any(), f"gradient of {key} where it is {value}"
