@@ -39,6 +39,13 @@ def check_shape(name: str, array: jax.Array, pattern: str, sizes: dict[str, int]
     sizes.update(seen)
 
 
+def check_features(**arrays: jax.Array) -> None:
+    """Raises ValueError for an array whose last axis, the features of a head, is empty."""
+    for name, array in arrays.items():
+        if array.shape[-1] == 0:
+            raise ValueError(f"{name} has shape {array.shape}; expected at least one feature per head")
+
+
 def check_floating(**arrays: jax.Array | None) -> None:
     """Raises TypeError for an array that is neither floating point nor complex."""
     for name, array in arrays.items():

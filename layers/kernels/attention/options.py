@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from layers.kernels import checks
 from layers.kernels.promotion import joint_dtype
 from layers.kernels.segments import SegmentIds, Segments
+from layers.kernels.sizes import known
 
 
 @functools.partial(
@@ -134,6 +135,7 @@ def read_options(
     checks.check_shape("q", q, "b t h k", sizes)
     checks.check_shape("k", k, "b s g k", sizes)
     checks.check_shape("v", v, "b s g v", sizes)
+    checks.check_features(q=q, k=k)
     if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
         raise ValueError(f"q has {sizes['h']} heads and k has {sizes['g']}; expected a multiple of k's")
     segments = checks.check_segment_ids(segment_ids, sizes)
@@ -236,6 +238,8 @@ def _check_lengths(causal, mask, logits, tokens, segments, sizes) -> None:
         raise ValueError(
             f"segment_ids alone is for q and k of one length, not {t} and {s}; give kv_segment_ids"
         )
+    if lists is not None and not known(t):
+        raise ValueError(f"q has {t} tokens, a symbol; block_indices needs a number: export each length by itself")
     if lists is not None and tokens.q_positions is None and lists.shape[2] * mask.block_size < t:
         raise ValueError(
             f"block_indices lists {lists.shape[2]} blocks of {mask.block_size} queries; expected enough for {t}"

@@ -129,6 +129,8 @@ def visible(context: Context, step: Steps, rules: Rules):
     if at.q_segments is not None:
         segment = rows(at.q_segments, step)[..., None]
         seen &= (segment == columns(at.kv_segments, step)[..., None, :]) & (segment != 0)
+    if step.blocks.size == 1:  # always a block
+        return jnp.broadcast_to(seen, jnp.broadcast_shapes(seen.shape, (1, 1, 1, 1, j.shape[-1])))
     block = j.shape[-1] // step.blocks.shape[3]
     return seen & jnp.repeat(step.blocks >= 0, block, axis=3)[..., None, :]
 

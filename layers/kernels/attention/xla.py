@@ -77,14 +77,14 @@ def _blocked(q, k, v, o, at):
     plan = schedule(q, k, o, at)
     dtype = joint_dtype(q, k, v)
     groups = h if plan.steps.blocks.shape[2] > 1 else g
-    q_length, kv_length = plan.q_blocks * plan.q_block, -(-s // plan.kv_block) * plan.kv_block
+    q_length, kv_length = plan.q_blocks * plan.q_block, plan.kv_blocks * plan.kv_block
 
     def keys(x):
         x = _pad(x.astype(dtype), 1, kv_length)
-        return x.reshape(b, -1, plan.kv_block, *x.shape[2:]).transpose(0, 3, 1, 2, 4)
+        return x.reshape(b, plan.kv_blocks, plan.kv_block, *x.shape[2:]).transpose(0, 3, 1, 2, 4)
 
     queries = _pad(q.astype(dtype), 1, q_length)
-    queries = queries.reshape(b, -1, plan.q_block, groups, h // groups, width).transpose(0, 3, 1, 4, 2, 5)
+    queries = queries.reshape(b, plan.q_blocks, plan.q_block, groups, h // groups, width).transpose(0, 3, 1, 4, 2, 5)
     context = _context(t, s, o, at, plan, q_length, kv_length)
     rules = tiles.Rules(
         causal=o.causal,
@@ -104,18 +104,19 @@ def _blocked(q, k, v, o, at):
 def _context(t, s, o, at, plan: Schedule, q_length, kv_length) -> tiles.Context:
     """Places and bias in blocks; where keys had to be padded, the padding is in segment 0."""
     q_segments, kv_segments = at.q_segments, at.kv_segments
-    if q_segments is None and kv_length > s:
+    if q_segments is None and kv_length != s:
         q_segments, kv_segments = jnp.ones((1, t), jnp.int32), jnp.ones((1, s), jnp.int32)
 
     def blocks(x, block, length):
-        return None if x is None else _pad(x, 1, length).reshape(x.shape[0], 1, -1, block)
+        return None if x is None else _pad(x, 1, length).reshape(x.shape[0], 1, length // block, block)
 
     bias = o.logits.bias
     if bias is not None:
         for axis, (block, length) in ((2, (plan.q_block, q_length)), (4, (plan.kv_block, kv_length))):
             whole = bias.shape[axis] == 1
             bias = bias if whole else _pad(bias, axis, length)
-            bias = bias.reshape(*bias.shape[:axis], -1, 1 if whole else block, *bias.shape[axis + 1 :])
+            count = (1, 1) if whole else (length // block, block)
+            bias = bias.reshape(*bias.shape[:axis], *count, *bias.shape[axis + 1 :])
     return tiles.Context(
         Places(
             blocks(at.q_positions, plan.q_block, q_length),

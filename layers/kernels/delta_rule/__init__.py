@@ -153,6 +153,7 @@ def dplr_delta_rule(
 def _checked(name, implementations, impl, sizes, inputs, options, initial_state, segment_ids):
     """The checks that both functions share, the guard for empty sequences, and the call."""
     log_decay, v = inputs["log_decay"], inputs["v"]
+    checks.check_features(k=inputs["k"])
     if log_decay is not None:
         if log_decay.ndim not in (3, 4):
             raise ValueError(

@@ -175,6 +175,7 @@ def _check(*, k, v, log_decay, segment_ids, q=None):
     sizes: dict[str, int] = {}
     for name, x in inputs.items():
         checks.check_shape(name, x, f"b t h_{name} {'v' if name == 'v' else 'k'}", sizes)
+    checks.check_features(k=k)
     counts = {name: sizes.pop(f"h_{name}") for name in inputs}
     sizes["h"] = max(counts.values())
     if log_decay is not None:

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from layers.kernels.gated_linear_attention import channel_decay, scalar_decay
 from layers.kernels.mixed_precision import contract
 from layers.kernels.promotion import promoting
+from layers.kernels.sizes import in_chunks, known
 
 # Chunks per step of the scan over chunks: a larger number gives fewer, larger kernels.
 UNROLL = 8
@@ -98,9 +99,14 @@ def _chunks(settings, q, k, v, g, bonus, number):
 def _cut(x, chunk, groups):
     """(b, t, h, ...) to (n, b, groups, c, h / groups, ...), with zeros for missing steps."""
     batch, time = x.shape[:2]
-    x = jnp.pad(x, ((0, 0), (0, -time % chunk)) + ((0, 0),) * (x.ndim - 2))
-    x = x.reshape(batch, -1, chunk, groups, x.shape[2] // groups, *x.shape[3:])
+    whole = in_chunks(time, chunk)
+    x = jnp.pad(x, ((0, 0), (0, whole - time)) + ((0, 0),) * (x.ndim - 2))
+    x = x.reshape(batch, whole // chunk, chunk, groups, x.shape[2] // groups, *x.shape[3:])
     return x.transpose(1, 0, 3, 2, *range(4, x.ndim))
+
+
+def _unroll(x):
+    return UNROLL if known(x.q.shape[0]) else 1
 
 
 def _join(x, time):
@@ -191,7 +197,7 @@ def _forward(settings, q, k, v, g, bonus, state, number):
 
     # Zeros made from `written` are divided over devices as it is.
     start = jnp.where(False, written[0], 0) if state is None else _to_groups(state, groups, r)
-    final, states = jax.lax.scan(step, start, (passing.keep, written), unroll=UNROLL)
+    final, states = jax.lax.scan(step, start, (passing.keep, written), unroll=_unroll(x))
     o = contract("nbgck,nbgkx->nbgcx", passing.q, states).reshape(x.v.shape)
     o = o * passing.read[..., None] if settings.leaf is None else o
     o = _only(x.reads, o)
@@ -221,7 +227,7 @@ def _backward(settings, residuals, cotangents):
 
     read = contract("nbgck,nbgcx->nbgkx", passing.q, _flat(do_read))
     dstate, dstates = jax.lax.scan(
-        step, _to_groups(dfinal, groups, r), (passing.keep, read), reverse=True, unroll=UNROLL
+        step, _to_groups(dfinal, groups, r), (passing.keep, read), reverse=True, unroll=_unroll(x)
     )
     dq_read = _only(x.reads, contract("nbgcx,nbgkx->nbgck", _flat(do_read), states))
     dk_write = _only(x.writes, contract("nbgcx,nbgkx->nbgck", _flat(passing.v), dstates))

@@ -22,6 +22,7 @@ from layers.kernels.isolation import times
 from layers.kernels.promotion import joint_dtype, promoting
 from layers.kernels.segments import reset_mask
 from layers.kernels.shard_map_types import vary_like
+from layers.kernels.sizes import in_chunks, known
 
 # Steps per block.
 BLOCK = {"gpu": 16, "cpu": 8}
@@ -96,18 +97,33 @@ def _scan(a, x, state, start, reverse):
         return h[:, ::-1], final
     time, block = x.shape[1], BLOCK.get(jax.default_backend(), 8)
     start = None if start is None else start[..., None]
-    if time <= block:
+    if known(time) and time <= block:
         h = _run(_steps(a, time), _steps(x, time), _steps(start, time), state)
         return jnp.stack(h, axis=1), h[-1]
     decays, inputs, starts = (_steps(_in_blocks(v, block), block) for v in (a, x, start))
     total = functools.reduce(jnp.multiply, decays)
     contribution = _run(decays, inputs, starts, jnp.zeros((), x.dtype))[-1]
     begins = None if start is None else functools.reduce(jnp.logical_or, starts)[..., 0]
-    ends, _ = _scan(total, contribution, state, begins, False)
+    across = _scan if known(time) else _one_by_one
+    ends, _ = across(total, contribution, state, begins, False)
     before = jnp.concatenate([state[:, None], ends[:, :-1]], axis=1)
     h = jnp.stack(_run(decays, inputs, starts, before), axis=2)
-    h = h.reshape(h.shape[0], -1, h.shape[-1])[:, :time]
+    h = h.reshape(h.shape[0], h.shape[1] * block, h.shape[-1])[:, :time]
     return h, h[:, -1]
+
+
+def _one_by_one(a, x, state, start, reverse):
+    """What `_scan` returns, for a number of steps that is not known."""
+    a = jnp.broadcast_to(a, x.shape)
+
+    def step(h, inputs):
+        a, x, *start = inputs
+        h = _run([a], [x], start or [None], h)[0]
+        return h, h
+
+    inputs = [a, x] if start is None else [a, x, start[..., None]]
+    final, h = jax.lax.scan(step, state, tuple(v.swapaxes(0, 1) for v in inputs), reverse=reverse)
+    return h.swapaxes(0, 1), final
 
 
 def _in_blocks(v, block):
@@ -116,8 +132,9 @@ def _in_blocks(v, block):
         return None
     if v.shape[1] == 1:
         return v[:, None]
-    v = jnp.pad(v, ((0, 0), (0, -v.shape[1] % block), (0, 0)))
-    return v.reshape(v.shape[0], -1, block, v.shape[-1])
+    whole = in_chunks(v.shape[1], block)
+    v = jnp.pad(v, ((0, 0), (0, whole - v.shape[1]), (0, 0)))
+    return v.reshape(v.shape[0], whole // block, block, v.shape[-1])
 
 
 def _steps(v, count):

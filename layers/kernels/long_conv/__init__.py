@@ -9,6 +9,7 @@ from layers.kernels import checks, devices
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.long_conv import reference, toeplitz, xla
 from layers.kernels.promotion import joint_dtype, promoting
+from layers.kernels.sizes import known
 from layers.typing import Array, Num
 
 __all__ = ["Piece", "compose", "long_conv", "summarize"]
@@ -88,6 +89,11 @@ def long_conv(
         if array is not None:
             checks.check_shape(name, array, pattern, sizes)
     time, taps = x.shape[1], kernel.shape[1]
+    if not (known(time) and known(taps)):
+        raise ValueError(
+            f"x has {time} tokens and kernel {taps} taps, symbols; the sizes of transforms are numbers: export each "
+            "length by itself (the batch may be a symbol)"
+        )
     if taps == 0:
         raise ValueError(f"kernel has shape {kernel.shape}; expected at least one tap")
     if initial_state is not None:

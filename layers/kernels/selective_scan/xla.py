@@ -32,6 +32,7 @@ from layers.kernels.promotion import promoting
 from layers.kernels.segments import reset_mask
 from layers.kernels.selective_scan import chunk
 from layers.kernels.shard_map_types import vary_like
+from layers.kernels.sizes import at_most, known
 
 # Steps per block, unrolled: on a CPU more than 4 take long to compile.
 MAX_BLOCK = 8
@@ -61,11 +62,12 @@ def selective_scan(
     if segments is not None:
         start, padding = reset_mask(segments), ~segments.real
     backend = jax.default_backend()
-    block = min(block or BLOCK.get(backend, MAX_BLOCK), time)
+    block = at_most(block or BLOCK.get(backend, MAX_BLOCK), time)
     if blocks is None:
-        wanted = BLOCKS if backend == "cpu" else THREADS // max(batch * channels, 1)
-        blocks = min(max(wanted, BLOCKS), MAX_BLOCKS)
-    options = _Options(dt_softplus, block, min(blocks, -(-time // block)))
+        blocks = BLOCKS
+        if backend != "cpu" and known(batch):
+            blocks = min(max(THREADS // max(batch * channels, 1), BLOCKS), MAX_BLOCKS)
+    options = _Options(dt_softplus, block, at_most(blocks, -(-time // block)))
     a, b, c, skip, dt_bias, state = jax.tree.map(
         lambda v: vary_like(v, x), (a, b, c, skip, dt_bias, initial_state.astype(dtype))
     )
