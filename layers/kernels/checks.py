@@ -5,7 +5,11 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from layers.kernels.promotion import joint_dtype
 from layers.kernels.segments import SegmentIds, Segments
+
+# What `not_positive` suggests for a log-decay.
+LOGARITHM = "pass the logarithm of the decay, such as jnp.log(0.9) for a decay of 0.9"
 
 
 def check_shape(name: str, array: jax.Array, pattern: str, sizes: dict[str, int]) -> None:
@@ -35,6 +39,13 @@ def check_shape(name: str, array: jax.Array, pattern: str, sizes: dict[str, int]
     sizes.update(seen)
 
 
+def check_features(**arrays: jax.Array) -> None:
+    """Raises ValueError for an array whose last axis, the features of a head, is empty."""
+    for name, array in arrays.items():
+        if array.shape[-1] == 0:
+            raise ValueError(f"{name} has shape {array.shape}; expected at least one feature per head")
+
+
 def check_floating(**arrays: jax.Array | None) -> None:
     """Raises TypeError for an array that is neither floating point nor complex."""
     for name, array in arrays.items():
@@ -62,4 +73,37 @@ def check_segment_ids(segment_ids: SegmentIds, sizes: Mapping[str, int]) -> Segm
 
 def accumulation_dtype(*arrays: jax.Array | None) -> jnp.dtype:
     """Returns the type of states and sums: at least float32, or complex64 if any array is complex."""
-    return jnp.result_type(jnp.float32, *(a.dtype for a in arrays if a is not None))
+    return joint_dtype(jnp.float32, *(a.dtype for a in arrays if a is not None))
+
+
+def not_positive(name: str, array: jax.Array | None, instead: str) -> jax.Array | None:
+    """Returns `array` with NaN in place of positive numbers, which are refused if they are known.
+
+    Args:
+      name: name of the argument.
+      array: numbers that must be at most 0, such as a log-decay; None passes.
+      instead: what would work, for the message.
+
+    Raises:
+      ValueError: a number is positive, and `array` is not being traced.
+    """
+    return _bounded(name, array, instead, above=True)
+
+
+def not_negative(name: str, array: jax.Array | None, instead: str) -> jax.Array | None:
+    """Returns what `not_positive` does for numbers that must be at least 0, such as a step size."""
+    return _bounded(name, array, instead, above=False)
+
+
+def _bounded(name, array, instead, *, above):
+    if array is None:
+        return None
+    wrong = array > 0 if above else array < 0
+    if isinstance(wrong, jax.core.Tracer):
+        # Added, not selected: the sum fuses with what makes or reads the array, and its gradient keeps nothing.
+        return array + jax.lax.stop_gradient(jnp.where(wrong, jnp.nan, 0).astype(array.dtype))
+    if wrong.any():
+        number = jnp.where(wrong, array, 0).max() if above else jnp.where(wrong, array, 0).min()
+        bound = "at most" if above else "at least"
+        raise ValueError(f"{name} holds {float(number):.3g}; expected numbers of {bound} 0: {instead}")
+    return array

@@ -13,6 +13,7 @@ import jax
 
 from layers.kernels import devices
 from layers.kernels.partition import Mendable
+from layers.kernels.promotion import promoting
 
 _logger = logging.getLogger(__name__)
 _preferred: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar(
@@ -103,7 +104,7 @@ def dispatch(
 ) -> Any:
     """Runs the first implementation without a reason against it, or the one named `impl`; see also `preferred`.
 
-    An implementation for the current device that is passed over is logged, once per reason.
+    The reference serves calls with an empty array, which cost nothing and which blocks do not divide. An implementation for the current device that is passed over is logged, once per reason.
 
     Raises:
       ValueError: `impl` is not a known name, or the named implementation cannot take these arguments.
@@ -112,6 +113,9 @@ def dispatch(
         candidate = _named(primitive, implementations, impl)
         if (reason := candidate.unsupported_reason(**arguments)) is not None:
             raise ValueError(f"impl={impl!r} of {primitive} cannot take this call: {reason}")
+    if any(getattr(x, "size", 1) == 0 for name, x in arguments.items() if name != "initial_state"):
+        return _run(primitive, "reference", implementations["reference"], arguments)
+    if impl is not None:
         return _run(primitive, impl, candidate, arguments)
     passed_over: dict[str, str] = {}
     wanted = (_preferred.get() or {}).get(primitive)
@@ -165,7 +169,7 @@ def _run(
     if (choices := _choices.get()) is not None:
         skipped = tuple((other, why) for other, why in (passed_over or {}).items() if other != name)
         choices.append(Choice(primitive, _summary(arguments), name, skipped))
-    return implementation.run(**arguments)
+    return promoting(implementation.run)(**arguments)
 
 
 def _summary(arguments: Mapping[str, Any]) -> str:

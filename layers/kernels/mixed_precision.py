@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from layers.kernels.promotion import joint_dtype, promoting
+
 
 def operand_dtype(*arrays: jax.Array) -> jnp.dtype:
     """Returns bfloat16 if all arrays are bfloat16, else float32 or wider."""
-    dtype = jnp.result_type(*(a.dtype for a in arrays))
-    return dtype if dtype == jnp.bfloat16 else jnp.promote_types(dtype, jnp.float32)
+    dtype = joint_dtype(*(a.dtype for a in arrays))
+    return dtype if dtype == jnp.bfloat16 else joint_dtype(dtype, jnp.float32)
 
 
 def contract(spec: str, a: jax.Array, b: jax.Array, result: DTypeLike | None = None) -> jax.Array:
@@ -31,7 +33,7 @@ def contract(spec: str, a: jax.Array, b: jax.Array, result: DTypeLike | None = N
         _fold(a) if stacked else a,
         _fold(b) if stacked else b,
         precision=jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT,
-        preferred_element_type=jnp.promote_types(a.dtype, jnp.float32) if result is None else result,
+        preferred_element_type=joint_dtype(a.dtype, jnp.float32) if result is None else result,
     )
     return out.reshape(*a.shape[:-2], *out.shape[-2:]) if stacked else out
 
@@ -55,7 +57,7 @@ def product(
       dtype: type that operands, and cotangents as operands, are rounded to.
       result: type of the result; float32 or wider if None.
     """
-    return _product(spec, dtype, result or jnp.result_type(jnp.float32, dtype), a.dtype, b.dtype, a, b)
+    return _product(spec, dtype, result or joint_dtype(jnp.float32, dtype), a.dtype, b.dtype, a, b)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
@@ -78,7 +80,7 @@ def _backward(spec, dtype, result, a_dtype, b_dtype, operands, cotangent):  # no
     )
 
 
-_product.defvjp(_forward, _backward)
+_product.defvjp(promoting(_forward), promoting(_backward))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -98,10 +100,8 @@ def _solve_forward(lower, inverse, right, dtype):  # noqa: ARG001 - its gradient
 def _solve_backward(dtype, residuals, cotangent):
     inverse, y = residuals
     dright = product("...ji,...jk->...ik", inverse, cotangent, dtype, y.dtype)
-    dlower = -product("...ik,...jk->...ij", dright, y, dtype, y.dtype).astype(
-        jnp.result_type(jnp.float32, dtype)
-    )
+    dlower = -product("...ik,...jk->...ij", dright, y, dtype, y.dtype).astype(joint_dtype(jnp.float32, dtype))
     return jnp.tril(dlower, -1), jnp.zeros_like(inverse), dright
 
 
-solve.defvjp(_solve_forward, _solve_backward)
+solve.defvjp(promoting(_solve_forward), promoting(_solve_backward))

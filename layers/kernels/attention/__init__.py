@@ -1,13 +1,10 @@
 """Softmax attention: causal, windows, sinks, prefixes, block lists, biases, segments, grouped heads and caches."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from layers.kernels import checks
 from layers.kernels.attention import cudnn, reference, xla
 from layers.kernels.attention.options import Logits, Mask, Tokens, read_options
+from layers.kernels.attention.pieces import Piece, compose, of_no_keys
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.segments import SegmentIds
 from layers.typing import Array, Float
@@ -85,19 +82,9 @@ def attention(
         scale=scale,
     )
     if q.size == 0 or k.shape[1] == 0 or v.size == 0:
-        return _of_no_keys(q, v).output.astype(v.dtype)
-    output, _ = dispatch("attention", IMPLEMENTATIONS, impl, q=q, k=k, v=v, options=options)
+        return of_no_keys(q, v).output.astype(v.dtype)
+    output, *_ = dispatch("attention", IMPLEMENTATIONS, impl, q=q, k=k, v=v, options=options)
     return output.astype(v.dtype)
-
-
-class Piece(NamedTuple):
-    """Attention over some of the keys: the output (b, t, h, v) and the log-sum-exp of the logits (b, t, h) per row.
-
-    Both are float32 or wider. A row that sees none of these keys has output 0 and log-sum-exp -inf.
-    """
-
-    output: jax.Array
-    lse: jax.Array
 
 
 def attention_with_lse(
@@ -114,24 +101,5 @@ def attention_with_lse(
     """
     chosen = read_options(q, k, v, **options)
     if q.size == 0 or k.shape[1] == 0 or v.size == 0:
-        return _of_no_keys(q, v)
+        return of_no_keys(q, v)
     return Piece(*dispatch("attention_with_lse", WITH_LSE, impl, q=q, k=k, v=v, options=chosen))
-
-
-def compose(first: Piece, second: Piece) -> Piece:
-    """Returns attention over the keys of both, as one softmax. Associative, commutative; the identity is Piece(0, -inf)."""
-    top = jax.lax.stop_gradient(jnp.maximum(first.lse, second.lse))
-    top = jnp.where(top == -jnp.inf, 0, top)
-    weights = jnp.exp(first.lse - top), jnp.exp(second.lse - top)
-    total = weights[0] + weights[1]
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
-    output = ((weights[0] / total)[..., None] * first.output) + (
-        (weights[1] / total)[..., None] * second.output
-    )
-    return Piece(output, jnp.where(empty, -jnp.inf, top + jnp.log(total)))
-
-
-def _of_no_keys(q, v) -> Piece:
-    dtype = checks.accumulation_dtype(q, v)
-    return Piece(jnp.zeros((*q.shape[:3], v.shape[3]), dtype), jnp.full(q.shape[:3], -jnp.inf, dtype))

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import checks
+from layers.kernels.promotion import joint_dtype
 from layers.kernels.segments import SegmentIds, Segments
+from layers.kernels.sizes import known
 
 
 @functools.partial(
@@ -133,14 +135,27 @@ def read_options(
     checks.check_shape("q", q, "b t h k", sizes)
     checks.check_shape("k", k, "b s g k", sizes)
     checks.check_shape("v", v, "b s g v", sizes)
+    checks.check_features(q=q, k=k)
     if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
         raise ValueError(f"q has {sizes['h']} heads and k has {sizes['g']}; expected a multiple of k's")
     segments = checks.check_segment_ids(segment_ids, sizes)
     _check_arrays(mask, logits, tokens, sizes)
     _check_combination(causal, mask, logits, tokens, segments)
     _check_lengths(causal, mask, logits, tokens, segments, sizes)
-    ids = segments if tokens.kv_segment_ids is None else segments.ids
+    ids = segments
+    if tokens.kv_segment_ids is not None:
+        dtype = joint_dtype(segments.ids.dtype, tokens.kv_segment_ids.dtype)
+        ids = segments.ids.astype(dtype)
+        tokens = dataclasses.replace(tokens, kv_segment_ids=tokens.kv_segment_ids.astype(dtype))
+    mask, tokens = _in_int32(mask, "prefix_lengths", "block_indices"), _in_int32(tokens, "kv_lengths")
     return Options(causal, mask, logits, ids, tokens, scale)
+
+
+def _in_int32(group, *names):
+    """The group with these arrays in the type of positions."""
+    given = {name: getattr(group, name) for name in names}
+    cast = {name: array.astype(jnp.int32) for name, array in given.items() if array is not None}
+    return dataclasses.replace(group, **cast) if cast else group
 
 
 def _group(name, given, kind):
@@ -223,6 +238,8 @@ def _check_lengths(causal, mask, logits, tokens, segments, sizes) -> None:
         raise ValueError(
             f"segment_ids alone is for q and k of one length, not {t} and {s}; give kv_segment_ids"
         )
+    if lists is not None and not known(t):
+        raise ValueError(f"q has {t} tokens, a symbol; block_indices needs a number: export each length by itself")
     if lists is not None and tokens.q_positions is None and lists.shape[2] * mask.block_size < t:
         raise ValueError(
             f"block_indices lists {lists.shape[2]} blocks of {mask.block_size} queries; expected enough for {t}"
@@ -249,7 +266,9 @@ def places(q, k, options: Options) -> Places:
     if tokens.kv_lengths is not None:
         if q_segments is None:
             q_segments, kv_segments = jnp.ones((b, t), jnp.int32), jnp.ones((b, s), jnp.int32)
-        kv_segments = jnp.where(jnp.arange(s)[None] < tokens.kv_lengths[:, None], kv_segments, 0)
+        kv_segments = jnp.where(
+            jnp.arange(s, dtype=jnp.int32)[None] < tokens.kv_lengths[:, None], kv_segments, 0
+        )
     if tokens.q_positions is not None:
         positions = (x.astype(jnp.int32) for x in (tokens.q_positions, tokens.kv_positions))
         return Places(*positions, q_segments, kv_segments)

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.attention.options import places
+from layers.kernels.attention.pieces import parts_of_sum
 from layers.kernels.checks import accumulation_dtype
 
 
 def attention(q, k, v, options):
-    """Returns the output (b, t, h, v) and the log-sum-exp per row (b, t, h)."""
+    """Returns the output (b, t, h, v), the log-sum-exp per row (b, t, h), and what rounding took from that."""
     o, mask = options, options.mask
     dtype = accumulation_dtype(q, k, v, o.logits.bias, o.logits.slopes, o.logits.sink_logits)
     repeats = q.shape[2] // k.shape[2]
@@ -17,6 +18,9 @@ def attention(q, k, v, options):
         jnp.repeat(k.astype(dtype), repeats, 2),
         jnp.repeat(v.astype(dtype), repeats, 2),
     )
+    # A product would multiply what is hidden by zero, and 0 x NaN is NaN. Rows that see such a number are set at the end.
+    bad_q, bad_k, bad_v = (~jnp.isfinite(x).all(-1).swapaxes(1, 2) for x in (q, k, v))
+    q, k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (q, k, v))
     exact = jax.lax.Precision.HIGHEST
     at = places(q, k, o)
     i, j = at.q_positions[:, None, :, None], at.kv_positions[:, None, None, :]
@@ -26,7 +30,7 @@ def attention(q, k, v, options):
     if o.logits.logit_cap is not None:
         logits = o.logits.logit_cap * jnp.tanh(logits / o.logits.logit_cap)
     if o.logits.bias is not None:
-        logits = logits + o.logits.bias.astype(dtype)
+        logits = logits + jnp.where(jnp.isfinite(o.logits.bias), o.logits.bias, 0).astype(dtype)
     if o.logits.slopes is not None:
         logits = logits - o.logits.slopes.astype(dtype)[None, :, None, None] * jnp.abs(i - j).astype(dtype)
 
@@ -51,6 +55,12 @@ def attention(q, k, v, options):
         q_segments, kv_segments = at.q_segments[:, None, :, None], at.kv_segments[:, None, None, :]
         seen &= (q_segments == kv_segments) & (q_segments != 0)
 
+    unfit = bad_q[..., None] | (bad_k | bad_v)[:, :, None]
+    if o.logits.bias is not None:
+        seen &= o.logits.bias != -jnp.inf
+        unfit |= ~jnp.isfinite(o.logits.bias)
+    spoiled = (seen & unfit).any(3)
+
     logits = jnp.where(seen, logits, -jnp.inf)
     if o.logits.sink_logits is not None:
         sink = jnp.broadcast_to(
@@ -65,5 +75,6 @@ def attention(q, k, v, options):
     total = jnp.where(empty, 1, total)
     probabilities = (weights / total)[..., : k.shape[1]]
     output = jnp.einsum("bhts,bshv->bthv", probabilities, v, precision=exact)
-    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
-    return output, jnp.swapaxes(lse, 1, 2)
+    output = jnp.where(jnp.swapaxes(spoiled, 1, 2)[..., None], jnp.nan, output)
+    top, log_total = (x[..., 0].swapaxes(1, 2) for x in (jnp.where(empty, -jnp.inf, top), jnp.log(total)))
+    return output, *parts_of_sum(jnp.where(spoiled.swapaxes(1, 2), jnp.nan, top), log_total)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.kernels.segments import Segments
+from layers.kernels.sizes import known
 
 # The memory for the logits of one step: a CPU's cache, or enough to keep an accelerator busy.
 CPU_STEP_BYTES, STEP_BYTES = 1 << 19, 1 << 27
@@ -36,11 +37,12 @@ class Steps(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Sizes of blocks, number of query blocks (padding included), steps, and whether steps may turn out to be hidden."""
+    """Sizes and numbers of blocks (padding included), steps, and whether steps may turn out to be hidden."""
 
     q_block: int
     kv_block: int
     q_blocks: int
+    kv_blocks: int
     steps: Steps
     uncertain: bool
 
@@ -49,7 +51,10 @@ def schedule(q, k, options, at) -> Schedule:
     """Returns the schedule for arguments of these shapes; `at` are their places, in order if `uses_lists`."""
     (b, t, h, _), s = q.shape, k.shape[1]
     if uses_lists(q, k, options):
-        return _grouped(b * h, *_lists(t, s, options, at))
+        return _grouped(b * h, s, *_lists(t, s, options, at))
+    if not _known(q, k):
+        one = jnp.zeros(1, jnp.int32)
+        return Schedule(t, s, 1, 1, Steps(one, one.reshape(1, 1, 1, 1, 1), None), uncertain=False)
     if _is_small(q, k):
         return _pairs(t, s, t, s, options)
     smallest, size = PAIR_BLOCKS
@@ -73,9 +78,14 @@ def uses_lists(q, k, o) -> bool:
     return size * columns <= k.shape[1] // 2
 
 
+def _known(q, k) -> bool:
+    """Whether the sizes are numbers: for symbols of `jax.export`, all logits are one step."""
+    return all(map(known, (*q.shape, *k.shape)))
+
+
 def _is_small(q, k) -> bool:
     """Whether all logits fit into one step."""
-    return 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1] <= _step_bytes()
+    return not _known(q, k) or 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1] <= _step_bytes()
 
 
 def _step_bytes() -> int:
@@ -117,7 +127,7 @@ def _pairs(t, s, q_block, kv_block, o) -> Schedule:
     known = o.tokens.q_positions is None and o.mask.prefix_lengths is None and o.mask.block_indices is None
     known = known and o.segment_ids is None and o.tokens.kv_lengths is None
     steps = Steps(row, block[:, None, None, None, None], None)
-    return Schedule(q_block, kv_block, i.shape[0], steps, uncertain=not known and row.size > 1)
+    return Schedule(q_block, kv_block, *i.shape, steps, uncertain=not known and row.size > 1)
 
 
 def _lists(t, s, o, at):
@@ -160,7 +170,7 @@ def _sink_blocks(o, at, q_blocks, size):
     return jnp.maximum(start // size, 0)[:, None, :, None] + columns[None, None, None]
 
 
-def _grouped(rows_per_token, size, lists, listed) -> Schedule:
+def _grouped(rows_per_token, s, size, lists, listed) -> Schedule:
     """Cuts lists into steps of as many query blocks as memory allows."""
     tiles = max(1, _step_bytes() // (4 * rows_per_token * size * size))
     columns = max(1, min(lists.shape[3], LISTED_KEYS // size, tiles))
@@ -180,6 +190,7 @@ def _grouped(rows_per_token, size, lists, listed) -> Schedule:
         size,
         size,
         groups * rows,
+        -(-s // size),
         Steps(row, blocks, None if listed is None else cut(listed, False)),
         uncertain=False,
     )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from layers.kernels.attention.options import Places
 from layers.kernels.attention.schedule import Steps
+from layers.kernels.promotion import joint_dtype
 
 
 class Context(NamedTuple):
@@ -128,6 +129,8 @@ def visible(context: Context, step: Steps, rules: Rules):
     if at.q_segments is not None:
         segment = rows(at.q_segments, step)[..., None]
         seen &= (segment == columns(at.kv_segments, step)[..., None, :]) & (segment != 0)
+    if step.blocks.size == 1:  # always a block
+        return jnp.broadcast_to(seen, jnp.broadcast_shapes(seen.shape, (1, 1, 1, 1, j.shape[-1])))
     block = j.shape[-1] // step.blocks.shape[3]
     return seen & jnp.repeat(step.blocks >= 0, block, axis=3)[..., None, :]
 
@@ -143,14 +146,21 @@ def _on_list(lists, size, i, j):
     return seen & inside[:, :, None, :, None]
 
 
-def logits(q, k, context: Context, step: Steps, rules: Rules):
-    """The logits of a step, -inf where hidden, and the capped logits before any bias, both float32 or wider."""
+def logits(q, k, context: Context, step: Steps, rules: Rules, unfit=None):
+    """The logits of a step, -inf where hidden, and the capped logits before any bias, both float32 or wider.
+
+    `unfit`, blocked as keys are, (b, g, blocks, block), is added to the logits of a key: zero, or NaN to mark it.
+    """
     capped = product("bgnrqd,bgnkd->bgnrqk", q, k, rules) * rules.scale
     if rules.logit_cap is not None:
         capped = rules.logit_cap * jnp.tanh(capped / rules.logit_cap)
     groups, total = q.shape[1], capped
+    if unfit is not None:
+        total = total + columns(unfit, step)[:, :, :, None, None]
     if context.bias is not None:
-        total = total + by_head(bias_columns(context.bias, step), groups).astype(total.dtype)
+        bias = by_head(bias_columns(context.bias, step), groups).astype(total.dtype)
+        # Selected, because the sum of -inf and NaN is NaN.
+        total = jnp.where(bias == -jnp.inf, -jnp.inf, total + bias)
     if context.slopes is not None:
         slopes = by_head(context.slopes.astype(total.dtype)[None, :, None, None, None], groups)
         total = total - slopes * by_head(jnp.abs(distances(context, step)), groups).astype(total.dtype)
@@ -160,5 +170,5 @@ def logits(q, k, context: Context, step: Steps, rules: Rules):
 
 def product(equation, left, right, rules: Rules):
     """A matrix product in the type of the operands, accumulated in float32 or wider."""
-    dtype = jnp.result_type(left.dtype, jnp.float32)
+    dtype = joint_dtype(left.dtype, jnp.float32)
     return jnp.einsum(equation, left, right, precision=rules.precision, preferred_element_type=dtype)

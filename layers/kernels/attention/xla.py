@@ -3,11 +3,14 @@
 Queries and keys are cut into blocks, and steps of a `lax.scan` visit blocks of logits (see `schedule`). Every row keeps
 the running maximum m of its logits, the sum l of exp(a - m) and the output so far, rescaled whenever m grows. At the
 end the output is divided by l, and L = m + log l is its log-sum-exp. The backward pass takes the same steps and
-recomputes the probabilities from L,
+recomputes the probabilities from m and log l, which are kept apart: their sum rounds log l away where m is large,
 
-    p = exp(a - L),  da = p (do . v - D),  D = do . o - dL,  dv = p^T do,  dq = scale da k,  dk = scale da^T q,
+    p = exp(a - m - log l),  da = p (do . v - D),  D = do . o - dL,  dv = p^T do,  dq = scale da k,  dk = scale da^T q,
 
-so that it needs only q, k, v, o and L. The sink logit is an outer step: it scales the output by sigmoid(L - sink).
+so that it needs only q, k, v, o, m and log l. The sink logit is an outer step: it scales the output by sigmoid(L - sink).
+
+A number that is not finite makes the rows that see it NaN and no others, although a product multiplies what is hidden by
+zero: products take such numbers as zero, and the logits of the rows that see them are NaN.
 
 Memory: one step of logits (`STEP_BYTES`, a few times) besides the arguments, the output, and float32 sums of the size of
 the output (forward) or of q, k and v (backward). Traffic is mostly that of the logits: with bfloat16 inputs about 16 bytes
@@ -22,12 +25,14 @@ import jax.numpy as jnp
 
 from layers.kernels.attention import tiles
 from layers.kernels.attention.options import Places, places
+from layers.kernels.attention.pieces import parts_of_sum
 from layers.kernels.attention.schedule import Schedule, in_segments, schedule, uses_lists
 from layers.kernels.checks import accumulation_dtype
+from layers.kernels.promotion import joint_dtype, promoting
 
 
 def attention(q, k, v, options):
-    """Returns output (b, t, h, v) and log-sum-exp (b, t, h); the public function has checked the arguments."""
+    """Returns output (b, t, h, v) and log-sum-exp in two parts, as `parts_of_sum` gives them."""
     q, k, v, o = _varying_alike(q, k, v, options)
     at = places(q, k, o)
     if uses_lists(q, k, o) and in_segments(o) and o.segment_ids.padding != "end":
@@ -36,17 +41,19 @@ def attention(q, k, v, options):
         back = jnp.argsort(order, axis=1)
         q, k, v = (jnp.take_along_axis(x, order[:, :, None, None], axis=1) for x in (q, k, v))
         at = Places(*(jnp.take_along_axis(x, order, axis=1) for x in at))
-        output, lse = _blocked(q, k, v, o, at)
+        output, top, log_total = _blocked(q, k, v, o, at)
         output = jnp.take_along_axis(output, back[:, :, None, None], axis=1)
-        lse = jnp.take_along_axis(lse, back[:, :, None], axis=1)
+        top, log_total = (jnp.take_along_axis(x, back[:, :, None], axis=1) for x in (top, log_total))
     else:
-        output, lse = _blocked(q, k, v, o, at)
+        output, top, log_total = _blocked(q, k, v, o, at)
     if o.logits.sink_logits is not None:
-        sink = o.logits.sink_logits.astype(lse.dtype)[None, None]
-        excess = lse - sink
+        sink = jnp.broadcast_to(o.logits.sink_logits.astype(top.dtype)[None, None], top.shape)
+        # NaN in a row that is not wanted must not reach the gradient of the sink.
+        spoiled = jnp.isnan(top)
+        excess = jnp.where(spoiled, 0, (jax.lax.stop_gradient(top) - sink) + log_total)
         output = output * jax.nn.sigmoid(excess)[..., None]
-        lse = sink + jax.nn.softplus(excess)
-    return output, lse
+        return output, *parts_of_sum(sink, jnp.where(spoiled, jnp.nan, jax.nn.softplus(excess)))
+    return output, *parts_of_sum(jax.lax.stop_gradient(top), log_total)
 
 
 def _varying_alike(*arguments):
@@ -68,16 +75,16 @@ def _blocked(q, k, v, o, at):
     """Cuts the arguments into blocks of the schedule, attends, and joins the outputs."""
     (b, t, h, width), (s, g) = q.shape, k.shape[1:3]
     plan = schedule(q, k, o, at)
-    dtype = jnp.result_type(q, k, v)
+    dtype = joint_dtype(q, k, v)
     groups = h if plan.steps.blocks.shape[2] > 1 else g
-    q_length, kv_length = plan.q_blocks * plan.q_block, -(-s // plan.kv_block) * plan.kv_block
+    q_length, kv_length = plan.q_blocks * plan.q_block, plan.kv_blocks * plan.kv_block
 
     def keys(x):
         x = _pad(x.astype(dtype), 1, kv_length)
-        return x.reshape(b, -1, plan.kv_block, *x.shape[2:]).transpose(0, 3, 1, 2, 4)
+        return x.reshape(b, plan.kv_blocks, plan.kv_block, *x.shape[2:]).transpose(0, 3, 1, 2, 4)
 
     queries = _pad(q.astype(dtype), 1, q_length)
-    queries = queries.reshape(b, -1, plan.q_block, groups, h // groups, width).transpose(0, 3, 1, 4, 2, 5)
+    queries = queries.reshape(b, plan.q_blocks, plan.q_block, groups, h // groups, width).transpose(0, 3, 1, 4, 2, 5)
     context = _context(t, s, o, at, plan, q_length, kv_length)
     rules = tiles.Rules(
         causal=o.causal,
@@ -89,27 +96,27 @@ def _blocked(q, k, v, o, at):
         precision=None if dtype in (jnp.bfloat16, jnp.float16) else jax.lax.Precision.HIGHEST,
         uncertain=plan.uncertain,
     )
-    output, lse = _attend(rules, queries, keys(k), keys(v), context, plan.steps)
-    output = output.transpose(0, 2, 4, 1, 3, 5).reshape(b, q_length, h, -1)[:, :t]
-    lse = lse.transpose(0, 2, 4, 1, 3).reshape(b, q_length, h)[:, :t]
-    return output, lse
+    output, *parts = _attend(rules, queries, keys(k), keys(v), context, plan.steps)
+    output = output.transpose(0, 2, 4, 1, 3, 5).reshape(b, q_length, h, v.shape[3])[:, :t]
+    return output, *(x.transpose(0, 2, 4, 1, 3).reshape(b, q_length, h)[:, :t] for x in parts)
 
 
 def _context(t, s, o, at, plan: Schedule, q_length, kv_length) -> tiles.Context:
     """Places and bias in blocks; where keys had to be padded, the padding is in segment 0."""
     q_segments, kv_segments = at.q_segments, at.kv_segments
-    if q_segments is None and kv_length > s:
+    if q_segments is None and kv_length != s:
         q_segments, kv_segments = jnp.ones((1, t), jnp.int32), jnp.ones((1, s), jnp.int32)
 
     def blocks(x, block, length):
-        return None if x is None else _pad(x, 1, length).reshape(x.shape[0], 1, -1, block)
+        return None if x is None else _pad(x, 1, length).reshape(x.shape[0], 1, length // block, block)
 
     bias = o.logits.bias
     if bias is not None:
         for axis, (block, length) in ((2, (plan.q_block, q_length)), (4, (plan.kv_block, kv_length))):
             whole = bias.shape[axis] == 1
             bias = bias if whole else _pad(bias, axis, length)
-            bias = bias.reshape(*bias.shape[:axis], -1, 1 if whole else block, *bias.shape[axis + 1 :])
+            count = (1, 1) if whole else (length // block, block)
+            bias = bias.reshape(*bias.shape[:axis], *count, *bias.shape[axis + 1 :])
     return tiles.Context(
         Places(
             blocks(at.q_positions, plan.q_block, q_length),
@@ -133,22 +140,30 @@ def _pad(x, axis, length):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(rules, q, k, v, context, steps):
-    """Blocked output (b, g, blocks, r, block, v) and log-sum-exp (b, g, blocks, r, block), float32 or wider."""
+    """Blocked output (b, g, blocks, r, block, v), and the parts m and log l of the log-sum-exp (b, g, blocks, r, block).
+
+    Callers stop the gradient of m: that of log l is the gradient of the log-sum-exp.
+    """
     dtype = accumulation_dtype(q)
     rows = q.shape[:-1]
+    # Values that a single query does not see are selected away; many queries see different ones of a block.
+    single = rows[2] * rows[4] == 1
+    unfit = None if single else jnp.where(jnp.isfinite(v).all(-1), 0, jnp.nan).astype(dtype)
 
     def step(carry, now):
         old = tuple(tiles.rows(x, now) for x in carry)
 
         def visit():
             top, total, output = old
-            a, _ = tiles.logits(tiles.rows(q, now), tiles.columns(k, now), context, now, rules)
+            a, _ = tiles.logits(tiles.rows(q, now), tiles.columns(k, now), context, now, rules, unfit)
+            vs = tiles.columns(v, now)
+            vs = jnp.where((a != -jnp.inf).any((3, 4))[..., None] if single else jnp.isfinite(vs), vs, 0)
             new_top = jnp.maximum(top, a.max(-1))
             finite = jnp.where(new_top == -jnp.inf, 0, new_top)
             p = jnp.exp(a - finite[..., None])
             rescale = jnp.exp(top - finite)
             output = rescale[..., None] * output + tiles.product(
-                "bgnrqk,bgnkv->bgnrqv", p.astype(v.dtype), tiles.columns(v, now), rules
+                "bgnrqk,bgnkv->bgnrqv", p.astype(v.dtype), vs, rules
             )
             return new_top, rescale * total + p.sum(-1), output
 
@@ -161,9 +176,13 @@ def _attend(rules, q, k, v, context, steps):
         jnp.zeros_like(q, dtype, shape=(*rows, v.shape[-1])),
     )
     (top, total, output), _ = jax.lax.scan(step, carry, steps)
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
-    return output / total[..., None], jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    total = jnp.where(total == 0, 1, total)
+    return output / total[..., None], top, jnp.log(total)
+
+
+def _finite(x):
+    """x, with zeros for what is not finite."""
+    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def _unless_hidden(visit, skip, context, step, rules):
@@ -174,19 +193,23 @@ def _unless_hidden(visit, skip, context, step, rules):
 
 
 def _forward(rules, q, k, v, context, steps):
-    output, lse = _attend(rules, q, k, v, context, steps)
-    return (output, lse), (q, k, v, context, steps, output, lse)
+    output, top, log_total = _attend(rules, q, k, v, context, steps)
+    return (output, top, log_total), (q, k, v, context, steps, output, top, log_total)
 
 
 def _backward(rules, residuals, cotangents):
-    q, k, v, context, steps, output, lse = residuals
-    doutput, dlse = cotangents
-    empty = lse == -jnp.inf
-    finite = jnp.where(empty, 0, lse)
+    q, k, v, context, steps, output, top, log_total = residuals
+    doutput, _, dlse = cotangents
     # The same rounded gradients as in the products: rows of p (do . v - D) must sum to dL.
     doutput = doutput.astype(v.dtype)
-    delta = jnp.where(empty, 0, (doutput * output).sum(-1) - dlse)
-    dtype = finite.dtype
+    # Rows that see no key, and NaN in which nobody is interested, have no gradient. A gradient that is not finite stays
+    # in its row: the row's probabilities are NaN where it sees a key.
+    unwanted = ~(jnp.isfinite(output).all(-1) | (doutput != 0).any(-1) | (dlse != 0))
+    off = (top == -jnp.inf) | unwanted
+    top = jnp.where(jnp.isfinite(doutput).all(-1), top, jnp.nan)
+    doutput = jnp.where(off[..., None], 0, _finite(doutput))
+    delta = jnp.where(off, 0, (doutput * jnp.where(off[..., None], 0, output)).sum(-1) - dlse)
+    dtype = top.dtype
     dslopes = None if context.slopes is None else jnp.zeros_like(q, dtype, shape=(q.shape[1], q.shape[3]))
 
     def step(carry, now):
@@ -194,23 +217,20 @@ def _backward(rules, residuals, cotangents):
         old_dq = tiles.rows(dq, now)
 
         def visit():
-            qs, ks, vs, do = (
-                tiles.rows(q, now),
-                tiles.columns(k, now),
-                tiles.columns(v, now),
-                tiles.rows(doutput, now),
-            )
+            qs, ks, do = tiles.rows(q, now), tiles.columns(k, now), tiles.rows(doutput, now)
             a, capped = tiles.logits(qs, ks, context, now, rules)
-            p = jnp.exp(a - tiles.rows(finite, now)[..., None])
-            dp = tiles.product("bgnrqv,bgnkv->bgnrqk", do, vs, rules)
-            da = p * (dp - tiles.rows(delta, now)[..., None])
+            seen = (a != -jnp.inf) & ~tiles.rows(off, now)[..., None]
+            shift, log_sum = (tiles.rows(x, now)[..., None] for x in (top, log_total))
+            p = jnp.where(seen, jnp.exp(a - shift - log_sum), 0)
+            dp = tiles.product("bgnrqv,bgnkv->bgnrqk", do, _finite(tiles.columns(v, now)), rules)
+            da = jnp.where(seen, p * (dp - tiles.rows(delta, now)[..., None]), 0)
             new_dv = tiles.product("bgnrqk,bgnrqv->bgnkv", p.astype(v.dtype), do, rules)
             dbias, new_dslopes = _outside(da, context, now)
             if rules.logit_cap is not None:
-                da = da * (1 - (capped / rules.logit_cap) ** 2)
+                da = da * (1 - (jnp.where(seen, capped, 0) / rules.logit_cap) ** 2)
             da = (da * rules.scale).astype(q.dtype)
-            new_dq = old_dq + tiles.product("bgnrqk,bgnkd->bgnrqd", da, ks, rules)
-            new_dk = tiles.product("bgnrqk,bgnrqd->bgnkd", da, qs, rules)
+            new_dq = old_dq + tiles.product("bgnrqk,bgnkd->bgnrqd", da, _finite(ks), rules)
+            new_dk = tiles.product("bgnrqk,bgnrqd->bgnkd", da, _finite(qs), rules)
             return new_dq, new_dk, new_dv, dbias, new_dslopes
 
         zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros_like(q, x.dtype, shape=x.shape))
@@ -254,4 +274,4 @@ def _outside(da, context, now):
     return dbias, dslopes
 
 
-_attend.defvjp(_forward, _backward)
+_attend.defvjp(promoting(_forward), promoting(_backward))

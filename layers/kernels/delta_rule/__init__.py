@@ -8,19 +8,24 @@ import jax.numpy as jnp
 from layers.kernels import checks
 from layers.kernels.delta_rule import gpu, reference, xla
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
+from layers.kernels.isolation import isolated
 from layers.kernels.segments import SegmentIds
 from layers.typing import Array, Float
 
 __all__ = ["Piece", "compose", "delta_rule", "dplr_delta_rule", "summarize", "summarize_dplr"]
 
+SERIES = "q", "k", "v", "beta", "log_decay"
+DPLR_SERIES = "q", "k", "v", "a", "b", "log_decay"
 DELTA_RULE = {
     "gpu": Implementation(gpu.delta_rule, gpu.unsupported_reason, gpu.passed_over_reason, "gpu"),
-    "xla": Implementation(xla.delta_rule),
-    "reference": Implementation(reference.delta_rule, passed_over_reason=by_name_only),
+    "xla": Implementation(isolated(xla.delta_rule, *SERIES)),
+    "reference": Implementation(isolated(reference.delta_rule, *SERIES), passed_over_reason=by_name_only),
 }
 DPLR_DELTA_RULE = {
-    "xla": Implementation(xla.dplr_delta_rule),
-    "reference": Implementation(reference.dplr_delta_rule, passed_over_reason=by_name_only),
+    "xla": Implementation(isolated(xla.dplr_delta_rule, *DPLR_SERIES)),
+    "reference": Implementation(
+        isolated(reference.dplr_delta_rule, *DPLR_SERIES), passed_over_reason=by_name_only
+    ),
 }
 
 
@@ -52,7 +57,8 @@ def delta_rule(
         must not exceed 2, or the state diverges; keys should have a norm of about 1 or less.
       v: values.
       beta: writing strength, in (0, 1), or in (0, 2) to let a step reverse the sign of what it erases.
-      log_decay: log alpha <= 0, per head (b, t, h) or key channel (b, t, h, k); None for no decay.
+      log_decay: log alpha <= 0, per head (b, t, h) or key channel (b, t, h, k); None for no decay. Positive numbers are
+        refused if known, and NaN in outputs of compiled code.
       scale: factor of the queries; k^-1/2 if None.
       normalize_qk: whether to divide queries and keys by their norms first, x / sqrt(sum x^2 + 1e-6), in float32.
       initial_state: S_0, zero if None. It belongs to the segment of the first real token.
@@ -66,7 +72,7 @@ def delta_rule(
       final_state: (b, h, k, v), the state after the last step, float32 or wider.
 
     Raises:
-      ValueError, TypeError: a shape, type or `impl` does not fit; the message names the argument.
+      ValueError, TypeError: a shape, type, sign or `impl` does not fit; the message names the argument.
     """
     sizes: dict[str, int] = {}
     checks.check_real(q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state)
@@ -115,7 +121,7 @@ def dplr_delta_rule(
       q, k, v: queries, keys and values.
       a: the direction in which the old state is read.
       b: the direction in which that is written; Diag(w) + b a^T should not lengthen vectors, or the state diverges.
-      log_decay: log w <= 0, per head (b, t, h) or key channel (b, t, h, k); None for no decay.
+      log_decay: log w <= 0, per head (b, t, h) or key channel (b, t, h, k); None for no decay. As for `delta_rule`.
       scale: factor of the queries; k^-1/2 if None.
       initial_state, segment_ids: as for `delta_rule`.
       impl: "xla", "reference", or None for the best.
@@ -125,7 +131,7 @@ def dplr_delta_rule(
       final_state: (b, h, k, v), the state after the last step, float32 or wider.
 
     Raises:
-      ValueError, TypeError: a shape, type or `impl` does not fit; the message names the argument.
+      ValueError, TypeError: a shape, type, sign or `impl` does not fit; the message names the argument.
     """
     sizes: dict[str, int] = {}
     checks.check_real(q=q, k=k, v=v, a=a, b=b, log_decay=log_decay, initial_state=initial_state)
@@ -147,6 +153,7 @@ def dplr_delta_rule(
 def _checked(name, implementations, impl, sizes, inputs, options, initial_state, segment_ids):
     """The checks that both functions share, the guard for empty sequences, and the call."""
     log_decay, v = inputs["log_decay"], inputs["v"]
+    checks.check_features(k=inputs["k"])
     if log_decay is not None:
         if log_decay.ndim not in (3, 4):
             raise ValueError(
@@ -154,6 +161,7 @@ def _checked(name, implementations, impl, sizes, inputs, options, initial_state,
                 + ", ".join(f"{letter}={sizes[letter]}" for letter in "bthk")
             )
         checks.check_shape("log_decay", log_decay, "b t h k" if log_decay.ndim == 4 else "b t h", sizes)
+        inputs["log_decay"] = checks.not_positive("log_decay", log_decay, checks.LOGARITHM)
     if initial_state is not None:
         checks.check_shape("initial_state", initial_state, "b h k v", sizes)
     segments = checks.check_segment_ids(segment_ids, sizes)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from layers.kernels.delta_rule.triangular import BASE, join_blocks, level_mask
 from layers.kernels.mixed_precision import contract, product
+from layers.kernels.promotion import promoting
 
 # Log-decay of a reset: its exponential is exactly 0 in float32 and float64, and sums of it stay finite.
 RESET = -1e4
@@ -102,7 +103,7 @@ def _decay_matrix_backward(exclusive, log_decay, cotangent):
     return (jax.lax.cumsum(rows - columns, axis=rows.ndim - 1, reverse=True),)
 
 
-_decay_matrix.defvjp(_decay_matrix_forward, _decay_matrix_backward)
+_decay_matrix.defvjp(promoting(_decay_matrix_forward), promoting(_decay_matrix_backward))
 
 
 def _channel_scores(erase, query, columns, log_decay, before_decay, dtype):
@@ -155,7 +156,8 @@ def _inside_tiles(erase, query, columns, log_decay, before_decay, dtype):
     """
     g = _tiles(log_decay)
     base = g.shape[-2]
-    row, step = jnp.arange(base)[None, :, None], jnp.arange(base)[None, None, :]
+    steps = jnp.arange(base, dtype=jnp.int32)
+    row, step = steps[None, :, None], steps[None, None, :]
     block = jnp.asarray(_blocks(base), jnp.int32)[:, None, None]
     odd, same = row // block % 2 == 1, row // block == step // block
     taken = [step < row, step > row, same & jnp.where(odd, step <= row, step > row)]

@@ -29,7 +29,9 @@ from layers.kernels.checks import accumulation_dtype
 from layers.kernels.delta_rule.decay import RESET, scores
 from layers.kernels.delta_rule.triangular import inverse
 from layers.kernels.mixed_precision import product, solve
+from layers.kernels.promotion import promoting
 from layers.kernels.segments import reset_mask
+from layers.kernels.sizes import in_chunks, known, power_of_two
 
 # Steps per chunk; a power of two. Longer chunks mean more arithmetic and fewer steps of the scan. With a decay per channel
 # they also mean larger intermediate results.
@@ -82,13 +84,13 @@ def _run(inputs, initial_state, segments, general, scale, normalize_qk, chunk):
     batch, time, heads, value_dim = v.shape
     accumulate = accumulation_dtype(*inputs.values(), initial_state)
     low = all(inputs[name].dtype == jnp.bfloat16 for name in inputs if name not in ("beta", "log_decay"))
-    chunk = min(chunk, 1 << (time - 1).bit_length())
+    chunk = power_of_two(time, chunk)
     rule = Rule(general, scale, normalize_qk, chunk, jnp.dtype(jnp.bfloat16) if low else accumulate)
     if initial_state is None:  # made from v, to be divided over devices as v is
         zeros = jnp.zeros_like(v[:, 0, :, None], accumulate)
         initial_state = jnp.broadcast_to(zeros, (batch, heads, k.shape[-1], value_dim))
-    padding = -time % chunk
-    if padding:  # zeros are no-ops for both rules
+    padding = in_chunks(time, chunk) - time
+    if not known(padding) or padding:  # zeros are no-ops for both rules
         inputs, segments = jax.tree.map(
             lambda x: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)), (inputs, segments)
         )
@@ -105,7 +107,7 @@ def _forward(rule, inputs, segments, state):
     chunks = _equations(rule, inputs, segments, state.dtype)
     inverted = inverse(chunks.lower).astype(rule.dtype)
     states = state[None]
-    if chunks.lower.shape[0] > 1:
+    if chunks.lower.shape[0] != 1:
         w, y = (_times(rule, "...ij,...jk->...ik", inverted, x) for x in (chunks.erase, chunks.values))
         added = _plus(_times(rule, "...ji,...jk->...ik", chunks.write, y), chunks.state)
         states, final = _scan(rule, chunks.total, chunks.write, w, added, state, reverse=False)
@@ -121,7 +123,7 @@ def _backward(rule, residuals, cotangents):
     do = _chunk(do, rule.chunk)
     chunks, equations_vjp = jax.vjp(lambda x: _equations(rule, x, segments, dfinal.dtype), inputs)
     dstates = dfinal[None]
-    if chunks.lower.shape[0] > 1:
+    if chunks.lower.shape[0] != 1:
         w = _times(rule, "...ij,...jk->...ik", inverted, chunks.erase)
         read = chunks.query + _times(rule, "...ij,...jk->...ik", chunks.scores, w)
         added = _times(rule, "...ji,...jk->...ik", read, do)
@@ -133,7 +135,7 @@ def _backward(rule, residuals, cotangents):
     return *equations_vjp(dchunks), None, dstate
 
 
-_chunked.defvjp(_forward, _backward)
+_chunked.defvjp(promoting(_forward), promoting(_backward))
 _compiled = jax.jit(_chunked, static_argnums=0)
 
 
@@ -235,11 +237,11 @@ def _plus(x, y):
 
 def _chunk(x, size):
     """(b, t, h, ...) to (n, b, h, c, ...)."""
-    x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
+    x = x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])
     return jnp.moveaxis(x, (1, 3), (0, 2))
 
 
 def _unchunk(x):
     """(n, b, h, c, v) to (b, t, h, v)."""
     x = jnp.moveaxis(x, (0, 2), (1, 3))
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])

@@ -8,16 +8,20 @@ import jax.numpy as jnp
 from layers.kernels import checks
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.gated_linear_attention import gpu, reference, tpu, xla
+from layers.kernels.isolation import isolated
 from layers.kernels.segments import SegmentIds, select_real
 from layers.typing import Array, Float
 
 __all__ = ["SMALLEST_DENOMINATOR", "Piece", "compose", "gated_linear_attention", "summarize"]
 
+SERIES = ("q", "k", "v", "log_decay")
 IMPLEMENTATIONS = {
     "gpu": Implementation(gpu.gated_linear_attention, gpu.unsupported_reason, gpu.passed_over_reason, "gpu"),
     "tpu": Implementation(tpu.gated_linear_attention, tpu.unsupported_reason, tpu.passed_over_reason, "tpu"),
-    "xla": Implementation(xla.gated_linear_attention),
-    "reference": Implementation(reference.gated_linear_attention, passed_over_reason=by_name_only),
+    "xla": Implementation(isolated(xla.gated_linear_attention, *SERIES)),
+    "reference": Implementation(
+        isolated(reference.gated_linear_attention, *SERIES), passed_over_reason=by_name_only
+    ),
 }
 
 # A denominator nearer to 0 than this is replaced by it, with its sign kept.
@@ -62,7 +66,8 @@ def gated_linear_attention(
     Args:
       q, k, v: queries, keys and values. Any of them may have fewer heads than the largest count h; head i of h then uses
         head i // (h / heads). Their types may differ; matrix units are fast where all three are bfloat16.
-      log_decay: natural logarithm of the decay, at most 0. None: no decay. (h): fixed. (b, t, h): per head and
+      log_decay: natural logarithm of the decay, at most 0; positive numbers are refused if known, and NaN in outputs of
+        compiled code. None: no decay. (h): fixed. (b, t, h): per head and
         step. (b, t, h, k): per key channel. A size of 1 in place of b or t stands for all.
       bonus: (h, k), the weight u of the current token.
       scale: factor of the outputs, k ** -0.5 if None. Must be None with `normalize`.
@@ -78,9 +83,10 @@ def gated_linear_attention(
       final_state: (b, h, k, v), float32 or wider; (b, h, k, v + 1) with `normalize`, the last column being z.
 
     Raises:
-      ValueError, TypeError: a shape, type, `scale` or `impl` does not fit; the message names the argument.
+      ValueError, TypeError: a shape, type, sign, `scale` or `impl` does not fit; the message names the argument.
     """
     sizes, segments = _check(q=q, k=k, v=v, log_decay=log_decay, segment_ids=segment_ids)
+    log_decay = checks.not_positive("log_decay", log_decay, checks.LOGARITHM)
     checks.check_real(bonus=bonus, initial_state=initial_state)
     if bonus is not None:
         _raise_heads(bonus, 0, sizes)
@@ -137,6 +143,7 @@ def summarize(
     zero. The number of heads is the largest of those of k, v and log_decay. A bonus does not change the effect.
     """
     sizes, segments = _check(k=k, v=v, log_decay=log_decay, segment_ids=segment_ids)
+    log_decay = checks.not_positive("log_decay", log_decay, checks.LOGARITHM)
     dtype = checks.accumulation_dtype(k, v, log_decay)
     shape = sizes["b"], sizes["t"], sizes["h"]
     total = jnp.zeros((*shape[::2], 1), dtype)
@@ -168,6 +175,7 @@ def _check(*, k, v, log_decay, segment_ids, q=None):
     sizes: dict[str, int] = {}
     for name, x in inputs.items():
         checks.check_shape(name, x, f"b t h_{name} {'v' if name == 'v' else 'k'}", sizes)
+    checks.check_features(k=k)
     counts = {name: sizes.pop(f"h_{name}") for name in inputs}
     sizes["h"] = max(counts.values())
     if log_decay is not None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from layers.kernels.gated_linear_attention.scalar_decay import exact_parts
 from layers.kernels.mixed_precision import product
+from layers.kernels.promotion import promoting
 
 
 def within_chunks(q, k, g, bonus, same, scale, dtype, leaf):
@@ -153,7 +154,7 @@ def _leaf_backward(settings, residuals, cotangent):
     return dq, dk, _sum_to(dg, g.shape)
 
 
-_leaf_scores.defvjp(_leaf_forward, _leaf_backward)
+_leaf_scores.defvjp(promoting(_leaf_forward), promoting(_leaf_backward))
 
 
 def _sum_to(x, shape):

@@ -28,6 +28,8 @@ import jax.numpy as jnp
 
 from layers.kernels.gated_linear_attention import channel_decay, scalar_decay
 from layers.kernels.mixed_precision import contract
+from layers.kernels.promotion import promoting
+from layers.kernels.sizes import in_chunks, known
 
 # Chunks per step of the scan over chunks: a larger number gives fewer, larger kernels.
 UNROLL = 8
@@ -97,9 +99,14 @@ def _chunks(settings, q, k, v, g, bonus, number):
 def _cut(x, chunk, groups):
     """(b, t, h, ...) to (n, b, groups, c, h / groups, ...), with zeros for missing steps."""
     batch, time = x.shape[:2]
-    x = jnp.pad(x, ((0, 0), (0, -time % chunk)) + ((0, 0),) * (x.ndim - 2))
-    x = x.reshape(batch, -1, chunk, groups, x.shape[2] // groups, *x.shape[3:])
+    whole = in_chunks(time, chunk)
+    x = jnp.pad(x, ((0, 0), (0, whole - time)) + ((0, 0),) * (x.ndim - 2))
+    x = x.reshape(batch, whole // chunk, chunk, groups, x.shape[2] // groups, *x.shape[3:])
     return x.transpose(1, 0, 3, 2, *range(4, x.ndim))
+
+
+def _unroll(x):
+    return UNROLL if known(x.q.shape[0]) else 1
 
 
 def _join(x, time):
@@ -128,6 +135,22 @@ def _within_chunks(settings, x, q, k, g, bonus):
         jnp.broadcast_to(total, (n, b, groups, last)),
     )
     return jnp.broadcast_to(weights, (n, b, groups, r, c, c)), exponents
+
+
+def _only(flags, x):
+    """x where the flags of a mask of `_Chunks` are set, zero elsewhere; x if there is one segment.
+
+    A factor of zero would not do: the state of another segment may be infinite.
+    """
+    if flags is None:
+        return x
+    return jnp.where(flags.reshape(*flags.shape, *[1] * (x.ndim - flags.ndim)), x, 0)
+
+
+def _kept(x, keep, state):
+    """The part of the state that passes through a chunk."""
+    passed = keep * state
+    return passed if x.same is None else jnp.where(keep == 0, 0, passed)
 
 
 class _Passing(NamedTuple):
@@ -170,13 +193,14 @@ def _forward(settings, q, k, v, g, bonus, state, number):
 
     def step(entering, inputs):
         keep, written = inputs
-        return keep * entering + written, entering.astype(x.q.dtype)
+        return _kept(x, keep, entering) + written, entering.astype(x.q.dtype)
 
     # Zeros made from `written` are divided over devices as it is.
     start = jnp.where(False, written[0], 0) if state is None else _to_groups(state, groups, r)
-    final, states = jax.lax.scan(step, start, (passing.keep, written), unroll=UNROLL)
+    final, states = jax.lax.scan(step, start, (passing.keep, written), unroll=_unroll(x))
     o = contract("nbgck,nbgkx->nbgcx", passing.q, states).reshape(x.v.shape)
     o = o * passing.read[..., None] if settings.leaf is None else o
+    o = _only(x.reads, o)
     o = o + contract("nbgrij,nbgjrv->nbgirv", weights, x.v)
     kept = None if settings.leaf is None else weights
     has_state = None if state is None else ()
@@ -199,16 +223,17 @@ def _backward(settings, residuals, cotangents):
 
     def step(leaving, inputs):
         keep, read = inputs
-        return keep * leaving + read, leaving.astype(dtype)
+        return _kept(x, keep, leaving) + read, leaving.astype(dtype)
 
     read = contract("nbgck,nbgcx->nbgkx", passing.q, _flat(do_read))
     dstate, dstates = jax.lax.scan(
-        step, _to_groups(dfinal, groups, r), (passing.keep, read), reverse=True, unroll=UNROLL
+        step, _to_groups(dfinal, groups, r), (passing.keep, read), reverse=True, unroll=_unroll(x)
     )
-    dq_read = contract("nbgcx,nbgkx->nbgck", _flat(do_read), states)
-    dk_write = contract("nbgcx,nbgkx->nbgck", _flat(passing.v), dstates)
+    dq_read = _only(x.reads, contract("nbgcx,nbgkx->nbgck", _flat(do_read), states))
+    dk_write = _only(x.writes, contract("nbgcx,nbgkx->nbgck", _flat(passing.v), dstates))
     dv_write = contract("nbgck,nbgkx->nbgcx", passing.k, dstates).reshape(x.v.shape)
-    kept = passing.keep * states.astype(wide) * dstates.astype(wide)
+    dv_write = _only(x.writes, dv_write)
+    kept = _only(x.keeps, passing.keep * states.astype(wide) * dstates.astype(wide))
     if settings.leaf is not None:
         dexponents = passing.q * dq_read, passing.k * dk_write, kept.sum(-1)
         dq_read, dk_write = dq_read * passing.read, dk_write * passing.write
@@ -216,7 +241,8 @@ def _backward(settings, residuals, cotangents):
         if r == 1:
             dbefore = (passing.q * dq_read).sum(-1, keepdims=True)
         else:
-            dbefore = (do_read * contract("nbgck,nbgkx->nbgcx", passing.q, states).reshape(x.v.shape)).sum(-1)
+            read_states = contract("nbgck,nbgkx->nbgcx", passing.q, states).reshape(x.v.shape)
+            dbefore = (do_read * _only(x.reads, read_states)).sum(-1)
         dexponents = (
             dbefore,
             (passing.v * dv_write).sum(-1),
@@ -241,7 +267,7 @@ def _backward(settings, residuals, cotangents):
     )
 
 
-attend.defvjp(_forward, _backward)
+attend.defvjp(promoting(_forward), promoting(_backward))
 
 
 def _to_groups(state, groups, r):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.mixed_precision import contract, product
+from layers.kernels.promotion import joint_dtype, promoting
 
 
 def within_chunks(q, k, g, bonus, same, scale, dtype):
@@ -30,7 +31,7 @@ def within_chunks(q, k, g, bonus, same, scale, dtype):
     seen = seen[None, None, None, None]
     weights = jnp.where(jnp.broadcast_to(seen if same is None else seen & same, weights.shape), weights, 0)
     if exclusive:
-        here = scale * product("nbgck,grk->nbgrc", q * k, bonus, jnp.promote_types(dtype, jnp.float32))
+        here = scale * product("nbgck,grk->nbgrc", q * k, bonus, joint_dtype(dtype, jnp.float32))
         diagonal = jnp.broadcast_to(jnp.eye(q.shape[-2], dtype=bool), weights.shape)
         weights = jnp.where(diagonal, here[..., None], weights)
     before = contract("...j,ij->...i", g, _below(g.shape[-1], -1 if exclusive else 0).astype(g.dtype))
@@ -80,7 +81,7 @@ def _differences_backward(exclusive, dtype, _, cotangent):
     return ((earlier * jnp.broadcast_to(reading, earlier.shape)).sum(-2),)
 
 
-_differences.defvjp(_differences_forward, _differences_backward)
+_differences.defvjp(promoting(_differences_forward), promoting(_differences_backward))
 
 
 def _below(size, k):

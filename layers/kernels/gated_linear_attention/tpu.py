@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec as P
 from layers.kernels import mosaic_tpu, partition
 from layers.kernels.gated_linear_attention import tpu_kernels
 from layers.kernels.mixed_precision import operand_dtype
+from layers.kernels.promotion import promoting
 from layers.kernels.segments import select_real
 from layers.kernels.shard_map_types import vary_as
 
@@ -284,7 +285,7 @@ def _backward(settings, residuals, cotangents):
     return dq, dk, dv, tuple(dg), tuple(map(jnp.zeros_like, numbers)), dstate
 
 
-_attend.defvjp(_forward, _backward)
+_attend.defvjp(promoting(_forward), promoting(_backward))
 
 
 class _Blocks:

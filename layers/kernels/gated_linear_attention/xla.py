@@ -10,6 +10,7 @@ from layers.kernels.checks import accumulation_dtype
 from layers.kernels.gated_linear_attention.chunked import Settings, attend
 from layers.kernels.mixed_precision import operand_dtype
 from layers.kernels.segments import select_real
+from layers.kernels.sizes import power_of_two
 
 # Steps per chunk. Memory for scores grows with it, memory for states shrinks.
 SCALAR_CHUNK = 128
@@ -56,7 +57,7 @@ def gated_linear_attention(
     if segments is not None:
         number = segments.numbers if segments.packed else None
         q, k, v, g = (select_real(x, segments) for x in (q, k, v, g))
-    chunk = min(chunk or (CHANNEL_CHUNK if per_channel else SCALAR_CHUNK), _power_of_two(time))
+    chunk = power_of_two(time, chunk or (CHANNEL_CHUNK if per_channel else SCALAR_CHUNK))
     settings = Settings(
         scale=1.0 if normalize else scale,
         chunk=chunk,
@@ -92,7 +93,3 @@ def _decay(log_decay, time, dtype):
     # Clamp: exp underflows below this, and -inf would give 0 x inf = NaN.
     g = jnp.maximum(g, 2 * math.log(jnp.finfo(dtype).tiny))
     return jnp.broadcast_to(g.astype(dtype), (g.shape[0], time, *g.shape[2:]))
-
-
-def _power_of_two(count):
-    return 1 << (count - 1).bit_length()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from layers.kernels import checks
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.linear_recurrence import gpu, reference, tpu, xla
+from layers.kernels.promotion import joint_dtype
 from layers.kernels.segments import SegmentIds
 from layers.typing import Array, Num
 
@@ -64,7 +65,7 @@ def linear_recurrence(
         and not (jnp.iscomplexobj(a) or jnp.iscomplexobj(x))
     ):
         raise TypeError("initial_state is complex but a and x are real; expected a real initial_state")
-    output = jnp.result_type(x.dtype, jnp.complex64) if jnp.iscomplexobj(a) else x.dtype
+    output = joint_dtype(x.dtype, jnp.complex64) if jnp.iscomplexobj(a) else x.dtype
     if x.shape[1] == 0:
         dtype = checks.accumulation_dtype(a, x, initial_state)
         state = (

@@ -30,6 +30,7 @@ from layers.kernels import mosaic_tpu, partition
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.linear_recurrence import tpu_kernels
 from layers.kernels.linear_recurrence.tpu_kernels import HALO, OUTSIDE, PADDING, START
+from layers.kernels.promotion import promoting
 from layers.kernels.segments import reset_mask
 from layers.kernels.shard_map_types import vary_as
 
@@ -174,7 +175,7 @@ def _backward(settings, residuals, cotangents):
     )
 
 
-_recurrence.defvjp(_forward, _backward)
+_recurrence.defvjp(promoting(_forward), promoting(_backward))
 
 
 class _Blocks:

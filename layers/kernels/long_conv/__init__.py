@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from layers.kernels import checks, devices
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.long_conv import reference, toeplitz, xla
+from layers.kernels.promotion import joint_dtype, promoting
+from layers.kernels.sizes import known
 from layers.typing import Array, Num
 
 __all__ = ["Piece", "compose", "long_conv", "summarize"]
@@ -87,6 +89,11 @@ def long_conv(
         if array is not None:
             checks.check_shape(name, array, pattern, sizes)
     time, taps = x.shape[1], kernel.shape[1]
+    if not (known(time) and known(taps)):
+        raise ValueError(
+            f"x has {time} tokens and kernel {taps} taps, symbols; the sizes of transforms are numbers: export each "
+            "length by itself (the batch may be a symbol)"
+        )
     if taps == 0:
         raise ValueError(f"kernel has shape {kernel.shape}; expected at least one tap")
     if initial_state is not None:
@@ -94,7 +101,7 @@ def long_conv(
             raise ValueError("initial_state is given with circular=True; a circular convolution has no state")
         checks.check_shape("initial_state", initial_state, "b s d", sizes | {"s": taps - 1})
     given = [array for array in (*arrays.values(), initial_state) if array is not None]
-    output = jnp.result_type(x.dtype, jnp.complex64) if any(map(jnp.iscomplexobj, given)) else x.dtype
+    output = joint_dtype(x.dtype, jnp.complex64) if any(map(jnp.iscomplexobj, given)) else x.dtype
     final = None if circular else _final_state(x, taps, input_gate, initial_state)
     if time == 0:
         return x.astype(output), final
@@ -113,6 +120,7 @@ def long_conv(
     return y.astype(output), final
 
 
+@promoting
 def _final_state(x, taps, input_gate, initial_state):
     """The last taps - 1 gated inputs."""
     size, time = taps - 1, x.shape[1]

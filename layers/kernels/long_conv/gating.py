@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
+from layers.kernels.promotion import joint_dtype, promoting
 from layers.kernels.shard_map_types import vary_like
 
 
@@ -48,7 +49,7 @@ def _gated(convolution, circular, x, kernel, skip, input_gate, output_gate, past
     u = _inputs(x, kernel, input_gate, past)
     y = _before_output_gate(convolution, circular, x.dtype, u, kernel, skip, past)
     y = y if output_gate is None else y * output_gate
-    return y.astype(jnp.result_type(x.dtype, jnp.complex64) if jnp.iscomplexobj(y) else x.dtype)
+    return y.astype(joint_dtype(x.dtype, jnp.complex64) if jnp.iscomplexobj(y) else x.dtype)
 
 
 def _forward(convolution, circular, *arguments):
@@ -75,7 +76,7 @@ def _backward(convolution, circular, arguments, dy):
     return cast(du, x.dtype), cast(dkernel, kernel.dtype), dskip, dinput, doutput, dpast
 
 
-_gated.defvjp(_forward, _backward)
+_gated.defvjp(promoting(_forward), promoting(_backward))
 
 
 def _inputs(x, kernel, input_gate, past):

@@ -9,6 +9,8 @@ of the two transforms; 16 by the product; 4 read and 2 written at the end: 64 in
 The backward pass has one more transform forward and one more product (two of each with an output gate).
 """
 
+import itertools
+
 import jax.numpy as jnp
 
 from layers.kernels.long_conv.gating import Convolution, gated
@@ -88,4 +90,5 @@ def _signals(size, dtype, *spectra):
 
 def _parted(joined, parts):
     """Undoes the concatenation of `parts`."""
-    return jnp.split(joined, [sum(len(p) for p in parts[:i]) for i in range(1, len(parts))])
+    ends = list(itertools.accumulate(part.shape[0] for part in parts))
+    return [joined[end - part.shape[0] : end] for end, part in zip(ends, parts, strict=True)]

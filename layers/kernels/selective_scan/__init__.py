@@ -7,15 +7,17 @@ import jax.numpy as jnp
 
 from layers.kernels import checks
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
+from layers.kernels.isolation import isolated
 from layers.kernels.segments import SegmentIds, Segments, select_real
 from layers.kernels.selective_scan import reference, xla
 from layers.typing import Array, Float
 
 __all__ = ["Piece", "compose", "selective_scan", "summarize"]
 
+SERIES = "x", "dt", "b", "c", "gate"
 IMPLEMENTATIONS = {
-    "xla": Implementation(xla.selective_scan),
-    "reference": Implementation(reference.selective_scan, passed_over_reason=by_name_only),
+    "xla": Implementation(isolated(xla.selective_scan, *SERIES)),
+    "reference": Implementation(isolated(reference.selective_scan, *SERIES), passed_over_reason=by_name_only),
 }
 
 
@@ -44,8 +46,9 @@ def selective_scan(
 
     Args:
       x: input.
-      dt: step size per token and channel, at least zero; with dt_softplus any real number.
-      a: continuous-time decay rates, negative. The log-decay of a step is dt a.
+      dt: step size per token and channel, at least zero; with dt_softplus any real number. Where a sum with dt_bias or a
+        rate has the wrong sign, it is refused if known, and NaN in outputs of compiled code.
+      a: continuous-time decay rates, at most 0. The log-decay of a step is dt a.
       b, c: input and output vectors per group; channel i reads group i // (d / g).
       skip: weight of the current input in the output (D in the paper); 0 if None.
       gate: the output is multiplied by silu(gate) (z in the paper); by 1 if None.
@@ -61,10 +64,11 @@ def selective_scan(
       final_state: (b, d, n), the state after the last token, float32 or wider.
 
     Raises:
-      ValueError, TypeError: a shape, type or `impl` does not fit; the message names the argument.
+      ValueError, TypeError: a shape, type, sign or `impl` does not fit; the message names the argument.
     """
     arrays = {"x": x, "dt": dt, "a": a, "b": b, "c": c, "skip": skip, "gate": gate, "dt_bias": dt_bias}
     segments = _check(arrays, initial_state, segment_ids)
+    arrays["a"], arrays["dt"] = _signed(a, dt, dt_bias, dt_softplus)
     if x.shape[1] == 0:
         dtype = checks.accumulation_dtype(*arrays.values(), initial_state)
         if initial_state is None:
@@ -99,6 +103,21 @@ def _check(arrays, initial_state, segment_ids):
     return checks.check_segment_ids(segment_ids, sizes)
 
 
+def _signed(a, dt, dt_bias, dt_softplus):
+    """Returns rates and step sizes that make no state grow: others are refused if known, and NaN in compiled code."""
+    a = checks.not_positive("a", a, "a rate of decay is negative, such as -jnp.exp(log_rate)")
+    if dt_softplus:
+        return a, dt
+    positive = "a step size is positive, such as jax.nn.softplus(dt), which dt_softplus=True computes"
+    if dt_bias is None:
+        return a, checks.not_negative("dt", dt, positive)
+    dtype = checks.accumulation_dtype(dt, dt_bias)
+    total = checks.not_negative(
+        "dt + dt_bias", dt.astype(dtype) + dt_bias.astype(dtype)[None, None], positive
+    )
+    return a, jnp.where(jnp.isnan(total), jnp.nan, dt)
+
+
 class Piece(NamedTuple):
     """The effect of consecutive tokens on the state: h -> decay * h + state."""
 
@@ -125,6 +144,7 @@ def summarize(
     segments = Segments.of(segment_ids)
     options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "segment_ids": segments}
     _, state = selective_scan(x, dt, a, b, b, **options, impl=impl)
+    a, dt = _signed(a, dt, dt_bias, dt_softplus)
     dt = dt.astype(state.dtype)
     if dt_bias is not None:
         dt = dt + dt_bias.astype(state.dtype)[None, None]

@@ -4,6 +4,7 @@ States have the axes (b, block, g, n, r) with d = g r. Quantities of a step have
 not depend on one. Lists run over the steps of a block, and each operation on an entry serves all blocks at once.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -38,7 +39,7 @@ class Steps(NamedTuple):
     inputs: list[jax.Array]
     b: list[jax.Array]
     c: list[jax.Array]
-    keep: list[jax.Array] | None
+    start: list[jax.Array] | None
     padding: list[jax.Array] | None
 
 
@@ -115,9 +116,8 @@ def prepare(part, parameters, softplus, block):
         on_padding(v, padding, 0)
         for v in (x, dt, _by_state(part.b, a.dtype, block), _by_state(part.c, a.dtype, block))
     )
-    keep = None if start is None else [1 - s.astype(a.dtype) for s in start]
     x, dt, inputs = jax.lax.optimization_barrier((x, dt, [u * v for u, v in zip(dt, x, strict=True)]))
-    return Steps(x, dt, inputs, b, c, keep, padding)
+    return Steps(x, dt, inputs, b, c, start, padding)
 
 
 def on_padding(values, padding, fill):
@@ -127,23 +127,25 @@ def on_padding(values, padding, fill):
     return [jnp.where(p, fill, v) for v, p in zip(values, padding, strict=True)]
 
 
-def decay(steps, a, q):
-    """exp(dt a) of step q, zero where a segment starts."""
-    factor = jnp.exp(steps.dt[q] * a)
-    return factor if steps.keep is None else factor * steps.keep[q]
+def decayed(steps, a, q, h):
+    """exp(dt a) h of step q; zero where a segment starts, whatever h is."""
+    h = jnp.exp(steps.dt[q] * a) * h
+    return h if steps.start is None else jnp.where(steps.start[q], 0, h)
 
 
 def total_decay(steps, a):
-    """The product of the decays of each block."""
+    """The product of the decays of each block; zero where a segment starts in it."""
     total = jnp.exp(sum(steps.dt) * a)
-    return total if steps.keep is None else total * jnp.stack(steps.keep).min(0)
+    return (
+        total if steps.start is None else jnp.where(functools.reduce(jnp.logical_or, steps.start), 0, total)
+    )
 
 
 def states(steps, a, h):
     """h_t per step, for blocks that begin with the states h."""
     out = []
     for q, (inputs, b) in enumerate(zip(steps.inputs, steps.b, strict=True)):
-        h = decay(steps, a, q) * h + inputs * b
+        h = decayed(steps, a, q, h) + inputs * b
         out.append(h)
     return out
 
@@ -153,16 +155,20 @@ def adjoints(steps, a, dp, g):
     out = []
     for q in reversed(range(len(dp))):
         out.append(g + dp[q] * steps.c[q])
-        g = decay(steps, a, q) * out[-1]
+        g = decayed(steps, a, q, out[-1])
     return out[::-1], g
 
 
-def across_blocks(totals, ends, h):
-    """h -> total h + end, block after block: the value before each block, and the value after the last."""
+def across_blocks(totals, ends, h, packed):
+    """h -> total h + end, block after block: the value before each block, and the value after the last.
+
+    With `packed`, where a total may be a reset, a total of zero forgets h even if h is infinite.
+    """
     before = []
     for i in range(totals.shape[1]):
         before.append(h)
-        h = totals[:, i] * h + ends[:, i]
+        carried = totals[:, i] * h
+        h = (jnp.where(totals[:, i] == 0, 0, carried) if packed else carried) + ends[:, i]
     return jnp.stack(before, axis=1), h
 
 

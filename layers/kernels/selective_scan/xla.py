@@ -28,9 +28,11 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
+from layers.kernels.promotion import promoting
 from layers.kernels.segments import reset_mask
 from layers.kernels.selective_scan import chunk
 from layers.kernels.shard_map_types import vary_like
+from layers.kernels.sizes import at_most, known
 
 # Steps per block, unrolled: on a CPU more than 4 take long to compile.
 MAX_BLOCK = 8
@@ -60,11 +62,12 @@ def selective_scan(
     if segments is not None:
         start, padding = reset_mask(segments), ~segments.real
     backend = jax.default_backend()
-    block = min(block or BLOCK.get(backend, MAX_BLOCK), time)
+    block = at_most(block or BLOCK.get(backend, MAX_BLOCK), time)
     if blocks is None:
-        wanted = BLOCKS if backend == "cpu" else THREADS // max(batch * channels, 1)
-        blocks = min(max(wanted, BLOCKS), MAX_BLOCKS)
-    options = _Options(dt_softplus, block, min(blocks, -(-time // block)))
+        blocks = BLOCKS
+        if backend != "cpu" and known(batch):
+            blocks = min(max(THREADS // max(batch * channels, 1), BLOCKS), MAX_BLOCKS)
+    options = _Options(dt_softplus, block, at_most(blocks, -(-time // block)))
     a, b, c, skip, dt_bias, state = jax.tree.map(
         lambda v: vary_like(v, x), (a, b, c, skip, dt_bias, initial_state.astype(dtype))
     )
@@ -96,7 +99,7 @@ def _run(series, parameters, state, options):
         part = jax.tree.map(lambda v: chunk.cut(v, i, size), series)
         steps = chunk.prepare(part, parameters, options.softplus, options.block)
         ends = chunk.states(steps, a, jnp.zeros_like(h[:, None]))[-1]
-        before, h = chunk.across_blocks(chunk.total_decay(steps, a), ends, h)
+        before, h = chunk.across_blocks(chunk.total_decay(steps, a), ends, h, steps.start is not None)
         states = chunk.states(steps, a, before)
         out = chunk.add_up(_times(states, steps.c), axis=3)
         if skip is not None:
@@ -163,11 +166,12 @@ def _chunk_gradients(part, dout, parameters, h, g, options):
     # The state before each block and the gradient that reaches it from later blocks, then all steps of all blocks.
     totals, zero = chunk.total_decay(steps, a), jnp.zeros_like(g[:, None])
     ends, leads = chunk.states(steps, a, zero)[-1], chunk.adjoints(steps, a, dp, zero)[1]
-    before, _ = chunk.across_blocks(totals, ends, h)
-    after, g = chunk.across_blocks(totals[:, ::-1], leads[:, ::-1], g)
+    packed = steps.start is not None
+    before, _ = chunk.across_blocks(totals, ends, h, packed)
+    after, g = chunk.across_blocks(totals[:, ::-1], leads[:, ::-1], g, packed)
     states = chunk.states(steps, a, before)
     adjoints, _ = chunk.adjoints(steps, a, dp, after[:, ::-1])
-    decayed = [chunk.decay(steps, a, q) * h for q, h in enumerate([before, *states[:-1]])]
+    decayed = [chunk.decayed(steps, a, q, h) for q, h in enumerate([before, *states[:-1]])]
     w = _times(adjoints, decayed)
 
     over_n = _times(adjoints, steps.b) + [v * a for v in w]
@@ -200,7 +204,7 @@ def _chunk_gradients(part, dout, parameters, h, g, options):
     return g, gradients, chunk.Parameters(da, dskip, dbias)
 
 
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(promoting(_forward), promoting(_backward))
 
 
 def _times(values, factors):

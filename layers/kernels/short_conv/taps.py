@@ -137,10 +137,10 @@ class Scattered:
         self._before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
         self._after = jnp.pad(first[:, 1:], ((0, 0), (0, 1)), constant_values=none)
         self._first, self._last = first[:, :1], last[:, -1:]
-        rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - real
+        rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - real.astype(jnp.int32)
         self._first_rank = jnp.where(self._number == 1, rank, memory)
         self._segments = self._number.max(1, keepdims=True)
-        from_end = jnp.cumsum(real[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1] - real
+        from_end = jnp.cumsum(real[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1] - real.astype(jnp.int32)
         self._last_rank = jnp.where(real & (self._number == self._segments), from_end, memory)
         # The number of real tokens of the last segment, at most m.
         self._length = jnp.minimum((self._last_rank < memory).sum(1, keepdims=True, dtype=jnp.int32), memory)

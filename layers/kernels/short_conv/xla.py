@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
+from layers.kernels.isolation import times
+from layers.kernels.promotion import promoting
 from layers.kernels.shard_map_types import vary_like
 from layers.kernels.short_conv.taps import Beside, Scattered, Whole
 
@@ -37,12 +39,16 @@ def _compiled(x, weight, bias, state, segments, activation):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _convolution(x, weight, bias, state, segments, activation):
+    return _forward(x, weight, bias, state, segments, activation)[0]
+
+
+def _forward(x, weight, bias, state, segments, activation):
     taps = _taps(x, weight, segments)
     y = _before_activation(taps, x, weight, bias, state)
     if activation == "silu":
         y = jax.nn.silu(y)
     final = taps.last(x).astype(state.dtype) + taps.remaining(state)
-    return taps.real(y).astype(x.dtype), final
+    return (taps.real(y).astype(x.dtype), final), (x, weight, bias, state, segments)
 
 
 def _taps(x, weight, segments):
@@ -70,16 +76,6 @@ def _slides(state):
     return [Whole(memory, memory).later(state, i) for i in range(memory)]
 
 
-def _forward(x, weight, bias, state, segments, activation):
-    return _convolution(x, weight, bias, state, segments, activation), (
-        x,
-        weight,
-        bias,
-        state,
-        segments,
-    )
-
-
 def _backward(activation, residuals, cotangents):
     x, weight, bias, state, segments = residuals
     dy, dfinal = cotangents
@@ -89,7 +85,7 @@ def _backward(activation, residuals, cotangents):
     if activation == "silu":
         p = _before_activation(taps, x, weight, bias, state)
         slope = jax.nn.sigmoid(p)
-        dp = dp * (slope * (1 + p * (1 - slope)))
+        dp = times(dp, slope * (1 + p * (1 - slope)), segments)
     # Written once, in the type of x, and read by everything below.
     dp = jax.lax.optimization_barrier(taps.real(dp).astype(x.dtype))
 
@@ -102,13 +98,12 @@ def _backward(activation, residuals, cotangents):
         dstate = dstate + row * Whole(memory, memory).earlier(dhead, i)
 
     dp = dp.astype(dtype)
-    over_tokens = [dp * taps.earlier(x, k).astype(dtype) for k in reversed(range(memory + 1))]
+    over_tokens = [times(dp, taps.earlier(x, k).astype(dtype), segments) for k in reversed(range(memory + 1))]
     *dweight, dbias = (v.sum((0, 1)) for v in [*over_tokens, dp])
-    dweight = [v + (dhead * s).sum((0, 1)) for v, s in zip(dweight, _slides(state), strict=False)] + dweight[
-        -1:
-    ]
+    over_state = [times(dhead, s, segments).sum((0, 1)) for s in _slides(state)]
+    dweight = [*(v + s for v, s in zip(dweight, over_state, strict=False)), dweight[-1]]
     dweight = jnp.stack(dweight).astype(weight.dtype)
     return dx.astype(x.dtype), dweight, None if bias is None else dbias.astype(bias.dtype), dstate, None
 
 
-_convolution.defvjp(_forward, _backward)
+_convolution.defvjp(promoting(_forward), promoting(_backward))

@@ -58,7 +58,7 @@ def ssm_kernel(
         part <= 0 for a kernel that does not grow.
       b: input, ones if None.
       c: output. Its leading axes, any number of them, are several outputs of one system.
-      dt: step size per channel, positive.
+      dt: step size per channel, positive. Negative ones are refused if known, and NaN in kernels of compiled code.
       length: number of steps; any.
       p: low-rank part. It needs "bilinear" and conjugate pairs.
       discretization: "zoh", "bilinear" or "softmax".
@@ -73,7 +73,7 @@ def ssm_kernel(
       (..., d, length) float32 or wider.
 
     Raises:
-      ValueError, TypeError: a shape, type or option does not fit; the message names the argument.
+      ValueError, TypeError: a shape, type, sign or option does not fit; the message names the argument.
     """
     arrays = checked(a, b, c, dt, p)
     if length < 0:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import checks
+from layers.kernels.promotion import joint_dtype
 
 
 def checked(a, b, c, dt, p) -> dict[str, jax.Array | None]:
@@ -19,8 +20,9 @@ def checked(a, b, c, dt, p) -> dict[str, jax.Array | None]:
         raise ValueError(f"c has shape {c.shape}; expected (..., d, n) with d={sizes['d']}, n={sizes['n']}")
     if p is not None:
         checks.check_shape("p", p, "d|1 n r", sizes)
+    dt = checks.not_negative("dt", dt, "a step size is positive, such as jnp.exp(log_dt)")
     real = jnp.finfo(checks.accumulation_dtype(a, b, c, dt, p)).dtype
-    wide = jnp.result_type(real, jnp.complex64)
+    wide = joint_dtype(real, jnp.complex64)
 
     def cast(v, dtype):
         return None if v is None else v.astype(wide if jnp.iscomplexobj(v) else dtype)

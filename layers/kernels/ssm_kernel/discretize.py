@@ -7,6 +7,7 @@ relative accuracy, in value and gradient, as a dt tends to zero.
 import jax
 import jax.numpy as jnp
 
+from layers.kernels.promotion import joint_dtype, promoting
 from layers.typing import Array, Float, Num
 
 # For |z| below this, the power series of (exp(z) - 1) / z is exact to float64 with the terms used here. Above it, the
@@ -15,6 +16,7 @@ SERIES_RADIUS = 0.5
 SERIES_TERMS = 14
 
 
+@promoting
 def zoh(
     a: Num[Array, "*#shape"], dt: Float[Array, "*#shape"]
 ) -> tuple[Num[Array, "*shape"], Num[Array, "*shape"]]:
@@ -32,6 +34,7 @@ def zoh(
     return jnp.exp(z), _expm1_over(z) * dt
 
 
+@promoting
 def bilinear(
     a: Num[Array, "*#shape"], dt: Float[Array, "*#shape"]
 ) -> tuple[Num[Array, "*shape"], Num[Array, "*shape"]]:
@@ -51,7 +54,7 @@ def bilinear(
 
 
 def _widen(a: jax.Array, dt: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return a.astype(jnp.result_type(a, jnp.float32)), dt.astype(jnp.result_type(dt, jnp.float32))
+    return a.astype(joint_dtype(a, jnp.float32)), dt.astype(joint_dtype(dt, jnp.float32))
 
 
 def _expm1_over(z: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from layers.kernels.promotion import promoting
 from layers.kernels.ssm_kernel.arguments import checked
 from layers.typing import Array, Complex, Float, Num
 
@@ -32,6 +33,7 @@ class RealSystem(NamedTuple):
     c: jax.Array
 
 
+@promoting
 def real_system(
     a: Complex[Array, "#d n"],
     b: Num[Array, "#d n"] | None,
@@ -46,6 +48,7 @@ def real_system(
     return RealSystem(change + _identity(change), b_bar, _output(arrays["c"]))
 
 
+@promoting
 def truncate_output(
     a: Complex[Array, "#d n"],
     c: Num[Array, "*channels d n"],
@@ -67,6 +70,7 @@ def truncate_output(
     return _from_output(-moved)
 
 
+@promoting
 def restore_output(
     a: Complex[Array, "#d n"],
     c: Num[Array, "*channels d n"],

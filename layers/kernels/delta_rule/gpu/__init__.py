@@ -18,6 +18,7 @@ from layers.kernels.delta_rule.gpu import forward as forward_kernels
 from layers.kernels.delta_rule.gpu import gradients as gradient_kernel
 from layers.kernels.delta_rule.gpu import pieces as time_pieces
 from layers.kernels.delta_rule.gpu.tiles import CHUNK
+from layers.kernels.promotion import promoting
 from layers.kernels.segments import select_real
 from layers.kernels.shard_map_types import vary_as
 
@@ -240,7 +241,7 @@ def gradients(scale, settings, residuals, cotangents):
     return dq, dk, chain["dv"], dvectors, time_pieces.first(chain["dstate"], dfinal)
 
 
-_rule.defvjp(_forward, gradients)
+_rule.defvjp(promoting(_forward), promoting(gradients))
 
 
 def _over_group(gradient, like):

@@ -15,6 +15,7 @@ from layers.kernels import devices, mosaic_gpu, partition
 from layers.kernels.gated_linear_attention.gpu import backward as backward_kernels
 from layers.kernels.gated_linear_attention.gpu import grouped, grouped_keys, grouped_queries, kernels
 from layers.kernels.gated_linear_attention.gpu.kernels import CHUNK, KEEP, PART, READ, WRITE, Gates, Settings
+from layers.kernels.promotion import promoting
 from layers.kernels.segments import Segments, select_real
 from layers.kernels.shard_map_types import vary_as
 
@@ -291,7 +292,7 @@ def gradients(call, residuals, cotangents):
     return dq, dk, dv, dg, None, dstate
 
 
-_attend.defvjp(_forward, gradients)
+_attend.defvjp(promoting(_forward), promoting(gradients))
 
 
 def _flows(ends, read, written, span):

@@ -12,6 +12,7 @@ from layers.kernels import devices, mosaic_gpu, partition
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.linear_recurrence.gpu import folded, kernels
 from layers.kernels.linear_recurrence.gpu.kernels import Planes, Settings
+from layers.kernels.promotion import promoting
 from layers.kernels.segments import Segments, reset_mask
 from layers.kernels.shard_map_types import vary_as
 
@@ -145,7 +146,7 @@ def gradients(call, residuals, cotangents):
     return da.astype(a.dtype), _join(dx, channels), _join(dstate, channels), None
 
 
-_recurrence.defvjp(_forward, gradients)
+_recurrence.defvjp(promoting(_forward), promoting(gradients))
 
 
 def _kernels(shape: tuple[int, ...], dtype: Any, settings: Settings) -> Any:
