@@ -5,8 +5,10 @@ import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ("layers", "seqmodels", "experiments")
-# What no user of the library calls: descriptions for tests, and the insides of kernels.
-INTERNAL = re.compile(r"/(cases|suite|suites|tpu_kernels)\.py$|/kernels/[^/]+/(gpu/|\w+/)|/results/|mosaic_\w+\.py$")
+# What no user of the library calls: descriptions for tests, and the insides of primitives.
+INTERNAL = re.compile(
+    r"/kernels/(suites?|mosaic_\w+)\.py$|/kernels/\w+/(?!__init__\.|options\.|discretize\.|dplr\.)|/results/"
+)
 
 
 def pages() -> dict[str, str]:

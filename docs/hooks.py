@@ -16,7 +16,9 @@ from docs.mathematics import Mathematics  # noqa: E402
 
 STORED = ROOT / "build" / "docs"
 # A line of a page that stands for what a module of this folder makes.
-MADE = re.compile(r"^<!-- (slower\.(?:faster|floors)): (\S+) -->$|^<!-- (mixers\.overview|support\.page) -->$", re.MULTILINE)
+MADE = re.compile(
+    r"^<!-- (slower\.(?:faster|floors)): (\S+) -->$|^<!-- (mixers\.overview|support\.page) -->$", re.MULTILINE
+)
 _state: dict[str, Any] = {}
 
 

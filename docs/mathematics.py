@@ -26,6 +26,8 @@ def to_mathml(tex: str, *, displayed: bool) -> str:
     unknown = re.findall(r"<m[io][^>]*>(\\[A-Za-z]+|&|&amp;)</m[io]>", result)
     if unknown:
         raise ValueError(f"cannot render {tex!r}: {', '.join(map(html.unescape, unknown))} is not known here")
+    # Names of functions are set as in TeX, not with the wide spaces of an operator such as "and".
+    result = re.sub(r"<mo>(?=[A-Za-z]{2,}</mo>)", '<mo lspace="0" rspace="0.15em">', result)
     # Browsers read the alignment of cells from styles alone.
     return re.sub(r'<mtd columnalign="(\w+)">', r'<mtd style="text-align: \1">', result)
 

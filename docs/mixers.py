@@ -96,7 +96,9 @@ def _default(field: dataclasses.Field) -> str:
     if field.default is dataclasses.MISSING:
         return "required"
     value = field.default
-    return f"`{value!r}`" if isinstance(value, int | float | str | tuple | None) else f"`{type(value).__name__}`"
+    return (
+        f"`{value!r}`" if isinstance(value, int | float | str | tuple | None) else f"`{type(value).__name__}`"
+    )
 
 
 def section(name: str, facts: Mapping[str, Any]) -> str:
@@ -110,7 +112,9 @@ def section(name: str, facts: Mapping[str, Any]) -> str:
         for backend in ("gpu", "tpu")
     }
     support = "; ".join(
-        f"{device}: kernel of {', '.join(f'`{one}`' for one in found)}" for device, found in taken.items() if found
+        f"{device}: kernel of {', '.join(f'`{one}`' for one in found)}"
+        for device, found in taken.items()
+        if found
     )
     return "\n\n".join(
         [
@@ -150,6 +154,8 @@ def overview(names: Iterable[str] = MIXERS) -> str:
     rows = ["| family | mixer | what it is |", "|---|---|---|"]
     for key, title in FAMILIES.items():
         rows += [
-            f"| {title} | [`{name}`]({key}.md#{name}) | {summary(name)} |" for name in of_family(key) if name in names
+            f"| {title} | [`{name}`]({key}.md#{name}) | {summary(name)} |"
+            for name in of_family(key)
+            if name in names
         ]
     return "\n".join(rows)

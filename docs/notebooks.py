@@ -1,7 +1,7 @@
 """Tutorials: notebooks as pages, with outputs that are committed beside them, so that building the site executes nothing.
 
-    .venv/bin/python tools/run_notebooks.py FOLDER      execute the notebooks, and keep the copies in FOLDER
-    .venv/bin/python -m docs.notebooks FOLDER           take their printed text and figures into docs/tutorials
+.venv/bin/python tools/run_notebooks.py FOLDER      execute the notebooks, and keep the copies in FOLDER
+.venv/bin/python -m docs.notebooks FOLDER           take their printed text and figures into docs/tutorials
 """
 
 import base64
@@ -67,7 +67,9 @@ def page(path: pathlib.Path) -> str:
     """
     notebook, kept = read(path), json.loads((KEPT / path.stem / "outputs.json").read_text(encoding="utf-8"))
     if digest(notebook) != kept["code"]:
-        raise ValueError(f"the outputs of {path.name} are those of other code; docs/notebooks.py says how to renew them")
+        raise ValueError(
+            f"the outputs of {path.name} are those of other code; docs/notebooks.py says how to renew them"
+        )
     parts = []
     for index, cell in enumerate(notebook["cells"]):
         source = "".join(cell["source"]).strip()
@@ -75,7 +77,11 @@ def page(path: pathlib.Path) -> str:
         output = kept["outputs"].get(str(index), {"text": "", "figures": []})
         if output["text"]:
             lines = output["text"].rstrip().splitlines()
-            shown = [*lines[:LONGEST], f"... and {len(lines) - LONGEST} lines more"] if len(lines) > LONGEST else lines
+            shown = (
+                [*lines[:LONGEST], f"... and {len(lines) - LONGEST} lines more"]
+                if len(lines) > LONGEST
+                else lines
+            )
             parts.append("```text\n" + "\n".join(shown) + "\n```")
         parts += [f"![Output of the cell above]({path.stem}/{name})" for name in output["figures"]]
     return "\n\n".join(parts) + "\n"

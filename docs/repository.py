@@ -75,7 +75,9 @@ def places(pages: Mapping[str, str]) -> dict[str, str]:
     found = {}
     for path, markdown in pages.items():
         for match in INCLUDED.finditer(markdown):
-            found |= {anchor(title): path for title in re.findall(r"^## (.+)$", chosen(match), flags=re.MULTILINE)}
+            found |= {
+                anchor(title): path for title in re.findall(r"^## (.+)$", chosen(match), flags=re.MULTILINE)
+            }
     return found
 
 

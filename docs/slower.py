@@ -57,7 +57,10 @@ def load(name: str) -> dict[str, Any]:
 def faster(name: str) -> str:
     """Returns the table of `comparisons`, with the command and the device."""
     results = load(name)
-    lines = ["| primitive | call | what is faster | forward, ms: ours, theirs | both passes, ms: ours, theirs |", "|---|---|---|---|---|"]
+    lines = [
+        "| primitive | call | what is faster | forward, ms: ours, theirs | both passes, ms: ours, theirs |",
+        "|---|---|---|---|---|",
+    ]
     for one in comparisons(results):
         cells = [_cell(one["times"][key], one[key]) for key in ("forward", "both")]
         lines.append(f"| `{one['primitive']}` | {one['case']} | {one['theirs']} | {' | '.join(cells)} |")
@@ -72,7 +75,10 @@ def _cell(times: tuple[float, float], ratio: float) -> str:
 def floors(name: str) -> str:
     """Returns the table of `above_floor`."""
     results = load(name)
-    lines = ["| primitive | call | forward, ms | times the floor | both passes, ms | times the floor |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| primitive | call | forward, ms | times the floor | both passes, ms | times the floor |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in above_floor(results):
         lines.append(
             f"| `{row['primitive']}` | {row['case']}, {row['dtype']} | {row['forward_ms']:.3g} | {row['forward_over_floor']:.2g} "

@@ -27,7 +27,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def facts(name: str) -> dict[str, Any]:
+def facts(name: str, backends: Iterable[str] = BACKENDS) -> dict[str, Any]:
     """Returns what the code says of a mixer at `WIDTH` features, as JSON.
 
     Returns:
@@ -45,15 +45,19 @@ def facts(name: str) -> dict[str, Any]:
     graph, variables = nnx.split(mixer)
     x = jax.ShapeDtypeStruct((ROWS, LENGTH, WIDTH), jnp.dtype(DTYPE))
     calls = {}
-    for backend in BACKENDS:
+    for backend in backends:
         with devices.as_on(backend), dispatch.explained() as choices:
             jax.eval_shape(lambda variables, x: nnx.merge(graph, variables)(x)[0], variables, x)
-        calls[backend] = [[c.primitive, c.implementation, [list(one) for one in c.passed_over]] for c in choices]
+        calls[backend] = [
+            [c.primitive, c.implementation, [list(one) for one in c.passed_over]] for c in choices
+        ]
     state = {}
     if mixer.causal:
         carried = jax.eval_shape(lambda: mixer.init_state(1, max_length=LENGTH)).carried
         for path, leaf in jax.tree.leaves_with_path(carried):
-            state[jax.tree_util.keystr(path, simple=True, separator=".")] = f"{leaf.dtype}{list(leaf.shape[1:])}"
+            state[jax.tree_util.keystr(path, simple=True, separator=".")] = (
+                f"{leaf.dtype}{list(leaf.shape[1:])}"
+            )
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param)))
     return {"parameters": count, "causal": mixer.causal, "state": state, "calls": calls}
 
@@ -78,7 +82,9 @@ def table(names: Iterable[str] = MIXERS, *, stored: pathlib.Path | None = None) 
 def kernels(primitive: str, backend: str) -> tuple[str, ...]:
     """Returns the implementations of a primitive that are kernels written for one kind of device."""
     suite = SUITES[primitive]
-    return {"cpu": (), "gpu": tuple(suite.gpu_implementations), "tpu": tuple(suite.tpu_implementations)}[backend]
+    return {"cpu": (), "gpu": tuple(suite.gpu_implementations), "tpu": tuple(suite.tpu_implementations)}[
+        backend
+    ]
 
 
 def page(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -88,7 +94,9 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
     for name, one in found.items():
         cells = []
         for backend in BACKENDS:
-            calls = list(dict.fromkeys((p, i, tuple(map(tuple, reasons))) for p, i, reasons in one["calls"][backend]))
+            calls = list(
+                dict.fromkeys((p, i, tuple(map(tuple, reasons))) for p, i, reasons in one["calls"][backend])
+            )
             cells.append("<br>".join(_run(backend, *call[:2]) for call in calls) or "plain JAX")
             if backend != "cpu":
                 why.extend(f"| {link(name)} | {backend.upper()} | {row}" for row in _reasons(backend, calls))
