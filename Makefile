@@ -36,9 +36,9 @@ check-lint: env
 check-project: env
 	@$(PYTHON_IN_VENV) -m pytest --quiet tests/test_imports.py tests/test_project.py
 
-# Builds the documentation into build/site; a warning fails it.
+# Builds the documentation into build/site; a warning fails it, which --quiet would prevent.
 check-docs: env
-	@NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(PYTHON_IN_VENV) -m mkdocs --quiet build --strict
+	@NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(PYTHON_IN_VENV) -m mkdocs build --strict
 
 format: env
 	@$(PYTHON_IN_VENV) -m ruff check --fix-only --quiet .

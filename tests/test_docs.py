@@ -194,3 +194,10 @@ def test_the_extra_docs_is_part_of_dev():
         "optional-dependencies"
     ]
     assert set(extras["docs"]) <= set(extras["dev"])
+
+
+def test_warnings_of_the_build_are_errors():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"^check:.* check-docs\b", makefile, re.MULTILINE)
+    # With --quiet, MkDocs counts no warnings, and --strict has no effect.
+    assert "-m mkdocs build --strict" in makefile
