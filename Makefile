@@ -4,12 +4,12 @@
 SHELL := /bin/sh
 PYTHON_IN_VENV := .venv/bin/python
 
-.PHONY: help env run test check check-format check-lint check-project format notebooks clean
+.PHONY: help env run test check check-format check-lint check-project check-docs format notebooks clean
 
 help:
 	@echo "make run         train S5 and a Transformer on short ListOps and compare them (into runs/first-look)"
 	@echo "make test        run the tests; pass options to pytest with ARGS=..., say ARGS='-k s5'"
-	@echo "make check       formatting, lint, import direction, project files, notebooks"
+	@echo "make check       formatting, lint, import direction, project files, documentation, notebooks"
 	@echo "make format      rewrite the sources in the project's format, and apply safe lint fixes"
 	@echo "make notebooks   run the notebooks"
 	@echo "make env         make the environment .venv only; PYTHON=/path/to/python chooses the Python"
@@ -25,7 +25,7 @@ run: env
 test: env
 	@$(PYTHON_IN_VENV) -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal $(ARGS)
 
-check: check-format check-lint check-project notebooks
+check: check-format check-lint check-project check-docs notebooks
 
 check-format: env
 	@$(PYTHON_IN_VENV) -m ruff format --check .
@@ -35,6 +35,10 @@ check-lint: env
 
 check-project: env
 	@$(PYTHON_IN_VENV) -m pytest --quiet tests/test_imports.py tests/test_project.py
+
+# Builds the documentation into build/site; a warning fails it, which --quiet would prevent.
+check-docs: env
+	@NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(PYTHON_IN_VENV) -m mkdocs build --strict
 
 format: env
 	@$(PYTHON_IN_VENV) -m ruff check --fix-only --quiet .
