@@ -49,6 +49,11 @@ def runner(entry, dtype="float32"):
     return run
 
 
+def leaves(module):
+    """Paths and variables of the parameters of a module."""
+    return nnx.to_flat_state(nnx.state(module, nnx.Param))
+
+
 def inputs(time=TIME, seed=0, batch=BATCH):
     return jnp.asarray(np.random.default_rng([seed, time]).standard_normal((batch, time, WIDTH)), jnp.float32)
 
@@ -305,7 +310,7 @@ def test_bfloat16_activations(entry):
 
 @every_mixer
 def test_parameters_declare_known_groups(entry):
-    for path, variable in nnx.to_flat_state(nnx.state(build(entry), nnx.Param)):
+    for path, variable in leaves(build(entry)):
         assert group_of(variable) in GROUPS, path
 
 
@@ -316,8 +321,8 @@ def test_parameters_declare_logical_axes(entry):
     more = {"heads": 2 * options["heads"]} if "heads" in options and "state_size" not in options else {}
     given = {"width": 2 * WIDTH, "dtype": jnp.float32}
     wide = make_mixer(name, options | more, given=given, rngs=nnx.Rngs(0))
-    wider = dict(nnx.to_flat_state(nnx.state(wide, nnx.Param)))
-    for path, variable in nnx.to_flat_state(nnx.state(build(entry), nnx.Param)):
+    wider = dict(leaves(wide))
+    for path, variable in leaves(build(entry)):
         axes = axes_of(variable)
         named = [name for name in axes if name is not None]
         assert len(axes) == variable.ndim, path
@@ -342,7 +347,7 @@ def test_every_group_and_every_logical_axis_is_declared_somewhere():
         built = build_model(
             {"kind": "language_model", "width": 8, "vocab_size": 5, **model}, rngs=nnx.Rngs(0)
         )
-        for _, variable in nnx.to_flat_state(nnx.state(built, nnx.Param)):
+        for _, variable in leaves(built):
             axes.update(axes_of(variable))
             groups.add(group_of(variable))
     assert axes == {*LOGICAL_AXES, None}
