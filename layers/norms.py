@@ -114,7 +114,7 @@ class BatchNorm(nnx.Module):
 
 def _moments(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Mean and (biased) variance, over batch and time, of the tokens that the mask keeps."""
-    count = x.shape[0] * x.shape[1] if mask is None else jnp.maximum(mask.sum(), 1)
+    count = x.shape[0] * x.shape[1] if mask is None else jnp.maximum(mask.sum(), 1).astype(x.dtype)
     kept = (lambda v: v) if mask is None else (lambda v: jnp.where(mask[..., None], v, 0))
     mean = kept(x).sum((0, 1)) / count
     # The variance is smallest about the mean, so its derivative by the mean is zero; this saves a pass over memory.

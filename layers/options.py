@@ -80,18 +80,23 @@ def suggestion(name: Any, names: Iterable[Any]) -> str:
 
 
 @typing.dataclass_transform(frozen_default=True)
-def checked_dataclass(cls: type) -> type:
+def checked_dataclass(cls: type | None = None, *, section: str = "") -> Any:
     """Returns the class as a frozen dataclass that checks its fields, then runs its `__post_init__` if it has one.
 
     The constructor raises
       TypeError: a value is of another kind than the annotation of its field.
       ValueError: a value is out of bounds, or not one of the names that the field takes.
+
+    Args:
+      section: what stands before the names of fields in messages, if any.
     """
-    own = cls.__dict__.get("__post_init__")
+    if cls is None:
+        return functools.partial(checked_dataclass, section=section)
+    own, prefix = cls.__dict__.get("__post_init__"), f"{section}." if section else ""
 
     def __post_init__(self) -> None:
         for name, annotation in _annotations(type(self)).items():
-            check_value(name, getattr(self, name), annotation)
+            check_value(prefix + name, getattr(self, name), annotation)
         if own is not None:
             own(self)
 
@@ -165,7 +170,11 @@ def _wrong_number(value: Any, kind: Any, bound: Bound) -> Mismatch | None:
     number = numbers.Integral if kind is int else numbers.Real
     if isinstance(value, bool | np.bool_) or not isinstance(value, number):
         return TypeError, expected
-    return None if bound.holds(value) else (ValueError, expected if str(bound) else "a finite number")
+    if bound.holds(value):
+        return None
+    if kind is int:
+        expected = str(bound).removeprefix("of ")
+    return ValueError, expected if str(bound) else "a finite number"
 
 
 def _wrong_name(value: Any, names: Sequence[Any]) -> Mismatch | None:

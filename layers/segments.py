@@ -94,7 +94,7 @@ def visit(place: Place, segment_ids: SegmentIds, time: int) -> Visit:
     first = jnp.take_along_axis(ids, jnp.argmax(ids != 0, axis=1)[:, None], axis=1)[:, 0]
     continues = ~begun | (first == 0) | (first == place.segment)
     same = begun & continues
-    numbers = jnp.where(here == 0, 0, here + (place.number - same)[:, None])
+    numbers = jnp.where(here == 0, 0, here + (place.number - same.astype(jnp.int32))[:, None])
     positions = segments.positions + jnp.where(same[:, None] & (here == 1), place.position[:, None], 0)
     last = jnp.where(here != 0, jnp.arange(time, dtype=jnp.int32)[None], -1).max(1)
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from layers.options import Count, Positive, check_integer, checked_dataclass
 from layers.registry import make_config, suggestion
 
 SECTIONS = ("seed", "task", "model", "optimizer", "train", "data", "mesh")
@@ -29,7 +30,7 @@ FREE_FIELDS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass(section="train")
 class TrainConfig:
     """The section `train`.
 
@@ -51,7 +52,7 @@ class TrainConfig:
     epochs: int | None = None
     steps: int | None = None
     accumulate: int = 1
-    eval_every: float = 1
+    eval_every: Positive = 1
     eval_batch_size: int | None = None
     log_every: int = 50
     checkpoint_every: int | None = None
@@ -60,25 +61,17 @@ class TrainConfig:
     wandb: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "log_every", "keep_last"):
-            check_integer(f"train.{name}", getattr(self, name), least=1)
-        for name in ("epochs", "steps", "eval_batch_size", "checkpoint_every"):
-            if getattr(self, name) is not None:
-                check_integer(f"train.{name}", getattr(self, name), least=1)
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(
                 f"train.epochs={self.epochs} and train.steps={self.steps}; set one of the two and leave the other None"
             )
-        check_number("train.eval_every", self.eval_every, above=0.0)
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size}"
             )
-        if not isinstance(self.tensorboard, bool):
-            raise TypeError(f"train.tensorboard={self.tensorboard!r}; expected True or False")
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass(section="data")
 class DataConfig:
     """The section `data`.
 
@@ -88,10 +81,7 @@ class DataConfig:
     """
 
     bucket_bounds: tuple[int, ...] | None = None
-    prefetch: int = 8
-
-    def __post_init__(self) -> None:
-        check_integer("data.prefetch", self.prefetch, least=0)
+    prefetch: Count = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,27 +116,6 @@ class MeshConfig:
             raise ValueError(
                 f"{' and '.join(open_axes)} are -1; only one axis can take the devices that are left"
             )
-
-
-def check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
-    """Raises unless `value` is a finite number above `above` and at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}={value!r}; expected a number")
-    if (
-        not math.isfinite(value)
-        or (above is not None and value <= above)
-        or (least is not None and value < least)
-    ):
-        bound = f"above {above:g}" if above is not None else f"of at least {least or 0:g}"
-        raise ValueError(f"{name}={value!r}; expected a number {bound}")
-
-
-def check_integer(name: str, value: Any, *, least: int) -> None:
-    """Raises unless `value` is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}; expected an integer")
-    if value < least:
-        raise ValueError(f"{name}={value}; expected at least {least}")
 
 
 def to_plain(config: Any) -> dict[str, Any]:

@@ -175,9 +175,10 @@ class MoE(nnx.Module):
     ) -> None:
         """Writes the scaled losses of the router, averaged over real tokens, and moves the bias."""
         config = self.config
-        weight = real / jnp.maximum(real.sum(), 1)
-        # Integers, so that even loads compare as equal.
-        counts = real.astype(jnp.float32) @ jax.nn.one_hot(chosen, config.experts).sum(1)
+        weight = real.astype(jnp.float32)
+        weight = weight / jnp.maximum(weight.sum(), 1)
+        # Whole numbers, so that even loads compare as equal.
+        counts = real.astype(jnp.float32) @ jax.nn.one_hot(chosen, config.experts, dtype=jnp.float32).sum(1)
         load = counts / jnp.maximum(counts.sum(), 1)
         shares = scores / scores.sum(-1, keepdims=True) if config.scores == "sigmoid" else scores
         balance = config.experts * jnp.sum(load * (weight @ shares))
@@ -194,7 +195,9 @@ class MoE(nnx.Module):
         gate, up, down = self._matrices()
         h = jax.nn.silu(jnp.einsum("nd,edh->enh", x, gate)) * jnp.einsum("nd,edh->enh", x, up)
         h = dropout(h, self.config.dropout, key)
-        every = jnp.einsum("nk,nke->en", weights, jax.nn.one_hot(chosen, self.config.experts))
+        every = jnp.einsum(
+            "nk,nke->en", weights, jax.nn.one_hot(chosen, self.config.experts, dtype=jnp.float32)
+        )
         y = jnp.einsum("enh,ehd->end", h, down, preferred_element_type=jnp.float32)
         return jnp.einsum("end,en->nd", y, every).astype(x.dtype)
 

@@ -75,8 +75,8 @@ def _one(mix: Mix, weights: Any, x: Array, packing: Packing, number: Int[Array, 
     """Returns the outputs of segment `number` of each row at its tokens, and zero elsewhere."""
     time = x.shape[1]
     own = packing.numbers == number
-    start, length = jnp.argmax(own, axis=1)[:, None], own.sum(1)
-    there = jnp.clip(start + jnp.arange(time)[None], 0, time - 1)
+    start, length = jnp.argmax(own, axis=1)[:, None].astype(jnp.int32), own.sum(1, dtype=jnp.int32)
+    there = jnp.clip(start + jnp.arange(time, dtype=jnp.int32)[None], 0, time - 1)
     sequence = take_tokens(packing.pack(x), there)
     y = mix(weights, jnp.where(is_within(length, time)[..., None], sequence, 0), jnp.maximum(length, 1))
     index = packing.place - start

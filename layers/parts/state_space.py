@@ -108,7 +108,7 @@ def run_modes(
     x, h = x.astype(jnp.float32), h.astype(jnp.complex64)
 
     def run(h, x, segments):
-        inputs = (x[..., None] * b[None, None]).reshape(*x.shape[:2], size)
+        inputs = (x[..., None].astype(jnp.complex64) * b[None, None]).reshape(*x.shape[:2], size)
         states, h = linear_recurrence(
             a.reshape(1, 1, size), inputs, initial_state=h.reshape(rows, size), segment_ids=segments
         )

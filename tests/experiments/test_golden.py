@@ -29,7 +29,10 @@ def config(data_dir, dtype="float32"):
             dtype=dtype,
         ),
         optimizer=dict(
-            learning_rate=0.01, weight_decay=0.05, warmup_steps=1, groups=dict(ssm=dict(learning_rate=0.002))
+            learning_rate=0.01,
+            weight_decay=0.05,
+            warmup_steps=1,
+            groups=dict(ssm=dict(learning_rate=0.002, weight_decay=0.05)),
         ),
         train=dict(batch_size=8, steps=3),
         data=dict(bucket_bounds=(100,), prefetch=0),

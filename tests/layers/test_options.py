@@ -74,7 +74,7 @@ def test_sizes_are_positive_in_every_config():
     for config in CONFIGS:
         for name, hint in typing.get_type_hints(config, include_extras=True).items():
             if hint is int or hint == (int | None):
-                with pytest.raises(ValueError, match=rf"{name}=0; expected an integer of at least 1"):
+                with pytest.raises(ValueError, match=rf"{name}=0; expected at least 1"):
                     check_value(name, 0, hint)
 
 
@@ -99,7 +99,7 @@ def test_what_fits_passes(value, annotation):
 @pytest.mark.parametrize(
     "value, annotation, error, message",
     [
-        (-1, Count, ValueError, "x=-1; expected an integer of at least 0"),
+        (-1, Count, ValueError, "x=-1; expected at least 0"),
         (1.0, Fraction, ValueError, "x=1.0; expected a number of at least 0 and below 1"),
         (1, bool | Literal["projections"], TypeError, "x=1; expected True or False or 'projections'"),
         ("jont", Literal["joint", "separate"], ValueError, "did you mean 'joint'"),
@@ -144,7 +144,7 @@ def test_fields_are_checked_before_they_are_compared():
     [
         ({"scan": "no"}, "scan='no'; expected True or False"),
         ({"width": True}, "width=True; expected an integer"),
-        ({"vocab_size": -3}, "vocab_size=-3; expected an integer of at least 1"),
+        ({"vocab_size": -3}, "vocab_size=-3; expected at least 1"),
         ({"dtype": "bf16"}, "dtype='bf16'; expected float32, bfloat16 or float16 .did you mean 'bfloat16'"),
         ({"mixer_defaults": {"haeds": 2}}, "'haeds'; did you mean 'heads'"),
         ({"mixer_defaults": {"width": 2}}, "'width', which the model supplies"),

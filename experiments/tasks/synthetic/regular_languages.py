@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.config.loading import check_integer
 from experiments.tasks.synthetic.draws import GOLDEN, Draws, mix
 from experiments.tasks.synthetic.rows import Arrays
 from experiments.tasks.synthetic.task import SyntheticTask
 from experiments.tasks.tokens import IGNORE, cross_entropy, is_counted
+from layers.options import check_integer
 from layers.typing import Array, Float
 
 PARTS = {"validation": 0, "test": 1}  # indices out of 16 parts of all languages; training has the others

@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 
-from experiments.config.loading import check_integer
 from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.synthetic.rows import Arrays
 from experiments.tasks.synthetic.task import SyntheticTask, length_splits
 from experiments.tasks.tokens import IGNORE
+from layers.options import check_integer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

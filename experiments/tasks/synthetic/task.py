@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from experiments.config.loading import check_integer
 from experiments.tasks import tokens
 from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.synthetic.rows import Arrays, Rows
 from experiments.tasks.task import Task
 from layers.kernels.segments import Padding
+from layers.options import check_integer
 from layers.typing import Array, Float
 
 # Increment when a generator makes other rows from the same options.

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from experiments.config.loading import check_integer, check_number
 from experiments.training.optimizers.schedules import SCHEDULES
+from layers.options import check_integer, check_number
 from layers.parameters import GROUP_RULES
 from layers.registry import suggestion
 

@@ -214,7 +214,7 @@ class Mega(Mixer):
             logits = jnp.where(seen, config.key_dim**-0.5 * logits + bias, -1e30)
             weights = jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0)
         else:
-            count = jnp.maximum(seen.sum(-1, keepdims=True), 1)
+            count = jnp.maximum(seen.sum(-1, keepdims=True), 1).astype(jnp.float32)
             weights = jnp.where(seen, laplace(logits / count + bias), 0)
         return jnp.einsum("bmtk,bmke->bmte", weights.astype(v.dtype), v)
 

@@ -100,14 +100,14 @@ class ImplicitFilter(nnx.Module):
             h = jnp.sin(self.frequency[...][None] * h)
         h = jnp.matmul(h, self.weights[3][...], precision=jax.lax.Precision.HIGHEST)
         slow, fast = math.log(TARGET) / SLOW, math.log(TARGET) / FAST
-        decay = jnp.abs(jnp.linspace(slow, fast, self.channels))[None]
+        decay = jnp.abs(jnp.linspace(slow, fast, self.channels, dtype=jnp.float32))[None]
         return (h * (jnp.exp(-self._share(length) * decay) + self.shift)).T
 
     def positions(self, length: int) -> Float[Array, "l f"]:
         """Returns z_l for l < `length`."""
         count = (self.features - 1) // 2
-        frequencies = 2 * math.pi * jnp.linspace(1e-4, count - 1, count)
-        turn = jnp.arange(length)[:, None] / self.length * frequencies[None]
+        frequencies = 2 * math.pi * jnp.linspace(1e-4, count - 1, count, dtype=jnp.float32)
+        turn = jnp.arange(length, dtype=jnp.float32)[:, None] / self.length * frequencies[None]
         return jnp.concatenate([self._share(length), jnp.cos(turn), -jnp.sin(turn)], axis=1)
 
     def _share(self, length):

@@ -103,7 +103,9 @@ class SGConv(Mixer):
     def _pieces(self):
         """Returns all scales in order, before the kernel is cut to L and divided by the norm."""
         config = self.config
-        decay = jnp.linspace(config.decay_min, config.decay_max, config.width)[None, :, None]
+        decay = jnp.linspace(config.decay_min, config.decay_max, config.width, dtype=jnp.float32)[
+            None, :, None
+        ]
         pieces = []
         for scale in range(config.scales):
             w = self.w[scale] * decay ** (config.scales - 1 - scale)

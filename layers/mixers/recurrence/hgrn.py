@@ -105,7 +105,8 @@ class HGRN(Mixer):
             pairs = c.reshape(*x.shape, 2)
             c = jax.lax.complex(pairs[..., 0], pairs[..., 1])
             theta = self.theta[...][None, None]
-            decay = decay * jax.lax.complex(jnp.cos(theta), jnp.sin(theta))
+            decay = decay.astype(jnp.complex64) * jax.lax.complex(jnp.cos(theta), jnp.sin(theta))
+            complement = complement.astype(jnp.complex64)
         h, last = linear_recurrence(decay, complement * c, initial_state=carried, segment_ids=segments)
         if config.state == "complex":
             h = jnp.concatenate([h.real, h.imag], axis=-1)

@@ -127,13 +127,14 @@ def wkv(
     """
     b, t, d = keys.shape
     steps = jnp.broadcast_to(log_decay[None, None], keys.shape)
-    start = jnp.zeros((b, t, 1), bool)
+    start, starts = jnp.zeros((b, t, 1), bool), None
     segments = Segments.of(segment_ids)
     if segments is not None:
         start, real = segments.starts[..., None], segments.real[..., None]
         keys, steps = jnp.where(real, keys, EMPTY), jnp.where(real, steps, 0)
+        starts = start if segments.packed else None
     # Constants from here on: the largest weight after each token and before it.
-    top = jax.lax.stop_gradient(_running_maximum(keys, jnp.where(start, EMPTY, steps), state.top))
+    top = jax.lax.stop_gradient(_running_maximum(keys, steps, starts, state.top))
     tops = jnp.concatenate([state.top[:, None], top], axis=1)
     earlier = jax.lax.stop_gradient(jnp.where(start, EMPTY, tops[:, :t]))
     kept, written = jnp.exp(earlier + steps - top), jnp.exp(keys - top)
@@ -144,7 +145,7 @@ def wkv(
         segment_ids=segments,
     )
     past = jnp.concatenate([state.values, state.weights], axis=-1)[:, None]
-    past = jnp.concatenate([past, sums], axis=1)[:, :t]
+    past = jnp.where(start, 0, jnp.concatenate([past, sums], axis=1)[:, :t])
     now = keys + bonus[None, None]
     highest = jax.lax.stop_gradient(jnp.maximum(earlier, now))
     past_weight, weight = jnp.exp(earlier - highest), jnp.exp(now - highest)
@@ -152,14 +153,23 @@ def wkv(
     return average, WKVState(final[:, :d], final[:, d:], tops[:, -1])
 
 
-def _running_maximum(values, steps, initial):
-    """Returns m_t = max(m_{t-1} + steps_t, values_t) with m_0 = `initial`."""
+def _running_maximum(values, steps, starts, initial):
+    """Returns m_t = max(m_{t-1} + steps_t, values_t) with m_0 = `initial`, and m_t = values_t at `starts`, if there are any."""
 
     def join(first, second):
         return first[0] + second[0], jnp.maximum(first[1] + second[0], second[1])
 
-    total, highest = jax.lax.associative_scan(join, (steps, values), axis=1)
-    return jnp.maximum(highest, total + initial[:, None])
+    def join_within(first, second):
+        # Selects: the maximum with a NaN of an earlier segment is NaN.
+        joined = join(first[1:], second[1:])
+        return first[0] | second[0], *(jnp.where(second[0], b, a) for a, b in zip(joined, second[1:]))
+
+    if starts is None:
+        total, highest = jax.lax.associative_scan(join, (steps, values), axis=1)
+        return jnp.maximum(highest, total + initial[:, None])
+    starts = jnp.broadcast_to(starts, values.shape)
+    begun, total, highest = jax.lax.associative_scan(join_within, (starts, steps, values), axis=1)
+    return jnp.where(begun, highest, jnp.maximum(highest, total + initial[:, None]))
 
 
 def _empty(batch_size: int, width: int) -> WKVState:

@@ -108,7 +108,7 @@ class DSS(Mixer):
         dt, ratio = jnp.exp(self.log_dt[:, 0]), jnp.exp(self.log_dt[:, 1] - self.log_dt[:, 0])
         own = jax.lax.complex(jnp.broadcast_to(common.real, self.w.shape[1:]), ratio[:, None] * common.imag)
         size = jnp.maximum(jnp.square(common.real) + jnp.square(common.imag), SOFTMAX_EPSILON)
-        return own, as_complex(self.w) * own * common.conj() / size, dt
+        return own, as_complex(self.w) * own * common.conj() / size.astype(own.dtype), dt
 
 
 def _softmax_input(a, dt, length):
@@ -117,5 +117,5 @@ def _softmax_input(a, dt, length):
     decaying = jnp.where(growing, -a, a)
     step, total = (zoh(decaying, dt * steps)[1] * decaying for steps in (1, length))
     scaled = total * a
-    b = step * scaled.conj() / (jnp.abs(scaled) ** 2 + SOFTMAX_EPSILON)
-    return b * jnp.where(growing, jnp.exp(decaying * dt * (length - 1)), 1)
+    b = step * scaled.conj() / (jnp.abs(scaled) ** 2 + SOFTMAX_EPSILON).astype(step.dtype)
+    return b * jnp.where(growing, jnp.exp(decaying * dt.astype(b.dtype) * (length - 1)), 1)

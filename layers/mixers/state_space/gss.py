@@ -89,10 +89,12 @@ class GSS(Mixer):
         a = jax.lax.complex(-jnp.exp(self.log_rate[...]), jnp.exp(self.log_frequency[...]))[None]
         c = as_complex(self.c)
         if carried is None:
-            steps = jnp.full(config.narrow, STEP)
+            steps = jnp.full(config.narrow, STEP, jnp.float32)
             kernel = ssm_kernel(a, None, c, steps, length=max(1, time), conjugate_pairs=False)
             s = convolve(u, kernel, segment_ids=segments)
         else:
-            s, h = run_modes(*zoh(a, jnp.full((1, 1), STEP)), c, u, carried, segment_ids=segments)
+            s, h = run_modes(
+                *zoh(a, jnp.full((1, 1), STEP, jnp.float32)), c, u, carried, segment_ids=segments
+            )
         s = s.astype(config.dtype) + self.d[...].astype(config.dtype)[None, None] * u
         return self.output(self.expand(s) * gate), h

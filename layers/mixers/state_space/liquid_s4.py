@@ -97,7 +97,7 @@ class LiquidS4(Mixer):
 
 def _liquid_input(x, total, degree, past, segment_ids):
     """Returns sum_{p=2}^P s^(2^(p-1) - 1) u^(p) with s = `total` (d), and the last u^(p) for each p < P."""
-    previous = jnp.broadcast_to(jnp.array([[1.0], [0.0]]), (2, x.shape[-1]))
+    previous = jnp.broadcast_to(jnp.array([[1.0], [0.0]], jnp.float32), (2, x.shape[-1]))
     u, liquid, last = x, jnp.zeros_like(x), []
     for p in range(2, degree + 1):
         initial = None if past is None else past[:, p - 2 : p - 1]

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -70,7 +71,7 @@ def _transform(orthonormal, _, x, lengths):
     spectrum = jnp.fft.fft(spectrum, size, axis=1) * jnp.fft.fft(kernel, axis=1)[..., None]
     y = (jnp.fft.ifft(spectrum, axis=1)[:, :time] * chirp[..., None]).real
     if orthonormal:
-        y = y / jnp.sqrt(lengths * x.shape[2]).astype(y.dtype)[:, None, None]
+        y = y / jnp.sqrt((lengths * x.shape[2]).astype(y.dtype))[:, None, None]
     return y
 
 
@@ -82,4 +83,4 @@ def _chirp(lengths: Int[Array, "b"], time: int) -> Complex[Array, "b t"]:
     high = (n * (n >> 10)) % period
     square = (high * 1024 + n * (n & 1023)) % period
     angle = (-2 * jnp.pi) * (square.astype(jnp.float32) / period.astype(jnp.float32))
-    return jnp.cos(angle) + 1j * jnp.sin(angle)
+    return jax.lax.complex(jnp.cos(angle), jnp.sin(angle))

@@ -155,6 +155,8 @@ def test_the_table_counts_every_parameter_once():
 
 def rule(name, declarations, arrays, gradients, **options):
     """The updates that a rule makes of the first gradients, with learning rate 1 and no decay."""
+    if any(declaration.group.startswith("ssm") for declaration in declarations.values()):
+        options = {"groups": {"ssm": {"learning_rate": 1.0}}} | options
     config = OptimizerConfig(**(dict(learning_rate=1.0, name=name, schedule="constant") | options))
     transformation = Optimizer(config, declarations, warmup_steps=0, total_steps=9).transformation()
     return jax.jit(transformation.update)(gradients, transformation.init(arrays), arrays)[0]

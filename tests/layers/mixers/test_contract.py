@@ -42,9 +42,16 @@ def runner(entry, dtype="float32"):
 
     @jax.jit
     def run(x, state=None, segment_ids=None):
-        return nnx.merge(graph, variables, copy=True)(x, state, segment_ids=segment_ids)
+        # Types are stated, not left to promotion: every call of the suite is traced under its strict rules.
+        with jax.numpy_dtype_promotion("strict"):
+            return nnx.merge(graph, variables, copy=True)(x, state, segment_ids=segment_ids)
 
     return run
+
+
+def leaves(module):
+    """Paths and variables of the parameters of a module."""
+    return nnx.to_flat_state(nnx.state(module, nnx.Param))
 
 
 def inputs(time=TIME, seed=0, batch=BATCH):
@@ -173,12 +180,12 @@ def test_packed_and_cut(entry, ids, cuts):
 @every_mixer
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_padding_never_leaks(entry, side):
-    """Whatever stands in the padding, outputs and what follows the state are those of the tokens alone."""
+    """Whatever stands in the padding, outputs, state and what follows it are those of the tokens alone."""
     left, right = {"left": (8, 0), "right": (0, 8), "both": (5, 3)}[side]
     x = inputs(PART)
     want, _ = runner(entry)(x)
     outputs = []
-    for fill in (0.0, 1e3):
+    for fill in (0.0, 1e3, np.nan, np.inf):
         padded = jnp.pad(x, ((0, 0), (left, right), (0, 0)), constant_values=fill)
         ids = jnp.pad(jnp.ones(x.shape[:2], jnp.int32), ((0, 0), (left, right)))
         real = slice(left, TIME - right)
@@ -187,9 +194,11 @@ def test_padding_never_leaks(entry, side):
         if causal(entry):
             got, state = runner(entry)(padded, initial_state(entry), ids)
             assert_close(got[:, real], want)
-            outputs.append(runner(entry)(inputs(SHORT, seed=1), state)[0])
+            outputs.append((state, runner(entry)(inputs(SHORT, seed=1), state)[0]))
     if causal(entry):
-        np.testing.assert_array_equal(outputs[0], outputs[1])
+        for other in outputs[1:]:
+            jax.tree.map(np.testing.assert_array_equal, other, outputs[0])
+        outputs = [output for _, output in outputs]
         _, state = runner(entry)(x, initial_state(entry))
         assert_close(outputs[0], runner(entry)(inputs(SHORT, seed=1), state)[0])
 
@@ -225,25 +234,65 @@ def test_causal_means_causal(entry):
 @pytest.mark.smoke
 @every_mixer
 def test_gradients_are_finite_and_reach_every_parameter(entry):
+    """Whatever stands in the padding: 0 x NaN is NaN, in the gradients of weights as much as in outputs."""
     graph, params, rest = nnx.split(build(entry), nnx.Param, ...)
     ids = jnp.asarray(np.repeat([[0, 1, 2, 0]], BATCH, 0).repeat(TIME // 4, 1))
-    weights = inputs(seed=2)
+    padding, weights = np.asarray(ids) == 0, inputs(seed=2)
 
     @jax.jit
-    def gradients(params, x):
+    def gradients(params, x, weights):
         def loss(params, x):
-            y, _ = nnx.merge(graph, params, rest, copy=True)(x, segment_ids=ids)
-            return jnp.sum(y * weights * (ids != 0)[..., None])
+            with jax.numpy_dtype_promotion("strict"):
+                y, _ = nnx.merge(graph, params, rest, copy=True)(x, segment_ids=ids)
+            return jnp.sum(jnp.where(weights != 0, y * weights, 0)), y
 
-        return jax.grad(loss, argnums=(0, 1))(params, x)
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 
-    by_parameter, by_input = gradients(params, inputs())
+    clean, y = gradients(params, inputs(), jnp.where(padding[..., None], 0, weights))
+    by_parameter, by_input = clean
     for path, gradient in jax.tree.leaves_with_path(by_parameter):
         assert np.isfinite(gradient).all(), path
         assert np.abs(gradient).max() > 1e-12, f"{jax.tree_util.keystr(path)} has no gradient"
     assert np.isfinite(by_input).all()
-    padding = np.asarray(ids) == 0
     assert (np.asarray(by_input)[padding] == 0).all(), "padding has a gradient"
+    for fill in (np.nan, np.inf):
+        x = jnp.where(padding[..., None], fill, inputs())
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            gradients(params, x, jnp.where(padding[..., None], 0, weights))[0],
+            clean,
+        )
+        # What another segment holds reaches neither the outputs of a segment nor their derivatives.
+        for number in (1, 2):
+            own = np.asarray(ids) == number
+            seen = jnp.where(own[..., None], weights, 0)
+            (_, want), _ = gradients(params, inputs(), seen)
+            (_, got), other = gradients(params, jnp.where(own[..., None], inputs(), fill), seen)
+            assert_close(other, y, where=own)
+            assert_close(got, want, where=own)
+
+
+@every_mixer
+def test_types_do_not_depend_on_the_widest_numbers(entry):
+    """With 64-bit numbers enabled, float32 stays float32: every constant has a type."""
+    graph, params, rest = nnx.split(build(entry), nnx.Param, ...)
+    ids = jnp.asarray(np.repeat([[1, 2, 0]], BATCH, 0).repeat(TIME // 3, 1))
+
+    def run(params, x, ids, state):
+        y, state = nnx.merge(graph, params, rest, copy=True)(x, state, segment_ids=ids)
+        return y, state
+
+    def gradients(params, x, ids):
+        return jax.grad(lambda *a: run(*a, ids, None)[0].sum(), argnums=(0, 1))(params, x)
+
+    state = initial_state(entry) if causal(entry) else None
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        results = [jax.eval_shape(run, params, inputs(), ids, None)]
+        if state is not None:
+            results.append(jax.eval_shape(run, params, inputs(), ids, state))
+        results.append(jax.eval_shape(gradients, params, inputs(), ids))
+    for path, leaf in jax.tree.leaves_with_path(results):
+        assert leaf.dtype not in (jnp.float64, jnp.complex128), jax.tree_util.keystr(path)
 
 
 @pytest.mark.slow
@@ -261,7 +310,7 @@ def test_bfloat16_activations(entry):
 
 @every_mixer
 def test_parameters_declare_known_groups(entry):
-    for path, variable in nnx.to_flat_state(nnx.state(build(entry), nnx.Param)):
+    for path, variable in leaves(build(entry)):
         assert group_of(variable) in GROUPS, path
 
 
@@ -272,8 +321,8 @@ def test_parameters_declare_logical_axes(entry):
     more = {"heads": 2 * options["heads"]} if "heads" in options and "state_size" not in options else {}
     given = {"width": 2 * WIDTH, "dtype": jnp.float32}
     wide = make_mixer(name, options | more, given=given, rngs=nnx.Rngs(0))
-    wider = dict(nnx.to_flat_state(nnx.state(wide, nnx.Param)))
-    for path, variable in nnx.to_flat_state(nnx.state(build(entry), nnx.Param)):
+    wider = dict(leaves(wide))
+    for path, variable in leaves(build(entry)):
         axes = axes_of(variable)
         named = [name for name in axes if name is not None]
         assert len(axes) == variable.ndim, path
@@ -298,7 +347,7 @@ def test_every_group_and_every_logical_axis_is_declared_somewhere():
         built = build_model(
             {"kind": "language_model", "width": 8, "vocab_size": 5, **model}, rngs=nnx.Rngs(0)
         )
-        for _, variable in nnx.to_flat_state(nnx.state(built, nnx.Param)):
+        for _, variable in leaves(built):
             axes.update(axes_of(variable))
             groups.add(group_of(variable))
     assert axes == {*LOGICAL_AXES, None}

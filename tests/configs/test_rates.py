@@ -1,0 +1,59 @@
+"""Rates, biases and scales are not decayed, whatever config trains them, unless it asks."""
+
+import pathlib
+import runpy
+
+import pytest
+
+from experiments.config.loading import section, to_plain
+from experiments.training.optimizers import OptimizerConfig, assign_groups
+from layers.parameters import group_of
+from tests.layers.mixers.test_contract import build, every_mixer, leaves
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.name != "__init__.py")
+DECLARED = {name: name for name in ("default", "no_decay", "ssm", "ssm/b", "ssm/dt", "ssm_output")}
+
+# Every parameter of a mixer that is decayed, by the last part of its name. A rate, eigenvalue, step size, frequency, gate bias,
+# scale of a norm or bias has no place here.
+DECAYED = {
+    "kernel",  # of linear maps
+    "weight",  # taps of short and lightweight convolutions
+    "gates",  # RG-LRU's block-diagonal maps
+    "recurrent",  # LSTM's recurrent map
+    "projections",  # Linformer's
+    "inner",  # HyperMixer's maps
+    "outer",
+    "query_weight",  # selective attention's maps to temperatures
+    "value_weight",
+    "c",  # outputs and skips of state space models, which learn as the rest
+    "d",
+    "shift_c",
+    "shift_d",
+}
+
+
+@every_mixer
+def test_only_weights_are_decayed(entry):
+    config = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)
+    declared = {path: group_of(variable) for path, variable in leaves(build(entry))}
+    chosen, groups = assign_groups(config, declared)
+    decayed = {path for path in declared if groups[chosen[path]].weight_decay}
+    unknown = [
+        path for path in decayed if not DECAYED & {p for p in path if isinstance(p, str)} & {_last(path)}
+    ]
+    assert not unknown
+
+
+def _last(path):
+    return next(part for part in reversed(path) if isinstance(part, str))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_no_config_decays_rates_by_omission(path):
+    config = section(to_plain(runpy.run_path(str(path))["get_config"]()), "optimizer", OptimizerConfig)
+    chosen, groups = assign_groups(config, DECLARED)
+    for name in ("no_decay", "ssm", "ssm/dt", "ssm/b"):
+        asked = any("weight_decay" in config.groups.get(entry, {}) for entry in (name, name.split("/")[0]))
+        assert groups[chosen[name]].weight_decay == 0 or asked
+    assert groups[chosen["ssm"]].learning_rate == pytest.approx(config.learning_rate / 3)
