@@ -109,10 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NonFiniteError as error:
         print(f"Stopped: not finite at {error}. {run.checkpoints} holds earlier steps.", file=sys.stderr)
         return EXIT_DIVERGED
-    except OSError as error:  # such as a full disk, or a checkpoint that cannot be read
-        return refuse(error)
-    except jax.errors.JaxRuntimeError as error:
+    except (OSError, jax.errors.JaxRuntimeError) as error:
         if (reason := hosts.lost_process(error)) is None:
+            if isinstance(error, OSError):  # such as a full disk, or a checkpoint that cannot be read
+                return refuse(error)
             raise
         print(
             f"Stopped: {reason}. The same commands resume from {run.checkpoints}.",

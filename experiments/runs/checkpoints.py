@@ -154,9 +154,21 @@ class Checkpoints:
         except Exception as error:
             raise self._cannot_write(step, error) from error
         self._scores = dict(sorted((self._scores | {step: score}).items()))
+        self._prune(provisional)
+
+    def prune(self, *, provisional: bool = False) -> None:
+        """Deletes what a process that ended before it could do so would have deleted after its last save.
+
+        Args:
+          provisional: that of the newest checkpoint, see `save`.
+        """
+        self._finish()
+        self._prune(provisional)
+
+    def _prune(self, provisional: bool) -> None:
         kept = {*self.steps[-self._keep_last :], *self.from_best[:1]}
         if provisional:
-            kept |= {*[known for known in self.from_best if known != step][:1]}
+            kept.update([known for known in self.from_best if known != self.latest][:1])
         for old in [known for known in self.steps if known not in kept]:
             if hosts.is_main():
                 self._remove(old)

@@ -140,6 +140,7 @@ class _Training:
         extended = self._note.validation is not None and not self._evaluates(self._step)
         if extended:
             self._checkpoints.drop_score(self._step)
+        self._checkpoints.prune(provisional=self._is_provisional(self._step))
         part = devices.my_rows(experiment.train.batch_size)
         self._compiled_before = self._note.compile_seconds
         self._batches = TrainBatches(experiment.train_batches(part), devices, self._note.data)
@@ -195,6 +196,10 @@ class _Training:
     def _evaluates(self, step: int) -> bool:
         return step % self._experiment.eval_interval == 0 or step == self._experiment.total_steps
 
+    def _is_provisional(self, step: int) -> bool:
+        """Whether a longer run has no evaluation after this step."""
+        return step % self._experiment.eval_interval != 0
+
     def _reason_to_leave(self) -> str | None:
         """Returns why to save and stop now, or None. Several processes agree on it every few steps."""
         if jax.process_count() == 1:
@@ -246,7 +251,7 @@ class _Training:
             self._compiled_before + self._train_step.compile_seconds + self._evaluate.compile_seconds
         )
         score = None if note.validation is None else self._experiment.score(note.validation)
-        provisional = self._step % self._experiment.eval_interval != 0  # a longer run has no evaluation here
+        provisional = self._is_provisional(self._step)
         stored = finite(dataclasses.asdict(note))
         self._checkpoints.save(self._step, arrays, stored, score=score, provisional=provisional)
 

@@ -133,6 +133,7 @@ def test_kills_at_any_moment_change_nothing(whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # where other processes take the cores
 def test_forty_kills_change_no_number(tmp_path):
     """At random operations on files and at random times; see `tests.experiments.killed`."""
     command = [sys.executable, "-m", "tests.experiments.killed", f"--folder={tmp_path}", "--kills=40"]

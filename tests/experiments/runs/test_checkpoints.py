@@ -63,6 +63,15 @@ def test_the_best_survives_a_score_that_is_dropped(tmp_path):
         assert checkpoints.intact([3]) == 3
 
 
+def test_what_a_killed_process_did_not_delete_is_deleted(tmp_path):
+    save(tmp_path, 1, 2, 3, scores=(0.5, 0.4, 0.3))
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        assert checkpoints.steps == [1, 2, 3]
+        checkpoints.prune()
+        assert checkpoints.steps == [1, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
+
+
 def test_what_a_killed_process_left_unfinished_is_no_checkpoint(tmp_path):
     with Checkpoints(tmp_path, keep_last=2) as checkpoints:
         checkpoints.save(1, arrays(), note())

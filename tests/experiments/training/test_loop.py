@@ -125,9 +125,8 @@ def flip(file):
 def test_a_run_resumes_from_the_newest_checkpoint_that_is_intact(tmp_path, capsys):
     config = tiny_config(train=dict(epochs=2))
     whole = train(tmp_path / "whole", config)
-    for checks in (7, 2):  # checkpoints of steps 4, 6, 7, 8 and 9, of which keep_last keeps two and the best
-        with pytest.raises(Interrupted):
-            train(tmp_path / "parts", config, StopAfter(checks))
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", config, StopAfter(9))
     checkpoints = tmp_path / "parts" / "checkpoints"
     largest = max(checkpoints.glob("9/state/**/d/*"), key=lambda path: path.stat().st_size)
     flip(largest)
@@ -145,7 +144,7 @@ def test_a_run_resumes_from_the_newest_checkpoint_that_is_intact(tmp_path, capsy
         train(tmp_path / "parts", config)
 
 
-@pytest.mark.parametrize("schedule", ["rsqrt", "wsd"])
+@pytest.mark.parametrize("schedule", ["rsqrt", pytest.param("wsd", marks=pytest.mark.slow)])
 def test_an_extended_run_equals_one_that_was_longer_from_its_start(tmp_path, schedule):
     def config(steps):
         return tiny_config(
@@ -208,7 +207,7 @@ def test_saving_again_compiles_nothing(tmp_path, monkeypatch):
 
 
 def test_batches_without_labels_are_passed_by(tmp_path, capsys):
-    config = tiny_config(task=dict(unlabelled=tuple(range(48))), train=dict(epochs=1, checkpoint_every=1))
+    config = tiny_config(task=dict(unlabelled=tuple(range(48))), train=dict(epochs=1, checkpoint_every=None))
     train(tmp_path, config)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         arrays = checkpoints.load(6)[0]
