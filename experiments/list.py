@@ -40,7 +40,7 @@ def read(name: str, docstrings: Iterable[str | None]) -> Entry:
     lines = [text.partition("\n")[0] for text in given]
     chosen = next((line for line in lines if PAPER.search(line)), lines[0] if lines else "")
     papers = (PAPER.search(text) for text in (chosen, *given))
-    paper = next((found.group(1) for found in papers if found), None)
+    paper = next((" ".join(found.group(1).split()) for found in papers if found), None)
     sentence = re.sub(r"^[\w .+-]{1,40}: ", "", PAPER.sub("", chosen))
     return Entry(name, sentence.strip().rstrip("."), paper)
 

@@ -119,3 +119,19 @@ def test_the_licence_is_named_and_complete():
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "TERMS AND CONDITIONS FOR USE, REPRODUCTION, AND DISTRIBUTION" in text
     assert re.search(r"^ +Copyright \d{4} The SeqModels authors$", text, re.MULTILINE)
+
+
+def test_the_address_of_the_repository_and_the_version_are_the_same_everywhere():
+    address, version = PROJECT["urls"]["Repository"], PROJECT["version"]
+    assert all(url.startswith(address) for url in PROJECT["urls"].values())
+    citation, readme = (ROOT / name for name in ("CITATION.cff", "README.md"))
+    assert f'repository-code: "{address}"' in citation.read_text(encoding="utf-8")
+    assert f"\nversion: {version}\n" in citation.read_text(encoding="utf-8")
+    assert f"url     = {{{address}}}" in readme.read_text(encoding="utf-8")
+    assert f"version = {{{version}}}" in readme.read_text(encoding="utf-8")
+    assert f"\n## {version} - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_commits_are_formatted_by_the_pinned_ruff():
+    (version,) = (specifier.version for specifier in pins()["ruff"].specifier)
+    assert f"rev: v{version} " in (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")

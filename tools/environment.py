@@ -33,7 +33,7 @@ def expected_stamp() -> str:
     """Returns the expected stamp: the project's folder, the Python, and the files that determine an install."""
     digests = [
         hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
-        for name in ("requirements.txt", "pyproject.toml")
+        for name in ("requirements.txt", "pyproject.toml", "setup.py")
     ]
     return "\n".join([str(ROOT), platform.python_version(), *digests])
 

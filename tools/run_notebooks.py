@@ -5,6 +5,7 @@
 The notebooks themselves are not changed.
 """
 
+import argparse
 import os
 import pathlib
 import sys
@@ -42,9 +43,13 @@ def run(path: pathlib.Path, kept: pathlib.Path | None) -> bool:
     return error is None
 
 
-def main(folder: str | None = None) -> int:
+def main() -> int:
     """Executes all notebooks; returns the exit code."""
-    kept = pathlib.Path(folder) if folder else None
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=pathlib.Path, help="where to keep what the notebooks print")
+    kept = parser.parse_args().folder
     if kept is not None:
         kept.mkdir(parents=True, exist_ok=True)
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -57,4 +62,4 @@ def main(folder: str | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from experiments.config.fields import FieldError, set_field
 from experiments.config.files import find
 from experiments.config.loading import to_plain
@@ -20,11 +22,15 @@ from experiments.data.cache import CorruptCacheError
 EXIT_REFUSED = 2  # the command, the config or the work directory is invalid; nothing was computed
 EXIT_DIVERGED = 65  # a loss or gradient norm is not finite; running again gives the same
 EXIT_INTERRUPTED = 75  # interrupted after saving; the same command resumes
+EXIT_KEYBOARD = 130  # Ctrl-C where there is nothing to save
 EXIT_PIPE = 141  # nobody reads the output any more
 EXIT_LOST = 69  # another process of the run ended; the same commands resume
 
 # Errors that an invalid argument, config, folder or data cache raises.
 REFUSALS = (ValueError, TypeError, OSError, CorruptCacheError)
+
+# Several processes have to be connected before the first of them asks for devices.
+SEVERAL_PROCESSES = ("--distributed", "--coordinator", "--num_processes", "--process_id")
 
 # What JAX says where JAX_PLATFORMS names a device that is not there.
 NO_BACKEND = "Unable to initialize backend"
@@ -67,6 +73,8 @@ def reporting(main: Callable[..., int]) -> Callable[..., int]:
             code = main(argv)
             sys.stdout.flush()
             return code
+        except KeyboardInterrupt:
+            return EXIT_KEYBOARD
         except BrokenPipeError:  # such as `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return EXIT_PIPE
@@ -114,11 +122,21 @@ class Parser(argparse.ArgumentParser):
             return super().parse_args(given, namespace)
         rest, overrides = split_overrides(given)
         found = super().parse_args(rest, namespace)
+        if not any(argument.startswith(SEVERAL_PROCESSES) for argument in rest):
+            self._check_platform()
         try:
             found.config = load(found.config, overrides)
         except REFUSALS as error:
             sys.exit(refuse(error))
         return found
+
+    def _check_platform(self) -> None:
+        """Ends the process unless JAX finds the devices that JAX_PLATFORMS names."""
+        if platforms := os.environ.get("JAX_PLATFORMS"):
+            try:
+                jax.devices()
+            except RuntimeError as error:
+                sys.exit(refuse(ArgumentError(f"JAX_PLATFORMS={platforms}: {error}")))
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -155,7 +173,10 @@ def positive_number(text: str) -> float:
 
 def folder(text: str) -> Path:
     """Returns the path of a folder that exists or can be made. A type of arguments."""
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # there is no such user
+        raise argparse.ArgumentTypeError(f"{text!r}; there is no such home directory") from None
     existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not text or not existing.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r}; {existing} is a file" if text else "it names no folder")

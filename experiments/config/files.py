@@ -3,8 +3,9 @@
 import difflib
 from pathlib import Path
 
-# In the sources configs/ stands beside experiments/, in an installed package inside it (see setup.py).
-PLACES = (Path(__file__).absolute().parents[2], Path(__file__).absolute().parents[1])
+# In an installed package configs/ stands inside experiments/ (see setup.py), in the sources beside it. Inside comes first:
+# beside an installed package may stand the configs of another project.
+PLACES = (Path(__file__).absolute().parents[1], Path(__file__).absolute().parents[2])
 NAME = "configs"
 
 

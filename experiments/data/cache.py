@@ -93,7 +93,19 @@ class Dataset:
 
 def data_root(data_dir: str | os.PathLike | None = None) -> Path:
     """Returns the folder of data sets: `data_dir`, else $SEQMODELS_DATA, else ~/.cache/seqmodels."""
-    return Path(data_dir or os.environ.get("SEQMODELS_DATA") or "~/.cache/seqmodels").expanduser().absolute()
+    return expand("data_dir", data_dir or os.environ.get("SEQMODELS_DATA") or "~/.cache/seqmodels").absolute()
+
+
+def expand(name: str, folder: str | os.PathLike) -> Path:
+    """Returns the path of the folder that the option `name` gives, with ~ replaced.
+
+    Raises:
+      ValueError: the home directory does not exist.
+    """
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{name}={str(folder)!r}; there is no such home directory") from None
 
 
 def load_or_build(

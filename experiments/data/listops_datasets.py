@@ -55,7 +55,7 @@ def load_official(
       ValueError: if a file is not a header `Source<tab>Target` followed by expressions and their values, digits; names
         file and line.
     """
-    folder = Path(official_dir).expanduser()
+    folder = cache.expand("official_dir", official_dir)
     paths = {split: folder / name for split, name in OFFICIAL_FILES.items()}
     missing = [path.name for path in paths.values() if not path.is_file()]
     if missing:

@@ -20,7 +20,9 @@ def test_every_config_and_task_says_what_it_is():
     assert [entry.name for entry in listing.tasks()] == sorted(TASKS)
     entries = listing.configs()
     assert "configs/lra/listops.py" in [entry.name for entry in entries]
-    assert all(entry.description for entry in (*entries, *listing.tasks()))
+    entries += listing.tasks()
+    assert all(entry.description for entry in entries)
+    assert all(line.count("\n") == 0 for entry in entries for line in entry if line)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,7 @@ def test_every_config_and_task_says_what_it_is():
         (["A (grouped) mixer (A 2020) of x."], "A (grouped) mixer of x", "A 2020"),
         (["No paper.", None, "Mix: with one (B and C 1997, doi:1)."], "with one", "B and C 1997, doi:1"),
         (["A mixer.\n\n(See D 2019, arXiv:1901.00001.)"], "A mixer", "See D 2019, arXiv:1901.00001."),
+        (["A mixer.\n\nSee (E 2020,\n  arXiv:2001.00002)."], "A mixer", "E 2020, arXiv:2001.00002"),
         (["A mixer."], "A mixer", None),
         ([None], "", None),
     ],

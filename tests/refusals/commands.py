@@ -159,6 +159,10 @@ FIELDS = [
     ("--config=SHORT --config.task.official_dir=TMP", "so preset would have no effect"),
     ("--config=SHORT --config.task.preset=none --config.task.official_dir=TMP", "lacks basic_train.tsv"),
     ("--config=SHORT --config.task.data_dir=FILES/file", "is no folder and cannot be made one"),
+    (
+        "--config=SHORT --config.task.data_dir=~nobody-here/x",
+        "data_dir='~nobody-here/x'; there is no such home",
+    ),
     # Config files.
     ("--config=no.py", "there is no file no.py"),
     ("--config=configs/lra/listop.py", "did you mean 'configs/lra/listops.py'?"),
@@ -296,6 +300,8 @@ COMMANDS = [
         "prepare listops --official_dir=FILES/word --data_dir=TMP",
         "basic_train.tsv:2: '[AVG' is not a ListOps token",
     ),
+    ("prepare listops --preset=short --data_dir=~nobody-here/x", "there is no such home directory"),
+    ("prepare listops --official_dir=~nobody-here/x --data_dir=TMP", "there is no such home directory"),
     ("", "no command is given"),
     ("trian", "there is no command 'trian'; did you mean 'train'?"),
     ("train.py", "there is no command 'train.py'"),

@@ -20,6 +20,9 @@ def ones(*shape, dtype="float32"):
 
 X = ones(2, 5, 4)
 HEADS = ones(2, 5, 2, 4)
+BETA = ones(2, 5, 2)
+STATES, PROJECTION = ones(4, 3), ones(2, 5, 1, 3)
+LONG, SHORT, CHANNELS = ones(4, 5), ones(4, 4), ones(4)
 IDS = ones(2, 5, dtype="int32")
 WHOLE = ones(2, 5, 4, dtype="int32")
 FLOAT = "expected a floating-point or complex type"
@@ -30,7 +33,7 @@ def recurrence(a=X, x=X, **options):
     return lambda: linear_recurrence(a, x, **options)
 
 
-def scan(x=X, dt=X, a=ones(4, 3), b=ones(2, 5, 1, 3), c=ones(2, 5, 1, 3), **options):
+def scan(x=X, dt=X, a=STATES, b=PROJECTION, c=PROJECTION, **options):
     return lambda: selective_scan(x, dt, a, b, c, **options)
 
 
@@ -38,7 +41,7 @@ def gla(q=HEADS, k=HEADS, v=HEADS, **options):
     return lambda: gated_linear_attention(q, k, v, **options)
 
 
-def delta(q=HEADS, k=HEADS, v=HEADS, beta=ones(2, 5, 2), **options):
+def delta(q=HEADS, k=HEADS, v=HEADS, beta=BETA, **options):
     return lambda: delta_rule(q, k, v, beta, **options)
 
 
@@ -46,15 +49,15 @@ def dplr(q=HEADS, k=HEADS, v=HEADS, a=HEADS, b=HEADS, **options):
     return lambda: dplr_delta_rule(q, k, v, a, b, **options)
 
 
-def convolution(x=X, kernel=ones(4, 5), **options):
+def convolution(x=X, kernel=LONG, **options):
     return lambda: long_conv(x, kernel, **options)
 
 
-def taps(x=X, weight=ones(4, 4), bias=None, **options):
+def taps(x=X, weight=SHORT, bias=None, **options):
     return lambda: short_conv(x, weight, bias, **options)
 
 
-def kernel(a=ones(4, 3), b=ones(4, 3), c=ones(4, 3), dt=ones(4), length=8, **options):
+def kernel(a=STATES, b=STATES, c=STATES, dt=CHANNELS, length=8, **options):
     return lambda: ssm_kernel(a, b, c, dt, length=length, **options)
 
 

@@ -25,6 +25,7 @@ def environment(tmp_path, monkeypatch):
     module.VENV.mkdir(parents=True)
     module.REQUIREMENTS.write_text("absent==1.0\n")
     (module.ROOT / "pyproject.toml").write_text("[project]\n")
+    (module.ROOT / "setup.py").write_text("")
     module.calls = []
 
     def pip(*arguments):
@@ -44,7 +45,7 @@ def test_installs_once(environment):
     assert len(environment.calls) == 2
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "pyproject.toml"])
+@pytest.mark.parametrize("name", ["requirements.txt", "pyproject.toml", "setup.py"])
 def test_installs_again_when_a_file_changes(environment, name):
     environment.install()
     with (environment.ROOT / name).open("a") as file:

@@ -1,9 +1,22 @@
 """Overrides of the config on the command line, and what is refused there."""
 
+import re
+import subprocess
+import sys
+
+import jax
 import pytest
 
 from experiments import compare, evaluate, train
-from experiments.config.command_line import EXIT_REFUSED, Parser, load, names, split_overrides
+from experiments.config.command_line import (
+    EXIT_REFUSED,
+    NO_BACKEND,
+    Parser,
+    load,
+    names,
+    reporting,
+    split_overrides,
+)
 from experiments.sweep import __main__ as sweep
 
 S5 = "configs/lra/listops.py:mixer=s5"
@@ -200,3 +213,43 @@ def test_training_refuses_unknown_fields_before_it_makes_a_folder(tmp_path, caps
     assert caught.value.code == EXIT_REFUSED
     assert "did you mean 'dtype'?" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_errors_of_the_user_are_reported_and_others_are_not(capsys):
+    def failing(error):
+        def main(argv=None):
+            raise error
+
+        return reporting(main)
+
+    assert failing(ValueError("width=0"))() == EXIT_REFUSED
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "ValueError: width=0"
+    assert re.fullmatch(r"\(from .*test_command_line\.py:\d+\)", said[1])
+    assert failing(RuntimeError(f"{NO_BACKEND} 'cuda'"))() == EXIT_REFUSED
+    assert failing(KeyboardInterrupt())() == 130
+    with pytest.raises(RuntimeError):
+        failing(RuntimeError("a fault of ours"))()
+    with pytest.raises(AssertionError):
+        failing(AssertionError())()
+
+
+def test_a_platform_that_is_not_there_is_named(monkeypatch, capsys):
+    def devices():
+        raise RuntimeError(f"{NO_BACKEND} 'cuda'")
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(SystemExit) as caught:
+        parsed(S5)
+    assert caught.value.code == EXIT_REFUSED
+    assert capsys.readouterr().err == f"JAX_PLATFORMS=cuda: {NO_BACKEND} 'cuda'\n"
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_ends_the_command_quietly():
+    command = [sys.executable, "-m", "experiments.list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141

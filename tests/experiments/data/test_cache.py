@@ -248,3 +248,19 @@ def test_summary_names_counts_and_hash(stored):
     assert stored.manifest["content_sha256"] in text
     assert "304 tokens" in text
     assert str(stored.folder) in text
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, path, options):
+            self.path = path
+
+        def write(self, record):
+            raise RuntimeError(f"write() failed: No space left on device; writing {self.path}; at byte 0")
+
+    monkeypatch.setattr(cache.array_record_module, "ArrayRecordWriter", Full)
+    with pytest.raises(
+        OSError, match=r"train.array_record cannot be written: write\(\) failed: No space left on device$"
+    ):
+        cache.load_or_build(RECIPE, build, data_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
