@@ -22,8 +22,8 @@ __all__ = [
 ]
 
 IMPLEMENTATIONS = {
-    "xla": Implementation(xla.ssm_kernel),
-    "reference": Implementation(reference.ssm_kernel, passed_over_reason=by_name_only),
+    "xla": Implementation(xla.ssm_kernel, forward_mode=True),
+    "reference": Implementation(reference.ssm_kernel, passed_over_reason=by_name_only, forward_mode=True),
 }
 
 DISCRETIZATIONS = ("zoh", "bilinear", "softmax")
