@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-
 NOT_OVER_REVERSE = (
     "the passes of impl='xla' of {primitive} have no forward-mode differentiation (jax.hessian, jax.jacfwd of jax.grad); use "
     "impl='reference', or reverse mode twice (jax.jacrev of jax.grad)"

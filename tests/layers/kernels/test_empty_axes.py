@@ -8,7 +8,21 @@ import pytest
 from layers.kernels.ssm_kernel import ssm_kernel
 from tests.layers.kernels.suites import SUITES
 
-SIZES = {"b": 2, "t": 5, "h": 2, "k": 3, "v": 4, "d": 3, "n": 2, "g": 1, "w": 3, "m": 2, "l": 4, "r": 1, "s": 3}
+SIZES = {
+    "b": 2,
+    "t": 5,
+    "h": 2,
+    "k": 3,
+    "v": 4,
+    "d": 3,
+    "n": 2,
+    "g": 1,
+    "w": 3,
+    "m": 2,
+    "l": 4,
+    "r": 1,
+    "s": 3,
+}
 # Shapes of arguments, outputs and final states.
 SHAPES = {
     "attention": ({"q": "b t h k", "k": "b t h k", "v": "b t h v"}, "b t h v", None),
@@ -18,7 +32,7 @@ SHAPES = {
         "b h k v",
     ),
     "dplr_delta_rule": (
-        {name: "b t h k" for name in ("q", "k", "a", "b", "log_decay")} | {"v": "b t h v"},
+        dict.fromkeys(("q", "k", "a", "b", "log_decay"), "b t h k") | {"v": "b t h v"},
         "b t h v",
         "b h k v",
     ),

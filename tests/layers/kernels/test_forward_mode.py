@@ -8,8 +8,7 @@ import pytest
 from tests.layers.kernels.suites import SUITES
 from tests.layers.kernels.test_primitives import call, cast, draw, parted
 
-FORWARD = [name for name in SUITES if name in ("ssm_kernel",)]
-WITHOUT = [name for name in SUITES if name not in FORWARD]
+WITHOUT = [name for name in SUITES if name != "ssm_kernel"]
 # Hand-written passes that hold products with gradients of their own.
 NOT_OVER_REVERSE = ("delta_rule", "dplr_delta_rule", "gated_linear_attention")
 
@@ -63,7 +62,9 @@ def test_forward_over_reverse(name):
         return jax.jit(lambda m: jax.jvp(jax.grad(loss), (m,), (tangents,))[1])(moving)
 
     if name in NOT_OVER_REVERSE:
-        with pytest.raises(TypeError, match=f"impl='xla' of {name} have no forward-mode.*use impl='reference'"):
+        with pytest.raises(
+            TypeError, match=f"impl='xla' of {name} have no forward-mode.*use impl='reference'"
+        ):
             product(loss)
         return
     got, want = product(loss), product(loss_of(name, "reference")[0])
