@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from layers.kernels import devices
+from layers.kernels.forward_mode import reverse_mode_only
 from layers.kernels.partition import Mendable
 from layers.kernels.promotion import promoting
 
@@ -21,6 +22,12 @@ _preferred: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.Conte
 )
 _taken: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("taken", default=None)
 _choices: contextvars.ContextVar["list[Choice] | None"] = contextvars.ContextVar("choices", default=None)
+
+
+_NO_FORWARD_MODE = (
+    "impl={name!r} of {primitive} has a backward pass of its own and no forward-mode differentiation (jax.jvp, jax.jacfwd); "
+    "use impl='reference', or reverse mode (jax.grad, jax.vjp, jax.jacrev)"
+)
 
 
 def _no_reason(**_: Any) -> str | None:
@@ -41,12 +48,14 @@ class Implementation:
       unsupported_reason: given the same arguments, why `run` cannot take them, or None.
       passed_over_reason: given the same arguments, why `impl=None` does not choose it for a supported call, or None.
       backend: the only kind of device that runs it, or None for all.
+      forward_mode: whether `jax.jvp` goes through; if not, it raises a TypeError that says what works.
     """
 
     run: Callable[..., Any]
     unsupported_reason: Callable[..., str | None] = _no_reason
     passed_over_reason: Callable[..., str | None] = _no_reason
     backend: devices.Backend | None = None
+    forward_mode: bool = False
 
 
 class Choice(NamedTuple):
@@ -169,6 +178,8 @@ def _run(
     if (choices := _choices.get()) is not None:
         skipped = tuple((other, why) for other, why in (passed_over or {}).items() if other != name)
         choices.append(Choice(primitive, _summary(arguments), name, skipped))
+    if not implementation.forward_mode:
+        arguments = reverse_mode_only(arguments, _NO_FORWARD_MODE.format(primitive=primitive, name=name))
     return promoting(implementation.run)(**arguments)
 
 

@@ -14,7 +14,7 @@ __all__ = ["Logits", "Mask", "Piece", "Tokens", "attention", "attention_with_lse
 IMPLEMENTATIONS = {
     "cudnn": Implementation(cudnn.attention, cudnn.refuses, backend="gpu"),
     "xla": Implementation(xla.attention),
-    "reference": Implementation(reference.attention, passed_over_reason=by_name_only),
+    "reference": Implementation(reference.attention, passed_over_reason=by_name_only, forward_mode=True),
 }
 WITH_LSE = {name: one for name, one in IMPLEMENTATIONS.items() if name != "cudnn"}
 
@@ -52,6 +52,9 @@ def attention(
     Vaswani et al. 2017 (arXiv:1706.03762); grouped heads: Ainslie et al. 2023 (arXiv:2305.13245); without the matrix of
     logits in memory: Dao et al. 2022 (arXiv:2205.14135); sink tokens: Xiao et al. 2023 (arXiv:2309.17453); slopes:
     Press et al. 2021 (arXiv:2108.12409).
+
+    Forward-mode differentiation (jax.jvp) needs impl="reference". Reverse mode, and forward over reverse as in
+    jax.hessian, have no such limit.
 
     Args:
       q, k, v: queries, keys and values; h is a multiple of g.

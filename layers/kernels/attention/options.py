@@ -239,7 +239,9 @@ def _check_lengths(causal, mask, logits, tokens, segments, sizes) -> None:
             f"segment_ids alone is for q and k of one length, not {t} and {s}; give kv_segment_ids"
         )
     if lists is not None and not known(t):
-        raise ValueError(f"q has {t} tokens, a symbol; block_indices needs a number: export each length by itself")
+        raise ValueError(
+            f"q has {t} tokens, a symbol; block_indices needs a number: export each length by itself"
+        )
     if lists is not None and tokens.q_positions is None and lists.shape[2] * mask.block_size < t:
         raise ValueError(
             f"block_indices lists {lists.shape[2]} blocks of {mask.block_size} queries; expected enough for {t}"

@@ -84,7 +84,9 @@ def _blocked(q, k, v, o, at):
         return x.reshape(b, plan.kv_blocks, plan.kv_block, *x.shape[2:]).transpose(0, 3, 1, 2, 4)
 
     queries = _pad(q.astype(dtype), 1, q_length)
-    queries = queries.reshape(b, plan.q_blocks, plan.q_block, groups, h // groups, width).transpose(0, 3, 1, 4, 2, 5)
+    queries = queries.reshape(b, plan.q_blocks, plan.q_block, groups, h // groups, width).transpose(
+        0, 3, 1, 4, 2, 5
+    )
     context = _context(t, s, o, at, plan, q_length, kv_length)
     rules = tiles.Rules(
         causal=o.causal,
@@ -144,6 +146,10 @@ def _attend(rules, q, k, v, context, steps):
 
     Callers stop the gradient of m: that of log l is the gradient of the log-sum-exp.
     """
+    return _forward(rules, q, k, v, context, steps)[0]
+
+
+def _forward(rules, q, k, v, context, steps):
     dtype = accumulation_dtype(q)
     rows = q.shape[:-1]
     # Values that a single query does not see are selected away; many queries see different ones of a block.
@@ -177,7 +183,8 @@ def _attend(rules, q, k, v, context, steps):
     )
     (top, total, output), _ = jax.lax.scan(step, carry, steps)
     total = jnp.where(total == 0, 1, total)
-    return output / total[..., None], top, jnp.log(total)
+    results = output / total[..., None], top, jnp.log(total)
+    return results, (q, k, v, context, steps, *results)
 
 
 def _finite(x):
@@ -190,11 +197,6 @@ def _unless_hidden(visit, skip, context, step, rules):
     if not rules.uncertain:
         return visit()
     return jax.lax.cond(tiles.visible(context, step, rules).any(), visit, skip)
-
-
-def _forward(rules, q, k, v, context, steps):
-    output, top, log_total = _attend(rules, q, k, v, context, steps)
-    return (output, top, log_total), (q, k, v, context, steps, output, top, log_total)
 
 
 def _backward(rules, residuals, cotangents):

@@ -19,12 +19,14 @@ DPLR_SERIES = "q", "k", "v", "a", "b", "log_decay"
 DELTA_RULE = {
     "gpu": Implementation(gpu.delta_rule, gpu.unsupported_reason, gpu.passed_over_reason, "gpu"),
     "xla": Implementation(isolated(xla.delta_rule, *SERIES)),
-    "reference": Implementation(isolated(reference.delta_rule, *SERIES), passed_over_reason=by_name_only),
+    "reference": Implementation(
+        isolated(reference.delta_rule, *SERIES), passed_over_reason=by_name_only, forward_mode=True
+    ),
 }
 DPLR_DELTA_RULE = {
     "xla": Implementation(isolated(xla.dplr_delta_rule, *DPLR_SERIES)),
     "reference": Implementation(
-        isolated(reference.dplr_delta_rule, *DPLR_SERIES), passed_over_reason=by_name_only
+        isolated(reference.dplr_delta_rule, *DPLR_SERIES), passed_over_reason=by_name_only, forward_mode=True
     ),
 }
 
@@ -51,6 +53,8 @@ def delta_rule(
     that is S_t = (I - beta_t k_t k_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T with alpha = exp(log_decay). DeltaNet
     (Yang et al. 2024, arXiv:2406.06484) has no decay, Gated DeltaNet (Yang et al. 2024, arXiv:2412.06464) one per head,
     Kimi Delta Attention (Kimi Team 2025, arXiv:2510.26692) one per key channel.
+
+    Forward-mode differentiation (jax.jvp, jax.hessian) needs impl="reference"; reverse mode has no such limit.
 
     Args:
       q, k: queries and keys. They may have fewer heads than v: head j of v uses head j // (h / g) of q and k. beta |k|^2
@@ -115,7 +119,7 @@ def dplr_delta_rule(
 
     with w = exp(log_decay); both terms read the old state. RWKV-7 (Peng et al. 2025, arXiv:2503.14456) is a = -kappa,
     b = eta kappa for the removal key kappa and the learning rate eta, with scale = 1. `delta_rule` is a = alpha k,
-    b = -beta k and beta k in place of k, and costs about half as much.
+    b = -beta k and beta k in place of k, and costs about half as much. Forward-mode differentiation needs impl="reference".
 
     Args:
       q, k, v: queries, keys and values.

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.delta_rule.decay import RESET, scores
 from layers.kernels.delta_rule.triangular import inverse
+from layers.kernels.forward_mode import NOT_OVER_REVERSE, reverse_mode_only
 from layers.kernels.mixed_precision import product, solve
 from layers.kernels.promotion import promoting
 from layers.kernels.segments import reset_mask
@@ -104,6 +105,9 @@ def _chunked(rule, inputs, segments, state):
 
 
 def _forward(rule, inputs, segments, state):
+    # Products with rounded operands have gradients of their own.
+    name = "dplr_delta_rule" if rule.general else "delta_rule"
+    inputs, state = reverse_mode_only((inputs, state), NOT_OVER_REVERSE.format(primitive=name))
     chunks = _equations(rule, inputs, segments, state.dtype)
     inverted = inverse(chunks.lower).astype(rule.dtype)
     states = state[None]

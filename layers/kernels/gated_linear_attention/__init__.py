@@ -20,7 +20,9 @@ IMPLEMENTATIONS = {
     "tpu": Implementation(tpu.gated_linear_attention, tpu.unsupported_reason, tpu.passed_over_reason, "tpu"),
     "xla": Implementation(isolated(xla.gated_linear_attention, *SERIES)),
     "reference": Implementation(
-        isolated(reference.gated_linear_attention, *SERIES), passed_over_reason=by_name_only
+        isolated(reference.gated_linear_attention, *SERIES),
+        passed_over_reason=by_name_only,
+        forward_mode=True,
     ),
 }
 
@@ -62,6 +64,8 @@ def gated_linear_attention(
     and Gu 2024, arXiv:2405.21060): one decay per head and step, q = C, k = B, v = dt x. GLA (Yang et al. 2023,
     arXiv:2312.06635), HGRN2 (Qin et al. 2024, arXiv:2404.07904): a decay per key channel. RWKV-5 and RWKV-6 (Peng et
     al. 2024, arXiv:2404.05892): a decay per key channel and the bonus.
+
+    Forward-mode differentiation (jax.jvp, jax.hessian) needs impl="reference"; reverse mode has no such limit.
 
     Args:
       q, k, v: queries, keys and values. Any of them may have fewer heads than the largest count h; head i of h then uses

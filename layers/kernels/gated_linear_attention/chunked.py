@@ -26,6 +26,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from layers.kernels.forward_mode import NOT_OVER_REVERSE, reverse_mode_only
 from layers.kernels.gated_linear_attention import channel_decay, scalar_decay
 from layers.kernels.mixed_precision import contract
 from layers.kernels.promotion import promoting
@@ -33,6 +34,9 @@ from layers.kernels.sizes import in_chunks, known
 
 # Chunks per step of the scan over chunks: a larger number gives fewer, larger kernels.
 UNROLL = 8
+
+
+_NOT_OVER_REVERSE = NOT_OVER_REVERSE.format(primitive="gated_linear_attention")
 
 
 class Settings(NamedTuple):
@@ -184,6 +188,9 @@ def _passing(settings, x, exponents):
 
 
 def _forward(settings, q, k, v, g, bonus, state, number):
+    # Products with rounded operands have gradients of their own.
+    given = q, k, v, g, bonus, state
+    q, k, v, g, bonus, state = reverse_mode_only(given, _NOT_OVER_REVERSE)
     x = _chunks(settings, q, k, v, g, bonus, number)
     wide = g.dtype
     weights, exponents = _within_chunks(settings, x, x.q.astype(wide), x.k.astype(wide), x.g, x.bonus)

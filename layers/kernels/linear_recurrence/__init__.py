@@ -18,7 +18,9 @@ IMPLEMENTATIONS = {
     "gpu": Implementation(gpu.linear_recurrence, gpu.unsupported_reason, gpu.passed_over_reason, "gpu"),
     "tpu": Implementation(tpu.linear_recurrence, tpu.unsupported_reason, tpu.passed_over_reason, "tpu"),
     "xla": Implementation(xla.linear_recurrence),
-    "reference": Implementation(reference.linear_recurrence, passed_over_reason=by_name_only),
+    "reference": Implementation(
+        reference.linear_recurrence, passed_over_reason=by_name_only, forward_mode=True
+    ),
 }
 
 
@@ -35,6 +37,9 @@ def linear_recurrence(
 
     A diagonal linear recurrence: the core of S5 (Smith et al. 2023, arXiv:2208.04933), LRU (Orvieto et al. 2023,
     arXiv:2303.06349) and RG-LRU (De et al. 2024, arXiv:2402.19427).
+
+    Forward-mode differentiation (jax.jvp) needs impl="reference". Reverse mode, and forward over reverse as in
+    jax.hessian, have no such limit.
 
     Args:
       a: decay per step; an axis of size 1 in place of b or t stands for all (a time-invariant system).

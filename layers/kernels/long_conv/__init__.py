@@ -36,7 +36,7 @@ def _transforms_win(*, x, kernel, initial_state, circular, **_):
 IMPLEMENTATIONS = {
     "toeplitz": Implementation(toeplitz.long_conv, passed_over_reason=_transforms_win),
     "xla": Implementation(xla.long_conv),
-    "reference": Implementation(reference.long_conv, passed_over_reason=by_name_only),
+    "reference": Implementation(reference.long_conv, passed_over_reason=by_name_only, forward_mode=True),
 }
 
 
@@ -62,6 +62,9 @@ def long_conv(
 
     There are no segments: a kernel that does not change with time cannot forget. A convolution with taps on both sides is
     a circular one over x with zeros appended, with the taps that look ahead at the end of the kernel.
+
+    Forward-mode differentiation (jax.jvp) needs impl="reference". Reverse mode, and forward over reverse as in
+    jax.hessian, have no such limit.
 
     Args:
       x: input.

@@ -46,14 +46,16 @@ def gated(convolution, circular, x, kernel, skip, input_gate, output_gate, past)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gated(convolution, circular, x, kernel, skip, input_gate, output_gate, past):
-    u = _inputs(x, kernel, input_gate, past)
-    y = _before_output_gate(convolution, circular, x.dtype, u, kernel, skip, past)
-    y = y if output_gate is None else y * output_gate
-    return y.astype(joint_dtype(x.dtype, jnp.complex64) if jnp.iscomplexobj(y) else x.dtype)
+    return _forward(convolution, circular, x, kernel, skip, input_gate, output_gate, past)[0]
 
 
 def _forward(convolution, circular, *arguments):
-    return _gated(convolution, circular, *arguments), arguments
+    x, kernel, skip, input_gate, output_gate, past = arguments
+    u = _inputs(x, kernel, input_gate, past)
+    y = _before_output_gate(convolution, circular, x.dtype, u, kernel, skip, past)
+    y = y if output_gate is None else y * output_gate
+    y = y.astype(joint_dtype(x.dtype, jnp.complex64) if jnp.iscomplexobj(y) else x.dtype)
+    return y, arguments
 
 
 def _backward(convolution, circular, arguments, dy):

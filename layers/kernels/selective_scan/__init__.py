@@ -17,7 +17,9 @@ __all__ = ["Piece", "compose", "selective_scan", "summarize"]
 SERIES = "x", "dt", "b", "c", "gate"
 IMPLEMENTATIONS = {
     "xla": Implementation(isolated(xla.selective_scan, *SERIES)),
-    "reference": Implementation(isolated(reference.selective_scan, *SERIES), passed_over_reason=by_name_only),
+    "reference": Implementation(
+        isolated(reference.selective_scan, *SERIES), passed_over_reason=by_name_only, forward_mode=True
+    ),
 }
 
 
@@ -43,6 +45,9 @@ def selective_scan(
 
     Each of the d channels has n states. The core of Mamba (Gu and Dao 2023, arXiv:2312.00752). The input is discretised by
     dt b (Euler), the decay exactly, as in the released models.
+
+    Forward-mode differentiation (jax.jvp) needs impl="reference". Reverse mode, and forward over reverse as in
+    jax.hessian, have no such limit.
 
     Args:
       x: input.

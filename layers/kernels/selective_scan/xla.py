@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
+from layers.kernels.isolation import times
 from layers.kernels.promotion import promoting
 from layers.kernels.segments import reset_mask
 from layers.kernels.selective_scan import chunk
@@ -172,7 +173,7 @@ def _chunk_gradients(part, dout, parameters, h, g, options):
     states = chunk.states(steps, a, before)
     adjoints, _ = chunk.adjoints(steps, a, dp, after[:, ::-1])
     decayed = [chunk.decayed(steps, a, q, h) for q, h in enumerate([before, *states[:-1]])]
-    w = _times(adjoints, decayed)
+    w = [times(g, h, steps.start) for g, h in zip(adjoints, decayed, strict=True)]
 
     over_n = _times(adjoints, steps.b) + [v * a for v in w]
     if part.gate is not None:

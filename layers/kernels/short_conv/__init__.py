@@ -15,7 +15,7 @@ __all__ = ["Piece", "compose", "short_conv", "summarize"]
 
 IMPLEMENTATIONS = {
     "xla": Implementation(xla.short_conv),
-    "reference": Implementation(reference.short_conv, passed_over_reason=by_name_only),
+    "reference": Implementation(reference.short_conv, passed_over_reason=by_name_only, forward_mode=True),
 }
 WIDTHS = range(2, 9)
 ACTIVATIONS = (None, "silu")
@@ -39,6 +39,9 @@ def short_conv(
 
     The short convolution of H3 (Fu et al. 2022, arXiv:2212.14052), Hyena (Poli et al. 2023, arXiv:2302.10866) and
     Mamba (Gu and Dao 2023, arXiv:2312.00752).
+
+    Forward-mode differentiation (jax.jvp) needs impl="reference". Reverse mode, and forward over reverse as in
+    jax.hessian, have no such limit.
 
     Args:
       x: input.

@@ -1,7 +1,5 @@
 """K_l = C A_bar^l B_bar, the convolution kernel of a linear state space model: S4, S4D, DSS."""
 
-import math
-
 import jax.numpy as jnp
 
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
@@ -22,8 +20,8 @@ __all__ = [
 ]
 
 IMPLEMENTATIONS = {
-    "xla": Implementation(xla.ssm_kernel),
-    "reference": Implementation(reference.ssm_kernel, passed_over_reason=by_name_only),
+    "xla": Implementation(xla.ssm_kernel, forward_mode=True),
+    "reference": Implementation(reference.ssm_kernel, passed_over_reason=by_name_only, forward_mode=True),
 }
 
 DISCRETIZATIONS = ("zoh", "bilinear", "softmax")
@@ -88,7 +86,7 @@ def ssm_kernel(
     if truncated and p is None:
         raise ValueError("truncated is set without p; the kernel of a diagonal system takes c itself")
     shape = (*c.shape[:-1], length)
-    if math.prod(shape) == 0:
+    if 0 in shape or c.shape[-1] == 0:
         return jnp.zeros(shape, arrays["dt"].dtype)
     arrays["c"] = arrays["c"].reshape(-1, *c.shape[-2:])
     options = {"discretization": discretization, "conjugate_pairs": conjugate_pairs, "truncated": truncated}

@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from layers.kernels.sizes import known
 from layers.kernels.ssm_kernel import discretize, phase
 
 # DSS adds this to |x|^2 in 1 / x = conj(x) / |x|^2.
@@ -62,7 +63,8 @@ def _powers(log_step, steps):
 def _sum_of_powers(weights, log_step, length):
     """Re sum_n weights_n a_bar_n^l for l < length, (k, d, length)."""
     shape = weights.shape[:2]
-    block = 1 << math.ceil(math.log2(length * max(1, shape[0])) / 2)
+    outputs = max(1, shape[0]) if known(shape[0]) else 1
+    block = 1 << math.ceil(math.log2(length * outputs) / 2)
     block = min(block, 1 << (length - 1).bit_length())
     rows = _powers(log_step, block * jnp.arange(-(-length // block)))
     columns = _powers(log_step, jnp.arange(block))

@@ -3,14 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from layers.kernels.attention import Logits, Mask, Tokens, attention, schedule
+from layers.kernels.segments import Segments
 from tests.layers.kernels.suites import SUITES, by_call
 from tests.layers.kernels.test_primitives import call, cast, close, draw, parted, tolerance_of
 
 # Segment 3 is the clean one. Chunks are shorter than the row, so that states pass between them.
 ROW = [0] * 2 + [7] * 13 + [0] * 2 + [3] * 14 + [0] + [5] * 6 + [0] * 2
 IDS = np.array([ROW, ROW[::-1]], np.int32)
-FILLS = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
 calls = by_call(
     slow=lambda name, case, impl: impl == "tpu" or case not in SUITES[name].cases[:1] or impl == "reference"
 )
@@ -74,3 +76,116 @@ def test_other_tokens_reach_nothing(name, case, impl):
             )
             if at.get(key) is not None:
                 assert not np.asarray(gradient)[at[key]].any(), f"gradient of {key} where it is {value}"
+
+
+OVERFLOWS = {
+    "gated_linear_attention": ("k", "v"),
+    "linear_recurrence": ("x",),
+    "selective_scan": ("x",),
+    "short_conv": ("x",),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "linear_recurrence")) for n in OVERFLOWS]
+)
+def test_what_overflows_in_one_segment_reaches_no_other(name):
+    """Numbers whose products and sums are infinite, in the segments before and after the one of the loss."""
+    suite = SUITES[name]
+    case = suite.cases[0]
+    arguments = cast(draw(case, *IDS.shape), "float32")
+    chosen = IDS == 3
+    (want, _), want_gradients = run(suite, case, "xla", arguments, chosen)
+    large, _ = filled(suite, arguments, ~chosen, 3e38)
+    spoiled = arguments | {key: large[key] for key in OVERFLOWS[name]}
+    (got, _), gradients = run(suite, case, "xla", spoiled, chosen)
+    close(got, np.asarray(want), tolerance_of(case, "float32"), "outputs")
+    for key in gradients:
+        shared = key not in suite.time_arguments
+        pick = slice(None) if shared or key == "initial_state" else chosen
+        close(gradients[key][pick], np.asarray(want_gradients[key])[pick], 1e-5, f"gradient of {key}")
+
+
+def test_nan_reaches_later_tokens_of_its_segment_only():
+    for name in ("gated_linear_attention", "linear_recurrence"):
+        suite = SUITES[name]
+        case = suite.cases[0]
+        arguments = cast(draw(case, *IDS.shape), "float32")
+        at = np.zeros(IDS.shape, bool)
+        at[0, 20] = True
+        spoiled, _ = filled(suite, arguments, at, np.nan)
+        for impl in ("reference", "xla"):
+            (got, final), _ = run(suite, case, impl, spoiled, IDS > 0)
+            reached = np.isnan(np.asarray(got)).reshape(*IDS.shape, -1).all(2)
+            np.testing.assert_array_equal(reached[0], (IDS[0] == 3) & (np.arange(IDS.shape[1]) >= 20))
+            assert not reached[1].any()
+            assert np.isfinite(final).all()
+
+
+TIME = 40
+HIDDEN = {
+    "future": ({"causal": True}, slice(30, None), slice(0, 30)),
+    "out of the window": ({"causal": True, "mask": Mask(window=4)}, slice(5, 9), slice(12, None)),
+    "out of a window on both sides": ({"mask": Mask(window=3)}, slice(5, 9), slice(12, None)),
+    "beyond kv_lengths": (
+        {"tokens": Tokens(kv_lengths=jnp.array([30, 30]))},
+        slice(30, None),
+        slice(0, TIME),
+    ),
+    "below a bias of -inf": ({"bias": True}, slice(30, None), slice(0, 30)),
+    "padding": ({"segment_ids": jnp.array([[1] * 30 + [0] * 10] * 2)}, slice(30, None), slice(0, 30)),
+    "padding at the end of whole rows": (
+        {"segment_ids": Segments.of(jnp.array([[1] * 30 + [0] * 10] * 2), padding="end", packed=False)},
+        slice(30, None),
+        slice(0, 30),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("impl", [pytest.param("reference", marks=pytest.mark.slow), "xla"])
+def test_hidden_keys_reach_no_row_of_attention(name, impl, monkeypatch):
+    """Outputs and gradients of rows that do not see the keys, in blocks of which they see others."""
+    monkeypatch.setattr(schedule, "CPU_STEP_BYTES", 4 * 4 * 8 * 8)
+    monkeypatch.setattr(schedule, "PAIR_BLOCKS", (8, 8))
+    options, hidden, rows = HIDDEN[name]
+    options = dict(options)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, TIME, 2, 4)).astype(np.float32) for _ in range(3))
+    if options.pop("bias", None):
+        options["logits"] = Logits(bias=jnp.zeros((1, 1, TIME, TIME)).at[..., 30:].set(-jnp.inf))
+    queries_hidden = name in ("future", "padding", "padding at the end of whole rows")
+
+    @jax.jit
+    def run(q, k, v):
+        def loss(q, k, v):
+            out = attention(q, k, v, impl=impl, **options)[:, rows]
+            return jnp.square(out).sum(), out
+
+        (_, out), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+        return out, gradients
+
+    want = run(q, k, v)
+    for value in (np.nan, np.inf):
+        for x in (q, k, v)[0 if queries_hidden else 1 :]:
+            x[:, hidden] = value
+        got = run(q, k, v)
+        close(got, jax.tree.map(np.asarray, want), 1e-5, f"{name}, {value}")
+        for gradient in got[1][0 if queries_hidden else 1 :]:
+            assert not np.asarray(gradient)[:, hidden].any()
+
+
+def test_hidden_keys_of_one_query():
+    """Decoding: the unused end of a cache holds anything."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((2, 1, 2, 4)), jnp.float32)
+    k, v = (jnp.asarray(rng.standard_normal((2, 16, 1, 4)), jnp.float32) for _ in range(2))
+    tokens = Tokens(kv_lengths=jnp.array([9, 12]))
+    want = attention(q, k, v, tokens=tokens)
+    unused = (jnp.arange(16) >= tokens.kv_lengths[:, None])[..., None, None]
+    k, v = (jnp.where(unused, jnp.nan, x) for x in (k, v))
+    for impl in ("reference", "xla"):
+        np.testing.assert_allclose(attention(q, k, v, tokens=tokens, impl=impl), want, rtol=1e-5)
+    seen = attention(q, k, v.at[0, 3].set(jnp.nan), tokens=tokens, impl="xla")
+    assert np.isnan(seen[0]).all()
+    assert np.isfinite(seen[1]).all()
