@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 NAME = "ema"
 CONTRACT, TRAINING = "tests/layers/mixers/test_contract.py", "tests/seqmodels/test_training.py"
-TESTS = ("tests/layers", "tests/seqmodels", "tests/__init__.py", "tests/conftest.py")
+TESTS = ("tests/layers", "tests/seqmodels", "tests/__init__.py", "tests/conftest.py", "tests/shares.py")
 COPIED = ("layers", "seqmodels", "experiments", "configs", "pyproject.toml", *TESTS)
 BRIEFLY = (
     "--config.train.steps=2 --config.train.batch_size=8 --config.optimizer.warmup_steps=1 --num_devices=1"

@@ -27,7 +27,7 @@ def pins() -> dict[str, Requirement]:
 
 def sources() -> list[pathlib.Path]:
     """The Python files of the project."""
-    tops = ("configs", "experiments", "layers", "seqmodels", "tests", "tools")
+    tops = ("configs", "docs", "experiments", "layers", "seqmodels", "tests", "tools")
     return sorted(file for top in tops for file in (ROOT / top).rglob("*.py"))
 
 

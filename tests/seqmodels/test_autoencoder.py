@@ -50,7 +50,9 @@ def test_defaults_reach_the_mixers_that_have_them():
     assert build(mixers={"attention": {"heads": 4}}).stack.layers[0].mixer.config.heads == 4
     assert build(pattern=("s5",)).stack.layers[0].mixer.config.state_size == 4
     assert build(pattern=("wersa",), mixer_defaults={"heads": 2, "causal": True}).stack.causal
-    with pytest.raises(ValueError, match="mixer_defaults has 'width', which the model supplies to every mixer"):
+    with pytest.raises(
+        ValueError, match="mixer_defaults has 'width', which the model supplies to every mixer"
+    ):
         build(pattern=("attention",), mixer_defaults={"width": 4, "heads": 2})
 
 
