@@ -105,7 +105,8 @@ class Mixer(nnx.Module):
 
         Raises:
           ValueError, TypeError: a shape or type does not fit, a mixer that is not causal is given a state, or the state
-            belongs to another batch size or mixer, or its parts to different lengths of cache.
+            belongs to another batch size or mixer, or its parts to different lengths of cache, or a size of x is a symbol
+            of `jax.export` where the mixer needs a number.
         """
         self._check(x, segment_ids)
         segments = Segments.of(segment_ids)
@@ -115,8 +116,8 @@ class Mixer(nnx.Module):
         if state is None:
             if self.causal and segments is not None and segments.padding == "end" and not segments.packed:
                 # Padding behind a row's only segment comes after all of its tokens, which do not see it.
-                return select_real(self.mix(x, None, None, *more)[0], segments), None
-            return self.mix(x, None, segments, *more)[0], None
+                return select_real(self._mix(x, None, None, *more)[0], segments), None
+            return self._mix(x, None, segments, *more)[0], None
         self._require_causal("a state was given")
         self._check_state(state, x.shape[0])
         here = visit(state.place, segments, x.shape[1])
@@ -125,8 +126,21 @@ class Mixer(nnx.Module):
             more = (here,)
         elif segments is not None:
             carried = keep_where(here.continues, carried, self.initial(x.shape[0], None))
-        y, carried = self.mix(x, carried, segments, *more)
+        y, carried = self._mix(x, carried, segments, *more)
         return y, MixerState(carried, here.place)
+
+    def _mix(self, x: jax.Array, *rest: Any) -> tuple[jax.Array, Any]:
+        """Runs `mix`; explains what fails where sizes of x are symbols, as under `jax.export`."""
+        if all(isinstance(size, int) for size in x.shape):
+            return self.mix(x, *rest)
+        try:
+            return self.mix(x, *rest)
+        except Exception as error:
+            name, (batch, time, _) = type(self).__name__, x.shape
+            raise ValueError(
+                f"x of {name} has shape {x.shape}, and its computation depends on the numbers behind symbols; export {name} "
+                f"with a number in place of {time if not isinstance(time, int) else batch}"
+            ) from error
 
     def _check(self, x: jax.Array, segment_ids: Any) -> None:
         name, width = type(self).__name__, self.config.width

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layers.parts.segmented_convolution import Packing, pack_rows, take_tokens
+from layers.kernels.forward_mode import reverse_mode_only
+from layers.parts.segmented_convolution import NO_FORWARD_MODE, Packing, pack_rows, take_tokens
 from layers.segments import SegmentIds, Segments, select_real
 from layers.typing import Array, Bool, Float, Int
 
@@ -39,11 +40,11 @@ def mix_each_segment(
     """
     segments = Segments.of(segment_ids)
     if segments is None or x.shape[1] == 0:
-        return mix(weights, x, jnp.full(x.shape[:1], max(1, x.shape[1]), jnp.int32))
+        return mix(weights, x, jnp.maximum(jnp.full(x.shape[:1], x.shape[1], jnp.int32), 1))
     if segments.padding == "end" and not segments.packed:
         y = mix(weights, select_real(x, segments), jnp.maximum(segments.real.sum(1, dtype=jnp.int32), 1))
     else:
-        y = _loop(mix, weights, x, pack_rows(segments))
+        y = _loop(mix, *reverse_mode_only((weights, x), NO_FORWARD_MODE), pack_rows(segments))
     return select_real(y, segments)
 
 

@@ -13,9 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layers.kernels.forward_mode import reverse_mode_only
 from layers.kernels.long_conv import long_conv
 from layers.segments import SegmentIds, Segments, select_real
 from layers.typing import Array, Float, Int, Num
+
+NO_FORWARD_MODE = (
+    "packed rows run in a loop over their segments, which has no forward-mode differentiation (jax.jvp, jax.jacfwd); pass one "
+    "segment per row, with Segments.of(segment_ids, packed=False), or use reverse mode (jax.grad, jax.vjp, jax.jacrev)"
+)
 
 
 @functools.partial(
@@ -89,7 +95,8 @@ def convolve(
     segments = Segments.of(segment_ids)
     packing = pack_rows(segments)
     if segments.packed:
-        y = _by_segment(packing.pack(x), kernel, ahead, past, packing.numbers)
+        arrays = reverse_mode_only((packing.pack(x), kernel, ahead, past), NO_FORWARD_MODE)
+        y = _by_segment(*arrays, packing.numbers)
     else:
         y = _convolve(packing.pack(select_real(x, segments)), kernel, ahead, past)
     return select_real(packing.unpack(y), segments)

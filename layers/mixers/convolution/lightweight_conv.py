@@ -137,10 +137,10 @@ def window_sum(
 
     def add(y, tap):
         weight = jax.lax.dynamic_index_in_dim(weights, tap, axis=3, keepdims=False)
-        term = jnp.repeat(weight, channels, axis=2) * at(inputs, tap)
+        value = at(inputs, tap)
         if owners is not None:
-            term = jnp.where((at(owners, tap) == packing.numbers)[..., None], term, 0)
-        return y + term, None
+            value = jnp.where((at(owners, tap) == packing.numbers)[..., None], value, 0)
+        return y + jnp.repeat(weight, channels, axis=2) * value, None
 
     y, _ = jax.lax.scan(add, jnp.zeros(x.shape, past.dtype), jnp.arange(taps))
     return y if segments is None else select_real(packing.unpack(y), segments)

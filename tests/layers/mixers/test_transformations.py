@@ -1,0 +1,90 @@
+"""Forward-mode differentiation and sizes that are symbols: they work, or an error says what does."""
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+from flax import nnx
+from jax import export
+
+from layers.segments import Segments
+from tests.layers.mixers.test_contract import BATCH, TIME, WIDTH, build, every_mixer, inputs
+
+# Mixers that any length of one exported function serves; the others need the length as a number.
+ANY_LENGTH = {
+    *(
+        "attention",
+        "gated_attention",
+        "selective_attention",
+        "mla",
+        "linear_attention",
+        "performer",
+        "gla",
+        "retnet",
+    ),
+    *(
+        "lightning_attention",
+        "mamba",
+        "mamba2",
+        "rwkv7",
+        "s5",
+        "lru",
+        "rg_lru",
+        "hgrn",
+        "lstm",
+        "bidirectional",
+    ),
+    *("lightweight_conv", "dynamic_conv", "fnet", "hypermixer"),
+}
+
+
+@pytest.fixture(autouse=True)
+def unchecked_annotations():
+    """Symbols are no `int`, which annotations of private helpers ask for."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+def shape_of(entry, *sizes):
+    graph, variables = nnx.split(build(entry))
+
+    def run(variables, x):
+        return nnx.merge(graph, variables, copy=True)(x)[0]
+
+    return jax.eval_shape(run, variables, jax.ShapeDtypeStruct((*sizes, WIDTH), jnp.float32)).shape
+
+
+@pytest.mark.slow
+@every_mixer
+def test_sizes_may_be_symbols(entry):
+    batch, time = export.symbolic_shape("b, t")
+    assert shape_of(entry, batch, TIME) == (batch, TIME, WIDTH)
+    if entry.split("-")[0].replace("rg", "rg_lru") in ANY_LENGTH:
+        assert shape_of(entry, batch, time) == (batch, time, WIDTH)
+
+
+def test_a_length_that_must_be_a_number_is_named():
+    batch, time = export.symbolic_shape("b, t")
+    with pytest.raises(
+        ValueError, match=r"x of S4 has shape \(b, t, 8\).*export S4 with a number in place of t"
+    ):
+        shape_of("s4", batch, time)
+    assert shape_of("s4", batch, TIME) == (batch, TIME, WIDTH)
+
+
+@pytest.mark.parametrize("entry", ["hypermixer", "sgconv"])
+def test_forward_mode_over_packed_rows_is_refused_by_name(entry):
+    ids = jnp.ones((BATCH, TIME), jnp.int32)
+    graph, variables = nnx.split(build(entry))
+
+    def derivative(variables, x, ids):
+        model = nnx.merge(graph, variables, copy=True)
+        return jax.jvp(lambda x: model(x, segment_ids=ids)[0], (x,), (x,))
+
+    with pytest.raises(TypeError, match="packed rows run in a loop over their segments"):
+        jax.jit(derivative).lower(variables, inputs(), ids)
+    if entry == "hypermixer":
+        whole = Segments.of(ids, padding="end", packed=False)
+        jax.jit(derivative).lower(variables, inputs(), whole)
