@@ -23,6 +23,17 @@ def given(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def nothing_long(monkeypatch):
+    """What is not refused fails at once, before it trains or makes data."""
+
+    def late(*_args, **_options):
+        pytest.fail("nothing was refused")
+
+    monkeypatch.setattr("experiments.training.loop.train", late)
+    monkeypatch.setattr("experiments.data.listops.draw_block", late)
+
+
 @pytest.mark.parametrize("row", commands.ROWS, ids=lambda row: row[0])
 def test_commands(row, given, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(pathlib.Path(__file__).resolve().parents[1])

@@ -240,7 +240,7 @@ CALLS = [
     (
         traced(lambda: small(heads=2)(ones(2, 5, 8), small(heads=2).init_state(3))[0]),
         ValueError,
-        "for x of 2 rows, as its init_state(2) makes it",
+        "for x of 2 rows, as",
     ),
     (traced(lambda: small("fnet").init_state(2)), ValueError, "FNet is not causal here and has no state"),
     (traced(lambda: small("attention", heads=2).init_state(2)), ValueError, "max_length"),

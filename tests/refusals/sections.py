@@ -280,14 +280,6 @@ RUNS = [
         "is not empty (thesis.tex) and holds no run",
     ),
     (
-        opened(
-            lambda folder: RunDirectory.open(folder, to_plain(PLAIN)),
-            {"config.json": json.dumps(PLAIN | {"seed": 3})},
-        ),
-        ValueError,
-        "config.seed: 3 in the run, 0 given",
-    ),
-    (
         with_checkpoints(lambda checkpoints: checkpoints.load(3)),
         ValueError,
         "there is no checkpoint of step 3",

@@ -1,6 +1,7 @@
 """Overrides of the config on the command line, and what is refused there."""
 
 import re
+import runpy
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from experiments.config.command_line import (
     reporting,
     split_overrides,
 )
+from experiments.config.files import shipped
 from experiments.sweep import __main__ as sweep
 
 S5 = "configs/lra/listops.py:mixer=s5"
@@ -193,6 +195,13 @@ def test_what_the_config_refuses_itself_is_named(capsys):
         parsed("configs/lra/listops.py:mixr=s5")
     assert caught.value.code == EXIT_REFUSED
     assert "listops.py takes mixer=NAME, not mixr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_config_says_so_where_an_argument_has_no_name(name):
+    get_config = runpy.run_path(str(shipped()[name]))["get_config"]
+    with pytest.raises(ValueError, match=rf"{name.rpartition('/')[2]} takes .*, not s5"):
+        get_config("s5")
 
 
 @pytest.mark.parametrize("command", [train.main, evaluate.main, compare.main, sweep.main])
