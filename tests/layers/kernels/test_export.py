@@ -11,7 +11,13 @@ from tests.layers.kernels.suites import SUITES, by_call
 from tests.layers.kernels.test_primitives import call, cast, close, draw, parted, tolerance_of
 
 BATCH, TIME = 7, 11
-calls = by_call(slow=lambda name, case, impl: impl == "tpu" or case is not SUITES[name].cases[0])
+calls = by_call(
+    slow=lambda name, case, impl: (
+        impl != "xla"
+        or case is not SUITES[name].cases[0]
+        or name not in ("attention", "linear_recurrence", "long_conv")
+    )
+)
 
 
 def symbolic(suite, arguments, *, time):
