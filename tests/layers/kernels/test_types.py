@@ -11,9 +11,7 @@ IDS = np.array([[1] * 6 + [2] * 3 + [0] * 2] * 2, np.int32)
 WIDE = {"float32": "float64", "complex64": "complex128"}
 calls = by_call(
     slow=lambda name, case, impl: (
-        impl != "xla"
-        or case is not SUITES[name].cases[-1]
-        or name not in ("attention", "long_conv", "short_conv", "ssm_kernel")
+        impl != "xla" or case is not SUITES[name].cases[-1] or name not in ("attention", "ssm_kernel")
     )
 )
 
