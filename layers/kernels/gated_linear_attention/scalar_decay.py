@@ -24,7 +24,7 @@ def within_chunks(q, k, g, bonus, same, scale, dtype):
     exclusive = bonus is not None
     raw = product("nbgik,nbgjk->nbgij", q, k, dtype)[:, :, :, None]
     if same is not None:
-        # Before anything multiplies them: products of one segment with another may be infinite.
+        # Here and below: the products of one segment with another may be infinite, and so may their gradients.
         raw = jnp.where(jnp.broadcast_to(same, raw.shape), raw, 0)
     below = _below(q.shape[-2], -1)
     exponent = _differences(g, exclusive, dtype)
@@ -32,7 +32,7 @@ def within_chunks(q, k, g, bonus, same, scale, dtype):
     weights = raw * (scale * jnp.exp(exponent))
     seen = _below(q.shape[-2], -1 if exclusive else 0)
     seen = seen[None, None, None, None]
-    weights = jnp.where(jnp.broadcast_to(seen, weights.shape), weights, 0)
+    weights = jnp.where(jnp.broadcast_to(seen if same is None else seen & same, weights.shape), weights, 0)
     if exclusive:
         here = scale * product("nbgck,grk->nbgrc", q * k, bonus, joint_dtype(dtype, jnp.float32))
         diagonal = jnp.broadcast_to(jnp.eye(q.shape[-2], dtype=bool), weights.shape)

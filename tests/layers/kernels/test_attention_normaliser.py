@@ -51,7 +51,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", [*OPTIONS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "causal")) for name in OPTIONS]
+)
 def test_large_negative_logits_match_float64(name, monkeypatch):
     monkeypatch.setattr(schedule, "CPU_STEP_BYTES", 4 * 4 * 8 * 8)
     monkeypatch.setattr(schedule, "PAIR_BLOCKS", (8, 8))

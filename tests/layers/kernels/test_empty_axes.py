@@ -65,7 +65,12 @@ REFUSED = {
     ("short_conv", "w"): "weight has 0 taps",
 }
 CALLS = [
-    (name, letter, impl)
+    pytest.param(
+        name,
+        letter,
+        impl,
+        marks=[pytest.mark.slow] * (impl != "xla" or not (letter == "b" or (name, letter) in REFUSED)),
+    )
     for name, (shapes, _, _) in SHAPES.items()
     for letter in dict.fromkeys(" ".join(shapes.values()).split())
     for impl in ("reference", *SUITES[name].implementations)

@@ -31,6 +31,7 @@ def inner(gradient, tangents):
     return sum(jax.tree.leaves(parts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, impl", [*((name, "reference") for name in WITHOUT), ("ssm_kernel", "xla")])
 def test_forward_mode_agrees_with_reverse_mode(name, impl):
     loss, moving, tangents = loss_of(name, impl)
@@ -43,7 +44,9 @@ def test_forward_mode_agrees_with_reverse_mode(name, impl):
 
 
 @pytest.mark.parametrize("name", WITHOUT)
-@pytest.mark.parametrize("transform", [jax.jit, lambda f: f, jax.vmap])
+@pytest.mark.parametrize(
+    "transform", [jax.jit, *(pytest.param(f, marks=pytest.mark.slow) for f in (lambda f: f, jax.vmap))]
+)
 def test_a_hand_written_backward_pass_says_so(name, transform):
     loss, moving, tangents = loss_of(name, "xla")
     words = f"impl='xla' of {name} has a backward pass of its own.*use impl='reference'"
@@ -53,7 +56,13 @@ def test_a_hand_written_backward_pass_says_so(name, transform):
         transform(lambda m, t: jax.jvp(loss, (m,), (t,)))(moving, tangents)
 
 
-@pytest.mark.parametrize("name", WITHOUT)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("long_conv", "delta_rule")))
+        for name in WITHOUT
+    ],
+)
 def test_forward_over_reverse(name):
     """The product of the Hessian with a vector, forward over reverse, agrees with the reference's, or says so."""
     loss, moving, tangents = loss_of(name, "xla")

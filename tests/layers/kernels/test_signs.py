@@ -34,7 +34,7 @@ NUMBERS = {
     "gated_linear_attention": [
         ("log_decay", lambda g, **o: GLA(log_decay=g, **o), g) for g in [*decays((1,)), *PER_STEP]
     ],
-    "summarize gated_linear_attention": [
+    "summarize": [
         (
             "log_decay",
             lambda g, **o: gated_linear_attention.summarize(ONES, ONES, log_decay=g, **o),
@@ -67,7 +67,11 @@ NUMBERS = {
         )
     ],
 }
-CALLS = [(name, *call) for name, calls in NUMBERS.items() for call in calls]
+CALLS = [
+    pytest.param(name, *call, marks=[pytest.mark.slow] * (i > 0 or name in ("summarize", "dplr_delta_rule")))
+    for name, calls in NUMBERS.items()
+    for i, call in enumerate(calls)
+]
 
 
 @pytest.mark.parametrize("name, argument, function, wrong", CALLS)
@@ -84,6 +88,7 @@ def test_the_wrong_sign(name, argument, function, wrong):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(allowed))
 
 
+@pytest.mark.slow
 def test_a_log_decay_of_minus_infinity_forgets():
     for shape in ((1, 3, 1), (1, 3, 1, 2)):
         for impl in ("reference", "xla"):
