@@ -37,7 +37,7 @@ MANIFEST = "manifest.json"
 WRITER_OPTIONS = "group_size:1,zstd:1"
 LABEL = struct.Struct("<i")
 STALE_SECONDS = 24 * 3600
-_BUILD_IN: contextvars.ContextVar[str | None] = contextvars.ContextVar("_BUILD_IN", default=None)
+_BUILDS: contextvars.ContextVar[contextlib.ExitStack | None] = contextvars.ContextVar("_BUILDS", default=None)
 
 
 class CorruptCacheError(RuntimeError):
@@ -126,8 +126,8 @@ def load_or_build(
     root = data_root(data_dir)
     folder = root / recipe.folder_name
     if not folder.exists():
-        if _BUILD_IN.get() is not None:
-            root = Path(_BUILD_IN.get())
+        if (builds := _BUILDS.get()) is not None:
+            root = Path(builds.enter_context(tempfile.TemporaryDirectory()))
             folder = root / recipe.folder_name
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -144,12 +144,12 @@ def load_or_build(
 @contextlib.contextmanager
 def temporary_builds() -> Iterator[None]:
     """Returns a context in which data sets that are not on disk are built in a temporary folder, which it removes."""
-    with tempfile.TemporaryDirectory() as folder:
-        token = _BUILD_IN.set(folder)
+    with contextlib.ExitStack() as builds:
+        token = _BUILDS.set(builds)
         try:
             yield
         finally:
-            _BUILD_IN.reset(token)
+            _BUILDS.reset(token)
 
 
 def load(recipe: Recipe, folder: Path) -> Dataset:
