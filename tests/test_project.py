@@ -128,6 +128,7 @@ def test_the_address_of_the_repository_and_the_version_are_the_same_everywhere()
     assert f'repository-code: "{address}"' in citation.read_text(encoding="utf-8")
     assert f"\nversion: {version}\n" in citation.read_text(encoding="utf-8")
     assert f"url     = {{{address}}}" in readme.read_text(encoding="utf-8")
+    assert f"git clone {address} " in readme.read_text(encoding="utf-8")
     assert f"version = {{{version}}}" in readme.read_text(encoding="utf-8")
     assert f"\n## {version} - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
