@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     mixers = [name.strip() for name in args.mixers.split(",") if name.strip()]
     if not mixers:
         return refuse(ArgumentError(f"--mixers={args.mixers} names no mixer"))
+    if twice := [name for name in mixers if mixers.count(name) > 1]:
+        return refuse(ArgumentError(f"--mixers={args.mixers} names {twice[0]} twice; each has one folder"))
     flags = {
         mixer: [
             f"--config={with_argument(args.config, f'mixer={mixer}')}",

@@ -32,6 +32,7 @@ from experiments.config.command_line import (
     EXIT_LOST,
     REFUSALS,
     Parser,
+    positive_number,
     refuse,
 )
 from experiments.parallel import hosts
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains, tests and reports; returns the exit code."""
     parser = Parser("experiments.train", __doc__, config=True, workdir=True)
     parser.add_argument(
-        "--stop_after_seconds", type=float, help="save and leave after this time, startup included"
+        "--stop_after_seconds", type=positive_number, help="save and leave after this time, startup included"
     )
     parser.add_argument("--num_devices", type=int, help="use the first devices, this many (default: all)")
     parser.add_argument(

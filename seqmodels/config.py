@@ -63,6 +63,9 @@ class StackConfig:
     def __post_init__(self) -> None:
         if not self.pattern:
             raise ValueError(f"pattern={self.pattern!r}; expected a tuple of names such as ('s5',)")
+        for entry in self.pattern:
+            if not all(entry.split("+")) or entry.count("+") > 1:
+                raise ValueError(f"pattern has {entry!r}; expected MIXER, MIXER+CHANNEL or MIXER+none")
         used = {entry.partition("+")[0] for entry in self.pattern}
         _all_used("mixers", self.mixers, used)
         self._check_defaults()

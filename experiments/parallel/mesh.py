@@ -55,9 +55,12 @@ class Devices:
         """Returns a mesh of the first `count` devices, or of all.
 
         Raises:
-          ValueError: if there are fewer, or the mesh needs another number.
+          ValueError: if there are fewer, or the mesh needs another number, or $JAX_PLATFORMS names none that is there.
         """
-        found = jax.devices()
+        try:
+            found = jax.devices()
+        except RuntimeError as error:
+            raise ValueError(f"JAX finds no devices: {error}") from None
         if count is not None and not 1 <= count <= len(found):
             raise ValueError(f"num_devices={count}; JAX sees {len(found)} ({found[0].device_kind})")
         return cls(found[:count], sizes)

@@ -20,7 +20,15 @@ from typing import Any
 
 import jax
 
-from experiments.config.command_line import EXIT_INTERRUPTED, REFUSALS, ArgumentError, Parser, refuse
+from experiments.config.command_line import (
+    EXIT_INTERRUPTED,
+    REFUSALS,
+    ArgumentError,
+    Parser,
+    positive_integer,
+    positive_number,
+    refuse,
+)
 from experiments.config.loading import differences, to_plain
 from experiments.parallel.mesh import Devices
 from experiments.runs.files import append_json_lines, read_json_lines, write_atomically
@@ -39,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--study", required=True, choices=tuple(STUDIES))
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
     parser.add_argument(
-        "--stop_after_seconds", type=float, help="leave after this time, and start nothing more"
+        "--stop_after_seconds", type=positive_number, help="leave after this time, and start nothing more"
     )
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="run only these rows of the table")
     parser.add_argument(
-        "--steps", type=int, help="steps of every run, in place of the study's, for a quick look"
+        "--steps", type=positive_integer, help="steps of every run, in place of the study's, for a quick look"
     )
     args = parser.parse_args(argv)
     deadline = None if args.stop_after_seconds is None else time.monotonic() + args.stop_after_seconds
@@ -53,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out.exists() and not args.out.is_dir():
             raise ArgumentError(f"--out={args.out} is a file; give a folder")
         args.out.mkdir(parents=True, exist_ok=True)
+        Devices.first(1)  # raises where there is none
         if jax.default_backend() != "cpu":
             jax.config.update(
                 "jax_compilation_cache_dir", str(args.out.absolute().parent / ".compilation_cache")

@@ -201,7 +201,7 @@ COMMANDS = [
     ("train --config=MQAR --workdir=TMP/run --num_devices=two", "--num_devices: invalid int value: 'two'"),
     (
         "train --config=MQAR --workdir=TMP/run --stop_after_seconds=0",
-        "stop_after_seconds=0.0; expected more than 0",
+        "expected a number above 0",
     ),
     (
         "train --config=MQAR --workdir=TMP/run --process_id=0",
@@ -220,7 +220,13 @@ COMMANDS = [
         "expected HOST:PORT",
     ),
     ("train --config=MQAR --workdir=FILES", "is not empty"),
-    ("train --config=MQAR --workdir=FILES/file", "file"),
+    ("train --config=MQAR --workdir=FILES/file", "is a file; give a folder"),
+    ("train --config=MQAR --workdir=TMP/run --stop_after_seconds=nan", "expected a number above 0"),
+    ("sweep --study=mqar --out=FILES/file", "is a file; give a folder"),
+    ("sweep --study=mqar --out=TMP/sweep --steps=0", "expected an integer of at least 1"),
+    ("evaluate --workdir=FILES/cut_run", "config.json, line 2"),
+    ("evaluate --workdir=FILES/run --num_devices=two", "invalid int value: 'two'"),
+    ("compare --config=MQAR --workdir=TMP/both --mixers=s5,gla,s5", "names s5 twice"),
     ("train --config=MQAR --workdir=TMP/run --num_devices=3", "train.batch_size=64 cannot be divided over 3"),
     ("evaluate", "--workdir"),
     ("evaluate --workdir=TMP", "holds no run: there is no config.json"),

@@ -29,6 +29,7 @@ FILES = {
     "header/basic_train.tsv": GOOD.replace(b"\tTarget", b",Target"),
     "zipped/basic_train.tsv": b"\x1f\x8b\x08" + GOOD,
     "empty/basic_train.tsv": b"Source\tTarget\n",
+    "cut_run/config.json": b'{"seed": 1,\n',
     "cut/basic_train.tsv": GOOD.replace(b") ] )\t9", b" )\t9").replace(b"4 ) 9", b"4 ) 9 3"),
     "word/basic_train.tsv": GOOD.replace(b"[MAX", b"[AVG"),
 }

@@ -250,4 +250,26 @@ CALLS = [
         "x has 9 tokens; Linformer was made for max_length=8",
     ),
 ]
-ROWS = [*MIXER_OPTIONS, *OTHER_OPTIONS, *MODELS, *CALLS]
+OF_KINDS = [
+    (mixer("attention", heads=2, causal="no"), TypeError, "causal='no'; expected True or False"),
+    (mixer("attention", heads=2.0), TypeError, "heads=2.0; expected an integer"),
+    (mixer("attention", heads=True), TypeError, "heads=True; expected an integer"),
+    (mixer("attention", heads=2, head_dim=0), ValueError, "head_dim=0; expected"),
+    (mixer("s5", state_size=0), ValueError, "state_size=0; expected"),
+    (mixer("lru", r_min="low"), TypeError, "r_min='low'; expected a number"),
+    (model(width=True), TypeError, "width=True; expected an integer"),
+    (model(depth=1.0), TypeError, "depth=1.0; expected an integer"),
+    (model(scan="no"), TypeError, "scan='no'; expected True or False"),
+    (model(dtype="bf16"), ValueError, "dtype='bf16'; expected"),
+    (model(param_dtype="bf16"), ValueError, "param_dtype='bf16'; expected"),
+    (model(vocab_size=-3), ValueError, "vocab_size=-3; expected"),
+    (model(embedding_stddev=-1.0), ValueError, "embedding_stddev=-1.0; expected"),
+    (model(mixer_defaults=dict(haeds=2)), ValueError, "mixer_defaults has 'haeds'; did you mean 'heads'?"),
+    (model(mixers={"attention": 3}), TypeError, "mixers={'attention': 3}; expected"),
+    (model(pattern="attention"), TypeError, "pattern='attention'; expected"),
+    (model(pattern=("attention+",)), ValueError, "pattern has 'attention+'; expected MIXER, MIXER+CHANNEL"),
+    (model(pattern=("+swiglu",)), ValueError, "pattern has '+swiglu'; expected MIXER, MIXER+CHANNEL"),
+    (model(norm="batch_norm"), ValueError, "batch_norm"),
+]
+
+ROWS = [*MIXER_OPTIONS, *OF_KINDS, *OTHER_OPTIONS, *MODELS, *CALLS]
