@@ -46,8 +46,8 @@ def test_a_state_that_does_not_fit_is_refused(entry):
     for change in WRONG.values():
         with pytest.raises((TypeError, ValueError), match=rf"(state|place).* of {type(mixer).__name__}"):
             mixer(x, change(state))
-    for length in (1, 8, 40):
-        jax.eval_shape(mixer, x, mixer.init_state(BATCH, max_length=length))
+    # Any length of cache is one.
+    jax.eval_shape(mixer, x, mixer.init_state(BATCH, max_length=40))
 
 
 def test_parts_of_caches_of_different_lengths_are_refused():
