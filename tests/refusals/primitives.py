@@ -33,7 +33,7 @@ def recurrence(a=X, x=X, **options):
     return lambda: linear_recurrence(a, x, **options)
 
 
-def scan(x=X, dt=X, a=STATES, b=PROJECTION, c=PROJECTION, **options):
+def scan(x=X, dt=X, a=-STATES, b=PROJECTION, c=PROJECTION, **options):
     return lambda: selective_scan(x, dt, a, b, c, **options)
 
 
