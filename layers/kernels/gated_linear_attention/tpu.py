@@ -178,9 +178,7 @@ def _run(settings, q, k, v, log_decay, initial_state, segments):
     batch, time, _, values = v.shape
     groups, heads, keys, width = settings.groups, settings.group, settings.keys, settings.width
     missing = -time % (settings.chunk * settings.chunks)
-    only_padding = segments is not None and not segments.packed
-    if only_padding:
-        q, k, v = (select_real(x, segments) for x in (q, k, v))
+    q, k, v = (select_real(x, segments) for x in (q, k, v))
 
     def by_group(x, count, width):
         x = jnp.repeat(x.astype(settings.dtype), count // x.shape[2], axis=2)
@@ -193,7 +191,7 @@ def _run(settings, q, k, v, log_decay, initial_state, segments):
         # Clamp: exp underflows below this, and -inf would give 0 x inf = NaN.
         g = jnp.maximum(g, 2 * math.log(jnp.finfo(jnp.float32).tiny))
         g = jnp.broadcast_to(g, (g.shape[0], time, g.shape[2]))
-        if only_padding:
+        if segments is not None:
             g = select_real(jnp.broadcast_to(g, (batch, *g.shape[1:])), segments)
         g = jnp.pad(g, ((0, 0), (0, missing), (0, 0)))
         g = g.reshape(g.shape[0], -1, settings.chunk, groups, heads)

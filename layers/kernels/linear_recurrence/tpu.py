@@ -31,7 +31,7 @@ from layers.kernels.checks import accumulation_dtype
 from layers.kernels.linear_recurrence import tpu_kernels
 from layers.kernels.linear_recurrence.tpu_kernels import HALO, OUTSIDE, PADDING, START
 from layers.kernels.promotion import promoting
-from layers.kernels.segments import reset_mask
+from layers.kernels.segments import reset_mask, select_real
 from layers.kernels.shard_map_types import vary_as
 
 # Steps per block of time and channels per block of lanes (half of these if complex): 0.5 MB per array, double-buffered.
@@ -92,6 +92,8 @@ def _local(reverse, a, x, state, segments):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(settings, a, x, state, segments):
+    # The kernels multiply what stands at padding by zero, which leaves NaN where it is not finite.
+    x, a = select_real(x, segments), select_real(a, segments) if a.shape == x.shape else a
     a, x, state = (vary_as(v, a, x, state) for v in (a, x, state))
     h, final = _recurrence(
         settings,
