@@ -90,7 +90,7 @@ def _mix(config, weights, x, _lengths):
     b, t, _ = x.shape
     source = x
     if config.position == "sinusoid":
-        source = x + sinusoidal(jnp.arange(t)[None], config.width).astype(x.dtype)
+        source = x + sinusoidal(jnp.arange(t, dtype=jnp.int32)[None], config.width).astype(x.dtype)
     heads = (b, t, config.heads, config.width // config.heads)
     source, x = source.reshape(heads), x.reshape(heads)
     gelu = partial(jax.nn.gelu, approximate=False)
