@@ -69,8 +69,8 @@ def _prepare_hypothesis() -> None:
         "suppress_health_check": [hypothesis.HealthCheck.too_slow],
         "print_blob": True,
     }
-    hypothesis.settings.register_profile("default", max_examples=10, **common)
-    hypothesis.settings.register_profile("ci", max_examples=10, derandomize=True, database=None, **common)
+    hypothesis.settings.register_profile("default", max_examples=6, **common)
+    hypothesis.settings.register_profile("ci", max_examples=6, derandomize=True, database=None, **common)
     hypothesis.settings.register_profile("thorough", max_examples=200, **common)
     chosen = os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "default")
     hypothesis.settings.load_profile(chosen)

@@ -4,6 +4,7 @@ import pathlib
 import runpy
 
 import pytest
+from flax import nnx
 
 from experiments.config.loading import section, to_plain
 from experiments.training.optimizers import OptimizerConfig, assign_groups
@@ -38,7 +39,10 @@ DECAYED = {
 @every_mixer
 def test_only_weights_are_decayed(entry):
     config = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)
-    declared = {path: group_of(variable) for path, variable in leaves(build(entry))}
+    declared = {
+        path: group_of(variable)
+        for path, variable in leaves(nnx.eval_shape(lambda: build.__wrapped__(entry)))
+    }
     chosen, groups = assign_groups(config, declared)
     decayed = {path for path in declared if groups[chosen[path]].weight_decay}
     names = {next(part for part in reversed(path) if isinstance(part, str)) for path in decayed}

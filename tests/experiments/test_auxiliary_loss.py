@@ -104,7 +104,8 @@ def test_every_router_has_a_gradient_from_the_auxiliary_loss_alone(model):
         np.testing.assert_allclose(gradient, want[name], atol=1e-4)
 
 
-@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_follows_the_loss_with_its_auxiliary_part(accumulate):
     plan = plan_of(accumulate=accumulate)
     batch = first_batch(plan)

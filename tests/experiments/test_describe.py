@@ -160,6 +160,7 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_command():
     path = "--config=configs/lra/listops_short.py:mixer=s5"
     done = run(path, "--lengths=64", "--json")

@@ -63,6 +63,7 @@ def test_labels(kind, outside):
     assert np.isnan(gradient).any()
 
 
+@pytest.mark.slow
 def test_labels_that_do_not_count_may_be_anything():
     logits = jnp.ones((2, 3, 4))
     ignored = {"labels": jnp.asarray([[0, -1, 3], [9, -7, 300]]), "weight": jnp.asarray([1.0, 0.0])}

@@ -98,7 +98,7 @@ def test_the_model_learns(tmp_path):
     assert losses[-1] < 0.3 * losses[0]
 
 
-@pytest.mark.parametrize("log_every", [1, 7])
+@pytest.mark.parametrize("log_every", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_interruptions_change_nothing(tmp_path, log_every):
     config = tiny_config(train=dict(log_every=log_every))
     whole = train(tmp_path / "whole", config)
@@ -144,7 +144,8 @@ def test_a_run_resumes_from_the_newest_checkpoint_that_is_intact(tmp_path, capsy
         train(tmp_path / "parts", config)
 
 
-@pytest.mark.parametrize("schedule", ["rsqrt", pytest.param("wsd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["rsqrt", "wsd"])
 def test_an_extended_run_equals_one_that_was_longer_from_its_start(tmp_path, schedule):
     def config(steps):
         return tiny_config(

@@ -65,6 +65,7 @@ def test_large_negative_logits_match_float64(name, monkeypatch):
             np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5 * max(np.abs(w).max(), 1))
 
 
+@pytest.mark.slow
 def test_pieces_of_large_negative_logits_compose():
     """One key against seven: the weights are 1/8 and 7/8, although both log-sum-exps round to -1e9."""
     zeros, v = jnp.zeros((1, 1, 1, 4)), jnp.arange(8.0).reshape(1, 8, 1, 1)
