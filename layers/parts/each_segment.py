@@ -50,7 +50,7 @@ def mix_each_segment(
 
 def is_within(lengths: Int[Array, "b"], time: int) -> Bool[Array, "b t"]:
     """Returns whether each of `time` places holds a token of a sequence of that length."""
-    return jnp.arange(time)[None] < lengths[:, None]
+    return jnp.arange(time, dtype=lengths.dtype)[None] < lengths[:, None]
 
 
 def reverse_segments(x: Float[Array, "b t *f"], segment_ids: SegmentIds = None) -> Float[Array, "b t *f"]:

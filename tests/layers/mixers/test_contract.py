@@ -283,14 +283,17 @@ def test_types_do_not_depend_on_the_widest_numbers(entry):
         return y, state
 
     def gradients(params, x, ids):
-        return jax.grad(lambda *a: run(*a, ids, None)[0].sum(), argnums=(0, 1))(params, x)
+        def loss(params, x):
+            y, _ = run(params, x, ids, None)
+            return y.sum(), y
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 
     state = initial_state(entry) if causal(entry) else None
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        results = [jax.eval_shape(run, params, inputs(), ids, None)]
+        results = [jax.eval_shape(gradients, params, inputs(), ids)]
         if state is not None:
             results.append(jax.eval_shape(run, params, inputs(), ids, state))
-        results.append(jax.eval_shape(gradients, params, inputs(), ids))
     for path, leaf in jax.tree.leaves_with_path(results):
         assert leaf.dtype not in (jnp.float64, jnp.complex128), jax.tree_util.keystr(path)
 
