@@ -30,7 +30,7 @@ MODELS = {
 }
 
 # The others compile for longer.
-DEFAULT = ("language model",)
+DEFAULT = ("mean, batch norm, experts",)
 
 
 @pytest.mark.parametrize(
