@@ -20,6 +20,7 @@ from experiments.parallel.mesh import Devices
 from experiments.training.model import Arrays, SplitModel
 from experiments.training.optimizers import Optimizer, StepCount
 from experiments.training.state import StateLayout, TrainState
+from layers.kernels import dispatch
 from layers.typing import Array, Float
 
 Batch = Mapping[str, Array]
@@ -226,12 +227,16 @@ def metric_names_of(model: SplitModel, loss: Callable[..., Any], batch: Mapping[
     def shapes(declarations):
         return {name: jax.ShapeDtypeStruct(d.shape, d.dtype) for name, d in declarations.items()}
 
-    _, sums = jax.eval_shape(
-        lambda parameters, statistics, batch: loss(model(parameters, statistics, batch, key=None)[0], batch),
-        shapes(model.parameters),
-        shapes(model.statistics),
-        dict(batch),
-    )
+    # A trace of shapes alone, outside the mesh of the run: what it would pass over is not what training does.
+    with dispatch.explained():
+        _, sums = jax.eval_shape(
+            lambda parameters, statistics, batch: loss(
+                model(parameters, statistics, batch, key=None)[0], batch
+            ),
+            shapes(model.parameters),
+            shapes(model.statistics),
+            dict(batch),
+        )
     names = tuple(sums)
     if missing := {"loss", "count"} - set(names):
         raise ValueError(f"the task's sums are {', '.join(names)}; they must include {' and '.join(missing)}")

@@ -83,7 +83,7 @@ def noted() -> Iterator[list[tuple[str, str]]]:
 
 @contextlib.contextmanager
 def explained() -> Iterator[list[Choice]]:
-    """Context that gives a list with the `Choice` of every call dispatched inside."""
+    """Context that gives a list with the `Choice` of every call dispatched inside, and logs none of their reasons."""
     with _collected(_choices) as choices:
         yield choices
 
@@ -113,7 +113,8 @@ def dispatch(
 ) -> Any:
     """Runs the first implementation without a reason against it, or the one named `impl`; see also `preferred`.
 
-    The reference serves calls with an empty array, which cost nothing and which blocks do not divide. An implementation for the current device that is passed over is logged, once per reason.
+    The reference serves calls with an empty array, which cost nothing and which blocks do not divide. An implementation
+    for the current device that is passed over is logged, once per reason.
 
     Raises:
       ValueError: `impl` is not a known name, or the named implementation cannot take these arguments.
@@ -155,7 +156,7 @@ def _pass_over(
     primitive: str, name: str, candidate: Implementation, reason: str, passed_over: dict[str, str]
 ) -> None:
     passed_over[name] = reason
-    if candidate.backend is not None and candidate.backend == devices.backend():
+    if _choices.get() is None and candidate.backend is not None and candidate.backend == devices.backend():
         log_once(primitive, name, reason, isinstance(reason, Mendable))
 
 

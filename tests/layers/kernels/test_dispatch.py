@@ -81,6 +81,9 @@ def test_only_what_the_device_could_run_is_logged_and_once(caplog):
     }
     log_once.cache_clear()
     with caplog.at_level("INFO", logger="layers"), devices.as_on("gpu"):
+        with explained():
+            dispatch("size", implementations, None, x=1)
+        assert not caplog.records
         for _ in range(2):
             dispatch("size", implementations, None, x=1)
     assert [record.getMessage() for record in caplog.records] == ["size does not take 'gpu': it is small"]
