@@ -16,7 +16,7 @@ the one before.
 Exit codes: 0 finished; 75 left because of SIGTERM, SIGHUP, Ctrl-C or --stop_after_seconds, after saving, or at once where
 there is nothing to save, as during compilation, and the same command resumes; 65 a loss in training was not finite; 69
 another process of the run was lost, and the same commands resume; 2 the config or the work directory cannot be used, or
-cannot be written to, as on a full disk. A signal before compilation ends the process as usual: nothing is lost.
+cannot be written to, as on a full disk, or the device has too little memory. A signal before compilation ends the process as usual: nothing is lost.
 """
 
 import sys
@@ -30,6 +30,7 @@ from experiments.config.command_line import (
     EXIT_DIVERGED,
     EXIT_INTERRUPTED,
     EXIT_LOST,
+    EXIT_REFUSED,
     REFUSALS,
     Parser,
     positive_number,
@@ -114,6 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (reason := hosts.lost_process(error)) is None:
             if isinstance(error, OSError):  # such as a full disk, or a checkpoint that cannot be read
                 return refuse(error)
+            if "RESOURCE_EXHAUSTED" in str(error):
+                print(_out_of_memory(error, devices), file=sys.stderr)
+                return EXIT_REFUSED
             raise
         print(
             f"Stopped: {reason}. The same commands resume from {run.checkpoints}.",
@@ -128,6 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(error)
     hosts.wait_for_all("results")
     return 0
+
+
+def _out_of_memory(error: Exception, devices: Devices) -> str:
+    reason = str(error).strip().partition("\n")[0]
+    return (
+        f"{devices.describe()} has too little memory for this config: {reason}\nA smaller train.batch_size, a larger "
+        "train.accumulate, model.remat=full or a larger mesh.fsdp takes less; earlier checkpoints stay."
+    )
 
 
 def _open_run(folder: Path, plan: experiment.Experiment) -> RunDirectory:

@@ -18,7 +18,7 @@ from experiments.runs import logs
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.directory import RunDirectory
 from experiments.runs.logs import read_lines
-from experiments.training import experiment
+from experiments.training import experiment, loop
 from tests.experiments import tiny
 
 TIMED = {"seconds", "tokens_per_second"}
@@ -206,6 +206,20 @@ def test_folders_that_cannot_be_used_are_refused_in_two_lines(tmp_path, in_proce
     assert in_process(tmp_path / "run") == EXIT_REFUSED
     err = capsys.readouterr().err
     assert f"No space left on device: '{tmp_path / 'run' / 'metrics.jsonl'}'" in err
+    assert err.count("\n") == 2
+
+
+def test_too_little_memory_is_said_with_what_takes_less(tmp_path, in_process, capsys, monkeypatch):
+    def exhausted(*_args, **_options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nDetails")
+
+    monkeypatch.setattr(loop, "train", exhausted)
+    assert in_process(tmp_path / "run") == EXIT_REFUSED
+    err = capsys.readouterr().err
+    assert (
+        "has too little memory for this config: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes." in err
+    )
+    assert "train.batch_size" in err
     assert err.count("\n") == 2
 
 
