@@ -118,7 +118,7 @@ def test_the_licence_is_named_and_complete():
     assert PROJECT["license"] == "Apache-2.0"
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "TERMS AND CONDITIONS FOR USE, REPRODUCTION, AND DISTRIBUTION" in text
-    assert re.search(r"^ +Copyright \d{4} The SeqModels authors$", text, re.MULTILINE)
+    assert re.search(r"^ +Copyright \d{4} jax-seqmodels contributors$", text, re.MULTILINE)
 
 
 def test_the_address_of_the_repository_and_the_version_are_the_same_everywhere():
