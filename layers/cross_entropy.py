@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import mixed_precision, partition
+from layers.kernels.promotion import promoting
 from layers.kernels.shard_map_types import vary_as, vary_like
 from layers.typing import Array, Bool, Float, Int
 
@@ -69,7 +70,7 @@ def linear_cross_entropy(
         total = sum over counted p of loss_p + z_loss logsumexp(a_p)^2
 
     Products are in the type of x, with sums in float32; all else is in float32. `x` and `labels` are ignored where they
-    are not counted, even if they are not finite or out of range; a counted label out of range gives NaN.
+    are not counted, even if they are not finite or out of range; a counted label out of range makes the total and the gradients NaN.
 
     The z-loss keeps logits near zero: Chowdhery et al. 2022 (arXiv:2204.02311).
 
@@ -101,7 +102,7 @@ def linear_cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(static, x, matrix, labels, counted):
-    return _over_shards(static, x, matrix, labels, counted, differentiated=False)[0]
+    return promoting(_over_shards)(static, x, matrix, labels, counted, differentiated=False)[0]
 
 
 def _forward(static, x, matrix, labels, counted):
@@ -115,7 +116,7 @@ def _backward(static, kept, cotangents):  # noqa: ARG001
     return (dx * factor).astype(dx.dtype), (dmatrix * factor).astype(like.dtype), None, None
 
 
-_cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(promoting(_forward), promoting(_backward))
 
 
 def _over_shards(static, x, matrix, labels, counted, differentiated):
@@ -192,4 +193,5 @@ def _piece(z_loss, matrix, x, labels, counted, differentiated):
     # The top and the logarithm of the sum stay apart: their sum would round the latter away where logits are large.
     p = jnp.exp(shifted - log_total[..., None])
     dlogits = (1 + 2 * z_loss * lse)[..., None] * p - chosen
+    dlogits = jnp.where(inside[..., None], dlogits, jnp.nan)
     return total, losses, hits, jnp.where(counted[..., None], dlogits, 0).astype(x.dtype)

@@ -88,9 +88,24 @@ def test_what_is_not_counted_is_ignored_whatever_it_is():
 @pytest.mark.parametrize("label", [-1, V])
 def test_counted_labels_out_of_range_give_nan(label):
     x, matrix, labels, counted = draw()
-    found = linear_cross_entropy(x, matrix, labels.at[1, 2].set(label), counted.at[1, 2].set(True))
-    assert np.isnan(found.total)
-    assert np.isnan(found.losses).sum() == 1
+    (total, losses, _), (dx, dmatrix) = run(x, matrix, labels.at[1, 2].set(label), counted.at[1, 2].set(True))
+    assert np.isnan(total)
+    assert np.isnan(losses).sum() == 1
+    assert np.isnan(dx[1, 2]).all()
+    assert np.isnan(dx).sum() == D
+    assert np.isnan(dmatrix).all()
+
+
+def test_strict_promotion_and_wide_numbers_change_no_type():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            x = jax.ShapeDtypeStruct((B, T, D), dtype)
+            matrix = jax.ShapeDtypeStruct((V, D), jnp.float32)
+            labels = jax.ShapeDtypeStruct((B, T), jnp.int32)
+            counted = jax.ShapeDtypeStruct((B, T), bool)
+            found, gradients = jax.eval_shape(lambda *a: run(*a, piece=B * V), x, matrix, labels, counted)
+            assert (found.total.dtype, found.losses.dtype) == (jnp.float32, jnp.float32)
+            assert [g.dtype for g in gradients] == [dtype, jnp.float32]
 
 
 def test_no_array_holds_all_logits():
