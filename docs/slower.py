@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -62,13 +63,24 @@ def load(name: str) -> dict[str, Any]:
 def faster(name: str) -> str:
     """Returns the table of `comparisons`, with the command and the device."""
     results = load(name)
-    lines = [
-        "| primitive | call | what is faster | forward, ms: ours, theirs | both passes, ms: ours, theirs |",
-        "|---|---|---|---|---|",
+    columns = "what is faster", "forward, ms: ours, theirs", "both passes, ms: ours, theirs"
+    rows = [
+        (
+            one["primitive"],
+            one["case"],
+            one["theirs"],
+            *(_cell(one["times"][k], one[k]) for k in ("forward", "both")),
+        )
+        for one in comparisons(results)
     ]
-    for one in comparisons(results):
-        cells = [_cell(one["times"][key], one[key]) for key in ("forward", "both")]
-        lines.append(f"| `{one['primitive']}` | {one['case']} | {one['theirs']} | {' | '.join(cells)} |")
+    return _table(columns, rows, results)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], results: dict[str, Any]) -> str:
+    """Returns a table whose rows begin with a primitive and a call, and where its figures come from."""
+    columns = "primitive", "call", *columns
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| `{primitive}` | {' | '.join(cells)} |" for primitive, *cells in rows]
     return "\n".join(lines) + "\n\n" + source(results)
 
 
@@ -80,16 +92,16 @@ def _cell(times: tuple[float, float], ratio: float) -> str:
 def floors(name: str) -> str:
     """Returns the table of `above_floor`."""
     results = load(name)
-    lines = [
-        "| primitive | call | forward, ms | times the floor | both passes, ms | times the floor |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in above_floor(results):
-        lines.append(
-            f"| `{row['primitive']}` | {row['case']}, {row['dtype']} | {row['forward_ms']:.3g} | {row['forward_over_floor']:.2g} "
-            f"| {row['both_ms']:.3g} | {row['both_over_floor']:.2g} |"
+    columns = "forward, ms", "times the floor", "both passes, ms", "times the floor"
+    rows = [
+        (
+            row["primitive"],
+            f"{row['case']}, {row['dtype']}",
+            *(f"{row[f'{k}_ms']:.3g} | {row[f'{k}_over_floor']:.2g}" for k in ("forward", "both")),
         )
-    return "\n".join(lines) + "\n\n" + source(results)
+        for row in above_floor(results)
+    ]
+    return _table(columns, rows, results)
 
 
 def source(results: dict[str, Any]) -> str:
