@@ -15,6 +15,7 @@ from layers.kernels import devices
 from layers.kernels.forward_mode import reverse_mode_only
 from layers.kernels.partition import Mendable
 from layers.kernels.promotion import promoting
+from layers.kernels.sizes import known
 
 _logger = logging.getLogger(__name__)
 _preferred: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar(
@@ -56,6 +57,25 @@ class Implementation:
     passed_over_reason: Callable[..., str | None] = _no_reason
     backend: devices.Backend | None = None
     forward_mode: bool = False
+
+    def symbols(self, arguments: Mapping[str, Any]) -> str | None:
+        """Why kernels for one device cannot take sizes that `jax.export` gives as symbols, or None."""
+        for name, x in arguments.items() if self.backend is not None else ():
+            if not all(map(known, getattr(x, "shape", ()))):
+                return f"{name} has shape {x.shape}; its kernels need numbers: export with impl='xla'"
+        return None
+
+    def refusal(self, arguments: Mapping[str, Any]) -> str | None:
+        """Why `run` cannot take these arguments, or None."""
+        return self.symbols(arguments) or self.unsupported_reason(**arguments)
+
+    def refusal_by_default(self, arguments: Mapping[str, Any]) -> str | None:
+        """Why `impl=None` does not choose this implementation, or None."""
+        return (
+            self.symbols(arguments)
+            or self.passed_over_reason(**arguments)
+            or self.unsupported_reason(**arguments)
+        )
 
 
 class Choice(NamedTuple):
@@ -121,7 +141,7 @@ def dispatch(
     """
     if impl is not None:
         candidate = _named(primitive, implementations, impl)
-        if (reason := candidate.unsupported_reason(**arguments)) is not None:
+        if (reason := candidate.refusal(arguments)) is not None:
             raise ValueError(f"impl={impl!r} of {primitive} cannot take this call: {reason}")
     if any(getattr(x, "size", 1) == 0 for name, x in arguments.items() if name != "initial_state"):
         return _run(primitive, "reference", implementations["reference"], arguments)
@@ -131,11 +151,11 @@ def dispatch(
     wanted = (_preferred.get() or {}).get(primitive)
     if wanted is not None:
         candidate = _named(primitive, implementations, wanted)
-        if (reason := candidate.unsupported_reason(**arguments)) is None:
+        if (reason := candidate.refusal(arguments)) is None:
             return _run(primitive, wanted, candidate, arguments)
         _pass_over(primitive, wanted, candidate, reason, passed_over)
     for name, candidate in implementations.items():
-        reason = candidate.passed_over_reason(**arguments) or candidate.unsupported_reason(**arguments)
+        reason = candidate.refusal_by_default(arguments)
         if reason is None:
             return _run(primitive, name, candidate, arguments, passed_over)
         _pass_over(primitive, name, candidate, reason, passed_over)

@@ -111,10 +111,11 @@ def _marks(settings, time, segments):
     if segments is None:
         if not missing:
             return ()
-        marks = jnp.zeros((1, time))
+        marks = jnp.zeros((1, time), jnp.float32)
     else:
         start = reset_mask(segments, settings.reverse)
-        marks = jnp.where(segments.real, 0.0 if start is None else jnp.where(start, START, 0.0), PADDING)
+        inside = 0.0 if start is None else jnp.where(start, START, 0.0)
+        marks = jnp.where(segments.real, inside, PADDING).astype(jnp.float32)
     return (jnp.pad(marks, ((0, 0), (0, missing)), constant_values=OUTSIDE)[:, None],)
 
 

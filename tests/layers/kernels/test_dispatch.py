@@ -1,6 +1,9 @@
 """Which implementation a call takes: the first that may, the one that is named, or the one that is preferred."""
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax import export
 
 from layers.kernels import devices
 from layers.kernels.dispatch import (
@@ -41,6 +44,25 @@ def test_names_that_cannot_be_taken():
         taken(3, "even")
     with pytest.raises(ValueError, match="'evn' is not an implementation of parity.*did you mean 'even'"):
         taken(3, "evn")
+
+
+def test_kernels_for_one_device_leave_symbolic_sizes_to_others():
+    kernel = Implementation(
+        lambda x: x + 1, unsupported_reason=lambda x: "" if x.size > 8 else None, backend="gpu"
+    )
+    choices = {
+        "gpu": kernel,
+        "xla": Implementation(lambda x: x - 1),
+        "reference": Implementation(lambda x: x),
+    }
+    (size,) = export.symbolic_shape("n")
+    shape = jax.ShapeDtypeStruct((size,), jnp.float32)
+    program = export.export(jax.jit(lambda x: dispatch("shift", choices, None, x=x)))(shape)
+    assert program.call(jnp.ones(3)).tolist() == [0, 0, 0]
+    with pytest.raises(
+        ValueError, match=r"x has shape \(n,\); its kernels need numbers: export with impl='xla'"
+    ):
+        export.export(jax.jit(lambda x: dispatch("shift", choices, "gpu", x=x)))(shape)
 
 
 def test_what_is_preferred_is_taken_where_it_can_be_and_nothing_is_named():

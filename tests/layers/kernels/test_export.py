@@ -59,7 +59,12 @@ def test_one_program_for_all_sizes(name, case, impl):
     if name == "long_conv":
         with pytest.raises(ValueError, match="x has t tokens .* symbols; .* export each length by itself"):
             export.export(jax.jit(run))(symbolic(suite, arguments, time=True))
-    program = export.export(jax.jit(run))(symbolic(suite, arguments, time=name != "long_conv"))
+    shapes = symbolic(suite, arguments, time=name != "long_conv")
+    if impl == "tpu":
+        with pytest.raises(ValueError, match="has shape .*its kernels need numbers: export with impl='xla'"):
+            export.export(jax.jit(run))(shapes)
+        return
+    program = export.export(jax.jit(run))(shapes)
     other = cast(draw(case, 2, TIME if name == "long_conv" else 41), "float32")
     want = jax.tree.map(np.asarray, jax.jit(run)(other))
     close(program.call(other), want, tolerance_of(case, "float32"), "a call of another size")
@@ -69,7 +74,7 @@ def test_one_program_for_all_sizes(name, case, impl):
 @calls
 def test_gradients_of_all_sizes(name, case, impl):
     suite = SUITES[name]
-    if name == "ssm_kernel" or case.name in ("prefix", "blocks"):
+    if name == "ssm_kernel" or case.name in ("prefix", "blocks") or impl == "tpu":
         return
 
     def gradients(arguments):
