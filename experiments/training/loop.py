@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from experiments.analysis.utilization import Utilization, peak_memory
 from experiments.parallel import hosts
 from experiments.parallel.mesh import Devices
 from experiments.runs.checkpoints import CheckpointError, Checkpoints
@@ -163,12 +164,18 @@ class _Training:
             progress_bar(step=self._step, total=experiment.total_steps, shown=hosts.is_main())
         )
         self._stopwatch = Stopwatch(self._note.training_seconds)
+        kinds = [device.device_kind for device in devices.mesh.devices.flat]
+        self._utilization = Utilization(experiment.model, experiment.task.loss, kinds)
+        first = devices.mesh.local_devices[0]
         self._records = StepRecords(
             functions.train_metric_names,
             log_every=options.log_every,
             stopwatch=self._stopwatch,
             emit=self._write_steps,
             saved=self._note.records,
+            skip_norm=experiment.optimizer.config.skip_norm,
+            peak=self._utilization.peak,
+            memory=lambda: peak_memory(first),
         )
 
     def to_the_end(self) -> Outcome:
@@ -217,9 +224,10 @@ class _Training:
         self._bar.unpause()
 
     def _take_step(self) -> None:
-        self._state, metrics = self._train_step(self._state, next(self._batches))
+        batch = next(self._batches)
+        self._state, metrics = self._train_step(self._state, batch)
         self._step += 1
-        self._records.add(self._step, metrics)
+        self._records.add(self._step, metrics, self._utilization.flops(batch))
         self._bar.update()
         if (self._step - LAG) % self._experiment.train.log_every == 0:
             self._records.collect(self._step - LAG)

@@ -92,7 +92,8 @@ class StepFunctions:
     ) -> tuple[TrainState, Float[Array, "m"]]:
         """Returns the state after one step on a batch, and the metrics of the step. A pure function.
 
-        A batch without any label changes nothing but the number of steps, from which the learning rate follows.
+        A batch without any label, or whose gradient norm is above `optimizer.skip_norm`, changes nothing but the number of
+        steps, from which the learning rate follows.
 
         Args:
           scale: factor on the learning rates of all groups.
@@ -103,6 +104,8 @@ class StepFunctions:
         count = jnp.where(labelled, sums["count"], 1.0)
         gradients = {name: gradient / count for name, gradient in gradients.items()}
         norm = jnp.where(labelled, optax.tree.norm(gradients), 0.0)
+        limit = self._optimizer.config.skip_norm
+        taken = labelled if limit is None else labelled & ~(norm > limit)
         updates, optimizer = self.layout.transformation.update(gradients, state.optimizer, state.parameters)
         parameters = {
             name: (p + scale * updates[name]).astype(p.dtype) for name, p in state.parameters.items()
@@ -116,7 +119,7 @@ class StepFunctions:
         new = TrainState(state.step + 1, parameters, statistics, optimizer, average, state.key)
         # The compiler fuses this choice with the update.
         new = jax.tree.map(
-            lambda new, old: new if isinstance(new, StepCount) else jnp.where(labelled, new, old),
+            lambda new, old: new if isinstance(new, StepCount) else jnp.where(taken, new, old),
             new,
             state._replace(step=new.step),
             is_leaf=lambda leaf: isinstance(leaf, StepCount),

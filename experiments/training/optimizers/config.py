@@ -32,6 +32,8 @@ class OptimizerConfig:
       final_learning_rate: final value of "cosine" and "wsd" as a fraction of the peak, in every group.
       decay_fraction: fraction of all steps, at the end, in which "wsd" decays.
       clip_norm: global norm that gradients are clipped to; None for no clipping.
+      skip_norm: global norm of the gradients, before clipping, above which a step changes no parameter, so that one bad batch
+        does not undo a run; the log counts these steps. None for never.
       ema: decay per step of an exponential moving average of the parameters, used for evaluation; None for none.
       b1, b2, epsilon: constants of Adam; "lion" uses b1 and b2.
       muon_momentum, muon_rms: momentum of "muon", and root mean square of its updates of hidden matrices.
@@ -47,6 +49,7 @@ class OptimizerConfig:
     decay_fraction: float = 0.2
     final_learning_rate: float = 0.0
     clip_norm: float | None = None
+    skip_norm: float | None = None
     ema: float | None = None
     b1: float = 0.9
     b2: float = 0.999
@@ -78,8 +81,9 @@ class OptimizerConfig:
             check_number("optimizer.warmup_epochs", self.warmup_epochs, least=0.0)
         if self.warmup_steps is not None:
             check_integer("optimizer.warmup_steps", self.warmup_steps, least=0)
-        if self.clip_norm is not None:
-            check_number("optimizer.clip_norm", self.clip_norm, above=0.0)
+        for name in ("clip_norm", "skip_norm"):
+            if getattr(self, name) is not None:
+                check_number(f"optimizer.{name}", getattr(self, name), above=0.0)
         if self.ema is not None:
             _check_fraction("optimizer.ema", self.ema)
         for group, overrides in self.groups.items():

@@ -76,6 +76,48 @@ def test_the_first_step_that_is_not_finite_is_named(bad):
     assert [step for step, _ in lines] == [1, 2]
 
 
+def test_skipped_steps_are_counted_and_said(capsys):
+    lines = []
+    records = StepRecords(
+        NAMES, log_every=2, stopwatch=Stopwatch(), emit=lambda _, values: lines.append(values), skip_norm=1.0
+    )
+    for step, norm in enumerate((0.5, 3.0, 1.0, 0.1), 1):
+        records.add(step, metrics(1.0, norm=norm))
+    records.collect(4)
+    assert [line["skipped_steps"] for line in lines] == [1, 0]
+    said = capsys.readouterr().err
+    assert "step 2: the gradient norm 3 is above optimizer.skip_norm=1, and the step changes no" in said
+    assert said.count("skip_norm") == 1
+
+
+def test_lines_hold_utilization_and_memory_over_an_interruption():
+    def lines(saved=None):
+        clock, found = Clock(), []
+        records = StepRecords(
+            NAMES,
+            log_every=1,
+            stopwatch=clock,
+            emit=lambda _, values: found.append(values),
+            saved=saved,
+            peak=100.0,
+            memory=lambda: 7,
+        )
+        for step in range(1, 3):
+            records.add(step, metrics(1.0), flops=40.0)
+            clock.seconds = step
+            records.collect(step)
+        return found, records.save()
+
+    found, saved = lines()
+    assert [line["mfu"] for line in found] == pytest.approx([0.4, 0.4])
+    assert found[0]["peak_memory_bytes"] == 7
+    assert saved["flops"] == 80.0
+    old = {name: value for name, value in saved.items() if name != "flops"}
+    old["marks"] = [mark[:3] for mark in saved["marks"]]
+    assert lines(old)[0][0]["mfu"] >= 0
+    assert "mfu" not in timed([1], [1])[0]
+
+
 def test_a_stopwatch_stands_still_while_paused(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("experiments.training.records.time.perf_counter", lambda: now[0])

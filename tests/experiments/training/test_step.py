@@ -93,6 +93,23 @@ def test_a_batch_without_labels_changes_nothing_but_the_number_of_steps(accumula
     assert values["count"] == values["loss"] == values["gradient_norm"] == 0
 
 
+def test_a_gradient_norm_above_the_limit_changes_nothing_but_the_number_of_steps():
+    plain = run(tiny_config(), 3)[0]["gradient_norm"]
+    limit = float(plain[0] * 0.999)
+    assert plain[0] > limit
+    skipping = dict(skip_norm=limit, schedule="constant", warmup_steps=0)
+    plan, functions, devices, state = start(tiny_config(optimizer=skipping))
+    before = jax.device_get(functions.layout.to_stored(state))
+    state, metrics = functions.train(state, devices.put_batch(next(plan.train_batches())))
+    after = jax.device_get(functions.layout.to_stored(state))
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert moved
+    assert all(name.endswith("step") or "count" in name for name in moved)
+    assert float(metrics[len(functions.metric_names)]) == plain[0]
+    unlimited = run(tiny_config(optimizer=dict(skip_norm=float(plain.max() * 1.001))), 3)
+    assert_close(unlimited, run(tiny_config(), 3))
+
+
 def test_micro_batches_count_by_their_labels():
     config = tiny_config(model=PLAIN, train=dict(accumulate=2))
     plan, functions, devices, state = start(config)
