@@ -3,8 +3,9 @@
     python -m experiments.describe --config=configs/lra/listops.py:mixer=s5
     python -m experiments.describe --config=configs/lra/listops.py:mixer=attention --lengths=1024,8192 --json
     python -m experiments.describe --config=configs/lra/listops.py:mixer=s5 --implementations --backend=gpu
+    python -m experiments.describe --config=configs/lra/listops.py:mixer=s5 --scale --lengths=512
 
-Nothing is allocated, and no data are read. Operations are those of one row without padding, in inference, as the
+No data are read, and nothing is allocated but with --scale, which initializes the model and computes one batch. Operations are those of one row without padding, in inference, as the
 implementations for the devices that JAX finds compute it (`experiments.analysis.flops`); the state is what a causal model
 carries for one row after that many tokens. Exit codes: 0 done; 2 the config or an argument cannot be used.
 """
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.analysis.flops import Flops, count_flops
+from experiments.analysis.scale import Scale, scales
 from experiments.config.command_line import (
     ArgumentError,
     Parser,
@@ -26,6 +28,7 @@ from experiments.config.command_line import (
     positive_integers,
     reporting,
 )
+from experiments.config.models import sizes_without_data, with_sizes
 from experiments.runs.files import to_json_text
 from experiments.training import experiment
 from layers.kernels import devices, dispatch
@@ -51,14 +54,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="print what every layer's primitives take, at the first length",
     )
     parser.add_argument(
+        "--scale",
+        action="store_true",
+        help="print the scale of activations and gradients by layer at initialization, at the first length",
+    )
+    parser.add_argument(
         "--backend",
         choices=["cpu", "gpu", "tpu"],
         help="device for --implementations (default: the one here)",
     )
-    parser.add_argument("--batch", type=positive_integer, default=8, help="rows for --implementations")
+    parser.add_argument(
+        "--batch", type=positive_integer, default=8, help="rows for --implementations and --scale"
+    )
     values = parser.parse_args(argv)
     if values.backend and not values.implementations:
         raise ArgumentError(f"--backend={values.backend} has no effect without --implementations")
+    if values.scale and values.implementations:
+        raise ArgumentError("--scale and --implementations print different tables; choose one")
+    if values.scale:
+        rows = scale(values.config, values.lengths[0], values.batch)
+        print(to_json_text([row._asdict() for row in rows]) if values.json else scale_text(rows))
+        return 0
     if values.implementations:
         backend = values.backend or jax.default_backend()
         rows = implementations(values.config, values.lengths[0], values.batch, backend)
@@ -101,6 +117,24 @@ def implementations_text(rows: Sequence[Mapping[str, Any]], backend: str) -> str
             lines.append(f"  {call['primitive']}: {call['implementation']} ({call['arguments']})")
             lines.extend(f"    not {name}: {reason}" for name, reason in call["passed_over"])
     return "\n".join(lines)
+
+
+def scale(config: Mapping[str, Any], length: int, batch: int) -> list[Scale]:
+    """Returns the scale of activations and gradients by layer at initialization, see `analysis.scale.scales`.
+
+    Raises:
+      ValueError: the config is invalid.
+    """
+    experiment.model_without_data(config)
+    values = with_sizes(config, sizes_without_data(config))
+    return scales(values, batch=batch, length=length, seed=config["seed"])
+
+
+def scale_text(rows: Sequence[Scale]) -> str:
+    """Returns `scale` as a readable table."""
+    cells = [("place", "activation", "gradient")]
+    cells += [(row.place, f"{row.activation:.3e}", f"{row.gradient:.3e}") for row in rows]
+    return f"Root mean squares at initialization; gradients of the summed loss:\n\n{_columns(cells, left=1)}"
 
 
 def describe(config: Mapping[str, Any], lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:

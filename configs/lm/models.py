@@ -1,0 +1,181 @@
+"""Language models of 10M to 1.3B parameters, of one mixer or of a hybrid, all trained by one recipe.
+
+    python -m experiments.train --config=configs/lm/models.py:size=10m,mixer=mamba2 --workdir=runs/lm-mamba2-10m
+
+Results: not measured here yet.
+
+    size   width  layers   sizes include tied embeddings of 32,768 tokens; with `tokenizer=bytes` they are less
+    10m      192       8
+    40m      384      16
+    125m     768      12
+    350m    1024      24
+    1.3b    2048      24
+
+Models are pre-norm with RMSNorm and SwiGLU. A block has 12 d^2 parameters of Transformers. Mamba and Mamba-2 have no
+channel mixer, so they have twice the layers, as published. Heads have 64 features up to `125m`, 128 above; those of delta rules
+have 128 from `125m` on. Hybrids have the orders, ratios and positions of their papers, and experts have the hidden size of
+the width, so that these models have more parameters than their size says, but about as many per token. The first layer of
+`kimi_linear` has experts too.
+
+Initial matrices have a standard deviation of 1 / sqrt(inputs), embeddings of 1 / sqrt(width), and what the papers of
+the mixers state for the rest. `python -m experiments.describe --scale` shows what follows from it.
+
+Options: `size=`, `mixer=`, `tokenizer=` (bytes, or bpe:32768), `length=` and `rule=` (adamw or muon). Learning rates are
+customary ones, not swept.
+"""
+
+from ml_collections import ConfigDict
+
+# Width, layers, peak learning rate, rows of `LENGTH` tokens per step, what the backward pass recomputes.
+SIZES = {
+    "10m": (192, 8, 3e-3, 8, "none"),
+    "40m": (384, 16, 2e-3, 8, "none"),
+    "125m": (768, 12, 1e-3, 8, "none"),
+    "350m": (1024, 24, 6e-4, 8, "full"),
+    "1.3b": (2048, 24, 4e-4, 16, "full"),
+}
+LENGTH = 4096
+HALF_ROPE = dict(name="rope", fraction=0.5)
+
+
+def mixers(width: int, length: int) -> dict[str, dict]:
+    """Returns the models of one mixer, and 3:1 hybrids with attention."""
+    heads = width // (64 if width <= 768 else 128)
+    wide = width // (128 if width >= 768 else 64)
+    options = {
+        "attention": dict(heads=heads),
+        "mamba": {},
+        "mamba2": {},
+        "gla": {},
+        "gated_deltanet": dict(heads=wide, key_dim=width // wide, value_dim=width // wide),
+        "kda": dict(heads=wide, head_dim=width // wide),
+        "retnet": dict(heads=wide),
+        "lightning_attention": dict(heads=heads),
+        "rwkv7": {},
+        "hyena": dict(max_length=length),
+        "rg_lru": dict(heads=heads),
+    }
+    found = {name: dict(pattern=(name,), mixers={name: given}) for name, given in options.items()}
+    for name in ("mamba", "mamba2"):
+        found[name]["pattern"] = (f"{name}+none",) * 2
+    # Values of RetNet are twice as wide, and its channel mixer is half as wide.
+    found["retnet"]["channels"] = {"swiglu": dict(hidden=-(-width * 4 // 3 // 64) * 64)}
+    for name in ("gated_deltanet", "kda", "mamba2"):
+        given = {name: options[name], "attention": options["attention"]}
+        found[f"{name}_3_1"] = dict(pattern=(name,) * 3 + ("attention",), mixers=given)
+    return found
+
+
+def hybrids(width: int, depth: int) -> dict[str, dict]:
+    """Returns the hybrids of configs/hybrids.py at a width."""
+    heads = width // (64 if width <= 768 else 128)
+    size = width // heads
+    experts = dict(experts=8, top_k=2, hidden=width)
+    shared = experts | dict(shared=1)
+    by_bias = dict(scores="sigmoid", bias_rate=0.001, balance=0.0, z_loss=0.0)
+    lone, local = dict(heads=heads, kv_heads=1), dict(heads=heads, window=1024)
+    return {
+        "jamba": dict(
+            pattern=("mamba", "mamba+moe") * 2 + ("attention", "mamba+moe") + ("mamba", "mamba+moe"),
+            mixers={"mamba": dict(inner_norm=True), "attention": lone | dict(position="none")},
+            channels={"moe": experts | dict(normalize=False)},
+        ),
+        "hunyuan_turbos": dict(
+            pattern=("attention+none", "mamba2", "mamba2", "mamba2", "mamba2"),
+            mixers={"attention": dict(heads=heads)},
+            channel="moe",
+            channels={"moe": shared},
+        ),
+        "samba": dict(pattern=("mamba", "attention"), mixers={"attention": local}),
+        "griffin": dict(
+            pattern=("rg_lru", "rg_lru", "attention"),
+            mixers={
+                "rg_lru": dict(heads=heads),
+                "attention": local | dict(kv_heads=1, position=HALF_ROPE),
+            },
+            channel="geglu",
+            channels={"geglu": dict(hidden=3 * width)},
+        ),
+        "minimax": dict(
+            pattern=("lightning_attention",) * 7 + ("attention",),
+            mixers={
+                "lightning_attention": dict(heads=heads),
+                "attention": lone | dict(position=HALF_ROPE | dict(base=1e7)),
+            },
+            channel="moe",
+            channels={"moe": experts | dict(balance=0.001)},
+            norm_position="post",
+            residual_scale=(2 * depth) ** 0.25,
+        ),
+        "kimi_linear": dict(
+            pattern=("kda", "kda", "kda", "mla"),
+            mixers={
+                "kda": dict(heads=heads, head_dim=size),
+                "mla": dict(
+                    heads=heads,
+                    latent=width // 4,
+                    head_dim=size,
+                    rope_dim=size // 2,
+                    value_dim=size,
+                    position="none",
+                ),
+            },
+            channel="moe",
+            channels={"moe": shared | by_bias | dict(scale=2.446)},
+        ),
+        "qwen3_next": dict(
+            pattern=("gated_deltanet",) * 3 + ("gated_attention",),
+            mixers={
+                "gated_deltanet": dict(heads=heads, value_heads=2 * heads, key_dim=size, value_dim=size),
+                "gated_attention": lone | dict(head_dim=2 * size, position=dict(name="rope", fraction=0.25)),
+            },
+            channel="moe",
+            channels={"moe": shared | dict(shared_gate=True, balance=0.001)},
+        ),
+        "hybridna": dict(pattern=("mamba2",) * 7 + ("attention",), mixers={"attention": dict(heads=heads)}),
+        "masformer": dict(
+            pattern=("attention",) + ("local",) * (depth - 1),
+            mixers={"attention": dict(heads=heads), "local": local | dict(mixer="attention")},
+            channel="mlp",
+            norm="layer_norm",
+        ),
+    }
+
+
+def get_config(arg: str = "size=10m,mixer=attention") -> ConfigDict:
+    options = dict(pair.partition("=")[::2] for pair in arg.split(",") if pair)
+    size, mixer = options.pop("size", "10m"), options.pop("mixer", "attention")
+    tokenizer, rule = options.pop("tokenizer", "bytes"), options.pop("rule", "adamw")
+    length = options.pop("length", str(LENGTH))
+    if options:
+        raise ValueError(
+            f"models.py takes size=, mixer=, tokenizer=, length= and rule=, not {', '.join(options)}"
+        )
+    if size not in SIZES:
+        raise ValueError(f"size={size!r} is unknown; available: {', '.join(SIZES)}")
+    if not length.isdecimal() or not int(length):
+        raise ValueError(f"length={length!r}; expected a number of tokens per row, such as {LENGTH}")
+    width, depth, rate, rows, remat = SIZES[size]
+    models = mixers(width, int(length)) | hybrids(width, depth)
+    if mixer not in models:
+        raise ValueError(f"mixer={mixer!r} has no model here; available: {', '.join(models)}")
+    model = models[mixer]
+    alone = all(entry.endswith("+none") for entry in model["pattern"])
+
+    config = ConfigDict()
+    config.seed = 0
+    config.task = dict(name="language", source="stdlib", tokenizer=tokenizer, length=int(length))
+    config.model = dict(
+        kind="language_model",
+        width=width,
+        depth=depth * (1 + alone),
+        tie_embeddings=True,
+        dtype="bfloat16",
+        remat=remat,
+        **model,
+    )
+    config.train = dict(batch_size=rows, epochs=1, eval_every=0.25, log_every=10, checkpoint_every=500)
+    config.optimizer = dict(
+        name=rule, learning_rate=rate, weight_decay=0.1, warmup_steps=100, b2=0.95, clip_norm=1.0
+    )
+    return config

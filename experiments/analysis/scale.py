@@ -1,0 +1,106 @@
+"""The scale of activations and gradients by layer at initialization, where exploding and vanishing ones are seen."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from layers.typing import Array
+from seqmodels import build_model
+
+
+class Scale(NamedTuple):
+    """Root mean squares at one place of a model.
+
+    Attributes:
+      place: "embedding", "layer N" or "logits".
+      activation: of the output of that place.
+      gradient: of the gradient of the loss, summed over the labels, by that output.
+    """
+
+    place: str
+    activation: float
+    gradient: float
+
+
+class _Shift(nnx.Variable):
+    """Zeros that are added to activations: the gradient by them is the gradient by the activations."""
+
+
+class _Shifted(nnx.Module):
+    """A module that maps activations, with shifted inputs or outputs."""
+
+    def __init__(self, inner: nnx.Module, shape: tuple[int, ...], dtype: jnp.dtype, *, inputs: bool = False):
+        self.inner, self.inputs = inner, inputs
+        self.shift = _Shift(jnp.zeros(shape, dtype))
+
+    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> tuple[Array, Any]:
+        shift = self.shift[...]
+        y, state = self.inner(x + shift if self.inputs else x, *args, **kwargs)
+        return y if self.inputs else y + shift, state
+
+
+def scales(values: Mapping[str, Any], *, batch: int, length: int, seed: int) -> list[Scale]:
+    """Returns the scale after the embedding, after each layer and of the logits, of a model with random parameters.
+
+    Inputs and labels are random too, and the loss is the cross-entropy of all logits. Norms take the statistics of the
+    batch, as in training; dropout is left out.
+
+    Args:
+      values: the section `model` with its sizes, for `build_model`.
+      batch, length: number of rows and of tokens per row.
+      seed: seed of parameters, inputs and labels.
+    """
+    model = build_model({**values, "scan": False, "dropout": 0.0}, rngs=nnx.Rngs(seed))
+    keys = jax.random.split(jax.random.key(seed), 3)
+    input_config, config = model.config.input, model.stack.config
+    if input_config.vocab_size is None:
+        inputs = jax.random.normal(keys[0], (batch, length, input_config.input_size))
+    else:
+        inputs = jax.random.randint(keys[0], (batch, length), 0, input_config.vocab_size)
+    activations = _activations(model, inputs, keys[1])
+    shape, dtype = (batch, length, config.width), jnp.dtype(config.dtype)
+    places = ("embedding", *(f"layer {layer}" for layer in range(config.depth)))
+    model.stack.blocks = nnx.List(_Shifted(block, shape, dtype) for block in model.stack.blocks)
+    model.stack = _Shifted(model.stack, shape, dtype, inputs=True)
+    graph, shifts, rest = nnx.split(model, _Shift, ...)
+
+    def loss(logits):
+        labels = jax.random.randint(keys[2], logits.shape[:-1], 0, logits.shape[-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
+
+    # Norms update their statistics, so that these are arguments of the function that is differentiated.
+    def run(shifts, rest):
+        logits = nnx.merge(graph, shifts, rest, copy=True)(inputs, key=keys[1])[0].astype(jnp.float32)
+        return loss(logits), logits
+
+    by_shifts, logits = jax.jit(jax.grad(run, has_aux=True))(shifts, rest)
+    by_logits = jax.grad(loss)(logits)
+    found = nnx.merge(graph, by_shifts, rest)
+    by_place = [m.shift[...] for m in (found.stack, *found.stack.inner.blocks)]
+    rows = zip(places, activations, by_place, strict=True)
+    return [Scale(place, _rms(x), _rms(g)) for place, x, g in rows] + [
+        Scale("logits", _rms(logits), _rms(by_logits))
+    ]
+
+
+def _activations(model: nnx.Module, inputs: Array, key: Array) -> list[Array]:
+    """Returns the outputs of the embedding and of each layer."""
+    graph, variables = nnx.split(model)
+
+    @jax.jit
+    def outputs(variables):
+        merged = nnx.merge(graph, variables, copy=True)
+        found = [merged.embedding(inputs)[0]]
+        for block in merged.stack.blocks:
+            found.append(block(found[-1], key=key)[0])
+        return found
+
+    return outputs(variables)
+
+
+def _rms(x: Array) -> float:
+    return float(jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)))))

@@ -1,0 +1,61 @@
+"""The language models: every one is built at every size, and has about the parameters that its size says."""
+
+import pathlib
+import runpy
+
+import jax
+import pytest
+from flax import nnx
+
+from experiments.config.loading import TrainConfig, section, to_plain
+from experiments.training.optimizers import OptimizerConfig
+from seqmodels import build_model
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+MODELS = runpy.run_path(str(CONFIGS / "lm" / "models.py"))
+HYBRIDS = set(runpy.run_path(str(CONFIGS / "hybrids.py"))["MODELS"])
+EXPERTS = {"jamba", "hunyuan_turbos", "minimax", "kimi_linear", "qwen3_next"}
+SIZES = {"10m": 10e6, "40m": 40e6, "125m": 115e6, "350m": 340e6, "1.3b": 1300e6}
+
+
+def config_of(argument):
+    return to_plain(MODELS["get_config"](argument))
+
+
+def parameters(model):
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+@pytest.mark.parametrize(
+    "size", [pytest.param(size, marks=[pytest.mark.slow] * (size != "125m")) for size in SIZES]
+)
+def test_parameters_of_every_model(size):
+    width, depth, *_ = MODELS["SIZES"][size]
+    hybrids = MODELS["hybrids"](width, depth)
+    assert set(hybrids) == HYBRIDS
+    for name in (*MODELS["mixers"](width, 512), *hybrids):
+        config = config_of(f"size={size},mixer={name}")
+        section(config, "train", TrainConfig), section(config, "optimizer", OptimizerConfig)
+        # One repeat of the pattern tells the parameters of all.
+        layers = min(len(config["model"]["pattern"]), 8)
+        values = config["model"] | dict(vocab_size=32768, depth=layers)
+        model = nnx.eval_shape(lambda values=values: build_model(values, rngs=nnx.Rngs(0)))
+        per_layer = parameters(model.stack) / layers
+        count = parameters(model) + per_layer * (config["model"]["depth"] - layers)
+        most = 3.1 if name in EXPERTS else 1.17
+        assert 0.9 < count / SIZES[size] < most, (name, count)
+
+
+def test_options():
+    config = config_of("size=40m,mixer=hyena,tokenizer=bpe:32768,length=512,rule=muon")
+    assert config["model"]["mixers"]["hyena"]["max_length"] == config["task"]["length"] == 512
+    assert config["task"]["tokenizer"] == "bpe:32768"
+    assert config["optimizer"]["name"] == "muon"
+    for argument, said in (
+        ("size=2b", "size='2b' is unknown; available: 10m"),
+        ("mixer=mambo", "mixer='mambo' has no model here; available: attention"),
+        ("length=0", "length='0'; expected a number of tokens"),
+        ("width=3", "models.py takes size="),
+    ):
+        with pytest.raises(ValueError, match=said):
+            MODELS["get_config"](argument)
