@@ -1,5 +1,7 @@
 """Cross-entropy of labels at positions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,18 @@ def test_the_same_without_logits():
         assert sums[name].dtype == jnp.float32
         np.testing.assert_allclose(sums[name], value, rtol=1e-5)
     np.testing.assert_allclose(mean, expected()["loss"] / 7, rtol=1e-5)
+
+
+def test_the_z_loss_is_in_the_loss_and_out_of_the_cross_entropy():
+    matrix = RNG.normal(size=(3, 6)).astype(np.float32)
+    x = np.linalg.lstsq(matrix, LOGITS.reshape(-1, 3).T, rcond=None)[0].T.reshape(5, 4, 6).astype(np.float32)
+    counted = (LABELS != IGNORE) & (WEIGHT > 0)[:, None]
+    squares = (np.log(np.exp(LOGITS.astype(np.float64)).sum(-1)) ** 2)[counted].sum()
+    for outputs in (LOGITS, Unprojected(x, matrix)):
+        mean, sums = jax.jit(functools.partial(cross_entropy, z_loss=0.25))(outputs, BATCH)
+        np.testing.assert_allclose(sums["cross_entropy"], expected()["loss"], rtol=1e-5)
+        np.testing.assert_allclose(sums["loss"], expected()["loss"] + 0.25 * squares, rtol=1e-5)
+        np.testing.assert_allclose(mean, sums["loss"] / 7, rtol=1e-6)
 
 
 def test_a_right_answer_everywhere_and_one_mistake():
