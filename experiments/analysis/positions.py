@@ -1,0 +1,105 @@
+"""Losses by position in a row: whether longer context helps, and what happens beyond the length of training.
+
+Rows are read in chunks with a carried state, so that their length is bounded by the state and not by one pass.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from layers.typing import Array, Float, Int
+from seqmodels import LanguageModel
+
+
+def losses_by_position(
+    model: LanguageModel, inputs: Int[Array, "n t"], labels: Int[Array, "n t"], *, chunk: int = 512
+) -> Float[np.ndarray, "n t"]:
+    """Returns the cross-entropy in nats of each label, given all tokens of the row up to it.
+
+    Args:
+      model: a language model.
+      inputs: tokens; rows have no padding.
+      labels: next tokens; NaN stands where a label is negative.
+      chunk: number of tokens per call; a last, shorter chunk is compiled by itself.
+
+    Raises:
+      ValueError: if shapes differ or a row is empty, or `chunk` is below 1.
+    """
+    if inputs.shape != labels.shape or inputs.ndim != 2 or not inputs.size:
+        raise ValueError(
+            f"inputs {inputs.shape} and labels {labels.shape} must both be (n, t), and not empty"
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}; expected at least 1")
+    rows, time = inputs.shape
+    state = _initial(model, rows, time)
+    losses = []
+    for start in range(0, time, chunk):
+        piece = slice(start, start + chunk)
+        found, state = _losses(model, jnp.asarray(inputs[:, piece]), jnp.asarray(labels[:, piece]), state)
+        losses.append(np.asarray(found))
+    return np.concatenate(losses, axis=1)
+
+
+@functools.partial(
+    jax.jit, static_argnums=(1, 2)
+)  # each array of the state gets memory of its own, to be donated
+def _initial(model, rows, time):
+    return model.init_state(rows, max_length=time)
+
+
+@functools.partial(jax.jit, donate_argnums=(3,))
+def _losses(model, inputs, labels, state):
+    logits, state = model(inputs, state)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+    return jnp.where(labels >= 0, losses, jnp.nan), state
+
+
+def by_range(losses: Float[np.ndarray, "n t"], *, trained: int) -> list[dict[str, Any]]:
+    """Returns the mean loss of ranges of positions that double: 1, 2 to 3, 4 to 7, and so on.
+
+    Args:
+      losses: losses by position, NaN where there is none.
+      trained: length of the rows of training, in tokens.
+
+    Returns:
+      Per range "first" and "last" position (counted from 1), "nats" and "bits" per token, "perplexity", "count", and
+      whether the range is "beyond" the trained length. A range ends at that length too.
+    """
+    if losses.ndim != 2 or not losses.size:
+        raise ValueError(f"losses have shape {losses.shape}; expected (n, t), not empty")
+    time = losses.shape[1]
+    starts = sorted({1 << k for k in range(time.bit_length()) if 1 << k <= time} | {min(trained, time) + 1})
+    rows = []
+    for first, following in zip(starts, [*starts[1:], time + 1], strict=True):
+        piece = losses[:, first - 1 : following - 1]
+        if first > time or not np.isfinite(piece).any():
+            continue
+        nats = float(np.nanmean(piece))
+        rows.append(
+            dict(
+                first=first,
+                last=following - 1,
+                nats=nats,
+                bits=nats / math.log(2),
+                perplexity=math.exp(min(nats, 700.0)),
+                count=int(np.isfinite(piece).sum()),
+                beyond=first > trained,
+            )
+        )
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the ranges as a readable table."""
+    lines = [f"{'positions':>17}  {'bits':>7}  {'perplexity':>10}  {'labels':>9}"]
+    for row in rows:
+        place = f"{row['first']}-{row['last']}" + (" *" if row["beyond"] else "  ")
+        lines.append(f"{place:>17}  {row['bits']:7.4f}  {row['perplexity']:10.4g}  {row['count']:9d}")
+    return "\n".join([*lines, "* beyond the length of training"])
