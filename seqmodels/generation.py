@@ -17,7 +17,7 @@ import numpy as np
 from layers.indices import check_indices
 from layers.typing import Array, Bool, Float, Int, Key
 from seqmodels.language_model import LanguageModel, LanguageModelState
-from seqmodels.sampling import Sampling, choose, make_sampling
+from seqmodels.sampling import Number, Sampling, choose, make_sampling
 
 Prompts = Array | np.ndarray | Sequence[Any]
 
@@ -67,12 +67,12 @@ def generate(
     tokens: Prompts,
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    stop: Sequence[Sequence[int]] = (),
+    top_p: Number | None = None,
+    min_p: Number | None = None,
+    repetition_penalty: Number = 1.0,
+    stop: Sequence[Any] = (),
     seed: int = 0,
     chunk: int = 512,
     block: int = 64,
@@ -127,12 +127,12 @@ def stream(
     tokens: Prompts,
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    stop: Sequence[Sequence[int]] = (),
+    top_p: Number | None = None,
+    min_p: Number | None = None,
+    repetition_penalty: Number = 1.0,
+    stop: Sequence[Any] = (),
     seed: int = 0,
     chunk: int = 512,
     block: int = 16,

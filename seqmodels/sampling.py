@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from layers.typing import Array, Bool, Float, Int, Key, Num
 
+Number = float | int
+
 
 class Sampling(NamedTuple):
     """How a token is chosen; what is None is not computed.
@@ -34,11 +36,11 @@ class Sampling(NamedTuple):
 def make_sampling(
     *,
     vocab_size: int,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
+    top_p: Number | None = None,
+    min_p: Number | None = None,
+    repetition_penalty: Number = 1.0,
 ) -> Sampling:
     """Returns the options as `choose` takes them; those that change nothing are None.
 
