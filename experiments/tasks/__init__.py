@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+from experiments.tasks.language import LanguageModeling
 from experiments.tasks.listops import ListOps
 from experiments.tasks.synthetic.algorithms import Addition, Copy, Parity, Sorting
 from experiments.tasks.synthetic.associative_recall import AssociativeRecall
@@ -25,6 +26,7 @@ TASKS: dict[str, type[Task]] = {
     "associative_recall": AssociativeRecall,
     "copy": Copy,
     "induction_heads": InductionHeads,
+    "language": LanguageModeling,
     "listops": ListOps,
     "mad_compression": Compression,
     "mad_fuzzy_recall": FuzzyRecall,

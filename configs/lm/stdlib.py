@@ -1,0 +1,44 @@
+"""Bytes of Python's standard library: a hybrid of Mamba-2 and attention.
+
+python -m experiments.train --config=configs/lm/stdlib.py --workdir=runs/lm-stdlib
+"""
+
+from ml_collections import ConfigDict
+
+OPTIONS = dict(
+    mixer="",
+    pattern="mamba2/mamba2/mamba2/attention",
+    width="128",
+    depth="4",
+    length="256",
+    learning_rate="3e-3",
+    steps="1000",
+)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    given = dict(pair.partition("=")[::2] for pair in arg.split(",") if pair)
+    if unknown := given.keys() - OPTIONS.keys():
+        raise ValueError(f"stdlib.py takes {', '.join(OPTIONS)}, not {', '.join(unknown)}")
+    options = OPTIONS | given
+    pattern = (options["mixer"],) if options["mixer"] else tuple(options["pattern"].split("/"))
+
+    config = ConfigDict()
+    config.seed = 0
+    config.task = dict(
+        name="language", source="stdlib", length=int(options["length"]), packing="best_fit", validation=1000
+    )
+    config.model = dict(
+        kind="language_model",
+        width=int(options["width"]),
+        depth=int(options["depth"]),
+        pattern=pattern,
+        mixers={"mamba2": dict(state_size=32, head_dim=32)},
+        mixer_defaults=dict(heads=4, causal=True),
+    )
+    config.data = {}
+    config.train = dict(batch_size=16, steps=int(options["steps"]), eval_every=0.1, log_every=25)
+    config.optimizer = dict(
+        learning_rate=float(options["learning_rate"]), weight_decay=0.1, warmup_steps=50, clip_norm=1.0
+    )
+    return config

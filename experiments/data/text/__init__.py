@@ -1,0 +1,1 @@
+"""Text: documents, tokenizers and rows of tokens."""

@@ -1,0 +1,125 @@
+"""Language modelling: predict the next token of text, measured in bits per byte."""
+
+import functools
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.config.loading import check_integer
+from experiments.data.text.datasets import load_corpus
+from experiments.data.text.packing import Packed, pack
+from experiments.data.text.tokenizers import Tokenizer
+from experiments.tasks import tokens
+from experiments.tasks.task import Task
+from layers.cross_entropy import Unprojected
+from layers.kernels.segments import Padding
+from layers.typing import Array, Float
+
+LN2 = math.log(2)
+
+
+class LanguageModeling(Task):
+    """Next-token prediction on the documents of a corpus, by default the sources of Python's standard library.
+
+    Attributes:
+      tokenizer: the map between text and token ids.
+      vocab_size: number of tokens of the tokenizer, the end of a document included.
+      splits: splits "train", "validation" and "test", of different documents.
+      manifest: manifest of the data set (see `data.cache`) with the options of the rows.
+      packed: largest number of segments of a row, or False if documents see each other.
+    """
+
+    padding: ClassVar[Padding] = "end"
+    unprojected: ClassVar[bool] = True
+    selection_metric: ClassVar[tuple[str, str]] = ("bits_per_byte", "min")
+    tokenizer: Tokenizer
+    splits: dict[str, Packed]
+    manifest: dict[str, Any]
+
+    def __init__(
+        self,
+        *,
+        source: str | os.PathLike = "stdlib",
+        tokenizer: str | os.PathLike = "bytes",
+        length: int = 256,
+        packing: str = "best_fit",
+        reset: bool = True,
+        invalid: str = "error",
+        train: int | None = None,
+        validation: int | None = None,
+        test: int | None = None,
+        data_dir: str | os.PathLike | None = None,
+    ):
+        """Reads the documents, which are tokenised on first use.
+
+        Args:
+          source: "stdlib", the sources of the running Python's standard library; or the path of a text file, a file of
+            JSON lines or parquet with texts named "text", or a folder with such files (see `data.text.sources`).
+          tokenizer: "bytes", "characters", "bpe:VOCAB", or the path of a tokenizer.json (see `data.text.tokenizers`).
+          length: number of tokens of a row.
+          packing: "best_fit", which cuts only documents that are longer than a row, or "concatenate" (see
+            `data.text.packing`).
+          reset: whether documents of a row are kept apart; False needs "concatenate".
+          invalid: what to do with bytes that are not UTF-8: "error" or "replace".
+          train: largest number of rows in that split, evenly spaced; None keeps all. Likewise `validation` and `test`.
+          data_dir: folder of the cache; by default $SEQMODELS_DATA, else ~/.cache/seqmodels.
+
+        Raises:
+          ValueError: if a value is invalid, or the source cannot be read or leaves a split empty.
+          ImportError: if a library is needed that is not installed.
+          CorruptCacheError: if the cached data set is damaged.
+        """
+        most = dict(train=train, validation=validation, test=test)
+        for name, value in dict(length=length, **most).items():
+            if value is not None:
+                check_integer(f"task.{name}", value, least=1)
+        if not isinstance(reset, bool):
+            raise TypeError(f"reset={reset!r}; expected True or False")
+        corpus = load_corpus(source, tokenizer=tokenizer, invalid=invalid, data_dir=data_dir)
+        self.tokenizer = corpus.tokenizer
+        self.vocab_size = self.tokenizer.vocab_size
+        self.splits = {
+            split: pack(
+                documents,
+                self.tokenizer.end,
+                packing=packing,
+                length=length,
+                reset=reset,
+                most=most[split],
+            )
+            for split, documents in corpus.dataset.splits.items()
+        }
+        self.packed = max(split.segments for split in self.splits.values()) if reset else False
+        self.manifest = corpus.dataset.manifest | {
+            "rows": dict(length=length, packing=packing, reset=reset, most=most)
+        }
+
+    def loss(
+        self, outputs: Float[Array, "b t v"] | Unprojected, batch: Mapping[str, Array]
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Returns the mean loss over tokens in nats and the sums of `tokens.cross_entropy` and of "bits_per_byte".
+
+        The bits of all predicted tokens, ends of documents included, are divided by the number of bytes of text that
+        the tokens stand for.
+        """
+        loss, sums = tokens.cross_entropy(outputs, batch)
+        counted = tokens.is_counted(batch)
+        sizes = jnp.asarray(self.tokenizer.bytes_per_token, jnp.float32)
+        text_bytes = jnp.sum(sizes[jnp.where(counted, batch["labels"], 0)], where=counted)
+        return loss, sums | {"bits_per_byte": sums["loss"] / LN2, "bits_per_byte_count": text_bytes}
+
+    def baselines(self, split: str = "test") -> dict[str, float]:
+        """Returns the bits per byte of the token frequencies of "train", with one added to each count."""
+        frequencies = self._train_counts + 1.0
+        bits = -np.log2(frequencies / frequencies.sum())
+        counts = self.splits[split].label_counts(self.vocab_size)
+        text_bytes = counts @ self.tokenizer.bytes_per_token
+        return {"unigram_bits_per_byte": float(counts @ bits / max(text_bytes, 1))}
+
+    @functools.cached_property
+    def _train_counts(self) -> np.ndarray:
+        return self.splits["train"].label_counts(self.vocab_size)
