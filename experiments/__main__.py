@@ -18,6 +18,7 @@ from pathlib import Path
 MODULES = {
     "train": "experiments.train",
     "evaluate": "experiments.evaluate",
+    "generate": "experiments.generate",
     "compare": "experiments.compare",
     "sweep": "experiments.sweep.__main__",
     "list": "experiments.list",

@@ -14,9 +14,19 @@ from layers.parameters import group_of
 from seqmodels.autoencoder import Autoencoder
 from seqmodels.classifier import Classifier
 from seqmodels.config import AutoencoderConfig, ClassifierConfig, LanguageModelConfig, parse
+from seqmodels.generation import Generation, generate, stream
 from seqmodels.language_model import LanguageModel
 
-__all__ = ["Autoencoder", "Classifier", "LanguageModel", "__version__", "build_model"]
+__all__ = [
+    "Autoencoder",
+    "Classifier",
+    "Generation",
+    "LanguageModel",
+    "__version__",
+    "build_model",
+    "generate",
+    "stream",
+]
 
 del neighbours
 try:

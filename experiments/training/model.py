@@ -145,6 +145,10 @@ class SplitModel:
         """Returns the sum of the layers' auxiliary losses, from the statistics after a call; 0 outside training."""
         return sum((statistics[path].sum() for path in self._auxiliary), jnp.zeros((), jnp.float32))
 
+    def module(self, parameters: Mapping[str, Array], statistics: Mapping[str, Array]) -> nnx.Module:
+        """Returns the model with these arrays."""
+        return nnx.merge(self._graph, _nested(parameters), _nested(statistics))
+
     def __call__(
         self,
         parameters: Mapping[str, Array],
@@ -156,7 +160,7 @@ class SplitModel:
         """Returns the model's output on a batch and the statistics after it; a key means training."""
         # Losses of an earlier step must not be added again.
         zeros = {path: jnp.zeros_like(statistics[path]) for path in self._auxiliary}
-        model = nnx.merge(self._graph, _nested(parameters), _nested({**statistics, **zeros}))
+        model = self.module(parameters, {**statistics, **zeros})
         segments = Segments.of(batch.get("segment_ids"), padding=self._padding, packed=self._packed)
         call = model
         if self._unprojected and isinstance(model, LanguageModel):

@@ -1,0 +1,201 @@
+"""Continues prompts with the language model of a run, from its work directory alone, and prints the text as it comes.
+
+    python -m experiments.generate --workdir=runs/stories --prompt="Once upon a time" --temperature=0.8 --top_p=0.95
+    python -m experiments.generate --workdir=runs/stories --prompt=One --prompt=Two --temperature=0
+
+Each prompt is printed with its continuation, one after another. A continuation ends at the token that ends a document, before a
+text of --stop, or after --max_new_tokens. Equal commands print equal texts; prompt number n samples with the seed plus n. The run
+must be one of a language model on a task that has a tokenizer. Exit codes: 0 done; 2 the run or an argument cannot be used; 65 a
+logit is not finite.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.config.command_line import (
+    EXIT_DIVERGED,
+    ArgumentError,
+    Parser,
+    positive_integer,
+    reporting,
+)
+from experiments.data import cache
+from experiments.evaluate import choose_step
+from experiments.parallel.mesh import Devices
+from experiments.runs.checkpoints import Checkpoints
+from experiments.runs.directory import RunDirectory
+from experiments.training import experiment
+from experiments.training.experiment import Experiment
+from experiments.training.loop import restore
+from seqmodels import Generation, LanguageModel, stream
+
+# Arguments that `stream` takes as they are.
+OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# Tokens between two looks at the text; each prints what came since.
+BLOCK = 8
+# What `decode` puts in place of bytes that are not UTF-8, such as the first ones of a character.
+REPLACED = "\ufffd"
+
+
+@reporting
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the prompts with their continuations and returns the exit code."""
+    args = parser().parse_args(argv)
+    for name in ("prompt", "stop"):
+        if "" in getattr(args, name):
+            raise ArgumentError(f"--{name}= is empty; expected a text")
+    run = RunDirectory(args.workdir)
+    config = run.config()
+    if (kind := config["model"].get("kind")) != "language_model":
+        raise ArgumentError(
+            f"--workdir={args.workdir}: the run's model is of kind {kind!r}; expected a language_model"
+        )
+    with Checkpoints(run.checkpoints) as checkpoints, cache.temporary_builds():
+        step = choose_step(checkpoints, args.checkpoint)
+        plan = experiment.build(config)
+        tokenizer = getattr(plan.task, "tokenizer", None)
+        if tokenizer is None:
+            name = config["task"]["name"]
+            raise ArgumentError(
+                f"--workdir={args.workdir}: the task {name!r} of the run has no tokenizer; expected a task of texts"
+            )
+        prompts = [encode(tokenizer, prompt) for prompt in args.prompt]
+        model = restored(plan, checkpoints, step)
+    options = {name: getattr(args, name) for name in OPTIONS} | {"stop": [[tokenizer.end]], "block": BLOCK}
+    try:
+        streams = [
+            stream(model, [prompt], seed=args.seed + number, **options)
+            for number, prompt in enumerate(prompts)
+        ]
+    except (ValueError, TypeError) as error:
+        raise ArgumentError(str(error)) from None
+    try:
+        for prompt, blocks in zip(args.prompt, streams, strict=True):
+            show(prompt)
+            for piece in texts(blocks, tokenizer, args.stop):
+                show(piece)
+            show("\n")
+    except FloatingPointError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return EXIT_DIVERGED
+    return 0
+
+
+def parser() -> Parser:
+    """Returns the parser of the command."""
+    made = Parser("experiments.generate", __doc__, workdir=True)
+    made.add_argument(
+        "--prompt", action="append", required=True, help="text to continue; may be given several times"
+    )
+    made.add_argument(
+        "--checkpoint", default="best", help="best (of validation; the default), last, or a step"
+    )
+    made.add_argument(
+        "--max_new_tokens",
+        type=positive_integer,
+        default=256,
+        help="the most new tokens per prompt (default: 256)",
+    )
+    made.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="divisor of the logits (default: 1); 0 takes the likeliest token",
+    )
+    made.add_argument("--top_k", type=int, help="sample from so many of the likeliest tokens")
+    made.add_argument(
+        "--top_p", type=float, help="sample from the fewest likely tokens whose probabilities sum to this"
+    )
+    made.add_argument(
+        "--min_p", type=float, help="sample from tokens at least this fraction as likely as the likeliest"
+    )
+    made.add_argument(
+        "--repetition_penalty",
+        type=float,
+        default=1.0,
+        help="above 1, tokens that occurred are less likely (default: 1)",
+    )
+    made.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        help="text that ends a continuation and is not printed; may be repeated",
+    )
+    made.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    return made
+
+
+def encode(tokenizer: Any, prompt: str) -> np.ndarray:
+    """Returns the token ids of a prompt.
+
+    Raises:
+      ArgumentError: the tokenizer cannot encode it.
+    """
+    try:
+        ids = np.asarray(tokenizer.encode(prompt))
+    except (ValueError, KeyError) as error:
+        raise ArgumentError(f"--prompt={prompt!r} cannot be encoded: {error}") from None
+    if not ids.size:
+        raise ArgumentError(f"--prompt={prompt!r} has no tokens; expected a text that has at least one")
+    return ids
+
+
+def restored(plan: Experiment, checkpoints: Checkpoints, step: int) -> LanguageModel:
+    """Returns the model of a checkpoint, on the first device.
+
+    Raises:
+      ValueError: the checkpoint does not fit the model.
+    """
+    layout = plan.step_functions(Devices.first(1)).layout
+    state, _ = restore(layout, checkpoints, step)
+    parameters, statistics = jax.jit(layout.packing.cut)(state.evaluated), state.statistics
+    return plan.model.module(parameters, statistics)
+
+
+def texts(blocks: Iterator[Generation], tokenizer: Any, stops: Sequence[str]) -> Iterator[str]:
+    """Yields the text of the new tokens, as far as later tokens cannot change or remove it.
+
+    Args:
+      blocks: what `stream` returns for one prompt.
+      tokenizer: has `end` and `decode`.
+      stops: texts before the first of which the text ends.
+    """
+    ids: list[int] = []
+    shown = 0
+    for block in blocks:
+        ids += block.tokens[0, : block.lengths[0]].tolist()
+        ended = ids[-1] == tokenizer.end
+        text = tokenizer.decode(np.asarray(ids[:-1] if ended else ids, np.int32))
+        places = [place for stop in stops if (place := text.find(stop)) >= 0]
+        if places:
+            yield text[shown : min(places)]
+            return
+        sure = len(text) if ended else settled(text, stops)
+        yield text[shown:sure]
+        shown = max(shown, sure)
+    if ids:
+        yield tokenizer.decode(np.asarray([one for one in ids if one != tokenizer.end], np.int32))[shown:]
+
+
+def settled(text: str, stops: Sequence[str]) -> int:
+    """Returns the length of the text without an end that may be part of a character or the beginning of a stop."""
+    sure = len(text.rstrip(REPLACED))
+    begun = [
+        length for stop in stops for length in range(1, len(stop)) if text[:sure].endswith(stop[:length])
+    ]
+    return sure - max(begun, default=0)
+
+
+def show(text: str) -> None:
+    """Prints a piece of text at once; characters that the terminal does not have become question marks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""Generation from language models: chunked prefill of prompts, then a compiled loop of steps.
+
+    new = seqmodels.generate(model, [[3, 1, 4], [1, 5]], max_new_tokens=20, temperature=0.8, top_p=0.95)
+
+Prompts of different lengths are padded on the left. Padding has segment id 0, so that it enters no state and takes no slot of a
+cache: each row is what its prompt gives alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layers.indices import check_indices
+from layers.typing import Array, Bool, Float, Int, Key
+from seqmodels.language_model import LanguageModel, LanguageModelState
+from seqmodels.sampling import Number, Sampling, choose, make_sampling
+
+Prompts = Array | np.ndarray | Sequence[Any]
+
+# Caches have a multiple of so many slots, so that prompts of similar lengths share what is compiled.
+SLOTS = 128
+# Stands where a stop sequence is shorter than the longest, and fits every token.
+ANY = -1
+# Stands before the first token of the output, and fits no token of a stop sequence.
+NOTHING = -2
+
+
+class Generation(NamedTuple):
+    """New tokens.
+
+    Attributes:
+      tokens: new tokens of each row, with the stop sequence that ends it; 0 behind them.
+      lengths: number of new tokens of each row.
+      log_probabilities: log-probability of each new token under the model, before the repetition penalty, the temperature
+        and the filters; 0 behind them.
+    """
+
+    tokens: Int[np.ndarray, "b n"]
+    lengths: Int[np.ndarray, "b"]
+    log_probabilities: Float[np.ndarray, "b n"]
+
+
+class Rows(NamedTuple):
+    """Where the rows of a batch stand between two steps.
+
+    Attributes:
+      state: state of the model after all tokens but the last.
+      token: last token of each row.
+      stopped: whether the output of a row is complete.
+      recent: last tokens of the output, as many as the longest stop sequence has; None without stop sequences.
+      seen: tokens that occurred; None without a repetition penalty.
+    """
+
+    state: LanguageModelState
+    token: Int[Array, "b"]
+    stopped: Bool[Array, "b"]
+    recent: Int[Array, "b l"] | None
+    seen: Bool[Array, "b v"] | None
+
+
+def generate(
+    model: LanguageModel,
+    tokens: Prompts,
+    *,
+    max_new_tokens: int,
+    temperature: Number = 1.0,
+    top_k: int | None = None,
+    top_p: Number | None = None,
+    min_p: Number | None = None,
+    repetition_penalty: Number = 1.0,
+    stop: Sequence[Any] = (),
+    seed: int = 0,
+    chunk: int = 512,
+    block: int = 64,
+) -> Generation:
+    """Returns the tokens with which the model continues each prompt.
+
+    Args:
+      model: a language model.
+      tokens: prompts, as an array (b, t) or as a sequence of sequences of token ids, whose lengths may differ. A prompt has at
+        least one token.
+      max_new_tokens: the most new tokens per row.
+      temperature: divisor of the logits; 0 takes the most probable token.
+      top_k: number of most probable tokens that are sampled from; None for all.
+      top_p: samples from the smallest set of most probable tokens whose probabilities sum to at least this; None for all.
+      min_p: samples from tokens at least this fraction as probable as the most probable one; None for all.
+      repetition_penalty: logits of tokens of the prompt and the output are divided by it if positive and multiplied by it
+        if negative; 1 changes nothing.
+      stop: sequences of token ids; a row ends after the first that its output contains.
+      seed: seed of the sampling. The tokens of row r depend on the seed, r and its prompt, not on other rows.
+      chunk: the most tokens per row and call in which prompts are read.
+      block: number of steps that are compiled as one loop; the host reads tokens after each block.
+
+    Raises:
+      ValueError, TypeError: an argument is invalid, or a row is longer than the model's table of positions.
+      FloatingPointError: the logits of a row are not finite.
+    """
+    blocks = list(
+        stream(
+            model,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+            seed=seed,
+            chunk=chunk,
+            block=block,
+        )
+    )
+    return Generation(
+        np.concatenate([each.tokens for each in blocks], axis=1),
+        np.sum([each.lengths for each in blocks], axis=0, dtype=np.int32),
+        np.concatenate([each.log_probabilities for each in blocks], axis=1),
+    )
+
+
+def stream(
+    model: LanguageModel,
+    tokens: Prompts,
+    *,
+    max_new_tokens: int,
+    temperature: Number = 1.0,
+    top_k: int | None = None,
+    top_p: Number | None = None,
+    min_p: Number | None = None,
+    repetition_penalty: Number = 1.0,
+    stop: Sequence[Any] = (),
+    seed: int = 0,
+    chunk: int = 512,
+    block: int = 16,
+) -> Iterator[Generation]:
+    """Returns an iterator over the new tokens, `block` of each row at a time; see `generate`.
+
+    It ends once every row has stopped. A row that stopped in an earlier block has length 0.
+    """
+    if not isinstance(model, LanguageModel):
+        raise TypeError(f"model is a {type(model).__name__}; expected a LanguageModel")
+    for name, value in {"max_new_tokens": max_new_tokens, "chunk": chunk, "block": block}.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name}={value!r}; expected an integer of at least 1")
+    vocab_size = model.config.input.vocab_size
+    sampling = make_sampling(
+        vocab_size=vocab_size,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    prompts = _sequences("tokens", tokens, vocab_size)
+    if not prompts:
+        raise ValueError("tokens holds no prompt; expected at least one")
+    stops = _sequences("stop", stop, vocab_size)
+    longest = max(map(len, prompts))
+    read = longest + max_new_tokens - 1  # the last new token is not read
+    table = model.config.input.max_positions
+    if table is not None and read > table:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens needs {read} positions, but max_positions="
+            f"{table}; expected at most {max(0, table + 1 - longest)} new tokens, or a shorter prompt"
+        )
+    stops = _aligned(stops) if stops else None
+    key = jax.random.key(seed)
+    return _blocks(model, prompts, sampling, stops, key, int(max_new_tokens), int(chunk), int(block))
+
+
+def _blocks(model, prompts, sampling, stops, key, max_new_tokens, chunk, size) -> Iterator[Generation]:
+    """Yields the new tokens, `size` steps at a time."""
+    rows = prefill(model, prompts, max_new_tokens, chunk)
+    if stops is not None:
+        rows = rows._replace(recent=jnp.full((len(prompts), stops.shape[1]), NOTHING, jnp.int32))
+    if sampling.repetition_penalty is not None:
+        seen = np.zeros((len(prompts), model.config.input.vocab_size), bool)
+        for row, prompt in enumerate(prompts):
+            seen[row, prompt] = True
+        rows = rows._replace(seen=jnp.asarray(seen))
+    for start in range(0, max_new_tokens, size):
+        steps = min(size, max_new_tokens - start)
+        rows, done, new = _decode(model, rows, sampling, stops, key, start, steps, size=size)
+        done, new = int(done), jax.tree.map(np.asarray, new)
+        _check_finite(new.log_probabilities, start)
+        yield Generation(new.tokens[:, :done], new.lengths, new.log_probabilities[:, :done])
+        if rows.stopped.all():
+            return
+
+
+def prefill(model: LanguageModel, prompts: Sequence[np.ndarray], max_new_tokens: int, chunk: int) -> Rows:
+    """Returns the rows after all tokens of their prompts but the last, which the first step reads."""
+    count, longest = len(prompts), max(map(len, prompts))
+    slots = -(-(longest + max_new_tokens - 1) // SLOTS) * SLOTS
+    state = _initial(model, count, slots)
+    # Widths are powers of two up to `chunk`, so that few of them are compiled.
+    width = min(chunk, 1 << max(0, longest - 2).bit_length())
+    time = -(-(longest - 1) // width) * width
+    inputs, ids = np.zeros((2, count, time), np.int32)
+    for row, prompt in enumerate(prompts):
+        inputs[row, time + 1 - len(prompt) :] = prompt[:-1]
+        ids[row, time + 1 - len(prompt) :] = 1
+    for start in range(0, time, width):
+        piece = slice(start, start + width)
+        # Without ids, mixers take their faster paths.
+        state = _read(model, inputs[:, piece], state, None if ids[:, piece].all() else ids[:, piece])
+    token = jnp.asarray([prompt[-1] for prompt in prompts], jnp.int32)
+    return Rows(state, token, jnp.zeros(count, bool), None, None)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _initial(model, count, slots):
+    return model.init_state(count, max_length=slots)
+
+
+@partial(jax.jit, donate_argnums=(2,))
+def _read(model, inputs, state, ids):
+    """Returns the state after a chunk; its logits are not computed."""
+    return model.unprojected(inputs, state, segment_ids=ids)[1]
+
+
+@partial(jax.jit, static_argnames=("size",), donate_argnums=(1,))
+def _decode(
+    model: LanguageModel,
+    rows: Rows,
+    sampling: Sampling,
+    stops: Int[Array, "n l"] | None,
+    key: Key[Array, ""],
+    start: Any,
+    steps: Any,
+    *,
+    size: int,
+) -> tuple[Rows, Int[Array, ""], Generation]:
+    """Returns the rows after up to `steps` steps, the number of steps done, and room for `size` new tokens with theirs.
+
+    Args:
+      start: number of new tokens before this call; with the row it gives the key of a step.
+    """
+    count = rows.token.shape[0]
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+    room = Generation(
+        jnp.zeros((count, size), jnp.int32),
+        jnp.zeros(count, jnp.int32),
+        jnp.zeros((count, size), jnp.float32),
+    )
+
+    def step(carry):
+        done, rows, new = carry
+        logits, state = model(rows.token[:, None], rows.state)
+        here = jax.vmap(jax.random.fold_in, (0, None))(keys, start + done)
+        token, chance = choose(logits[:, 0], sampling, here, rows.seen)
+        token, chance = jnp.where(rows.stopped, 0, token), jnp.where(rows.stopped, 0.0, chance)
+        new = Generation(
+            new.tokens.at[:, done].set(token),
+            new.lengths + (~rows.stopped).astype(jnp.int32),
+            new.log_probabilities.at[:, done].set(chance),
+        )
+        return done + 1, _after(rows, state, token, stops), new
+
+    def goes_on(carry):
+        done, rows, _ = carry
+        return (done < steps) & ~rows.stopped.all()
+
+    done, rows, new = jax.lax.while_loop(goes_on, step, (jnp.int32(0), rows, room))
+    return rows, done, new
+
+
+def _after(rows, state, token, stops):
+    """Returns the rows after a step that chose `token`."""
+    recent, seen, stopped = rows.recent, rows.seen, rows.stopped
+    if stops is not None:
+        recent = jnp.concatenate([recent[:, 1:], token[:, None]], axis=1)
+        fits = (recent[:, None] == stops[None]) | (stops == ANY)[None]
+        stopped = stopped | fits.all(-1).any(-1)
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(token)), token].set(True)
+    return Rows(state, token, stopped, recent, seen)
+
+
+def _sequences(name: str, given: Any, vocab_size: int) -> list[np.ndarray]:
+    """Returns sequences of token ids as int32 arrays; raises unless each has a token and all are in the vocabulary."""
+    if isinstance(given, str | bytes) or not hasattr(given, "__len__"):
+        raise TypeError(f"{name} is {given!r}; expected sequences of token ids")
+    found = []
+    for number, one in enumerate(given):
+        ids = np.asarray(one)
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            raise TypeError(
+                f"{name}[{number}] is {ids.dtype}{list(ids.shape)}; expected integer token ids (t,)"
+            )
+        if not ids.size:
+            raise ValueError(f"{name}[{number}] is empty; expected at least one token id")
+        check_indices(f"{name}[{number}]", ids, vocab_size, of="vocab_size")
+        found.append(ids.astype(np.int32))
+    return found
+
+
+def _aligned(stops: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the stop sequences (n, l), the shorter ones with ANY in front."""
+    longest = max(map(len, stops))
+    return np.stack([np.pad(one, (longest - len(one), 0), constant_values=ANY) for one in stops])
+
+
+def _check_finite(chances: np.ndarray, start: int) -> None:
+    """Raises FloatingPointError if a log-probability is not finite."""
+    wrong = np.argwhere(~np.isfinite(chances))
+    if len(wrong):
+        row, step = wrong[0]
+        raise FloatingPointError(
+            f"the logits of row {row} are not finite at new token {start + step}: the row is longer than a mixer's max_length, "
+            "or the parameters are not finite"
+        )
