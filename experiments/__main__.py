@@ -19,6 +19,7 @@ MODULES = {
     "train": "experiments.train",
     "evaluate": "experiments.evaluate",
     "generate": "experiments.generate",
+    "long_context": "experiments.long_context",
     "compare": "experiments.compare",
     "sweep": "experiments.sweep.__main__",
     "list": "experiments.list",

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from experiments.config.command_line import REFUSALS, Parser, refuse
 from experiments.data import cache
 from experiments.parallel.mesh import Devices
-from experiments.runs.checkpoints import CheckpointError, Checkpoints
+from experiments.runs.checkpoints import Checkpoints, choose_step
 from experiments.runs.directory import RunDirectory
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.training import experiment
@@ -56,27 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"{file} cannot be written: {error.strerror}", file=sys.stderr)
     return 0
-
-
-def choose_step(checkpoints: Checkpoints, which: str) -> int:
-    """Returns the step that "best", "last" or a number means, among the checkpoints that are intact.
-
-    Raises:
-      ValueError: if there is no such checkpoint; the message names the steps that have one.
-      CheckpointError: if it is damaged.
-    """
-    if which not in ("best", "last") and not which.isdecimal():
-        raise ValueError(f"checkpoint={which!r}; expected best, last or a step")
-    wanted = {"best": checkpoints.from_best, "last": checkpoints.steps[::-1]}
-    steps = [int(which)] if which.isdecimal() else wanted[which]
-    if not steps or steps[0] not in checkpoints.steps:
-        known = ", ".join(map(str, checkpoints.steps)) or "none"
-        raise ValueError(f"checkpoint={which}: there is no such checkpoint; steps with one: {known}")
-    step = checkpoints.intact(steps)
-    if step is None:
-        others = ", ".join(str(known) for known in checkpoints.steps if known not in steps) or "none"
-        raise CheckpointError(f"checkpoint={which}: it is damaged; steps with other checkpoints: {others}")
-    return step
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.config.command_line import (
@@ -23,15 +22,8 @@ from experiments.config.command_line import (
     positive_integer,
     reporting,
 )
-from experiments.data import cache
-from experiments.evaluate import choose_step
-from experiments.parallel.mesh import Devices
-from experiments.runs.checkpoints import Checkpoints
-from experiments.runs.directory import RunDirectory
-from experiments.training import experiment
-from experiments.training.experiment import Experiment
-from experiments.training.loop import restore
-from seqmodels import Generation, LanguageModel, stream
+from experiments.training.trained import open_run
+from seqmodels import Generation, stream
 
 # Arguments that `stream` takes as they are.
 OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -48,23 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("prompt", "stop"):
         if "" in getattr(args, name):
             raise ArgumentError(f"--{name}= is empty; expected a text")
-    run = RunDirectory(args.workdir)
-    config = run.config()
-    if (kind := config["model"].get("kind")) != "language_model":
-        raise ArgumentError(
-            f"--workdir={args.workdir}: the run's model is of kind {kind!r}; expected a language_model"
-        )
-    with Checkpoints(run.checkpoints) as checkpoints, cache.temporary_builds():
-        step = choose_step(checkpoints, args.checkpoint)
-        plan = experiment.build(config)
-        tokenizer = getattr(plan.task, "tokenizer", None)
-        if tokenizer is None:
-            name = config["task"]["name"]
-            raise ArgumentError(
-                f"--workdir={args.workdir}: the task {name!r} of the run has no tokenizer; expected a task of texts"
-            )
-        prompts = [encode(tokenizer, prompt) for prompt in args.prompt]
-        model = restored(plan, checkpoints, step)
+    trained = open_run(args.workdir, args.checkpoint)
+    model, tokenizer = trained.model, trained.plan.task.tokenizer
+    prompts = [encode(tokenizer, prompt) for prompt in args.prompt]
     options = {name: getattr(args, name) for name in OPTIONS} | {"stop": [[tokenizer.end]], "block": BLOCK}
     try:
         streams = [
@@ -142,18 +120,6 @@ def encode(tokenizer: Any, prompt: str) -> np.ndarray:
     if not ids.size:
         raise ArgumentError(f"--prompt={prompt!r} has no tokens; expected a text that has at least one")
     return ids
-
-
-def restored(plan: Experiment, checkpoints: Checkpoints, step: int) -> LanguageModel:
-    """Returns the model of a checkpoint, on the first device.
-
-    Raises:
-      ValueError: the checkpoint does not fit the model.
-    """
-    layout = plan.step_functions(Devices.first(1)).layout
-    state, _ = restore(layout, checkpoints, step)
-    parameters, statistics = jax.jit(layout.packing.cut)(state.evaluated), state.statistics
-    return plan.model.module(parameters, statistics)
 
 
 def texts(blocks: Iterator[Generation], tokenizer: Any, stops: Sequence[str]) -> Iterator[str]:

@@ -328,3 +328,24 @@ def _first_line(error: Exception) -> str:
     text = f"{type(error).__name__}: {error}"
     full = os.strerror(errno.ENOSPC)  # Orbax says it at the end of a long line
     return full if full in text else text.splitlines()[0][:300]
+
+
+def choose_step(checkpoints: Checkpoints, which: str) -> int:
+    """Returns the step that "best", "last" or a number means, among the checkpoints that are intact.
+
+    Raises:
+      ValueError: if there is no such checkpoint; the message names the steps that have one.
+      CheckpointError: if it is damaged.
+    """
+    if which not in ("best", "last") and not which.isdecimal():
+        raise ValueError(f"checkpoint={which!r}; expected best, last or a step")
+    wanted = {"best": checkpoints.from_best, "last": checkpoints.steps[::-1]}
+    steps = [int(which)] if which.isdecimal() else wanted[which]
+    if not steps or steps[0] not in checkpoints.steps:
+        known = ", ".join(map(str, checkpoints.steps)) or "none"
+        raise ValueError(f"checkpoint={which}: there is no such checkpoint; steps with one: {known}")
+    step = checkpoints.intact(steps)
+    if step is None:
+        others = ", ".join(str(known) for known in checkpoints.steps if known not in steps) or "none"
+        raise CheckpointError(f"checkpoint={which}: it is damaged; steps with other checkpoints: {others}")
+    return step

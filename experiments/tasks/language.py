@@ -17,6 +17,7 @@ from experiments.tasks import tokens
 from experiments.tasks.task import Task
 from layers.cross_entropy import Unprojected
 from layers.kernels.segments import Padding
+from layers.options import check_number
 from layers.typing import Array, Float
 
 LN2 = math.log(2)
@@ -49,6 +50,7 @@ class LanguageModeling(Task):
         packing: str = "best_fit",
         reset: bool = True,
         invalid: str = "error",
+        z_loss: float = 0.0,
         train: int | None = None,
         validation: int | None = None,
         test: int | None = None,
@@ -65,6 +67,7 @@ class LanguageModeling(Task):
             `data.text.packing`).
           reset: whether documents of a row are kept apart; False needs "concatenate".
           invalid: what to do with bytes that are not UTF-8: "error" or "replace".
+          z_loss: weight of the z-loss (see `tasks.tokens.cross_entropy`), in training and evaluation; 1e-4 is usual.
           train: largest number of rows in that split, evenly spaced; None keeps all. Likewise `validation` and `test`.
           data_dir: folder of the cache; by default $SEQMODELS_DATA, else ~/.cache/seqmodels.
 
@@ -79,6 +82,8 @@ class LanguageModeling(Task):
                 check_integer(f"task.{name}", value, least=1)
         if not isinstance(reset, bool):
             raise TypeError(f"reset={reset!r}; expected True or False")
+        check_number("task.z_loss", z_loss, least=0.0)
+        self._z_loss = float(z_loss)
         corpus = load_corpus(source, tokenizer=tokenizer, invalid=invalid, data_dir=data_dir)
         self.tokenizer = corpus.tokenizer
         self.vocab_size = self.tokenizer.vocab_size
@@ -106,11 +111,12 @@ class LanguageModeling(Task):
         The bits of all predicted tokens, ends of documents included, are divided by the number of bytes of text that
         the tokens stand for.
         """
-        loss, sums = tokens.cross_entropy(outputs, batch)
+        loss, sums = tokens.cross_entropy(outputs, batch, z_loss=self._z_loss)
         counted = tokens.is_counted(batch)
         sizes = jnp.asarray(self.tokenizer.bytes_per_token, jnp.float32)
         text_bytes = jnp.sum(sizes[jnp.where(counted, batch["labels"], 0)], where=counted)
-        return loss, sums | {"bits_per_byte": sums["loss"] / LN2, "bits_per_byte_count": text_bytes}
+        bits = sums.get("cross_entropy", sums["loss"]) / LN2
+        return loss, sums | {"bits_per_byte": bits, "bits_per_byte_count": text_bytes}
 
     def baselines(self, split: str = "test") -> dict[str, float]:
         """Returns the bits per byte of the token frequencies of "train", with one added to each count."""

@@ -1,0 +1,63 @@
+"""The trained language model of a run, from its work directory alone."""
+
+from typing import NamedTuple
+
+import jax
+
+from experiments.config.command_line import ArgumentError
+from experiments.data import cache
+from experiments.parallel.mesh import Devices
+from experiments.runs.checkpoints import Checkpoints, choose_step
+from experiments.runs.directory import RunDirectory
+from experiments.training import experiment
+from experiments.training.experiment import Experiment
+from experiments.training.loop import restore
+from seqmodels import LanguageModel
+
+
+class Trained(NamedTuple):
+    """A trained language model and what it was trained by.
+
+    Attributes:
+      run: the work directory.
+      plan: the experiment; its task has a `tokenizer`.
+      model: the model of the checkpoint, on the first device.
+      step: step of the checkpoint.
+    """
+
+    run: RunDirectory
+    plan: Experiment
+    model: LanguageModel
+    step: int
+
+
+def open_run(workdir: str, checkpoint: str) -> Trained:
+    """Returns the language model of a checkpoint of a run, with the tokenizer of its task.
+
+    Args:
+      workdir: work directory of the run.
+      checkpoint: "best", "last" or a step.
+
+    Raises:
+      ArgumentError: the run is not one of a language model on a task that has a tokenizer.
+      ValueError: there is no such run or checkpoint, or the checkpoint does not fit the model.
+      CheckpointError: the checkpoint is damaged.
+    """
+    run = RunDirectory(workdir)
+    config = run.config()
+    if (kind := config["model"].get("kind")) != "language_model":
+        raise ArgumentError(
+            f"--workdir={workdir}: the run's model is of kind {kind!r}; expected a language_model"
+        )
+    with Checkpoints(run.checkpoints) as checkpoints, cache.temporary_builds():
+        step = choose_step(checkpoints, checkpoint)
+        plan = experiment.build(config)
+        if getattr(plan.task, "tokenizer", None) is None:
+            name = config["task"]["name"]
+            raise ArgumentError(
+                f"--workdir={workdir}: the task {name!r} of the run has no tokenizer; expected a task of texts"
+            )
+        layout = plan.step_functions(Devices.first(1)).layout
+        state, _ = restore(layout, checkpoints, step)
+    parameters = jax.jit(layout.packing.cut)(state.evaluated)
+    return Trained(run, plan, plan.model.module(parameters, state.statistics), step)
