@@ -114,9 +114,8 @@ def _tasks(text: str) -> tuple[str, ...]:
     names = tuple(known) if text == "all" else tuple(text.split(","))
     for name in names:
         if name not in known:
-            raise argparse.ArgumentTypeError(
-                f"unknown task {name!r}{suggestion(name, known)}; choose from all, {', '.join(known)}"
-            )
+            hint = suggestion(name, known) or f"; choose from all, {', '.join(known)}"
+            raise argparse.ArgumentTypeError(f"unknown task {name!r}{hint}")
     return names
 
 
