@@ -131,20 +131,18 @@ def texts(blocks: Iterator[Generation], tokenizer: Any, stops: Sequence[str]) ->
       stops: texts before the first of which the text ends.
     """
     ids: list[int] = []
-    shown = 0
+    text, shown = "", 0
     for block in blocks:
         ids += block.tokens[0, : block.lengths[0]].tolist()
-        ended = ids[-1] == tokenizer.end
-        text = tokenizer.decode(np.asarray(ids[:-1] if ended else ids, np.int32))
+        text = tokenizer.decode(np.asarray([one for one in ids if one != tokenizer.end], np.int32))
         places = [place for stop in stops if (place := text.find(stop)) >= 0]
         if places:
             yield text[shown : min(places)]
             return
-        sure = len(text) if ended else settled(text, stops)
-        yield text[shown:sure]
-        shown = max(shown, sure)
-    if ids:
-        yield tokenizer.decode(np.asarray([one for one in ids if one != tokenizer.end], np.int32))[shown:]
+        if (sure := settled(text, stops)) > shown:
+            yield text[shown:sure]
+            shown = sure
+    yield text[shown:]
 
 
 def settled(text: str, stops: Sequence[str]) -> int:
