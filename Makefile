@@ -4,10 +4,11 @@
 SHELL := /bin/sh
 PYTHON_IN_VENV := .venv/bin/python
 
-.PHONY: help env run test check check-format check-lint check-project check-docs format notebooks clean
+.PHONY: help env run run-lm test check check-format check-lint check-project check-docs format notebooks clean
 
 help:
 	@echo "make run         train S5 and a Transformer on short ListOps and compare them (into runs/first-look)"
+	@echo "make run-lm      train a byte-level hybrid on Python's standard library and generate with it (into runs/lm-stdlib)"
 	@echo "make test        run the tests; pass options to pytest with ARGS=..., say ARGS='-k s5'"
 	@echo "make check       formatting, lint, import direction, project files, documentation, notebooks"
 	@echo "make format      rewrite the sources in the project's format, and apply safe lint fixes"
@@ -21,6 +22,11 @@ env:
 run: env
 	@$(PYTHON_IN_VENV) -m experiments.compare --config=configs/lra/listops_short.py --mixers=s5,attention \
 		--workdir=runs/first-look $(ARGS)
+
+run-lm: env
+	@$(PYTHON_IN_VENV) -m experiments.train --config=configs/lm/stdlib.py --workdir=runs/lm-stdlib $(ARGS)
+	@$(PYTHON_IN_VENV) -m experiments.generate --workdir=runs/lm-stdlib --prompt="def read_file(path):" \
+		--max_new_tokens=400 --temperature=0.7 --seed=1
 
 test: env
 	@$(PYTHON_IN_VENV) -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal $(ARGS)
