@@ -21,10 +21,10 @@ LONGEST = 48
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run whose model has learned that a and b alternate."""
+    """The folder of a run whose model has learned lines of abc."""
     folder = tmp_path_factory.mktemp("run")
     source = folder / "text.txt"
-    source.write_text("ab" * 3000)
+    source.write_text("abc\n" * 1500)
     config = dict(
         seed=0,
         task=dict(name="language", source=str(source), length=LONGEST, data_dir=str(folder / "data")),
@@ -38,8 +38,8 @@ def run(tmp_path_factory):
             absolute_positions="learned",
             max_positions=LONGEST,
         ),
-        optimizer=dict(learning_rate=0.05, warmup_steps=1, ema=0.5),
-        train=dict(batch_size=8, steps=40, eval_every=10.0, log_every=20, tensorboard=False),
+        optimizer=dict(learning_rate=0.03, warmup_steps=1, ema=0.5),
+        train=dict(batch_size=8, steps=100, eval_every=10.0, log_every=50, tensorboard=False),
         data=dict(prefetch=1),
         mesh={},
     )
@@ -60,11 +60,13 @@ def call(folder, *arguments):
 
 def test_prompts_are_continued(run, capsys):
     before = sorted(run.rglob("*"))
-    assert call(run, "--prompt=abab", "--prompt=ba", "--temperature=0", "--max_new_tokens=9") == 0
-    assert capsys.readouterr().out == "abababababab" + "a\n" + "babababab" + "ab\n"
+    assert call(run, "--prompt=ab", "--prompt=abc\na", "--temperature=0", "--max_new_tokens=9") == 0
+    assert capsys.readouterr().out == "abc\nabc\nabc\n" + "abc\nabc\nabc\nab\n"
     # The stop is not printed, whichever tokens and blocks it lies in.
-    assert call(run, "--prompt=ab", "--temperature=0", "--max_new_tokens=20", "--stop=babab", "--stop=x") == 0
-    assert capsys.readouterr().out == "aba\n"
+    assert (
+        call(run, "--prompt=ab", "--temperature=0", "--max_new_tokens=20", "--stop=bc\nab", "--stop=x") == 0
+    )
+    assert capsys.readouterr().out == "abc\na\n"
     sampled = ["--prompt=a", "--max_new_tokens=16", "--temperature=3", "--top_k=200", "--checkpoint=last"]
     said = []
     for seed in (1, 1, 2):
