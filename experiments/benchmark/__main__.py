@@ -3,6 +3,7 @@
     python -m experiments.benchmark kernels [--peers] [--only=delta_rule/KDA,linear_recurrence] [--out=FOLDER]
     python -m experiments.benchmark scaling [--lengths=2048,8192,32768,131072] [--out=FOLDER]
     python -m experiments.benchmark steps [--only=gated_deltanet,transformer] [--rows=whole,packed] [--num_devices=2]
+    python -m experiments.benchmark decode [--only=mamba2,transformer] [--batch=8] [--lengths=1024,16384] [--out=FOLDER]
     python -m experiments.benchmark tune [--only=linear_recurrence/real] [--out=FOLDER]
 
 `kernels` prints a table and writes kernels.json and kernels.png: milliseconds (median of interleaved measurements) of
@@ -10,7 +11,9 @@ the forward pass and of both passes, the ratio to the floor, the ratio to what `
 against the float64 reference. The floor is the larger of the fewest bytes over the bandwidth of a copy and the
 arithmetic over the rate of the unit that does it, both measured at the start. On a CPU the sizes are smaller and the
 inputs float32. On a GPU `--workers` processes compile and check in parallel, which takes longer than timing;
-`--patience` bounds it. `steps` times whole training steps of language models (`experiments/benchmark/steps.py`). `tune` checks and times layouts of the GPU kernels and writes tune.json. Exit codes: 0 done; 1 one of
+`--patience` bounds it. `steps` times whole training steps of language models (`experiments/benchmark/steps.py`), and
+`decode` steps of their generation against batch and context. `tune` checks and times layouts of the GPU kernels and writes
+tune.json. Exit codes: 0 done; 1 one of
 our implementations failed or a process ended, the others are in the table; 2 an argument cannot be used.
 """
 
@@ -21,7 +24,7 @@ from typing import Any
 
 import jax
 
-from experiments.benchmark import kernels, peers, report, scaling, steps, tune
+from experiments.benchmark import decode, kernels, peers, report, scaling, steps, tune
 from experiments.benchmark.processes import EndedEarly
 from experiments.benchmark.timing import ceilings
 from experiments.config.command_line import (
@@ -37,7 +40,9 @@ from experiments.parallel.mesh import Devices
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.runs.sessions import git_revision, versions
 
-STUDIES = ("kernels", "scaling", "steps", "tune")
+STUDIES = ("kernels", "scaling", "steps", "decode", "tune")
+MODELS = ("steps", "decode")  # studies of whole models
+LENGTHS = (2048, 8192, 32768, 131072)  # of `scaling`
 ON_CPU = {"dtype": "float32", "batch": 1, "time": 1024, "narrower": 8, "rounds": 5, "workers": 1}
 
 
@@ -46,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a study and returns the exit code."""
     values = _parser().parse_args(argv)
     study = values.study
-    _share_memory(1 if study in ("steps", "tune") else values.workers or kernels.Options.workers)
+    _share_memory(1 if study in (*MODELS, "tune") else values.workers or kernels.Options.workers)
     options = _options(values)
-    chosen = [] if study in ("steps", "tune") else list(kernels.selected(options.only))
+    chosen = [] if study in (*MODELS, "tune") else list(kernels.selected(options.only))
     out = values.out
     device = Devices.first(1).describe()
     record: dict[str, Any] = dict(
@@ -95,15 +100,25 @@ def main(argv: Sequence[str] | None = None) -> int:
                 lambda row: add(row, steps.line(row)),
                 say,
             )
+        elif study == "decode":
+            rounds = values.rounds or 5
+            record["rounds"] = rounds
+            print(device, flush=True)
+            batches = values.batch and (values.batch,)
+            decode.run(
+                values.only, batches, values.lengths, rounds, lambda row: add(row, decode.line(row)), say
+            )
+            decode.draw(rows, out / "decode.png", device)
         else:
             print(f"{device}; one row; both passes", flush=True)
-            rows[:] = scaling.run(options, values.lengths, lambda row: add(row, _scaling_line(row)), say)
+            lengths = values.lengths or LENGTHS
+            rows[:] = scaling.run(options, lengths, lambda row: add(row, _scaling_line(row)), say)
         store()
     except EndedEarly as error:
         problems.append(str(error))
     if study == "kernels":
         problems += [report.line(row) for row in kernels.failures(rows)]
-    if rows and study != "steps":
+    if rows and study not in MODELS:
         draw = report.draw_bars if study == "kernels" else report.draw_scaling
         draw(rows, out / f"{study}.png", device)
     for problem in problems:
@@ -189,8 +204,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--lengths",
         type=positive_integers,
-        default=(2048, 8192, 32768, 131072),
-        help="tokens per row, for `scaling`",
+        help="tokens per row, for `scaling`, or of context, for `decode`",
     )
     return parser
 

@@ -236,6 +236,22 @@ def test_steps_are_timed_on_packed_rows(tmp_path):
     assert (np.diff(packed) >= 0).all()
 
 
+@pytest.mark.parametrize("model", ["transformer", pytest.param("mamba2", marks=pytest.mark.slow)])
+def test_steps_of_generation_are_timed_and_states_measured(model, tmp_path):
+    arguments = [f"--only={model}", "--batch=2", "--lengths=96,160", "--rounds=1"]
+    assert main(["decode", *arguments, f"--out={tmp_path}"]) == 0
+    rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert [(row["model"], row["batch"], row["context"]) for row in rows] == [(model, 2, 96), (model, 2, 160)]
+    short, long = (row["state_bytes"] for row in rows)
+    if model == "transformer":
+        # Keys and values of 64 more tokens in bfloat16: 2 rows, 2 layers, 96 features.
+        assert long - short >= 64 * 2 * 2 * 2 * 96 * 2
+    else:
+        assert long == short
+    assert all(row["milliseconds"] > 0 for row in rows)
+    assert (tmp_path / "decode.png").stat().st_size > 1000
+
+
 def test_unknown_models_of_steps_are_refused_with_the_nearest(tmp_path, capsys):
     assert main(["steps", "--only=transformr", f"--out={tmp_path}"]) == 2
     assert "did you mean 'transformer'" in capsys.readouterr().err
