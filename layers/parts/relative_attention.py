@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.attention import Logits, Tokens, attention
+from layers.kernels.sizes import in_chunks, known
 from layers.positions import Position
 from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Float
@@ -52,16 +53,17 @@ def relative_attention(
             **options,
         )
 
-    if t <= BLOCK:
+    if known(t) and t <= BLOCK:
         return attend(q, segment_ids, tokens.q_positions)
     if segment_ids is None:
         segment_ids = jnp.ones((b, t), jnp.int32)
         tokens = dataclasses.replace(tokens, kv_segment_ids=jnp.ones(k.shape[:2], jnp.int32))
 
     def cut(x):
-        x = jnp.pad(x, [(0, -t % BLOCK if axis == 1 else 0) for axis in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:]), 1, 0)
+        padded = in_chunks(t, BLOCK)
+        x = jnp.pad(x, [(0, padded - t if axis == 1 else 0) for axis in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(x.shape[0], padded // BLOCK, BLOCK, *x.shape[2:]), 1, 0)
 
     blocks = cut(q), cut(segment_ids), cut(tokens.q_positions)
     o = jax.lax.map(lambda block: jax.checkpoint(attend)(*block), blocks)
-    return jnp.moveaxis(o, 0, 1).reshape(b, -1, *o.shape[3:])[:, :t]
+    return jnp.moveaxis(o, 0, 1).reshape(b, in_chunks(t, BLOCK), *o.shape[3:])[:, :t]
