@@ -12,7 +12,7 @@ OPTIONS = dict(
     depth="4",
     length="256",
     learning_rate="3e-3",
-    steps="1000",
+    steps="360",
 )
 
 
@@ -26,7 +26,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.task = dict(
-        name="language", source="stdlib", length=int(options["length"]), packing="best_fit", validation=1000
+        name="language",
+        source="stdlib",
+        length=int(options["length"]),
+        packing="best_fit",
+        validation=200,
+        test=400,
     )
     config.model = dict(
         kind="language_model",
@@ -37,8 +42,8 @@ def get_config(arg: str = "") -> ConfigDict:
         mixer_defaults=dict(heads=4, causal=True),
     )
     config.data = {}
-    config.train = dict(batch_size=16, steps=int(options["steps"]), eval_every=0.1, log_every=25)
+    config.train = dict(batch_size=8, steps=int(options["steps"]), eval_every=0.05, log_every=20)
     config.optimizer = dict(
-        learning_rate=float(options["learning_rate"]), weight_decay=0.1, warmup_steps=50, clip_norm=1.0
+        learning_rate=float(options["learning_rate"]), weight_decay=0.1, warmup_steps=20, clip_norm=1.0
     )
     return config

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from experiments.config.command_line import ArgumentError, Parser, folder, reporting
 from experiments.data import cache, listops, listops_datasets
+from experiments.data.text.datasets import load_corpus
+from experiments.data.text.sources import INVALID
 
 
 def _add_listops(commands: argparse._SubParsersAction) -> None:
@@ -33,12 +35,31 @@ def _prepare_listops(options: argparse.Namespace) -> cache.Dataset:
     return listops_datasets.load_official(options.official_dir, data_dir=options.data_dir)
 
 
+def _add_text(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("text", help="documents of a corpus as tokens", allow_abbrev=False)
+    parser.add_argument("--source", default="stdlib", help='a file, a folder or, by default, "stdlib"')
+    parser.add_argument(
+        "--tokenizer",
+        default="bytes",
+        help='"bytes" (the default), "characters", "bpe:VOCAB" or a tokenizer.json',
+    )
+    parser.add_argument("--invalid", choices=INVALID, default="error", help="bytes that are not UTF-8")
+    parser.set_defaults(prepare=_prepare_text)
+
+
+def _prepare_text(options: argparse.Namespace) -> cache.Dataset:
+    return load_corpus(
+        options.source, tokenizer=options.tokenizer, invalid=options.invalid, data_dir=options.data_dir
+    ).dataset
+
+
 @reporting
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds or loads the data set of the arguments, prints a summary of its manifest, and returns the exit code."""
     parser = Parser("experiments.data.prepare", __doc__)
     commands = parser.add_subparsers(required=True, metavar="DATASET", parser_class=argparse.ArgumentParser)
     _add_listops(commands)
+    _add_text(commands)
     for command in commands.choices.values():
         command.add_argument(
             "--data_dir", type=folder, help="default: $SEQMODELS_DATA, else ~/.cache/seqmodels"

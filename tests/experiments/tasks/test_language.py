@@ -1,0 +1,164 @@
+"""Language modelling: the metric and baseline by hand, a model that trains and resumes, and what is refused."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import train
+from experiments.data import prepare
+from experiments.data.pipeline import eval_batches
+from experiments.data.text.sources import split_of
+from experiments.runs.logs import read_lines
+from experiments.tasks import make_task
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config(arg=""):
+    config = ConfigDict()
+    config.seed = 0
+    config.task = dict(name="language", source="SOURCE", data_dir="DATA", length=16)
+    config.model = dict(kind="language_model", width=8, depth=1, pattern=("lru",), mixer_defaults=dict(causal=True))
+    config.data = dict(prefetch=0)
+    config.train = dict(batch_size=4, steps=4, eval_every=100.0, log_every=1, checkpoint_every=2, tensorboard=False)
+    config.optimizer = dict(learning_rate=1e-2, warmup_steps=1, schedule="constant")
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A made corpus of 60 short files, with a config beside it."""
+    root = tmp_path_factory.mktemp("language")
+    (root / "corpus").mkdir()
+    for number in range(60):
+        (root / "corpus" / f"{number}.txt").write_text(f"é{number} " * (number % 7 + 1))
+    text = CONFIG.replace("SOURCE", str(root / "corpus")).replace("DATA", str(root / "data"))
+    (root / "config.py").write_text(text)
+    return root
+
+
+@pytest.fixture(scope="module")
+def task(folder):
+    return make_task("language", source=folder / "corpus", data_dir=folder / "data", length=16)
+
+
+def text_bytes(folder, split):
+    files = (folder / "corpus").iterdir()
+    return [file.read_bytes() for file in files if split_of(file.name) == split]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "characters"])
+def test_bits_per_byte_of_uniform_predictions(folder, tokenizer):
+    """log2(vocabulary) bits for every token and end, per byte of the text."""
+    task = make_task(
+        "language", source=folder / "corpus", data_dir=folder / "data", length=16, tokenizer=tokenizer
+    )
+    documents = text_bytes(folder, "test")
+    sums = dict(bits_per_byte=0.0, bits_per_byte_count=0.0, count=0.0)
+    for batch in eval_batches(task.splits["test"], batch_size=3):
+        logits = jnp.zeros((*batch["inputs"].shape, task.vocab_size))
+        found = task.loss(logits, batch)[1]
+        sums = {name: value + float(found[name]) for name, value in sums.items()}
+    # The first token of a document is never predicted, and its end is; each begins with a character of two bytes.
+    first = 1 if tokenizer == "bytes" else 2
+    units = [len(text) if tokenizer == "bytes" else len(text.decode()) for text in documents]
+    lost = len(documents) * first
+    assert sums["count"] == sum(units)
+    assert sums["bits_per_byte_count"] == sum(map(len, documents)) - lost
+    assert sums["bits_per_byte"] == pytest.approx(sum(units) * math.log2(task.vocab_size), rel=1e-5)
+
+
+def test_the_baseline_by_hand(folder, task):
+    counts = np.ones(257)
+    for text in text_bytes(folder, "train"):
+        np.add.at(counts, [*text[1:], 256], 1)
+    bits = -np.log2(counts / counts.sum())
+    tests = text_bytes(folder, "test")
+    expected = sum(bits[[*text[1:], 256]].sum() for text in tests) / sum(len(text) - 1 for text in tests)
+    assert task.baselines("test") == {"unigram_bits_per_byte": pytest.approx(expected)}
+
+
+def test_attributes(folder, task):
+    assert (task.vocab_size, task.tokenizer.end) == (257, 256)
+    assert task.packed == max(split.segments for split in task.splits.values()) > 1
+    other = make_task(
+        "language",
+        source=folder / "corpus",
+        data_dir=folder / "data",
+        length=16,
+        packing="concatenate",
+        reset=False,
+        train=2,
+    )
+    assert other.packed is False
+    assert len(other.splits["train"]) == 2
+    assert other.manifest != task.manifest
+    assert other.manifest["content_sha256"] == task.manifest["content_sha256"]
+
+
+def train_on(folder, name, *flags):
+    return train.main([f"--config={folder / 'config.py'}", f"--workdir={folder / name}", *flags])
+
+
+def losses(folder, name):
+    lines = read_lines(folder / name / "metrics.jsonl")
+    return [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+
+
+def test_a_run_resumes_exactly_and_refuses_a_changed_corpus(folder, capsys):
+    assert train_on(folder, "whole") == 0
+    assert train_on(folder, "parts", "--config.train.steps=2") == 0
+    assert train_on(folder, "parts") == 0
+    assert len(losses(folder, "whole")) == 4
+    assert losses(folder, "parts") == losses(folder, "whole")
+    results = json.loads((folder / "whole" / "results.json").read_text())
+    assert "bits_per_byte" in json.dumps(results)
+
+    changed = folder / "corpus" / "7.txt"
+    text = changed.read_text()
+    changed.write_text(text + "!")
+    try:
+        capsys.readouterr()
+        assert train_on(folder, "parts", "--config.train.steps=6") == 2
+        assert "was trained on other data" in capsys.readouterr().err
+    finally:
+        changed.write_text(text)
+
+
+def test_prepare(folder, capsys):
+    flags = ["text", f"--source={folder / 'corpus'}", f"--data_dir={folder / 'data'}"]
+    assert prepare.main(flags) == 0
+    assert "text version 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        raise SystemExit(prepare.main([*flags, "--tokenizer=byte"]))
+    assert left.value.code == 2
+    assert "tokenizer='byte'; expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (dict(length=0), ValueError, "length=0"),
+        (dict(length=2.5), TypeError, "length=2.5"),
+        (dict(train=0), ValueError, "train=0"),
+        (dict(reset="no"), TypeError, "reset='no'; expected True or False"),
+        (dict(packing="fit"), ValueError, "packing='fit'; expected one of"),
+        (dict(reset=False), ValueError, "packing='best_fit' with reset=False"),
+        (dict(sorce="a"), ValueError, "did you mean 'source'"),
+    ],
+)
+def test_bad_options_are_refused(folder, options, error, words):
+    given = dict(source=folder / "corpus", data_dir=folder / "data") | options
+    with pytest.raises(error, match=words):
+        make_task("language", **given)
+
+
+def test_labels_out_of_the_vocabulary_are_refused(task):
+    batch = jax.tree.map(jnp.asarray, task.splits["test"].gather(np.array([0]), 16))
+    with pytest.raises(ValueError, match="labels"):
+        task.loss(jnp.zeros((1, 16, 64)), batch | {"weight": jnp.ones(1)})
