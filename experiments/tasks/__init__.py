@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from experiments.tasks.listops import ListOps
+from experiments.tasks.pathfinder import Pathfinder
 from experiments.tasks.synthetic.algorithms import Addition, Copy, Parity, Sorting
 from experiments.tasks.synthetic.associative_recall import AssociativeRecall
 from experiments.tasks.synthetic.induction_heads import InductionHeads
@@ -34,6 +35,7 @@ TASKS: dict[str, type[Task]] = {
     "mad_selective_copying": MADSelectiveCopying,
     "mqar": MQAR,
     "parity": Parity,
+    "pathfinder": Pathfinder,
     "regular_languages": RegularLanguages,
     "selective_copying": SelectiveCopying,
     "sorting": Sorting,
