@@ -31,8 +31,11 @@ def sizes_without_data(config: Mapping[str, Any]) -> dict[str, int]:
     options = dict(config["task"])
     if "name" not in options:
         raise ValueError("config.task has no 'name'")
-    task = TASKS.get(options["name"])
-    return sizes_of(make_task(**options) if getattr(task, "makes_no_data", False) else task)
+    name = options.pop("name")
+    task = TASKS.get(name)
+    if hasattr(task, "sizes"):
+        return task.sizes(**options)
+    return sizes_of(make_task(name, **options) if getattr(task, "makes_no_data", False) else task)
 
 
 def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.tasks.language import LanguageModeling
 from experiments.tasks.listops import ListOps
+from experiments.tasks.pathfinder import Pathfinder
 from experiments.tasks.synthetic.algorithms import Addition, Copy, Parity, Sorting
 from experiments.tasks.synthetic.associative_recall import AssociativeRecall
 from experiments.tasks.synthetic.induction_heads import InductionHeads
@@ -36,6 +37,7 @@ TASKS: dict[str, type[Task]] = {
     "mad_selective_copying": MADSelectiveCopying,
     "mqar": MQAR,
     "parity": Parity,
+    "pathfinder": Pathfinder,
     "regular_languages": RegularLanguages,
     "selective_copying": SelectiveCopying,
     "sorting": Sorting,
