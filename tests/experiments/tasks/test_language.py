@@ -126,14 +126,17 @@ def test_a_run_resumes_exactly(folder):
 def test_a_run_refuses_a_changed_corpus(folder, task, tmp_path):
     config = to_plain({"seed": 0, "task": {}, "model": {}, "optimizer": {}, "train": {}})
     options = dict(source=folder / "corpus", data_dir=folder / "data", length=16)
-    RunDirectory(tmp_path / "run").begin(config, task.manifest, "")
-    RunDirectory(tmp_path / "run").begin(config, make_task("language", **options).manifest, "")
+    RunDirectory.open(tmp_path / "run", config).begin(config, task.manifest, "")
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)  # a run without a checkpoint gives way
+    RunDirectory.open(tmp_path / "run", config).begin(config, make_task("language", **options).manifest, "")
     changed = folder / "corpus" / "7.txt"
     text = changed.read_bytes()
     changed.write_bytes(text + b"!")
     try:
         with pytest.raises(WorkdirError, match="was trained on other data: content_sha256, parameters"):
-            RunDirectory(tmp_path / "run").begin(config, make_task("language", **options).manifest, "")
+            RunDirectory.open(tmp_path / "run", config).begin(
+                config, make_task("language", **options).manifest, ""
+            )
     finally:
         changed.write_bytes(text)
 
