@@ -146,6 +146,8 @@ def stream(
     for name, value in {"max_new_tokens": max_new_tokens, "chunk": chunk, "block": block}.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise ValueError(f"{name}={value!r}; expected an integer of at least 1")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed!r}; expected an integer from 0 to {2**32 - 1}")
     vocab_size = model.config.input.vocab_size
     sampling = make_sampling(
         vocab_size=vocab_size,
@@ -168,7 +170,7 @@ def stream(
             f"{table}; expected at most {max(0, table + 1 - longest)} new tokens, or a shorter prompt"
         )
     stops = _aligned(stops) if stops else None
-    key = jax.random.key(seed)
+    key = jax.random.key(np.uint32(seed))
     return _blocks(model, prompts, sampling, stops, key, int(max_new_tokens), int(chunk), int(block))
 
 

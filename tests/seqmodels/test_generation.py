@@ -57,7 +57,7 @@ def check_against_full_passes(model, prompts, new, *, width, atol=1e-4):
 
 @pytest.mark.parametrize(
     "pattern",
-    [("mamba2", "attention", "s5"), pytest.param(("gated_deltanet", "hyena"), marks=pytest.mark.slow)],
+    [("mamba2", "attention"), pytest.param(("gated_deltanet", "hyena", "s5"), marks=pytest.mark.slow)],
 )
 def test_a_hybrid_generates_what_full_passes_predict(pattern):
     options = {name: OPTIONS[name] for name in pattern}
@@ -156,6 +156,7 @@ def test_a_repetition_penalty_counts_the_prompt_and_the_output():
         ([[1]], dict(max_new_tokens=0), "max_new_tokens=0; expected an integer of at least 1"),
         ([[1]], dict(chunk=0), "chunk=0"),
         ([[1]], dict(block=1.5), r"block=1\.5"),
+        ([[1]], dict(seed=-1), "seed=-1; expected an integer from 0 to 4294967295"),
         ([[1]], dict(top_k=14), "top_k=14; expected an integer from 1 to 13"),
         ([[1]], dict(stop=[[]]), r"stop\[0\] is empty"),
         ([[1]], dict(stop=[[99]]), r"stop\[0\]\[0\] is 99"),
@@ -189,9 +190,9 @@ HYBRIDS = runpy.run_path(str(ROOT / "configs" / "hybrids.py"))["MODELS"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["griffin", "jamba", "kimi_linear"])
+@pytest.mark.parametrize("name", ["griffin", "jamba"])
 def test_published_hybrids_generate_what_full_passes_predict(name):
-    # One layer of each kind; other hybrids are made of kinds that stand here and above.
+    # One layer of each kind.
     kinds = tuple(dict.fromkeys(HYBRIDS[name]["pattern"]))
     small = MODEL | HYBRIDS[name] | dict(width=32, pattern=kinds, depth=len(kinds))
     model = made(small)
