@@ -14,6 +14,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "notebooks/quickstart.ipynb": "tutorials/quickstart.md",
+    "notebooks/language_model.ipynb": "tutorials/language_model.md",
 }
 # A line of a page that stands for sections of README.md: one by its heading, or all from the top to one ("... Train").
 INCLUDED = re.compile(r"^<!-- README\.md: (\.\.\. )?(.+?) -->$", re.MULTILINE)
