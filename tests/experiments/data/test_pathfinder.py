@@ -28,7 +28,8 @@ def test_statistics_of_the_images():
         np.concatenate(parts) for parts in zip(*(draw_block(32, 0, i) for i in range(4)), strict=True)
     )
     assert abs(labels.mean() - 0.5) < 3 * 0.5 / len(labels) ** 0.5
-    assert np.all(images.min((1, 2)) == 0) and np.all(images.max((1, 2)) == 255)
+    assert np.all(images.min((1, 2)) == 0)
+    assert np.all(images.max((1, 2)) == 255)
     # Neither ink nor its spread tells the label.
     for feature in (images.mean((1, 2)), images.std((1, 2)), (images > 128).mean((1, 2))):
         assert abs(np.corrcoef(feature, labels)[0, 1]) < 3.5 / len(labels) ** 0.5
@@ -47,12 +48,14 @@ def test_snakes_obey_the_definition(size, margin):
     board = draw_targets(segments, Draws(size, 1), 8)
     paths = board.paths
     assert paths.shape == (8, 2, TARGET_SEGMENTS, 2)
-    assert paths.min() >= 0 and paths.max() < size
+    assert paths.min() >= 0
+    assert paths.max() < size
     between = np.hypot(*(paths[:, 0, 0] - paths[:, 1, 0]).T)
     assert np.all(np.abs(between - p.seed_distance) <= 1)
     # A pivot moves by length + 2 margin, and a start lies length + margin from it: both up to one pixel for rounding.
     length = np.hypot(*np.moveaxis(np.diff(paths[:, :, 1:], axis=2), -1, 0))
-    assert np.all(length <= 2 * p.length + 3 * margin + 4) and np.all(length >= 1)
+    assert np.all(length <= 2 * p.length + 3 * margin + 4)
+    assert np.all(length >= 1)
     lines = board.crop(board.targets)
     assert all(lines[row][tuple(paths[row].reshape(-1, 2).T)].min() > 0.1 for row in range(8))
     before = board.mask.copy()

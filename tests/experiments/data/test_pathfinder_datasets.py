@@ -80,7 +80,8 @@ def test_the_task(tmp_path):
         train=5, validation=3, test=2
     )
     batch = task.splits["train"].gather(np.array([4, 0]), 1024)
-    assert batch["inputs"].shape == (2, 1024, 1) and batch["inputs"].dtype == np.float32
+    assert batch["inputs"].shape == (2, 1024, 1)
+    assert batch["inputs"].dtype == np.float32
     images, labels = pathfinder.generate(PathfinderConfig(32, 5, 3, 2, 1), workers=1)
     np.testing.assert_allclose(batch["inputs"][0, :, 0], images[4].ravel() / 255 * 2 - 1, atol=1e-6)
     assert batch["labels"].tolist() == labels[[4, 0]].tolist()
