@@ -120,6 +120,24 @@ class Segments:
         kernels[:, within, within] = full[:, before, before]
         return kernels.reshape(DEGREES, -1)
 
+    @cached_property
+    def seeds(self) -> np.ndarray:
+        """Seeds that the published generator can place, bool (n,).
+
+        It refuses an orientation if all of its kernel lies outside the image at some pixel, a corner: there its dilation
+        gives a negative mask. Few orientations are left, and so most short snakes find no place.
+        """
+        reach = np.arange(2 * self.half + 1) - self.half
+        kernels = self.kernels.reshape(DEGREES, len(reach), len(reach))
+        return np.all(
+            [
+                kernels[:, reach * row >= 0][:, :, reach * column >= 0].any((1, 2))
+                for row in (-1, 1)
+                for column in (-1, 1)
+            ],
+            0,
+        )
+
     def _draw(self, angle: float) -> tuple[np.ndarray, np.ndarray]:
         centre = self.half * SCALE
         canvas = Image.new("L", (2 * centre + 1,) * 2)

@@ -10,6 +10,7 @@ from experiments.data.pathfinder_segments import DEGREES, WEIGHT_UNIT, Segments,
 TARGET_SEGMENTS, DISTRACTOR_SEGMENTS = 14, 4
 SEED_TRIES = SEGMENT_TRIES = 3
 SNAKE_TRIES = 5
+ATTEMPTS = 6  # number of attempts at a time, for every image
 LEAST_FREE = 0.01  # fraction of the pixels below which no further snake starts
 OCCUPIED = 76  # a pixel is occupied if its mask, of 255, is larger
 TOUCHING = 459  # 1.8 times 255: sum of two masks that a new segment must stay below
@@ -147,7 +148,7 @@ def draw_targets(segments: Segments, draws: Draws, count: int) -> Board:
     """Returns a board with the two long snakes of `count` images; attempts that fail are replaced."""
     boards, found = [], 0
     while found < count:
-        boards.append(_attempt_targets(segments, draws, 4 * count))
+        boards.append(_attempt_targets(segments, draws, ATTEMPTS * count))
         found += len(boards[-1].mask)
     board = boards[0]
     for name in ("mask", "targets", "others", "paths"):
@@ -157,10 +158,10 @@ def draw_targets(segments: Segments, draws: Draws, count: int) -> Board:
 
 def _attempt_targets(segments: Segments, draws: Draws, count: int) -> Board:
     board = Board(segments, count)
-    tails, pivots, last, good = _first_seeds(segments, draws, count)
-    second_tails, second_pivots, second_last, second_good = _second_seeds(segments, tails, draws)
+    tails, pivots, last = _first_seeds(segments, draws, count)
+    second_tails, second_pivots, second_last, good = _second_seeds(segments, tails, draws)
     heads, pivots = np.stack([tails, second_tails]), np.stack([pivots, second_pivots])
-    last, alive = np.stack([last, second_last]), good & second_good
+    last, alive = np.stack([last, second_last]), good
     for number in range(TARGET_SEGMENTS):
         board.keep(alive)
         heads, pivots, last = heads[:, alive], pivots[:, alive], last[:, alive]
@@ -182,30 +183,36 @@ def _attempt_targets(segments: Segments, draws: Draws, count: int) -> Board:
 
 
 @functools.cache
-def _first_tails(segments: Segments) -> tuple[np.ndarray, np.ndarray]:
-    """Returns for each degree the number of pixels where the first segment may start, and their flat indices."""
+def _first_tails(segments: Segments) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the degrees of possible first segments, the number of their places, and these as flat indices."""
     window, far = segments.parameters.window, 2 * segments.parameters.seed_distance
     frame = np.full((1, window, window), 255, np.uint8)
     frame[:, far : window - far, far : window - far] = 0
-    free = [np.flatnonzero(~_overlaps(frame, kernel, window)) for kernel in segments.kernels[:, None]]
-    indices = np.zeros((DEGREES, max(map(len, free))), np.int32)
-    for row, pixels in zip(indices, free, strict=True):
-        row[: len(pixels)] = pixels
-    return np.array([len(pixels) for pixels in free]), indices
+    free = {
+        degree: np.flatnonzero(~_overlaps(frame, segments.kernels[degree, None], window))
+        for degree in np.flatnonzero(segments.seeds).tolist()
+    }
+    free = {degree: places for degree, places in free.items() if len(places)}
+    counts = np.array([len(places) for places in free.values()])
+    indices = np.zeros((len(free), counts.max()), np.int32)
+    for row, places in zip(indices, free.values(), strict=True):
+        row[: len(places)] = places
+    return np.array(list(free)), counts, indices
 
 
 def _first_seeds(segments: Segments, draws: Draws, count: int) -> tuple[np.ndarray, ...]:
-    """Returns tails, pivots and indices of first segments near the middle, and whether one was found."""
-    counts, indices = _first_tails(segments)
-    chosen = draws.below(DEGREES, count)
-    pixels = indices[chosen, draws.below(counts[chosen], count)]
+    """Returns tails, pivots and indices of first segments near the middle."""
+    # Attempts with any other degree fail and would be replaced.
+    degrees, counts, indices = _first_tails(segments)
+    row = draws.below(len(degrees), count)
+    chosen, pixels = degrees[row], indices[row, draws.below(counts[row], count)]
     tails = np.stack(np.divmod(pixels, segments.parameters.window), -1).astype(np.int64)
     _, pivots = _seed_ends(segments, tails, chosen)
-    return tails, pivots, chosen, counts[chosen] > 0
+    return tails, pivots, chosen
 
 
 def _second_seeds(segments: Segments, tails: np.ndarray, draws: Draws) -> tuple[np.ndarray, ...]:
-    """Returns the same for first segments at the seed distance from `tails`."""
+    """Returns the same at the seed distance from `tails`, and whether the segments are inside the image."""
     count, distance = len(tails), segments.parameters.seed_distance
     chosen, angles = draws.below(DEGREES, count), np.radians(draws.below(DEGREES, count))
     offsets = np.rint(np.round(distance * np.stack([np.sin(angles), np.cos(angles)], -1), 9)).astype(np.int64)
@@ -259,9 +266,11 @@ def _free_seeds(board: Board, images: np.ndarray, draws: Draws) -> tuple[np.ndar
     chosen, found = np.zeros(count, np.int64), np.zeros(count, bool)
     waiting = np.arange(count)
     for _ in range(SEED_TRIES):
+        degrees = draws.below(DEGREES, len(waiting))
+        possible = segments.seeds[degrees]
+        waiting, degrees = waiting[possible], degrees[possible]
         if not len(waiting):
             break
-        degrees = draws.below(DEGREES, len(waiting))
         free = ~_overlaps(mask[waiting], segments.kernels[degrees], window).reshape(len(waiting), -1)
         numbers = free.sum(1)
         number = draws.below(numbers, len(waiting))

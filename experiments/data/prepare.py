@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments.config.command_line import ArgumentError, Parser, folder, reporting
-from experiments.data import cache, listops, listops_datasets
+from experiments.data import cache, cifar10, listops, listops_datasets, pathfinder, pathfinder_datasets
 from experiments.data.text.datasets import load_corpus
 from experiments.data.text.sources import INVALID
 
@@ -53,6 +53,45 @@ def _prepare_text(options: argparse.Namespace) -> cache.Dataset:
     ).dataset
 
 
+def _add_pathfinder(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("pathfinder", help="Pathfinder of Long Range Arena", allow_abbrev=False)
+    for field in dataclasses.fields(pathfinder.PathfinderConfig):
+        parser.add_argument(f"--{field.name}", type=int, help=f"default {field.default}")
+    parser.add_argument("--workers", type=int, help="processes that generate; default: one for each core")
+    parser.add_argument("--official_dir", help="read Long Range Arena's files in this folder instead")
+    parser.set_defaults(prepare=_prepare_pathfinder)
+
+
+def _prepare_pathfinder(options: argparse.Namespace) -> cache.Dataset:
+    names = [field.name for field in dataclasses.fields(pathfinder.PathfinderConfig)]
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    config = pathfinder.PathfinderConfig(**given)
+    if options.official_dir is None:
+        return pathfinder_datasets.load_generated(config, data_dir=options.data_dir, workers=options.workers)
+    if refused := sorted((given.keys() - {"size"}) | ({"workers"} if options.workers is not None else set())):
+        flags = ", ".join(f"--{name}" for name in refused)
+        raise ArgumentError(f"{flags}: no meaning together with --official_dir")
+    return pathfinder_datasets.load_official(
+        options.official_dir, size=config.size, data_dir=options.data_dir
+    )
+
+
+def _add_cifar10(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("cifar10", help="CIFAR-10 as sequences of pixels", allow_abbrev=False)
+    parser.add_argument("--official_dir", required=True, help="folder cifar-10-batches-bin")
+    parser.add_argument("--colour", action="store_true", help="three values for each pixel instead of grey")
+    parser.add_argument("--seed", type=int, default=0, help="of the validation split; default 0")
+    parser.set_defaults(prepare=_prepare_cifar10)
+
+
+def _prepare_cifar10(options: argparse.Namespace) -> cache.Dataset:
+    if options.seed < 0:
+        raise ArgumentError(f"--seed={options.seed}: expected at least 0")
+    return cifar10.load(
+        options.official_dir, colour=options.colour, seed=options.seed, data_dir=options.data_dir
+    )
+
+
 @reporting
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds or loads the data set of the arguments, prints a summary of its manifest, and returns the exit code."""
@@ -60,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="DATASET", parser_class=argparse.ArgumentParser)
     _add_listops(commands)
     _add_text(commands)
+    _add_pathfinder(commands)
+    _add_cifar10(commands)
     for command in commands.choices.values():
         command.add_argument(
             "--data_dir", type=folder, help="default: $SEQMODELS_DATA, else ~/.cache/seqmodels"

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+from experiments.tasks.cifar10 import CIFAR10
 from experiments.tasks.language import LanguageModeling
 from experiments.tasks.listops import ListOps
 from experiments.tasks.pathfinder import Pathfinder
@@ -25,6 +26,7 @@ from layers.registry import suggestion
 TASKS: dict[str, type[Task]] = {
     "addition": Addition,
     "associative_recall": AssociativeRecall,
+    "cifar10": CIFAR10,
     "copy": Copy,
     "induction_heads": InductionHeads,
     "language": LanguageModeling,

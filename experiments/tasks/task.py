@@ -20,6 +20,7 @@ class Task(Protocol):
       input_size: number of features, if inputs are vectors. A task has one of the two; the model takes its sizes from the
         task.
       num_classes: number of labels of whole sequences, if the task has them.
+      sizes: static method that a task may have: it returns the sizes above that its options give, without data.
       makes_no_data: whether creating an object of the class is cheap, so that it can be created only for its sizes.
       padding: places where padding may occur in a row: "end", after all tokens, or "anywhere".
       packed: whether a row may hold more than one segment, or the most segments of a row, which fast attention needs.
