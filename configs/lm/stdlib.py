@@ -1,6 +1,13 @@
-"""Bytes of Python's standard library: a hybrid of Mamba-2 and attention.
+"""Bytes of Python's standard library: three layers of Mamba-2 and one of attention, on other files than it is tested on.
 
-python -m experiments.train --config=configs/lm/stdlib.py --workdir=runs/lm-stdlib
+    python -m experiments.train --config=configs/lm/stdlib.py --workdir=runs/lm-stdlib
+    python -m experiments.train --config=configs/lm/stdlib.py:mixer=gated_deltanet --workdir=runs/lm-gated-deltanet
+    python -m experiments.train --config=configs/lm/stdlib.py:pattern=rg_lru/attention,length=512 ...
+
+Any causal mixer: mixer=NAME, or pattern=NAME/NAME/... from the first layer on; width, depth, length, learning_rate and
+steps. The model has 956,168 parameters and takes rows of 256 bytes, in which documents are kept apart. With seed 0 it
+reaches 2.21 bits per byte of validation files after half of its 360 steps; the frequencies of bytes alone give 4.6.
+Curves and figures: experiments/results/lm_stdlib.
 """
 
 from ml_collections import ConfigDict

@@ -69,8 +69,7 @@ class LanguageModeling(Task):
           data_dir: folder of the cache; by default $SEQMODELS_DATA, else ~/.cache/seqmodels.
 
         Raises:
-          ValueError: if a value is invalid, or the source cannot be read or leaves a split empty.
-          ImportError: if a library is needed that is not installed.
+          ValueError: if a value is invalid, the source cannot be read or leaves a split empty, or a library is not installed.
           CorruptCacheError: if the cached data set is damaged.
         """
         most = dict(train=train, validation=validation, test=test)

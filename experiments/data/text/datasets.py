@@ -41,7 +41,7 @@ def load_corpus(
       data_dir: folder of the cache; by default $SEQMODELS_DATA, else ~/.cache/seqmodels.
 
     Raises:
-      ValueError, ImportError: if the source or the tokenizer is refused.
+      ValueError: if the source or the tokenizer is refused.
       CorruptCacheError: if the cached data set is damaged.
     """
     documents = read_documents(source, invalid=invalid)

@@ -46,8 +46,8 @@ def read_documents(source: str | os.PathLike, *, invalid: str = "error") -> Docu
       invalid: "error" refuses bytes that are not UTF-8, and "replace" puts U+FFFD in their place.
 
     Raises:
-      ValueError: if the source cannot be read, is not UTF-8, or leaves a split empty.
-      ImportError: if a parquet file needs the library `pyarrow` and it is not installed.
+      ValueError: if the source cannot be read, is not UTF-8, leaves a split empty, or needs the library `pyarrow` where it
+        is not installed.
     """
     if invalid not in INVALID:
         raise ValueError(f"invalid={invalid!r}; expected one of {', '.join(INVALID)}")
@@ -173,7 +173,7 @@ def _parquet(path: Path, name: str, invalid: str) -> Iterator[str]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise ImportError(
+        raise ValueError(
             f"source: {name} needs the library pyarrow: pip install 'jax-seqmodels[text]'; text files and JSON lines need "
             "nothing"
         ) from None

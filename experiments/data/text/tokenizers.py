@@ -153,8 +153,7 @@ def make_tokenizer(
       data_dir: folder of data sets; by default $SEQMODELS_DATA, else ~/.cache/seqmodels.
 
     Raises:
-      ValueError: if there is no such tokenizer.
-      ImportError: if the library `tokenizers` is needed and not installed.
+      ValueError: if there is no such tokenizer, or the library `tokenizers` is needed and not installed.
     """
     given = os.fspath(name)
     if given == "bytes":
@@ -207,7 +206,7 @@ def _library() -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise ImportError(
+        raise ValueError(
             "byte-pair encodings need the library tokenizers: pip install 'jax-seqmodels[text]'; the tokenizers bytes "
             "and characters need nothing"
         ) from None

@@ -56,7 +56,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 
 @pytest.mark.skipif(HAS_LIBRARY, reason="tokenizers is installed")
 def test_byte_pairs_name_the_extra():
-    with pytest.raises(ImportError, match=r"jax-seqmodels\[text\]"):
+    with pytest.raises(ValueError, match=r"jax-seqmodels\[text\]"):
         make_tokenizer("bpe:300", texts=lambda: [TEXT])
 
 
