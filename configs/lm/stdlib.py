@@ -6,7 +6,7 @@
 
 Any causal mixer: mixer=NAME, or pattern=NAME/NAME/... from the first layer on; width, depth, length, learning_rate and
 steps. The model has 956,168 parameters and takes rows of 256 bytes, in which documents are kept apart. With seed 0 it
-reaches 2.21 bits per byte of validation files after half of its 360 steps; the frequencies of bytes alone give 4.6.
+reaches 2.15 bits per byte of the test files (1.93 of validation) in 540 seconds of CPU time; the frequencies of bytes alone give 4.6.
 Curves and figures: experiments/results/lm_stdlib.
 """
 
