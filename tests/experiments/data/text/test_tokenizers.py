@@ -1,6 +1,6 @@
 """Tokenizers: text comes back, and ids mean what they say."""
 
-import importlib.util
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +8,6 @@ import pytest
 from experiments.data.text.tokenizers import Bytes, Characters, make_tokenizer
 
 TEXT = "def naïve(x):\n\treturn '日本' + x  # 🐍\n"
-HAS_LIBRARY = importlib.util.find_spec("tokenizers") is not None
 
 
 def never():
@@ -54,28 +53,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
         make_tokenizer(tmp_path / "none.json", texts=never)
 
 
-@pytest.mark.skipif(HAS_LIBRARY, reason="tokenizers is installed")
-def test_byte_pairs_name_the_extra():
+def test_byte_pairs_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=r"jax-seqmodels\[text\]"):
         make_tokenizer("bpe:300", texts=lambda: [TEXT])
-
-
-@pytest.mark.skipif(not HAS_LIBRARY, reason="tokenizers is not installed")
-def test_byte_pairs(tmp_path):
-    texts = [TEXT * 20, "return naïve " * 50]
-    pairs = make_tokenizer("bpe:300", texts=lambda: texts, data_dir=tmp_path)
-    ids = pairs.encode(TEXT)
-    assert pairs.decode([*ids, pairs.end]) == TEXT
-    assert len(ids) < len(TEXT.encode())
-    assert pairs.bytes_per_token[ids].sum() == len(TEXT.encode())
-    assert pairs.bytes_per_token[pairs.end] == 0
-    (file,) = tmp_path.glob("*.json")
-    again = make_tokenizer(file, texts=never)
-    assert again.manifest == pairs.manifest
-    assert pairs.vocab_size <= 300
-    file.write_text(file.read_text().replace("<|endoftext|>", "<nothing>"))
-    with pytest.raises(ValueError, match="has no token for the end of a document"):
-        make_tokenizer(file, texts=never)
-    file.write_text("{}")
-    with pytest.raises(ValueError, match=r"is no tokenizer\.json"):
-        make_tokenizer(file, texts=never)
