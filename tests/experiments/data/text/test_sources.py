@@ -5,7 +5,7 @@ import json
 import sysconfig
 from pathlib import Path
 
-import pyarrow
+import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
@@ -74,9 +74,9 @@ def test_records(tmp_path):
     )
     documents = read_documents(tmp_path / "a.jsonl")
     assert documents == {split: [text for text in texts if split_of(text) == split] for split in SPLITS}
-    parquet.write_table(pyarrow.table({"text": texts, "id": list(range(60))}), tmp_path / "b.parquet")
+    parquet.write_table(pa.table({"text": texts, "id": list(range(60))}), tmp_path / "b.parquet")
     assert read_documents(tmp_path / "b.parquet") == documents
-    parquet.write_table(pyarrow.table({"words": texts}), tmp_path / "c.parquet")
+    parquet.write_table(pa.table({"words": texts}), tmp_path / "c.parquet")
     with pytest.raises(ValueError, match=r'c\.parquet is no parquet file with the column "text"'):
         read_documents(tmp_path / "c.parquet")
 
