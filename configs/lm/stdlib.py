@@ -28,6 +28,17 @@ def get_config(arg: str = "") -> ConfigDict:
     if unknown := given.keys() - OPTIONS.keys():
         raise ValueError(f"stdlib.py takes {', '.join(OPTIONS)}, not {', '.join(unknown)}")
     options = OPTIONS | given
+    for name in ("width", "depth", "length", "steps"):
+        if not options[name].isdecimal() or not int(options[name]):
+            raise ValueError(
+                f"{name}={options[name]!r}; expected a number of at least 1, such as {OPTIONS[name]}"
+            )
+    try:
+        rate = float(options["learning_rate"])
+    except ValueError:
+        raise ValueError(
+            f"learning_rate={options['learning_rate']!r}; expected a number such as 3e-3"
+        ) from None
     pattern = (options["mixer"],) if options["mixer"] else tuple(options["pattern"].split("/"))
 
     config = ConfigDict()
@@ -50,7 +61,5 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.data = {}
     config.train = dict(batch_size=8, steps=int(options["steps"]), eval_every=0.05, log_every=20)
-    config.optimizer = dict(
-        learning_rate=float(options["learning_rate"]), weight_decay=0.1, warmup_steps=20, clip_norm=1.0
-    )
+    config.optimizer = dict(learning_rate=rate, weight_decay=0.1, warmup_steps=20, clip_norm=1.0)
     return config
