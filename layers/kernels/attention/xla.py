@@ -48,10 +48,10 @@ def attention(q, k, v, options):
         output, top, log_total = _blocked(q, k, v, o, at)
     if o.logits.sink_logits is not None:
         sink = jnp.broadcast_to(o.logits.sink_logits.astype(top.dtype)[None, None], top.shape)
-        # NaN in a row that is not wanted must not reach the gradient of the sink.
-        spoiled = jnp.isnan(top)
+        # What is not finite in a row that is not wanted must not reach the gradient of the sink.
+        spoiled, finite = jnp.isnan(top) | jnp.isnan(log_total), jnp.isfinite(output)
         excess = jnp.where(spoiled, 0, (jax.lax.stop_gradient(top) - sink) + log_total)
-        output = output * jax.nn.sigmoid(excess)[..., None]
+        output = jnp.where(finite, jnp.where(finite, output, 0) * jax.nn.sigmoid(excess)[..., None], output)
         return output, *parts_of_sum(sink, jnp.where(spoiled, jnp.nan, jax.nn.softplus(excess)))
     return output, *parts_of_sum(jax.lax.stop_gradient(top), log_total)
 
