@@ -12,7 +12,7 @@ import numpy as np
 from experiments.config.loading import check_integer
 from experiments.data.text.datasets import load_corpus
 from experiments.data.text.packing import Packed, pack
-from experiments.data.text.tokenizers import Tokenizer
+from experiments.data.text.tokenizers import Bytes, Tokenizer
 from experiments.tasks import tokens
 from experiments.tasks.task import Task
 from layers.cross_entropy import Unprojected
@@ -101,6 +101,11 @@ class LanguageModeling(Task):
         self.manifest = corpus.dataset.manifest | {
             "rows": dict(length=length, packing=packing, reset=reset, most=most)
         }
+
+    @staticmethod
+    def sizes(*, tokenizer: str | os.PathLike = "bytes", **_: Any) -> dict[str, int]:
+        """Returns the number of tokens if they are bytes; that of other tokenizers depends on the text."""
+        return {"vocab_size": Bytes.vocab_size} if tokenizer == "bytes" else {}
 
     def loss(
         self, outputs: Float[Array, "b t v"] | Unprojected, batch: Mapping[str, Array]

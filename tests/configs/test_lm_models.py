@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from experiments.config.loading import TrainConfig, section, to_plain
+from experiments.training import experiment
 from experiments.training.optimizers import OptimizerConfig
 from seqmodels import build_model
 
@@ -44,6 +45,17 @@ def test_parameters_of_every_model(size):
         count = parameters(model) + per_layer * (config["model"]["depth"] - layers)
         most = 3.1 if name in EXPERTS else 1.17
         assert 0.9 < count / SIZES[size] < most, (name, count)
+
+
+def test_models_of_bytes_are_known_without_data(monkeypatch):
+    def refuse(name, **_):
+        raise AssertionError(f"the data of {name} are not needed")
+
+    monkeypatch.setattr(experiment, "make_task", refuse)
+    model = experiment.model_without_data(config_of("size=10m,mixer=rg_lru"))
+    assert model.config.input.vocab_size == 257
+    with pytest.raises(ValueError, match="the task 'language' tells the sizes of a model only once it has"):
+        experiment.model_without_data(config_of("size=10m,mixer=rg_lru,tokenizer=characters"))
 
 
 def test_options():

@@ -11,6 +11,8 @@ arXiv:2404.10830). Only documents longer than a row are cut, and padding stands 
 In both a label is the next token of the same document or its end token, which is therefore predicted.
 """
 
+import abc
+
 import numpy as np
 
 from experiments.data.pipeline import IGNORE, Batch
@@ -20,7 +22,7 @@ PACKINGS = ("concatenate", "best_fit")
 AT_ONCE = 2**22  # number of tokens that are counted in one call
 
 
-class Packed:
+class Packed(abc.ABC):
     """A split whose rows are made of documents; a source of `pipeline`.
 
     Attributes:
@@ -51,9 +53,9 @@ class Packed:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @abc.abstractmethod
     def gather(self, indices: np.ndarray, width: int) -> Batch:
         """Returns inputs, labels and, where rows have padding or several segments, segment_ids, all int32 (b, width)."""
-        raise NotImplementedError
 
     def label_counts(self, vocab_size: int) -> np.ndarray:
         """Returns how often each token is a label, int64 (vocab_size,)."""
