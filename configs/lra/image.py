@@ -50,12 +50,16 @@ def get_config(arg: str = "mixer=s5") -> ConfigDict:
     config.model = dict(kind="classifier", width=512, dtype="float32", **MODELS[mixer])
     config.train = dict(batch_size=50, epochs=250)
     if mixer == "s5":
-        # B learns at the rate of the rest and is decayed.
+        # B learns at the rate of the rest and is decayed, and so are biases; eigenvalues and step sizes are neither.
         config.optimizer = dict(
             learning_rate=4.5e-3,
             weight_decay=0.07,
             warmup_epochs=1,
-            groups={"ssm": dict(learning_rate=1e-3), "ssm/b": dict(learning_rate=4.5e-3, weight_decay=0.07)},
+            groups={
+                "ssm": dict(learning_rate=1e-3),
+                "ssm/b": dict(learning_rate=4.5e-3, weight_decay=0.07),
+                "no_decay": dict(weight_decay=0.07),
+            },
         )
     else:
         config.optimizer = dict(learning_rate=5e-4, weight_decay=0.1, warmup_epochs=1, clip_norm=1.0)

@@ -10,6 +10,7 @@ from flax import nnx
 from experiments.config.loading import TrainConfig, section, to_plain
 from experiments.training import experiment
 from experiments.training.optimizers import OptimizerConfig
+from layers.mixers import MIXERS
 from seqmodels import build_model
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
@@ -56,6 +57,20 @@ def test_models_of_bytes_are_known_without_data(monkeypatch):
     assert model.config.input.vocab_size == 257
     with pytest.raises(ValueError, match="the task 'language' tells the sizes of a model only once it has"):
         experiment.model_without_data(config_of("size=10m,mixer=rg_lru,tokenizer=characters"))
+
+
+def test_every_causal_mixer_fits_the_model_of_the_standard_library():
+    get_config = runpy.run_path(str(CONFIGS / "lm" / "stdlib.py"))["get_config"]
+    refused = {"bidirectional", "fnet", "hypermixer", "linformer"}
+    for name in MIXERS:
+        config = to_plain(get_config(f"mixer={name},depth=1"))
+        if name in refused:
+            with pytest.raises(ValueError, match="is not causal|needs the option"):
+                experiment.model_without_data(config)
+        else:
+            experiment.model_without_data(config)
+    with pytest.raises(ValueError, match="width='wide'; expected a number of at least 1, such as 128"):
+        get_config("width=wide")
 
 
 def test_options():
