@@ -37,6 +37,7 @@ from seqmodels import LanguageModel, generate
 SPLIT = "test"
 # Tokens that a continuation has beside those of the answers.
 SPARE = 16
+DEFAULTS = dict(rows=16, lengths=(1024,), examples=20, seed=0, batch=8)
 
 
 @reporting
@@ -45,6 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if not args.positions and not args.tasks:
         raise ArgumentError("give --positions=LENGTH, --tasks=NAMES, or both")
+    for used, needed in (
+        ("rows", "positions"),
+        *((name, "tasks") for name in ("lengths", "examples", "seed", "batch")),
+    ):
+        if getattr(args, used) is None:
+            setattr(args, used, DEFAULTS[used])
+        elif not getattr(args, needed):
+            raise ArgumentError(f"--{used} has no effect without --{needed}")
     run, plan, model, step = open_run(args.workdir, args.checkpoint)
     trained = int(max(split.lengths.max() for split in plan.task.splits.values()))
     record: dict[str, Any] = dict(step=step, trained_length=trained)
@@ -83,9 +92,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--positions", type=positive_integer, help="print the loss by position in rows of so many tokens"
     )
-    parser.add_argument(
-        "--rows", type=positive_integer, default=16, help="number of rows for --positions (default: 16)"
-    )
+    parser.add_argument("--rows", type=positive_integer, help="number of rows for --positions (default: 16)")
     parser.add_argument(
         "--tasks",
         type=_tasks,
@@ -95,15 +102,12 @@ def _parser() -> Parser:
     parser.add_argument(
         "--lengths",
         type=positive_integers,
-        default=(1024,),
         help="tokens of a prompt, separated by commas (default: 1024)",
     )
+    parser.add_argument("--examples", type=positive_integer, help="prompts per task and length (default: 20)")
+    parser.add_argument("--seed", type=int, help="seed of the prompts (default: 0)")
     parser.add_argument(
-        "--examples", type=positive_integer, default=20, help="prompts per task and length (default: 20)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (default: 0)")
-    parser.add_argument(
-        "--batch", type=positive_integer, default=8, help="prompts that are continued at once (default: 8)"
+        "--batch", type=positive_integer, help="prompts that are continued at once (default: 8)"
     )
     return parser
 

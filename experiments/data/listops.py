@@ -19,12 +19,13 @@ import difflib
 import hashlib
 import itertools
 import multiprocessing
-import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+
+from experiments.data.work import available_cores, worker_died
 
 VERSION = 1  # increment when the sequences of a configuration change
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
@@ -207,7 +208,7 @@ def generate(
 def _default_workers(config: ListOpsConfig) -> int:
     if config.total * config.max_length < 10_000_000:
         return 1  # starting processes takes longer
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return available_cores()
 
 
 @contextmanager
@@ -243,10 +244,7 @@ def _receive_blocks(receivers: Sequence[Connection]) -> Iterator[list[Record]]:
         try:
             records = receiver.recv()
         except (EOFError, OSError) as error:
-            raise RuntimeError(
-                "a worker process that draws ListOps died: it was killed (out of memory?), or the script that asked "
-                "for the data does so at its top level; put that under `if __name__ == '__main__':`, or use workers=1"
-            ) from error
+            raise worker_died("ListOps") from error
         yield records
 
 

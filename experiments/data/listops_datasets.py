@@ -4,15 +4,14 @@ import dataclasses
 import hashlib
 import os
 import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from experiments.data import cache, listops
 from experiments.data.listops import ListOpsConfig
+from experiments.data.progress import progress
 from experiments.data.sequences import Sequences
 
 OFFICIAL_FILES = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}
@@ -26,7 +25,7 @@ def load_generated(
     """Returns the data set that `config` describes, generated on first use and cached (see `cache.load_or_build`)."""
 
     def build() -> dict[str, Sequences]:
-        with _progress("Generating ListOps", config.total, "sequences") as bar:
+        with progress("Generating ListOps", config.total, "sequences") as bar:
             splits = listops.generate(config, workers=workers, report=bar.update)
         return {split: Sequences.from_records(records) for split, records in splits.items()}
 
@@ -109,7 +108,7 @@ def _sha256(path: Path) -> str:
 
 def _read_official(path: Path) -> Iterator[listops.Record]:
     # As bytes, so that one that is no UTF-8 is found in its line.
-    with path.open("rb") as file, _progress(f"Reading {path.name}", None, "lines") as bar:
+    with path.open("rb") as file, progress(f"Reading {path.name}", None, "lines") as bar:
         number = 1
         try:
             if (header := _text(file.readline())) != OFFICIAL_HEADER:
@@ -142,8 +141,3 @@ def _parse_official(line: str) -> listops.Record:
     if label != value:
         raise ValueError(f"the label is {label}, but the expression is {value}")
     return tokens, label
-
-
-def _progress(description: str, total: int | None, unit: str) -> tqdm:
-    interval = 0.5 if sys.stderr.isatty() else 15.0  # a log needs fewer lines
-    return tqdm(desc=description, total=total, unit=f" {unit}", mininterval=interval)

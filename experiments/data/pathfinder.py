@@ -15,7 +15,6 @@ size, seed and i.
 
 import dataclasses
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +24,7 @@ import numpy as np
 
 from experiments.data.pathfinder_segments import PARAMETERS, Segments, make_segments, marker, stretch
 from experiments.data.pathfinder_snakes import Draws, draw_distractors, draw_targets
+from experiments.data.work import available_cores, worker_died
 
 VERSION = 1  # increment when the images of a configuration change
 SPLITS = ("train", "validation", "test")
@@ -79,8 +79,8 @@ def generate(
     """
     blocks = -(-config.total // BLOCK)
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = 1 if config.total * config.size**2 < 2_000_000 else cores  # starting processes takes longer
+        # Starting processes takes longer than a small data set.
+        workers = 1 if config.total * config.size**2 < 2_000_000 else available_cores()
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     images = np.empty((config.total, config.size, config.size), np.uint8)
@@ -106,10 +106,7 @@ def _blocks(
         try:
             yield from pool.map(draw, range(blocks), chunksize=4)
         except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a worker process that draws Pathfinder died: it was killed (out of memory?), or the script that asked "
-                "for the data does so at its top level; put that under `if __name__ == '__main__':`, or use workers=1"
-            ) from error
+            raise worker_died("Pathfinder") from error
 
 
 def draw_block(size: int, seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:

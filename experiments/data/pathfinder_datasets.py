@@ -5,16 +5,15 @@ import hashlib
 import math
 import os
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from experiments.data import cache, pathfinder
 from experiments.data.pathfinder import PathfinderConfig
+from experiments.data.progress import progress
 from experiments.data.sequences import Sequences
 
 VOCABULARY = tuple(map(str, range(256)))
@@ -27,7 +26,7 @@ def load_generated(
     """Returns the data set that `config` describes, generated on first use and cached (see `cache.load_or_build`)."""
 
     def build() -> dict[str, Sequences]:
-        with _progress("Generating Pathfinder", config.total, "images") as bar:
+        with progress("Generating Pathfinder", config.total, "images") as bar:
             images, labels = pathfinder.generate(config, workers=workers, report=bar.update)
         ends = np.cumsum([getattr(config, split) for split in pathfinder.SPLITS])
         return _split(images, labels, ends[:-1].tolist())
@@ -70,7 +69,7 @@ def load_official(
         )
 
     def build() -> dict[str, Sequences]:
-        with _progress("Reading Pathfinder", None, "images") as bar:
+        with progress("Reading Pathfinder", None, "images") as bar:
             images, labels = [], []
             for image, label in _read_official(folder, files, size):
                 images.append(image)
@@ -147,8 +146,3 @@ def _read_image(path: Path, size: int) -> np.ndarray:
             f"{path} has {found[0]} x {found[1]} pixels of mode {mode}, but size={size} needs {size} x {size} L"
         )
     return pixels
-
-
-def _progress(description: str, total: int | None, unit: str) -> tqdm:
-    interval = 0.5 if sys.stderr.isatty() else 15.0  # a log needs fewer lines
-    return tqdm(desc=description, total=total, unit=f" {unit}", mininterval=interval)

@@ -7,6 +7,7 @@ from typing import Any
 from experiments.config.loading import check_integer
 from experiments.data import listops, listops_datasets
 from experiments.data.sequences import Sequences
+from experiments.data.work import refuse_beside_files
 from experiments.tasks.classification import cross_entropy
 from experiments.tasks.task import Task
 from layers.typing import Array, Float
@@ -66,16 +67,10 @@ class ListOps(Task):
             config = listops.preset_config("full" if preset is None else preset, **overrides)
             dataset = listops_datasets.load_generated(config, data_dir=data_dir, workers=workers)
         else:
-            generating = overrides | {
-                name: value
-                for name, value in dict(preset=preset, workers=workers).items()
-                if value is not None
-            }
-            if generating:
-                raise ValueError(
-                    f"official_dir={str(official_dir)!r} reads files, so {', '.join(generating)} would have no "
-                    "effect; leave out one or the other"
-                )
+            others = dict(preset=preset, workers=workers)
+            refuse_beside_files(
+                official_dir, [*overrides, *(name for name, value in others.items() if value is not None)]
+            )
             dataset = listops_datasets.load_official(official_dir, data_dir=data_dir)
         self.splits = dataset.splits
         self.manifest = dataset.manifest

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from experiments.config.loading import check_integer
 from experiments.data import pathfinder, pathfinder_datasets
 from experiments.data.images import Pixels
+from experiments.data.work import refuse_beside_files
 from experiments.tasks.classification import cross_entropy
 from experiments.tasks.task import Task
 from layers.typing import Array, Float
@@ -71,12 +72,7 @@ class Pathfinder(Task):
         if official_dir is None:
             dataset = pathfinder_datasets.load_generated(config, data_dir=data_dir, workers=workers)
         else:
-            generating = [*overrides, *(["workers"] if workers is not None else [])]
-            if generating:
-                raise ValueError(
-                    f"official_dir={str(official_dir)!r} reads files, so {', '.join(generating)} would have no "
-                    "effect; leave out one or the other"
-                )
+            refuse_beside_files(official_dir, [*overrides, *(["workers"] if workers is not None else [])])
             dataset = pathfinder_datasets.load_official(official_dir, size=size, data_dir=data_dir)
         scaling = SCALING if inputs == "values" else None
         self.splits = {split: Pixels(stored, scaling=scaling) for split, stored in dataset.splits.items()}

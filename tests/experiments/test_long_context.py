@@ -69,6 +69,8 @@ def test_refusals(run, capsys):
         ([], "give --positions=LENGTH, --tasks=NAMES, or both"),
         (["--tasks=passkey", "--lengths=20"], "length=20: the shortest prompt of passkey has"),
         (["--positions=100000"], "length=100000, but all documents together have"),
+        (["--positions=8", "--examples=3"], "--examples has no effect without --tasks"),
+        (["--tasks=passkey", "--rows=3"], "--rows has no effect without --positions"),
         (["--positions=8", "--checkpoint=7"], "checkpoint=7: there is no such checkpoint"),
     ):
         assert long_context.main([f"--workdir={run}", *arguments]) == 2
