@@ -38,20 +38,14 @@ def losses_by_position(
     if chunk < 1:
         raise ValueError(f"chunk={chunk}; expected at least 1")
     rows, time = inputs.shape
-    state = _initial(model, rows, time)
+    # Under jit each array of the state has memory of its own, which can be donated.
+    state = jax.jit(lambda: model.init_state(rows, max_length=time))()
     losses = []
     for start in range(0, time, chunk):
         piece = slice(start, start + chunk)
         found, state = _losses(model, jnp.asarray(inputs[:, piece]), jnp.asarray(labels[:, piece]), state)
         losses.append(np.asarray(found))
     return np.concatenate(losses, axis=1)
-
-
-@functools.partial(
-    jax.jit, static_argnums=(1, 2)
-)  # each array of the state gets memory of its own, to be donated
-def _initial(model, rows, time):
-    return model.init_state(rows, max_length=time)
 
 
 @functools.partial(jax.jit, donate_argnums=(3,))

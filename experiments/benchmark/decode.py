@@ -1,7 +1,7 @@
 """The study `decode`: steps of generation of whole language models, against batch and context.
 
-Models are those of the study `steps`. A context of random tokens is read in chunks; then greedy steps run in one compiled
-loop, each from the state of the one before. The state is what the model carries between steps: for attention the keys and
+Models are those of the study `steps`. A context of random tokens is read as `seqmodels.generate` reads a prompt; then greedy
+steps run in one compiled loop, each from the state of the one before. The state is what the model carries between steps: for attention the keys and
 values of the context, for recurrences a size that does not depend on it.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,6 +23,7 @@ from experiments.benchmark.report import COLOURS
 from experiments.benchmark.timing import interleaved
 from layers.registry import suggestion
 from seqmodels import build_model
+from seqmodels.generation import prefill
 
 BATCHES, LENGTHS = (1, 32), (1024, 4096, 16384, 65536)
 BATCHES_ON_CPU, LENGTHS_ON_CPU = (1, 4), (64, 256)
@@ -105,24 +107,16 @@ def _model(config: Mapping[str, Any]) -> nnx.Module:
 
 def _measure(model: nnx.Module, batch: int, length: int, rounds: int) -> dict[str, Any]:
     tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, model.config.input.vocab_size)
-    state = jax.jit(lambda: model.init_state(batch, max_length=length + STEPS))()
-    for start in range(0, length, CHUNK):
-        state = _read(model, tokens[:, start : start + CHUNK], state)
-    token = tokens[:, -1]
-    timing = interleaved({"steps": lambda: _steps(model, token, state)}, rounds, SECONDS)["steps"]
+    rows = prefill(model, list(np.asarray(tokens)), STEPS, CHUNK)
+    timing = interleaved({"steps": lambda: _steps(model, rows.token, rows.state)}, rounds, SECONDS)["steps"]
     return dict(
         batch=batch,
         context=length,
         milliseconds=timing.median / STEPS,
         quartiles_milliseconds=[timing.low / STEPS, timing.high / STEPS],
         tokens_per_second=1e3 * batch * STEPS / timing.median,
-        state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+        state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(rows.state)),
     )
-
-
-@partial(jax.jit, donate_argnums=(2,))
-def _read(model, tokens, state):
-    return model.unprojected(tokens, state)[1]
 
 
 @jax.jit
