@@ -102,16 +102,17 @@ def test_lines_hold_utilization_and_memory_over_an_interruption():
             peak=100.0,
             memory=lambda: 7,
         )
-        for step in range(1, 3):
+        # From step 21 on a step takes half of the time.
+        for step in range(1, 41):
             records.add(step, metrics(1.0), flops=40.0)
-            clock.seconds = step
+            clock.seconds += 1 if step <= 20 else 0.5
             records.collect(step)
         return found, records.save()
 
     found, saved = lines()
-    assert [line["mfu"] for line in found] == pytest.approx([0.4, 0.4])
+    assert [found[step - 1]["mfu"] for step in (1, 2, 20, 40)] == pytest.approx([0.4, 0.4, 0.4, 0.8])
     assert found[0]["peak_memory_bytes"] == 7
-    assert saved["flops"] == 80.0
+    assert saved["flops"] == 1600.0
     old = {name: value for name, value in saved.items() if name != "flops"}
     old["marks"] = [mark[:3] for mark in saved["marks"]]
     assert lines(old)[0][0]["mfu"] >= 0
