@@ -28,6 +28,7 @@ from experiments.benchmark import decode, kernels, peers, report, scaling, steps
 from experiments.benchmark.processes import EndedEarly
 from experiments.benchmark.timing import ceilings
 from experiments.config.command_line import (
+    ArgumentError,
     Parser,
     folder,
     names,
@@ -42,6 +43,14 @@ from experiments.runs.sessions import git_revision, versions
 
 STUDIES = ("kernels", "scaling", "steps", "decode", "tune")
 MODELS = ("steps", "decode")  # studies of whole models
+# Options that a study reads, beside --only, --rounds and --out.
+READS = {
+    "kernels": {"peers", "dtype", "batch", "time", "narrower", "workers", "patience"},
+    "scaling": {"dtype", "narrower", "workers", "lengths"},
+    "steps": {"batch", "time", "rows", "num_devices"},
+    "decode": {"batch", "lengths"},
+    "tune": {"batch", "time", "narrower"},
+}
 LENGTHS = (2048, 8192, 32768, 131072)  # of `scaling`
 ON_CPU = {"dtype": "float32", "batch": 1, "time": 1024, "narrower": 8, "rounds": 5, "workers": 1}
 
@@ -51,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a study and returns the exit code."""
     values = _parser().parse_args(argv)
     study = values.study
+    _check_read(values)
     _share_memory(1 if study in (*MODELS, "tune") else values.workers or kernels.Options.workers)
     options = _options(values)
     chosen = [] if study in (*MODELS, "tune") else list(kernels.selected(options.only))
@@ -89,12 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows[:] = kernels.run(options, limits, lambda row: add(row, report.line(row)), say)
         elif study == "steps":
             shape, rounds = (values.batch, values.time), values.rounds or 5
-            record["rounds"], record["device"] = rounds, Devices.first(values.num_devices).describe()
+            count = values.num_devices or 1
+            record["rounds"], record["device"] = rounds, Devices.first(count).describe()
             print(record["device"], flush=True)
             steps.run(
                 values.only,
-                values.rows,
-                values.num_devices,
+                values.rows or steps.ROWS,
+                count,
                 shape,
                 rounds,
                 lambda row: add(row, steps.line(row)),
@@ -124,6 +135,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for problem in problems:
         say(problem)
     return 1 if problems else 0
+
+
+def _check_read(values: Any) -> None:
+    """Raises ArgumentError if an option is given that the study does not read."""
+    for name in set().union(*READS.values()) - READS[values.study]:
+        if getattr(values, name) not in (None, False):
+            reading = ", ".join(f"--{other}" for other in sorted(READS[values.study]))
+            raise ArgumentError(f"--{name} has no effect on {values.study}, which takes {reading}")
 
 
 def _share_memory(workers: int) -> None:
@@ -198,9 +217,9 @@ def _parser() -> Parser:
         "--patience", type=positive_number, help="seconds for one implementation to compile and be checked"
     )
     parser.add_argument(
-        "--rows", type=names, default=steps.ROWS, help="kinds of rows, for `steps`: whole, ones and packed"
+        "--rows", type=names, help="kinds of rows, for `steps`: whole, ones and packed (default: all)"
     )
-    parser.add_argument("--num_devices", type=positive_integer, default=1, help="devices, for `steps`")
+    parser.add_argument("--num_devices", type=positive_integer, help="devices, for `steps` (default: 1)")
     parser.add_argument(
         "--lengths",
         type=positive_integers,

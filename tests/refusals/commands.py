@@ -271,6 +271,12 @@ COMMANDS = [
     ("benchmark kernels --patience=nan", "'nan'; expected a number above 0"),
     ("benchmark kernels --out=FILES/file/below", "is a file"),
     ("benchmark scaling --lengths=2k", "'2k'; expected an integer of at least 1"),
+    ("benchmark decode --time=64", "--time has no effect on decode, which takes --batch, --lengths"),
+    (
+        "benchmark scaling --batch=4",
+        "--batch has no effect on scaling, which takes --dtype, --lengths, --narrower",
+    ),
+    ("benchmark kernels --lengths=64", "--lengths has no effect on kernels, which takes --batch, --dtype"),
     ("benchmark steps --only=transformr", "did you mean 'transformer'?"),
     ("benchmark steps --rows=whol", "did you mean 'whole'?"),
     ("benchmark steps --rows=packed --time=2", "time=2 with rows=packed; expected at least 4 tokens"),
