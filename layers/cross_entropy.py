@@ -113,7 +113,8 @@ def _forward(static, x, matrix, labels, counted):
 def _backward(static, kept, cotangents):  # noqa: ARG001
     (dx, dmatrix), like = kept
     factor = cotangents[0]
-    return (dx * factor).astype(dx.dtype), (dmatrix * factor).astype(like.dtype), None, None
+    dmatrix = _over_devices(dmatrix * factor, dx)
+    return (dx * factor).astype(dx.dtype), dmatrix.astype(like.dtype), None, None
 
 
 _cross_entropy.defvjp(promoting(_forward), promoting(_backward))
@@ -121,17 +122,15 @@ _cross_entropy.defvjp(promoting(_forward), promoting(_backward))
 
 def _over_shards(static, x, matrix, labels, counted, differentiated):
     """The results, and the gradients if `differentiated`; positions are divided over all axes that can divide them."""
-    spec = partition.spec_of_tokens(x)
+    spec, names = _division(x)
     tokens, whole = jax.P(*spec), jax.P()
-    names = tuple(name for entry in spec for name in partition.names_of(entry))
-    gradients = ((jax.P(*spec, None), whole),) if differentiated else ((),)
+    gradients = ((jax.P(*spec, None), jax.P(names or None)),) if differentiated else ((),)
 
     def run(x, matrix, labels, counted):
         (total, losses, hits), found = _in_pieces(static, x, matrix, labels, counted, differentiated)
         if names:
             total = jax.lax.psum(total, names)
-            found = found and (found[0], jax.lax.psum(found[1], names))
-        return (total, losses, hits), found
+        return (total, losses, hits), found and (found[0], found[1][None])
 
     return partition.over_shards(
         run,
@@ -139,6 +138,27 @@ def _over_shards(static, x, matrix, labels, counted, differentiated):
         (jax.P(*spec, None), whole, tokens, tokens),
         ((whole, tokens, tokens), *gradients),
     )
+
+
+def _over_devices(parts, x):
+    """The sum over the first axis, which has an entry per device.
+
+    It is taken in the backward pass, where XLA joins it with the sum of another use's gradient, as of a tied embedding.
+    """
+    names = _division(x)[1]
+    if not names:
+        return parts[0]
+
+    def run(part):
+        return jax.lax.psum(part[0], names)
+
+    return partition.over_shards(run, (parts,), (jax.P(names),), jax.P())
+
+
+def _division(x):
+    """How rows and time of x are divided, and the mesh axes that divide them."""
+    spec = partition.spec_of_tokens(x)
+    return spec, tuple(name for entry in spec for name in partition.names_of(entry))
 
 
 def _in_pieces(static, x, matrix, labels, counted, differentiated):

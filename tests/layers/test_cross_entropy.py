@@ -130,6 +130,16 @@ def test_devices_share_the_positions(sizes, kind):
     assert_equals(got, expected(*arguments), 1e-5)
 
 
+def test_the_gradient_of_the_matrix_is_summed_over_devices_last():
+    """A factor after the sum would keep XLA from joining it with the sum of the gradient of a tied embedding."""
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        text = str(jax.make_jaxpr(run)(*draw()))
+    assert f"f32[8,{V},{D}] = mul" in text
+    assert f"f32[{V},{D}] = psum" in text
+    assert f"f32[{V},{D}] = mul" not in text
+
+
 def test_logits_multiply_rounded_operands_in_both_passes():
     x, matrix, *_ = draw(jnp.bfloat16)
     weights = jax.random.normal(jax.random.key(9), (B, T, V))
