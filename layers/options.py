@@ -32,12 +32,13 @@ class Bound:
     """The numbers that an annotated field takes.
 
     Attributes:
-      least: the smallest one.
+      least, most: the smallest and the largest one.
       above, below: numbers that all of them are above and below.
       infinite: whether infinity is one of them.
     """
 
     least: int | float | None = None
+    most: int | float | None = None
     above: int | float | None = None
     below: int | float | None = None
     infinite: bool = False
@@ -47,13 +48,15 @@ class Bound:
         return bool(
             (math.isfinite(value) or (self.infinite and not math.isnan(value)))
             and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
         )
 
     def __str__(self) -> str:
-        limits = {"of at least": self.least, "above": self.above, "below": self.below}
-        return " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
+        limits = {"at least": self.least, "at most": self.most, "above": self.above, "below": self.below}
+        stated = [f"{word} {limit:g}" for word, limit in limits.items() if limit is not None]
+        return " and ".join(["of " + stated[0], *stated[1:]] if stated and stated[0][:2] == "at" else stated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,7 @@ Positive = Annotated[float, Bound(above=0)]
 Infinite = Annotated[float, Bound(infinite=True)]
 NonNegative = Annotated[float, Bound(least=0)]
 Fraction = Annotated[float, Bound(least=0, below=1)]
+UnitInterval = Annotated[float, Bound(least=0, most=1)]
 ActivationDtype = Annotated[Any, DtypeNames(("float32", "bfloat16", "float16", "float64"))]
 
 
@@ -80,7 +84,7 @@ def suggestion(name: Any, names: Iterable[Any]) -> str:
 
 
 @typing.dataclass_transform(frozen_default=True)
-def checked_dataclass(cls: type | None = None, *, section: str = "") -> Any:
+def checked_dataclass(cls: type | None = None, *, section: str = "", **options: bool) -> Any:
     """Returns the class as a frozen dataclass that checks its fields, then runs its `__post_init__` if it has one.
 
     The constructor raises
@@ -89,9 +93,10 @@ def checked_dataclass(cls: type | None = None, *, section: str = "") -> Any:
 
     Args:
       section: what stands before the names of fields in messages, if any.
+      options: further arguments of `dataclasses.dataclass`, such as kw_only.
     """
     if cls is None:
-        return functools.partial(checked_dataclass, section=section)
+        return functools.partial(checked_dataclass, section=section, **options)
     own, prefix = cls.__dict__.get("__post_init__"), f"{section}." if section else ""
 
     def __post_init__(self) -> None:
@@ -102,7 +107,7 @@ def checked_dataclass(cls: type | None = None, *, section: str = "") -> Any:
 
     if own is not None or not hasattr(cls, "__post_init__"):
         cls.__post_init__ = __post_init__
-    return dataclasses.dataclass(frozen=True)(cls)
+    return dataclasses.dataclass(frozen=True, **options)(cls)
 
 
 def check_value(name: str, value: Any, annotation: Any) -> None:

@@ -5,9 +5,9 @@ import fnmatch
 import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
-from layers.options import Count, Positive, check_integer, checked_dataclass
+from layers.options import Count, Positive, checked_dataclass
 from layers.registry import make_config, suggestion
 
 SECTIONS = ("seed", "task", "model", "optimizer", "train", "data", "mesh")
@@ -84,7 +84,7 @@ class DataConfig:
     prefetch: Count = 8
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass(section="mesh")
 class MeshConfig:
     """The section `mesh`: the number of devices per mesh axis; -1, in at most one axis, takes the remaining ones.
 
@@ -97,11 +97,11 @@ class MeshConfig:
       expert: size of the axis that the experts of mixtures are sharded over.
     """
 
-    data: int | None = None
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
-    expert: int = 1
+    data: int | Literal[-1] | None = None
+    fsdp: int | Literal[-1] = 1
+    tensor: int | Literal[-1] = 1
+    sequence: int | Literal[-1] = 1
+    expert: int | Literal[-1] = 1
 
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
@@ -109,9 +109,6 @@ class MeshConfig:
             data = 1 if -1 in sizes.values() else -1
             sizes["data"] = data
             object.__setattr__(self, "data", data)
-        for name, size in sizes.items():
-            if size != -1:
-                check_integer(f"mesh.{name}", size, least=1)
         if len(open_axes := [f"mesh.{name}" for name, size in sizes.items() if size == -1]) > 1:
             raise ValueError(
                 f"{' and '.join(open_axes)} are -1; only one axis can take the devices that are left"

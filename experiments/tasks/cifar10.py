@@ -4,11 +4,11 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from experiments.config.loading import check_integer
 from experiments.data import cifar10
 from experiments.data.images import Pixels
 from experiments.tasks.classification import cross_entropy
 from experiments.tasks.task import Task
+from layers.options import check_integer
 from layers.typing import Array, Float
 
 INPUTS = ("grey", "tokens", "colour")

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.config.loading import check_integer
 from experiments.data.text.datasets import load_corpus
 from experiments.data.text.packing import Packed, pack
 from experiments.data.text.tokenizers import Bytes, Tokenizer
@@ -17,7 +16,7 @@ from experiments.tasks import tokens
 from experiments.tasks.task import Task
 from layers.cross_entropy import Unprojected
 from layers.kernels.segments import Padding
-from layers.options import check_number
+from layers.options import check_integer, check_number
 from layers.typing import Array, Float
 
 LN2 = math.log(2)

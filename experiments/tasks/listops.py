@@ -4,12 +4,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.config.loading import check_integer
 from experiments.data import listops, listops_datasets
 from experiments.data.sequences import Sequences
 from experiments.data.work import refuse_beside_files
 from experiments.tasks.classification import cross_entropy
 from experiments.tasks.task import Task
+from layers.options import check_integer
 from layers.typing import Array, Float
 
 

@@ -4,12 +4,12 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from experiments.config.loading import check_integer
 from experiments.data import pathfinder, pathfinder_datasets
 from experiments.data.images import Pixels
 from experiments.data.work import refuse_beside_files
 from experiments.tasks.classification import cross_entropy
 from experiments.tasks.task import Task
+from layers.options import check_integer
 from layers.typing import Array, Float
 
 SCALING = (0.5, 0.5)  # S5's: values from -1 to 1

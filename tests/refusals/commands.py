@@ -65,7 +65,7 @@ FIELDS = [
         "--config=SHORT --config.data.bucket_bounds=a,b",
         "config.data.bucket_bounds='a,b'; expected an integer or none",
     ),
-    ("--config=SHORT --config.mesh.tensor=two", "config.mesh.tensor='two'; expected an integer"),
+    ("--config=SHORT --config.mesh.tensor=two", "config.mesh.tensor='two'; expected one of -1 or an integer"),
     ("--config=MQAR --config.task.extrapolate=((1,),)", "expected 2 values"),
     # Values out of range.
     ("--config=SHORT --config.train.batch_size=0", "train.batch_size=0; expected"),
@@ -151,7 +151,7 @@ FIELDS = [
     ("--config=MQAR --config.task.train=0", "train=0; expected"),
     ("--config=MQAR --config.task.seed=-1", "seed=-1; expected"),
     ("--config=MQAR --config.task.length=3", "length=3; expected"),
-    ("--config=MQAR --config.task.pairs=0", "the length must be even and 4 pairs or more"),
+    ("--config=MQAR --config.task.pairs=0", "pairs=0; expected at least 1"),
     ("--config=MQAR --config.task.vocab_size=2", "vocab_size=2 has not 8 keys; expected"),
     ("--config=SHORT --config.task.preset=shrt", "did you mean 'short'?"),
     ("--config=SHORT --config.task.train=0", "train must be at least 1, got 0"),

@@ -140,8 +140,12 @@ CONFIGS = [
         ValueError,
         "set optimizer.learning_rate and optimizer.weight_decay themselves",
     ),
-    (optimizer(groups={"ssm": {}}), TypeError, "optimizer.groups['ssm']={}; expected a dict"),
-    (optimizer(groups={"ssm": 3}), TypeError, "optimizer.groups['ssm']=3; expected a dict"),
+    (optimizer(groups={"ssm": {}}), ValueError, "optimizer.groups['ssm']={}; expected a dict"),
+    (
+        optimizer(groups={"ssm": 3}),
+        TypeError,
+        "optimizer.groups={'ssm': 3}; expected a dict, each entry a dict",
+    ),
     (
         optimizer(groups={"ssm": {"weight_decay": -1}}),
         ValueError,
@@ -168,6 +172,11 @@ TASKS = [
     (task("mqar", lenght=8), ValueError, "task 'mqar' has no option 'lenght'; did you mean 'length'?"),
     (task("mqar", pairs=99), ValueError, "the length must be even and 4 pairs or more"),
     (task("mqar", train=-1), ValueError, "train=-1; expected"),
+    (task("mqar", random_filler="no"), TypeError, "random_filler='no'; expected True or False"),
+    (task("mqar", extrapolate=((64,),)), ValueError, "extrapolate=((64,),); expected a tuple"),
+    (task("parity", running=1), TypeError, "running=1; expected True or False"),
+    (task("sorting", lengths=5), TypeError, "lengths=5; expected a tuple of 2 integers"),
+    (task("regular_languages", letters=40), ValueError, "letters=40; expected at least 4 and at most 31"),
     (task("copy", seed=1.5), TypeError, "seed=1.5; expected an integer"),
     (lambda: make_task("listops", preset="long"), ValueError, "unknown ListOps preset 'long'"),
     (

@@ -1,6 +1,6 @@
 """Associative recall: keys followed by their values, then one key whose value is asked for."""
 
-import dataclasses
+from typing import Annotated
 
 import numpy as np
 
@@ -8,10 +8,10 @@ from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.synthetic.rows import Arrays
 from experiments.tasks.synthetic.task import SyntheticTask, length_splits
 from experiments.tasks.tokens import IGNORE
-from layers.options import check_integer
+from layers.options import Bound, checked_dataclass
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@checked_dataclass(kw_only=True, eq=False)
 class AssociativeRecall(SyntheticTask):
     """Associative recall with one query (Ba et al. 2016, arXiv:1610.06258; as in H3, Fu et al. 2023, arXiv:2212.14052).
 
@@ -28,7 +28,7 @@ class AssociativeRecall(SyntheticTask):
       extrapolate: other lengths, each with a split "length_N".
     """
 
-    vocab_size: int = 20
+    vocab_size: Annotated[int, Bound(least=6)] = 20
     length: int = 40
     answers_only: bool = False
     extrapolate: tuple[int, ...] = ()
@@ -37,9 +37,6 @@ class AssociativeRecall(SyntheticTask):
     test: int = 500
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer("vocab_size", self.vocab_size, least=6)
-        length_splits(self.extrapolate)
         for length in (self.length, *self.extrapolate):
             if length < 2 or length % 2:
                 raise ValueError(f"length={length}; expected an even number: keys and values in turn")

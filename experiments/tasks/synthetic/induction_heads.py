@@ -1,6 +1,6 @@
 """Induction heads: recall what followed a special token."""
 
-import dataclasses
+from typing import Annotated
 
 import numpy as np
 
@@ -8,10 +8,10 @@ from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.synthetic.rows import Arrays
 from experiments.tasks.synthetic.task import SyntheticTask, length_splits
 from experiments.tasks.tokens import IGNORE
-from layers.options import check_integer
+from layers.options import Bound, checked_dataclass
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@checked_dataclass(kw_only=True, eq=False)
 class InductionHeads(SyntheticTask):
     """Induction heads (Olsson et al. 2022, arXiv:2209.11895; with lengths as in Gu and Dao 2024, arXiv:2312.00752).
 
@@ -27,18 +27,12 @@ class InductionHeads(SyntheticTask):
       extrapolate: other lengths, each with a split "length_N".
     """
 
-    symbols: int = 16
-    length: int = 256
-    extrapolate: tuple[int, ...] = tuple(2**n for n in range(6, 15))
+    symbols: Annotated[int, Bound(least=2)] = 16
+    length: Annotated[int, Bound(least=3)] = 256
+    extrapolate: tuple[Annotated[int, Bound(least=3)], ...] = tuple(2**n for n in range(6, 15))
     train: int = 1_000_000
     validation: int = 512
     test: int = 512
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer("symbols", self.symbols, least=2)
-        for length in (self.length, *self.extrapolate):
-            check_integer("length", length, least=3)
 
     @property
     def vocab_size(self) -> int:

@@ -1,6 +1,6 @@
 """The other tasks of MAD: selective copying, compression and memorization."""
 
-import dataclasses
+from typing import Annotated
 
 import numpy as np
 
@@ -8,10 +8,10 @@ from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.synthetic.rows import Arrays
 from experiments.tasks.synthetic.task import SyntheticTask
 from experiments.tasks.tokens import IGNORE
-from layers.options import check_integer
+from layers.options import Bound, check_integer, checked_dataclass
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@checked_dataclass(kw_only=True, eq=False)
 class MADSelectiveCopying(SyntheticTask):
     """MAD's selective copying (Poli et al. 2024, arXiv:2403.17844).
 
@@ -26,7 +26,7 @@ class MADSelectiveCopying(SyntheticTask):
       tokens: number of tokens to copy.
     """
 
-    vocab_size: int = 16
+    vocab_size: Annotated[int, Bound(least=4)] = 16
     length: int = 256
     tokens: int = 16
     train: int = 12_800
@@ -34,9 +34,6 @@ class MADSelectiveCopying(SyntheticTask):
     test: int = 1280
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer("vocab_size", self.vocab_size, least=4)
-        check_integer("tokens", self.tokens, least=1)
         check_integer("length", self.length, least=2 * self.tokens + 1)
 
     def width(self, split: str) -> int:
@@ -60,7 +57,7 @@ class MADSelectiveCopying(SyntheticTask):
         return {"inputs": inputs, "labels": labels}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@checked_dataclass(kw_only=True, eq=False)
 class Compression(SyntheticTask):
     """MAD's compression, one vector must hold a random sequence (Poli et al. 2024, arXiv:2403.17844).
 
@@ -72,16 +69,11 @@ class Compression(SyntheticTask):
       length: T, tokens per row.
     """
 
-    vocab_size: int = 16
-    length: int = 32
+    vocab_size: Annotated[int, Bound(least=3)] = 16
+    length: Annotated[int, Bound(least=2)] = 32
     train: int = 12_800
     validation: int = 1280
     test: int = 1280
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer("vocab_size", self.vocab_size, least=3)
-        check_integer("length", self.length, least=2)
 
     def width(self, split: str) -> int:
         return self.length
@@ -96,7 +88,7 @@ class Compression(SyntheticTask):
         return {"inputs": inputs, "labels": inputs}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@checked_dataclass(kw_only=True, eq=False)
 class Memorization(SyntheticTask):
     """MAD's memorization, learn a fixed dictionary (Poli et al. 2024, arXiv:2403.17844).
 
@@ -110,15 +102,13 @@ class Memorization(SyntheticTask):
       length: T, tokens per row, even.
     """
 
-    vocab_size: int = 256
+    vocab_size: Annotated[int, Bound(least=5)] = 256
     length: int = 32
     train: int = 256
     validation: int = 1280
     test: int = 1280
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer("vocab_size", self.vocab_size, least=5)
         if self.length < 2 or self.length % 2:
             raise ValueError(f"length={self.length}; expected an even number")
 

@@ -1,6 +1,5 @@
 """The recall tasks of MAD: in context, among noise, and of keys and values of several tokens."""
 
-import dataclasses
 import itertools
 
 import numpy as np
@@ -10,10 +9,10 @@ from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.synthetic.rows import Arrays
 from experiments.tasks.synthetic.task import SyntheticTask
 from experiments.tasks.tokens import IGNORE
-from layers.options import check_integer, check_number
+from layers.options import Count, Fraction, check_integer, checked_dataclass
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@checked_dataclass(kw_only=True, eq=False)
 class InContextRecall(SyntheticTask):
     """MAD's in-context recall and, with noise, its noisy recall (Poli et al. 2024, arXiv:2403.17844).
 
@@ -32,18 +31,15 @@ class InContextRecall(SyntheticTask):
 
     vocab_size: int = 16
     length: int = 128
-    noise_vocab_size: int = 0
-    noise: float = 0.0
+    noise_vocab_size: Count = 0
+    noise: Fraction = 0.0
     train: int = 12_800
     validation: int = 1280
     test: int = 1280
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer("noise_vocab_size", self.noise_vocab_size, least=0)
         check_integer("vocab_size", self.vocab_size, least=4 + self.noise_vocab_size)
-        check_number("noise", self.noise, least=0.0)
-        if self.noise >= 1 or (self.noise > 0) != (self.noise_vocab_size > 0):
+        if (self.noise > 0) != (self.noise_vocab_size > 0):
             raise ValueError(
                 f"noise={self.noise} with noise_vocab_size={self.noise_vocab_size}; "
                 "expected a fraction below 1, and noise tokens just when it is above 0"
@@ -81,7 +77,7 @@ class InContextRecall(SyntheticTask):
         return {"inputs": text[:, :-1], "labels": labels}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@checked_dataclass(kw_only=True, eq=False)
 class NoisyRecall(InContextRecall):
     """MAD's noisy recall, in-context recall with noise tokens between the pairs (Poli et al. 2024, arXiv:2403.17844)."""
 
@@ -90,7 +86,7 @@ class NoisyRecall(InContextRecall):
     noise: float = 0.2
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@checked_dataclass(kw_only=True, eq=False)
 class FuzzyRecall(SyntheticTask):
     """MAD's fuzzy recall, keys and values of one to three tokens (Poli et al. 2024, arXiv:2403.17844).
 
@@ -114,8 +110,6 @@ class FuzzyRecall(SyntheticTask):
     test: int = 1280
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer("motif", self.motif, least=1)
         if (self.vocab_size - 1) // 2 < self.motif:
             raise ValueError(f"vocab_size={self.vocab_size}; expected at least {2 * self.motif + 1}")
         check_integer("length", self.length, least=6 * self.motif)

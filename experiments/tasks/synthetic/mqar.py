@@ -1,17 +1,15 @@
 """Multi-query associative recall: pairs of keys and values, then the keys again; answer with their values."""
 
-import dataclasses
-
 import numpy as np
 
 from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.synthetic.rows import Arrays
 from experiments.tasks.synthetic.task import SyntheticTask
 from experiments.tasks.tokens import IGNORE
-from layers.options import check_integer, check_number
+from layers.options import Positive, check_integer, checked_dataclass
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@checked_dataclass(kw_only=True, eq=False)
 class MQAR(SyntheticTask):
     """Multi-query associative recall (Arora et al. 2024, arXiv:2312.04927).
 
@@ -36,7 +34,7 @@ class MQAR(SyntheticTask):
     vocab_size: int = 8192
     length: int = 64
     pairs: int = 4
-    power: float = 0.01
+    power: Positive = 0.01
     random_filler: bool = False
     shuffle_queries: bool = False
     extrapolate: tuple[tuple[int, int], ...] = ()
@@ -45,8 +43,6 @@ class MQAR(SyntheticTask):
     test: int = 3000
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("power", self.power, above=0.0)
         for length, pairs in ((self.length, self.pairs), *self.extrapolate):
             check_integer("length", length, least=4)
             if length % 2 or not 1 <= pairs <= length // 4:

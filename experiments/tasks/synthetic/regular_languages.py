@@ -1,8 +1,7 @@
 """In-context learning of regular languages: continuing the words of an automaton that only the sequence defines."""
 
-import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from experiments.tasks.synthetic.draws import GOLDEN, Draws, mix
 from experiments.tasks.synthetic.rows import Arrays
 from experiments.tasks.synthetic.task import SyntheticTask
 from experiments.tasks.tokens import IGNORE, cross_entropy, is_counted
-from layers.options import check_integer
+from layers.options import Bound, checked_dataclass
 from layers.typing import Array, Float
 
 PARTS = {"validation": 0, "test": 1}  # indices out of 16 parts of all languages; training has the others
@@ -33,7 +32,7 @@ class Automata(NamedTuple):
     edges: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@checked_dataclass(kw_only=True, eq=False)
 class RegularLanguages(SyntheticTask):
     """In-context learning of regular languages (Akyürek et al. 2024, arXiv:2401.12973).
 
@@ -56,7 +55,7 @@ class RegularLanguages(SyntheticTask):
 
     ragged = True
 
-    letters: int = 18
+    letters: Annotated[int, Bound(least=4, most=31)] = 18
     states: tuple[int, int] = (4, 12)
     words: tuple[int, int] = (10, 19)
     word_length: tuple[int, int] = (1, 49)
@@ -65,10 +64,6 @@ class RegularLanguages(SyntheticTask):
     test: int = 250
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer("letters", self.letters, least=4)
-        if self.letters > 31:
-            raise ValueError(f"letters={self.letters}; expected at most 31")
         for name, least in (("states", 4), ("words", 1), ("word_length", 1)):
             low, high = getattr(self, name)
             if not least <= low <= high:

@@ -1,6 +1,6 @@
 """Selective copying: data tokens scattered among noise, to be written down in order at the end."""
 
-import dataclasses
+from typing import Annotated
 
 import numpy as np
 
@@ -8,10 +8,10 @@ from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.synthetic.rows import Arrays
 from experiments.tasks.synthetic.task import SyntheticTask, length_splits
 from experiments.tasks.tokens import IGNORE
-from layers.options import check_integer
+from layers.options import Bound, Count, checked_dataclass
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@checked_dataclass(kw_only=True, eq=False)
 class SelectiveCopying(SyntheticTask):
     """Selective copying (Gu and Dao 2024, arXiv:2312.00752; the form of S4's code).
 
@@ -27,20 +27,13 @@ class SelectiveCopying(SyntheticTask):
       extrapolate: other lengths, each with a split "length_N".
     """
 
-    vocab_size: int = 16
-    length: int = 4096
+    vocab_size: Annotated[int, Bound(least=4)] = 16
+    length: Count = 4096
     tokens: int = 16
     extrapolate: tuple[int, ...] = ()
     train: int = 1_000_000
     validation: int = 256
     test: int = 1024
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer("vocab_size", self.vocab_size, least=4)
-        check_integer("length", self.length, least=0)
-        check_integer("tokens", self.tokens, least=1)
-        length_splits(self.extrapolate)
 
     @property
     def further_splits(self) -> tuple[str, ...]:

@@ -12,14 +12,14 @@ from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.synthetic.rows import Arrays, Rows
 from experiments.tasks.task import Task
 from layers.kernels.segments import Padding
-from layers.options import check_integer
+from layers.options import Count, check_integer, checked_dataclass
 from layers.typing import Array, Float
 
 # Increment when a generator makes other rows from the same options.
 VERSION = 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@checked_dataclass(kw_only=True, eq=False)
 class SyntheticTask(Task, abc.ABC):
     """A task whose rows depend only on its options; nothing is made before rows are gathered.
 
@@ -35,15 +35,10 @@ class SyntheticTask(Task, abc.ABC):
     packed: ClassVar[bool] = False
     ragged: ClassVar[bool] = False
 
-    seed: int = 0
+    seed: Count = 0
     train: int
     validation: int
     test: int
-
-    def __post_init__(self) -> None:
-        check_integer("seed", self.seed, least=0)
-        for size in ("train", "validation", "test"):
-            check_integer(size, getattr(self, size), least=1)
 
     @abc.abstractmethod
     def make(self, draws: Draws, split: str) -> Arrays:

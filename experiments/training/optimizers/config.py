@@ -2,10 +2,19 @@
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from experiments.training.optimizers.schedules import SCHEDULES
-from layers.options import check_integer, check_number
+from layers.options import (
+    Bound,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    UnitInterval,
+    check_number,
+    checked_dataclass,
+)
 from layers.parameters import GROUP_RULES
 from layers.registry import suggestion
 
@@ -14,7 +23,7 @@ DEFAULT = "default"
 OVERRIDES = ("learning_rate", "weight_decay")
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_dataclass(section="optimizer")
 class OptimizerConfig:
     """The section `optimizer`.
 
@@ -39,53 +48,27 @@ class OptimizerConfig:
       muon_momentum, muon_rms: momentum of "muon", and root mean square of its updates of hidden matrices.
     """
 
-    learning_rate: float
-    name: str = "adamw"
-    weight_decay: float = 0.0
+    learning_rate: Positive
+    name: Literal[*RULES] = "adamw"
+    weight_decay: NonNegative = 0.0
     groups: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
-    warmup_epochs: float | None = None
-    warmup_steps: int | None = None
-    schedule: str = "cosine"
-    decay_fraction: float = 0.2
-    final_learning_rate: float = 0.0
-    clip_norm: float | None = None
-    skip_norm: float | None = None
-    ema: float | None = None
-    b1: float = 0.9
-    b2: float = 0.999
-    epsilon: float = 1e-8
-    muon_momentum: float = 0.95
-    muon_rms: float = 0.2
+    warmup_epochs: NonNegative | None = None
+    warmup_steps: Count | None = None
+    schedule: Literal[*SCHEDULES] = "cosine"
+    decay_fraction: Annotated[float, Bound(above=0, most=1)] = 0.2
+    final_learning_rate: UnitInterval = 0.0
+    clip_norm: Positive | None = None
+    skip_norm: Positive | None = None
+    ema: Fraction | None = None
+    b1: Fraction = 0.9
+    b2: Fraction = 0.999
+    epsilon: Positive = 1e-8
+    muon_momentum: Fraction = 0.95
+    muon_rms: Positive = 0.2
 
     def __post_init__(self) -> None:
-        for name, allowed in (("name", RULES), ("schedule", SCHEDULES)):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(
-                    f"optimizer.{name}={value!r}{suggestion(value, allowed)}; expected one of {', '.join(allowed)}"
-                )
-        check_number("optimizer.decay_fraction", self.decay_fraction, above=0.0)
-        check_number("optimizer.muon_rms", self.muon_rms, above=0.0)
-        check_number("optimizer.learning_rate", self.learning_rate, above=0.0)
-        check_number("optimizer.weight_decay", self.weight_decay, least=0.0)
-        check_number("optimizer.epsilon", self.epsilon, above=0.0)
-        for name in ("final_learning_rate", "decay_fraction", "b1", "b2", "muon_momentum"):
-            _check_fraction(
-                f"optimizer.{name}",
-                getattr(self, name),
-                include_one=name in ("final_learning_rate", "decay_fraction"),
-            )
         if self.warmup_epochs is not None and self.warmup_steps is not None:
             raise ValueError("set optimizer.warmup_epochs or optimizer.warmup_steps and leave the other None")
-        if self.warmup_epochs is not None:
-            check_number("optimizer.warmup_epochs", self.warmup_epochs, least=0.0)
-        if self.warmup_steps is not None:
-            check_integer("optimizer.warmup_steps", self.warmup_steps, least=0)
-        for name in ("clip_norm", "skip_norm"):
-            if getattr(self, name) is not None:
-                check_number(f"optimizer.{name}", getattr(self, name), above=0.0)
-        if self.ema is not None:
-            _check_fraction("optimizer.ema", self.ema)
         for group, overrides in self.groups.items():
             self._check_group(group, overrides)
 
@@ -93,20 +76,12 @@ class OptimizerConfig:
         name = f"optimizer.groups[{group!r}]"
         if group == DEFAULT:
             raise ValueError(f"{name}: set optimizer.learning_rate and optimizer.weight_decay themselves")
-        if not isinstance(overrides, Mapping) or not overrides:
-            raise TypeError(f"{name}={overrides!r}; expected a dict with {' or '.join(OVERRIDES)}")
+        if not overrides:
+            raise ValueError(f"{name}={overrides!r}; expected a dict with {' or '.join(OVERRIDES)}")
         for field, value in overrides.items():
             if field not in OVERRIDES:
                 raise ValueError(f"{name} has no field {field!r}{suggestion(field, OVERRIDES)}")
             check_number(f"{name}.{field}", value, least=0.0)
-
-
-def _check_fraction(name: str, value: Any, *, include_one: bool = False) -> None:
-    check_number(name, value, least=0.0)
-    if value > 1 or (value == 1 and not include_one):
-        raise ValueError(
-            f"{name}={value!r}; expected at most 1" if include_one else f"{name}={value!r}; expected below 1"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,7 +73,7 @@ def test_mqar_filler_and_further_splits():
 @pytest.mark.parametrize("split, length", [("train", 20), ("test", 20), ("length_7", 7), ("length_0", None)])
 def test_selective_copying(split, length):
     if length is None:
-        with pytest.raises(ValueError, match="extrapolate=0"):
+        with pytest.raises(ValueError, match=r"extrapolate=\(0,\)"):
             make_task("selective_copying", extrapolate=(0,))
         return
     task = make_task("selective_copying", **SIZES, vocab_size=6, length=20, tokens=4, extrapolate=(7,))
