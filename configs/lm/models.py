@@ -142,6 +142,15 @@ def hybrids(width: int, depth: int) -> dict[str, dict]:
     }
 
 
+def models(width: int, depth: int, length: int) -> dict[str, dict]:
+    """Returns the options of every model by its name; `depth` is that of blocks with a channel mixer."""
+    found = mixers(width, length) | hybrids(width, depth)
+    for model in found.values():
+        alone = all(entry.endswith("+none") for entry in model["pattern"])
+        model |= dict(width=width, depth=depth * (1 + alone))
+    return found
+
+
 def get_config(arg: str = "size=10m,mixer=attention") -> ConfigDict:
     options = dict(pair.partition("=")[::2] for pair in arg.split(",") if pair)
     size, mixer = options.pop("size", "10m"), options.pop("mixer", "attention")
@@ -156,23 +165,19 @@ def get_config(arg: str = "size=10m,mixer=attention") -> ConfigDict:
     if not length.isdecimal() or not int(length):
         raise ValueError(f"length={length!r}; expected a number of tokens per row, such as {LENGTH}")
     width, depth, rate, rows, remat = SIZES[size]
-    models = mixers(width, int(length)) | hybrids(width, depth)
-    if mixer not in models:
-        raise ValueError(f"mixer={mixer!r} has no model here; available: {', '.join(models)}")
-    model = models[mixer]
-    alone = all(entry.endswith("+none") for entry in model["pattern"])
+    known = models(width, depth, int(length))
+    if mixer not in known:
+        raise ValueError(f"mixer={mixer!r} has no model here; available: {', '.join(known)}")
 
     config = ConfigDict()
     config.seed = 0
     config.task = dict(name="language", source="stdlib", tokenizer=tokenizer, length=int(length))
     config.model = dict(
         kind="language_model",
-        width=width,
-        depth=depth * (1 + alone),
         tie_embeddings=True,
         dtype="bfloat16",
         remat=remat,
-        **model,
+        **known[mixer],
     )
     config.train = dict(batch_size=rows, epochs=1, eval_every=0.25, log_every=10, checkpoint_every=500)
     config.optimizer = dict(

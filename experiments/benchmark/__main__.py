@@ -2,8 +2,8 @@
 
     python -m experiments.benchmark kernels [--peers] [--only=delta_rule/KDA,linear_recurrence] [--out=FOLDER]
     python -m experiments.benchmark scaling [--lengths=2048,8192,32768,131072] [--out=FOLDER]
-    python -m experiments.benchmark steps [--only=gated_deltanet,transformer] [--rows=whole,packed] [--num_devices=2]
-    python -m experiments.benchmark decode [--only=mamba2,transformer] [--batch=8] [--lengths=1024,16384] [--out=FOLDER]
+    python -m experiments.benchmark steps [--only=gated_deltanet,attention] [--rows=whole,packed] [--num_devices=2] [--size=1.3b]
+    python -m experiments.benchmark decode [--only=mamba2,attention] [--batch=8] [--lengths=1024,16384] [--out=FOLDER]
     python -m experiments.benchmark tune [--only=linear_recurrence/real] [--out=FOLDER]
 
 `kernels` prints a table and writes kernels.json and kernels.png: milliseconds (median of interleaved measurements) of
@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from experiments.benchmark import decode, kernels, peers, report, scaling, steps, tune
+from experiments.benchmark import decode, kernels, models, peers, report, scaling, steps, tune
 from experiments.benchmark.processes import EndedEarly
 from experiments.benchmark.timing import ceilings
 from experiments.config.command_line import (
@@ -47,8 +47,8 @@ MODELS = ("steps", "decode")  # studies of whole models
 READS = {
     "kernels": {"peers", "dtype", "batch", "time", "narrower", "workers", "patience"},
     "scaling": {"dtype", "narrower", "workers", "lengths"},
-    "steps": {"batch", "time", "rows", "num_devices"},
-    "decode": {"batch", "lengths"},
+    "steps": {"batch", "time", "rows", "num_devices", "size", "unrolled"},
+    "decode": {"batch", "lengths", "size"},
     "tune": {"batch", "time", "narrower"},
 }
 LENGTHS = (2048, 8192, 32768, 131072)  # of `scaling`
@@ -106,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 values.only,
                 values.rows or steps.ROWS,
                 count,
+                values.size,
                 shape,
+                values.unrolled,
                 rounds,
                 lambda row: add(row, steps.line(row)),
                 say,
@@ -117,7 +119,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(device, flush=True)
             batches = values.batch and (values.batch,)
             decode.run(
-                values.only, batches, values.lengths, rounds, lambda row: add(row, decode.line(row)), say
+                values.only,
+                values.size,
+                batches,
+                values.lengths,
+                rounds,
+                lambda row: add(row, decode.line(row)),
+                say,
             )
             decode.draw(rows, out / "decode.png", device)
         else:
@@ -218,6 +226,14 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--rows", type=names, help="kinds of rows, for `steps`: whole, ones and packed (default: all)"
+    )
+    parser.add_argument(
+        "--size",
+        choices=tuple(models.SIZES),
+        help="size of the models, for `steps` and `decode` (default: 125m; tiny on a CPU)",
+    )
+    parser.add_argument(
+        "--unrolled", action="store_true", help="compile layers one by one, not under a scan, for `steps`"
     )
     parser.add_argument("--num_devices", type=positive_integer, help="devices, for `steps` (default: 1)")
     parser.add_argument(

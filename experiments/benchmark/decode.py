@@ -17,11 +17,10 @@ from flax import nnx
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.benchmark import steps
+from experiments.benchmark import models as language_models
 from experiments.benchmark.processes import Say
 from experiments.benchmark.report import COLOURS
 from experiments.benchmark.timing import interleaved
-from layers.registry import suggestion
 from seqmodels import build_model
 from seqmodels.generation import prefill
 
@@ -33,6 +32,7 @@ SECONDS = 0.2  # of a measurement
 
 def run(
     models: Sequence[str],
+    size: str | None,
     batches: Sequence[int] | None,
     lengths: Sequence[int] | None,
     rounds: int,
@@ -42,7 +42,8 @@ def run(
     """Returns the time of a step for each model, batch and context; `report` receives each row as it is known.
 
     Args:
-      models: names in `steps.MODELS`; all if empty.
+      models: names; the usual ones if empty.
+      size: a size in `experiments.benchmark.models.SIZES`; the usual one if None.
       batches: numbers of rows, in place of the defaults.
       lengths: tokens of context, in place of the defaults.
       rounds: measurements per step.
@@ -50,23 +51,18 @@ def run(
     Raises:
       ValueError: an unknown name.
     """
-    for name in models:
-        if name not in steps.MODELS:
-            raise ValueError(
-                f"{name!r} is unknown{suggestion(name, steps.MODELS)}; choose from {', '.join(steps.MODELS)}"
-            )
+    models, size = language_models.chosen(models), size or language_models.usual_size()
     on_cpu = jax.default_backend() == "cpu"
     batches = batches or (BATCHES_ON_CPU if on_cpu else BATCHES)
     lengths = lengths or (LENGTHS_ON_CPU if on_cpu else LENGTHS)
     rows = []
-    for name in models or steps.MODELS:
-        config = steps.MODELS[name] | (steps.ON_CPU if on_cpu else steps.SIZES)
-        config |= dict(kind="language_model", dtype="bfloat16", scan=False)
+    for name in models:
+        config = language_models.config(name, size, max(lengths) + STEPS) | dict(scan=False)
         model = nnx.jit(partial(_model, config))()
         for batch in batches:
             for length in lengths:
                 say(f"{name}, {batch} x {length}")
-                rows.append(dict(model=name) | _measure(model, batch, length, rounds))
+                rows.append(dict(model=name, size=size) | _measure(model, batch, length, rounds))
                 report(rows[-1])
     return rows
 

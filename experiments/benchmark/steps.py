@@ -1,17 +1,17 @@
 """The study `steps`: whole training steps of language models, on rows that are whole, marked as one segment, or packed.
 
 A step is that of training (`experiments.training.step`): embedding, layers, cross-entropy, both passes and
-the optimizer. Models have 12 layers of width 768, SwiGLU, tied embeddings of 32,768 tokens and bfloat16 activations, about
-110 to 117 million parameters. Tokens are random.
+the optimizer, AdamW. Models are those of `experiments.benchmark.models`, and tokens are random.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from experiments.analysis.utilization import peak_flops, training_flops
+from experiments.benchmark import models
 from experiments.benchmark.processes import Say
 from experiments.benchmark.timing import interleaved
 from experiments.config.loading import MeshConfig
@@ -24,27 +24,18 @@ from layers.kernels import dispatch
 from layers.registry import suggestion
 from seqmodels import build_model
 
-MODELS: dict[str, dict[str, Any]] = {
-    "transformer": dict(pattern=("attention",), mixers={"attention": dict(heads=12)}),
-    "gated_deltanet": dict(
-        pattern=("gated_deltanet",), mixers={"gated_deltanet": dict(heads=6, key_dim=128, value_dim=128)}
-    ),
-    "rg_lru": dict(pattern=("rg_lru",)),
-    "mamba2": dict(pattern=("mamba2",)),
-}
 ROWS = ("whole", "ones", "packed")
 DOCUMENTS = 4  # per packed row
 SECONDS = 0.5  # of a measurement
-SIZES = dict(width=768, depth=12, vocab_size=32768)
-ON_CPU = dict(width=96, depth=2, vocab_size=64)
-SHAPE, SHAPE_ON_CPU = (8, 4096), (2, 64)
 
 
 def run(
-    models: Sequence[str],
+    names: Sequence[str],
     rows: Sequence[str],
     count: int,
+    size: str | None,
     shape: tuple[int | None, int | None],
+    unrolled: bool,
     rounds: int,
     report: Callable[[dict[str, Any]], None],
     say: Say,
@@ -52,46 +43,49 @@ def run(
     """Returns the time of a step for each model and kind of rows; `report` receives each row as it is known.
 
     Args:
-      models: names in `MODELS`; all if empty.
+      names: models; the usual ones if empty.
       rows: "whole" (no segment ids), "ones" (one segment per row) or "packed" (four documents per row).
       count: number of devices, which divide the batch.
-      shape: rows per device and tokens per row, in place of the defaults.
+      size: a size in `models.SIZES`; the usual one if None.
+      shape: rows per device and tokens per row, in place of those of the size.
+      unrolled: whether layers are compiled one by one instead of under `jax.lax.scan`.
       rounds: measurements per step.
 
     Raises:
       ValueError: unknown names, more devices than there are, or rows too short to be packed.
     """
-    for name, known in [*((m, MODELS) for m in models), *((r, ROWS) for r in rows)]:
-        if name not in known:
-            raise ValueError(f"{name!r} is unknown{suggestion(name, known)}; choose from {', '.join(known)}")
-    length = shape[1] or (SHAPE_ON_CPU if jax.default_backend() == "cpu" else SHAPE)[1]
+    names, size = models.chosen(names), size or models.usual_size()
+    for kind in rows:
+        if kind not in ROWS:
+            raise ValueError(f"{kind!r} is unknown{suggestion(kind, ROWS)}; choose from {', '.join(ROWS)}")
+    batch, length = (given or usual for given, usual in zip(shape, models.SIZES[size][2:4], strict=True))
     if "packed" in rows and length < DOCUMENTS:
         raise ValueError(
             f"time={length} with rows=packed; expected at least {DOCUMENTS} tokens, one per document"
         )
     devices = Devices.first(count, MeshConfig())
     found = []
-    for name in models or MODELS:
+    for name in names:
+        config = models.config(name, size, length) | dict(scan=not unrolled)
         for kind in rows:
-            found.append(_measure(name, kind, devices, shape, rounds, say))
+            say(f"{name}, {kind} rows")
+            measured = _measure(config, kind, devices, batch, length, rounds)
+            found.append(dict(model=name, size=size, unrolled=unrolled) | measured)
             report(found[-1])
     return found
 
 
 def line(row: Mapping[str, Any]) -> str:
     """Returns a row of the table."""
-    label = f"{row['model']}, {row['rows']} rows"
+    label = f"{row['model']} {row['size']}, {row['rows']} rows"
+    share = f"{row['utilization']:5.1%}" if row["utilization"] else ""
     return (
-        f"{label:32}  {row['milliseconds']:9.2f} ms  {row['tokens_per_second']:10.0f} tokens/s  "
+        f"{label:36}  {row['milliseconds']:9.2f} ms  {row['tokens_per_second']:10.0f} tokens/s  {share:5}  "
         f"{row['temporary_bytes'] / 1e9:7.2f} GB  {', '.join(row['implementations'])}"
     )
 
 
-def _measure(name, kind, devices, shape, rounds, say) -> dict[str, Any]:
-    on_cpu = jax.default_backend() == "cpu"
-    default = SHAPE_ON_CPU if on_cpu else SHAPE
-    batch, length = (given or usual for given, usual in zip(shape, default, strict=True))
-    config = MODELS[name] | (ON_CPU if on_cpu else SIZES) | dict(kind="language_model", dtype="bfloat16")
+def _measure(config, kind, devices, batch, length, rounds) -> dict[str, Any]:
     arrays = _batch(kind, batch * len(devices), length, config["vocab_size"])
     most = DOCUMENTS if kind == "packed" else 1
     model = SplitModel(
@@ -110,7 +104,6 @@ def _measure(name, kind, devices, shape, rounds, say) -> dict[str, Any]:
     with dispatch.noted() as taken:
         step = functions.train.lower(state, given).compile()
     seconds = time.perf_counter() - start
-    say(f"{name}, {kind} rows: compiled in {seconds:.0f} s")
 
     def take() -> Any:
         nonlocal state
@@ -118,8 +111,9 @@ def _measure(name, kind, devices, shape, rounds, say) -> dict[str, Any]:
         return metrics
 
     timing = interleaved({"step": take}, rounds, SECONDS)["step"]
+    peak = peak_flops(device.device_kind for device in devices.mesh.devices.flat)
+    flops = training_flops(model, tokens.cross_entropy, arrays)
     return dict(
-        model=name,
         rows=kind,
         batch=batch * len(devices),
         time=length,
@@ -128,6 +122,8 @@ def _measure(name, kind, devices, shape, rounds, say) -> dict[str, Any]:
         milliseconds=timing.median,
         quartiles_milliseconds=[timing.low, timing.high],
         tokens_per_second=1e3 * batch * len(devices) * length / timing.median,
+        flops=flops,
+        utilization=peak and 1e3 * flops / (peak * timing.median),
         temporary_bytes=step.memory_analysis().temp_size_in_bytes,
         implementations=sorted({"/".join(one) for one in taken}),
         compile_seconds=seconds,

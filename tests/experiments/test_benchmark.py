@@ -227,7 +227,7 @@ def test_the_command_refuses_before_it_computes(tmp_path, capsys):
 
 
 def test_steps_are_timed_on_packed_rows(tmp_path):
-    assert main(["steps", "--only=transformer", "--rows=packed", "--rounds=1", f"--out={tmp_path}"]) == 0
+    assert main(["steps", "--only=attention", "--rows=packed", "--rounds=1", f"--out={tmp_path}"]) == 0
     rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
     assert [row["rows"] for row in rows] == ["packed"]
     assert all(row["tokens_per_second"] > 0 and row["implementations"] == ["attention/xla"] for row in rows)
@@ -236,16 +236,16 @@ def test_steps_are_timed_on_packed_rows(tmp_path):
     assert (np.diff(packed) >= 0).all()
 
 
-@pytest.mark.parametrize("model", ["transformer", pytest.param("mamba2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["attention", pytest.param("mamba2", marks=pytest.mark.slow)])
 def test_steps_of_generation_are_timed_and_states_measured(model, tmp_path):
     arguments = [f"--only={model}", "--batch=2", "--lengths=96,160", "--rounds=1"]
     assert main(["decode", *arguments, f"--out={tmp_path}"]) == 0
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
     assert [(row["model"], row["batch"], row["context"]) for row in rows] == [(model, 2, 96), (model, 2, 160)]
     short, long = (row["state_bytes"] for row in rows)
-    if model == "transformer":
-        # Keys and values of 64 more tokens in bfloat16: 2 rows, 2 layers, 96 features.
-        assert long - short >= 64 * 2 * 2 * 2 * 96 * 2
+    if model == "attention":
+        # Keys and values of 64 more tokens in bfloat16: 2 rows, 2 layers, 128 features.
+        assert long - short >= 64 * 2 * 2 * 2 * 128 * 2
     else:
         assert long == short
     assert all(row["milliseconds"] > 0 for row in rows)
@@ -253,5 +253,5 @@ def test_steps_of_generation_are_timed_and_states_measured(model, tmp_path):
 
 
 def test_unknown_models_of_steps_are_refused_with_the_nearest(tmp_path, capsys):
-    assert main(["steps", "--only=transformr", f"--out={tmp_path}"]) == 2
-    assert "did you mean 'transformer'" in capsys.readouterr().err
+    assert main(["steps", "--only=attentoin", f"--out={tmp_path}"]) == 2
+    assert "did you mean 'attention'" in capsys.readouterr().err
