@@ -156,9 +156,7 @@ def _forward(x, weight, bias, state, codes, call):
 def gradients(call, residuals, dy):
     """The backward pass, from (x, weight, bias, state, codes) and the gradient of y."""
     x, weight, bias, state, codes = residuals
-    dx, dweight, dbias, dstate = kernels.backward(
-        x, dy, weight, bias, state, codes, call.silu, call.backward
-    )
+    dx, dweight, dbias, dstate = kernels.backward(x, dy, weight, bias, state, codes, call.silu, call.backward)
     return (
         dx,
         dweight.astype(weight.dtype),
