@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.mosaic_gpu import launch, pl, plgpu, sigmoid
-from layers.kernels.short_conv.gpu.tiles import Block, Plan, Settings, Values, buffers, plan_of
+from layers.kernels.short_conv.gpu.tiles import FEWEST_ROWS, Block, Plan, Settings, Values, buffers, plan_of
 
 
 def forward(
@@ -165,6 +165,8 @@ def backward(
                 ]
                 window, unfinished, totals = carry
                 for row, one in zip(rows, read, strict=True):
+                    if plan.overruns:
+                        one = (_select(block.scalar(one[-1]), one[0]), *one[1:])  # no token of another row
                     inputs, taken, dp, unfinished = step(window, unfinished, *one)
                     totals = _count_in(totals, taken, dp, one[2] is not None)
                     done, *unfinished = unfinished
@@ -187,15 +189,19 @@ def backward(
 
         turn, end = jax.lax.rem(tiles, 2), block.start + tiles * steps
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        rows = max(memory, FEWEST_ROWS)
+        for i in range(rows - memory):  # the last of the tile once more
+            again = block.load(dx_tiles.at[1 - turn, steps - (rows - memory) + i])
+            dx_tiles[turn, i] = again.astype(dx_tiles.dtype)
         for i in range(memory):
             value, gradient = (block.load(refs[name].at[i]) for name in ("x_after", "dy_after"))
             count = block.count(i, tiles="codes_after")
             window, _, _, unfinished = step(window, unfinished, value, gradient, count, end + i < plan.time)
             done, *unfinished = unfinished
-            dx_tiles[turn, i] = done.astype(dx_tiles.dtype)
+            dx_tiles[turn, rows - memory + i] = done.astype(dx_tiles.dtype)
             window = window[1:]
         plgpu.commit_smem()
-        block.send(dx_tiles, turn, dx, end - memory, memory)
+        block.send(dx_tiles, turn, dx, end - rows, rows)
         plgpu.wait_smem_to_gmem(0)
 
     results = launch(

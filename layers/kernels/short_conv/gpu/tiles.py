@@ -5,7 +5,8 @@ copies bring tiles of `steps` x `width` numbers into shared memory, `stages` of 
 other: a program also reads the few tokens beside its piece that taps reach.
 
 The tail of the sequence and channels beyond the last need no masks in copies: copies into shared memory fill with zeros
-beyond the ends of an array, and copies out write nothing there, unless what they copy is contiguous in memory.
+beyond the ends of an array, and copies out write nothing there, unless what they copy is contiguous in memory. Such a copy
+goes on into the next row. Those are the tiles that hold all channels (`overruns`), and single rows of tiles.
 """
 
 import dataclasses
@@ -20,6 +21,10 @@ import jax.numpy as jnp
 from layers.kernels.mosaic_gpu import LANES, SHARED_BYTES, pl, plgpu, strided
 
 Values = tuple[jax.Array, ...]
+
+FEWEST_ROWS = (
+    2  # of a tile of results in a copy, which stops at the last channel only if it is not contiguous
+)
 
 _PROCESSORS = 132  # of an H100
 _MAX_PIECES = 64
@@ -77,6 +82,11 @@ class Plan:
         """Whether the last tile reaches beyond the end of time."""
         return self.time % self.settings.steps != 0
 
+    @property
+    def overruns(self) -> bool:
+        """Whether copies of the last tile go on into the next row of the batch."""
+        return self.ragged and self.channels == self.settings.width
+
 
 def plan_of(
     shape: tuple[int, ...], memory: int, settings: Settings, arriving: int, leaving: int, edge: int
@@ -87,14 +97,16 @@ def plan_of(
       arriving, leaving, edge: bytes per token and channel that are read and written in tiles, and read beside a piece.
     """
     batch, time, channels = shape
-    steps, stages, width = min(settings.steps, pl.cdiv(time, 8) * 8), settings.stages, settings.width
+    # The first copy of results leaves `memory` rows out.
+    least = 8 if memory + FEWEST_ROWS <= 8 else 16
+    steps = max(least, min(settings.steps, pl.cdiv(time, 8) * 8))
+    stages, width = settings.stages, settings.width
 
     def taken(steps: int) -> int:
         return width * (steps * (stages * arriving + 2 * leaving) + memory * edge) + 4096
 
-    while taken(steps) > SHARED_BYTES and steps > 8:
-        steps //= 2
-    steps = pl.cdiv(steps, 8) * 8
+    while taken(steps) > SHARED_BYTES and steps > least:
+        steps = max(least, steps // 16 * 8)
     unroll = max(8, math.gcd(steps, settings.unroll))
     settings = dataclasses.replace(settings, steps=steps, unroll=unroll)
     total = pl.cdiv(time, steps)
@@ -241,10 +253,9 @@ class Block:
         if not self.plan.ragged:
             copy(0, count)
             return
-        if self.plan.channels != self.width:
+        if not self.plan.overruns:
             pl.when(first < time)(lambda: copy(0, count))
             return
-        # A tile of all channels is contiguous in memory, and its copy would not end where the row of the batch ends.
         pl.when(first + count <= time)(lambda: copy(0, count))
 
         @pl.when(first + count > time)
