@@ -28,6 +28,7 @@ def _layouts(vector: int, stages_of_steps: dict[int, tuple[int, ...]]) -> tuple[
 _BFLOAT16 = _layouts(2, {8: (4, 6), 16: (2, 3, 4), 32: (2, 3)}) + _layouts(1, {16: (4,), 32: (2, 3)})
 _BFLOAT16 += (Settings(steps=16, unroll=16), Settings(steps=32, stages=2, unroll=16))
 _FLOAT32 = _layouts(1, {8: (3, 4), 16: (2, 3, 4), 32: (2,)}) + _layouts(2, {8: (2, 3, 4), 16: (2,)})
+_FEW = (*_layouts(2, {8: (4,), 16: (3,), 32: (2,)}), *_layouts(1, {8: (4,), 16: (3, 4)}))
 _PIECES = tuple(Settings(stages=3, pieces=pieces) for pieces in (None, 4, 8, 16, 32))
 
 
@@ -40,8 +41,8 @@ class Problem:
     dtype: str = "bfloat16"
     segments: bool = False
     state: bool = False
-    forward: tuple[Settings, ...] = (gpu.FORWARD,)
-    backward: tuple[Settings, ...] = (gpu.BACKWARD,)
+    forward: tuple[Settings, ...] = _FEW
+    backward: tuple[Settings, ...] = _FEW
 
     def refusal(self) -> str | None:
         """Returns the reason why the kernels cannot run here, or None."""
