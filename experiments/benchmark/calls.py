@@ -56,7 +56,7 @@ def draw(benchmark: Benchmark, dtype: str) -> Arrays:
             return array.astype(np.complex64)
         return array.astype(jnp.dtype(dtype)) if array.dtype.kind == "f" else array
 
-    return {name: cast(array) for name, array in arrays.items()}
+    return jax.tree.map(cast, arrays)
 
 
 def with_implementation(suite: Suite, benchmark: Benchmark, impl: str | None) -> Function:
@@ -82,7 +82,10 @@ def forward_and_backward(function: Function) -> Callable[[Arrays, Array], tuple[
 
 def split(arrays: Mapping[str, Any]) -> tuple[Arrays, Arrays]:
     """Returns the arrays that have gradients, and the others."""
-    has_gradient = {name: jnp.issubdtype(a.dtype, jnp.inexact) for name, a in arrays.items()}
+    has_gradient = {
+        name: all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(a))
+        for name, a in arrays.items()
+    }
     return (
         {name: a for name, a in arrays.items() if has_gradient[name]},
         {name: a for name, a in arrays.items() if not has_gradient[name]},
@@ -116,7 +119,7 @@ def check(suite: Suite, benchmark: Benchmark, arrays: Arrays) -> Check:
     reference = with_implementation(suite, benchmark, "reference")
     direction = cotangent(reference, arrays)
     with jax.enable_x64(True), jax.default_device(cpu()):
-        wide = {name: _widen(array) for name, array in arrays.items()}
+        wide = jax.tree.map(_widen, arrays)
         return Check(arrays, direction, *jax.jit(forward_and_backward(reference))(wide, _widen(direction)))
 
 

@@ -12,13 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmark import tune_delta_rule, tune_gated_linear_attention, tune_linear_recurrence
+from experiments.benchmark import (
+    tune_delta_rule,
+    tune_gated_linear_attention,
+    tune_linear_recurrence,
+    tune_short_conv,
+)
 from experiments.benchmark.timing import interleaved
 
 PROBLEMS = {
     "delta_rule": tune_delta_rule.problems,
     "gated_linear_attention": tune_gated_linear_attention.problems,
     "linear_recurrence": tune_linear_recurrence.problems,
+    "short_conv": tune_short_conv.problems,
 }
 PARTS = ("forward", "backward", "both")
 ALLOWED_ERROR = {"float32": 2e-5, "complex64": 2e-5, "bfloat16": 1e-2}

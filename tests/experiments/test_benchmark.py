@@ -195,7 +195,9 @@ def test_unknown_names_are_refused():
 
 def test_scaling_covers_every_linear_primitive_and_draws(tmp_path):
     assert {name.partition("/")[0] for name in scaling.CASES} == set(SUITES)
-    rows = scaling.run(dataclasses.replace(SMALL, only=("short_conv",)), (16, 32), lambda row: None, print)
+    rows = scaling.run(
+        dataclasses.replace(SMALL, only=("short_conv/4 taps, SiLU",)), (16, 32), lambda row: None, print
+    )
     assert [row["time"] for row in rows] == [16, 32]
     assert rows[1]["both_peak_bytes"] > rows[0]["both_peak_bytes"]
     report.draw_scaling(rows, tmp_path / "scaling.png", "test")

@@ -5,7 +5,13 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmark import tune, tune_delta_rule, tune_gated_linear_attention, tune_linear_recurrence
+from experiments.benchmark import (
+    tune,
+    tune_delta_rule,
+    tune_gated_linear_attention,
+    tune_linear_recurrence,
+    tune_short_conv,
+)
 from layers.kernels import mosaic_gpu
 from layers.kernels.linear_recurrence import gpu
 from layers.kernels.linear_recurrence.gpu import kernels as gpu_kernels
@@ -81,6 +87,23 @@ def test_gated_linear_attention(monkeypatch):
     assert len(timed) == 5
     assert all(0 < error < 1e-2 for error in timed.values())
     assert {("forward", "stages 2"), ("backward", "stages 2"), ("both", "xla")} < timed.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", [False, True])
+def test_short_conv(monkeypatch, state):
+    """Every pass of the kernels and of XLA is checked against float64."""
+    layout = tune_short_conv.Settings(vector=1, steps=8, stages=2)
+    tiny = tune_short_conv.Problem("tiny", (1, 20, 8), segments=True, state=state)
+    tiny = dataclasses.replace(tiny, forward=(layout,), backward=(layout,))
+    monkeypatch.setitem(tune.PROBLEMS, "short_conv", lambda: iter([tiny]))
+    kept = []
+    with mosaic_gpu.interpreted():
+        tune.run(("short_conv/tiny",), tune.Sizes(rounds=1), 1e9, lambda line: None, kept.append)
+    timed = {(row["part"], row["layout"]): row["error"] for row in kept[-1] if "ms" in row}
+    assert len(timed) == 6
+    assert all(0 < error < 1e-2 for error in timed.values())
+    assert ("both", "gpu, the fastest of both") in timed
 
 
 def test_errors_are_relative():

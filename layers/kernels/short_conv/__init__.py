@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from layers.kernels import checks
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.segments import SegmentIds
-from layers.kernels.short_conv import reference, xla
+from layers.kernels.short_conv import gpu, reference, xla
 from layers.typing import Array, Float
 
 __all__ = ["Piece", "compose", "short_conv", "summarize"]
 
 IMPLEMENTATIONS = {
+    "gpu": Implementation(gpu.short_conv, gpu.unsupported_reason, gpu.passed_over_reason, "gpu"),
     "xla": Implementation(xla.short_conv),
     "reference": Implementation(reference.short_conv, passed_over_reason=by_name_only, forward_mode=True),
 }
@@ -52,7 +53,7 @@ def short_conv(
         first real token.
       segment_ids: taps reach over padding (0) to earlier tokens of the same segment and never into another one. The
         output at padding is 0 (see `layers.kernels.segments`).
-      impl: "xla", "reference", or None for the best.
+      impl: "gpu" (Hopper), "xla", "reference", or None for the best.
 
     Returns:
       y: (b, t, d), in the type of x.

@@ -1,5 +1,7 @@
 """Kernels on meshes with automatic axes: every device runs them on its part, and the results are those of one device."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,9 @@ from layers.kernels.linear_recurrence import linear_recurrence
 from layers.kernels.linear_recurrence import xla as recurrence_xla
 from layers.kernels.linear_recurrence.gpu import kernels
 from layers.kernels.segments import Segments
+from layers.kernels.short_conv import gpu as convolution_gpu
+from layers.kernels.short_conv import short_conv
+from layers.kernels.short_conv import xla as convolution_xla
 
 TIME = 21
 MESHES = {"data": {"data": 2}, "fsdp": {"fsdp": 2}, "data_and_tensor": {"data": 2, "tensor": 2}}
@@ -39,6 +44,13 @@ def recurrence():
     state = rng.standard_normal((2, 16))
     given = {"a": a, "x": x, "initial_state": state}
     return linear_recurrence, {name: jnp.asarray(value, jnp.float32) for name, value in given.items()}, 2e-5
+
+
+def convolution():
+    rng = np.random.default_rng(3)
+    shapes = {"x": (2, TIME, 16), "weight": (4, 16), "bias": (16,), "initial_state": (2, 3, 16)}
+    given = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+    return functools.partial(short_conv, activation="silu"), given, 2e-5
 
 
 def attention():
@@ -72,6 +84,13 @@ def recurrence_by_xla(a, x, state, codes, call):
     return recurrence_xla._recurrence(a, x, state, start, padding, call.reverse)
 
 
+def convolution_by_xla(x, weight, bias, state, codes, call):
+    """Segments from the codes: padding is -1, and a token that takes none before it begins a segment."""
+    ids = jnp.where(codes < 0, 0, 1 + jnp.cumsum(codes == 0, axis=1, dtype=jnp.int32))
+    segments = Segments.of(ids, padding="end")
+    return convolution_xla.short_conv(x, weight, bias, "silu" if call.silu else None, state, segments)[0]
+
+
 def attention_by_xla(call, q, k, v, state, g=None, segments=None):
     return attention_xla.gated_linear_attention(q, k, v, g, None, call.scale, False, state, segments, 1e-6)
 
@@ -83,6 +102,7 @@ def delta_by_xla(scale, normalize_qk, settings, *arguments):
 
 CALLS = {
     "linear_recurrence": (recurrence, recurrence_gpu, "_recurrence", recurrence_by_xla),
+    "short_conv": (convolution, convolution_gpu, "_convolution", convolution_by_xla),
     "gated_linear_attention": (attention, attention_gpu, "_padded", attention_by_xla),
     "delta_rule": (delta, delta_gpu, "_local", delta_by_xla),
 }
@@ -103,7 +123,7 @@ def test_parts_of_devices_make_the_whole(monkeypatch, name, mesh):
     """
     make, module, local, stand_in = CALLS[name]
     function, arguments, tolerance = make()
-    segments = Segments.of(jnp.asarray(IDS))
+    segments = Segments.of(jnp.asarray(IDS), padding="end")
     want = jax.device_get(both(function, "xla")(arguments, segments))
     assert mosaic_gpu._probe_refusal(module._probe) is None  # of the kernel itself, and remembered
     monkeypatch.setattr(module, local, stand_in)
@@ -123,7 +143,7 @@ def test_a_device_gets_its_part(name):
     function, arguments, _ = CALLS[name][0]()
     context = dispatch.preferred({name: "gpu"})
     with jax.set_mesh(mesh_of(data=2, tensor=2)), devices.as_on("gpu"), context, dispatch.noted() as taken:
-        traced = both(function, None).trace(arguments, Segments.of(jnp.asarray(IDS)))
+        traced = both(function, None).trace(arguments, Segments.of(jnp.asarray(IDS), padding="end"))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert set(taken) == {(name, "gpu")}
     assert text.count("@mosaic_gpu_v2") >= 2

@@ -7,6 +7,8 @@ and with `--tool racecheck`. With the platform's allocator every array is an all
 out matrix products, the sanitizer of CUDA 13.0 breaks down; the flags keep it from that.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,8 @@ import pytest
 from layers.kernels.delta_rule import delta_rule
 from layers.kernels.gated_linear_attention import gated_linear_attention
 from layers.kernels.linear_recurrence import linear_recurrence
+from layers.kernels.segments import Segments
+from layers.kernels.short_conv import short_conv
 
 BATCH, TIME, HEADS, WIDTH = 2, 77, 2, 64
 
@@ -23,6 +27,13 @@ def recurrence():
     rng = np.random.default_rng(0)
     a, x = rng.uniform(0.5, 1.0, (BATCH, TIME, 136)), rng.standard_normal((BATCH, TIME, 136))
     return linear_recurrence, {"a": jnp.asarray(a, jnp.float32), "x": jnp.asarray(x, jnp.float32)}, 2e-5
+
+
+def convolution():
+    rng = np.random.default_rng(0)
+    shapes = {"x": (BATCH, TIME, 136), "weight": (4, 136), "bias": (136,), "initial_state": (BATCH, 3, 136)}
+    arguments = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+    return functools.partial(short_conv, activation="silu"), arguments, 2e-5
 
 
 def attention(decay):
@@ -63,13 +74,18 @@ def gated_delta_rule():
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "call",
-    [recurrence, scalar_decay, shared_keys, shared_keys_of_many, gated_delta_rule],
+    [recurrence, convolution, scalar_decay, shared_keys, shared_keys_of_many, gated_delta_rule],
     ids=lambda call: call.__name__,
 )
 @pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])
 def test_small_call(call, segments):
     function, arguments, tolerance = call()
-    ids = jnp.asarray(np.repeat([[1, 0, 2, 3]], BATCH, 0).repeat([30, 7, 20, 20], 1)) if segments else None
+    ids = None
+    if segments and call is convolution:
+        ids = np.repeat([[1, 2, 3, 0]], BATCH, 0).repeat([30, 2, 30, 15], 1)
+        ids = Segments.of(jnp.asarray(ids), padding="end")
+    elif segments:
+        ids = jnp.asarray(np.repeat([[1, 0, 2, 3]], BATCH, 0).repeat([30, 7, 20, 20], 1))
 
     def passes(impl, arguments, ids):
         def loss(arguments, ids):
