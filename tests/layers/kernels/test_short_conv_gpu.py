@@ -140,6 +140,7 @@ def test_other_tokens_reach_nothing(interpreted, activation, value):
     assert np.abs(got[1]["x"]).any(2)[np.asarray(chosen[..., 0])].all()
 
 
+@pytest.mark.slow
 def test_interpreted_under_transformations(interpreted):
     """Gradients of weights that devices share are summed over them."""
     arguments, _ = call_of("transformed")
@@ -182,9 +183,8 @@ def test_races(monkeypatch, capsys, fenced):
     assert ("RACE DETECTED" in capsys.readouterr().out) != fenced
 
 
-@pytest.mark.parametrize(
-    "dtype, vector, taps", [("bfloat16", 2, 4), pytest.param("float32", 1, 8, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, vector, taps", [("bfloat16", 2, 4), ("float32", 1, 8)])
 def test_lowers_for_a_gpu(dtype, vector, taps):
     """The compiler's front end takes both passes, with a ragged end, a state and segments."""
     settings = Settings(vector=vector, pieces=3)
@@ -202,6 +202,7 @@ def test_lowers_for_a_gpu(dtype, vector, taps):
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 2
 
 
+@pytest.mark.slow
 def test_explicit_mesh():
     """Rows and channels are shared out as x is, whatever the sharding of the weights; time is not."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2)

@@ -28,7 +28,7 @@ FEWEST_ROWS = (
 
 _PROCESSORS = 132  # of an H100
 _MAX_PIECES = 64
-_RESIDENT = 4  # programs that registers allow per processor
+_FEWEST, _RESIDENT = 2, 4  # programs per processor, for which tiles are cut, and that registers allow
 _START_STEPS = 16  # steps that take as long as starting and ending a piece
 _CODES = 8  # tokens in a copy of codes beside a piece, at least the 7 that 8 taps reach
 
@@ -47,7 +47,7 @@ class Settings:
 
     vector: int = 2
     steps: int = 16
-    stages: int = 4
+    stages: int = 2
     unroll: int = 8
     pieces: int | None = None
 
@@ -105,7 +105,7 @@ def plan_of(
     def taken(steps: int) -> int:
         return width * (steps * (stages * arriving + 2 * leaving) + memory * edge) + 4096
 
-    while taken(steps) > SHARED_BYTES and steps > least:
+    while taken(steps) > SHARED_BYTES // _FEWEST and steps > least:
         steps = max(least, steps // 16 * 8)
     unroll = max(8, math.gcd(steps, settings.unroll))
     settings = dataclasses.replace(settings, steps=steps, unroll=unroll)
