@@ -50,6 +50,7 @@ class LanguageModeling(Task):
         packing: str = "best_fit",
         reset: bool = True,
         invalid: str = "error",
+        official_dir: str | os.PathLike | None = None,
         z_loss: float = 0.0,
         train: int | None = None,
         validation: int | None = None,
@@ -60,13 +61,15 @@ class LanguageModeling(Task):
 
         Args:
           source: "stdlib", the sources of the running Python's standard library; or the path of a text file, a file of
-            JSON lines or parquet with texts named "text", or a folder with such files (see `data.text.sources`).
+            JSON lines or parquet with texts named "text", or a folder with such files (see `data.text.sources`); or "enwik8",
+            "text8", "wikitext103" (see `data.text.official`) or "tfds:NAME" (see `data.text.tensorflow_datasets`).
           tokenizer: "bytes", "characters", "bpe:VOCAB", or the path of a tokenizer.json (see `data.text.tokenizers`).
           length: number of tokens of a row.
           packing: "best_fit", which cuts only documents that are longer than a row, or "concatenate" (see
             `data.text.packing`).
           reset: whether documents of a row are kept apart; False needs "concatenate".
           invalid: what to do with bytes that are not UTF-8: "error" or "replace".
+          official_dir: the archive or folder of a published corpus, or the folder in which tensorflow-datasets prepared it.
           z_loss: weight of the z-loss (see `tasks.tokens.cross_entropy`), in training and evaluation; 1e-4 is usual.
           train: largest number of rows in that split, evenly spaced; None keeps all. Likewise `validation` and `test`.
           data_dir: folder of the cache; by default $SEQMODELS_DATA, else ~/.cache/seqmodels.
@@ -83,7 +86,9 @@ class LanguageModeling(Task):
             raise TypeError(f"reset={reset!r}; expected True or False")
         check_number("task.z_loss", z_loss, least=0.0)
         self._z_loss = float(z_loss)
-        corpus = load_corpus(source, tokenizer=tokenizer, invalid=invalid, data_dir=data_dir)
+        corpus = load_corpus(
+            source, tokenizer=tokenizer, invalid=invalid, official_dir=official_dir, data_dir=data_dir
+        )
         self.tokenizer = corpus.tokenizer
         self.vocab_size = self.tokenizer.vocab_size
         self.splits = {

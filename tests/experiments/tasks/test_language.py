@@ -11,7 +11,7 @@ from experiments import train
 from experiments.config.loading import to_plain
 from experiments.data import prepare
 from experiments.data.pipeline import eval_batches
-from experiments.data.text.sources import split_of
+from experiments.data.text.documents import split_of
 from experiments.runs.directory import RunDirectory, WorkdirError
 from experiments.runs.logs import read_lines
 from experiments.tasks import make_task
