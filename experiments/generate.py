@@ -2,10 +2,12 @@
 
     python -m experiments.generate --workdir=runs/stories --prompt="Once upon a time" --temperature=0.8 --top_p=0.95
     python -m experiments.generate --workdir=runs/stories --prompt=One --prompt=Two --temperature=0
+    python -m experiments.generate --workdir=runs/code --prompt="def f(" --lookup=8
 
 Each prompt is printed with its continuation, one after another. A continuation ends at the token that ends a document, before a
-text of --stop, or after --max_new_tokens. Equal commands print equal texts; prompt number n samples with the seed plus n. The run
-must be one of a language model on a task that has a tokenizer. Exit codes: 0 done; 2 the run or an argument cannot be used; 65 a
+text of --stop, or after --max_new_tokens. Equal commands print equal texts; prompt number n samples with the seed plus n. With
+--lookup, one call of the model checks several tokens that followed the last tokens earlier: the text is the same, and how many
+tokens a call gave is printed on standard error. The run must be one of a language model on a task that has a tokenizer. Exit codes: 0 done; 2 the run or an argument cannot be used; 65 a
 logit is not finite.
 """
 
@@ -26,7 +28,16 @@ from experiments.training.trained import open_run
 from seqmodels import Generation, stream
 
 # Arguments that `stream` takes as they are.
-OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+OPTIONS = (
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "lookup",
+    "ngram",
+)
 # Tokens between two looks at the text; each prints what came since.
 BLOCK = 8
 # What `decode` puts in place of bytes that are not UTF-8, such as the first ones of a character.
@@ -51,16 +62,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
     except (ValueError, TypeError) as error:
         raise ArgumentError(str(error)) from None
+    made = Made()
     try:
         for prompt, blocks in zip(args.prompt, streams, strict=True):
             show(prompt)
-            for piece in texts(blocks, tokenizer, args.stop):
+            for piece in texts(made.counted(blocks), tokenizer, args.stop):
                 show(piece)
             show("\n")
     except FloatingPointError as error:
         print(f"\n{error}", file=sys.stderr)
         return EXIT_DIVERGED
+    if args.lookup is not None:
+        print(made, file=sys.stderr)
     return 0
+
+
+class Made:
+    """Numbers of new tokens and of calls of the model that gave them."""
+
+    def __init__(self):
+        self.tokens = self.calls = 0
+
+    def counted(self, blocks: Iterator[Generation]) -> Iterator[Generation]:
+        """Yields the blocks, and counts them."""
+        for block in blocks:
+            self.tokens += int(block.lengths.sum())
+            self.calls += block.calls
+            yield block
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens in {self.calls} calls of the model, {self.tokens / self.calls:.2f} per call"
 
 
 def parser() -> Parser:
@@ -102,6 +133,14 @@ def parser() -> Parser:
         action="append",
         default=[],
         help="text that ends a continuation and is not printed; may be repeated",
+    )
+    made.add_argument(
+        "--lookup",
+        type=positive_integer,
+        help="check up to so many tokens per call of the model, which followed the last tokens earlier",
+    )
+    made.add_argument(
+        "--ngram", type=positive_integer, help="number of last tokens that --lookup looks for (default: 3)"
     )
     made.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     return made

@@ -28,6 +28,7 @@ from experiments.config.command_line import (
     reporting,
 )
 from experiments.data import cache, retrieval_prompts
+from experiments.data.text.rows import TRAINING
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.tasks import make_task
 from experiments.training.trained import open_run
@@ -142,7 +143,7 @@ def positions(
         raise ValueError(
             f"--positions={length}, but the model has max_positions={table}; expected at most that"
         )
-    options = dict(task) | dict(length=length, packing="concatenate", reset=False)
+    options = dict(task) | TRAINING | dict(length=length, packing="concatenate", reset=False)
     # Other splits may have less text than one long row.
     options |= {SPLIT: rows}
     with cache.temporary_builds():

@@ -8,58 +8,25 @@ cache: each row is what its prompt gives alone.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from layers.indices import check_indices
-from layers.typing import Array, Bool, Float, Int, Key
-from seqmodels.language_model import LanguageModel, LanguageModelState
-from seqmodels.sampling import Number, Sampling, choose, make_sampling
+from layers.typing import Array
+from seqmodels import speculative
+from seqmodels.decoding import ANY, NOTHING, Generation, Rows, decode
+from seqmodels.language_model import LanguageModel
+from seqmodels.sampling import Number, make_sampling
 
 Prompts = Array | np.ndarray | Sequence[Any]
 
 # Caches have a multiple of so many slots, so that prompts of similar lengths share what is compiled.
 SLOTS = 128
-# Stands where a stop sequence is shorter than the longest, and fits every token.
-ANY = -1
-# Stands before the first token of the output, and fits no token of a stop sequence.
-NOTHING = -2
-
-
-class Generation(NamedTuple):
-    """New tokens.
-
-    Attributes:
-      tokens: new tokens of each row, with the stop sequence that ends it; 0 behind them.
-      lengths: number of new tokens of each row.
-      log_probabilities: log-probability of each new token under the model, before the repetition penalty, the temperature
-        and the filters; 0 behind them.
-    """
-
-    tokens: Int[np.ndarray, "b n"]
-    lengths: Int[np.ndarray, "b"]
-    log_probabilities: Float[np.ndarray, "b n"]
-
-
-class Rows(NamedTuple):
-    """Where the rows of a batch stand between two steps.
-
-    Attributes:
-      state: state of the model after all tokens but the last.
-      token: last token of each row.
-      stopped: whether the output of a row is complete.
-      recent: last tokens of the output, as many as the longest stop sequence has; None without stop sequences.
-      seen: tokens that occurred; None without a repetition penalty.
-    """
-
-    state: LanguageModelState
-    token: Int[Array, "b"]
-    stopped: Bool[Array, "b"]
-    recent: Int[Array, "b l"] | None
-    seen: Bool[Array, "b v"] | None
+# Tokens that a draft is looked up by, unless said otherwise.
+NGRAM = 3
 
 
 def generate(
@@ -76,6 +43,8 @@ def generate(
     seed: int = 0,
     chunk: int = 512,
     block: int = 64,
+    lookup: int | None = None,
+    ngram: int | None = None,
 ) -> Generation:
     """Returns the tokens with which the model continues each prompt.
 
@@ -94,6 +63,10 @@ def generate(
       seed: seed of the sampling. The tokens of row r depend on the seed, r and its prompt, not on other rows.
       chunk: the most tokens per row and call in which prompts are read.
       block: number of steps that are compiled as one loop; the host reads tokens after each block.
+      lookup: the most tokens of a draft that one call of the model checks (see `seqmodels.speculative`): the outputs are those
+        without, from fewer calls where the text repeats itself. None for one token per call. Calls on several tokens round
+        differently, which can decide between tokens of nearly equal probability. Rows wait for each other at the end of a block.
+      ngram: number of last tokens by which a draft is looked up, 3 by default; needs `lookup`.
 
     Raises:
       ValueError, TypeError: an argument is invalid, or a row is longer than the model's table of positions.
@@ -113,12 +86,15 @@ def generate(
             seed=seed,
             chunk=chunk,
             block=block,
+            lookup=lookup,
+            ngram=ngram,
         )
     )
     return Generation(
         np.concatenate([each.tokens for each in blocks], axis=1),
         np.sum([each.lengths for each in blocks], axis=0, dtype=np.int32),
         np.concatenate([each.log_probabilities for each in blocks], axis=1),
+        sum(each.calls for each in blocks),
     )
 
 
@@ -136,6 +112,8 @@ def stream(
     seed: int = 0,
     chunk: int = 512,
     block: int = 16,
+    lookup: int | None = None,
+    ngram: int | None = None,
 ) -> Iterator[Generation]:
     """Returns an iterator over the new tokens, `block` of each row at a time; see `generate`.
 
@@ -143,7 +121,12 @@ def stream(
     """
     if not isinstance(model, LanguageModel):
         raise TypeError(f"model is a {type(model).__name__}; expected a LanguageModel")
-    for name, value in {"max_new_tokens": max_new_tokens, "chunk": chunk, "block": block}.items():
+    counts = {"max_new_tokens": max_new_tokens, "chunk": chunk, "block": block}
+    if lookup is not None:
+        counts |= {"lookup": lookup, "ngram": NGRAM if ngram is None else ngram}
+    elif ngram is not None:
+        raise ValueError(f"ngram={ngram!r} has no effect without lookup; expected None, or lookup=NUMBER too")
+    for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise ValueError(f"{name}={value!r}; expected an integer of at least 1")
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
@@ -171,11 +154,12 @@ def stream(
         )
     stops = _aligned(stops) if stops else None
     key = jax.random.key(np.uint32(seed))
-    return _blocks(model, prompts, sampling, stops, key, int(max_new_tokens), int(chunk), int(block))
+    draft = None if lookup is None else dict(most=int(lookup), ngram=int(counts["ngram"]))
+    return _blocks(model, prompts, sampling, stops, key, int(max_new_tokens), int(chunk), int(block), draft)
 
 
-def _blocks(model, prompts, sampling, stops, key, max_new_tokens, chunk, size) -> Iterator[Generation]:
-    """Yields the new tokens, `size` steps at a time."""
+def _blocks(model, prompts, sampling, stops, key, max_new_tokens, chunk, size, draft) -> Iterator[Generation]:
+    """Yields the new tokens, `size` of each row at a time."""
     rows = prefill(model, prompts, max_new_tokens, chunk)
     if stops is not None:
         rows = rows._replace(recent=jnp.full((len(prompts), stops.shape[1]), NOTHING, jnp.int32))
@@ -184,21 +168,41 @@ def _blocks(model, prompts, sampling, stops, key, max_new_tokens, chunk, size) -
         for row, prompt in enumerate(prompts):
             seen[row, prompt] = True
         rows = rows._replace(seen=jnp.asarray(seen))
+    history = None if draft is None else _history(prompts, max_new_tokens)
     for start in range(0, max_new_tokens, size):
-        steps = min(size, max_new_tokens - start)
-        rows, done, new = _decode(model, rows, sampling, stops, key, start, steps, size=size)
-        done, new = int(done), jax.tree.map(np.asarray, new)
+        given = (sampling, stops, key, start, min(size, max_new_tokens - start))
+        if draft is None:
+            rows, new = decode(model, rows, *given, size=size)
+        else:
+            rows, history, new = speculative.decode(model, rows, history, *given, size=size, **draft)
+        new = jax.tree.map(np.asarray, new)
         _check_finite(new.log_probabilities, start)
-        yield Generation(new.tokens[:, :done], new.lengths, new.log_probabilities[:, :done])
+        done = int(new.lengths.max())
+        yield Generation(new.tokens[:, :done], new.lengths, new.log_probabilities[:, :done], int(new.calls))
         if rows.stopped.all():
             return
+
+
+def _history(prompts: Sequence[np.ndarray], max_new_tokens: int) -> speculative.History:
+    """Returns the tokens of the prompts, with room for the new ones."""
+    lengths = [len(prompt) for prompt in prompts]
+    tokens = np.zeros((len(prompts), _slots(max(lengths) + max_new_tokens)), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return speculative.History(
+        jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), jnp.ones(len(prompts), jnp.int32)
+    )
+
+
+def _slots(tokens: int) -> int:
+    """Returns the number of slots that are made for so many tokens."""
+    return -(-tokens // SLOTS) * SLOTS
 
 
 def prefill(model: LanguageModel, prompts: Sequence[np.ndarray], max_new_tokens: int, chunk: int) -> Rows:
     """Returns the rows after all tokens of their prompts but the last, which the first step reads."""
     count, longest = len(prompts), max(map(len, prompts))
-    slots = -(-(longest + max_new_tokens - 1) // SLOTS) * SLOTS
-    state = _initial(model, count, slots)
+    state = _initial(model, count, _slots(longest + max_new_tokens - 1))
     # Widths are powers of two up to `chunk`, so that few of them are compiled.
     width = min(chunk, 1 << max(0, longest - 2).bit_length())
     time = -(-(longest - 1) // width) * width
@@ -223,64 +227,6 @@ def _initial(model, count, slots):
 def _read(model, inputs, state, ids):
     """Returns the state after a chunk; its logits are not computed."""
     return model.unprojected(inputs, state, segment_ids=ids)[1]
-
-
-@partial(jax.jit, static_argnames=("size",), donate_argnums=(1,))
-def _decode(
-    model: LanguageModel,
-    rows: Rows,
-    sampling: Sampling,
-    stops: Int[Array, "n l"] | None,
-    key: Key[Array, ""],
-    start: Any,
-    steps: Any,
-    *,
-    size: int,
-) -> tuple[Rows, Int[Array, ""], Generation]:
-    """Returns the rows after up to `steps` steps, the number of steps done, and room for `size` new tokens with theirs.
-
-    Args:
-      start: number of new tokens before this call; with the row it gives the key of a step.
-    """
-    count = rows.token.shape[0]
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
-    room = Generation(
-        jnp.zeros((count, size), jnp.int32),
-        jnp.zeros(count, jnp.int32),
-        jnp.zeros((count, size), jnp.float32),
-    )
-
-    def step(carry):
-        done, rows, new = carry
-        logits, state = model(rows.token[:, None], rows.state)
-        here = jax.vmap(jax.random.fold_in, (0, None))(keys, start + done)
-        token, chance = choose(logits[:, 0], sampling, here, rows.seen)
-        token, chance = jnp.where(rows.stopped, 0, token), jnp.where(rows.stopped, 0.0, chance)
-        new = Generation(
-            new.tokens.at[:, done].set(token),
-            new.lengths + (~rows.stopped).astype(jnp.int32),
-            new.log_probabilities.at[:, done].set(chance),
-        )
-        return done + 1, _after(rows, state, token, stops), new
-
-    def goes_on(carry):
-        done, rows, _ = carry
-        return (done < steps) & ~rows.stopped.all()
-
-    done, rows, new = jax.lax.while_loop(goes_on, step, (jnp.int32(0), rows, room))
-    return rows, done, new
-
-
-def _after(rows, state, token, stops):
-    """Returns the rows after a step that chose `token`."""
-    recent, seen, stopped = rows.recent, rows.seen, rows.stopped
-    if stops is not None:
-        recent = jnp.concatenate([recent[:, 1:], token[:, None]], axis=1)
-        fits = (recent[:, None] == stops[None]) | (stops == ANY)[None]
-        stopped = stopped | fits.all(-1).any(-1)
-    if seen is not None:
-        seen = seen.at[jnp.arange(len(token)), token].set(True)
-    return Rows(state, token, stopped, recent, seen)
 
 
 def _sequences(name: str, given: Any, vocab_size: int) -> list[np.ndarray]:

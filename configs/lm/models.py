@@ -1,6 +1,8 @@
 """Language models of 10M to 1.3B parameters, of one mixer or of a hybrid, all trained by one recipe.
 
     python -m experiments.train --config=configs/lm/models.py:size=10m,mixer=mamba2 --workdir=runs/lm-mamba2-10m
+    python -m experiments.train --config=configs/lm/models.py:size=40m,mixer=mamba2,source=enwik8,length=2048 \
+        --config.task.official_dir=enwik8.zip --workdir=runs/enwik8-mamba2-40m
 
 Results: not measured here yet.
 
@@ -20,8 +22,13 @@ the width, so that these models have more parameters than their size says, but a
 Initial matrices have a standard deviation of 1 / sqrt(inputs), embeddings of 1 / sqrt(width), and what the papers of
 the mixers state for the rest. `python -m experiments.describe --scale` shows what follows from it.
 
-Options: `size=`, `mixer=`, `tokenizer=` (bytes, or bpe:32768), `length=` and `rule=` (adamw or muon). Learning rates are
-customary ones, not swept.
+Options: `size=`, `mixer=`, `source=`, `tokenizer=` (bytes, characters, or bpe:32768), `length=` and `rule=` (adamw or muon). Learning
+rates are customary ones, not swept.
+
+Sources are stdlib, enwik8, text8, wikitext103, pg19, lm1b, wiki40b and tiny_shakespeare, each with its usual tokens; all but the
+first need `--config.task.official_dir`, an archive or, for the last four, the folder of tensorflow-datasets. Other texts:
+`--config.task.source=PATH`. Published perplexities of WikiText-103 and PG-19 are per word: 2 ** (bits_per_byte * bytes / words),
+with the bytes and words of the test split, a line's end counted as a word in WikiText-103.
 """
 
 from ml_collections import ConfigDict
@@ -35,6 +42,17 @@ SIZES = {
     "1.3b": (2048, 24, 4e-4, 16, "full"),
 }
 LENGTH = 4096
+# Name of the source in the task, tokens, how documents become rows.
+SOURCES = {
+    "stdlib": ("stdlib", "bytes", "best_fit"),
+    "enwik8": ("enwik8", "bytes", "concatenate"),
+    "text8": ("text8", "characters", "concatenate"),
+    "wikitext103": ("wikitext103", "bpe:32768", "best_fit"),
+    "pg19": ("tfds:pg19", "bpe:32768", "best_fit"),
+    "lm1b": ("tfds:lm1b", "bpe:32768", "best_fit"),
+    "wiki40b": ("tfds:wiki40b/en", "bpe:32768", "best_fit"),
+    "tiny_shakespeare": ("tfds:tiny_shakespeare", "bytes", "concatenate"),
+}
 HALF_ROPE = dict(name="rope", fraction=0.5)
 
 
@@ -155,14 +173,17 @@ def models(width: int, depth: int, length: int) -> dict[str, dict]:
 def get_config(arg: str = "size=10m,mixer=attention") -> ConfigDict:
     options = dict(pair.partition("=")[::2] for pair in arg.split(",") if pair)
     size, mixer = options.pop("size", "10m"), options.pop("mixer", "attention")
-    tokenizer, rule = options.pop("tokenizer", "bytes"), options.pop("rule", "adamw")
+    source, rule = options.pop("source", "stdlib"), options.pop("rule", "adamw")
+    tokenizer = options.pop("tokenizer", "")
     length = options.pop("length", str(LENGTH))
     if options:
         raise ValueError(
-            f"models.py takes size=, mixer=, tokenizer=, length= and rule=, not {', '.join(options)}"
+            f"models.py takes size=, mixer=, source=, tokenizer=, length= and rule=, not {', '.join(options)}"
         )
     if size not in SIZES:
         raise ValueError(f"size={size!r} is unknown; available: {', '.join(SIZES)}")
+    if source not in SOURCES:
+        raise ValueError(f"source={source!r} is unknown; available: {', '.join(SOURCES)}")
     if not length.isdecimal() or not int(length):
         raise ValueError(f"length={length!r}; expected a number of tokens per row, such as {LENGTH}")
     width, depth, rate, rows, remat = SIZES[size]
@@ -172,7 +193,10 @@ def get_config(arg: str = "size=10m,mixer=attention") -> ConfigDict:
 
     config = ConfigDict()
     config.seed = 0
-    config.task = dict(name="language", source="stdlib", tokenizer=tokenizer, length=int(length))
+    source, usual, packing = SOURCES[source]
+    config.task = dict(
+        name="language", source=source, tokenizer=tokenizer or usual, packing=packing, length=int(length)
+    )
     config.model = dict(
         kind="language_model",
         tie_embeddings=True,

@@ -86,9 +86,9 @@ def plan_epoch(
     """
     bounds = check_bucket_bounds(lengths, bucket_bounds)
     batches = count_train_batches(len(lengths), batch_size)
-    order = _shuffled(len(lengths), seed, epoch, 0)[: batches * batch_size]
+    order = shuffled(len(lengths), seed, epoch, 0)[: batches * batch_size]
     plan = _fill_buckets(lengths, order, bounds, batch_size)
-    order = _shuffled(batches, seed, epoch, 1)
+    order = shuffled(batches, seed, epoch, 1)
     return Plan(plan.indices[order], plan.widths[order])
 
 
@@ -99,8 +99,15 @@ def plan_evaluation(lengths: np.ndarray, *, batch_size: int, bucket_bounds: Sequ
     return _fill_buckets(lengths, np.arange(len(lengths)), bounds, batch_size)
 
 
-def _shuffled(count: int, *entropy: int) -> np.ndarray:
+def shuffled(count: int, *entropy: int) -> np.ndarray:
+    """Returns the numbers from 0 to `count` - 1 in the random order of some integers."""
     return np.argsort(np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count), kind="stable")
+
+
+def uniforms(count: int, *entropy: int) -> np.ndarray:
+    """Returns random numbers of [0, 1), of some integers."""
+    raw = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)
+    return (raw >> np.uint64(11)) * 2.0**-53
 
 
 def _fill_buckets(lengths: np.ndarray, order: np.ndarray, bounds: np.ndarray, batch_size: int) -> Plan:

@@ -23,6 +23,7 @@ from experiments.data.bucketing import (
     plan_epoch,
     plan_evaluation,
 )
+from experiments.data.schedules import Choice, Scheduled
 from layers.indices import check_indices
 
 Batch = dict[str, np.ndarray]
@@ -59,6 +60,8 @@ def train_iterator(
 ) -> grain.DatasetIterator:
     """Returns an iterator over full batches of `epochs` shuffled epochs, or of `num_steps` steps (`bucketing.plan_epoch`).
 
+    A source that is `Scheduled` chooses the batches itself.
+
     Its `get_state()` is the number of the next batch, and `set_state` resumes exactly.
 
     Args:
@@ -66,7 +69,7 @@ def train_iterator(
       bucket_bounds: widths that batches are padded to, increasing; None pads all to the longest sequence.
       seed: seed of the shuffles.
       host_index: index of the part to yield, out of `host_count` equal parts of each batch: rows `host_index * b` to
-        `(host_index + 1) * b`, with b = batch_size / host_count. All hosts see the same widths.
+        `(host_index + 1) * b`, with b = rows / host_count. All hosts see the same widths.
       prefetch: number of batches made ahead in a background thread; 0 makes them on request.
       sizes: "vocab_size" and "num_classes" of the model, which token ids and labels are checked against.
 
@@ -79,26 +82,69 @@ def train_iterator(
         raise ValueError(
             f"give epochs or num_steps, one of them; got epochs={epochs} and num_steps={num_steps}"
         )
-    per_epoch = count_train_batches(len(source), batch_size)
+    per_epoch = train_batches(source, batch_size)
     steps = num_steps if num_steps is not None else epochs * per_epoch
     if steps < 0:
         raise ValueError(
             f"epochs and num_steps must not be negative, got epochs={epochs}, num_steps={num_steps}"
         )
-    rows = _host_rows(batch_size, host_index, host_count)
-    check_bucket_bounds(source.lengths, bucket_bounds)
-
-    @functools.lru_cache(maxsize=2)  # at the turn of an epoch both plans are in use
-    def plan(epoch: int) -> Plan:
-        return plan_epoch(
-            source.lengths, batch_size=batch_size, bucket_bounds=bucket_bounds, seed=seed, epoch=epoch
-        )
+    _host_rows(batch_size, host_index, host_count)
+    check_widths(source, bucket_bounds)
+    if isinstance(source, Scheduled):
+        choose = source.schedule(batch_size=batch_size, seed=seed)
+    else:
+        choose = _by_length(source, batch_size, bucket_bounds, seed, per_epoch)
 
     def make(step: int) -> Batch:
-        epoch, number = divmod(step, per_epoch)
-        return _assemble(source, plan(epoch), number, rows, sizes)
+        indices, width = choose(step)
+        rows = _host_rows(len(indices), host_index, host_count)
+        return _assemble(source, indices, width, rows, sizes)
 
     return iter(_dataset(make, steps, prefetch))
+
+
+def train_batches(source: Source, batch_size: int) -> int:
+    """Returns the number of batches of an epoch of training.
+
+    Raises:
+      ValueError: if a batch is larger than the data set.
+    """
+    if isinstance(source, Scheduled):
+        return source.train_batches(batch_size)
+    return count_train_batches(len(source), batch_size)
+
+
+def check_widths(source: Source, bucket_bounds: Sequence[int] | None) -> None:
+    """Raises ValueError unless the rows of a source fit the buckets; those of a `Scheduled` source take none."""
+    check_bucket_bounds(source.lengths, bucket_bounds)
+    if bucket_bounds is not None and isinstance(source, Scheduled):
+        raise ValueError(
+            f"data.bucket_bounds={tuple(bucket_bounds)}, but the task chooses the widths of training batches, "
+            f"{', '.join(map(str, source.widths))}; expected None"
+        )
+
+
+def example_train_batches(
+    source: Source, batch_size: int, bucket_bounds: Sequence[int] | None
+) -> list[Batch]:
+    """Returns one batch per width that training batches can have."""
+    if not isinstance(source, Scheduled):
+        return example_batches(source, batch_size, bucket_bounds)
+    return [
+        _example(source, source.example(width), source.rows(batch_size, width), width)
+        for width in source.widths
+    ]
+
+
+def example_batches(source: Source, batch_size: int, bucket_bounds: Sequence[int] | None) -> list[Batch]:
+    """Returns one batch per width that batches of an evaluation can have."""
+    bounds = check_bucket_bounds(source.lengths, bucket_bounds)
+    widths = bounds[np.unique(np.searchsorted(bounds, source.lengths))]
+    return [_example(source, int(np.argmin(source.lengths)), batch_size, int(width)) for width in widths]
+
+
+def _example(source: Source, index: int, rows: int, width: int) -> Batch:
+    return source.gather(np.full(rows, index), width) | {"weight": np.ones(rows, np.float32)}
 
 
 def eval_batches(
@@ -118,7 +164,29 @@ def eval_batches(
     """
     rows = _host_rows(batch_size, host_index, host_count)
     plan = plan_evaluation(source.lengths, batch_size=batch_size, bucket_bounds=bucket_bounds)
-    return _dataset(lambda number: _assemble(source, plan, number, rows, sizes), len(plan), prefetch)
+
+    def make(number: int) -> Batch:
+        return _assemble(source, plan.indices[number], int(plan.widths[number]), rows, sizes)
+
+    return _dataset(make, len(plan), prefetch)
+
+
+def _by_length(
+    source: Source, batch_size: int, bucket_bounds: Sequence[int] | None, seed: int, per_epoch: int
+) -> Choice:
+    """Returns the schedule of `bucketing.plan_epoch`."""
+
+    @functools.lru_cache(maxsize=2)  # at the turn of an epoch both plans are in use
+    def plan(epoch: int) -> Plan:
+        return plan_epoch(
+            source.lengths, batch_size=batch_size, bucket_bounds=bucket_bounds, seed=seed, epoch=epoch
+        )
+
+    def choose(step: int) -> tuple[np.ndarray, int]:
+        epoch, number = divmod(step, per_epoch)
+        return plan(epoch).indices[number], int(plan(epoch).widths[number])
+
+    return choose
 
 
 def _host_rows(batch_size: int, host_index: int, host_count: int) -> slice:
@@ -148,10 +216,11 @@ def check_batch(batch: Batch, sizes: Mapping[str, int]) -> None:
         check_indices("labels", labels, sizes["vocab_size"], counted=labels != IGNORE, of="vocab_size")
 
 
-def _assemble(source: Source, plan: Plan, number: int, rows: slice, sizes: Mapping[str, int] | None) -> Batch:
-    indices = plan.indices[number]
+def _assemble(
+    source: Source, indices: np.ndarray, width: int, rows: slice, sizes: Mapping[str, int] | None
+) -> Batch:
     mine = indices[rows]
-    batch = source.gather(np.where(mine >= 0, mine, indices[0]), int(plan.widths[number]))
+    batch = source.gather(np.where(mine >= 0, mine, indices[0]), width)
     check_batch(batch, sizes or {})
     return batch | {"weight": (mine >= 0).astype(np.float32)}
 

@@ -37,19 +37,28 @@ def _prepare_listops(options: argparse.Namespace) -> cache.Dataset:
 
 def _add_text(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("text", help="documents of a corpus as tokens", allow_abbrev=False)
-    parser.add_argument("--source", default="stdlib", help='a file, a folder or, by default, "stdlib"')
+    parser.add_argument(
+        "--source",
+        default="stdlib",
+        help='a file, a folder, "enwik8", "text8", "wikitext103", "tfds:NAME" or, by default, "stdlib"',
+    )
     parser.add_argument(
         "--tokenizer",
         default="bytes",
         help='"bytes" (the default), "characters", "bpe:VOCAB" or a tokenizer.json',
     )
     parser.add_argument("--invalid", choices=INVALID, default="error", help="bytes that are not UTF-8")
+    parser.add_argument("--official_dir", help="archive or folder of a published corpus")
     parser.set_defaults(prepare=_prepare_text)
 
 
 def _prepare_text(options: argparse.Namespace) -> cache.Dataset:
     return load_corpus(
-        options.source, tokenizer=options.tokenizer, invalid=options.invalid, data_dir=options.data_dir
+        options.source,
+        tokenizer=options.tokenizer,
+        invalid=options.invalid,
+        official_dir=options.official_dir,
+        data_dir=options.data_dir,
     ).dataset
 
 

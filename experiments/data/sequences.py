@@ -58,6 +58,13 @@ class Sequences:
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]], int(self.labels[index])
 
+    def taken(self, order: np.ndarray) -> "Sequences":
+        """Returns some of the sequences, in an order."""
+        lengths = self.lengths[order]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        places = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][order] - offsets[:-1], lengths)
+        return Sequences(self.tokens[places], offsets, self.labels[order])
+
     def records(self) -> Iterator[tuple[memoryview, int]]:
         """Yields pairs of token ids, as stored bytes, and label."""
         stored = memoryview(self.tokens).cast("B")

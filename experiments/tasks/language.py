@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.data.text.datasets import load_corpus
-from experiments.data.text.packing import Packed, pack
+from experiments.data.text.decomposition import Decomposed
+from experiments.data.text.packing import Packed
+from experiments.data.text.rows import RowOptions
+from experiments.data.text.stages import Staged
 from experiments.data.text.tokenizers import Bytes, Tokenizer
 from experiments.tasks import tokens
 from experiments.tasks.task import Task
@@ -37,7 +40,7 @@ class LanguageModeling(Task):
     unprojected: ClassVar[bool] = True
     selection_metric: ClassVar[tuple[str, str]] = ("bits_per_byte", "min")
     tokenizer: Tokenizer
-    splits: dict[str, Packed]
+    splits: dict[str, Packed | Staged]
     manifest: dict[str, Any]
 
     def __init__(
@@ -48,7 +51,13 @@ class LanguageModeling(Task):
         length: int = 256,
         packing: str = "best_fit",
         reset: bool = True,
+        stages: tuple[tuple[int, int], ...] = (),
+        order: str = "given",
+        shortest: int | None = None,
+        curriculum: str | None = None,
+        cycles: int | None = None,
         invalid: str = "error",
+        official_dir: str | os.PathLike | None = None,
         z_loss: float = 0.0,
         train: int | None = None,
         validation: int | None = None,
@@ -59,13 +68,16 @@ class LanguageModeling(Task):
 
         Args:
           source: "stdlib", the sources of the running Python's standard library; or the path of a text file, a file of
-            JSON lines or parquet with texts named "text", or a folder with such files (see `data.text.sources`).
+            JSON lines or parquet with texts named "text", or a folder with such files (see `data.text.sources`); or "enwik8",
+            "text8", "wikitext103" (see `data.text.official`) or "tfds:NAME" (see `data.text.tensorflow_datasets`).
           tokenizer: "bytes", "characters", "bpe:VOCAB", or the path of a tokenizer.json (see `data.text.tokenizers`).
           length: number of tokens of a row.
-          packing: "best_fit", which cuts only documents that are longer than a row, or "concatenate" (see
-            `data.text.packing`).
+          packing: "best_fit", which cuts only documents that are longer than a row, "concatenate" (see
+            `data.text.packing`), or "decompose", rows of single documents by powers of two (see `data.text.decomposition`).
           reset: whether documents of a row are kept apart; False needs "concatenate".
+          stages, order, shortest, curriculum, cycles: options of training (see `data.text.rows.RowOptions`).
           invalid: what to do with bytes that are not UTF-8: "error" or "replace".
+          official_dir: the archive or folder of a published corpus, or the folder in which tensorflow-datasets prepared it.
           z_loss: weight of the z-loss (see `tasks.tokens.cross_entropy`), in training and evaluation; 1e-4 is usual.
           train: largest number of rows in that split, evenly spaced; None keeps all. Likewise `validation` and `test`.
           data_dir: folder of the cache; by default $SEQMODELS_DATA, else ~/.cache/seqmodels.
@@ -75,31 +87,36 @@ class LanguageModeling(Task):
           CorruptCacheError: if the cached data set is damaged.
         """
         most = dict(train=train, validation=validation, test=test)
-        for name, value in dict(length=length, **most).items():
+        for name, value in most.items():
             if value is not None:
                 check_integer(f"task.{name}", value, least=1)
-        if not isinstance(reset, bool):
-            raise TypeError(f"reset={reset!r}; expected True or False")
+        rows = RowOptions(
+            length=length,
+            packing=packing,
+            reset=reset,
+            stages=tuple(stages),
+            order=order,
+            shortest=shortest,
+            curriculum=curriculum,
+            cycles=cycles,
+        )
         check_number("task.z_loss", z_loss, least=0.0)
         self._z_loss = float(z_loss)
-        corpus = load_corpus(source, tokenizer=tokenizer, invalid=invalid, data_dir=data_dir)
+        corpus = load_corpus(
+            source, tokenizer=tokenizer, invalid=invalid, official_dir=official_dir, data_dir=data_dir
+        )
         self.tokenizer = corpus.tokenizer
         self.vocab_size = self.tokenizer.vocab_size
         self.splits = {
-            split: pack(
-                documents,
-                self.tokenizer.end,
-                packing=packing,
-                length=length,
-                reset=reset,
-                most=most[split],
+            split: (rows.trained if split == "train" else rows.evaluated)(
+                documents, self.tokenizer.end, most[split]
             )
             for split, documents in corpus.dataset.splits.items()
         }
         self.packed = max(split.segments for split in self.splits.values()) if reset else False
-        self.manifest = corpus.dataset.manifest | {
-            "rows": dict(length=length, packing=packing, reset=reset, most=most)
-        }
+        self.manifest = corpus.dataset.manifest | {"rows": rows.manifest() | dict(most=most)}
+        if isinstance(train_rows := self.splits["train"], Decomposed):
+            self.manifest["rows"]["decomposed"] = train_rows.summary()
 
     @staticmethod
     def sizes(*, tokenizer: str | os.PathLike = "bytes", **_: Any) -> dict[str, int]:

@@ -119,13 +119,14 @@ class Experiment:
             check_positions(self.config, split, lengths)
 
     def example_batches(self, split: str, batch_size: int) -> list[dict[str, np.ndarray]]:
-        """Returns one batch per width that batches of a split can have."""
-        source = self.task.splits[split]
-        bounds = bucketing.check_bucket_bounds(source.lengths, self.data.bucket_bounds)
-        widths = bounds[np.unique(np.searchsorted(bounds, source.lengths))]
-        shortest = np.full(batch_size, np.argmin(source.lengths))
-        weight = {"weight": np.ones(batch_size, np.float32)}
-        return [source.gather(shortest, int(width)) | weight for width in widths]
+        """Returns one batch per width that batches of an evaluation on a split can have."""
+        return pipeline.example_batches(self.task.splits[split], batch_size, self.data.bucket_bounds)
+
+    def example_train_batches(self) -> list[dict[str, np.ndarray]]:
+        """Returns one batch per width that batches of training can have."""
+        return pipeline.example_train_batches(
+            self.task.splits["train"], self.train.batch_size, self.data.bucket_bounds
+        )
 
     def baselines(self, split: str) -> dict[str, float]:
         """Returns the metrics of the task's trivial predictors; empty if it has none."""
@@ -221,7 +222,8 @@ def build(config: Mapping[str, Any]) -> Experiment:
         unprojected=task.unprojected,
     )
     source = task.splits["train"]
-    steps_per_epoch = bucketing.count_train_batches(len(source), train.batch_size)
+    pipeline.check_widths(source, data.bucket_bounds)
+    steps_per_epoch = pipeline.train_batches(source, train.batch_size)
     warmup = optimizer_config.warmup_steps
     if warmup is None:
         warmup = round((optimizer_config.warmup_epochs or 0) * steps_per_epoch)

@@ -218,7 +218,7 @@ class _Training:
 
     def _compile(self) -> None:
         with elapsing(self._bar, "compiling"):
-            examples = self._experiment.example_batches("train", self._experiment.train.batch_size)
+            examples = self._experiment.example_train_batches()
             self._train_step.compile(self._state, batches=map(self._devices.abstract_batch, examples))
             self._evaluate.compile(self._state, VALIDATION)
         self._bar.unpause()

@@ -8,6 +8,9 @@ import pytest
 from flax import nnx
 
 from experiments.config.loading import TrainConfig, section, to_plain
+from experiments.data.text import official
+from experiments.data.text.sources import read_documents
+from experiments.tasks import make_task
 from experiments.training import experiment
 from experiments.training.optimizers import OptimizerConfig
 from layers.mixers import MIXERS
@@ -83,6 +86,25 @@ def test_options():
         ("mixer=mambo", "mixer='mambo' has no model here; available: attention"),
         ("length=0", "length='0'; expected a number of tokens"),
         ("width=3", "models.py takes size="),
+        ("source=enwiki8", "source='enwiki8' is unknown; available: stdlib, enwik8"),
     ):
         with pytest.raises(ValueError, match=said):
             MODELS["get_config"](argument)
+
+
+def test_published_corpora(tmp_path, monkeypatch):
+    """The config of a corpus reads the official files, which are small here."""
+    monkeypatch.setattr(official, "SIZE", 1000)
+    monkeypatch.setattr(official, "CUTS", (900, 950))
+    (tmp_path / "text8").write_text("anarchism " * 100)
+    task = dict(config_of("source=text8,length=16")["task"])
+    task |= dict(official_dir=str(tmp_path), data_dir=str(tmp_path / "data"))
+    made = make_task(**task)
+    assert made.vocab_size == len(set("anarchism ")) + 2
+    assert {name: len(split) for name, split in made.splits.items()} == dict(train=57, validation=4, test=4)
+    for source, (given, tokenizer, _) in MODELS["SOURCES"].items():
+        task = config_of(f"source={source}")["task"]
+        assert (task["source"], task["tokenizer"]) == (given, tokenizer)
+        if source != "stdlib":
+            with pytest.raises(ValueError, match=f"source='{given}' (needs official_dir|is not prepared in)"):
+                read_documents(given, official_dir=tmp_path if given.startswith("tfds:") else None)

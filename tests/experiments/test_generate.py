@@ -1,6 +1,7 @@
 """The command that continues prompts with the language model of a run."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -62,6 +63,14 @@ def test_prompts_are_continued(run, capsys):
     before = sorted(run.rglob("*"))
     assert call(run, "--prompt=ab", "--prompt=bc", "--temperature=0", "--max_new_tokens=9") == 0
     assert capsys.readouterr().out == "abc\nabc\nabc\n" + "bc\nabc\nabc\n\n"
+    drafts = ["--lookup=4", "--ngram=2"]
+    assert call(run, "--prompt=ab", "--temperature=0", "--max_new_tokens=12", *drafts) == 0
+    out, err = capsys.readouterr()
+    assert out == "abc\nabc\nabc\nab\n"
+    # The first draft stands behind the second "ab"; blocks are of 8 tokens.
+    assert re.search(
+        r"^12 tokens in ([5-9]) calls of the model, (1\.[3-9]|2\.[0-4])\d per call$", err, re.MULTILINE
+    )
     # The stop is not printed, whichever tokens and blocks it lies in.
     assert (
         call(run, "--prompt=ab", "--temperature=0", "--max_new_tokens=20", "--stop=bc\nab", "--stop=x") == 0
@@ -89,6 +98,7 @@ def test_prompts_are_continued(run, capsys):
         (["--prompt=a", "--max_new_tokens=49"], "needs 49 positions, but max_positions=47"),
         (["--prompt=a", "--max_new_tokens=8", "--top_k=0"], "top_k=0; expected an integer from 1 to 257"),
         (["--prompt=a", "--max_new_tokens=8", "--top_p=2"], "top_p=2.0; expected"),
+        (["--prompt=a", "--ngram=2"], "ngram=2 has no effect without lookup"),
         (["--prompt=a", "--max_new_tokens=8", "--temperature=-1"], "temperature=-1.0; expected"),
         (["--prompt=a", "--max_new_tokens=8", "--temperature=0", "--min_p=0.1"], "min_p=0.1 has no effect"),
         (["--prompt=a", "--checkpoint=7"], "there is no such checkpoint; steps with one: "),

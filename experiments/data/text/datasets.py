@@ -10,7 +10,8 @@ import numpy as np
 
 from experiments.data import cache
 from experiments.data.sequences import Sequences
-from experiments.data.text.sources import corpus_sha256, read_documents
+from experiments.data.text.documents import corpus_sha256
+from experiments.data.text.sources import read_documents
 from experiments.data.text.tokenizers import Tokenizer, make_tokenizer
 
 VERSION = 1  # increment when equal documents and tokenizers make other tokens
@@ -29,6 +30,7 @@ def load_corpus(
     *,
     tokenizer: str | os.PathLike = "bytes",
     invalid: str = "error",
+    official_dir: str | os.PathLike | None = None,
     data_dir: str | os.PathLike | None = None,
 ) -> Corpus:
     """Returns the tokens of a source, which is read every time and tokenised if its content is new.
@@ -36,7 +38,7 @@ def load_corpus(
     The parameters in the manifest hold the hash of all documents, so that another corpus is another data set.
 
     Args:
-      source: "stdlib" or a path; see `sources.read_documents`, also for `invalid`.
+      source: "stdlib", a path or a published corpus; see `sources.read_documents`, also for `invalid` and `official_dir`.
       tokenizer: name or path; see `tokenizers.make_tokenizer`.
       data_dir: folder of the cache; by default $SEQMODELS_DATA, else ~/.cache/seqmodels.
 
@@ -44,10 +46,12 @@ def load_corpus(
       ValueError: if the source or the tokenizer is refused.
       CorruptCacheError: if the cached data set is damaged.
     """
-    documents = read_documents(source, invalid=invalid)
+    documents = read_documents(source, invalid=invalid, official_dir=official_dir)
     maker = make_tokenizer(tokenizer, texts=lambda: documents["train"], data_dir=data_dir)
     largest = maker.vocab_size - (2 if maker.end == maker.vocab_size - 1 else 1)  # ends are not stored
     options = dict(source=source, tokenizer=tokenizer, invalid=invalid)
+    if official_dir is not None:
+        options["official_dir"] = official_dir
     recipe = cache.Recipe(
         name="text",
         version=VERSION,

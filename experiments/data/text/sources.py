@@ -1,13 +1,11 @@
-"""Documents of a corpus by split: the sources of the standard library, text files, JSON lines and parquet.
+"""Documents of a corpus by split: the sources of the standard library, text files, JSON lines, parquet, and published corpora.
 
-A document belongs to the split that the SHA-256 of its name says: 90% to "train" and 5% each to "validation" and "test".
+Published corpora have splits of their own (see `official` and `tensorflow_datasets`). Of others, a document belongs to the split that the SHA-256 of its name says: 90% to "train" and 5% each to "validation" and "test".
 It stays there when others come and go. The name of a file is its path within the corpus; a record of JSON lines or
 parquet is named by its text, so that equal records share a split. A corpus that is one text file is cut once after 90%
 and once after 95% of its lines.
 """
 
-import hashlib
-import itertools
 import json
 import os
 import sysconfig
@@ -15,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from experiments.data.cache import expand
+from experiments.data.text import official, tensorflow_datasets
+from experiments.data.text.documents import SPLITS, Documents, by_hash, by_lines, decoded, read_text
 
-SPLITS = ("train", "validation", "test")
-SHARES = (0.90, 0.95)  # where validation and test begin
 RECORDS = (".jsonl", ".parquet")
 INVALID = ("error", "replace")
 # What is no code of the library (installed packages), tests of it, or tables and texts that programs wrote.
@@ -33,17 +31,20 @@ NOT_STDLIB = {
     "pydoc_data",
 }
 
-Documents = dict[str, list[str]]
 
-
-def read_documents(source: str | os.PathLike, *, invalid: str = "error") -> Documents:
+def read_documents(
+    source: str | os.PathLike, *, invalid: str = "error", official_dir: str | os.PathLike | None = None
+) -> Documents:
     """Returns the documents of each split, ordered by path; empty ones are left out.
 
     Args:
       source: "stdlib", the *.py files of the running Python's standard library without tests, IDLE, lib2to3, tables of
         encodings and generated documentation; or the path of a text file, of a file of JSON lines with the field "text",
-        of a parquet file with the column "text", or of a folder with such files at any depth.
+        of a parquet file with the column "text", or of a folder with such files at any depth. Published corpora are
+        "enwik8", "text8" and "wikitext103" (see `official`), and "tfds:NAME" or "tfds:NAME/CONFIG", such as tfds:pg19 (see
+        `tensorflow_datasets`).
       invalid: "error" refuses bytes that are not UTF-8, and "replace" puts U+FFFD in their place.
+      official_dir: where the files of a published corpus are; other sources take none.
 
     Raises:
       ValueError: if the source cannot be read, is not UTF-8, leaves a split empty, or needs the library `pyarrow` where it
@@ -52,16 +53,28 @@ def read_documents(source: str | os.PathLike, *, invalid: str = "error") -> Docu
     if invalid not in INVALID:
         raise ValueError(f"invalid={invalid!r}; expected one of {', '.join(INVALID)}")
     given = os.fspath(source)
-    if given == "stdlib":
-        documents = _split(_stdlib(invalid))
+    published = given in official.CORPORA or given.startswith(tensorflow_datasets.PREFIX)
+    if official_dir is not None and not published:
+        known = f"{', '.join(official.CORPORA)} and {tensorflow_datasets.PREFIX}NAME"
+        raise ValueError(
+            f"official_dir={str(official_dir)!r} with source={given!r}; it has a meaning for {known}"
+        )
+    if given in official.CORPORA:
+        documents = official.read(given, official_dir, invalid)
+    elif published:
+        documents = tensorflow_datasets.read(given, official_dir, invalid)
+    elif given == "stdlib":
+        documents = by_hash(_stdlib(invalid))
     else:
         path = expand("source", given)
         if not path.exists():
-            raise ValueError(f"source={given!r} is no file or folder; expected stdlib or a path")
+            raise ValueError(
+                f"source={given!r} is no file or folder; expected stdlib, a path, {', '.join(official.CORPORA)} or tfds:NAME"
+            )
         if path.is_file() and path.suffix not in RECORDS:
-            documents = _cut(_text(path, path.name, invalid))
+            documents = by_lines(read_text(path, path.name, invalid))
         else:
-            documents = _split(_files(path, invalid))
+            documents = by_hash(_files(path, invalid))
     if not any(documents.values()):
         raise ValueError(f"source={given!r} has no text; expected files that are not empty")
     if empty := [split for split in SPLITS if not documents[split]]:
@@ -73,44 +86,12 @@ def read_documents(source: str | os.PathLike, *, invalid: str = "error") -> Docu
     return documents
 
 
-def split_of(name: str) -> str:
-    """Returns the split of the document with a name: that of the first 8 bytes of the name's SHA-256."""
-    share = int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8], "big") / 2**64
-    return SPLITS[sum(share >= bound for bound in SHARES)]
-
-
-def corpus_sha256(documents: Documents) -> str:
-    """Returns the hash of all documents, in order and by split."""
-    digest = hashlib.sha256()
-    for split, texts in documents.items():
-        for text in texts:
-            data = text.encode()
-            digest.update(f"{split} {len(data)}\n".encode())
-            digest.update(data)
-    return digest.hexdigest()
-
-
-def _split(named: Iterable[tuple[str, str]]) -> Documents:
-    documents: Documents = {split: [] for split in SPLITS}
-    for name, text in named:
-        if text:
-            documents[split_of(name)].append(text)
-    return documents
-
-
-def _cut(text: str) -> Documents:
-    lines = text.splitlines(keepends=True)
-    bounds = [0, *(int(share * len(lines)) for share in SHARES), len(lines)]
-    parts = ("".join(lines[start:stop]) for start, stop in itertools.pairwise(bounds))
-    return {split: [part] if part else [] for split, part in zip(SPLITS, parts, strict=True)}
-
-
 def _stdlib(invalid: str) -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in _ordered(root, NOT_STDLIB):
         if path.suffix == ".py":
             name = path.relative_to(root).as_posix()
-            yield name, _text(path, name, invalid)
+            yield name, read_text(path, name, invalid)
 
 
 def _files(path: Path, invalid: str) -> Iterator[tuple[str, str]]:
@@ -122,7 +103,7 @@ def _files(path: Path, invalid: str) -> Iterator[tuple[str, str]]:
             for text in read(file, name, invalid):
                 yield text, text
         else:
-            yield name, _text(file, name, invalid)
+            yield name, read_text(file, name, invalid)
 
 
 def _ordered(root: Path, left_out: Iterable[str] = ()) -> list[Path]:
@@ -138,25 +119,8 @@ def _ordered(root: Path, left_out: Iterable[str] = ()) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _text(path: Path, name: str, invalid: str) -> str:
-    try:
-        return _decoded(path.read_bytes(), name, invalid)
-    except OSError as error:
-        raise ValueError(f"source: {name} cannot be read ({error.strerror})") from None
-
-
-def _decoded(data: bytes, name: str, invalid: str) -> str:
-    try:
-        return data.decode(errors="strict" if invalid == "error" else "replace")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"source: {name} is not UTF-8 at byte {error.start} ({data[error.start]:#04x}); invalid='replace' puts "
-            "U+FFFD in place of such bytes"
-        ) from None
-
-
 def _json_lines(path: Path, name: str, invalid: str) -> Iterator[str]:
-    for number, line in enumerate(_text(path, name, invalid).split("\n"), start=1):
+    for number, line in enumerate(read_text(path, name, invalid).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -183,4 +147,4 @@ def _parquet(path: Path, name: str, invalid: str) -> Iterator[str]:
         raise ValueError(f'source: {name} is no parquet file with the column "text": {error}') from None
     for number, data in enumerate(column.cast("binary").to_pylist()):
         if data is not None:
-            yield _decoded(data, f"{name}, row {number}", invalid)
+            yield decoded(data, f"{name}, row {number}", invalid)

@@ -1,5 +1,7 @@
 """Language modelling: the metric and baseline by hand, a model that trains and resumes, and what is refused."""
 
+import itertools
+import json
 import math
 
 import jax
@@ -10,8 +12,8 @@ import pytest
 from experiments import train
 from experiments.config.loading import to_plain
 from experiments.data import prepare
-from experiments.data.pipeline import eval_batches
-from experiments.data.text.sources import split_of
+from experiments.data.pipeline import IGNORE, eval_batches
+from experiments.data.text.documents import split_of
 from experiments.runs.directory import RunDirectory, WorkdirError
 from experiments.runs.logs import read_lines
 from experiments.tasks import make_task
@@ -113,14 +115,89 @@ def losses(folder, name):
     return [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
 
 
+TRAINED = {
+    "best_fit": (),
+    "stages": ("--config.task.stages=((4,1),(8,2))",),
+    "decompose": ("--config.task.packing=decompose", "--config.task.shortest=4"),
+    "similar": (
+        "--config.task.packing=concatenate",
+        "--config.task.reset=False",
+        "--config.task.order=similar",
+    ),
+}
+
+
 @pytest.mark.slow
-def test_a_run_resumes_exactly(folder):
-    assert train_on(folder, "whole") == 0
-    assert train_on(folder, "parts", "--config.train.steps=2") == 0
-    assert train_on(folder, "parts") == 0
-    assert len(losses(folder, "whole")) == 4
-    assert losses(folder, "parts") == losses(folder, "whole")
-    assert "bits_per_byte" in (folder / "whole" / "results.json").read_text()
+@pytest.mark.parametrize("rows", TRAINED)
+def test_a_run_resumes_exactly(folder, rows):
+    whole, parts, flags = f"{rows}-whole", f"{rows}-parts", TRAINED[rows]
+    assert train_on(folder, whole, *flags) == 0
+    assert train_on(folder, parts, "--config.train.steps=2", *flags) == 0
+    assert train_on(folder, parts, *flags) == 0
+    assert len(losses(folder, whole)) == 4
+    assert losses(folder, parts) == losses(folder, whole)
+    assert "bits_per_byte" in (folder / whole / "results.json").read_text()
+
+
+def test_options_of_training_leave_evaluations_as_they_are(folder):
+    options = dict(source=folder / "corpus", data_dir=folder / "data", length=16)
+
+    def rows(task, split):
+        source = task.splits[split]
+        return source.gather(np.arange(len(source)), 16)
+
+    joined = dict(packing="concatenate", reset=False)
+    plain = {True: make_task("language", **options), False: make_task("language", **options, **joined)}
+    for given in (
+        dict(stages=((4, 3),)),
+        dict(packing="decompose", shortest=4),
+        dict(order="similar", **joined),
+    ):
+        task, other = make_task("language", **options, **given), plain["order" not in given]
+        assert task.manifest["rows"] != other.manifest["rows"]
+        assert json.loads(json.dumps(task.manifest)) == task.manifest
+        for split in ("validation", "test"):
+            for name, array in rows(other, split).items():
+                np.testing.assert_array_equal(rows(task, split)[name], array)
+        assert task.baselines("test").keys() == other.baselines("test").keys()
+    decomposed = make_task("language", **options, packing="decompose", shortest=4)
+    kept = sum(int(size) * count for size, count in decomposed.manifest["rows"]["decomposed"]["rows"].items())
+    counted = decomposed.splits["train"].label_counts(257).sum()
+    assert (
+        kept
+        == counted
+        == plain[True].splits["train"].label_counts(257).sum() - decomposed.splits["train"].dropped
+    )
+
+
+def test_similar_documents_are_joined_in_training(tmp_path):
+    """Two topics, whose documents alternate, stand apart in the text of the training split."""
+    records = [
+        f"{'Rain falls on the hills. ' * 3 if n % 2 else 'Trains stop at noon here. ' * 3}{n}"
+        for n in range(80)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in records))
+    options = dict(
+        source=tmp_path / "a.jsonl", data_dir=tmp_path, length=8, packing="concatenate", reset=False
+    )
+    texts = {}
+    for order in ("given", "similar"):
+        task = make_task("language", **options, order=order)
+        rows = task.splits["train"].gather(np.arange(len(task.splits["train"])), 8)
+        tokens = [rows["inputs"][0, 0], *rows["labels"][rows["labels"] != IGNORE]]
+        texts[order] = "".join("|" if token == 256 else chr(token) for token in tokens).split("|")
+    assert sorted(texts["given"]) == sorted(texts["similar"])
+    changes = {
+        order: sum(a[:4] != b[:4] for a, b in itertools.pairwise(found)) for order, found in texts.items()
+    }
+    assert changes["similar"] < 10 < 30 < changes["given"]
+
+
+def test_buckets_are_refused_where_the_task_chooses_widths(folder, capsys):
+    assert train_on(folder, "none", *TRAINED["stages"], "--config.data.bucket_bounds=(8,16)", "--check") == 2
+    assert "data.bucket_bounds=(8, 16), but the task chooses the widths of training batches, 4, 8, 16" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_run_refuses_a_changed_corpus(folder, task, tmp_path):
@@ -158,11 +235,31 @@ def test_prepare(folder, capsys):
         (dict(reset="no"), TypeError, "reset='no'; expected True or False"),
         (dict(packing="fit"), ValueError, "packing='fit'; expected one of"),
         (dict(reset=False), ValueError, "packing='best_fit' with reset=False"),
+        (
+            dict(packing="decompose", length=12),
+            ValueError,
+            "length=12 with packing='decompose'; expected a power",
+        ),
+        (dict(packing="decompose", reset=False), ValueError, "packing='decompose' with reset=False"),
+        (
+            dict(packing="decompose", stages=((4, 1),)),
+            ValueError,
+            "which has lengths of its own; expected \\(\\)",
+        ),
+        (dict(cycles=3), ValueError, "cycles=3 has no effect with packing='best_fit'; expected None"),
+        (dict(packing="decompose", cycles=0), ValueError, "cycles=0"),
+        (
+            dict(stages=((3, 5),)),
+            ValueError,
+            "expected lengths that increase, are less than 16 and divide it",
+        ),
+        (dict(order="similar"), ValueError, "order='similar' with packing='best_fit' and reset=True"),
+        (dict(order="near"), ValueError, "order='near'"),
         (dict(sorce="a"), ValueError, "did you mean 'source'"),
     ],
 )
 def test_bad_options_are_refused(folder, options, error, words):
-    given = dict(source=folder / "corpus", data_dir=folder / "data") | options
+    given = dict(source=folder / "corpus", data_dir=folder / "data", length=16) | options
     with pytest.raises(error, match=words):
         make_task("language", **given)
 

@@ -337,7 +337,7 @@ def test_the_model_may_not_set_what_the_task_gives():
 def test_all_widths_are_compiled_ahead():
     plan = experiment.build(tiny_config())
     widths = {batch["inputs"].shape[1] for batch in plan.train_batches()}
-    ahead = {batch["inputs"].shape[1] for batch in plan.example_batches("train", 8)}
+    ahead = {batch["inputs"].shape[1] for batch in plan.example_train_batches()}
     assert widths == ahead == {4, 8}
-    for got, expected in zip(plan.example_batches("train", 8)[:1], plan.train_batches()):
+    for got, expected in zip(plan.example_train_batches()[:1], plan.train_batches()):
         assert {k: v.dtype for k, v in got.items()} == {k: v.dtype for k, v in expected.items()}

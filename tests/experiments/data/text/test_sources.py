@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from experiments.data.text.sources import corpus_sha256, read_documents, split_of
+from experiments.data.text.documents import corpus_sha256, split_of
+from experiments.data.text.sources import read_documents
 
 SPLITS = ("train", "validation", "test")
 
@@ -100,8 +101,14 @@ def test_invalid_utf8_is_named_or_replaced(tmp_path):
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="invalid='skip'; expected one of error, replace"):
         read_documents("stdlib", invalid="skip")
-    with pytest.raises(ValueError, match="source='stdlb' is no file or folder; expected stdlib or a path"):
+    with pytest.raises(
+        ValueError, match="source='stdlb' is no file or folder; expected stdlib, a path, enwik8, text8"
+    ):
         read_documents("stdlb")
+    with pytest.raises(
+        ValueError, match="official_dir='x' with source='stdlib'; it has a meaning for enwik8, text8"
+    ):
+        read_documents("stdlib", official_dir="x")
     with pytest.raises(ValueError, match="has no text"):
         read_documents(tmp_path)
     (tmp_path / "a.txt").write_text("a")

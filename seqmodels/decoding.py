@@ -1,0 +1,138 @@
+"""The compiled loop of generation: one token of each row per call of the model."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layers.typing import Array, Bool, Float, Int, Key
+from seqmodels.language_model import LanguageModel, LanguageModelState
+from seqmodels.sampling import Sampling, choose
+
+# Stands where a stop sequence is shorter than the longest, and fits every token.
+ANY = -1
+# Stands before the first token of the output, and fits no token of a stop sequence.
+NOTHING = -2
+
+
+class Generation(NamedTuple):
+    """New tokens.
+
+    Attributes:
+      tokens: new tokens of each row, with the stop sequence that ends it; 0 behind them.
+      lengths: number of new tokens of each row.
+      log_probabilities: log-probability of each new token under the model, before the repetition penalty, the temperature
+        and the filters; 0 behind them.
+      calls: number of calls of the model that gave them, for all rows at once; those that read prompts are not counted.
+    """
+
+    tokens: Int[np.ndarray, "b n"]
+    lengths: Int[np.ndarray, "b"]
+    log_probabilities: Float[np.ndarray, "b n"]
+    calls: int = 0
+
+
+class Rows(NamedTuple):
+    """Where the rows of a batch stand between two steps.
+
+    Attributes:
+      state: state of the model after all tokens but the last; with lookup, after all but some of the last.
+      token: last token of each row.
+      stopped: whether the output of a row is complete.
+      recent: last tokens of the output, as many as the longest stop sequence has; None without stop sequences.
+      seen: tokens that occurred; None without a repetition penalty.
+    """
+
+    state: LanguageModelState
+    token: Int[Array, "b"]
+    stopped: Bool[Array, "b"]
+    recent: Int[Array, "b l"] | None
+    seen: Bool[Array, "b v"] | None
+
+
+def empty(count: int, size: int) -> Generation:
+    """Returns room for `size` new tokens of each of `count` rows."""
+    return Generation(
+        jnp.zeros((count, size), jnp.int32),
+        jnp.zeros(count, jnp.int32),
+        jnp.zeros((count, size), jnp.float32),
+        jnp.int32(0),
+    )
+
+
+def keys_of_rows(key: Key[Array, ""], count: int) -> Key[Array, "b"]:
+    """Returns a key for each row; with the number of a new token it gives the key that the token is sampled with."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+
+
+@partial(jax.jit, static_argnames=("size",), donate_argnums=(1,))
+def decode(
+    model: LanguageModel,
+    rows: Rows,
+    sampling: Sampling,
+    stops: Int[Array, "n l"] | None,
+    key: Key[Array, ""],
+    start: Any,
+    steps: Any,
+    *,
+    size: int,
+) -> tuple[Rows, Generation]:
+    """Returns the rows after up to `steps` steps, and room for `size` new tokens with theirs.
+
+    Args:
+      start: number of new tokens before this call.
+    """
+    keys = keys_of_rows(key, rows.token.shape[0])
+
+    def step(carry):
+        rows, new = carry
+        logits, state = model(rows.token[:, None], rows.state)
+        rows, new = append(
+            rows._replace(state=state), new, logits[:, 0], sampling, stops, keys, start, ~rows.stopped
+        )
+        return rows, new._replace(calls=new.calls + 1)
+
+    def goes_on(carry):
+        rows, new = carry
+        return (new.calls < steps) & ~rows.stopped.all()
+
+    return jax.lax.while_loop(goes_on, step, (rows, empty(len(rows.token), size)))
+
+
+def append(
+    rows: Rows,
+    new: Generation,
+    logits: Float[Array, "b v"],
+    sampling: Sampling,
+    stops: Int[Array, "n l"] | None,
+    keys: Key[Array, "b"],
+    start: Any,
+    wanted: Bool[Array, "b"],
+) -> tuple[Rows, Generation]:
+    """Returns the rows and their new tokens with one more token in each row that is `wanted`; others stay as they are.
+
+    Args:
+      logits: what the tokens are chosen from.
+      keys: see `keys_of_rows`.
+      start: number of new tokens of each row before those of `new`.
+    """
+    here = jax.vmap(jax.random.fold_in)(keys, start + new.lengths)
+    token, chance = choose(logits, sampling, here, rows.seen)
+    row = jnp.arange(len(token))
+    # What no row wants goes to a place that does not exist.
+    place = jnp.where(wanted, new.lengths, new.tokens.shape[1])
+    new = new._replace(
+        tokens=new.tokens.at[row, place].set(token, mode="drop"),
+        lengths=new.lengths + wanted,
+        log_probabilities=new.log_probabilities.at[row, place].set(chance, mode="drop"),
+    )
+    recent, seen, stopped = rows.recent, rows.seen, rows.stopped
+    if stops is not None:
+        recent = jnp.where(wanted[:, None], jnp.concatenate([recent[:, 1:], token[:, None]], axis=1), recent)
+        fits = (recent[:, None] == stops[None]) | (stops == ANY)[None]
+        stopped = stopped | fits.all(-1).any(-1)
+    if seen is not None:
+        seen = seen.at[row, token].max(wanted)
+    return Rows(rows.state, jnp.where(wanted, token, rows.token), stopped, recent, seen), new

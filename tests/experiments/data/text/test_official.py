@@ -1,0 +1,102 @@
+"""Published corpora in the form of their official files, made small, and what is refused."""
+
+import zipfile
+
+import pytest
+
+from experiments.data.text import official
+from experiments.data.text.sources import read_documents
+
+ARTICLES = {
+    "train": [
+        " \n = First <unk> = \n \n Some text , with a = b . \n \n = = Section = = \n \n More . \n \n",
+        " = Second = \n \n = no heading = \n Text . \n \n",
+    ],
+    "validation": [" \n = Third = \n \n Held out é . \n \n"],
+    "test": [" \n = Fourth = \n \n Also . \n"],
+}
+FILES = {"train": "wiki.train", "validation": "wiki.valid", "test": "wiki.test"}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(official, "SIZE", 100)
+    monkeypatch.setattr(official, "CUTS", (90, 95))
+
+
+def write_zip(path, files):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def test_enwik8_is_cut_by_bytes_at_characters(tmp_path, small):
+    # The cut after 90 bytes falls into the euro sign, which begins at byte 88.
+    data = ("<x>é" + "a" * 83 + "€" + "b" * 6 + "\r\nz").encode()
+    assert len(data) == 100
+    (tmp_path / "enwik8").write_bytes(data)
+    wanted = {
+        "train": [data[:88].decode()],
+        "validation": [data[88:95].decode()],
+        "test": [data[95:].decode()],
+    }
+    assert wanted["validation"][0].startswith("€")
+    for path in (tmp_path / "enwik8", tmp_path, write_zip(tmp_path / "enwik8.zip", {"enwik8": data})):
+        assert read_documents("enwik8", official_dir=path) == wanted
+    (tmp_path / "enwik8").unlink()
+    assert read_documents("enwik8", official_dir=tmp_path) == wanted
+
+
+def test_text8(tmp_path, small):
+    text = "anarchism " * 10
+    path = write_zip(tmp_path / "text8.zip", {"text8": text})
+    expected = {"train": [text[:90]], "validation": [text[90:95]], "test": [text[95:]]}
+    assert read_documents("text8", official_dir=path) == expected
+    (tmp_path / "text8").write_text(text[:50] + "A" + text[51:])
+    with pytest.raises(ValueError, match="text8 has b'A' at byte 50; expected a to z and spaces"):
+        read_documents("text8", official_dir=tmp_path / "text8")
+
+
+@pytest.mark.parametrize("form", [".tokens", ".raw"])
+def test_wikitext_is_cut_into_articles(tmp_path, form):
+    files = {FILES[split] + form: "".join(texts) for split, texts in ARTICLES.items()}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    archive = write_zip(
+        tmp_path / "wikitext-103-v1.zip", {f"wikitext-103/{name}": text for name, text in files.items()}
+    )
+    for path in (tmp_path, archive):
+        assert read_documents("wikitext103", official_dir=path) == ARTICLES
+
+
+def test_malformed_files_are_refused_by_name(tmp_path, small):
+    def refused(corpus, path, message):
+        with pytest.raises(ValueError, match=message):
+            read_documents(corpus, official_dir=path)
+
+    refused("enwik8", None, r"source='enwik8' needs official_dir \(task.official_dir in configs\)")
+    refused("enwik8", tmp_path / "none", "none' does not exist; expected the archive or folder of enwik8")
+    refused("enwik8", tmp_path, "has neither enwik8 nor enwik8.zip")
+    (tmp_path / "enwik8").write_bytes(b"a" * 99)
+    refused("enwik8", tmp_path, "enwik8 has 99 bytes; expected 100")
+    (tmp_path / "enwik8").write_bytes(b"a" * 92 + b"\xff" + b"a" * 7)
+    refused("enwik8", tmp_path, r"enwik8, validation is not UTF-8 at byte 2 \(0xff\)")
+    (tmp_path / "no.zip").write_bytes(b"PK no archive")
+    refused("enwik8", tmp_path / "no.zip", r"no\.zip is no readable \.zip")
+    refused("wikitext103", tmp_path / "no.zip", r"no\.zip is no readable \.zip")
+    other = write_zip(tmp_path / "other.zip", {"a/readme": "x"})
+    refused("text8", other, r"other\.zip lacks text8; it has readme")
+    damaged = write_zip(tmp_path / "bad.zip", {"text8": bytes(range(97, 122)) * 4})
+    content = bytearray(damaged.read_bytes())
+    content[40] ^= 0xFF
+    damaged.write_bytes(content)
+    refused("text8", damaged, r"bad\.zip: text8 is damaged")
+    refused("wikitext103", tmp_path / "enwik8", r"is no folder and no \.zip; expected wikitext-103-v1\.zip")
+    (tmp_path / "wiki.train.raw").write_text("no heading")
+    refused("wikitext103", tmp_path, r"lacks wiki\.valid\.raw, wiki\.test\.raw")
+    for name in ("wiki.valid.raw", "wiki.test.raw"):
+        (tmp_path / name).write_text(" = A = \n")
+    refused("wikitext103", tmp_path, r"wiki\.train\.raw has no heading of an article")
+    (tmp_path / "wiki.train.tokens").write_text(" = A = \n")
+    refused("wikitext103", tmp_path, "has files of tokens and raw ones")
