@@ -26,6 +26,7 @@ FREE_FIELDS = (
     "data.prefetch",
     "task.data_dir",
     "task.official_dir",
+    "task.tfds_dir",
     "task.workers",
 )
 

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from experiments.config.command_line import ArgumentError, Parser, folder, reporting
-from experiments.data import cache, cifar10, listops, listops_datasets, pathfinder, pathfinder_datasets
+from experiments.data import cache, cifar10, imdb, listops, listops_datasets, pathfinder, pathfinder_datasets
+from experiments.data.text.characters import VOCABULARIES
 from experiments.data.text.datasets import load_corpus
 from experiments.data.text.sources import INVALID
 
@@ -92,6 +93,33 @@ def _prepare_cifar10(options: argparse.Namespace) -> cache.Dataset:
     )
 
 
+def _add_imdb(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("imdb", help="IMDB reviews as bytes or characters", allow_abbrev=False)
+    folders = parser.add_mutually_exclusive_group(required=True)
+    folders.add_argument("--official_dir", help="folder aclImdb")
+    folders.add_argument("--tfds_dir", help="folder of tensorflow-datasets with imdb_reviews")
+    parser.add_argument("--vocabulary", choices=VOCABULARIES, default="characters")
+    parser.add_argument("--length", type=int, default=4096, help="most ids of a review; default 4096")
+    parser.add_argument("--validation", type=int, default=2500, help="reviews held out; default 2500")
+    parser.add_argument("--seed", type=int, default=0, help="of the validation split; default 0")
+    parser.set_defaults(prepare=_prepare_imdb)
+
+
+def _prepare_imdb(options: argparse.Namespace) -> cache.Dataset:
+    for name, least in (("length", 2), ("validation", 1), ("seed", 0)):
+        if (value := getattr(options, name)) < least:
+            raise ArgumentError(f"--{name}={value}: expected at least {least}")
+    return imdb.load(
+        official_dir=options.official_dir,
+        tfds_dir=options.tfds_dir,
+        vocabulary=options.vocabulary,
+        length=options.length,
+        validation=options.validation,
+        seed=options.seed,
+        data_dir=options.data_dir,
+    )
+
+
 @reporting
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds or loads the data set of the arguments, prints a summary of its manifest, and returns the exit code."""
@@ -101,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_text(commands)
     _add_pathfinder(commands)
     _add_cifar10(commands)
+    _add_imdb(commands)
     for command in commands.choices.values():
         command.add_argument(
             "--data_dir", type=folder, help="default: $SEQMODELS_DATA, else ~/.cache/seqmodels"

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from experiments.tasks.cifar10 import CIFAR10
+from experiments.tasks.imdb import IMDB
 from experiments.tasks.language import LanguageModeling
 from experiments.tasks.listops import ListOps
 from experiments.tasks.pathfinder import Pathfinder
@@ -28,6 +29,7 @@ TASKS: dict[str, type[Task]] = {
     "associative_recall": AssociativeRecall,
     "cifar10": CIFAR10,
     "copy": Copy,
+    "imdb": IMDB,
     "induction_heads": InductionHeads,
     "language": LanguageModeling,
     "listops": ListOps,
