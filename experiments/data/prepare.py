@@ -6,7 +6,16 @@ import sys
 from collections.abc import Sequence
 
 from experiments.config.command_line import ArgumentError, Parser, folder, reporting
-from experiments.data import cache, cifar10, imdb, listops, listops_datasets, pathfinder, pathfinder_datasets
+from experiments.data import (
+    aan,
+    cache,
+    cifar10,
+    imdb,
+    listops,
+    listops_datasets,
+    pathfinder,
+    pathfinder_datasets,
+)
 from experiments.data.text.characters import VOCABULARIES
 from experiments.data.text.datasets import load_corpus
 from experiments.data.text.sources import INVALID
@@ -120,6 +129,25 @@ def _prepare_imdb(options: argparse.Namespace) -> cache.Dataset:
     )
 
 
+def _add_aan(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("aan", help="pairs of papers as bytes or characters", allow_abbrev=False)
+    parser.add_argument("--official_dir", required=True, help="folder tsv_data of Long Range Arena's release")
+    parser.add_argument("--vocabulary", choices=VOCABULARIES, default="characters")
+    parser.add_argument("--length", type=int, default=4000, help="most ids of a document; default 4000")
+    parser.set_defaults(prepare=_prepare_aan)
+
+
+def _prepare_aan(options: argparse.Namespace) -> cache.Dataset:
+    if options.length < 2:
+        raise ArgumentError(f"--length={options.length}: expected at least 2")
+    return aan.load(
+        options.official_dir,
+        vocabulary=options.vocabulary,
+        length=options.length,
+        data_dir=options.data_dir,
+    )
+
+
 @reporting
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds or loads the data set of the arguments, prints a summary of its manifest, and returns the exit code."""
@@ -130,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_pathfinder(commands)
     _add_cifar10(commands)
     _add_imdb(commands)
+    _add_aan(commands)
     for command in commands.choices.values():
         command.add_argument(
             "--data_dir", type=folder, help="default: $SEQMODELS_DATA, else ~/.cache/seqmodels"

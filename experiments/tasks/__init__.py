@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+from experiments.tasks.aan import AAN
 from experiments.tasks.cifar10 import CIFAR10
 from experiments.tasks.imdb import IMDB
 from experiments.tasks.language import LanguageModeling
@@ -25,6 +26,7 @@ from experiments.tasks.task import Task
 from layers.registry import suggestion
 
 TASKS: dict[str, type[Task]] = {
+    "aan": AAN,
     "addition": Addition,
     "associative_recall": AssociativeRecall,
     "cifar10": CIFAR10,
