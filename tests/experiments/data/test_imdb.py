@@ -24,7 +24,7 @@ def official(tmp_path):
             (folder / split / label).mkdir(parents=True)
             for number in range(count):
                 path = folder / split / label / f"{number}_{rating}.txt"
-                path.write_text(f"{text} {split} {number}\n", encoding="utf-8")
+                path.write_text(f"{text} {split} {count - 1 - number}\n", encoding="utf-8")
     (folder / "train/unsup").mkdir()
     (folder / "train/unsup/0_0.txt").write_text("no label")
     (folder / "imdb.vocab").write_text("film")
