@@ -22,6 +22,7 @@ MODULES = {
     "long_context": "experiments.long_context",
     "compare": "experiments.compare",
     "sweep": "experiments.sweep.__main__",
+    "report": "experiments.report.__main__",
     "list": "experiments.list",
     "describe": "experiments.describe",
     "profile": "experiments.profile",

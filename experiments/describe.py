@@ -5,7 +5,7 @@
     python -m experiments.describe --config=configs/lra/listops.py:mixer=s5 --implementations --backend=gpu
     python -m experiments.describe --config=configs/lra/listops.py:mixer=s5 --scale --lengths=512
 
-No data are read, and nothing is allocated but with --scale, which initializes the model and computes one batch. Operations are those of one row without padding, in inference, as the
+No data are read, and nothing is allocated but with --scale, which initializes the model and computes one batch. Operations are those of one row (of a pair for a dual encoder) without padding, in inference, as the
 implementations for the devices that JAX finds compute it (`experiments.analysis.flops`); the state is what a causal model
 carries for one row after that many tokens. Exit codes: 0 done; 2 the config or an argument cannot be used.
 """
@@ -32,6 +32,7 @@ from experiments.config.models import sizes_without_data, with_sizes
 from experiments.runs.files import to_json_text
 from experiments.training import experiment
 from layers.kernels import devices, dispatch
+from seqmodels import DualEncoder
 
 PREFIXES = ("", "k", "M", "G", "T", "P")
 LENGTHS = (1024, 4096, 16384, 65536)
@@ -215,10 +216,13 @@ def _flops(module: nnx.Module, inputs: jax.ShapeDtypeStruct) -> Flops | str:
 
 
 def _at_length(model: nnx.Module, length: int) -> dict[str, Any]:
-    """Returns the operations of one row of this length, and the bytes of the state carried after it."""
-    size = model.config.input.input_size
-    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    inputs = tokens if size is None else jax.ShapeDtypeStruct((1, length, size), jnp.float32)
+    """Returns the operations of one row, or pair of rows, of this length, and the bytes of the state carried after it."""
+    size, shape = (
+        model.config.input.input_size,
+        (1, 2, length) if isinstance(model, DualEncoder) else (1, length),
+    )
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    inputs = tokens if size is None else jax.ShapeDtypeStruct((*shape, size), jnp.float32)
     flops = _flops(model, inputs)
     if isinstance(flops, str):
         return dict(length=length, refused=flops)
@@ -228,7 +232,7 @@ def _at_length(model: nnx.Module, length: int) -> dict[str, Any]:
         state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     return dict(
         length=length,
-        flops_per_token=flops.total / length,
+        flops_per_token=flops.total / math.prod(shape),
         flops=flops.total,
         in_matrix_products=flops.matrix / flops.total,
         exact=flops.exact,

@@ -13,13 +13,21 @@ from flax import nnx
 from layers.parameters import group_of
 from seqmodels.autoencoder import Autoencoder
 from seqmodels.classifier import Classifier
-from seqmodels.config import AutoencoderConfig, ClassifierConfig, LanguageModelConfig, parse
+from seqmodels.config import (
+    AutoencoderConfig,
+    ClassifierConfig,
+    DualEncoderConfig,
+    LanguageModelConfig,
+    parse,
+)
+from seqmodels.dual_encoder import DualEncoder
 from seqmodels.generation import Generation, generate, stream
 from seqmodels.language_model import LanguageModel
 
 __all__ = [
     "Autoencoder",
     "Classifier",
+    "DualEncoder",
     "Generation",
     "LanguageModel",
     "__version__",
@@ -36,16 +44,19 @@ except importlib.metadata.PackageNotFoundError:  # the sources are on the path a
 
 MODELS = {
     ClassifierConfig: Classifier,
+    DualEncoderConfig: DualEncoder,
     LanguageModelConfig: LanguageModel,
     AutoencoderConfig: Autoencoder,
 }
 
 
-def build_model(config: Mapping[str, Any], *, rngs: nnx.Rngs) -> Classifier | LanguageModel | Autoencoder:
+def build_model(
+    config: Mapping[str, Any], *, rngs: nnx.Rngs
+) -> Classifier | DualEncoder | LanguageModel | Autoencoder:
     """Returns the model that a mapping describes.
 
     Args:
-      config: "kind" ("classifier", "language_model" or "autoencoder") and, flat, the fields of `InputConfig`,
+      config: "kind" ("classifier", "dual_encoder", "language_model" or "autoencoder") and, flat, the fields of `InputConfig`,
         `StackConfig` and of the config of that kind in `seqmodels.config`.
       rngs: source of the keys that initialize parameters.
 

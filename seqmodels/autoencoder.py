@@ -12,9 +12,9 @@ from layers.parameters import linear
 from layers.positions import sinusoidal
 from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Float, Int, Key
-from seqmodels.classifier import pool
 from seqmodels.config import AutoencoderConfig
 from seqmodels.embedding import Embedding
+from seqmodels.encoder import pool
 from seqmodels.stack import Stack
 
 

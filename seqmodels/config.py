@@ -159,6 +159,31 @@ class ClassifierConfig:
 
 
 @checked_dataclass
+class DualEncoderConfig:
+    """Config of a model that gives one label per pair of sequences.
+
+    Attributes:
+      input, stack: see `InputConfig` and `StackConfig`; both sequences pass the same ones.
+      num_classes: c, number of classes.
+      pooling: vector per sequence: "mean" over real tokens, the "last" real token, or the "first".
+      final_norm: whether a norm lies between stack and pooling.
+      interaction: features of a pair with the vectors u and v: "nli", [u, v, u * v, u - v], or "none", [u, v].
+      head_sizes: number of units of each hidden layer between the features of a pair and the logits; one layer of the width
+        of the stack if None, as in S4 and S5. Long Range Arena has two.
+      head_activation: activation of these layers.
+    """
+
+    input: InputConfig
+    stack: StackConfig
+    num_classes: Annotated[int, Bound(least=2)]
+    pooling: Literal["mean", "last", "first"] = "mean"
+    final_norm: bool = True
+    interaction: Literal["nli", "none"] = "nli"
+    head_sizes: tuple[int, ...] | None = None
+    head_activation: Literal["gelu", "relu"] = "gelu"
+
+
+@checked_dataclass
 class LanguageModelConfig:
     """Config of a model that gives the logits of the next token at each position.
 
@@ -196,9 +221,10 @@ class AutoencoderConfig:
             raise ValueError("an autoencoder needs vocab_size; input_size is for classifiers of vectors")
 
 
-ModelConfig = ClassifierConfig | LanguageModelConfig | AutoencoderConfig
+ModelConfig = ClassifierConfig | DualEncoderConfig | LanguageModelConfig | AutoencoderConfig
 KINDS = {
     "classifier": ClassifierConfig,
+    "dual_encoder": DualEncoderConfig,
     "language_model": LanguageModelConfig,
     "autoencoder": AutoencoderConfig,
 }

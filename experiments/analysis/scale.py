@@ -1,5 +1,6 @@
 """The scale of activations and gradients by layer at initialization, where exploding and vanishing ones are seen."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ import optax
 from flax import nnx
 
 from layers.typing import Array
-from seqmodels import build_model
+from seqmodels import DualEncoder, build_model
+from seqmodels.dual_encoder import as_rows
 
 
 class Scale(NamedTuple):
@@ -57,12 +59,13 @@ def scales(values: Mapping[str, Any], *, batch: int, length: int, seed: int) -> 
     model = build_model({**values, "scan": False, "dropout": 0.0}, rngs=nnx.Rngs(seed))
     keys = jax.random.split(jax.random.key(seed), 3)
     input_config, config = model.config.input, model.stack.config
+    rows = (batch, 2) if isinstance(model, DualEncoder) else (batch,)
     if input_config.vocab_size is None:
-        inputs = jax.random.normal(keys[0], (batch, length, input_config.input_size))
+        inputs = jax.random.normal(keys[0], (*rows, length, input_config.input_size))
     else:
-        inputs = jax.random.randint(keys[0], (batch, length), 0, input_config.vocab_size)
-    activations = _activations(model, inputs, keys[1])
-    shape, dtype = (batch, length, config.width), jnp.dtype(config.dtype)
+        inputs = jax.random.randint(keys[0], (*rows, length), 0, input_config.vocab_size)
+    activations = _activations(model, as_rows(inputs) if len(rows) == 2 else inputs, keys[1])
+    shape, dtype = (math.prod(rows), length, config.width), jnp.dtype(config.dtype)
     places = ("embedding", *(f"layer {layer}" for layer in range(config.depth)))
     model.stack.blocks = nnx.List(_Shifted(block, shape, dtype) for block in model.stack.blocks)
     model.stack = _Shifted(model.stack, shape, dtype, inputs=True)

@@ -24,9 +24,16 @@ def root() -> Path:
 
 
 def shipped() -> dict[str, Path]:
-    """Returns the config files of the package by their names, such as "configs/lra/listops.py"."""
+    """Returns the config files of the package by their names, such as "configs/lra/listops.py".
+
+    A file whose name begins with "_" is no config: configs beside it load it by its path.
+    """
     place = root()
-    return {file.relative_to(place).as_posix(): file for file in sorted((place / NAME).rglob("*.py"))}
+    return {
+        file.relative_to(place).as_posix(): file
+        for file in sorted((place / NAME).rglob("*.py"))
+        if not file.name.startswith("_")
+    }
 
 
 def find(path: str) -> Path:

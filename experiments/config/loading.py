@@ -23,9 +23,11 @@ FREE_FIELDS = (
     "train.keep_last",
     "train.tensorboard",
     "train.wandb",
+    "train.protocol",
     "data.prefetch",
     "task.data_dir",
     "task.official_dir",
+    "task.tfds_dir",
     "task.workers",
 )
 
@@ -46,6 +48,8 @@ class TrainConfig:
       keep_last: number of newest checkpoints kept besides the best.
       tensorboard: whether TensorBoard event files are written.
       wandb: Weights & Biases project to report to, or None.
+      protocol: name of the published protocol that the config follows, such as "s4", by which `experiments.report` keeps
+        figures apart; it changes nothing.
     """
 
     batch_size: int
@@ -59,6 +63,7 @@ class TrainConfig:
     keep_last: int = 2
     tensorboard: bool = True
     wandb: str | None = None
+    protocol: str | None = None
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):

@@ -10,7 +10,7 @@ from experiments.tasks import TASKS, make_task
 from seqmodels import build_model
 from seqmodels.config import KINDS
 
-CLASSIFIER = "classifier"
+CLASSIFIERS = ("classifier", "dual_encoder")
 SIZES = ("vocab_size", "input_size", "num_classes")
 # Placeholders for the sizes of a task that knows them only once it has its data.
 PLACEHOLDERS = {"vocab_size": 2, "num_classes": 2}
@@ -53,21 +53,27 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str,
         raise ValueError(
             f"config.model sets {other}, but the inputs of the task {task!r} are {inputs[given]}; leave it out"
         )
-    kind = model.get("kind")
-    if kind in KINDS and "num_classes" in sizes and kind != CLASSIFIER:
+    kind, wanted = model.get("kind"), classifier_of(task)
+    if kind in KINDS and "num_classes" in sizes and kind != wanted:
+        rows = "pair of rows" if wanted == "dual_encoder" else "row"
         raise ValueError(
-            f"config.model.kind={kind!r}, but the task {task!r} has one label per row, of {sizes['num_classes']} classes; "
-            f"expected kind={CLASSIFIER!r}"
+            f"config.model.kind={kind!r}, but the task {task!r} has one label per {rows}, of {sizes['num_classes']} classes; "
+            f"expected kind={wanted!r}"
         )
     return model | sizes
+
+
+def classifier_of(task: str | None) -> str:
+    """Returns the kind of model that classifies what a task, by its name, labels: rows or pairs of rows."""
+    return "dual_encoder" if getattr(TASKS.get(task), "pairs", False) else "classifier"
 
 
 def check_kind(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     """Raises ValueError if the model classifies rows and the task, all of whose sizes are given, has no label of rows."""
     model, task = config["model"], config["task"].get("name")
-    if model.get("kind") == CLASSIFIER and sizes and not {"num_classes"} & {*sizes, *model}:
+    if model.get("kind") in CLASSIFIERS and sizes and not {"num_classes"} & {*sizes, *model}:
         raise ValueError(
-            f"config.model.kind={CLASSIFIER!r}, but the labels of the task {task!r} belong to tokens, not to rows; "
+            f"config.model.kind={model['kind']!r}, but the labels of the task {task!r} belong to tokens, not to rows; "
             "expected kind='language_model'"
         )
 
@@ -104,7 +110,7 @@ def check_model(config: Mapping[str, Any]) -> None:
     if getattr(TASKS.get(config["task"]["name"]), "makes_no_data", False):
         check_kind(config, sizes)
     if not sizes and config["task"]["name"] in TASKS:
-        classifies = config["model"].get("kind") == CLASSIFIER
+        classifies = config["model"].get("kind") in CLASSIFIERS
         sizes = PLACEHOLDERS if classifies else {"vocab_size": PLACEHOLDERS["vocab_size"]}
     if sizes:
         abstract_model(config, sizes)

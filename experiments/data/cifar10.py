@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.data import cache
+from experiments.data.held_out import hold_out
 from experiments.data.sequences import Sequences
 
 TRAIN_FILES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
@@ -45,9 +46,7 @@ def load(
         parts = [read(path, colour=colour) for path in paths]
         pixels = np.concatenate([pixels for pixels, _ in parts[:-1]])
         labels = np.concatenate([labels for _, labels in parts[:-1]])
-        draws = np.random.Philox(np.random.SeedSequence(seed)).random_raw(len(labels))
-        order, kept = np.argsort(draws, kind="stable"), len(labels) * 9 // 10
-        rows = {"train": np.sort(order[:kept]), "validation": np.sort(order[kept:])}
+        rows = dict(zip(("train", "validation"), hold_out(len(labels), len(labels) // 10, seed=seed)))
         splits = {name: _sequences(pixels[chosen], labels[chosen]) for name, chosen in rows.items()}
         return splits | {"test": _sequences(*parts[-1])}
 

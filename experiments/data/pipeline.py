@@ -3,7 +3,7 @@
 A batch is a dict of the source's arrays and weight float32 (b,): 1, or 0 for a row that only fills the last batch of an
 evaluation. Such a row repeats a sequence of its batch, so that a model never sees a row without tokens. Sources gather
 inputs int32 (b, t), labels int32 (b,) or (b, t), and segment_ids int32 (b, t; 1 for tokens, 0 for padding) unless all
-rows of this width are whole.
+rows of this width are whole. Where a label belongs to a pair of sequences, inputs and segment_ids are (b, 2, t).
 
 The batch of step n is computed from n (see `bucketing`), so the state of an iterator is one number, and setting it
 resumes bit for bit without reading earlier batches.
@@ -206,7 +206,7 @@ def check_batch(batch: Batch, sizes: Mapping[str, int]) -> None:
     """
     inputs, labels, segment_ids = batch["inputs"], batch.get("labels"), batch.get("segment_ids")
     real = None if segment_ids is None else segment_ids != 0
-    if "vocab_size" in sizes and inputs.ndim == 2:
+    if "vocab_size" in sizes and np.issubdtype(inputs.dtype, np.integer):
         check_indices("inputs", inputs, sizes["vocab_size"], counted=real, of="vocab_size")
     if labels is None:
         return

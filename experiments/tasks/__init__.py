@@ -8,9 +8,13 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+from experiments.tasks.aan import AAN
 from experiments.tasks.cifar10 import CIFAR10
+from experiments.tasks.imdb import IMDB
 from experiments.tasks.language import LanguageModeling
 from experiments.tasks.listops import ListOps
+from experiments.tasks.mnist import MNIST
+from experiments.tasks.packages import PackagePairs, PackageText
 from experiments.tasks.pathfinder import Pathfinder
 from experiments.tasks.synthetic.algorithms import Addition, Copy, Parity, Sorting
 from experiments.tasks.synthetic.associative_recall import AssociativeRecall
@@ -24,10 +28,12 @@ from experiments.tasks.task import Task
 from layers.registry import suggestion
 
 TASKS: dict[str, type[Task]] = {
+    "aan": AAN,
     "addition": Addition,
     "associative_recall": AssociativeRecall,
     "cifar10": CIFAR10,
     "copy": Copy,
+    "imdb": IMDB,
     "induction_heads": InductionHeads,
     "language": LanguageModeling,
     "listops": ListOps,
@@ -37,7 +43,10 @@ TASKS: dict[str, type[Task]] = {
     "mad_memorization": Memorization,
     "mad_noisy_recall": NoisyRecall,
     "mad_selective_copying": MADSelectiveCopying,
+    "mnist": MNIST,
     "mqar": MQAR,
+    "package_pairs": PackagePairs,
+    "package_text": PackageText,
     "parity": Parity,
     "pathfinder": Pathfinder,
     "regular_languages": RegularLanguages,

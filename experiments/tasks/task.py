@@ -20,6 +20,8 @@ class Task(Protocol):
       input_size: number of features, if inputs are vectors. A task has one of the two; the model takes its sizes from the
         task.
       num_classes: number of labels of whole sequences, if the task has them.
+      pairs: whether the labels belong to pairs of sequences; inputs and segment ids then are (b, 2, t), and the model is a
+        `DualEncoder`.
       sizes: static method that a task may have: it returns the sizes above that its options give, without data.
       makes_no_data: whether creating an object of the class is cheap, so that it can be created only for its sizes.
       padding: places where padding may occur in a row: "end", after all tokens, or "anywhere".
@@ -38,6 +40,7 @@ class Task(Protocol):
     vocab_size: int | None = None
     input_size: int | None = None
     num_classes: int | None = None
+    pairs: ClassVar[bool] = False
     makes_no_data: ClassVar[bool] = False
     padding: ClassVar[Padding] = "anywhere"
     packed: ClassVar[bool | int] = True

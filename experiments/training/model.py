@@ -18,6 +18,7 @@ from layers.mixer import Mixer
 from layers.parameters import AuxiliaryLoss, Axes, Constant, axes_of, group_of
 from layers.segments import Segments
 from layers.typing import Array
+from seqmodels.dual_encoder import as_rows
 from seqmodels.language_model import LanguageModel
 from seqmodels.names import Names, join_layers, names_of, split_layers
 
@@ -161,7 +162,10 @@ class SplitModel:
         # Losses of an earlier step must not be added again.
         zeros = {path: jnp.zeros_like(statistics[path]) for path in self._auxiliary}
         model = self.module(parameters, {**statistics, **zeros})
-        segments = Segments.of(batch.get("segment_ids"), padding=self._padding, packed=self._packed)
+        ids = batch.get("segment_ids")
+        if ids is not None and ids.ndim == 3:
+            ids = as_rows(ids)
+        segments = Segments.of(ids, padding=self._padding, packed=self._packed)
         call = model
         if self._unprojected and isinstance(model, LanguageModel):
             call = model.unprojected

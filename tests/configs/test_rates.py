@@ -1,18 +1,17 @@
 """Rates, biases and scales are not decayed, whatever config trains them, unless it asks."""
 
-import pathlib
 import runpy
 
 import pytest
 from flax import nnx
 
+from experiments.config.files import shipped
 from experiments.config.loading import section, to_plain
 from experiments.training.optimizers import OptimizerConfig, assign_groups
 from layers.parameters import group_of
 from tests.layers.mixers.test_contract import build, every_mixer, leaves
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.name != "__init__.py")
+CONFIGS = sorted(shipped().values())
 DECLARED = {name: name for name in ("default", "no_decay", "ssm", "ssm/b", "ssm/dt", "ssm_output")}
 
 # Every parameter of a mixer that is decayed, by the last part of its name. A rate, eigenvalue, step size, frequency, gate bias,

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from layers.norms import NORMS
-from seqmodels import build_model, classifier
+from seqmodels import build_model, encoder
 
 MODEL = {"width": 8, "vocab_size": 5, "depth": 1, "channel": "none"}
 
@@ -43,10 +43,10 @@ def test_norms_over_time_are_refused_in_language_models(norm):
     ],
 )
 def test_a_classifier_of_causal_mixers_says_so_once(mixer, options, message, caplog):
-    classifier._say_causal.cache_clear()
+    encoder._say_causal.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             made(kind="classifier", num_classes=2, pattern=(mixer,), mixers={mixer: options})
-    lines = [record.getMessage() for record in caplog.records if record.name == classifier.__name__]
+    lines = [record.getMessage() for record in caplog.records if record.name == encoder.__name__]
     assert len(lines) == (message is not None)
     assert message is None or (message in lines[0] and "bidirectional" in lines[0])

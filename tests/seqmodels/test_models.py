@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from seqmodels import build_model
-from seqmodels.classifier import pool
 from seqmodels.embedding import SMALL_TABLE, look_up
+from seqmodels.encoder import pool
 from seqmodels.names import by_layer
 
 CLASSIFIER = {

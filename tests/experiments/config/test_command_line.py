@@ -194,7 +194,7 @@ def test_what_the_config_refuses_itself_is_named(capsys):
     with pytest.raises(SystemExit) as caught:
         parsed("configs/lra/listops.py:mixr=s5")
     assert caught.value.code == EXIT_REFUSED
-    assert "listops.py takes mixer=NAME, not mixr" in capsys.readouterr().err
+    assert "listops.py takes mixer=NAME, protocol=s4|lra, not mixr" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -1,0 +1,47 @@
+"""Configs of the stand-ins: their models can be made with mixers of every family, and wrong arguments are refused."""
+
+import pathlib
+import runpy
+
+import pytest
+
+from experiments.config.loading import to_plain
+from experiments.training.experiment import model_without_data
+
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "configs/standins"
+
+
+def load(name, argument=""):
+    return to_plain(runpy.run_path(str(FOLDER / f"{name}.py"))["get_config"](argument))
+
+
+@pytest.mark.parametrize("mixer", ["s5", "dss", "mega", "attention", "linformer", "hyena", "mamba2"])
+def test_any_mixer_by_name(mixer):
+    model = model_without_data(load("smnist", f"mixer={mixer},width=64,depth=2"))
+    assert model.embedding.map.kernel.shape == (1, 64)
+    assert model.head.kernel.shape == (64, 10)
+
+
+def test_pairs_have_a_dual_encoder_and_orders_their_task():
+    model = model_without_data(load("package_pairs", "mixer=s5"))
+    assert [layer.kernel.shape for layer in model.head] == [(4 * 96, 96), (96, 2)]
+    assert model_without_data(load("package_text")).head.kernel.shape == (96, 8)
+    assert load("package_text", "length=64")["task"] == dict(name="package_text", length=64)
+    assert load("smnist", "order=permuted")["task"]["permuted"] is True
+
+
+@pytest.mark.parametrize(
+    "name, argument, message",
+    [
+        ("smnist", "order=random", "order='random'; expected rows or permuted"),
+        (
+            "smnist",
+            "length=3",
+            "smnist.py takes mixer, order, width, depth, learning_rate, epochs, not length",
+        ),
+        ("package_pairs", "order=rows", "package_pairs.py takes mixer, width"),
+    ],
+)
+def test_wrong_arguments_are_refused(name, argument, message):
+    with pytest.raises(ValueError, match=message):
+        load(name, argument)
