@@ -4,12 +4,12 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from experiments.config.loading import check_integer
 from experiments.data import imdb
 from experiments.data.sequences import Sequences
 from experiments.data.text.characters import BYTES, check_vocabulary
 from experiments.tasks.classification import cross_entropy
 from experiments.tasks.task import Task
+from layers.options import check_integer
 from layers.typing import Array, Float
 
 

@@ -4,11 +4,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.config.loading import check_integer
 from experiments.data import mnist
 from experiments.data.images import Pixels
 from experiments.tasks.classification import cross_entropy
 from experiments.tasks.task import Task
+from layers.options import check_integer
 from layers.typing import Array, Float
 
 SCALING = (0.0, 1.0)  # S4's and S5's: values from 0 to 1

@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from experiments.config.loading import check_integer
 from experiments.data import packages
 from experiments.data.pairs import Pairs
 from experiments.data.sequences import Sequences
 from experiments.data.text.characters import BYTES
 from experiments.tasks.classification import cross_entropy
 from experiments.tasks.task import Task
+from layers.options import check_integer
 from layers.typing import Array, Float
 
 
