@@ -72,7 +72,7 @@ def mixers(width: int, length: int) -> dict[str, dict]:
         "rwkv7": {},
         "hyena": dict(max_length=length),
         "rg_lru": dict(heads=heads),
-        "s5": dict(state_size=width),
+        "s5": dict(state_size=2 * width),
     }
     found = {name: dict(pattern=(name,), mixers={name: given}) for name, given in options.items()}
     for name in ("mamba", "mamba2"):

@@ -311,7 +311,7 @@ COMMANDS = [
         "--batch has no effect on scaling, which takes --dtype, --lengths, --narrower",
     ),
     ("benchmark kernels --lengths=64", "--lengths has no effect on kernels, which takes --batch, --dtype"),
-    ("benchmark steps --only=transformr", "did you mean 'transformer'?"),
+    ("benchmark steps --only=attentoin", "did you mean 'attention'?"),
     ("benchmark steps --rows=whol", "did you mean 'whole'?"),
     ("benchmark steps --rows=packed --time=2", "time=2 with rows=packed; expected at least 4 tokens"),
     ("benchmark steps --num_devices=99", "num_devices=99"),
