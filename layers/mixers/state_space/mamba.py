@@ -11,6 +11,7 @@ from layers.mixer import Mixer
 from layers.norms import NormConfig, RMSNorm
 from layers.options import ActivationDtype, NonNegative, checked_dataclass
 from layers.parameters import NO_DECAY, declared, linear, parameter, uniform_fan_in
+from layers.parts.projection import project
 from layers.parts.short_convolution import ShortConvolution
 from layers.parts.state_space import check_steps
 from layers.parts.step_size import step_size_bias
@@ -122,7 +123,7 @@ class Mamba(Mixer):
     ) -> tuple[Float[Array, "b t d"], MambaCarry]:
         config, size = self.config, self.config.state_size
         inputs, h = (None, None) if carried is None else carried
-        u, gate = jnp.split(self.input(x), 2, axis=-1)
+        u, gate = project(self.input, x, (config.channels, config.channels))
         u, inputs = self.convolution(u, inputs, segment_ids=segments)
         selected = jnp.split(self.selection(u), [config.rank, config.rank + size], axis=-1)
         if self.inner_norms is not None:

@@ -11,6 +11,7 @@ from layers.kernels.gated_linear_attention import gated_linear_attention
 from layers.mixer import Mixer
 from layers.options import ActivationDtype, Infinite, NonNegative, checked_dataclass
 from layers.parameters import NO_DECAY, linear, log_of_uniform, parameter, uniform_fan_in
+from layers.parts.projection import project
 from layers.parts.short_convolution import ShortConvolution
 from layers.parts.state_space import check_steps
 from layers.parts.step_size import step_size_bias
@@ -134,7 +135,7 @@ class Mamba2(Mixer):
         inputs, s = (None, None) if carried is None else carried
         b, t = x.shape[:2]
         channels, shared = config.channels, config.groups * config.state_size
-        gate, mixed, dt = jnp.split(self.input(x), [channels, 2 * (channels + shared)], axis=-1)
+        gate, mixed, dt = project(self.input, x, (channels, channels + 2 * shared, config.heads))
         mixed, inputs = self.convolution(mixed, inputs, segment_ids=segments)
         u, key, query = jnp.split(mixed, [channels, channels + shared], axis=-1)
         u = u.reshape(b, t, config.heads, config.head_dim)
