@@ -2,6 +2,7 @@
 
 .venv/bin/python tools/run_notebooks.py FOLDER      execute the notebooks, and keep the copies in FOLDER
 .venv/bin/python -m docs.notebooks FOLDER           take their printed text and figures into docs/tutorials
+.venv/bin/python -m docs.notebooks                  write the address of pyproject.toml into the notebooks
 """
 
 import base64
@@ -9,24 +10,45 @@ import hashlib
 import io
 import json
 import pathlib
+import re
 import sys
 from typing import Any
 
+from docs.repository import badge, base_address
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS, KEPT = ROOT / "notebooks", ROOT / "docs" / "tutorials"
+ADDRESS = re.compile(r'^REPOSITORY = ".*?"', re.MULTILINE)
+BADGE = re.compile(r"^\[!\[Open in Colab\].*\n\n", re.MULTILINE)
 WIDEST = 1000
 LONGEST = 40
 
 
 def digest(notebook: dict[str, Any]) -> str:
-    """Returns a digest of the code of a notebook."""
-    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    """Returns a digest of the code of a notebook, whatever the address of the repository is."""
+    code = [
+        ADDRESS.sub("", "".join(cell["source"])) for cell in notebook["cells"] if cell["cell_type"] == "code"
+    ]
     return hashlib.sha256("\0".join(code).encode()).hexdigest()[:16]
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
     """Returns a notebook."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def addressed(path: pathlib.Path) -> str:
+    """Returns the text of a notebook with the address of the repository, in its code and in a badge under its title."""
+    notebook, shown = read(path), badge(f"{NOTEBOOKS.name}/{path.name}")
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            source = ADDRESS.sub(f'REPOSITORY = "{base_address() or ""}"', source)
+        elif source.startswith("# "):
+            title, _, rest = BADGE.sub("", source).partition("\n\n")
+            source = "\n\n".join([title, *([shown] if shown else []), rest])
+        cell["source"] = source.splitlines(keepends=True)
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
 def keep(executed: pathlib.Path, kept: pathlib.Path) -> None:
@@ -87,10 +109,13 @@ def page(path: pathlib.Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main(folder: str) -> int:
-    """Keeps the outputs of the executed copies in a folder; returns the exit code."""
+def main(folder: str | None = None) -> int:
+    """Keeps the outputs of the executed copies in a folder, or writes the address; returns the exit code."""
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        keep(pathlib.Path(folder) / path.name, KEPT / path.stem)
+        if folder is None:
+            path.write_text(addressed(path), encoding="utf-8")
+        else:
+            keep(pathlib.Path(folder) / path.name, KEPT / path.stem)
     return 0
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = "experiments/results"
+GITHUB, COLAB = "https://github.com/", "https://colab.research.google.com"
 # Files of the repository that are pages, by their paths on the site.
 PAGES = {
     "README.md": "index.md",
@@ -137,10 +138,26 @@ def on_site(path: str) -> str | None:
 
 def address_of(path: str) -> str | None:
     """Returns the address of a file in the repository that pyproject.toml names, or None."""
+    base = base_address()
+    return f"{base}/blob/main/{path}" if base else None
+
+
+def base_address() -> str | None:
+    """Returns the address of the repository that pyproject.toml names, or None."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     urls = {name.lower(): url for name, url in project.get("urls", {}).items()}
     base = urls.get("repository") or urls.get("source")
-    return f"{base.rstrip('/')}/blob/main/{path}" if base else None
+    return base.rstrip("/") if base else None
+
+
+def badge(path: str) -> str | None:
+    """Returns a badge that opens a notebook of the repository in Colab, as Markdown; None if it is not on GitHub."""
+    address = address_of(path)
+    if address is None or not address.startswith(GITHUB):
+        return None
+    return (
+        f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({COLAB}/github/{address.removeprefix(GITHUB)})"
+    )
 
 
 def relative(target: str, page: str) -> str:

@@ -1,6 +1,7 @@
 """The documentation site: its code runs, its equations cover the mixers, and what it takes from elsewhere is there."""
 
 import dataclasses
+import json
 import pathlib
 import re
 import tomllib
@@ -104,6 +105,24 @@ def test_outputs_of_tutorials_are_those_of_the_notebooks():
     for path in notebooks.NOTEBOOKS.glob("*.ipynb"):
         assert "figure-1.png" in notebooks.page(path), "docs/notebooks.py says how to renew outputs"
         assert f"tutorials/{path.stem}.md" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
+def test_notebooks_open_in_colab_from_the_address_of_the_project(monkeypatch):
+    for path in notebooks.NOTEBOOKS.glob("*.ipynb"):
+        text = path.read_text(encoding="utf-8")
+        assert notebooks.addressed(path) == text, "run python -m docs.notebooks"
+        project = repository.base_address().removeprefix("https://github.com/")
+        link = f"https://colab.research.google.com/github/{project}/blob/main/notebooks/{path.name}"
+        assert f"]({link})" in notebooks.page(path)
+        before = notebooks.digest(notebooks.read(path))
+        with monkeypatch.context() as patch:
+            patch.setattr(repository, "base_address", lambda: "https://example.org/project")
+            patch.setattr(notebooks, "base_address", repository.base_address)
+            moved = notebooks.addressed(path)
+        assert "colab.research" not in moved
+        assert 'REPOSITORY = \\"https://example.org/project\\"' in moved
+        # The outputs are those of any address.
+        assert notebooks.digest(json.loads(moved)) == before
 
 
 def test_outputs_of_other_code_are_refused(tmp_path):

@@ -1,6 +1,6 @@
-"""`experiments.train` on the tiny task in processes that are killed, again and again, and left to end.
+"""`experiments.train` on the tiny task or a tiny text in processes that are killed, again and again, and left to end.
 
-    python -m tests.experiments.killed --folder=DIR --kills=40 --seed=0
+    python -m tests.experiments.killed --folder=DIR --kills=40 --seed=0 --task=tiny
 
 Each process is forked from this one, which has imported everything, and runs the same command in the same work directory.
 SIGKILL comes at a random number of operations on files of the run (opening, creating, renaming, deleting; start-up and results
@@ -17,26 +17,34 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import train
 from experiments.runs.logs import read_lines
 from experiments.training import experiment
-from tests.experiments import tiny
+from tests.experiments import language_config, tiny
 
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 TIMED = {"seconds", "tokens_per_second"}
-FLAGS = (
-    "--config=tests/experiments/tiny_config.py",
-    "--num_devices=1",
-    "--config.train.epochs=2",
-    "--config.data.bucket_bounds=(8,)",
-    "--config.train.checkpoint_every=2",
-    "--config.train.keep_last=1",
-)
+FLAGS = {
+    "tiny": (
+        "--config=tests/experiments/tiny_config.py",
+        "--num_devices=1",
+        "--config.train.epochs=2",
+        "--config.data.bucket_bounds=(8,)",
+        "--config.train.checkpoint_every=2",
+        "--config.train.keep_last=1",
+    ),
+    "language": (
+        "--config=tests/experiments/language_config.py:folder=FOLDER",
+        "--num_devices=1",
+        "--config.train.keep_last=1",
+    ),
+}
 
 
-def start(workdir: Path, last: int | None, report: Path | None = None) -> int:
+def start(workdir: Path, flags: Sequence[str], last: int | None, report: Path | None = None) -> int:
     """Forks a process that trains in the work directory and is killed before operation number `last` on its files."""
     if child := os.fork():
         return child
@@ -54,7 +62,7 @@ def start(workdir: Path, last: int | None, report: Path | None = None) -> int:
     sys.addaudithook(audit)
     code = 99
     try:
-        code = train.main([*FLAGS, f"--workdir={workdir}"])
+        code = train.main([*flags, f"--workdir={workdir}"])
         if report is not None:
             report.write_text(json.dumps(len(done)))
     finally:
@@ -98,13 +106,18 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--task", choices=FLAGS, default="tiny")
     args = parser.parse_args()
-    experiment.make_task, experiment.build_model = tiny.make_tiny_task, tiny.build_tiny_model
+    flags = [flag.replace("FOLDER", str(args.folder)) for flag in FLAGS[args.task]]
+    if args.task == "tiny":
+        experiment.make_task, experiment.build_model = tiny.make_tiny_task, tiny.build_tiny_model
+    else:
+        language_config.write_text(args.folder)
     rng = random.Random(args.seed)
     whole, report = args.folder / "whole", args.folder / "operations"
-    assert wait(start(args.folder / "warm", None)) == 0  # fills the cache of compiled programs
+    assert wait(start(args.folder / "warm", flags, None)) == 0  # fills the cache of compiled programs
     began = time.monotonic()
-    assert wait(start(whole, None, report)) == 0
+    assert wait(start(whole, flags, None, report)) == 0
     duration, operations = time.monotonic() - began, json.loads(report.read_text())
     expected = numbers(whole)
     summary = dict(kills=0, sessions=0, runs=0, operations=operations, duration=round(duration, 2), wrong=[])
@@ -114,7 +127,7 @@ def main() -> int:
         enough = summary["kills"] >= args.kills
         by_time = not enough and summary["sessions"] % 4 == 0
         last = None if by_time or enough else 1 + rng.randrange(operations // 2)
-        code = wait(start(workdir, last), rng.uniform(0.3, 1.0) * duration if by_time else None)
+        code = wait(start(workdir, flags, last), rng.uniform(0.3, 1.0) * duration if by_time else None)
         if code == -signal.SIGKILL:
             summary["kills"] += 1
             continue

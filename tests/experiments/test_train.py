@@ -134,13 +134,15 @@ def test_kills_at_any_moment_change_nothing(whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # where other processes take the cores
-def test_forty_kills_change_no_number(tmp_path):
+@pytest.mark.parametrize("task, kills", [("tiny", 40), ("language", 10)])
+def test_kills_change_no_number(tmp_path, task, kills):
     """At random operations on files and at random times; see `tests.experiments.killed`."""
-    command = [sys.executable, "-m", "tests.experiments.killed", f"--folder={tmp_path}", "--kills=40"]
+    options = [f"--folder={tmp_path}", f"--kills={kills}", f"--task={task}"]
+    command = [sys.executable, "-m", "tests.experiments.killed", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads(done.stdout)
-    assert summary["kills"] == 40
+    assert summary["kills"] == kills
     assert summary["runs"] >= 1
     assert summary["wrong"] == []
 

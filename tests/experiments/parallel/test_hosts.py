@@ -24,36 +24,40 @@ def get_config():
         task=dict(name="parity", running=True, lengths=(4, 12), train=64, validation=16, test=16),
         model=dict(kind="language_model", width=64, depth=2, pattern=("attention",), mixers=dict(attention=dict(heads=2))),
         optimizer=dict(learning_rate=0.003, weight_decay=0.1, warmup_steps=2, epsilon=1e-3),
-        train=dict(batch_size=16, steps=%d, log_every=1, checkpoint_every=10, eval_every=100, tensorboard=False),
+        train=dict(batch_size=16, steps=30, log_every=1, checkpoint_every=10, eval_every=100, tensorboard=False),
         mesh=dict(fsdp=-1),
     ))
 """
-STEPS = 30
+STEPS = 30  # of the config
 pytestmark = pytest.mark.slow
 
 
-def start(folder, devices, *arguments, steps=STEPS):
+def launch(devices, *arguments):
     """A process of `experiments.train` with some emulated devices."""
-    config = folder / f"config{steps}.py"
-    config.write_text(CONFIG % steps)
     kept = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     environment = os.environ | {
         "XLA_FLAGS": " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"]),
         "JAX_PLATFORMS": "cpu",
     }
-    command = [sys.executable, "-m", "experiments.train", f"--config={config}", *arguments]
+    command = [sys.executable, "-m", "experiments.train", *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def start_two(folder, workdir, **options):
-    """Two processes that train one run."""
+def two(*arguments):
+    """Two processes of four devices each that train one run."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         coordinator = f"--coordinator=localhost:{probe.getsockname()[1]}"
-    several = (f"--workdir={workdir}", coordinator, "--num_processes=2")
-    return [start(folder, 4, *several, f"--process_id={number}", **options) for number in (0, 1)]
+    several = (*arguments, coordinator, "--num_processes=2")
+    return [launch(4, *several, f"--process_id={number}") for number in (0, 1)]
+
+
+def config_of(folder):
+    config = folder / "config.py"
+    config.write_text(CONFIG)
+    return f"--config={config}"
 
 
 def finish(*processes):
@@ -68,21 +72,21 @@ def losses(workdir):
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    finish(start(tmp_path, 8, f"--workdir={one}"))
-    main, other = finish(*start_two(tmp_path, two))
-    assert len(losses(two)) == STEPS
-    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+    one, both = tmp_path / "one", tmp_path / "both"
+    finish(launch(8, config_of(tmp_path), f"--workdir={one}"))
+    main, other = finish(*two(config_of(tmp_path), f"--workdir={both}"))
+    assert len(losses(both)) == STEPS
+    np.testing.assert_allclose(losses(both), losses(one), rtol=1e-5)
     assert "2 processes" in main
     assert "parameters on" not in other, "one process reports"
     # Each process wrote its part of the arrays.
-    assert len(list((two / "checkpoints" / str(STEPS)).rglob("ocdbt.process_*"))) == 2
+    assert len(list((both / "checkpoints" / str(STEPS)).rglob("ocdbt.process_*"))) == 2
 
 
 def test_a_lost_process_is_noticed_and_the_run_resumes_on_other_devices(tmp_path):
     workdir = tmp_path / "run"
-    finish(start(tmp_path, 8, f"--workdir={tmp_path / 'whole'}"))
-    processes = start_two(tmp_path, workdir)
+    finish(launch(8, config_of(tmp_path), f"--workdir={tmp_path / 'whole'}"))
+    processes = two(config_of(tmp_path), f"--workdir={workdir}")
     deadline = time.monotonic() + 200
     while not (workdir / "checkpoints" / "10").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -97,7 +101,7 @@ def test_a_lost_process_is_noticed_and_the_run_resumes_on_other_devices(tmp_path
     for devices in (1, 8):
         copy = tmp_path / f"resumed{devices}"
         subprocess.run(["cp", "-r", workdir, copy], check=True)
-        finish(start(tmp_path, devices, f"--workdir={copy}"))
+        finish(launch(devices, config_of(tmp_path), f"--workdir={copy}"))
         np.testing.assert_allclose(losses(copy), losses(tmp_path / "whole"), rtol=1e-5)
 
 
