@@ -68,8 +68,8 @@ def delta_rule(
       initial_state: S_0, zero if None. It belongs to the segment of the first real token.
       segment_ids: 0 is padding, which leaves the state as it is and outputs zero; a change of id resets the state
         (see `layers.kernels.segments`).
-      impl: "gpu", "xla", "reference", or None for the best. "gpu", for Hopper, takes bfloat16 queries, keys and values of
-        at most 128 features per head, with no decay or one per head.
+      impl: "gpu", "xla", "reference", or None for the best. "gpu", for Hopper, takes bfloat16 values, and bfloat16 queries
+        and keys of at most 128 features per head, with no decay or one per head.
 
     Returns:
       o: (b, t, h, v) in the type of v.

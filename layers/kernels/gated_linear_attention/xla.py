@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.gated_linear_attention.chunked import Settings, attend
+from layers.kernels.gated_linear_attention.normalizer import divided, with_ones
 from layers.kernels.mixed_precision import operand_dtype
 from layers.kernels.segments import select_real
 from layers.kernels.sizes import power_of_two
@@ -46,8 +47,8 @@ def gated_linear_attention(
     groups = heads if per_channel else math.lcm(q.shape[2], k.shape[2])
     q, k, v = (_share(x.astype(dtype), count) for x, count in ((q, groups), (k, groups), (v, heads)))
     if normalize:
-        # A column of ones, and zeros up to a multiple of 8, which suits matrix units.
-        v = jnp.pad(v, ((0, 0),) * 3 + ((0, 1),), constant_values=1)
+        # The ones, and zeros up to a multiple of 8, which suits matrix units.
+        v = with_ones(v)
         v = jnp.pad(v, ((0, 0),) * 3 + ((0, -v.shape[-1] % 8),))
     state = None
     if initial_state is not None:
@@ -69,10 +70,7 @@ def gated_linear_attention(
     bonus = None if bonus is None else bonus.astype(wide) + varying
     o, final = attend(settings, q, k, v, g, bonus, state, number)
     if normalize:
-        denominator = o[..., width : width + 1]
-        small = jnp.abs(denominator) < smallest
-        safe = jnp.where(small, jnp.where(denominator < 0, -smallest, smallest), denominator)
-        return o[..., :width] / safe, final[..., : width + 1]
+        return divided(o[..., : width + 1], smallest), final[..., : width + 1]
     return o, final
 
 

@@ -74,6 +74,17 @@ def test_interpreted_wide_heads():
         check(arguments_of(rng, 1, 150, key_dim=128, value_dim=80))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pieces, value_dim", [(1, 150), (2, 200)])
+def test_interpreted_values_in_parts(monkeypatch, pieces, value_dim):
+    """Heads of three and of two parts, which share inverses and decays; in two chunks, with segments."""
+    in_pieces(monkeypatch, pieces)
+    rng = np.random.default_rng(12)
+    arguments = arguments_of(rng, 1, 90, heads=2, key_dim=40, value_dim=value_dim)
+    with mosaic_gpu.interpreted():
+        check(arguments, segment_ids=ids_of(rng, 1, 90))
+
+
 @pytest.fixture
 def in_turn(monkeypatch):
     """Blocks take as many chunks in turn as on a GPU they would if there were more of them; JAX forgets it afterwards."""
@@ -235,11 +246,11 @@ def both(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("segments", [True, False])
-def test_lowers_for_a_gpu(segments):
+@pytest.mark.parametrize("segments, value_dim", [(True, 128), (False, 128), (True, 192)])
+def test_lowers_for_a_gpu(segments, value_dim):
     """The compiler's front end takes both passes: two kernels forward, two backward."""
-    shapes = [((2, 200, 2, 128), jnp.bfloat16)] * 2 + [((2, 200, 4, 128), jnp.bfloat16)]
-    shapes += [((2, 200, 4), jnp.float32)] * 2 + [((2, 4, 128, 128), jnp.float32)]
+    shapes = [((2, 200, 2, 128), jnp.bfloat16)] * 2 + [((2, 200, 4, value_dim), jnp.bfloat16)]
+    shapes += [((2, 200, 4), jnp.float32)] * 2 + [((2, 4, 128, value_dim), jnp.float32)]
     ids = jnp.ones((2, 200), jnp.int32) if segments else None
 
     def run(q, k, v, beta, log_decay, state):
@@ -285,7 +296,7 @@ def test_refusals(monkeypatch):
     per_channel = jnp.zeros((1, 5, 2, 8))
     for change, message in (
         ({"v": arguments["v"].astype(jnp.float32)}, "v has dtype float32; expected bfloat16"),
-        ({"v": wide, "initial_state": None}, "v has 136 features a head; expected at most 128"),
+        ({"q": wide, "k": wide, "initial_state": None}, "k has 136 features a head; expected at most 128"),
         ({"log_decay": per_channel}, r"log_decay has shape \(1, 5, 2, 8\); expected one decay a head"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -334,6 +345,16 @@ SHAPES = {
     "64": {"batch": 3, "time": 517, "groups": 2, "heads": 4, "key_dim": 64, "value_dim": 64},
     "wide values": {"batch": 2, "time": 300, "groups": 1, "heads": 2, "key_dim": 64, "value_dim": 128},
     "wide keys": {"batch": 2, "time": 300, "groups": 1, "heads": 2, "key_dim": 96, "value_dim": 40},
+    "Gated DeltaNet": {"batch": 2, "time": 700, "groups": 2, "heads": 2, "key_dim": 96, "value_dim": 192},
+    "values of 256": {"batch": 2, "time": 300, "groups": 1, "heads": 2, "key_dim": 128, "value_dim": 256},
+    "a long row in parts": {
+        "batch": 1,
+        "time": 4096,
+        "groups": 2,
+        "heads": 2,
+        "key_dim": 96,
+        "value_dim": 192,
+    },
     "whole chunks": {"batch": 1, "time": 512, "groups": 2, "heads": 2, "key_dim": 128, "value_dim": 128},
     "many rows": {"batch": 150, "time": 65, "groups": 2, "heads": 2, "key_dim": 64, "value_dim": 64},
     "one long row": {"batch": 1, "time": 8192, "groups": 2, "heads": 2, "key_dim": 128, "value_dim": 128},

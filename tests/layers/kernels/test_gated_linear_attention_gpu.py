@@ -55,12 +55,12 @@ def ids_of(rng, shape, often=0.03):
     return jnp.asarray(ids, jnp.int32)
 
 
-def check(arguments, case=CASES[0], **options):
+def check(arguments, case=CASES[0], tolerance=TOLERANCE, **options):
     """Compares outputs and all gradients with the float64 reference; `options` go to the call."""
     got, want, _ = shared.beside_reference(SUITE, case, "gpu", arguments, **options)
     shared.close(got[0], want[0], TOLERANCE, "outputs")
     for key in want[1]:
-        shared.close(got[1][key], want[1][key], TOLERANCE, f"gradient of {key}")
+        shared.close(got[1][key], want[1][key], tolerance, f"gradient of {key}")
         assert got[1][key].dtype == arguments[key].dtype
     assert got[0][1].dtype == jnp.float32
 
@@ -79,6 +79,54 @@ def test_interpreted_in_pieces_with_segments(interpreted, monkeypatch, widths):
         monkeypatch.setattr(gpu, name, Settings(pieces=2))
     rng = np.random.default_rng(1)
     check(arguments_of(rng, (1, 150), (1, 1, 1), widths), segment_ids=ids_of(rng, (1, 150)))
+
+
+def normalized_arguments_of(rng, shape, heads, widths, *, alike=0.0, **options):
+    """Arguments with positive features of queries and keys, and values with the mean `alike`."""
+    arguments = arguments_of(rng, shape, heads, widths, **options)
+    state = rng.standard_normal((*arguments["initial_state"].shape[:3], widths[1])) + alike
+    sums = rng.uniform(1, 2, (*state.shape[:3], 1))
+    positive = {n: jnp.exp(0.5 * arguments[n].astype(jnp.float32)).astype(jnp.bfloat16) for n in "qk"}
+    v = (arguments["v"].astype(jnp.float32) + alike).astype(jnp.bfloat16)
+    return (
+        arguments
+        | positive
+        | {"v": v, "initial_state": jnp.asarray(np.append(state, sums, axis=-1), jnp.float32)}
+    )
+
+
+# The gradients of queries are what is left of terms that cancel: whatever their length, outputs are the same.
+NORMALIZED = {
+    "case": dataclasses.replace(CASES[0], options={"normalize": True}),
+    "tolerance": 1.5 * TOLERANCE,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "heads, widths", [((1, 1, 1), (144, 160)), ((1, 2, 1), (40, 130)), ((1, 1, 1), (200, 24))], ids=str
+)
+def test_interpreted_heads_in_parts(interpreted, heads, widths):
+    """Wide values, also shared ones, and wide keys; in two chunks, with segments and an initial state."""
+    rng = np.random.default_rng(7)
+    check(arguments_of(rng, (1, 70), heads, widths), segment_ids=ids_of(rng, (1, 70)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alike", [0.0, 3.0])
+def test_interpreted_normalized(interpreted, alike):
+    """Also where all values have a large mean, which the gradients of queries do not depend on."""
+    rng = np.random.default_rng(8)
+    arguments = normalized_arguments_of(rng, (1, 70), (1, 2, 2), (40, 24), alike=alike)
+    check(arguments, segment_ids=ids_of(rng, (1, 70)), **NORMALIZED)
+
+
+@pytest.mark.slow
+def test_interpreted_bonus(interpreted):
+    rng = np.random.default_rng(9)
+    arguments = arguments_of(rng, (1, 70), (1, 2, 2), (40, 24))
+    arguments["bonus"] = jnp.asarray(rng.standard_normal((2, 40)), jnp.float32)
+    check(arguments, segment_ids=ids_of(rng, (1, 70)))
 
 
 @pytest.mark.slow
@@ -159,6 +207,29 @@ def test_lowers_for_a_gpu(heads, widths, pieces):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    "widths, normalize, bonus, kernels",
+    [((192, 192), False, False, 6), ((64, 128), True, False, 3), ((64, 64), False, True, 3)],
+)
+def test_heads_in_parts_lower_for_a_gpu(widths, normalize, bonus, kernels):
+    """Three kernels for each part of the keys."""
+    arguments = jax.eval_shape(lambda: arguments_of(np.random.default_rng(0), (2, 1111), (2, 2, 2), widths))
+    given = [arguments[name] for name in ("q", "k", "v", "log_decay")]
+
+    def loss(q, k, v, g, u):
+        o, final = gpu.gated_linear_attention(
+            *(q, k, v, g, u if bonus else None, 1.0, normalize, None, None, 1e-6),
+            forward=Settings(pieces=1),
+            backward=Settings(pieces=1),
+        )
+        return o.astype(jnp.float32).sum() + final.sum()
+
+    u = jax.ShapeDtypeStruct((2, widths[0]), jnp.float32)
+    traced = jax.jit(jax.grad(loss, (0, 1, 2, 3, 4))).trace(*given, u)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     "heads, split", [((8, 8, 8), "model"), ((1, 1, 8), "model"), ((2, 2, 8), None)], ids=str
 )
 def test_explicit_mesh(heads, split):
@@ -185,22 +256,20 @@ def test_explicit_mesh(heads, split):
         assert f"tensor<2x24x{here}x64xbf16>" in result.as_text()
         assert [v.sharding.spec for v in result.out_info] == [*map(spec, heads), P(None)]
         late = jnp.zeros((2, 16, 1, 8), jnp.bfloat16, out_sharding=P(None, "data"))
-        assert "expected whole rows" in gpu.unsupported_reason(late, late, late, None, None, False, None)
+        assert "expected whole rows" in gpu.unsupported_reason(late, late, late, None, None, None)
 
 
 def test_refusals(monkeypatch, caplog):
     """What is not implemented, or would lose accuracy, says so; where nothing can run, XLA computes."""
     arguments = arguments_of(np.random.default_rng(4), (1, 5), (2, 2, 2), (4, 4))
-    bonus, channels = jnp.ones((2, 4)), -jnp.ones((1, 5, 2, 4))
+    channels = -jnp.ones((1, 5, 2, 4))
     plain = {key: arguments[key] for key in ("q", "k", "v")}
     wide = {key: x.astype(jnp.float32) for key, x in plain.items()}
-    long = dict.fromkeys(("q", "k"), jnp.zeros((1, 5, 2, 192), jnp.bfloat16))
+    long = dict.fromkeys(("q", "k"), jnp.zeros((1, 5, 2, 520), jnp.bfloat16))
     for given, reason in (
-        (plain | {"bonus": bonus}, "a bonus is not implemented"),
-        (plain | {"normalize": True}, "normalize=True is not implemented"),
         (plain | {"log_decay": channels}, "a decay per key channel is not implemented"),
         (wide, "q has dtype float32, which matrix units would round"),
-        (plain | long, "q has heads of 192; expected at most 128"),
+        (plain | long, "k has heads of 520; expected at most 512"),
         (arguments, "needs a Hopper GPU; JAX computes on cpu"),
     ):
         with pytest.raises(ValueError, match=f"impl='gpu' .* {reason}"):
@@ -290,6 +359,10 @@ SHAPES = {
     "two groups": ((2, 640), (2, 2, 6), (64, 64)),
     "shared values": ((2, 300), (4, 2, 1), (64, 128)),
     "odd widths": ((2, 129), (3, 3, 3), (96, 40)),
+    "RetNet at 768": ((2, 700), (4, 4, 4), (192, 384)),
+    "RetNet's heads of 256 x 512": ((1, 300), (2, 2, 2), (256, 512)),
+    "GLA": ((2, 500), (4, 4, 4), (96, 192)),
+    "Lightning Attention at 2048": ((2, 300), (8, 8, 8), (256, 256)),
     "one row, in pieces": ((1, 8200), (2, 2, 2), (128, 128)),
     "many rows": ((140, 70), (1, 1, 1), (64, 64)),
 }
@@ -306,6 +379,29 @@ def test_on_gpu(shape, segments):
     poisoned(2**26)
     options = {"segment_ids": ids_of(rng, (batch, time), 0.01)} if segments else {}
     check(arguments, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])
+@pytest.mark.parametrize("alike", [0.0, 3.0])
+@pytest.mark.parametrize("widths", [(96, 96), (256, 96), (64, 128)], ids=str)
+def test_normalized_on_gpu(widths, alike, segments):
+    """Linear attention's and Performer's heads."""
+    rng = np.random.default_rng()
+    arguments = normalized_arguments_of(rng, (2, 900), (3, 3, 3), widths, alike=alike)
+    poisoned(2**26)
+    options = {"segment_ids": ids_of(rng, (2, 900), 0.01)} if segments else {}
+    check(arguments, **options, **NORMALIZED)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])
+def test_bonus_on_gpu(segments):
+    rng = np.random.default_rng()
+    arguments = arguments_of(rng, (2, 900), (2, 4, 4), (64, 96))
+    arguments["bonus"] = jnp.asarray(rng.standard_normal((4, 64)), jnp.float32)
+    poisoned(2**26)
+    check(arguments, **({"segment_ids": ids_of(rng, (2, 900), 0.01)} if segments else {}))
 
 
 @pytest.mark.gpu

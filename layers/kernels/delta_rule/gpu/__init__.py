@@ -1,7 +1,7 @@
 """`delta_rule` without decay or with one decay per head on Hopper GPUs.
 
 The kernels and what bounds them are in forward.py, backward.py and gradients.py, the walk that the first two share is in
-chain.py, and pieces.py cuts time into pieces for them.
+chain.py, and pieces.py cuts time into pieces for them. Wide values are several heads for all but `prepare`, see `head_parts`.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels import devices, mosaic_gpu, partition
+from layers.kernels import devices, head_parts, mosaic_gpu, partition
 from layers.kernels.delta_rule.gpu import backward as backward_kernel
 from layers.kernels.delta_rule.gpu import forward as forward_kernels
 from layers.kernels.delta_rule.gpu import gradients as gradient_kernel
 from layers.kernels.delta_rule.gpu import pieces as time_pieces
-from layers.kernels.delta_rule.gpu.tiles import CHUNK
+from layers.kernels.delta_rule.gpu.tiles import BLOCK, CHUNK
 from layers.kernels.promotion import promoting
 from layers.kernels.segments import select_real
 from layers.kernels.shard_map_types import vary_as
@@ -26,7 +26,7 @@ from layers.kernels.shard_map_types import vary_as
 # tokens.
 SHORTEST, LONG = 128, 2048
 FEWEST, FEWEST_IF_LONG = 64, 8
-WIDEST = 128  # key or value features per head
+WIDEST = 128  # key features per head
 ROWS = 8  # tokens per tile of shared memory; copies take whole tiles
 
 # Clamp: exp underflows to 0 in bfloat16 below this, and sums over a chunk keep their digits.
@@ -73,16 +73,15 @@ def unsupported_reason(q, k, v, beta, log_decay, initial_state, **_: Any) -> str
     for name, array in {"q": q, "k": k, "v": v}.items():
         if array.dtype != jnp.bfloat16:
             return f"{name} has dtype {array.dtype}; expected bfloat16, as matrix units take it"
-        if array.shape[-1] > WIDEST:
-            return f"{name} has {array.shape[-1]} features a head; expected at most {WIDEST}"
+    if k.shape[-1] > WIDEST:
+        return f"k has {k.shape[-1]} features a head; expected at most {WIDEST}, since the rule mixes them"
     if log_decay is not None and log_decay.ndim == 4:
         return f"log_decay has shape {log_decay.shape}; expected one decay a head, (b, t, h), or None"
     if jax.typeof(v).sharding.spec[1] is not None:
         return f"v is sharded {jax.typeof(v).sharding.spec}; expected whole rows, time not sharded"
-    if max(v.shape[0], v.shape[2]) > mosaic_gpu.MAX_GRID:
-        return (
-            f"v has {v.shape[0]} rows of {v.shape[2]} heads; expected at most {mosaic_gpu.MAX_GRID} of either"
-        )
+    parts = v.shape[2] * head_parts.value_parts(v.shape[3]).count
+    if max(v.shape[0], parts) > mosaic_gpu.MAX_GRID:
+        return f"v has {v.shape[0]} rows of {parts} parts of heads; expected at most {mosaic_gpu.MAX_GRID} of either"
     return mosaic_gpu.refusal(_probe)
 
 
@@ -130,10 +129,11 @@ def delta_rule(
 
 
 def _local(scale, normalize_qk, settings, q, k, v, beta, log_decay, initial_state, segments):
-    """Runs the rule on one device: masks, norms and decays here, the rest in kernels."""
+    """Runs the rule on one device: masks, norms, decays and parts of wide values here, the rest in kernels."""
     batch, time, heads, value_dim = v.shape
     key_dim, chunks = k.shape[-1], -(-time // CHUNK)
-    length = time_pieces.piece_length(chunks, batch * heads, settings.pieces)
+    parts = head_parts.value_parts(value_dim)
+    length = time_pieces.piece_length(chunks, batch * heads * parts.count, settings.pieces)
     pieces = -(-chunks // length)
     if missing := -time % (ROWS if pieces == 1 else length * CHUNK):  # zeros are no-ops
         arrays = q, k, v, beta, log_decay, segments
@@ -143,19 +143,19 @@ def _local(scale, normalize_qk, settings, q, k, v, beta, log_decay, initial_stat
     q, k, v, beta = (select_real(x, segments) for x in (q, k, v, beta))
     if normalize_qk:
         q, k = (_normalized(x) for x in (q, k))
-    q, k, v = (jnp.pad(x, [(0, 0)] * 3 + [(0, -x.shape[-1] % 64)]) for x in (q, k, v))
-    shape = (batch, heads, v.shape[-1], k.shape[-1])
+    q, k = (head_parts.padded(x, key_dim + -key_dim % BLOCK) for x in (q, k))
+    v = head_parts.split(v, parts)
     if initial_state is None:
-        state = jnp.zeros(shape, jnp.float32)
+        state = jnp.zeros((batch, v.shape[2], parts.width, k.shape[-1]), jnp.float32)
     else:
-        state = jnp.swapaxes(initial_state, 2, 3).astype(jnp.float32)
-        state = jnp.pad(state, [(0, 0)] * 2 + [(0, x - y) for x, y in zip(shape[2:], state.shape[2:])])
+        state = head_parts.split_state(initial_state.astype(jnp.float32), parts)
+        state = head_parts.padded(jnp.swapaxes(state, 2, 3), k.shape[-1])
     vectors = time_pieces.vectors_as_rows(token_vectors(beta, log_decay, segments), pieces)
     q, k, vectors, state = (vary_as(x, v, q, k, beta) for x in (q, k, vectors, state))
     q, k, v = (time_pieces.as_rows(x, pieces) for x in (q, k, vary_as(v, q)))
     o, final = _rule(q, k, v, vectors, state, scale, settings)
-    o = o.reshape(batch, -1, *o.shape[2:])
-    return o[:, :time, :, :value_dim], jnp.swapaxes(final, 2, 3)[:, :, :key_dim, :value_dim]
+    o = head_parts.join(o.reshape(batch, -1, *o.shape[2:])[:, :time], parts, value_dim)
+    return o, head_parts.join_state(jnp.swapaxes(final, 2, 3)[:, :, :key_dim], parts, value_dim)
 
 
 def _normalized(x):
@@ -200,7 +200,10 @@ def token_vectors(beta, log_decay, segments):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _rule(q, k, v, vectors, state, scale, settings):
-    """Outputs and the final state, transposed as `state` is. Except in `state`, rows are pieces of rows, in order."""
+    """Outputs and the final state, transposed as `state` is. Except in `state`, rows are pieces of rows, in order.
+
+    Heads are those of v and `state`; q, k and `vectors` may have fewer.
+    """
     return _run(q, k, v, vectors, state, scale, settings, keeping=False)[0]
 
 

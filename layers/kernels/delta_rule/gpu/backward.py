@@ -58,7 +58,7 @@ def chain(
       dv, dy: (b, t, h, v), bfloat16.
     """
     sizes = sizes_of(k, do)
-    batch, time, heads, _, key_dim, value_dim = sizes
+    batch, time, heads, key_dim, value_dim = sizes
     inputs = {"q": q, "k": k, "do": do, "vectors": vectors, "dfinal": dfinal, "inverse": made["inverse"]}
     wide = jax.ShapeDtypeStruct((batch, time, heads, value_dim), jnp.bfloat16)
     outputs = {"dstate": jax.ShapeDtypeStruct((batch, heads, value_dim, key_dim), jnp.float32)}

@@ -153,19 +153,20 @@ class Chain:
     def _bring(self, turn: Any, slot: Any) -> None:
         (row, head), sizes = self.at, self._sizes
         chunk = self._place(turn)
-        tokens, shared = pl.ds(chunk * CHUNK, CHUNK), jax.lax.div(head, sizes.group)
+        tokens = pl.ds(chunk * CHUNK, CHUNK)
         pairs = []
         for name, source in self._sources.items():
             target = self._tiles[name].at[slot]
             if name in ("q", "k"):
-                pairs.append((source.at[row, tokens, shared], target))
+                pairs.append((source.at[row, tokens, sizes.shared(head, source.shape[2])], target))
             elif name in ("v", "do"):
                 pairs += [
                     (source.at[row, tokens, head, pl.ds(i * BLOCK, BLOCK)], target.at[i])
                     for i in range(sizes.blocks)
                 ]
             elif name == "vectors":
-                pairs += [(source.at[row, head, chunk], target.at[i]) for i in range(2)]
+                own = sizes.shared(head, source.shape[1])
+                pairs += [(source.at[row, own, chunk], target.at[i]) for i in range(2)]
             else:
-                pairs.append((source.at[row, head, tokens], target))
+                pairs.append((source.at[row, sizes.shared(head, source.shape[1]), tokens], target))
         fetch(pairs, self._arrived.at[slot])

@@ -227,8 +227,8 @@ def forward(
       states: (b, h, chunks, v, k), bfloat16, the states that enter the chunks; only if `keeping`.
     """
     _, heads, value_dim, _ = state.shape
-    batch, time, groups, key_dim = k.shape
-    sizes = Sizes(batch, time, heads, heads // groups, key_dim, value_dim)
+    batch, time, _, key_dim = k.shape
+    sizes = Sizes(batch, time, heads, key_dim, value_dim)
     carried = jax.ShapeDtypeStruct((batch, heads, value_dim, key_dim), jnp.float32)
     inputs = {"k": k, "vectors": vectors, "inverse": inverse, "state": state}
     outputs = {"final": carried}

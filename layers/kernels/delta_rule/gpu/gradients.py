@@ -84,7 +84,7 @@ def chunk_gradients(
       dvectors: (b, h, chunks, rows, c), float32; see `part_rows`.
     """
     sizes = sizes_of(k, v)
-    batch, time, heads, group, key_dim, value_dim = sizes
+    batch, time, heads, key_dim, value_dim = sizes
     sources = {
         "q": q,
         "k": k,
@@ -127,7 +127,7 @@ def chunk_gradients(
     def body(*, vectors, dq, dk, dvectors, vector_tile, part_tile, met, **refs):
         row, head, span = (jax.lax.axis_index(name) for name in ("row", "head", "span"))
         here = jax.lax.axis_index("warpgroup")
-        shared = jax.lax.div(head, group)
+        shared, own = (sizes.shared(head, count) for count in (q.shape[2], vectors.shape[1]))
         ends = jnp.minimum((span + 1) * length, sizes.chunks)
         tiles = {name: refs[f"{name}_tile"] for name in shapes}
 
@@ -137,14 +137,14 @@ def chunk_gradients(
                 return row, tokens, shared
             if name in ("states", "dstates"):
                 return row, head, chunk
-            return (row, head, tokens) if name == "inverse" else (row, tokens, head)
+            return (row, own, tokens) if name == "inverse" else (row, tokens, head)
 
         def bring(chunk, *names):
             for name in names:
                 barrier = refs["arrived" if name in FIRST else "arrived_later"]
                 fetch([(refs[name].at[*place(name, chunk)], tiles[name].at[0])], barrier)
             if "inverse" in names:
-                numbers = vectors.at[row, head, chunk]
+                numbers = vectors.at[row, own, chunk]
                 fetch([(numbers, vector_tile.at[i]) for i in range(2)], refs["arrived"])
 
         def meet():
@@ -298,7 +298,13 @@ def part_rows(key_dim: int) -> dict[str, range]:
 
 
 def vector_gradients(parts: jax.Array, vectors: jax.Array, key_dim: int) -> jax.Array:
-    """Returns the gradients of `vectors`; those by the decays are in the row of what they are exponentials of."""
+    """Returns the gradients of `vectors`; those by the decays are in the row of what they are exponentials of.
+
+    Args:
+      parts: `dvectors` of `chunk_gradients`, per head of the values; heads with the same `vectors` are neighbours.
+    """
+    if parts.shape[1] != vectors.shape[1]:
+        parts = parts.reshape(*vectors.shape[:2], -1, *parts.shape[2:]).sum(2)
     sums = {name: parts[..., rows.start : rows.stop, :].sum(-2) for name, rows in part_rows(key_dim).items()}
     decay = sums["decay"] + sums["solve rows"] - vectors[..., BETA, :] * sums["solve columns"]
     # Decays up to the end of the chunk: from its tokens, and from the state that enters.

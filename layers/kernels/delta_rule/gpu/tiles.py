@@ -24,12 +24,11 @@ DECAY, BETA, READ, WRITE, SEGMENT = range(5)
 
 
 class Sizes(NamedTuple):
-    """The sizes of a call: rows, tokens, heads, heads that share a key, features of keys and of values."""
+    """The sizes of a call: rows, tokens, heads of the values, features of keys and of values."""
 
     batch: int
     time: int
     heads: int
-    group: int
     key_dim: int
     value_dim: int
 
@@ -41,11 +40,15 @@ class Sizes(NamedTuple):
     def blocks(self) -> int:
         return self.value_dim // BLOCK
 
+    def shared(self, head: Any, count: int) -> Any:
+        """The index, among `count` heads that several heads of the values share, of the one that `head` uses."""
+        return jax.lax.div(head, self.heads // count)
+
 
 def sizes_of(k: jax.Array, v: jax.Array) -> Sizes:
     """Returns the sizes of k (b, t, g, k) and v (b, t, h, v)."""
     batch, time, heads, value_dim = v.shape
-    return Sizes(batch, time, heads, heads // k.shape[2], k.shape[-1], value_dim)
+    return Sizes(batch, time, heads, k.shape[-1], value_dim)
 
 
 def read(ref: Any) -> jax.Array:

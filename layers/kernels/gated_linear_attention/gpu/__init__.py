@@ -1,6 +1,7 @@
 """`gated_linear_attention` on Hopper GPUs, with at most one decay per head and step.
 
-kernels.py and backward.py hold the kernels, grouped.py those for many heads that share queries and keys.
+kernels.py and backward.py hold the kernels, grouped.py those for many heads that share queries and keys. wide.py makes the
+calls that they take of wide heads, of sums of weights and of a bonus.
 """
 
 import functools
@@ -11,12 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels import devices, mosaic_gpu, partition
+from layers.kernels import devices, head_parts, mosaic_gpu, partition
 from layers.kernels.gated_linear_attention.gpu import backward as backward_kernels
-from layers.kernels.gated_linear_attention.gpu import grouped, grouped_keys, grouped_queries, kernels
+from layers.kernels.gated_linear_attention.gpu import grouped, grouped_keys, grouped_queries, kernels, wide
 from layers.kernels.gated_linear_attention.gpu.kernels import CHUNK, KEEP, PART, READ, WRITE, Gates, Settings
 from layers.kernels.promotion import promoting
-from layers.kernels.segments import Segments, select_real
 from layers.kernels.shard_map_types import vary_as
 
 # The fastest settings of `python -m experiments.benchmark tune`.
@@ -24,7 +24,8 @@ FORWARD = Settings()
 BACKWARD = Settings()
 SPAN = 8  # chunks between the states from which the backward pass derives the flow through each chunk
 
-WIDEST = 128  # key or value features per head
+WIDEST = head_parts.WIDEST  # key or value features per head of the kernels
+MOST_KEYS = 512  # key features per head, in parts of `WIDEST`
 # Smallest batch x heads for which `impl=None` takes these kernels; the second value applies from LONG tokens.
 FEWEST, FEWEST_IF_LONG, LONG = 64, 8, 2048
 _PROCESSORS = 132  # of an H100
@@ -43,20 +44,16 @@ class Call(NamedTuple):
     backward: Settings
 
 
-def unsupported_reason(q, k, v, log_decay, bonus, normalize, initial_state, **_: Any) -> str | None:
+def unsupported_reason(q, k, v, log_decay, bonus, initial_state, **_: Any) -> str | None:
     """Why these kernels cannot take a call, or None."""
-    if normalize:
-        return "normalize=True is not implemented; use impl='xla'"
-    if bonus is not None:
-        return "a bonus is not implemented; use impl='xla'"
     if log_decay is not None and log_decay.ndim == 4:
         return "a decay per key channel is not implemented; use impl='xla'"
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.dtype != jnp.bfloat16:
             return f"{name} has dtype {x.dtype}, which matrix units would round; expected bfloat16"
-        if x.shape[3] > WIDEST:
-            return f"{name} has heads of {x.shape[3]}; expected at most {WIDEST}"
-    for name, x in {"log_decay": log_decay, "initial_state": initial_state}.items():
+    if k.shape[3] > MOST_KEYS:
+        return f"k has heads of {k.shape[3]}; expected at most {MOST_KEYS}"
+    for name, x in {"log_decay": log_decay, "bonus": bonus, "initial_state": initial_state}.items():
         if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             return f"{name} has dtype {x.dtype}; expected float32 or narrower"
     if any(jax.typeof(x).sharding.spec[1] is not None for x in (q, k, v)):
@@ -104,12 +101,12 @@ def gated_linear_attention(
     Args:
       forward, backward: layouts of the kernels that replace the tuned ones.
     """
-    del bonus, normalize, smallest
     batch, _, _, keys = q.shape
     own = 1 if log_decay is None else log_decay.shape[0 if log_decay.ndim == 1 else 2]
-    heads, width = max(*(x.shape[2] for x in (q, k, v)), own), v.shape[3]
+    own = own if bonus is None else max(own, bonus.shape[0])
+    heads, width = max(*(x.shape[2] for x in (q, k, v)), own), v.shape[3] + int(normalize)
     state = jnp.zeros((batch, heads, keys, width), jnp.float32) if initial_state is None else initial_state
-    call = Call(scale, heads, SPAN, forward or FORWARD, backward or BACKWARD)
+    call = Call(1.0 if normalize else scale, heads, SPAN, forward or FORWARD, backward or BACKWARD)
     rows, split = _sharding(q, k, v, heads)
 
     def head_axis(x, axis):
@@ -121,13 +118,17 @@ def gated_linear_attention(
         g = jnp.maximum(log_decay.astype(jnp.float32), _LOWEST)
         g = g[None, None] if g.ndim == 1 else g
         arrays["g"] = g, P(rows if g.shape[0] > 1 else None, None, head_axis(g, 2))
+    if bonus is not None:
+        arrays["bonus"] = bonus.astype(jnp.float32), P(head_axis(bonus, 0), None)
     if segments is not None:
         arrays["segments"] = segments, P(rows, None)
+    smallest = smallest if normalize else None
 
     def run(*given):
         leaves = jax.tree.leaves(given)
         given = jax.tree.map(lambda x: vary_as(x, *leaves), given)
-        return _padded(call, **dict(zip(arrays, given, strict=True)))
+        local = dict(zip(arrays, given, strict=True))
+        return wide.attend(functools.partial(_padded, call), call.scale, smallest, **local)
 
     out_specs = P(rows, None, split, None), P(rows, split, None, None)
     return partition.over_shards(run, *zip(*arrays.values(), strict=True), out_specs)
@@ -141,18 +142,15 @@ def _sharding(q, k, v, heads):
     return rows, split
 
 
-def _padded(call, q, k, v, state, g=None, segments: Segments | None = None):
-    """Runs on one device, with widths padded to multiples of 64 and time to multiples of 8."""
+def _padded(call, q, k, v, g, number, state):
+    """Runs heads of at most `WIDEST` features, with keys and values padded to multiples of 64 and time to multiples of 8."""
     time, keys, width = q.shape[1], q.shape[3], v.shape[3]
     missing = -time % 8
     pads = ((0, 0), (0, missing), (0, 0))
-    q, k, v = (select_real(x, segments) for x in (q, k, v))
     q, k, v = (_pad(x, (*pads, (0, -x.shape[3] % PART))) for x in (q, k, v))
     state = _pad(state, ((0, 0), (0, 0), (0, -keys % PART), (0, -width % PART)))
-    if g is not None:
-        g = jnp.broadcast_to(g, (q.shape[0], time, state.shape[1]))
-        g = _pad(select_real(g, segments), pads)
-    number = None if segments is None or not segments.packed else _pad(segments.numbers, pads[:2])
+    g = None if g is None else _pad(g, pads)
+    number = None if number is None else _pad(number, pads[:2])
     o, final = _attend(q, k, v, g, number, state, call._replace(heads=state.shape[1]))
     return o[:, :time, :, :width], final[:, :, :keys, :width]
 
