@@ -11,7 +11,11 @@ import pytest
 from experiments.__main__ import main
 from tests.refusals import calls, commands, files
 
-CONFIGS = {"MQAR": "configs/synthetic/mqar.py", "SHORT": "configs/lra/listops_short.py"}
+CONFIGS = {
+    "MQAR": "configs/synthetic/mqar.py",
+    "SHORT": "configs/lra/listops_short.py",
+    "MODELS": "configs/lm/models.py",
+}
 LEAST_ROWS = 300
 
 

@@ -1,6 +1,6 @@
 """Command lines that are refused with exit code 2: the command, its arguments, and words of the message.
 
-TMP stands for an empty folder, MQAR, SHORT and FULL for configs, and FILES for the folder of `tests/refusals/files.py`.
+TMP stands for an empty folder, MQAR, SHORT, FULL and MODELS for configs, and FILES for the folder of `tests/refusals/files.py`.
 """
 
 TRAIN = "train --workdir=TMP/run"
@@ -111,6 +111,15 @@ FIELDS = [
     ("--config=MQAR --config.mesh.tensor=0", "mesh.tensor=0; expected"),
     ("--config=MQAR --config.mesh.tensor=-1 --config.mesh.fsdp=-1", "only one axis can take the devices"),
     ("--config=MQAR --config.mesh.tensor=3", "mesh: tensor=3"),
+    # Text and its rows.
+    ("--config=MODELS:source=enwiki", "source='enwiki' is unknown; available: stdlib, enwik8"),
+    ("--config=MODELS:source=enwik8", "source='enwik8' needs official_dir (task.official_dir in configs)"),
+    ("--config=MODELS --config.task.stages=256", "config.task.stages='256'; expected"),
+    ("--config=MODELS --config.task.stages=((3000,9),)", "are less than 4096 and divide it"),
+    ("--config=MODELS --config.task.packing=decompos", "expected one of concatenate, best_fit, decompose"),
+    ("--config=MODELS --config.task.packing=decompose --config.task.shortest=3", "expected a power of two"),
+    ("--config=MODELS --config.task.curriculum=grow_p2", "has no effect with packing='best_fit'"),
+    ("--config=MODELS --config.task.order=similar", "expected packing='concatenate' and reset=False"),
     # Models that do not fit.
     ("--config=MQAR:mixer=s5x", "unknown mixer 's5x'; did you mean 's5'?"),
     ("--config=SHORT --config.model.pattern=s5x", "pattern='s5x' is unknown; did you mean 's5'?"),
@@ -274,6 +283,10 @@ COMMANDS = [
     ("generate --workdir=FILES/run --prompt=a --stop=", "--stop= is empty; expected a text"),
     ("generate --workdir=FILES/run --prompt=a", "model is of kind None; expected a language_model"),
     ("generate --workdir=FILES/run --prompt=a --max_new_tokens=0", "'0'; expected an integer of at least 1"),
+    ("generate --workdir=FILES/run --prompt=a --lookup=0", "'0'; expected an integer of at least 1"),
+    ("generate --workdir=FILES/run --prompt=a --ngram=two", "--ngram"),
+    ("harness --workdir=FILES/run", "--tasks"),
+    ("harness --workdir=FILES/run --tasks=a --limit=0", "'0'; expected an integer of at least 1"),
     ("generate --workdir=FILES/run --prompt=a --top_k=few", "--top_k: invalid int value: 'few'"),
     ("compare --mixers=s5", "--config"),
     ("compare --config=MQAR --workdir=TMP", "--mixers"),
@@ -333,6 +346,14 @@ COMMANDS = [
     ),
     ("prepare listops --official_dir=TMP --data_dir=TMP", "lacks basic_train.tsv"),
     ("prepare listops --official_dir=FILES/file --data_dir=TMP", "lacks basic_train.tsv"),
+    ("prepare text --source=enwik8 --data_dir=TMP", "source='enwik8' needs official_dir"),
+    (
+        "prepare text --source=text8 --official_dir=FILES/file --data_dir=TMP",
+        "file has 0 bytes; expected 100000000",
+    ),
+    ("prepare text --source=wikitext103 --official_dir=FILES --data_dir=TMP", "lacks wiki.train.tokens"),
+    ("prepare text --source=tfds:pg19 --official_dir=FILES --data_dir=TMP", "is not prepared in"),
+    ("prepare text --official_dir=FILES --data_dir=TMP", "with source='stdlib'; it has a meaning for enwik8"),
     (
         "prepare listops --official_dir=FILES/label --data_dir=TMP",
         "basic_val.tsv:3: the label is 4, but the expression is 9",
