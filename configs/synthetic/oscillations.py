@@ -5,7 +5,7 @@
 
 With gaps=steps the time between two observations is the length of the step of the state space model, for S5 and S4D; with
 gaps=feature it is a second input, and with gaps=none it is not given, for any mixer. mixer, gaps, width, depth, learning_rate and
-steps. Test loss of S5 with seed 0 after 1000 steps, two minutes on two busy cores: 0.040 with steps, 0.065 with the feature, 0.312 with
+steps. Test loss of S5 with seed 0 after 1000 steps, 142 s on two cores: 0.040 with steps, 0.065 with the feature, 0.312 with
 none; the means of frequency and damping give 1.02.
 """
 
