@@ -56,11 +56,13 @@ class Mixer(nnx.Module):
 
     Attributes:
       causal: whether no output depends on later inputs; False where the mixer needs the whole sequence.
+      takes_intervals: whether `mix` reads `segments.intervals`, the times between tokens; others refuse them.
       keeps_segments: True for a mixer that distinguishes segments in what it carries, such as a cache. Then nothing is
         cleared where a segment begins, and `mix(x, carried, segments, visit)` gets a `Visit`, None if `carried` is None.
     """
 
     causal: bool = True
+    takes_intervals: bool = False
     keeps_segments: bool = False
 
     def initial(self, batch_size: int, max_length: int | None) -> Any:
@@ -114,7 +116,8 @@ class Mixer(nnx.Module):
         x = select_real(x, segments)
         more = (None,) if self.keeps_segments else ()
         if state is None:
-            if self.causal and segments is not None and segments.padding == "end" and not segments.packed:
+            ends = segments is not None and segments.padding == "end" and not segments.packed
+            if self.causal and ends and segments.intervals is None:
                 # Padding behind a row's only segment comes after all of its tokens, which do not see it.
                 return select_real(self._mix(x, None, None, *more)[0], segments), None
             return self._mix(x, None, segments, *more)[0], None
@@ -153,6 +156,14 @@ class Mixer(nnx.Module):
         ids = segment_ids.ids if isinstance(segment_ids, Segments) else segment_ids
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise TypeError(f"segment_ids of {name} has dtype {ids.dtype}; expected an integer type")
+        if (
+            isinstance(segment_ids, Segments)
+            and segment_ids.intervals is not None
+            and not self.takes_intervals
+        ):
+            raise ValueError(
+                f"{name} takes no intervals between tokens here; S5 and S4D with bidirectional=False do"
+            )
 
     def _require_causal(self, what: str) -> None:
         if not self.causal:

@@ -14,6 +14,7 @@ from experiments.tasks.imdb import IMDB
 from experiments.tasks.language import LanguageModeling
 from experiments.tasks.listops import ListOps
 from experiments.tasks.mnist import MNIST
+from experiments.tasks.oscillations import IrregularOscillations
 from experiments.tasks.packages import PackagePairs, PackageText
 from experiments.tasks.pathfinder import Pathfinder
 from experiments.tasks.synthetic.algorithms import Addition, Copy, Parity, Sorting
@@ -45,6 +46,7 @@ TASKS: dict[str, type[Task]] = {
     "mad_selective_copying": MADSelectiveCopying,
     "mnist": MNIST,
     "mqar": MQAR,
+    "oscillations": IrregularOscillations,
     "package_pairs": PackagePairs,
     "package_text": PackageText,
     "parity": Parity,

@@ -178,7 +178,7 @@ class Experiment:
         for rows in (self.train.batch_size, self.eval_batch_size):
             devices.my_rows(rows)
         examples = [self.example_batches(split, self.eval_batch_size)[-1] for split in self.task.splits]
-        widest = max(examples, key=lambda batch: batch["inputs"].shape[1])
+        widest = max(examples, key=lambda batch: batch["inputs"].size)
         with devices.active():
             metric_names_of(self.model, self.task.loss, widest)
 

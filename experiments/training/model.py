@@ -165,7 +165,9 @@ class SplitModel:
         ids = batch.get("segment_ids")
         if ids is not None and ids.ndim == 3:
             ids = as_rows(ids)
-        segments = Segments.of(ids, padding=self._padding, packed=self._packed)
+        segments = Segments.of(
+            ids, padding=self._padding, packed=self._packed, intervals=batch.get("intervals")
+        )
         call = model
         if self._unprojected and isinstance(model, LanguageModel):
             call = model.unprojected

@@ -14,7 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from layers.typing import Array, Bool, Int, Num
+from layers.typing import Array, Bool, Float, Int, Num
 
 Padding = Literal["anywhere", "end"]
 
@@ -33,6 +33,8 @@ class Segments:
         adjacent to it, so that shifts and masks replace gathers.
       packed: False if no row holds more than one segment, and then `starts` is False everywhere; or the most segments of a
         row, or True if that number is unknown. Static.
+      intervals: the time from the token before to each token, in units of the usual distance of tokens; None if they are
+        evenly spaced.
     """
 
     ids: Int[Array, "b t"]
@@ -41,20 +43,28 @@ class Segments:
     starts: Bool[Array, "b t"]
     padding: Padding = "anywhere"
     packed: bool | int = True
+    intervals: Float[Array, "b t"] | None = None
 
     @classmethod
     def of(
-        cls, segment_ids: "SegmentIds", *, padding: Padding = "anywhere", packed: bool | int = True
+        cls,
+        segment_ids: "SegmentIds",
+        *,
+        padding: Padding = "anywhere",
+        packed: bool | int = True,
+        intervals: Float[Array, "b t"] | None = None,
     ) -> "Segments | None":
-        """Returns `segment_ids` as `Segments`; None and `Segments` come back unchanged.
+        """Returns `segment_ids` as `Segments`; `Segments`, and None without intervals, come back unchanged.
 
         Args:
-          segment_ids: (b, t), integers.
+          segment_ids: (b, t), integers. None with `intervals` stands for rows of one segment each.
           padding, packed: what is known of the ids beforehand. They are trusted: wrong ones give wrong results.
             `packed=1` is `packed=False`.
+          intervals: for rows that are not evenly spaced in time, such as observations of a signal: the time since the token
+            before, in units of the usual distance. Mixers that cannot take it refuse it.
 
         Raises:
-          ValueError: `padding` is not "anywhere" or "end", or `packed` is below 1.
+          ValueError: `padding` is not "anywhere" or "end", or `packed` is below 1, or intervals and ids differ in shape.
         """
         if padding not in ("anywhere", "end"):
             raise ValueError(f"padding={padding!r}; expected 'anywhere' or 'end'")
@@ -64,6 +74,15 @@ class Segments:
                     f"packed={packed}; expected a bool, or the most segments of a row, at least 1"
                 )
             packed = packed > 1 and packed
+        if intervals is not None:
+            ids = jnp.ones(intervals.shape, jnp.int32) if segment_ids is None else segment_ids
+            if ids.shape != intervals.shape:
+                raise ValueError(
+                    f"intervals have shape {intervals.shape}; expected {ids.shape}, that of the ids"
+                )
+            whole = dict(padding="end", packed=False) if segment_ids is None else {}
+            made = cls.of(ids, **dict(padding=padding, packed=packed) | whole)
+            return dataclasses.replace(made, intervals=jnp.where(made.real, intervals, 0.0))
         if segment_ids is None or isinstance(segment_ids, Segments):
             return segment_ids
         segment_ids = jnp.asarray(segment_ids)
@@ -94,12 +113,13 @@ class Segments:
 
     def cut(self, start: int, stop: int) -> "Segments":
         """The segments of tokens `start` to `stop`, renumbered."""
-        return Segments.of(self.ids[:, start:stop], padding=self.padding, packed=self.packed)
+        gaps = None if self.intervals is None else self.intervals[:, start:stop]
+        return Segments.of(self.ids[:, start:stop], padding=self.padding, packed=self.packed, intervals=gaps)
 
 
 SegmentIds = Int[Array, "b t"] | Segments | None
 
-_ARRAYS, _STATIC = ("ids", "numbers", "positions", "starts"), ("padding", "packed")
+_ARRAYS, _STATIC = ("ids", "numbers", "positions", "starts", "intervals"), ("padding", "packed")
 
 
 def _flatten_with_keys(segments):

@@ -1,5 +1,6 @@
 """Parts shared by linear state space models: initial values, parameters, and the recurrence of diagonal modes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -81,8 +82,8 @@ def to_channels(v: Complex[Array, "m n"], width: int) -> Complex[Array, "#d n"]:
 
 
 def run_modes(
-    a: Num[Array, "#d n"],
-    b: Num[Array, "#d n"],
+    a: Num[Array, "#d n"] | Callable[[Float[Array, "b t"]], tuple[Array, Array]],
+    b: Num[Array, "#d n"] | None,
     c: Num[Array, "d n"],
     x: Float[Array, "b t d"],
     h: Complex[Array, "b d n"],
@@ -92,8 +93,9 @@ def run_modes(
     """Returns y_t = Re sum_n c_n h_tn with h_t = a h_{t-1} + b x_t per channel, and the last state.
 
     Args:
-      a: discretized eigenvalues.
-      b: discretized inputs.
+      a: discretized eigenvalues; or, where `segment_ids` has intervals between tokens, a function from intervals (b, t) to a
+        and b at each token, (b, t, d, n).
+      b: discretized inputs; None beside a function.
       c: outputs; twice as large where a mode stands for a conjugate pair.
       x: input.
       h: the state of the segment of the first real token.
@@ -104,13 +106,18 @@ def run_modes(
     """
     rows, time, width = x.shape
     shape, size = (width, c.shape[-1]), width * c.shape[-1]
-    a, b = (jnp.broadcast_to(v, shape).astype(jnp.complex64) for v in (a, b))
+    if not callable(a):
+        a, b = (jnp.broadcast_to(v, shape).astype(jnp.complex64) for v in (a, b))
     x, h = x.astype(jnp.float32), h.astype(jnp.complex64)
 
     def run(h, x, segments):
-        inputs = (x[..., None].astype(jnp.complex64) * b[None, None]).reshape(*x.shape[:2], size)
+        decay, weight = a(segments.intervals) if callable(a) else (a[None, None], b[None, None])
+        inputs = (x[..., None].astype(jnp.complex64) * weight).reshape(*x.shape[:2], size)
         states, h = linear_recurrence(
-            a.reshape(1, 1, size), inputs, initial_state=h.reshape(rows, size), segment_ids=segments
+            decay.reshape(*decay.shape[:2], size),
+            inputs,
+            initial_state=h.reshape(rows, size),
+            segment_ids=segments,
         )
         y = jnp.einsum("btdn,dn->btd", states.reshape(*x.shape[:2], *shape), c.astype(jnp.complex64)).real
         return h.reshape(rows, *shape), y
@@ -124,13 +131,16 @@ def run_modes(
         segments = Segments.of(jnp.ones((rows, time), jnp.int32), padding="end", packed=False)
 
     def run_chunk(carried, chunk):
-        (h, number), (x, numbers) = carried, chunk
+        (h, number), (x, numbers, *gaps) = carried, chunk
         if segments.packed:
             continues = (numbers == number[:, None]).any(1) | (numbers == 0).all(1)
             h, number = keep_where(continues, h, jnp.zeros_like(h)), jnp.maximum(number, numbers.max(1))
-        h, y = run(h, x, Segments.of(numbers, padding=segments.padding, packed=segments.packed))
+        gap = gaps[0] if gaps else None
+        here = Segments.of(numbers, padding=segments.padding, packed=segments.packed, intervals=gap)
+        h, y = run(h, x, here)
         return (h, number), y
 
-    chunks = tuple(jnp.swapaxes(in_blocks(v, CHUNK), 0, 1) for v in (x, segments.numbers))
+    given = (x, segments.numbers, *([] if segments.intervals is None else [segments.intervals]))
+    chunks = tuple(jnp.swapaxes(in_blocks(v, CHUNK), 0, 1) for v in given)
     (h, _), y = jax.lax.scan(run_chunk, (h, jnp.ones(rows, jnp.int32)), chunks)
     return jnp.swapaxes(y, 0, 1).reshape(rows, -1, width)[:, :time], h

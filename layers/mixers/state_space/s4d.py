@@ -66,13 +66,16 @@ class S4D(Mixer):
     Real parts are trained as logarithms and stay negative. The activation and the linear map that the paper puts after it
     are a channel mixer, such as `half_glu2`, in a joint residual branch.
 
+    Where tokens are not evenly spaced, `segments.intervals` multiplies dt at each token, and the recurrence runs in place of
+    the convolution; not with `bidirectional`.
+
     Args:
       axis: logical axis of the channels; "embed" where they are those of the residual stream.
     """
 
     def __init__(self, config: S4DConfig, *, axis: str = "embed", rngs: nnx.Rngs):
         self.config = config
-        self.causal = not config.bidirectional
+        self.causal = self.takes_intervals = not config.bidirectional
         self.modes = Modes(*initial_modes(config.init, config.state_size), config.systems)
         outputs = (2 if config.bidirectional else 1, config.width, config.state_size // 2)
         self.c = complex_normal(rngs, outputs, group="ssm_output", axes=(None, axis, "state"))
@@ -90,6 +93,16 @@ class S4D(Mixer):
         x = x.astype(config.dtype)
         skip = self.d[...].astype(config.dtype)[None, None] * x
         (a, b), c, dt = self.modes(config.width), as_complex(self.c), jnp.exp(self.log_dt[...])
+        if segments is not None and segments.intervals is not None:
+            discretize = DISCRETIZATIONS[config.discretization]
+
+            def at_steps(gaps):
+                bar, scale = discretize(a[None, None], dt[None, None, :, None] * gaps[..., None, None])
+                return bar, scale * b[None, None]
+
+            h = self.initial(x.shape[0], None) if carried is None else carried
+            y, h = run_modes(at_steps, None, 2 * c[0], x, h, segment_ids=segments)
+            return y.astype(config.dtype) + skip, h
         if carried is None:
             kernel = ssm_kernel(a, b, c, dt, length=max(1, x.shape[1]), discretization=config.discretization)
             ahead = kernel[1] if config.bidirectional else None

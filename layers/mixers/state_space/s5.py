@@ -77,11 +77,13 @@ class S5(Mixer):
     the end and C has a half for each. Initially a are the eigenvalues of the normal part of HiPPO-LegS of size P / J,
     J times, and B and C are real matrices transformed to that eigenbasis. The activation that the paper puts after it
     is a channel mixer: `half_glu1`, `half_glu2`, `full_glu` or `gelu`, in a joint residual branch.
+
+    Where tokens are not evenly spaced, `segments.intervals` multiplies dt at each token; not with `bidirectional`.
     """
 
     def __init__(self, config: S5Config, *, rngs: nnx.Rngs):
         self.config = config
-        self.causal = not config.bidirectional
+        self.causal = self.takes_intervals = not config.bidirectional
         eigenvalues, vectors = _block_diagonal_hippo(config)
         pair = jnp.asarray(np.stack([eigenvalues.real, eigenvalues.imag]), jnp.float32)
         self.eigenvalues = declared(pair, group="ssm", axes=(None, "state"))
@@ -103,16 +105,20 @@ class S5(Mixer):
         self, x: Float[Array, "b t d"], carried: Complex[Array, "b n"] | None, segments: Segments | None
     ) -> tuple[Float[Array, "b t d"], Complex[Array, "b n"]]:
         config = self.config
+        gaps = None if segments is None else segments.intervals
         if carried is None and segments is not None and not segments.packed and segments.padding == "end":
             # Zeros after the tokens change no other output, and keep the decay equal at all tokens.
             x, segments = select_real(x, segments), None
         real, imaginary = self.eigenvalues[...]
         if config.clip_eigs:
             real = jnp.minimum(real, -1e-4)
-        a, scale = DISCRETIZATIONS[config.discretization](
-            jax.lax.complex(real, imaginary), config.step_rescale * jnp.exp(self.log_dt[...])
-        )
-        b = scale[:, None] * jax.lax.complex(self.b[0], self.b[1])
+        eigenvalues, dt = jax.lax.complex(real, imaginary), config.step_rescale * jnp.exp(self.log_dt[...])
+        discretize, b = DISCRETIZATIONS[config.discretization], jax.lax.complex(self.b[0], self.b[1])
+        if gaps is None:
+            a, scale = discretize(eigenvalues, dt)
+            a, b = a[None, None], scale[:, None] * b
+        else:
+            a, scale = discretize(eigenvalues[None, None], dt[None, None] * gaps[..., None])
         x = x.astype(config.dtype)
         inputs = jnp.einsum(
             "btd,cnd->cbtn",
@@ -120,7 +126,8 @@ class S5(Mixer):
             jnp.stack([b.real, b.imag]).astype(config.dtype),
             preferred_element_type=jnp.float32,
         )
-        inputs, a = jax.lax.complex(inputs[0], inputs[1]), a[None, None]
+        inputs = jax.lax.complex(inputs[0], inputs[1])
+        inputs = inputs if gaps is None else scale * inputs
         h, last = linear_recurrence(a, inputs, initial_state=carried, segment_ids=segments)
         states = [h]
         if config.bidirectional:
