@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.config.loading import check_integer
 from experiments.data import oscillations
 from experiments.data.oscillations import Oscillations
 from experiments.tasks.task import Task
+from layers.options import check_integer
 from layers.typing import Array, Float
 
 GAPS = ("steps", "feature", "none")
