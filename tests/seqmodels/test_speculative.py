@@ -9,6 +9,7 @@ import pytest
 import seqmodels
 from seqmodels.generation import SLOTS
 from seqmodels.speculative import look_up
+from tests.layers.mixers.table import MIXERS
 from tests.seqmodels.test_generation import MODEL, OPTIONS, SMALL, made, small
 
 # Of different lengths; the second repeats itself from the start.
@@ -18,14 +19,24 @@ PATTERNS = [
     ("mamba2", "attention"),
     *(
         pytest.param(pattern, marks=pytest.mark.slow)
-        for pattern in [("attention",), ("mamba2",), ("gated_deltanet", "hyena", "s5"), ("window",)]
+        for pattern in [
+            ("attention",),
+            ("mamba2",),
+            ("gated_deltanet", "hyena", "s5"),
+            ("window",),
+            ("rwkv7", "mega", "mla"),
+        ]
     ),
 ]
+# Options of mixers that `tests.seqmodels.test_generation` has not.
+MORE = {"window": dict(mixer="attention", heads=2, window=4)} | {
+    name: MIXERS[name][1] for name in ("rwkv7", "mega", "mla")
+}
 
 
 @functools.cache
 def model_of(pattern):
-    options = OPTIONS | {"window": dict(mixer="attention", heads=2, window=4)}
+    options = OPTIONS | MORE
     return made(
         MODEL | dict(depth=len(pattern), pattern=pattern, mixers={name: options[name] for name in pattern})
     )
