@@ -14,6 +14,7 @@ TAKEN = [
     (2048, "gated_deltanet", dict(heads=12)),  # heads of 128 x 256
     (2048, "gated_deltanet", QWEN3_NEXT),
     (2048, "deltanet", dict(heads=16)),
+    *((width, "hgrn", {}) for width in (768, 2048)),
     (768, "hgrn", dict(state="real")),
 ]
 # Key heads are width / 4 or 3/4 of it by default, and 256 as Gated DeltaNet was published.
@@ -23,7 +24,6 @@ LEFT = [
     (768, "gated_deltanet", {}, "k has 144 features a head; expected at most 128"),
     (2048, "gated_deltanet", {}, "k has 384 features a head; expected at most 128"),
     (2048, "gated_deltanet", dict(heads=6, key_dim=256), "k has 256 features a head; expected at most 128"),
-    (768, "hgrn", {}, "a is complex and varies in time, for which XLA is faster"),
 ]
 
 

@@ -13,7 +13,7 @@ from layers.norms import make_norm
 from layers.options import ActivationDtype, Count, NonNegative, checked_dataclass
 from layers.parameters import NO_DECAY, Constant, declared, linear
 from layers.segments import Segments
-from layers.typing import Array, Float, Num
+from layers.typing import Array, Float, Int, Num
 
 
 @checked_dataclass
@@ -102,12 +102,47 @@ class HGRN(Mixer):
         )
         c = jax.nn.silu(self.input(x)).astype(jnp.float32)
         if config.state == "complex":
-            pairs = c.reshape(*x.shape, 2)
-            c = jax.lax.complex(pairs[..., 0], pairs[..., 1])
-            theta = self.theta[...][None, None]
-            decay = decay.astype(jnp.complex64) * jax.lax.complex(jnp.cos(theta), jnp.sin(theta))
-            complement = complement.astype(jnp.complex64)
-        h, last = linear_recurrence(decay, complement * c, initial_state=carried, segment_ids=segments)
-        if config.state == "complex":
-            h = jnp.concatenate([h.real, h.imag], axis=-1)
+            h, last = self._turning(decay, complement, c, carried, segments)
+        else:
+            h, last = linear_recurrence(decay, complement * c, initial_state=carried, segment_ids=segments)
         return self.output(self.norm(h) * jax.nn.silu(self.gate(x))), last
+
+    def _turning(self, decay, complement, c, carried, segments):
+        """Returns real and imaginary parts of the states, (b, t, 2 d), and the last state.
+
+        All states of a channel turn by the same angle per token, so that exp(-i n theta) h_n after n tokens has a recurrence
+        with the real decay lambda alone, for real and imaginary parts by themselves.
+        """
+        batch, time, width = decay.shape
+        if segments is None:
+            count, total = jnp.arange(1, time + 1)[None], jnp.full((1, 1), time)
+        else:
+            count, total = jnp.cumsum(segments.real, axis=1), segments.real.sum(1, keepdims=True)
+        angles, end = _angles(self.theta[...], count), _angles(self.theta[...], total)[:, 0]
+        cosine, sine = jnp.cos(angles), jnp.sin(angles)
+        pairs = c.reshape(batch, time, width, 2)
+        real, imaginary = complement * pairs[..., 0], complement * pairs[..., 1]
+        x = jnp.concatenate([cosine * real + sine * imaginary, cosine * imaginary - sine * real], axis=-1)
+        state = None if carried is None else jnp.concatenate([carried.real, carried.imag], axis=-1)
+        h, last = linear_recurrence(
+            jnp.concatenate([decay, decay], axis=-1), x, initial_state=state, segment_ids=segments
+        )
+
+        def turned(h, cosine, sine):
+            real, imaginary = jnp.split(h, 2, axis=-1)
+            return cosine * real - sine * imaginary, sine * real + cosine * imaginary
+
+        last = jax.lax.complex(*turned(last, jnp.cos(end), jnp.sin(end)))
+        return jnp.concatenate(turned(h, cosine, sine), axis=-1), last
+
+
+def _angles(theta: Float[Array, "d"], count: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """Returns count * theta, up to whole turns.
+
+    Products of integers, in 2^-32 of a turn, wrap around exactly; those of floats would lose digits to the whole turns.
+    """
+    whole = jax.lax.stop_gradient(theta)
+    part = whole / (2 * np.pi) - jnp.round(whole / (2 * np.pi))
+    units = count.astype(jnp.int32)[..., None] * jnp.round(part * 2.0**32).astype(jnp.int32)[None, None]
+    wrapped = units.astype(jnp.float32) * (2 * np.pi / 2.0**32)
+    return wrapped + (theta - whole)[None, None] * count.astype(jnp.float32)[..., None]

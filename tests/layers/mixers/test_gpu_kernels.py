@@ -18,6 +18,8 @@ MIXERS = {
     "mamba2": {"head_dim": 32, "state_size": 64},
     "deltanet": {"heads": 2},
     "gated_deltanet": {"heads": 2},
+    "linear_attention": {"heads": 2},
+    "hgrn": {},
 }
 SHAPES = dict.fromkeys(MIXERS, (32, 128, 128)) | dict.fromkeys(("s5", "lru"), (4, 704, 128))
 TOLERANCE = 3e-2  # activations are rounded to bfloat16 between the parts of a mixer too
