@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.kernels.promotion import promoting
 from layers.segments import (
     Place,
     SegmentIds,
@@ -134,10 +135,13 @@ class Mixer(nnx.Module):
 
     def _mix(self, x: jax.Array, *rest: Any) -> tuple[jax.Array, Any]:
         """Runs `mix`; explains what fails where sizes of x are symbols, as under `jax.export`."""
+        mix = self.mix
+        if jnp.dtype(self.config.dtype) != jnp.float32:
+            mix = promoting(mix)  # activations meet parameters and states in float32
         if all(isinstance(size, int) for size in x.shape):
-            return self.mix(x, *rest)
+            return mix(x, *rest)
         try:
-            return self.mix(x, *rest)
+            return mix(x, *rest)
         except Exception as error:
             name, (batch, time, _) = type(self).__name__, x.shape
             raise ValueError(

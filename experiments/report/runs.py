@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments.config.command_line import ArgumentError
 from experiments.runs.directory import RunDirectory
+from experiments.runs.files import DamagedFileError
 from experiments.runs.logs import read_lines
 
 # Options of tasks that change neither the data's distribution nor its size.
@@ -25,6 +26,21 @@ INPUTS = {
 }
 NAMES = {"listops": "ListOps", "imdb": "Text", "aan": "Retrieval", "cifar10": "Image"}
 SIZES = {32: "Pathfinder", 128: "Path-X", 256: "Path-256"}
+
+# What the tables and plots read of results.json.
+RESULTS = (
+    "selection",
+    "best_step",
+    "validation",
+    "test",
+    "steps",
+    "steps_per_epoch",
+    "parameters",
+    "tokens_per_second",
+    "training_seconds",
+    "compile_seconds",
+    "devices",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,4 +174,9 @@ def _is_run(folder: Path) -> bool:
 
 def _read(folder: Path, name: str) -> Run:
     directory = RunDirectory(folder)
-    return Run(name, directory.config(), directory.results(), read_lines(directory.metrics))
+    results = directory.results()
+    if missing := [field for field in RESULTS if results is not None and field not in results]:
+        raise DamagedFileError(
+            f"{folder / 'results.json'} has no {missing[0]!r}; delete it, and experiments.train writes it anew"
+        )
+    return Run(name, directory.config(), results, read_lines(directory.metrics))

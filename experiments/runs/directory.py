@@ -195,6 +195,8 @@ class RunDirectory:
           WorkdirError: if there is none.
           DamagedFileError: if it is damaged.
         """
+        if self.folder.is_file():
+            raise WorkdirError(f"workdir={self.folder} is a file; give the folder of a run")
         plain = read_json(self.config_file)
         if plain is None:
             raise WorkdirError(f"workdir={self.folder} holds no run: there is no config.json")

@@ -53,20 +53,23 @@ def _null(_: str) -> None:
     """Stands for NaN and Infinity, which are no JSON but which Python reads and writes."""
 
 
-def read_json(path: Path) -> Any:
-    """Returns the content of a JSON file, or None if there is no such file.
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Returns the object that a JSON file holds, or None if there is no such file.
 
     Raises:
-      DamagedFileError: if the content is not JSON; names the file and the line.
+      DamagedFileError: if the content is not JSON, or no object; names the file and the line.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_null)
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_null)
     except FileNotFoundError:
         return None
     except json.JSONDecodeError as error:
         raise DamagedFileError(f"{path}, line {error.lineno}: {error.msg}; the file is damaged") from None
     except UnicodeDecodeError as error:
         raise DamagedFileError(f"{path}: byte {error.start} is not UTF-8; the file is damaged") from None
+    if not isinstance(content, dict):
+        raise DamagedFileError(f"{path}, line 1: expected an object, {{...}}; the file is damaged")
+    return content
 
 
 def read_json_lines(

@@ -86,8 +86,11 @@ class MetricsFile:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a log; cut or damaged ones are left out."""
-    return _read(path)[0]
+    """Returns the lines of a log; cut or damaged ones are named on standard error and left out."""
+    lines, problems = _read(path)
+    for problem in problems:
+        print(f"{problem}; it is left out", file=sys.stderr)
+    return lines
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

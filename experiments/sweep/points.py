@@ -18,7 +18,7 @@ from typing import Any
 from experiments.compare import run_training
 from experiments.config.command_line import EXIT_INTERRUPTED, ArgumentError, ConfigFileError, load
 from experiments.runs.directory import RunDirectory
-from experiments.runs.files import to_json_text, write_atomically
+from experiments.runs.files import DamagedFileError, to_json_text, write_atomically
 from experiments.runs.results import number as metric_text
 from experiments.runs.results import total_seconds
 
@@ -66,15 +66,22 @@ def read(file: Path, config: str | None) -> list[Point]:
     Raises:
       ArgumentError: if the file cannot be run, defines no get_sweep, or an item of it is no point.
     """
+    if file.is_dir():
+        raise ArgumentError(f"--file={file} is a folder; give a Python file that defines get_sweep")
     if not file.is_file():
         raise ArgumentError(f"--file={file}: there is no such file")
     try:
         get_sweep = runpy.run_path(str(file)).get("get_sweep")
-        items = list(get_sweep()) if callable(get_sweep) else None
+        given = get_sweep() if callable(get_sweep) else ()
+        items = list(given) if isinstance(given, Iterable) else None
     except Exception as error:  # noqa: BLE001  whatever the file of a user raises
         raise ConfigFileError(f"--file={file}: {type(error).__name__}: {error}") from None
-    if items is None:
+    if not callable(get_sweep):
         raise ArgumentError(f"--file={file}: the file defines no get_sweep")
+    if items is None or isinstance(given, Mapping | str):
+        raise ArgumentError(
+            f"--file={file}: get_sweep gives {given!r}; expected one item for each run, in a list"
+        )
     if not items:
         raise ArgumentError(f"--file={file}: get_sweep gives no run")
     return [_point(file, number, item, config) for number, item in enumerate(items)]
@@ -127,6 +134,8 @@ def chosen(points: Sequence[Point], index: str | None) -> list[Point]:
 def run(points: Sequence[Point], everything: Sequence[Point], out: Path, deadline: float | None) -> int:
     """Trains the points that are not finished, one after the other; writes the table of `everything` after each.
 
+    A point with a damaged file is named and counts as failed.
+
     Args:
       deadline: time of `time.monotonic` at which the run that is under way saves and leaves.
 
@@ -136,18 +145,20 @@ def run(points: Sequence[Point], everything: Sequence[Point], out: Path, deadlin
     Raises:
       ArgumentError, ValueError, TypeError: if a config is invalid or a folder holds another run, before any is trained.
     """
-    waiting = []
+    waiting, failed = [], 0
     for point in points:
+        said = f"run {point.number} ({point.name})"
         try:
             directory, config = RunDirectory(out / point.name), point.plain_config()
-            known = directory.check(config)
+            if directory.check(config) is None or directory.results_of(config) is None:
+                waiting.append(point)
+        except DamagedFileError as error:
+            print(f"{said}: {error}", file=sys.stderr)
+            failed += 1
         except (ValueError, TypeError) as error:
-            raise ArgumentError(f"run {point.number} ({point.name}): {error}") from None
-        if known is None or directory.results_of(config) is None:
-            waiting.append(point)
+            raise ArgumentError(f"{said}: {error}") from None
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{len(points) - len(waiting)} of {len(points)} runs are finished", flush=True)
-    failed = 0
+    print(f"{len(points) - len(waiting) - failed} of {len(points)} runs are finished", flush=True)
     for place, point in enumerate(waiting):
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
@@ -176,7 +187,10 @@ def report(points: Sequence[Point], out: Path) -> None:
 
 
 def _record(point: Point, directory: RunDirectory) -> dict[str, Any]:
-    results = directory.results() if directory.config_file.exists() else None
+    try:
+        results = directory.results() if directory.config_file.exists() else None
+    except DamagedFileError:  # `run` names it
+        results = None
     record = dict(number=point.number, name=point.name, config=point.config, overrides=dict(point.overrides))
     if results is None:
         return record | dict(finished=False)

@@ -5,6 +5,7 @@ the options of the section `task`.
 """
 
 import inspect
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,6 +28,8 @@ from experiments.tasks.synthetic.regular_languages import RegularLanguages
 from experiments.tasks.synthetic.selective_copying import SelectiveCopying
 from experiments.tasks.task import Task
 from layers.registry import suggestion
+
+FOLDER = str | os.PathLike | None
 
 TASKS: dict[str, type[Task]] = {
     "aan": AAN,
@@ -62,13 +65,16 @@ def make_task(name: str, **options: Any) -> Task:
 
     Raises:
       ValueError: if there is no such task, or it has no such option.
+      TypeError: if an option that names a folder is no path.
     """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}{_suggest(name, TASKS)}")
     known = inspect.signature(TASKS[name]).parameters
-    for option in options:
+    for option, value in options.items():
         if option not in known:
             raise ValueError(f"task {name!r} has no option {option!r}{_suggest(option, known)}")
+        if known[option].annotation == FOLDER and not isinstance(value, FOLDER):
+            raise TypeError(f"task.{option}={value!r}; expected the path of a folder or None")
     return TASKS[name](**options)
 
 

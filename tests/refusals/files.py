@@ -5,6 +5,7 @@ from pathlib import Path
 GOOD = b"Source\tTarget\r\n( ( ( [MAX 4 ) 9 ) ] )\t9\r\n( ( ( [MIN 4 ) 9 ) ] )\t4\r\n"
 NAMES = ("basic_train.tsv", "basic_val.tsv", "basic_test.tsv")
 SECTIONS = "dict(seed=0, task=dict(name='mqar'), model={}, optimizer=dict(learning_rate=1), train=dict(batch_size=1, steps=1))"
+RUN = b'{"seed": 1, "task": {"name": "mqar"}, "model": {}, "optimizer": {}, "train": {}}'
 
 FILES = {
     "file": b"",
@@ -23,7 +24,12 @@ FILES = {
     "value.py": f"def get_config():\n    return {SECTIONS} | dict(train=3)\n".encode(),
     "array.py": f"import numpy as np\ndef get_config():\n    return {SECTIONS} | dict(model=dict(width=np.array([8])))\n".encode(),
     "taskless.py": f"def get_config():\n    return {SECTIONS} | dict(task=dict(seed=1))\n".encode(),
-    "run/config.json": b'{"seed": 1, "task": {"name": "mqar"}, "model": {}, "optimizer": {}, "train": {}}',
+    "run/config.json": RUN,
+    "null_run/config.json": b"null",
+    "unfinished/config.json": RUN,
+    "unfinished/results.json": b"{}",
+    "listed/config.json": RUN,
+    "listed/results.json": b"[]",
     "label/basic_val.tsv": GOOD.replace(b"MIN", b"MAX"),
     "bytes/basic_test.tsv": GOOD.replace(b"( ( ( [MAX", b"( (\xff ( [MAX"),
     "header/basic_train.tsv": GOOD.replace(b"\tTarget", b",Target"),

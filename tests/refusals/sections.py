@@ -178,6 +178,22 @@ TASKS = [
     (task("sorting", lengths=5), TypeError, "lengths=5; expected a tuple of 2 integers"),
     (task("regular_languages", letters=40), ValueError, "letters=40; expected at least 4 and at most 31"),
     (task("copy", seed=1.5), TypeError, "seed=1.5; expected an integer"),
+    (
+        lambda: make_task("imdb", official_dir=3),
+        TypeError,
+        "task.official_dir=3; expected the path of a folder",
+    ),
+    (
+        lambda: make_task("imdb", tfds_dir=True),
+        TypeError,
+        "task.tfds_dir=True; expected the path of a folder",
+    ),
+    (lambda: make_task("mnist", data_dir=[]), TypeError, "task.data_dir=[]; expected the path of a folder"),
+    (
+        lambda: make_task("package_text", data_dir=0),
+        TypeError,
+        "task.data_dir=0; expected the path of a folder",
+    ),
     (lambda: make_task("listops", preset="long"), ValueError, "unknown ListOps preset 'long'"),
     (
         lambda: make_task("listops", preset="short", official_dir="."),

@@ -46,7 +46,7 @@ class MambaConfig:
     dt_rank: int | None = None
     dt_min: float = 0.001
     dt_max: float = 0.1
-    dt_floor: float = 1e-4
+    dt_floor: NonNegative = 1e-4
     conv_bias: bool = True
     bias: bool = False
     inner_norm: bool = False

@@ -51,7 +51,7 @@ class Mamba2Config:
     a_max: float = 16.0
     dt_min: float = 0.001
     dt_max: float = 0.1
-    dt_floor: float = 1e-4
+    dt_floor: NonNegative = 1e-4
     dt_limit: tuple[Infinite, Infinite] = (0.0, math.inf)
     conv_bias: bool = True
     bias: bool = False

@@ -1,5 +1,6 @@
 """S5: one multi-input, multi-output diagonal state space model (Smith et al. 2023, arXiv:2208.04933)."""
 
+import math
 from typing import Literal
 
 import jax
@@ -11,7 +12,7 @@ from layers import hippo
 from layers.kernels.linear_recurrence import linear_recurrence
 from layers.kernels.ssm_kernel.discretize import bilinear, zoh
 from layers.mixer import Mixer
-from layers.options import ActivationDtype, checked_dataclass
+from layers.options import ActivationDtype, Positive, checked_dataclass
 from layers.parameters import declared, parameter
 from layers.parts.state_space import check_steps, log_uniform
 from layers.segments import Segments, select_real
@@ -49,7 +50,7 @@ class S5Config:
     dt_max: float = 0.1
     c_init: Literal["lecun_normal", "truncated_normal", "complex_normal"] = "lecun_normal"
     clip_eigs: bool = False
-    step_rescale: float = 1.0
+    step_rescale: Positive = 1.0
     dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
@@ -165,7 +166,7 @@ def _output_matrix(config: S5Config, vectors: np.ndarray):
 
     def init(key, shape, dtype):
         if config.c_init == "complex_normal":
-            return np.sqrt(0.5) * jax.random.normal(key, shape, dtype)
+            return math.sqrt(0.5) * jax.random.normal(key, shape, dtype)
         full = (config.width, vectors.shape[0], 2)
         if config.c_init == "lecun_normal":
             # Fan-in as in the paper's code: axis -2 times the leading axis.

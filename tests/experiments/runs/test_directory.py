@@ -94,10 +94,13 @@ def fail(*_):
     "name, text, message",
     [
         ("config.json", '{\n "seed": 0,\n "tas', r"config.json, line 3: .* the file is damaged"),
-        ("config.json", "[]", "config.json is no config of a run"),
+        ("config.json", "[]", "config.json, line 1: expected an object"),
+        ("config.json", "null", "config.json, line 1: expected an object"),
+        ("config.json", "{}", "config.json is no config of a run"),
         ("config.json", b"\xff", "config.json: byte 0 is not UTF-8"),
         ("manifest.json", "{", "manifest.json, line 1"),
         ("results.json", '{"steps": 4,\n', "results.json, line 2: .*; delete it"),
+        ("results.json", "[4]", "results.json, line 1: expected an object.*; delete it"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, text, message):

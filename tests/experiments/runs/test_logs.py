@@ -29,9 +29,11 @@ def test_going_on_repeats_no_line_and_leaves_none_of_later_steps(tmp_path):
     assert not list(tmp_path.glob(".*"))  # the temporary file is gone
 
 
-def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path):
+def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "train", "step": 1, "loss": 2.0}\n{"kind": "train", "st')
+    assert [line["step"] for line in read_lines(path)] == [1]
+    assert "metrics.jsonl, line 2: the line is cut or damaged" in capsys.readouterr().err
     cut_after(path, 5)
     assert [line["step"] for line in read_lines(path)] == [1]
     assert path.read_text().endswith("}\n")

@@ -45,6 +45,9 @@ def test_dicts_and_lists_mean_the_same(tmp_path):
         ("return [3]", "item 0 of get_sweep is 3; expected a dict of values by field, or a list"),
         ("return [{}, 'seed=1']", "item 1 of get_sweep is 'seed=1'"),
         ("return [['seed']]", "item 0 of get_sweep has 'seed'; expected FIELD=VALUE"),
+        ("return None", "get_sweep gives None; expected one item for each run, in a list"),
+        ("return {'seed': [1, 2]}", r"get_sweep gives {'seed': \[1, 2\]}; expected one item for each run"),
+        ("return 'seed=1'", "get_sweep gives 'seed=1'; expected one item for each run"),
         ("return 1 / 0", "ZeroDivisionError: division by zero"),
     ],
 )
@@ -147,6 +150,21 @@ def test_a_sweep_goes_on_where_it_stopped(sweep, tmp_path, capsys):
     assert "Best validation accuracy: run 2, 0.7000." in table
     records = json.loads((tmp_path / "out/sweep.json").read_text())
     assert [record["finished"] for record in records] == [True] * 3
+
+
+def test_a_damaged_run_is_named_and_the_others_go_on(sweep, tmp_path, capsys):
+    assert sweep(codes={2: 65}) == (1, [0, 1, 2])
+    (damaged,) = (tmp_path / "out").glob("000-*")
+    (damaged / "results.json").write_text('{"selection": [')
+    capsys.readouterr()
+    assert sweep() == (1, [2])
+    said = capsys.readouterr()
+    assert "run 0 (000-seed=0): " in said.err
+    assert "results.json, line 1: " in said.err
+    assert "1 of 3 runs are finished" in said.out
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| 0 | 0 | not finished |" in table
+    assert "| 2 | 2 | 0.7000 |" in table
 
 
 def test_one_point_and_a_time_limit(sweep):

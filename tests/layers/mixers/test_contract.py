@@ -300,6 +300,27 @@ def test_types_do_not_depend_on_the_widest_numbers(entry):
         assert leaf.dtype not in (jnp.float64, jnp.complex128), jax.tree_util.keystr(path)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(entry, marks=[pytest.mark.slow] * (entry not in ("mamba2", "s5-full-spectrum")))
+        for entry in MIXERS
+    ],
+)
+def test_strict_promotion_takes_bfloat16_activations_and_initializers(entry):
+    """A program that is strict about types in its own arithmetic makes, runs and trains any mixer."""
+
+    def run(x):
+        name, options = MIXERS[entry]
+        model = make_mixer(name, options, given={"width": WIDTH, "dtype": x.dtype}, rngs=nnx.Rngs(0))
+        return nnx.state(model, nnx.Param), jax.grad(lambda x: model(x)[0].astype(jnp.float32).sum())(x)
+
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        parameters, gradient = jax.eval_shape(run, jax.ShapeDtypeStruct((2, 6, WIDTH), jnp.bfloat16))
+    assert gradient.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(parameters)} == {jnp.dtype(jnp.float32)} or not parameters
+
+
 @pytest.mark.slow
 @every_mixer
 def test_bfloat16_activations(entry):
