@@ -26,7 +26,6 @@ class Devices:
       rules: mesh axis that shards each logical axis of parameters.
       replicated: sharding of a value that every device holds.
       by_row: sharding of an array whose first axis is sharded over the batch axes.
-      by_second_axis: the same for the second axis.
     """
 
     def __init__(
@@ -48,7 +47,6 @@ class Devices:
         )
         self.replicated = self._sharding(PartitionSpec())
         self.by_row = self._sharding(PartitionSpec(BATCH_AXES))
-        self.by_second_axis = self._sharding(PartitionSpec(None, BATCH_AXES))
 
     @classmethod
     def first(cls, count: int | None, sizes: MeshConfig | None = None) -> "Devices":
@@ -93,6 +91,16 @@ class Devices:
                 "or fewer devices (--num_devices)"
             )
 
+    def check_time(self, name: str, length: int) -> None:
+        """Raises ValueError unless the sequence axis divides a number of tokens."""
+        parts = self.mesh.shape["sequence"]
+        if length % parts:
+            below, above = length // parts * parts, -(-length // parts) * parts
+            raise ValueError(
+                f"{name} of {length} tokens cannot be divided over the mesh axis sequence={parts}; use "
+                f"{f'{below} or ' if below else ''}{above}, such as by data.bucket_bounds, or another mesh.sequence"
+            )
+
     def check_heads(self, name: str, options: Any) -> None:
         """Raises ValueError unless the tensor axis divides the heads that the config of a mixer names."""
         parts = self.mesh.shape["tensor"]
@@ -132,21 +140,32 @@ class Devices:
         return start // share, rows // share
 
     def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """Starts copying a batch to the devices, sharded by rows, and returns it.
+        """Starts copying a batch to the devices, sharded by rows and time, and returns it.
 
-        With several processes, each passes the rows that `my_rows` names.
+        With several processes, each passes the rows that `my_rows` names, with all their tokens.
         """
         if jax.process_count() == 1:
-            return jax.device_put(dict(batch), self.by_row)
+            return {name: jax.device_put(array, self.of_batch(array.shape)) for name, array in batch.items()}
         return {
-            name: jax.make_array_from_process_local_data(self.by_row, np.asarray(array))
+            name: jax.make_array_from_process_local_data(self.of_batch(array.shape), np.asarray(array))
             for name, array in batch.items()
         }
+
+    def of_batch(self, shape: tuple[int, ...], *, micro: bool = False) -> NamedSharding:
+        """Returns the sharding of an array (b, t, ...) of a batch, or of all micro-batches (n, b, t, ...).
+
+        Time is whole with several processes, which read whole rows, and where the sequence axis does not divide it.
+        """
+        time = shape[1 + micro] if len(shape) > 1 + micro else 1
+        parts = self.mesh.shape["sequence"]
+        cut = parts > 1 and time % parts == 0 and jax.process_count() == 1
+        entries = [*[None] * micro, BATCH_AXES, *["sequence"] * cut]
+        return self._sharding(PartitionSpec(*entries))
 
     def abstract_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns shapes, dtypes and sharding of a batch, which is passed with all its rows."""
         return {
-            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.by_row)
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.of_batch(array.shape))
             for name, array in batch.items()
         }
 

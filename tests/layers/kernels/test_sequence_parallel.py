@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from layers.kernels.attention import Logits, Mask, attention, attention_with_lse
 from layers.kernels.delta_rule import delta_rule, dplr_delta_rule
 from layers.kernels.gated_linear_attention import gated_linear_attention
 from layers.kernels.linear_recurrence import linear_recurrence
@@ -62,7 +63,7 @@ def scan(rng, state):
     return functools.partial(selective_scan, dt_softplus=True), given
 
 
-def attention(rng, state):
+def linear_attention(rng, state):
     """A decay per channel, fewer heads of keys than of queries, and a bonus."""
     given = {
         "q": normal(rng, 2, TIME, 4, 3),
@@ -73,7 +74,7 @@ def attention(rng, state):
     return gated_linear_attention, given | ({"initial_state": normal(rng, 2, 4, 3, 5)} if state else {})
 
 
-def normalized_attention(rng, state):
+def normalized_linear_attention(rng, state):
     """A fixed decay per head, one head of keys and values, and the sum of weights in the state."""
     given = {"q": rng.uniform(0.1, 1, (2, TIME, 2, 3)), "k": rng.uniform(0.1, 1, (2, TIME, 1, 3))}
     given |= {"v": normal(rng, 2, TIME, 1, 4), "log_decay": -rng.exponential(0.3, 2)}
@@ -107,18 +108,57 @@ def wide_convolution(rng, state):
     return short_conv, given | ({"initial_state": normal(rng, 2, 7, 4)} if state else {})
 
 
+def softmax_attention(rng, state):
+    """Causal, with grouped heads, a window with sink tokens, slopes and sink logits."""
+    del state
+    given = {
+        "q": normal(rng, 2, TIME, 4, 3),
+        "k": normal(rng, 2, TIME, 2, 3),
+        "v": normal(rng, 2, TIME, 2, 5),
+    }
+    given |= {"slopes": rng.uniform(0.1, 1, 4), "sink_logits": normal(rng, 4)}
+
+    def function(slopes, sink_logits, **given):
+        logits = Logits(slopes=slopes, sink_logits=sink_logits, logit_cap=3.0)
+        return attention(**given, causal=True, mask=Mask(window=9, sink_tokens=2), logits=logits)
+
+    return function, given
+
+
+def attention_both_ways(rng, state):
+    """Every key is seen, with a bias by head and place, and the log-sum-exp is returned."""
+    del state
+    given = {name: normal(rng, 2, TIME, 2, 4) for name in "qkv"} | {"bias": normal(rng, 1, 2, TIME, TIME)}
+
+    def function(bias, **given):
+        piece = attention_with_lse(**given, logits=Logits(bias=bias))
+        return piece.output, jnp.where(jnp.isfinite(piece.lse), piece.lse, 0)
+
+    return function, given
+
+
+def attention_with_prefix(rng, state):
+    del state
+    given = {name: normal(rng, 2, TIME, 4, 4) for name in "qkv"}
+    mask = Mask(prefix_lengths=jnp.asarray([3, 12]))
+    return functools.partial(attention, causal=True, mask=mask), given
+
+
 CALLS = {
     one.__name__: one
     for one in (
         recurrence,
         fixed_recurrence,
         scan,
-        attention,
-        normalized_attention,
+        linear_attention,
+        normalized_linear_attention,
         delta,
         low_rank_delta,
         convolution,
         wide_convolution,
+        softmax_attention,
+        attention_both_ways,
+        attention_with_prefix,
     )
 }
 ROWS = {
