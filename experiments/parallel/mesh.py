@@ -1,7 +1,6 @@
 """The mesh of devices of a run, and the sharding of batches and of the training state."""
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments.config.loading import MeshConfig
 from experiments.parallel.sharding import ShardingRules
+from layers.kernels.sequence_parallel import attention_by
 from layers.sharding import BATCH_AXES, MESH_AXES
 from layers.typing import Array
 
@@ -23,6 +23,7 @@ class Devices:
 
     Attributes:
       mesh: mesh of all devices in use, those of other hosts included.
+      method: how attention sees the keys of other devices where time is sharded.
       rules: mesh axis that shards each logical axis of parameters.
       replicated: sharding of a value that every device holds.
       by_row: sharding of an array whose first axis is sharded over the batch axes.
@@ -40,7 +41,9 @@ class Devices:
           ValueError: if the product of the axis sizes is not the number of devices.
         """
         devices = jax.devices() if devices is None else list(devices)
-        shape = axis_sizes(sizes or MeshConfig(), len(devices))
+        sizes = sizes or MeshConfig()
+        shape = axis_sizes(sizes, len(devices))
+        self.method = sizes.method
         self.rules = rules or ShardingRules()
         self.mesh = jax.make_mesh(
             tuple(shape.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
@@ -69,7 +72,7 @@ class Devices:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Returns a context in which functions are traced for this mesh; kernels read the shardings from it."""
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), attention_by(self.method):
             yield
 
     @property
@@ -191,7 +194,7 @@ def axis_sizes(sizes: MeshConfig, count: int) -> dict[str, int]:
     Raises:
       ValueError: if the axes do not multiply to `count`.
     """
-    given = dataclasses.asdict(sizes)
+    given = {name: getattr(sizes, name) for name in MESH_AXES}
     open_axes = [name for name in MESH_AXES if given[name] == -1]
     fixed = math.prod(size for size in given.values() if size != -1)
     shown = (

@@ -11,9 +11,11 @@ decays and transitions. The bytes that are gathered do not depend on t. A device
 and once for the outputs.
 """
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +26,28 @@ from layers.kernels import partition
 from layers.kernels.partition import SEQUENCE_AXIS
 from layers.kernels.promotion import joint_dtype
 from layers.kernels.segments import Segments, reset_mask
-from layers.kernels.shard_map_types import vary_as
+from layers.kernels.shard_map_types import vary_alike, vary_as
 
 Arguments = Mapping[str, Any]
+AttentionMethod = Literal["all_gather", "ulysses"]
+_method: contextvars.ContextVar[AttentionMethod] = contextvars.ContextVar("method", default="all_gather")
+
+
+@contextlib.contextmanager
+def attention_by(method: AttentionMethod) -> Iterator[None]:
+    """Context in which attention over divided time is traced by this method (see `layers.kernels.attention.over_time`)."""
+    if method not in get_args(AttentionMethod):
+        raise ValueError(f"method={method!r}; expected {' or '.join(map(repr, get_args(AttentionMethod)))}")
+    token = _method.set(method)
+    try:
+        yield
+    finally:
+        _method.reset(token)
+
+
+def attention_method() -> AttentionMethod:
+    """Returns the method in force."""
+    return _method.get()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +83,7 @@ class Recurrence:
         rows = P(entries["b"], entries["t"])
 
         def local(given, tokens):
+            given, tokens = vary_alike((given, tokens))
             part, begins = part_of_segments(segments, tokens, reverse)
             everything = dict.fromkeys(self.axes) | arguments | given
             piece = self.summarize(everything, part, impl)

@@ -23,6 +23,7 @@ from layers.kernels.sequence_parallel import (
     spec_of,
     tokens_of,
 )
+from layers.kernels.shard_map_types import vary_alike
 
 
 class Convolution(Recurrence):
@@ -36,6 +37,7 @@ class Convolution(Recurrence):
         entries = entries_of(self.axes, given)
 
         def local(given, tokens):
+            given, tokens = vary_alike((given, tokens))
             part, begins = part_of_segments(segments, tokens)
             everything = dict.fromkeys(self.axes) | arguments | given
             x, initial = given["x"], given.get("initial_state")

@@ -87,3 +87,24 @@ def alone(model):
 )
 def test_losses_are_those_of_one_device(model, mesh):
     np.testing.assert_allclose(losses(model, on(MESHES[mesh])), alone(model), rtol=1e-5)
+
+
+def test_a_batch_lies_in_rows_and_time():
+    devices = on(MESHES["data 2 x tensor 2 x sequence 2"])
+    batch = {"inputs": np.zeros((4, 6), np.int32), "odd": np.zeros((4, 3)), "weight": np.ones(4)}
+    shapes = {name: x.addressable_shards[0].data.shape for name, x in devices.put_batch(batch).items()}
+    assert shapes == {"inputs": (2, 3), "odd": (2, 3), "weight": (2,)}
+    assert all(
+        x.sharding == devices.put_batch(batch)[name].sharding
+        for name, x in devices.abstract_batch(batch).items()
+    )
+    assert devices.of_batch((3, 4, 6), micro=True).shard_shape((3, 4, 6)) == (3, 2, 3)
+
+
+def test_a_length_that_the_axis_does_not_divide_is_named():
+    options = config("mamba2")
+    options["data"]["bucket_bounds"] = (18,)
+    with pytest.raises(
+        ValueError, match="a training batch of 18 tokens .* sequence=8; use 16 or 24, .*bucket_bounds"
+    ):
+        experiment.build(options).check_devices(on(MESHES["sequence 8"]))

@@ -1,12 +1,15 @@
 """Primitives with their time divided over devices: outputs, states and gradients are those of one device."""
 
+import collections
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from layers.kernels.attention import Logits, Mask, attention, attention_with_lse
 from layers.kernels.delta_rule import delta_rule, dplr_delta_rule
@@ -14,6 +17,7 @@ from layers.kernels.gated_linear_attention import gated_linear_attention
 from layers.kernels.linear_recurrence import linear_recurrence
 from layers.kernels.segments import Segments
 from layers.kernels.selective_scan import selective_scan
+from layers.kernels.sequence_parallel import attention_by
 from layers.kernels.short_conv import short_conv
 
 TIME = 32
@@ -169,10 +173,44 @@ ROWS = {
 }
 
 
+def heads_of(rng, heads, groups):
+    q, k, v = normal(rng, 2, TIME, heads, 3), normal(rng, 2, TIME, groups, 3), normal(rng, 2, TIME, groups, 5)
+    return {"q": q, "k": k, "v": v}
+
+
+def exchanged_attention(rng, state):
+    """Causal, with grouped heads, a window with sink tokens, slopes and sink logits."""
+    del state
+    function, given = softmax_attention(rng, False)
+    return function, heads_of(rng, 8, 4) | {
+        name: np.tile(given[name], 2) for name in ("slopes", "sink_logits")
+    }
+
+
+def exchanged_attention_both_ways(rng, state):
+    """With a bias by head and place and the log-sum-exp."""
+    function, given = attention_both_ways(rng, state)
+    return function, heads_of(rng, 4, 4) | {"bias": np.tile(given["bias"], (1, 2, 1, 1))}
+
+
+def exchanged_attention_of_lists(rng, state):
+    """A list of blocks for each head."""
+    del state
+    lists = rng.integers(0, 8, (1, 4, 8, 3))
+    function = functools.partial(attention, mask=Mask(block_indices=jnp.asarray(lists), block_size=4))
+    return function, heads_of(rng, 4, 4)
+
+
+EXCHANGED = {
+    one.__name__: one
+    for one in (exchanged_attention, exchanged_attention_both_ways, exchanged_attention_of_lists)
+}
+
+
 def call(name, rows, state):
     """The function of arrays that gives outputs, the final state and all gradients, and its arguments."""
-    rng = np.random.default_rng(sorted(CALLS).index(name))
-    function, given = CALLS[name](rng, state)
+    rng = np.random.default_rng(sorted(CALLS | EXCHANGED).index(name))
+    function, given = (CALLS | EXCHANGED)[name](rng, state)
     given = {
         key: jnp.asarray(value, jnp.complex64 if np.iscomplexobj(value) else jnp.float32)
         for key, value in given.items()
@@ -211,6 +249,63 @@ def check(name, rows, state, sizes):
 @pytest.mark.parametrize("name", CALLS)
 def test_packed_rows_that_cross_the_cuts(name):
     check(name, "at_end", True, EIGHT)
+
+
+@pytest.mark.parametrize(
+    "name, rows, sizes",
+    [
+        pytest.param(
+            name, rows, sizes, marks=[pytest.mark.slow] * (call != ("exchanged_attention", "at_end", CUBE))
+        )
+        for name in EXCHANGED
+        for rows in ("whole", "at_end", "anywhere")
+        for sizes in ({"data": 2, "sequence": 4}, CUBE)
+        for call in [(name, rows, sizes)]
+    ],
+)
+def test_attention_exchanges_time_for_heads(name, rows, sizes):
+    with attention_by("ulysses"):
+        check(name, rows, False, sizes)
+
+
+def test_heads_that_cannot_be_exchanged_are_named():
+    function, arguments = call("softmax_attention", "whole", False)
+    with (
+        jax.set_mesh(mesh_of(tensor=2, sequence=4)),
+        attention_by("ulysses"),
+        pytest.raises(
+            ValueError, match=r"q has 4 heads, .* 4 devices \(sequence\) times 2 \(tensor\); use a"
+        ),
+    ):
+        function(*arguments)
+    with pytest.raises(ValueError, match="method='ring'; expected 'all_gather' or 'ulysses'"):
+        attention_by("ring").__enter__()
+
+
+def collectives(text):
+    """Kinds of the collective operations of a compiled program, and the shapes of what they make."""
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    return collections.Counter(re.findall(rf"= (\w+\[[\d,]*\])\S* ({kinds})(?:-start)?\(", text))
+
+
+def test_what_crosses_the_cuts_does_not_depend_on_the_length():
+    """One gather of decays and states, of which nothing has the size of time; back, the sums of their gradients."""
+    rng = np.random.default_rng(0)
+    function, given = linear_attention(rng, False)
+    given = {key: jnp.asarray(value, jnp.float32) for key, value in given.items()}
+    mesh = mesh_of(**EIGHT)
+    whole, cut = (jax.NamedSharding(mesh, spec) for spec in (P(), P(None, "sequence")))
+    with jax.set_mesh(mesh):
+        given = {key: jax.device_put(x, whole if key == "bonus" else cut) for key, x in given.items()}
+        loss = jax.grad(lambda given: jnp.square(function(**given)[0]).sum())
+        found = collectives(jax.jit(loss).lower(given).compile().as_text())
+    assert found == {
+        ("f32[8,2,4,3,1]", "all-gather"): 1,
+        ("f32[8,2,4,3,5]", "all-gather"): 1,
+        ("f32[1,2,4,3,1]", "reduce-scatter"): 1,
+        ("f32[1,2,4,3,5]", "reduce-scatter"): 1,
+        ("f32[4,3]", "all-reduce"): 1,  # the gradient of the bonus, which all devices hold
+    }
 
 
 @pytest.mark.slow
