@@ -10,7 +10,7 @@ from flax import nnx
 from layers.mixer import Mixer
 from layers.parameters import axes_of
 from layers.segments import SegmentIds, Segments, select_real
-from layers.sharding import divide_rows
+from layers.sharding import divide_batch
 from layers.typing import Array, Float, Key
 from seqmodels.block import Block
 from seqmodels.config import StackConfig
@@ -153,7 +153,7 @@ class Stack(nnx.Module):
         config, segments = self.config, Segments.of(segment_ids)
         keys = None if key is None else jax.random.split(key, config.depth)
         # Padding holds zeros from here on, whatever the embedding made of it.
-        x = divide_rows(select_real(x, segments))
+        x = divide_batch(select_real(x, segments))
         if state is not None:
             self._check_state(state)
             # Runs layers one by one: a scan would copy the states of all layers.
@@ -273,6 +273,6 @@ def _run_blocks(x, variables, segments, keys, graphs):
     for place, (graph, (params, rest)) in enumerate(zip(graphs, variables, strict=True)):
         block = nnx.merge(graph, params, rest)
         x, _ = block(x, segment_ids=segments, key=None if keys is None else keys[place])
-        x = divide_rows(x)
+        x = divide_batch(x)
         rests.append(nnx.split(block, nnx.Param, ...)[2])
     return x, tuple(rests)

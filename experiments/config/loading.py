@@ -100,6 +100,8 @@ class MeshConfig:
       tensor: size of the axis that heads and hidden channels are sharded over.
       sequence: size of the axis that time is sharded over.
       expert: size of the axis that the experts of mixtures are sharded over.
+      method: how attention sees the keys of other devices where time is sharded: "all_gather" (every device gathers keys and
+        values) or "ulysses" (devices exchange time for heads).
     """
 
     data: int | Literal[-1] | None = None
@@ -107,9 +109,10 @@ class MeshConfig:
     tensor: int | Literal[-1] = 1
     sequence: int | Literal[-1] = 1
     expert: int | Literal[-1] = 1
+    method: Literal["all_gather", "ulysses"] = "all_gather"
 
     def __post_init__(self) -> None:
-        sizes = dataclasses.asdict(self)
+        sizes = {name: size for name, size in dataclasses.asdict(self).items() if name != "method"}
         if self.data is None:
             data = 1 if -1 in sizes.values() else -1
             sizes["data"] = data

@@ -1,7 +1,6 @@
 """The mesh of devices of a run, and the sharding of batches and of the training state."""
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments.config.loading import MeshConfig
 from experiments.parallel.sharding import ShardingRules
+from layers.kernels.sequence_parallel import attention_by
 from layers.sharding import BATCH_AXES, MESH_AXES
 from layers.typing import Array
 
@@ -23,10 +23,10 @@ class Devices:
 
     Attributes:
       mesh: mesh of all devices in use, those of other hosts included.
+      method: how attention sees the keys of other devices where time is sharded.
       rules: mesh axis that shards each logical axis of parameters.
       replicated: sharding of a value that every device holds.
       by_row: sharding of an array whose first axis is sharded over the batch axes.
-      by_second_axis: the same for the second axis.
     """
 
     def __init__(
@@ -41,14 +41,15 @@ class Devices:
           ValueError: if the product of the axis sizes is not the number of devices.
         """
         devices = jax.devices() if devices is None else list(devices)
-        shape = axis_sizes(sizes or MeshConfig(), len(devices))
+        sizes = sizes or MeshConfig()
+        shape = axis_sizes(sizes, len(devices))
+        self.method = sizes.method
         self.rules = rules or ShardingRules()
         self.mesh = jax.make_mesh(
             tuple(shape.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
         )
         self.replicated = self._sharding(PartitionSpec())
         self.by_row = self._sharding(PartitionSpec(BATCH_AXES))
-        self.by_second_axis = self._sharding(PartitionSpec(None, BATCH_AXES))
 
     @classmethod
     def first(cls, count: int | None, sizes: MeshConfig | None = None) -> "Devices":
@@ -71,7 +72,7 @@ class Devices:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Returns a context in which functions are traced for this mesh; kernels read the shardings from it."""
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), attention_by(self.method):
             yield
 
     @property
@@ -91,6 +92,16 @@ class Devices:
             raise ValueError(
                 f"{name}={rows} cannot be divided over {pieces}; use {f'{below} or ' if below else ''}{above}, "
                 "or fewer devices (--num_devices)"
+            )
+
+    def check_time(self, name: str, length: int) -> None:
+        """Raises ValueError unless the sequence axis divides a number of tokens."""
+        parts = self.mesh.shape["sequence"]
+        if length % parts:
+            below, above = length // parts * parts, -(-length // parts) * parts
+            raise ValueError(
+                f"{name} of {length} tokens cannot be divided over the mesh axis sequence={parts}; use "
+                f"{f'{below} or ' if below else ''}{above}, such as by data.bucket_bounds, or another mesh.sequence"
             )
 
     def check_heads(self, name: str, options: Any) -> None:
@@ -132,21 +143,32 @@ class Devices:
         return start // share, rows // share
 
     def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """Starts copying a batch to the devices, sharded by rows, and returns it.
+        """Starts copying a batch to the devices, sharded by rows and time, and returns it.
 
-        With several processes, each passes the rows that `my_rows` names.
+        With several processes, each passes the rows that `my_rows` names, with all their tokens.
         """
         if jax.process_count() == 1:
-            return jax.device_put(dict(batch), self.by_row)
+            return {name: jax.device_put(array, self.of_batch(array.shape)) for name, array in batch.items()}
         return {
-            name: jax.make_array_from_process_local_data(self.by_row, np.asarray(array))
+            name: jax.make_array_from_process_local_data(self.of_batch(array.shape), np.asarray(array))
             for name, array in batch.items()
         }
+
+    def of_batch(self, shape: tuple[int, ...], *, micro: bool = False) -> NamedSharding:
+        """Returns the sharding of an array (b, t, ...) of a batch, or of all micro-batches (n, b, t, ...).
+
+        Time is whole with several processes, which read whole rows, and where the sequence axis does not divide it.
+        """
+        time = shape[1 + micro] if len(shape) > 1 + micro else 1
+        parts = self.mesh.shape["sequence"]
+        cut = parts > 1 and time % parts == 0 and jax.process_count() == 1
+        entries = [*[None] * micro, BATCH_AXES, *["sequence"] * cut]
+        return self._sharding(PartitionSpec(*entries))
 
     def abstract_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns shapes, dtypes and sharding of a batch, which is passed with all its rows."""
         return {
-            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.by_row)
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.of_batch(array.shape))
             for name, array in batch.items()
         }
 
@@ -172,7 +194,7 @@ def axis_sizes(sizes: MeshConfig, count: int) -> dict[str, int]:
     Raises:
       ValueError: if the axes do not multiply to `count`.
     """
-    given = dataclasses.asdict(sizes)
+    given = {name: getattr(sizes, name) for name in MESH_AXES}
     open_axes = [name for name in MESH_AXES if given[name] == -1]
     fixed = math.prod(size for size in given.values() if size != -1)
     shown = (

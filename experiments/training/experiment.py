@@ -133,11 +133,17 @@ class Experiment:
         return self.task.baselines(split)
 
     def check_devices(self, devices: Devices) -> None:
-        """Raises ValueError unless the devices divide the batches."""
+        """Raises ValueError unless the devices divide the batches, in rows and time, and the heads."""
         devices.check_rows("train.batch_size", self.train.batch_size, self.train.accumulate)
         devices.check_rows("train.eval_batch_size", self.eval_batch_size)
         for name, options in self.model.mixer_configs.items():
             devices.check_heads(name, options)
+        if devices.mesh.shape["sequence"] > 1:
+            for batch in self.example_train_batches():
+                devices.check_time("a training batch", _tokens(batch["inputs"]))
+            for split in self.task.splits.keys() - {"train"}:
+                for batch in self.example_batches(split, self.eval_batch_size):
+                    devices.check_time(f"a batch of {split}", _tokens(batch["inputs"]))
 
     def extension_problem(self, run: Mapping[str, Any], newest: int) -> str | None:
         """Returns why a run cannot go on with the number of steps of this experiment; None if it can.
@@ -193,6 +199,11 @@ class Experiment:
             devices=devices,
             accumulate=self.train.accumulate,
         )
+
+
+def _tokens(inputs: np.ndarray) -> int:
+    """The length of rows: of ids (b, t), of the ids of pairs (b, 2, t), or of features (b, t, d)."""
+    return inputs.shape[-1 if np.issubdtype(inputs.dtype, np.integer) else 1]
 
 
 def build(config: Mapping[str, Any]) -> Experiment:

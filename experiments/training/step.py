@@ -180,7 +180,7 @@ class StepFunctions:
 
         def cut(array: Array) -> Array:
             array = array.reshape(-1, self._accumulate, *array.shape[1:]).swapaxes(0, 1)
-            return jax.lax.with_sharding_constraint(array, self._devices.by_second_axis)
+            return jax.lax.with_sharding_constraint(array, self._devices.of_batch(array.shape, micro=True))
 
         return {name: cut(array) for name, array in batch.items()}
 

@@ -7,7 +7,7 @@ import difflib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -128,10 +128,28 @@ def preferred(choices: Mapping[str, str]) -> Iterator[None]:
         _preferred.reset(token)
 
 
+@runtime_checkable
+class OverTime(Protocol):
+    """How a primitive runs on devices that each hold a part of the tokens; see `sequence_parallel`."""
+
+    def takes(self, arguments: Mapping[str, Any]) -> bool:
+        """Returns whether the mesh in force divides the time of these arguments."""
+
+    def __call__(self, run: Callable[..., Any], impl: str | None, arguments: Mapping[str, Any]) -> Any:
+        """Returns the results for whole arrays; `run` takes the arguments of one device."""
+
+
 def dispatch(
-    primitive: str, implementations: Mapping[str, Implementation], impl: str | None, **arguments: Any
+    primitive: str,
+    implementations: Mapping[str, Implementation],
+    impl: str | None,
+    *,
+    over_time: OverTime | None = None,
+    **arguments: Any,
 ) -> Any:
     """Runs the first implementation without a reason against it, or the one named `impl`; see also `preferred`.
+
+    Where the mesh divides time and the primitive has a form for that, `over_time`, each device dispatches its own part.
 
     The reference serves calls with an empty array, which cost nothing and which blocks do not divide. An implementation
     for the current device that is passed over is logged, once per reason.
@@ -139,6 +157,10 @@ def dispatch(
     Raises:
       ValueError: `impl` is not a known name, or the named implementation cannot take these arguments.
     """
+    if over_time is not None and over_time.takes(arguments):
+        if impl is not None:
+            _named(primitive, implementations, impl)
+        return over_time(functools.partial(dispatch, primitive, implementations, impl), impl, arguments)
     if impl is not None:
         candidate = _named(primitive, implementations, impl)
         if (reason := candidate.refusal(arguments)) is not None:

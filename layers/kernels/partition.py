@@ -101,14 +101,14 @@ def passed_over_reason(x: Any, *, batch: int = 0) -> str | None:
 
 
 def over_shards(
-    function: Callable[..., Any], arrays: Sequence[Any], specs: Sequence[P | None], out_specs: Any
+    function: Callable[..., Any], arrays: Sequence[Any], specs: Sequence[Any], out_specs: Any
 ) -> Any:
     """Runs `function` on every device's part of the arguments.
 
     Args:
       function: takes as many arguments as `arrays` has.
       arrays: arrays, trees of arrays, or None.
-      specs: how the arrays of each argument are divided; on an explicit mesh they are resharded to that.
+      specs: how each argument is divided, one spec or a tree of them; on an explicit mesh arrays are resharded to that.
       out_specs: how the results are divided.
     """
     if _sizes(AxisType.Auto):

@@ -1,5 +1,7 @@
 """Parameters inside `jax.shard_map`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -17,6 +19,12 @@ def vary_as(array: jax.Array, *others: jax.Array) -> jax.Array:
     """Returns `array`, marked as differing wherever one of `others` does; unlike `vary_like`, without arithmetic."""
     missing = set().union(*map(_axes, others)) - _axes(array)
     return jax.lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
+
+
+def vary_alike(tree: Any) -> Any:
+    """Returns a tree of arrays, each marked as differing wherever one of them does."""
+    leaves = jax.tree.leaves(tree)
+    return jax.tree.map(lambda leaf: vary_as(leaf, *leaves), tree)
 
 
 def _axes(array: jax.Array) -> frozenset[str]:

@@ -4,6 +4,7 @@ from typing import Any
 
 from layers.kernels.attention import cudnn, reference, xla
 from layers.kernels.attention.options import Logits, Mask, Tokens, read_options
+from layers.kernels.attention.over_time import OVER_TIME, OVER_TIME_WITH_LSE
 from layers.kernels.attention.pieces import Piece, compose, of_no_keys
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.segments import SegmentIds
@@ -86,7 +87,9 @@ def attention(
     )
     if q.size == 0 or k.shape[1] == 0 or v.size == 0:
         return of_no_keys(q, v).output.astype(v.dtype)
-    output, *_ = dispatch("attention", IMPLEMENTATIONS, impl, q=q, k=k, v=v, options=options)
+    output, *_ = dispatch(
+        "attention", IMPLEMENTATIONS, impl, over_time=OVER_TIME, q=q, k=k, v=v, options=options
+    )
     return output.astype(v.dtype)
 
 
@@ -105,4 +108,7 @@ def attention_with_lse(
     chosen = read_options(q, k, v, **options)
     if q.size == 0 or k.shape[1] == 0 or v.size == 0:
         return of_no_keys(q, v)
-    return Piece(*dispatch("attention_with_lse", WITH_LSE, impl, q=q, k=k, v=v, options=chosen))
+    parts = dispatch(
+        "attention_with_lse", WITH_LSE, impl, over_time=OVER_TIME_WITH_LSE, q=q, k=k, v=v, options=chosen
+    )
+    return Piece(*parts)

@@ -1,5 +1,6 @@
 """The delta rule with no, scalar or per-channel decay, and the diagonal-plus-low-rank rule: DeltaNet, KDA, RWKV-7."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,8 @@ from layers.kernels.delta_rule import gpu, reference, xla
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.isolation import isolated
 from layers.kernels.segments import SegmentIds
+from layers.kernels.sequence_parallel import Recurrence
+from layers.kernels.shard_map_types import vary_as
 from layers.typing import Array, Float
 
 __all__ = ["Piece", "compose", "delta_rule", "dplr_delta_rule", "summarize", "summarize_dplr"]
@@ -97,6 +100,7 @@ def delta_rule(
         {"scale": scale, "normalize_qk": normalize_qk},
         initial_state,
         segment_ids,
+        OVER_TIME,
     )
 
 
@@ -151,10 +155,11 @@ def dplr_delta_rule(
         {"scale": scale},
         initial_state,
         segment_ids,
+        DPLR_OVER_TIME,
     )
 
 
-def _checked(name, implementations, impl, sizes, inputs, options, initial_state, segment_ids):
+def _checked(name, implementations, impl, sizes, inputs, options, initial_state, segment_ids, over_time):
     """The checks that both functions share, the guard for empty sequences, and the call."""
     log_decay, v = inputs["log_decay"], inputs["v"]
     checks.check_features(k=inputs["k"])
@@ -177,7 +182,14 @@ def _checked(name, implementations, impl, sizes, inputs, options, initial_state,
             initial_state = jnp.zeros([sizes[letter] for letter in "bhkv"], dtype)
         return v, initial_state.astype(dtype)
     o, final = dispatch(
-        name, implementations, impl, **inputs, **options, initial_state=initial_state, segments=segments
+        name,
+        implementations,
+        impl,
+        over_time=over_time,
+        **inputs,
+        **options,
+        initial_state=initial_state,
+        segments=segments,
     )
     return o.astype(v.dtype), final
 
@@ -236,7 +248,7 @@ def _with_probe(k, v):
     key_dim = k.shape[-1]
     padded = jnp.concatenate([v, jnp.zeros((batch, time, heads, key_dim), v.dtype)], axis=-1)
     identity = jnp.eye(key_dim, value_dim + key_dim, value_dim, checks.accumulation_dtype(k, v))
-    return padded, jnp.broadcast_to(identity, (batch, heads, *identity.shape))
+    return padded, vary_as(jnp.broadcast_to(identity, (batch, heads, *identity.shape)), k, v)
 
 
 def _piece(final):
@@ -252,3 +264,29 @@ def compose(first: Piece, second: Piece) -> Piece:
 
     state = product(second.transition, first.state) + second.state
     return Piece(product(second.transition, first.transition), state)
+
+
+def _of_delta_rule(arguments, segments, impl):
+    given = {name: arguments[name] for name in ("k", "v", "beta", "log_decay")}
+    return summarize(**given, normalize_k=arguments["normalize_qk"], segment_ids=segments, impl=impl)
+
+
+def _of_dplr(arguments, segments, impl):
+    given = {name: arguments[name] for name in ("k", "v", "a", "b", "log_decay")}
+    return summarize_dplr(**given, segment_ids=segments, impl=impl)
+
+
+_AXES = dict.fromkeys(("q", "k", "v"), ("b t h k",)) | {
+    "log_decay": ("b t h", "b t h k"),
+    "initial_state": ("b h k v",),
+}
+OVER_TIME = Recurrence(
+    axes=_AXES | {"beta": ("b t h",)},
+    outputs="b t h v",
+    state="b h k v",
+    summarize=_of_delta_rule,
+    compose=compose,
+)
+DPLR_OVER_TIME = dataclasses.replace(
+    OVER_TIME, axes=_AXES | dict.fromkeys(("a", "b"), ("b t h k",)), summarize=_of_dplr
+)

@@ -10,6 +10,7 @@ from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.gated_linear_attention import gpu, reference, tpu, xla
 from layers.kernels.isolation import isolated
 from layers.kernels.segments import SegmentIds, select_real
+from layers.kernels.sequence_parallel import Recurrence
 from layers.typing import Array, Float
 
 __all__ = ["SMALLEST_DENOMINATOR", "Piece", "compose", "gated_linear_attention", "summarize"]
@@ -111,6 +112,7 @@ def gated_linear_attention(
         "gated_linear_attention",
         IMPLEMENTATIONS,
         impl,
+        over_time=OVER_TIME,
         q=q,
         k=k,
         v=v,
@@ -203,3 +205,22 @@ def _raise_heads(x, axis, sizes):
     """Lets `x` raise the number of heads: queries, keys and values may all be shared."""
     if x.ndim > axis:
         sizes["h"] = max(sizes["h"], x.shape[axis])
+
+
+def _piece(arguments, segments, impl):
+    """The piece with the heads of the state: queries and the bonus may have more than `summarize` sees."""
+    names = "k", "v", "log_decay", "normalize"
+    piece = summarize(**{name: arguments[name] for name in names}, segment_ids=segments, impl=impl)
+    q, bonus = arguments["q"], arguments["bonus"]
+    heads = max(piece.state.shape[1], q.shape[2], 0 if bonus is None else bonus.shape[0])
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf, heads // leaf.shape[1], axis=1), piece)
+
+
+OVER_TIME = Recurrence(
+    axes=dict.fromkeys(("q", "k", "v"), ("b t h k",))
+    | {"log_decay": ("h", "b t h", "b t h k"), "bonus": ("h k",), "initial_state": ("b h k v",)},
+    outputs="b t h v",
+    state="b h k v",
+    summarize=_piece,
+    compose=compose,
+)

@@ -10,6 +10,7 @@ from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.linear_recurrence import gpu, reference, tpu, xla
 from layers.kernels.promotion import joint_dtype
 from layers.kernels.segments import SegmentIds
+from layers.kernels.sequence_parallel import Recurrence
 from layers.typing import Array, Num
 
 __all__ = ["Piece", "compose", "linear_recurrence", "summarize"]
@@ -83,6 +84,7 @@ def linear_recurrence(
         "linear_recurrence",
         IMPLEMENTATIONS,
         impl,
+        over_time=OVER_TIME,
         a=a,
         x=x,
         initial_state=initial_state,
@@ -122,3 +124,17 @@ def summarize(
 def compose(first: Piece, second: Piece) -> Piece:
     """Returns the effect of `first` followed by `second`. Associative; the identity is Piece(1, 0)."""
     return Piece(second.decay * first.decay, second.decay * first.state + second.state)
+
+
+def _piece(arguments, segments, impl):
+    names = "a", "x", "reverse"
+    return summarize(**{name: arguments[name] for name in names}, segment_ids=segments, impl=impl)
+
+
+OVER_TIME = Recurrence(
+    axes={"a": ("b t h",), "x": ("b t h",), "initial_state": ("b h",)},
+    outputs="b t h",
+    state="b h",
+    summarize=_piece,
+    compose=compose,
+)

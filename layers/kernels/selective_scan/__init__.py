@@ -10,6 +10,7 @@ from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.isolation import isolated
 from layers.kernels.segments import SegmentIds, Segments, select_real
 from layers.kernels.selective_scan import reference, xla
+from layers.kernels.sequence_parallel import Recurrence
 from layers.typing import Array, Float
 
 __all__ = ["Piece", "compose", "selective_scan", "summarize"]
@@ -83,6 +84,7 @@ def selective_scan(
         "selective_scan",
         IMPLEMENTATIONS,
         impl,
+        over_time=OVER_TIME,
         **arrays,
         dt_softplus=dt_softplus,
         initial_state=initial_state,
@@ -165,3 +167,20 @@ def summarize(
 def compose(first: Piece, second: Piece) -> Piece:
     """Returns the effect of `first` followed by `second`. Associative; the identity is Piece(1, 0)."""
     return Piece(second.decay * first.decay, second.decay * first.state + second.state)
+
+
+def _piece(arguments, segments, impl):
+    names = "x", "dt", "a", "b", "dt_bias", "dt_softplus"
+    return summarize(**{name: arguments[name] for name in names}, segment_ids=segments, impl=impl)
+
+
+OVER_TIME = Recurrence(
+    axes=dict.fromkeys(("x", "dt", "gate"), ("b t h",))
+    | dict.fromkeys(("b", "c"), ("b t h n",))
+    | dict.fromkeys(("skip", "dt_bias"), ("h",))
+    | {"a": ("h n",), "initial_state": ("b h n",)},
+    outputs="b t h",
+    state="b h n",
+    summarize=_piece,
+    compose=compose,
+)

@@ -9,6 +9,7 @@ from layers.kernels import checks
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.segments import SegmentIds
 from layers.kernels.short_conv import gpu, reference, xla
+from layers.kernels.short_conv.over_time import Convolution
 from layers.typing import Array, Float
 
 __all__ = ["Piece", "compose", "short_conv", "summarize"]
@@ -88,6 +89,7 @@ def short_conv(
         "short_conv",
         IMPLEMENTATIONS,
         impl,
+        over_time=OVER_TIME,
         x=x,
         weight=weight,
         bias=bias,
@@ -137,3 +139,17 @@ def compose(first: Piece, second: Piece) -> Piece:
     moved = jnp.take_along_axis(first.state, jnp.minimum(index, memory - 1)[..., None], axis=1)
     moved = jnp.where((index < memory)[..., None], moved, 0)
     return Piece(jnp.minimum(first.length + second.length, memory), moved + second.state)
+
+
+def _piece(arguments, segments, impl):
+    del impl  # the last inputs as they are
+    return summarize(arguments["x"], arguments["weight"].shape[0], segment_ids=segments)
+
+
+OVER_TIME = Convolution(
+    axes={"x": ("b t h",), "weight": ("w h",), "bias": ("h",), "initial_state": ("b w h",)},
+    outputs="b t h",
+    state="b w h",
+    summarize=_piece,
+    compose=compose,
+)

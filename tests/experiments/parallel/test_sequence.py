@@ -1,0 +1,110 @@
+"""Training with time divided over devices gives the losses of one device."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.config.loading import MeshConfig
+from experiments.parallel.mesh import Devices
+from experiments.parallel.sharding import ShardingRules
+from experiments.training import experiment
+
+STEPS = 3
+MESHES = {
+    "sequence 8": MeshConfig(sequence=8),
+    "data 2 x tensor 2 x sequence 2": MeshConfig(data=2, tensor=2, sequence=2),
+}
+MIXERS = {
+    "s5": {"state_size": 8},
+    "mamba": {"state_size": 4},
+    "mamba2": {"head_dim": 8, "state_size": 4},
+    "gated_deltanet": {"heads": 2, "key_dim": 4, "value_dim": 8},
+    "attention": {"heads": 2},
+}
+MODELS = {name: (name,) for name in MIXERS} | {"hybrid": ("gated_deltanet",) * 3 + ("attention",)}
+
+
+def config(model):
+    """Tiny language models on rows of 16 tokens, with padding. So large an epsilon makes Adam move by the gradient."""
+    pattern = MODELS[model]
+    return dict(
+        seed=0,
+        task=dict(
+            name="parity", running=True, lengths=(4, 16), extrapolate=(), train=64, validation=16, test=16
+        ),
+        model=dict(
+            kind="language_model",
+            width=16,
+            depth=len(pattern),
+            pattern=pattern,
+            mixers={name: MIXERS[name] for name in set(pattern)},
+        ),
+        optimizer=dict(learning_rate=0.02, warmup_steps=2, clip_norm=1.0, epsilon=1.0),
+        train=dict(batch_size=8, steps=STEPS),
+        data=dict(prefetch=0, bucket_bounds=(16,)),
+    )
+
+
+@functools.cache
+def stored(model):
+    layout = experiment.build(config(model)).step_functions(on(MeshConfig(), 1)).layout
+    return jax.device_get(layout.to_stored(layout.initial(0)))
+
+
+def on(mesh, count=8):
+    return Devices(jax.devices()[:count], mesh, ShardingRules(smallest=1))
+
+
+def losses(model, devices):
+    """The losses of the first steps, and the sums of an evaluation after them."""
+    plan = experiment.build(config(model))
+    functions = plan.step_functions(devices)
+    state, found = functions.layout.from_stored(stored(model)), []
+    for batch in plan.train_batches():
+        state, metrics = functions.train(state, devices.put_batch(batch))
+        sums = dict(zip(functions.train_metric_names, np.asarray(metrics), strict=False))
+        found.append(sums["loss"] / sums["count"])
+    batch = devices.put_batch(next(iter(plan.eval_batches("validation"))))
+    arguments = state.parameters, state.statistics, functions.zero_totals(), batch
+    sums = dict(zip(functions.metric_names, np.asarray(functions.evaluate(*arguments)), strict=True))
+    return np.array([*found, sums["loss"] / sums["count"]])
+
+
+@functools.cache
+def alone(model):
+    return losses(model, on(MeshConfig(), 1))
+
+
+@pytest.mark.parametrize(
+    "model, mesh",
+    [
+        pytest.param(model, mesh, marks=[pytest.mark.slow] * ((model, mesh) != ("mamba2", "sequence 8")))
+        for model in MODELS
+        for mesh in MESHES
+    ],
+)
+def test_losses_are_those_of_one_device(model, mesh):
+    np.testing.assert_allclose(losses(model, on(MESHES[mesh])), alone(model), rtol=1e-5)
+
+
+def test_a_batch_lies_in_rows_and_time():
+    devices = on(MESHES["data 2 x tensor 2 x sequence 2"])
+    batch = {"inputs": np.zeros((4, 6), np.int32), "odd": np.zeros((4, 3)), "weight": np.ones(4)}
+    shapes = {name: x.addressable_shards[0].data.shape for name, x in devices.put_batch(batch).items()}
+    assert shapes == {"inputs": (2, 3), "odd": (2, 3), "weight": (2,)}
+    assert all(
+        x.sharding == devices.put_batch(batch)[name].sharding
+        for name, x in devices.abstract_batch(batch).items()
+    )
+    assert devices.of_batch((3, 4, 6), micro=True).shard_shape((3, 4, 6)) == (3, 2, 3)
+
+
+def test_a_length_that_the_axis_does_not_divide_is_named():
+    options = config("mamba2")
+    options["data"]["bucket_bounds"] = (18,)
+    with pytest.raises(
+        ValueError, match="a training batch of 18 tokens .* sequence=8; use 16 or 24, .*bucket_bounds"
+    ):
+        experiment.build(options).check_devices(on(MESHES["sequence 8"]))

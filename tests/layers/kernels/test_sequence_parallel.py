@@ -1,0 +1,316 @@
+"""Primitives with their time divided over devices: outputs, states and gradients are those of one device."""
+
+import collections
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from layers.kernels.attention import Logits, Mask, attention, attention_with_lse
+from layers.kernels.delta_rule import delta_rule, dplr_delta_rule
+from layers.kernels.gated_linear_attention import gated_linear_attention
+from layers.kernels.linear_recurrence import linear_recurrence
+from layers.kernels.segments import Segments
+from layers.kernels.selective_scan import selective_scan
+from layers.kernels.sequence_parallel import attention_by
+from layers.kernels.short_conv import short_conv
+
+TIME = 32
+AXES = "data", "fsdp", "tensor", "sequence", "expert"
+EIGHT = {"sequence": 8}
+CUBE = {"data": 2, "tensor": 2, "sequence": 2}
+# Segments that end inside a part, at a cut and after whole parts; a segment of one token; padding from inside a part on.
+AT_END = np.repeat([[1, 2, 3, 4, 0], [5, 5, 6, 7, 0]], [11, 5, 1, 10, 5], axis=1)
+# Padding in front, over a whole part and between the tokens of one segment, and an id that comes back.
+ANYWHERE = np.repeat([[0, 1, 0, 1, 2, 1], [3, 0, 3, 4, 4, 0]], [6, 5, 9, 4, 5, 3], axis=1)
+
+
+def mesh_of(**sizes):
+    shape = tuple(sizes.get(name, 1) for name in AXES)
+    count = int(np.prod(shape))
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=jax.devices()[:count])
+
+
+def normal(rng, *shape):
+    return rng.standard_normal(shape)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def recurrence(rng, state):
+    given = {"a": rng.uniform(0.5, 1, (2, TIME, 4)), "x": normal(rng, 2, TIME, 4)}
+    return linear_recurrence, given | ({"initial_state": normal(rng, 2, 4)} if state else {})
+
+
+def fixed_recurrence(rng, state):
+    """A time-invariant complex system that runs from the last step to the first."""
+    given = {
+        "a": rng.uniform(0.5, 0.9, (1, 1, 4)) * np.exp(1j * normal(rng, 1, 1, 4)),
+        "x": normal(rng, 2, TIME, 4),
+    }
+    given |= {"initial_state": normal(rng, 2, 4)} if state else {}
+    return functools.partial(linear_recurrence, reverse=True), given
+
+
+def scan(rng, state):
+    given = {name: normal(rng, 2, TIME, 4) for name in ("x", "dt", "gate")}
+    given |= {"a": -rng.uniform(0.1, 1, (4, 3)), "skip": normal(rng, 4), "dt_bias": normal(rng, 4)}
+    given |= {name: normal(rng, 2, TIME, 1, 3) for name in "bc"}
+    given |= {"initial_state": normal(rng, 2, 4, 3)} if state else {}
+    return functools.partial(selective_scan, dt_softplus=True), given
+
+
+def linear_attention(rng, state):
+    """A decay per channel, fewer heads of keys than of queries, and a bonus."""
+    given = {
+        "q": normal(rng, 2, TIME, 4, 3),
+        "k": normal(rng, 2, TIME, 2, 3),
+        "v": normal(rng, 2, TIME, 4, 5),
+    }
+    given |= {"log_decay": -rng.exponential(0.3, (2, TIME, 4, 3)), "bonus": normal(rng, 4, 3)}
+    return gated_linear_attention, given | ({"initial_state": normal(rng, 2, 4, 3, 5)} if state else {})
+
+
+def normalized_linear_attention(rng, state):
+    """A fixed decay per head, one head of keys and values, and the sum of weights in the state."""
+    given = {"q": rng.uniform(0.1, 1, (2, TIME, 2, 3)), "k": rng.uniform(0.1, 1, (2, TIME, 1, 3))}
+    given |= {"v": normal(rng, 2, TIME, 1, 4), "log_decay": -rng.exponential(0.3, 2)}
+    given |= {"initial_state": rng.uniform(0.1, 1, (2, 2, 3, 5))} if state else {}
+    return functools.partial(gated_linear_attention, normalize=True), given
+
+
+def delta(rng, state):
+    given = {name: normal(rng, 2, TIME, 2, 3) for name in "qk"} | {"v": normal(rng, 2, TIME, 4, 5)}
+    given |= {"beta": rng.uniform(0.1, 0.9, (2, TIME, 4)), "log_decay": -rng.exponential(0.3, (2, TIME, 4))}
+    given |= {"initial_state": normal(rng, 2, 4, 3, 5)} if state else {}
+    return functools.partial(delta_rule, normalize_qk=True), given
+
+
+def low_rank_delta(rng, state):
+    removal = unit(normal(rng, 2, TIME, 2, 3))
+    given = {name: normal(rng, 2, TIME, 2, 3) for name in "qk"} | {"v": normal(rng, 2, TIME, 2, 5)}
+    given |= {"a": -removal, "b": 0.5 * removal, "log_decay": -rng.exponential(0.3, (2, TIME, 2, 3))}
+    return dplr_delta_rule, given | ({"initial_state": normal(rng, 2, 2, 3, 5)} if state else {})
+
+
+def convolution(rng, state):
+    given = {"x": normal(rng, 2, TIME, 4), "weight": normal(rng, 4, 4), "bias": normal(rng, 4)}
+    given |= {"initial_state": normal(rng, 2, 3, 4)} if state else {}
+    return functools.partial(short_conv, activation="silu"), given
+
+
+def wide_convolution(rng, state):
+    """A part of eight holds 4 tokens, fewer than the 7 that the convolution reaches back."""
+    given = {"x": normal(rng, 2, TIME, 4), "weight": normal(rng, 8, 4)}
+    return short_conv, given | ({"initial_state": normal(rng, 2, 7, 4)} if state else {})
+
+
+def softmax_attention(rng, state):
+    """Causal, with grouped heads, a window with sink tokens, slopes and sink logits."""
+    del state
+    given = {
+        "q": normal(rng, 2, TIME, 4, 3),
+        "k": normal(rng, 2, TIME, 2, 3),
+        "v": normal(rng, 2, TIME, 2, 5),
+    }
+    given |= {"slopes": rng.uniform(0.1, 1, 4), "sink_logits": normal(rng, 4)}
+
+    def function(slopes, sink_logits, **given):
+        logits = Logits(slopes=slopes, sink_logits=sink_logits, logit_cap=3.0)
+        return attention(**given, causal=True, mask=Mask(window=9, sink_tokens=2), logits=logits)
+
+    return function, given
+
+
+def attention_both_ways(rng, state):
+    """Every key is seen, with a bias by head and place, and the log-sum-exp is returned."""
+    del state
+    given = {name: normal(rng, 2, TIME, 2, 4) for name in "qkv"} | {"bias": normal(rng, 1, 2, TIME, TIME)}
+
+    def function(bias, **given):
+        piece = attention_with_lse(**given, logits=Logits(bias=bias))
+        return piece.output, jnp.where(jnp.isfinite(piece.lse), piece.lse, 0)
+
+    return function, given
+
+
+def attention_with_prefix(rng, state):
+    del state
+    given = {name: normal(rng, 2, TIME, 4, 4) for name in "qkv"}
+    mask = Mask(prefix_lengths=jnp.asarray([3, 12]))
+    return functools.partial(attention, causal=True, mask=mask), given
+
+
+CALLS = {
+    one.__name__: one
+    for one in (
+        recurrence,
+        fixed_recurrence,
+        scan,
+        linear_attention,
+        normalized_linear_attention,
+        delta,
+        low_rank_delta,
+        convolution,
+        wide_convolution,
+        softmax_attention,
+        attention_both_ways,
+        attention_with_prefix,
+    )
+}
+ROWS = {
+    "whole": None,
+    "at_end": (AT_END, {"padding": "end"}),
+    "anywhere": (ANYWHERE, {}),
+    "one_segment": ((AT_END != 0).astype(int), {"padding": "end", "packed": False}),
+}
+
+
+def heads_of(rng, heads, groups):
+    q, k, v = normal(rng, 2, TIME, heads, 3), normal(rng, 2, TIME, groups, 3), normal(rng, 2, TIME, groups, 5)
+    return {"q": q, "k": k, "v": v}
+
+
+def exchanged_attention(rng, state):
+    """Causal, with grouped heads, a window with sink tokens, slopes and sink logits."""
+    del state
+    function, given = softmax_attention(rng, False)
+    return function, heads_of(rng, 8, 4) | {
+        name: np.tile(given[name], 2) for name in ("slopes", "sink_logits")
+    }
+
+
+def exchanged_attention_both_ways(rng, state):
+    """With a bias by head and place and the log-sum-exp."""
+    function, given = attention_both_ways(rng, state)
+    return function, heads_of(rng, 4, 4) | {"bias": np.tile(given["bias"], (1, 2, 1, 1))}
+
+
+def exchanged_attention_of_lists(rng, state):
+    """A list of blocks for each head."""
+    del state
+    lists = rng.integers(0, 8, (1, 4, 8, 3))
+    function = functools.partial(attention, mask=Mask(block_indices=jnp.asarray(lists), block_size=4))
+    return function, heads_of(rng, 4, 4)
+
+
+EXCHANGED = {
+    one.__name__: one
+    for one in (exchanged_attention, exchanged_attention_both_ways, exchanged_attention_of_lists)
+}
+
+
+def call(name, rows, state):
+    """The function of arrays that gives outputs, the final state and all gradients, and its arguments."""
+    rng = np.random.default_rng(sorted(CALLS | EXCHANGED).index(name))
+    function, given = (CALLS | EXCHANGED)[name](rng, state)
+    given = {
+        key: jnp.asarray(value, jnp.complex64 if np.iscomplexobj(value) else jnp.float32)
+        for key, value in given.items()
+    }
+    segments = (
+        None if ROWS[rows] is None else Segments.of(jnp.asarray(ROWS[rows][0], jnp.int32), **ROWS[rows][1])
+    )
+    results = jax.eval_shape(lambda given: function(**given), given)
+    weights = jax.tree.map(lambda x: jnp.asarray(normal(rng, *x.shape), jnp.float32), results)
+
+    def loss(given, segments):
+        outputs = function(**given, segment_ids=segments)
+        sums = jax.tree.map(
+            lambda w, x: (w * (x.real + x.imag if jnp.iscomplexobj(x) else x)).sum(), weights, outputs
+        )
+        return sum(jax.tree.leaves(sums)), outputs
+
+    return jax.jit(jax.grad(loss, has_aux=True)), (given, segments)
+
+
+def compare(got, want, tolerance=2e-5):
+    for (path, one), other in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        error = np.abs(one - other).max() / max(1, np.abs(other).max())
+        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: difference {error:.1e}"
+
+
+def check(name, rows, state, sizes):
+    function, arguments = call(name, rows, state)
+    want = jax.device_get(function(*arguments))
+    with jax.set_mesh(mesh_of(**sizes)):
+        got = jax.device_get(function(*arguments))
+    compare(got, want)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_packed_rows_that_cross_the_cuts(name):
+    check(name, "at_end", True, EIGHT)
+
+
+@pytest.mark.parametrize(
+    "name, rows, sizes",
+    [
+        pytest.param(
+            name, rows, sizes, marks=[pytest.mark.slow] * (call != ("exchanged_attention", "at_end", CUBE))
+        )
+        for name in EXCHANGED
+        for rows in ("whole", "at_end", "anywhere")
+        for sizes in ({"data": 2, "sequence": 4}, CUBE)
+        for call in [(name, rows, sizes)]
+    ],
+)
+def test_attention_exchanges_time_for_heads(name, rows, sizes):
+    with attention_by("ulysses"):
+        check(name, rows, False, sizes)
+
+
+def test_heads_that_cannot_be_exchanged_are_named():
+    function, arguments = call("softmax_attention", "whole", False)
+    with (
+        jax.set_mesh(mesh_of(tensor=2, sequence=4)),
+        attention_by("ulysses"),
+        pytest.raises(
+            ValueError, match=r"q has 4 heads, .* 4 devices \(sequence\) times 2 \(tensor\); use a"
+        ),
+    ):
+        function(*arguments)
+    with pytest.raises(ValueError, match="method='ring'; expected 'all_gather' or 'ulysses'"):
+        attention_by("ring").__enter__()
+
+
+def collectives(text):
+    """Kinds of the collective operations of a compiled program, and the shapes of what they make."""
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    return collections.Counter(re.findall(rf"= (\w+\[[\d,]*\])\S* ({kinds})(?:-start)?\(", text))
+
+
+def test_what_crosses_the_cuts_does_not_depend_on_the_length():
+    """One gather of decays and states, of which nothing has the size of time; back, the sums of their gradients."""
+    rng = np.random.default_rng(0)
+    function, given = linear_attention(rng, False)
+    given = {key: jnp.asarray(value, jnp.float32) for key, value in given.items()}
+    mesh = mesh_of(**EIGHT)
+    whole, cut = (jax.NamedSharding(mesh, spec) for spec in (P(), P(None, "sequence")))
+    with jax.set_mesh(mesh):
+        given = {key: jax.device_put(x, whole if key == "bonus" else cut) for key, x in given.items()}
+        loss = jax.grad(lambda given: jnp.square(function(**given)[0]).sum())
+        found = collectives(jax.jit(loss).lower(given).compile().as_text())
+    assert found == {
+        ("f32[8,2,4,3,1]", "all-gather"): 1,
+        ("f32[8,2,4,3,5]", "all-gather"): 1,
+        ("f32[1,2,4,3,1]", "reduce-scatter"): 1,
+        ("f32[1,2,4,3,5]", "reduce-scatter"): 1,
+        ("f32[4,3]", "all-reduce"): 1,  # the gradient of the bonus, which all devices hold
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [EIGHT, CUBE], ids=["eight", "cube"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", CALLS)
+def test_all_kinds_of_rows(name, rows, sizes):
+    check(name, rows, rows != "whole", sizes)
