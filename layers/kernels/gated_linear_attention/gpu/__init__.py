@@ -1,6 +1,7 @@
-"""`gated_linear_attention` on Hopper GPUs, with at most one decay per head and step.
+"""`gated_linear_attention` on Hopper GPUs.
 
-kernels.py and backward.py hold the kernels, grouped.py those for many heads that share queries and keys.
+kernels.py and backward.py hold the kernels for at most one decay per head and step, grouped.py those for many heads that
+share queries and keys, channels.py those for a decay per key channel.
 """
 
 import functools
@@ -13,7 +14,13 @@ from jax.sharding import PartitionSpec as P
 
 from layers.kernels import devices, mosaic_gpu, partition
 from layers.kernels.gated_linear_attention.gpu import backward as backward_kernels
-from layers.kernels.gated_linear_attention.gpu import grouped, grouped_keys, grouped_queries, kernels
+from layers.kernels.gated_linear_attention.gpu import (
+    channels,
+    grouped,
+    grouped_keys,
+    grouped_queries,
+    kernels,
+)
 from layers.kernels.gated_linear_attention.gpu.kernels import CHUNK, KEEP, PART, READ, WRITE, Gates, Settings
 from layers.kernels.promotion import promoting
 from layers.kernels.segments import Segments, select_real
@@ -49,13 +56,13 @@ def unsupported_reason(q, k, v, log_decay, bonus, normalize, initial_state, **_:
         return "normalize=True is not implemented; use impl='xla'"
     if bonus is not None:
         return "a bonus is not implemented; use impl='xla'"
-    if log_decay is not None and log_decay.ndim == 4:
-        return "a decay per key channel is not implemented; use impl='xla'"
+    per_channel = log_decay is not None and log_decay.ndim == 4
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.dtype != jnp.bfloat16:
             return f"{name} has dtype {x.dtype}, which matrix units would round; expected bfloat16"
-        if x.shape[3] > WIDEST:
-            return f"{name} has heads of {x.shape[3]}; expected at most {WIDEST}"
+        widest = channels.WIDEST_VALUES if per_channel and name == "v" else WIDEST
+        if x.shape[3] > widest:
+            return f"{name} has heads of {x.shape[3]}; expected at most {widest}"
     for name, x in {"log_decay": log_decay, "initial_state": initial_state}.items():
         if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             return f"{name} has dtype {x.dtype}; expected float32 or narrower"
@@ -63,7 +70,7 @@ def unsupported_reason(q, k, v, log_decay, bonus, normalize, initial_state, **_:
         return f"v is sharded {jax.typeof(v).sharding.spec}; expected whole rows, time not sharded"
     if q.shape[0] > mosaic_gpu.MAX_GRID:
         return f"q has {q.shape[0]} rows; expected at most {mosaic_gpu.MAX_GRID}"
-    return mosaic_gpu.refusal(_probe)
+    return mosaic_gpu.refusal(channels.probe if per_channel else _probe)
 
 
 def passed_over_reason(q, k, v, **_: Any) -> str | None:
@@ -98,18 +105,23 @@ def gated_linear_attention(
     *,
     forward: Settings | None = None,
     backward: Settings | None = None,
+    channel: channels.Settings | None = None,
 ):
     """Returns outputs and the final state; the public function and `unsupported_reason` have checked the arguments.
 
     Args:
-      forward, backward: layouts of the kernels that replace the tuned ones.
+      forward, backward, channel: layouts of the kernels that replace the tuned ones, the last with a decay per key channel.
     """
     del bonus, normalize, smallest
     batch, _, _, keys = q.shape
     own = 1 if log_decay is None else log_decay.shape[0 if log_decay.ndim == 1 else 2]
     heads, width = max(*(x.shape[2] for x in (q, k, v)), own), v.shape[3]
     state = jnp.zeros((batch, heads, keys, width), jnp.float32) if initial_state is None else initial_state
-    call = Call(scale, heads, SPAN, forward or FORWARD, backward or BACKWARD)
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    if per_channel:
+        call = channels.Call(scale, channel or channels.SETTINGS)
+    else:
+        call = Call(scale, heads, SPAN, forward or FORWARD, backward or BACKWARD)
     rows, split = _sharding(q, k, v, heads)
 
     def head_axis(x, axis):
@@ -118,9 +130,10 @@ def gated_linear_attention(
     arrays = {name: (x, P(rows, None, head_axis(x, 2), None)) for name, x in (("q", q), ("k", k), ("v", v))}
     arrays["state"] = state.astype(jnp.float32), P(rows, split, None, None)
     if log_decay is not None:
-        g = jnp.maximum(log_decay.astype(jnp.float32), _LOWEST)
+        g = log_decay.astype(jnp.float32)
+        g = g if per_channel else jnp.maximum(g, _LOWEST)
         g = g[None, None] if g.ndim == 1 else g
-        arrays["g"] = g, P(rows if g.shape[0] > 1 else None, None, head_axis(g, 2))
+        arrays["g"] = g, P(rows if g.shape[0] > 1 else None, None, head_axis(g, 2), *[None] * per_channel)
     if segments is not None:
         arrays["segments"] = segments, P(rows, None)
 
@@ -145,15 +158,19 @@ def _padded(call, q, k, v, state, g=None, segments: Segments | None = None):
     """Runs on one device, with widths padded to multiples of 64 and time to multiples of 8."""
     time, keys, width = q.shape[1], q.shape[3], v.shape[3]
     missing = -time % 8
+    per_channel = isinstance(call, channels.Call)
     pads = ((0, 0), (0, missing), (0, 0))
     q, k, v = (select_real(x, segments) for x in (q, k, v))
     q, k, v = (_pad(x, (*pads, (0, -x.shape[3] % PART))) for x in (q, k, v))
     state = _pad(state, ((0, 0), (0, 0), (0, -keys % PART), (0, -width % PART)))
     if g is not None:
-        g = jnp.broadcast_to(g, (q.shape[0], time, state.shape[1]))
-        g = _pad(select_real(g, segments), pads)
+        g = jnp.broadcast_to(g, (q.shape[0], time, state.shape[1], *g.shape[3:]))
+        g = _pad(select_real(g, segments), (*pads, (0, -keys % PART)) if per_channel else pads)
     number = None if segments is None or not segments.packed else _pad(segments.numbers, pads[:2])
-    o, final = _attend(q, k, v, g, number, state, call._replace(heads=state.shape[1]))
+    if per_channel:
+        o, final = channels.attend(q, k, v, g, number, state, call)
+    else:
+        o, final = _attend(q, k, v, g, number, state, call._replace(heads=state.shape[1]))
     return o[:, :time, :, :width], final[:, :, :keys, :width]
 
 
@@ -288,7 +305,7 @@ def gradients(call, residuals, cotangents):
         sums = jax.lax.cumsum(total - keys[:, :, :, 0], axis=3, reverse=True)
         sums += (keys[:, :, :, 1].sum(-1) + through)[..., None]
         dg = sums.reshape(batch, call.heads, -1).swapaxes(1, 2)[:, :time]
-    dq, dk, dv = (_shared(dx, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
+    dq, dk, dv = (channels.summed(dx, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, dg, None, dstate
 
 
@@ -313,15 +330,6 @@ def _flows(ends, read, written, span):
         passed.append(flow - written_)
         flow = passed[-1] + read_
     return jnp.stack(passed[::-1], axis=3).reshape(*read.shape[:2], -1)[:, :, :chunks]
-
-
-def _shared(dx, heads):
-    """The gradient of an array with `heads` shared heads, from one gradient per head."""
-    if dx.shape[2] == heads:
-        return dx
-    batch, time, count, width = dx.shape
-    dx = dx.reshape(batch, time, heads, count // heads, width)
-    return dx.sum(3, dtype=jnp.float32).astype(dx.dtype)
 
 
 def _probe() -> None:

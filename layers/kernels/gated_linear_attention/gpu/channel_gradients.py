@@ -32,6 +32,7 @@ from layers.kernels.mosaic_gpu import (
     pl,
     plgpu,
     product,
+    products,
     spread,
 )
 
@@ -119,6 +120,10 @@ def gradients(
         state_tiles = [tiles.at[block] for block in range(blocks)]
         dstate_tiles = [tiles.at[blocks + block] for block in range(blocks)]
 
+        def over_blocks(left, right):
+            """x y^T, both cut into blocks of values."""
+            return products((tuple((x, y.T) for x, y in zip(left, right, strict=True)),))[0]
+
         def bring(part):
             lanes = pl.ds(part * PART, PART)
             for source, target in ((q, q_tile), (k, k_tile), (g, g_tile)):
@@ -141,10 +146,9 @@ def gradients(
         plgpu.barrier_wait(arrived)
 
         i, j = indices(SQUARE, 0), indices(SQUARE, 1)
-        dscores, swapped = None, None
-        for block in range(blocks):
-            dscores = product(do_tiles.at[block], v_tiles.at[block].T, dscores)
-            swapped = product(v_tiles.at[block], do_tiles.at[block].T, swapped)
+        do_blocks = [do_tiles.at[block] for block in range(blocks)]
+        v_blocks = [v_tiles.at[block] for block in range(blocks)]
+        dscores, swapped = over_blocks(do_blocks, v_blocks), over_blocks(v_blocks, do_blocks)
         dscores = levels.same(numbers, scale * jnp.where(i >= j, dscores, swapped))
         dscores = dscores.astype(jnp.bfloat16)
 
@@ -156,11 +160,10 @@ def gradients(
         def _(part):
             lanes = pl.ds(part * PART, PART)
             plgpu.barrier_wait(part_arrived)
-            dqueries, dkeys, passed = None, None, 0.0
-            for block in range(blocks):
-                dqueries = product(do_tiles.at[block], state_tiles[block].T, dqueries)
-                dkeys = product(v_tiles.at[block], dstate_tiles[block].T, dkeys)
-                passed = passed + (read(state_tiles[block]) * read(dstate_tiles[block])).sum(axis=1)
+            dqueries, dkeys = over_blocks(do_blocks, state_tiles), over_blocks(v_blocks, dstate_tiles)
+            passed = 0.0
+            for state, dstate in zip(state_tiles, dstate_tiles, strict=True):
+                passed = passed + (read(state) * read(dstate)).sum(axis=1)
             passed_tile[...] = passed * along(keep_tile, 0)
             plgpu.commit_smem()
             levels.split(g_tile, high, low)

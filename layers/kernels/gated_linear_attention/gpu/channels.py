@@ -13,8 +13,11 @@ from layers.kernels import mosaic_gpu
 from layers.kernels.gated_linear_attention.gpu import channel_gradients, channel_kernels
 from layers.kernels.gated_linear_attention.gpu.channel_kernels import Settings
 from layers.kernels.gated_linear_attention.gpu.channel_levels import vectors
-from layers.kernels.gated_linear_attention.gpu.kernels import CHUNK
+from layers.kernels.gated_linear_attention.gpu.kernels import CHUNK, PART
 from layers.kernels.promotion import promoting
+
+SETTINGS = Settings()
+WIDEST_VALUES = 256  # value features per head
 
 
 class Call(NamedTuple):
@@ -57,6 +60,8 @@ def gradients(call, residuals, cotangents):
     """The backward pass, from what `forward` keeps and the gradients of outputs and the final state."""
     q, k, v, g, number, states, prepared = residuals
     do, dfinal = cotangents
+    # The interpreter cannot run the walks of both passes at once.
+    do, states = jax.lax.optimization_barrier((do, states))
     backwards = prepared | {"reading": prepared["writing"], "writing": prepared["reading"]}
     walked = channel_kernels.walk(
         **backwards, x=do, state=dfinal, settings=call.settings, reverse=True, keeping=True
@@ -81,3 +86,18 @@ def summed(dx: jax.Array, heads: int) -> jax.Array:
     batch, time, count, width = dx.shape
     dx = dx.reshape(batch, time, heads, count // heads, width)
     return dx.sum(3, dtype=jnp.float32).astype(dx.dtype)
+
+
+def probe() -> None:
+    """Lowers both passes of a small call."""
+
+    def loss(q, k, v, g, number, state):
+        o, final = attend(q, k, v, g, number, state, Call(1.0, SETTINGS))
+        return o.sum() + final.sum()
+
+    heads = jax.ShapeDtypeStruct((1, 16, 1, PART), jnp.bfloat16)
+    number = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    g = jax.ShapeDtypeStruct((1, 16, 1, PART), jnp.float32)
+    state = jax.ShapeDtypeStruct((1, 1, PART, PART), jnp.float32)
+    traced = jax.jit(jax.grad(loss, (0, 1, 2, 3, 5))).trace(heads, heads, heads, g, number, state)
+    traced.lower(lowering_platforms=("cuda",))
