@@ -191,14 +191,13 @@ def test_explicit_mesh(heads, split):
 def test_refusals(monkeypatch, caplog):
     """What is not implemented, or would lose accuracy, says so; where nothing can run, XLA computes."""
     arguments = arguments_of(np.random.default_rng(4), (1, 5), (2, 2, 2), (4, 4))
-    bonus, channels = jnp.ones((2, 4)), -jnp.ones((1, 5, 2, 4))
+    bonus = jnp.ones((2, 4))
     plain = {key: arguments[key] for key in ("q", "k", "v")}
     wide = {key: x.astype(jnp.float32) for key, x in plain.items()}
     long = dict.fromkeys(("q", "k"), jnp.zeros((1, 5, 2, 192), jnp.bfloat16))
     for given, reason in (
         (plain | {"bonus": bonus}, "a bonus is not implemented"),
         (plain | {"normalize": True}, "normalize=True is not implemented"),
-        (plain | {"log_decay": channels}, "a decay per key channel is not implemented"),
         (wide, "q has dtype float32, which matrix units would round"),
         (plain | long, "q has heads of 192; expected at most 128"),
         (arguments, "needs a Hopper GPU; JAX computes on cpu"),

@@ -49,12 +49,12 @@ def vectors(number: jax.Array | None, chunks: int) -> jax.Array | None:
     return jnp.stack([row.astype(jnp.float32) for row in rows], axis=2)
 
 
-def second(level: int) -> jax.Array:
+def second(level: Any) -> jax.Array:
     """Which entries of a tile (c, c) lie in rows of second blocks."""
     return (indices(SQUARE, 0) & (1 << level)) != 0
 
 
-def pairs(level: int) -> jax.Array:
+def pairs(level: Any) -> jax.Array:
     """The pairs of steps (c, c) that are split at a level, each in both orders."""
     apart = indices(SQUARE, 0) ^ indices(SQUARE, 1)
     return (apart >= 1 << level) & (apart < 2 << level)
@@ -68,7 +68,7 @@ def split(g_tile: Any, high: Any, low: Any) -> None:
     low[...] = (g - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def level_sums(level: int, high: Any, low: Any) -> jax.Array:
+def level_sums(level: Any, high: Any, low: Any) -> jax.Array:
     """The exponents of a level, (c, part): sums from the border to the step, or from after the step to the border."""
     step, other = indices(SQUARE, 0), indices(SQUARE, 1)
     between = jnp.where(second(level), step - other, other - step - 1) >= 0
