@@ -46,6 +46,8 @@ def forward(q, k, v, g, number, state, call, *, keeping):
     """Returns what `channel_kernels.walk` and `channel_kernels.prepare` return."""
     numbers = vectors(number, -(-q.shape[1] // CHUNK))
     prepared = channel_kernels.prepare(q, k, g, numbers, call.scale, call.settings)
+    # The interpreter cannot start a kernel while another runs, here and below.
+    prepared, v, state = jax.lax.optimization_barrier((prepared, v, state))
     walked = channel_kernels.walk(**prepared, x=v, state=state, settings=call.settings, keeping=keeping)
     return walked, prepared
 
@@ -60,12 +62,12 @@ def gradients(call, residuals, cotangents):
     """The backward pass, from what `forward` keeps and the gradients of outputs and the final state."""
     q, k, v, g, number, states, prepared = residuals
     do, dfinal = cotangents
-    # The interpreter cannot run the walks of both passes at once.
-    do, states = jax.lax.optimization_barrier((do, states))
+    do, dfinal, states = jax.lax.optimization_barrier((do, dfinal, states))
     backwards = prepared | {"reading": prepared["writing"], "writing": prepared["reading"]}
     walked = channel_kernels.walk(
         **backwards, x=do, state=dfinal, settings=call.settings, reverse=True, keeping=True
     )
+    walked, q, k, v, g = jax.lax.optimization_barrier((walked, q, k, v, g))
     numbers = vectors(number, prepared["keep"].shape[2])
     of_chunks = channel_gradients.gradients(
         q, k, v, do, g, numbers, prepared["keep"], states, walked["states"], call.scale
