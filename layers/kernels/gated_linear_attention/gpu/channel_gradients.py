@@ -1,6 +1,6 @@
 """The Mosaic GPU kernel of `gated_linear_attention` with a decay per key channel, backward: gradients of q, k and decay.
 
-With the notation of channel_kernels.py, the states S entering and the gradients R of the states leaving all chunks are known.
+With the notation of channel_walk.py, the states S entering and the gradients R of the states leaving all chunks are known.
 Every chunk then stands alone:
 
     dP = scale do v^T,    dq = scale b do S^T + ...,    dk = w v R^T + ....

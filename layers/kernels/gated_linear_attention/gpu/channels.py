@@ -1,6 +1,6 @@
 """`gated_linear_attention` on Hopper GPUs with a decay per key channel: both passes on one device.
 
-channel_levels.py says how decays enter products, channel_kernels.py and channel_gradients.py hold the kernels.
+channel_levels.py says how decays enter products. channel_kernels.py, channel_walk.py and channel_gradients.py hold the kernels.
 """
 
 import functools
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import mosaic_gpu
-from layers.kernels.gated_linear_attention.gpu import channel_gradients, channel_kernels
+from layers.kernels.gated_linear_attention.gpu import channel_gradients, channel_kernels, channel_walk
 from layers.kernels.gated_linear_attention.gpu.channel_kernels import Settings
 from layers.kernels.gated_linear_attention.gpu.channel_levels import vectors
 from layers.kernels.gated_linear_attention.gpu.kernels import CHUNK, PART
@@ -43,12 +43,12 @@ def attend(q, k, v, g, number, state, call):
 
 @mosaic_gpu.lowered_once("call", "keeping")
 def forward(q, k, v, g, number, state, call, *, keeping):
-    """Returns what `channel_kernels.walk` and `channel_kernels.prepare` return."""
+    """Returns what `channel_walk.walk` and `channel_kernels.prepare` return."""
     numbers = vectors(number, -(-q.shape[1] // CHUNK))
     prepared = channel_kernels.prepare(q, k, g, numbers, call.scale, call.settings)
     # The interpreter cannot start a kernel while another runs, here and below.
     prepared, v, state = jax.lax.optimization_barrier((prepared, v, state))
-    walked = channel_kernels.walk(**prepared, x=v, state=state, settings=call.settings, keeping=keeping)
+    walked = channel_walk.walk(**prepared, x=v, state=state, settings=call.settings, keeping=keeping)
     return walked, prepared
 
 
@@ -64,7 +64,7 @@ def gradients(call, residuals, cotangents):
     do, dfinal = cotangents
     do, dfinal, states = jax.lax.optimization_barrier((do, dfinal, states))
     backwards = prepared | {"reading": prepared["writing"], "writing": prepared["reading"]}
-    walked = channel_kernels.walk(
+    walked = channel_walk.walk(
         **backwards, x=do, state=dfinal, settings=call.settings, reverse=True, keeping=True
     )
     walked, q, k, v, g = jax.lax.optimization_barrier((walked, q, k, v, g))
