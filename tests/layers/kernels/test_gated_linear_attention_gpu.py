@@ -267,7 +267,10 @@ def test_refusals(monkeypatch, caplog):
     wide = {key: x.astype(jnp.float32) for key, x in plain.items()}
     long = dict.fromkeys(("q", "k"), jnp.zeros((1, 5, 2, 520), jnp.bfloat16))
     for given, reason in (
-        (plain | {"log_decay": channels}, "a decay per key channel is not implemented"),
+        (
+            plain | {"log_decay": channels, "normalize": True},
+            "normalize=True with a decay per key channel is not implemented",
+        ),
         (wide, "q has dtype float32, which matrix units would round"),
         (plain | long, "k has heads of 520; expected at most 512"),
         (arguments, "needs a Hopper GPU; JAX computes on cpu"),

@@ -1,7 +1,8 @@
-"""`gated_linear_attention` on Hopper GPUs, with at most one decay per head and step.
+"""`gated_linear_attention` on Hopper GPUs.
 
-kernels.py and backward.py hold the kernels, grouped.py those for many heads that share queries and keys. wide.py makes the
-calls that they take of wide heads, of sums of weights and of a bonus.
+kernels.py and backward.py hold the kernels for at most one decay per head and step, grouped.py those for many heads that
+share queries and keys, channels.py those for a decay per key channel. wide.py makes the calls that the first two take of wide
+heads, of sums of weights and of a bonus.
 """
 
 import functools
@@ -14,9 +15,17 @@ from jax.sharding import PartitionSpec as P
 
 from layers.kernels import devices, head_parts, mosaic_gpu, partition
 from layers.kernels.gated_linear_attention.gpu import backward as backward_kernels
-from layers.kernels.gated_linear_attention.gpu import grouped, grouped_keys, grouped_queries, kernels, wide
+from layers.kernels.gated_linear_attention.gpu import (
+    channels,
+    grouped,
+    grouped_keys,
+    grouped_queries,
+    kernels,
+    wide,
+)
 from layers.kernels.gated_linear_attention.gpu.kernels import CHUNK, KEEP, PART, READ, WRITE, Gates, Settings
 from layers.kernels.promotion import promoting
+from layers.kernels.segments import select_real
 from layers.kernels.shard_map_types import vary_as
 
 # The fastest settings of `python -m experiments.benchmark tune`.
@@ -44,15 +53,22 @@ class Call(NamedTuple):
     backward: Settings
 
 
-def unsupported_reason(q, k, v, log_decay, bonus, initial_state, **_: Any) -> str | None:
+def unsupported_reason(q, k, v, log_decay, bonus, normalize, initial_state, **_: Any) -> str | None:
     """Why these kernels cannot take a call, or None."""
-    if log_decay is not None and log_decay.ndim == 4:
-        return "a decay per key channel is not implemented; use impl='xla'"
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    if per_channel and (normalize or bonus is not None):
+        option = "normalize=True" if normalize else "a bonus"
+        return f"{option} with a decay per key channel is not implemented; use impl='xla'"
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.dtype != jnp.bfloat16:
             return f"{name} has dtype {x.dtype}, which matrix units would round; expected bfloat16"
-    if k.shape[3] > MOST_KEYS:
-        return f"k has heads of {k.shape[3]}; expected at most {MOST_KEYS}"
+    most = {"k": WIDEST if per_channel else MOST_KEYS} | (
+        {"v": channels.WIDEST_VALUES} if per_channel else {}
+    )
+    for name, widest in most.items():
+        width = {"k": k, "v": v}[name].shape[3]
+        if width > widest:
+            return f"{name} has heads of {width}; expected at most {widest}"
     for name, x in {"log_decay": log_decay, "bonus": bonus, "initial_state": initial_state}.items():
         if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             return f"{name} has dtype {x.dtype}; expected float32 or narrower"
@@ -60,16 +76,18 @@ def unsupported_reason(q, k, v, log_decay, bonus, initial_state, **_: Any) -> st
         return f"v is sharded {jax.typeof(v).sharding.spec}; expected whole rows, time not sharded"
     if q.shape[0] > mosaic_gpu.MAX_GRID:
         return f"q has {q.shape[0]} rows; expected at most {mosaic_gpu.MAX_GRID}"
-    return mosaic_gpu.refusal(_probe)
+    return mosaic_gpu.refusal(channels.probe if per_channel else _probe)
 
 
-def passed_over_reason(q, k, v, **_: Any) -> str | None:
+def passed_over_reason(q, k, v, log_decay=None, **_: Any) -> str | None:
     """Why `impl=None` does not take these kernels, or None.
 
     They need a full chunk, heads wide enough for the tensor cores, and enough programs to fill the GPU.
     """
     if devices.backend() != "gpu":
         return devices.hopper_refusal()
+    if log_decay is not None and log_decay.ndim == 4:
+        return "kernels for a decay per key channel are taken by name; give impl='gpu'"
     if q.shape[1] < CHUNK:
         return f"q has {q.shape[1]} tokens; a chunk has {CHUNK}"
     fewest = FEWEST_IF_LONG if q.shape[1] >= LONG else FEWEST
@@ -95,18 +113,23 @@ def gated_linear_attention(
     *,
     forward: Settings | None = None,
     backward: Settings | None = None,
+    channel: channels.Settings | None = None,
 ):
     """Returns outputs and the final state; the public function and `unsupported_reason` have checked the arguments.
 
     Args:
-      forward, backward: layouts of the kernels that replace the tuned ones.
+      forward, backward, channel: layouts of the kernels that replace the tuned ones, the last with a decay per key channel.
     """
     batch, _, _, keys = q.shape
     own = 1 if log_decay is None else log_decay.shape[0 if log_decay.ndim == 1 else 2]
     own = own if bonus is None else max(own, bonus.shape[0])
     heads, width = max(*(x.shape[2] for x in (q, k, v)), own), v.shape[3] + int(normalize)
     state = jnp.zeros((batch, heads, keys, width), jnp.float32) if initial_state is None else initial_state
-    call = Call(1.0 if normalize else scale, heads, SPAN, forward or FORWARD, backward or BACKWARD)
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    if per_channel:
+        call = channels.Call(scale, channel or channels.SETTINGS)
+    else:
+        call = Call(1.0 if normalize else scale, heads, SPAN, forward or FORWARD, backward or BACKWARD)
     rows, split = _sharding(q, k, v, heads)
 
     def head_axis(x, axis):
@@ -115,9 +138,10 @@ def gated_linear_attention(
     arrays = {name: (x, P(rows, None, head_axis(x, 2), None)) for name, x in (("q", q), ("k", k), ("v", v))}
     arrays["state"] = state.astype(jnp.float32), P(rows, split, None, None)
     if log_decay is not None:
-        g = jnp.maximum(log_decay.astype(jnp.float32), _LOWEST)
+        g = log_decay.astype(jnp.float32)
+        g = g if per_channel else jnp.maximum(g, _LOWEST)
         g = g[None, None] if g.ndim == 1 else g
-        arrays["g"] = g, P(rows if g.shape[0] > 1 else None, None, head_axis(g, 2))
+        arrays["g"] = g, P(rows if g.shape[0] > 1 else None, None, head_axis(g, 2), *[None] * per_channel)
     if bonus is not None:
         arrays["bonus"] = bonus.astype(jnp.float32), P(head_axis(bonus, 0), None)
     if segments is not None:
@@ -128,6 +152,8 @@ def gated_linear_attention(
         leaves = jax.tree.leaves(given)
         given = jax.tree.map(lambda x: vary_as(x, *leaves), given)
         local = dict(zip(arrays, given, strict=True))
+        if per_channel:
+            return _by_channel(call, **local)
         return wide.attend(functools.partial(_padded, call), call.scale, smallest, **local)
 
     out_specs = P(rows, None, split, None), P(rows, split, None, None)
@@ -152,6 +178,19 @@ def _padded(call, q, k, v, g, number, state):
     g = None if g is None else _pad(g, pads)
     number = None if number is None else _pad(number, pads[:2])
     o, final = _attend(q, k, v, g, number, state, call._replace(heads=state.shape[1]))
+    return o[:, :time, :, :width], final[:, :, :keys, :width]
+
+
+def _by_channel(call, q, k, v, g, state, segments=None):
+    """As `_padded`, with a decay per key channel, g (b or 1, t or 1, h or 1, k)."""
+    time, keys, width = q.shape[1], q.shape[3], v.shape[3]
+    q, k, v = (select_real(x, segments) for x in (q, k, v))
+    g = select_real(jnp.broadcast_to(g, (*q.shape[:2], state.shape[1], keys)), segments)
+    pads = ((0, 0), (0, -time % 8), (0, 0))
+    q, k, v, g = (_pad(x, (*pads, (0, -x.shape[3] % PART))) for x in (q, k, v, g))
+    state = _pad(state, ((0, 0), (0, 0), (0, -keys % PART), (0, -width % PART)))
+    number = _pad(segments.numbers, pads[:2]) if segments is not None and segments.packed else None
+    o, final = channels.attend(q, k, v, g, number, state, call)
     return o[:, :time, :, :width], final[:, :, :keys, :width]
 
 
@@ -286,7 +325,7 @@ def gradients(call, residuals, cotangents):
         sums = jax.lax.cumsum(total - keys[:, :, :, 0], axis=3, reverse=True)
         sums += (keys[:, :, :, 1].sum(-1) + through)[..., None]
         dg = sums.reshape(batch, call.heads, -1).swapaxes(1, 2)[:, :time]
-    dq, dk, dv = (_shared(dx, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
+    dq, dk, dv = (channels.summed(dx, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, dg, None, dstate
 
 
@@ -311,15 +350,6 @@ def _flows(ends, read, written, span):
         passed.append(flow - written_)
         flow = passed[-1] + read_
     return jnp.stack(passed[::-1], axis=3).reshape(*read.shape[:2], -1)[:, :, :chunks]
-
-
-def _shared(dx, heads):
-    """The gradient of an array with `heads` shared heads, from one gradient per head."""
-    if dx.shape[2] == heads:
-        return dx
-    batch, time, count, width = dx.shape
-    dx = dx.reshape(batch, time, heads, count // heads, width)
-    return dx.sum(3, dtype=jnp.float32).astype(dx.dtype)
 
 
 def _probe() -> None:

@@ -1,0 +1,253 @@
+"""The Hopper kernels of `gated_linear_attention` with a decay per key channel: interpreted, lowered, and on a GPU.
+
+The interpreter fills memory with NaN beforehand, also the outputs. On a GPU, `poisoned` does.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from layers.kernels import mosaic_gpu
+from layers.kernels.gated_linear_attention import gated_linear_attention, gpu
+from layers.kernels.gated_linear_attention.cases import SUITE
+from layers.kernels.gated_linear_attention.gpu import channel_levels, channels
+from layers.kernels.gated_linear_attention.gpu.channel_kernels import Settings
+from layers.kernels.segments import Segments
+from tests.layers.kernels import test_primitives as shared
+from tests.layers.kernels.test_gated_linear_attention_gpu import arguments_of as scalar_arguments
+from tests.layers.kernels.test_gated_linear_attention_gpu import ids_of
+from tests.layers.kernels.test_linear_recurrence_gpu import over_one_device, poisoned
+
+TOLERANCE = shared.TOLERANCE["bfloat16"]
+CASE = next(case for case in SUITE.cases if case.name == "channel")
+
+
+def arguments_of(rng, shape, heads, widths, *, strong=0.03):
+    """Random arguments (b, t) with heads of q, k and v, and widths of keys and values; some decays are -20."""
+    shapes = (*shape, max(heads), widths[0])
+    log_decay = np.where(rng.random(shapes) < strong, -20.0, -0.1 * rng.random(shapes))
+    return scalar_arguments(rng, shape, heads, widths) | {"log_decay": jnp.asarray(log_decay, jnp.float32)}
+
+
+def check(arguments, **options):
+    """Compares outputs and all gradients with the float64 reference; `options` go to the call."""
+    got, want, _ = shared.beside_reference(SUITE, CASE, "gpu", arguments, **options)
+    shared.close(got[0], want[0], TOLERANCE, "outputs")
+    for key in want[1]:
+        shared.close(got[1][key], want[1][key], TOLERANCE, f"gradient of {key}")
+        assert got[1][key].dtype == arguments[key].dtype
+    assert got[0][1].dtype == jnp.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "heads, widths, time",
+    [((1, 1, 1), (64, 64), 77), ((1, 1, 1), (128, 40), 130), ((1, 2, 1), (6, 130), 5)],
+    ids=str,
+)
+def test_interpreted(heads, widths, time):
+    """Odd lengths and widths, and shared heads."""
+    with mosaic_gpu.interpreted():
+        check(arguments_of(np.random.default_rng(0), (1, time), heads, widths))
+
+
+@pytest.mark.slow
+def test_interpreted_with_segments():
+    rng = np.random.default_rng(1)
+    with mosaic_gpu.interpreted():
+        check(arguments_of(rng, (1, 130), (1, 1, 1), (64, 64)), segment_ids=ids_of(rng, (1, 130)))
+
+
+@pytest.mark.slow
+def test_interpreted_at_the_limits_of_decay():
+    """Decays down to -inf, that is a reset of the channel, leave finite numbers, as in XLA."""
+    arguments = arguments_of(np.random.default_rng(2), (1, 70), (1, 1, 1), (64, 64), strong=0.3)
+    log_decay = arguments["log_decay"]
+    arguments["log_decay"] = jnp.where(log_decay == -20.0, -jnp.inf, log_decay)
+    want = gated_linear_attention(**arguments, impl="xla")
+
+    def loss(arguments):
+        o, final = gated_linear_attention(**arguments, impl="gpu")
+        return o.astype(jnp.float32).sum() + final.sum(), (o, final)
+
+    with mosaic_gpu.interpreted():
+        gradients, got = jax.jit(jax.grad(loss, has_aux=True))(arguments)
+    shared.close(got, want, TOLERANCE, "outputs")
+    assert all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in jax.tree.leaves(gradients))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fenced", [True, False])
+def test_races(monkeypatch, capsys, fenced):
+    """Buffers are used again only after all lanes and copies are done with them; without fences that shows."""
+    if not fenced:
+        monkeypatch.setattr(mosaic_gpu.plgpu, "commit_smem", lambda: None)
+    arguments = arguments_of(np.random.default_rng(3), (1, 190), (1, 1, 1), (128, 64))
+
+    def loss(arguments):
+        o, final = gpu.gated_linear_attention(
+            *(arguments[name] for name in ("q", "k", "v", "log_decay")),
+            *(None, 1.0, False, arguments["initial_state"], None, 0),
+        )
+        return o.astype(jnp.float32).sum() + final.sum()
+
+    with mosaic_gpu.interpreted(detect_races=True):
+        jax.block_until_ready(jax.jit(jax.grad(loss))(arguments))
+    assert ("RACE DETECTED" in capsys.readouterr().out) != fenced
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "heads, widths, segments",
+    [((2, 2, 2), (128, 128), True), ((1, 2, 4), (96, 192), False), ((16, 16, 16), (64, 256), True)],
+    ids=str,
+)
+def test_lowers_for_a_gpu(heads, widths, segments):
+    shape = 9, 1111
+    arguments = jax.eval_shape(lambda: arguments_of(np.random.default_rng(0), shape, heads, widths))
+    ids = jnp.ones(shape, jnp.int32) if segments else None
+
+    def both(arguments):
+        def run(arguments):
+            return gpu.gated_linear_attention(
+                *(arguments[name] for name in ("q", "k", "v", "log_decay")),
+                *(None, 1.0, False, arguments["initial_state"], Segments.of(ids), 0),
+            )
+
+        output, pullback = jax.vjp(run, arguments)
+        return output, pullback(output)
+
+    text = jax.jit(both).trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == 4
+
+
+@pytest.mark.slow
+def test_probe_lowers():
+    channels.probe()
+
+
+@pytest.mark.slow
+def test_explicit_mesh():
+    """Rows and heads are shared out as those of v are."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2)
+    spec = P("data", None, "model", None)
+
+    def array(dtype):
+        sharding = jax.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct((8, 24, 8, 64), dtype, sharding=sharding)
+
+    def loss(q, k, v, g):
+        o, final = gpu.gated_linear_attention(q, k, v, g, None, 1.0, False, None, None, 0)
+        return o.astype(jnp.float32).sum() + final.sum()
+
+    inputs = [array(jnp.bfloat16)] * 3 + [array(jnp.float32)]
+    with jax.set_mesh(mesh):
+        traced = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(*inputs)
+        result = traced.lower(lowering_platforms=("cuda",))
+        assert "tensor<2x24x4x64xbf16>" in result.as_text()
+        assert [v.sharding.spec for v in result.out_info] == [spec] * 4
+
+
+def test_segments_in_chunks():
+    """Steps read and write the states of the segments that pass the borders of chunks."""
+    number = jnp.asarray([[1] * 60 + [2] * 70 + [0] * 14], jnp.int32)
+    rows = np.asarray(channel_levels.vectors(number, 3))[0]
+    reads, writes, keeps = (rows[:, i] for i in (2, 3, 4))
+    assert reads.sum(1).tolist() == [60, 64, 2]
+    assert writes.sum(1).tolist() == [4, 64, 2]
+    assert keeps[:, 0].tolist() == [0, 1, 1]
+    assert (rows[2, 0, 2:] == -1).all()
+    assert (rows[2, 1, 2:] == -2).all()
+
+
+def test_refusals():
+    arguments = arguments_of(np.random.default_rng(4), (1, 5), (2, 2, 2), (4, 4))
+    wide = arguments | {"v": jnp.zeros((1, 5, 2, 320), jnp.bfloat16), "initial_state": None}
+    for given, reason in (
+        (wide, "v has heads of 320; expected at most 256"),
+        (arguments, "needs a Hopper GPU; JAX computes on cpu"),
+    ):
+        with pytest.raises(ValueError, match=f"impl='gpu' .* {reason}"):
+            gated_linear_attention(**given, impl="gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("time", [1, 2, 37, 130, 1200])
+@pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])
+def test_shared_case(time, segments):
+    poisoned(2**26)
+    arguments = shared.cast(shared.draw(CASE, 2, time), "bfloat16")
+    ids = ids_of(np.random.default_rng(time), (2, time), 0.05)
+    check(arguments, **({"segment_ids": ids} if segments else {}))
+
+
+SHAPES = {
+    "one head size": ((3, 1000), (4, 4, 4), (128, 128)),
+    "shared queries": ((2, 777), (1, 1, 8), (128, 64)),
+    "shared values": ((2, 300), (4, 2, 1), (64, 128)),
+    "wide values": ((2, 400), (2, 2, 2), (96, 192)),
+    "widest values": ((9, 129), (8, 8, 8), (64, 256)),
+    "odd widths": ((2, 129), (3, 3, 3), (96, 40)),
+    "one row": ((1, 8200), (2, 2, 2), (128, 128)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_gpu(shape, segments):
+    """Fresh random inputs over memory that was filled with NaN."""
+    rng = np.random.default_rng()
+    (batch, time), heads, widths = SHAPES[shape]
+    poisoned(2**26)
+    options = {"segment_ids": ids_of(rng, (batch, time), 0.01)} if segments else {}
+    check(arguments_of(rng, (batch, time), heads, widths), **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers, turns, stages", [(1, 1, 1), (2, 3, 2), (3, 1, 2)])
+def test_layouts_on_gpu(monkeypatch, workers, turns, stages):
+    monkeypatch.setattr(channels, "SETTINGS", Settings(workers, turns, stages))
+    rng = np.random.default_rng()
+    ids = ids_of(rng, (8, 2100), 0.002)
+    check(arguments_of(rng, (8, 2100), (16, 16, 16), (64, 64)), segment_ids=ids)
+
+
+@pytest.mark.gpu
+def test_repeats_exactly_on_gpu():
+    """Two hundred calls give the same numbers: no kernel depends on the order in which warpgroups and copies run."""
+    rng = np.random.default_rng()
+    arguments = arguments_of(rng, (8, 1024), (16, 16, 16), (128, 128))
+
+    @jax.jit
+    def run(arguments):
+        def loss(arguments):
+            o, final = gated_linear_attention(**arguments, impl="gpu")
+            return o.astype(jnp.float32).sum() + final.sum(), (o, final)
+
+        return jax.value_and_grad(loss, has_aux=True)(arguments)
+
+    first = run(arguments)
+    for _ in range(200):
+        again = run(arguments)
+        assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), first, again)))
+
+
+@pytest.mark.gpu
+def test_transformations_on_gpu():
+    arguments = arguments_of(np.random.default_rng(), (8, 90), (2, 2, 2), (64, 64))
+    want = jax.tree.map(np.asarray, gated_linear_attention(**arguments, impl="xla"))
+
+    def run(arguments):
+        return gated_linear_attention(**arguments, impl="gpu")
+
+    def merge(tree):
+        return jax.tree.map(lambda v: v.reshape(8, *v.shape[2:]), tree)
+
+    split = jax.tree.map(lambda v: v.reshape(2, 4, *v.shape[1:]), arguments)
+    shared.close(jax.jit(run)(arguments), want, TOLERANCE, "jit")
+    shared.close(merge(jax.vmap(run)(split)), want, TOLERANCE, "vmap")
+    shared.close(merge(jax.lax.map(run, split)), want, TOLERANCE, "scan")
+    shared.close(over_one_device(run)(arguments), want, TOLERANCE, "shard_map")
