@@ -93,18 +93,22 @@ def test_a_mixer_without_intervals_is_refused_before_training(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # S4D, on a machine that is busy
 @pytest.mark.parametrize("mixer", ["s5", "s4d"])
 def test_the_times_between_observations_matter(mixer, tmp_path):
     losses = {}
     for gaps in ("steps", "none"):
         workdir = tmp_path / gaps
         command = [
-            f"--config=configs/synthetic/oscillations.py:mixer={mixer},gaps={gaps},steps=300,width=16",
-            "--config.task.length=32",
-            "--config.task.train=2000",
+            f"--config=configs/synthetic/oscillations.py:mixer={mixer},gaps={gaps},steps=800,width=12",
+            "--config.model.mixer_defaults.state_size=8",  # S4D computes width * state_size / 2 exponentials a token
+            "--config.task.length=24",
+            "--config.task.train=4000",
+            "--config.train.batch_size=32",
+            "--num_devices=1",
             "--config.train.tensorboard=false",
             f"--workdir={workdir}",
         ]
         assert train.main(command) == 0
         losses[gaps] = RunDirectory(workdir).results()["test"]["loss"]
-    assert losses["steps"] < 0.5 * losses["none"]
+    assert losses["steps"] < 0.7 * losses["none"]
