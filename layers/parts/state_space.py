@@ -143,4 +143,4 @@ def run_modes(
     given = (x, segments.numbers, *([] if segments.intervals is None else [segments.intervals]))
     chunks = tuple(jnp.swapaxes(in_blocks(v, CHUNK), 0, 1) for v in given)
     (h, _), y = jax.lax.scan(run_chunk, (h, jnp.ones(rows, jnp.int32)), chunks)
-    return jnp.swapaxes(y, 0, 1).reshape(rows, -1, width)[:, :time], h
+    return jnp.swapaxes(y, 0, 1).reshape(rows, y.shape[0] * CHUNK, width)[:, :time], h

@@ -235,7 +235,7 @@ class Mega(Mixer):
             return jnp.where(inside, self.bias[...].at[index].get(mode="clip"), jnp.nan)
 
         def turned(vector, position):
-            flat = position.reshape(position.shape[0], -1)
+            flat = position.reshape(position.shape[0], math.prod(position.shape[1:]))
             tokens = jnp.broadcast_to(vector, (*flat.shape, 1, len(vector)))
             return rotary(tokens, flat).reshape(*position.shape, len(vector))
 

@@ -194,7 +194,7 @@ def _filter(config, weights, qk, lengths):
     whole = jnp.pad(qk, ((0, 0), (0, -t % 2**config.levels), (0, 0)))
     averages = [qk]
     for level in range(1, config.levels + 1):
-        blocks = whole.reshape(b, -1, 2**level, f).mean(2)
+        blocks = whole.reshape(b, whole.shape[1] // 2**level, 2**level, f).mean(2)
         averages.append(jnp.repeat(blocks, 2**level, axis=1)[:, :t])
     return _weighted(averages, _gates(config, weights, mean))
 

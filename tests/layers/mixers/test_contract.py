@@ -302,6 +302,21 @@ def test_types_do_not_depend_on_the_widest_numbers(entry):
 
 @pytest.mark.parametrize(
     "entry",
+    [pytest.param(entry, marks=[pytest.mark.slow] * (entry not in ("mega", "wersa"))) for entry in MIXERS],
+)
+def test_a_batch_without_rows(entry):
+    model = build(entry)
+    x = jax.ShapeDtypeStruct((0, 5, WIDTH), jnp.float32)
+    assert jax.eval_shape(lambda x: model(x)[0], x).shape == x.shape
+    if causal(entry):
+        state = model.init_state(0, max_length=TIME)
+        y, after = jax.eval_shape(lambda x: model(x, state), x)
+        assert y.shape == x.shape
+        assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+
+
+@pytest.mark.parametrize(
+    "entry",
     [
         pytest.param(entry, marks=[pytest.mark.slow] * (entry not in ("mamba2", "s5-full-spectrum")))
         for entry in MIXERS
