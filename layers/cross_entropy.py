@@ -27,18 +27,22 @@ class Unprojected(NamedTuple):
     Attributes:
       x: vectors (b, t, d).
       matrix: output matrix (v, d), in its own type.
+      logit_cap: c, if the logits are c tanh(x matrix^T / c); None for no bound.
     """
 
     x: Float[Array, "b t d"]
     matrix: Float[Array, "v d"]
+    logit_cap: float | None = None
 
     @property
     def logits(self) -> Float[Array, "b t v"]:
-        """The float32 logits x matrix^T (b, t, v); products, of the gradients too, are in the type of x."""
-        x, matrix = self
+        """The float32 logits (b, t, v), x matrix^T or bounded; products, of the gradients too, are in the type of x."""
+        x, matrix, cap = self
         if x.dtype == jnp.bfloat16:
-            return mixed_precision.product("btd,vd->btv", x, matrix, x.dtype)
-        return jnp.einsum("btd,vd->btv", x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
+            logits = mixed_precision.product("btd,vd->btv", x, matrix, x.dtype)
+        else:
+            logits = jnp.einsum("btd,vd->btv", x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 class CrossEntropy(NamedTuple):

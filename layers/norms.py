@@ -21,10 +21,28 @@ _zeros, _ones = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
 
 @checked_dataclass
 class NormConfig:
-    """Options of `LayerNorm` and `RMSNorm`."""
+    """Options of `RMSNorm`.
+
+    Attributes:
+      width: d, number of features.
+      epsilon: added to the mean square.
+      unit_offset: whether the factor is 1 + scale, so that a scale of zero changes nothing (Gemma).
+      dtype: dtype of the outputs.
+    """
 
     width: int
     epsilon: NonNegative = 1e-6
+    unit_offset: bool = False
+    dtype: ActivationDtype = jnp.float32
+
+
+@checked_dataclass
+class LayerNormConfig:
+    """Options of `LayerNorm`. `bias` says whether there is one."""
+
+    width: int
+    epsilon: NonNegative = 1e-6
+    bias: bool = True
     dtype: ActivationDtype = jnp.float32
 
 
@@ -43,10 +61,11 @@ class LayerNorm(nnx.Module):
 
     causal = True
 
-    def __init__(self, config: NormConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LayerNormConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.scale = parameter(rngs, _ones, (config.width,), axes=("embed",), **NO_DECAY)
-        self.bias = parameter(rngs, _zeros, (config.width,), axes=("embed",), **NO_DECAY)
+        own = {"axes": ("embed",), **NO_DECAY}
+        self.bias = parameter(rngs, _zeros, (config.width,), **own) if config.bias else None
 
     def __call__(
         self, x: Float[Array, "*b d"], *, mask: Bool[Array, "*b"] | None = None, training: bool = False
@@ -55,18 +74,24 @@ class LayerNorm(nnx.Module):
         wide = select_masked(x, mask).astype(jnp.float32)
         centred = wide - wide.mean(-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.config.epsilon)
-        scale, bias = (v.reshape((1,) * (x.ndim - 1) + (-1,)) for v in (self.scale[...], self.bias[...]))
-        return (y * scale + bias).astype(self.config.dtype)
+        y = y * _as_rows(self.scale[...], x.ndim)
+        if self.bias is not None:
+            y = y + _as_rows(self.bias[...], x.ndim)
+        return y.astype(self.config.dtype)
 
 
 class RMSNorm(nnx.Module):
-    """y = scale x / sqrt(mean(x^2) + epsilon) over features (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """y = scale x / sqrt(mean(x^2) + epsilon) over features (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    With `unit_offset`, the factor is 1 + scale, and the scale starts at zero.
+    """
 
     causal = True
 
     def __init__(self, config: NormConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.scale = parameter(rngs, _ones, (config.width,), axes=("embed",), **NO_DECAY)
+        init = _zeros if config.unit_offset else _ones
+        self.scale = parameter(rngs, init, (config.width,), axes=("embed",), **NO_DECAY)
 
     def __call__(
         self, x: Float[Array, "*b d"], *, mask: Bool[Array, "*b"] | None = None, training: bool = False
@@ -74,7 +99,13 @@ class RMSNorm(nnx.Module):
         """Returns x, normalised per token; training changes nothing here."""
         wide = select_masked(x, mask).astype(jnp.float32)
         y = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.config.epsilon)
-        return (y * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.config.dtype)
+        factor = 1 + self.scale[...] if self.config.unit_offset else self.scale[...]
+        return (y * _as_rows(factor, x.ndim)).astype(self.config.dtype)
+
+
+def _as_rows(v: jax.Array, ndim: int) -> jax.Array:
+    """Returns a vector of features with leading axes of size 1."""
+    return v.reshape((1,) * (ndim - 1) + (-1,))
 
 
 class BatchNorm(nnx.Module):
@@ -123,7 +154,7 @@ def _moments(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array
 
 
 NORMS = {
-    "layer_norm": (NormConfig, LayerNorm),
+    "layer_norm": (LayerNormConfig, LayerNorm),
     "rms_norm": (NormConfig, RMSNorm),
     "batch_norm": (BatchNormConfig, BatchNorm),
 }

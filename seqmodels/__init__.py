@@ -4,24 +4,13 @@ from seqmodels import neighbours  # before anything of `layers` is imported
 
 # isort: split
 import importlib.metadata
-from collections.abc import Mapping
-from typing import Any
 
-import jax.numpy as jnp
-from flax import nnx
-
-from layers.parameters import group_of
 from seqmodels.autoencoder import Autoencoder
+from seqmodels.building import build_model
 from seqmodels.classifier import Classifier
-from seqmodels.config import (
-    AutoencoderConfig,
-    ClassifierConfig,
-    DualEncoderConfig,
-    LanguageModelConfig,
-    parse,
-)
 from seqmodels.dual_encoder import DualEncoder
 from seqmodels.generation import Generation, generate, stream
+from seqmodels.interop import load_pretrained, save_pretrained
 from seqmodels.language_model import LanguageModel
 
 __all__ = [
@@ -33,6 +22,8 @@ __all__ = [
     "__version__",
     "build_model",
     "generate",
+    "load_pretrained",
+    "save_pretrained",
     "stream",
 ]
 
@@ -41,38 +32,3 @@ try:
     __version__ = importlib.metadata.version("jax-seqmodels")
 except importlib.metadata.PackageNotFoundError:  # the sources are on the path and nothing is installed
     __version__ = "unknown"
-
-MODELS = {
-    ClassifierConfig: Classifier,
-    DualEncoderConfig: DualEncoder,
-    LanguageModelConfig: LanguageModel,
-    AutoencoderConfig: Autoencoder,
-}
-
-
-def build_model(
-    config: Mapping[str, Any], *, rngs: nnx.Rngs
-) -> Classifier | DualEncoder | LanguageModel | Autoencoder:
-    """Returns the model that a mapping describes.
-
-    Args:
-      config: "kind" ("classifier", "dual_encoder", "language_model" or "autoencoder") and, flat, the fields of `InputConfig`,
-        `StackConfig` and of the config of that kind in `seqmodels.config`.
-      rngs: source of the keys that initialize parameters.
-
-    Raises:
-      ValueError: an unknown field or name (with the nearest one), or inconsistent values.
-    """
-    parsed = parse(config)
-    model = MODELS[type(parsed)](parsed, rngs=rngs)
-    dtype = jnp.dtype(parsed.stack.param_dtype)
-    if dtype != jnp.float32:
-        _store_matrices(model, dtype)
-    return model
-
-
-def _store_matrices(model: nnx.Module, dtype: jnp.dtype) -> None:
-    """Sets the dtype of matrices of the optimizer group "default"; rates, norms and biases stay float32."""
-    for _, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        if parameter.ndim >= 2 and group_of(parameter) == "default":
-            parameter.set_value(parameter[...].astype(dtype))

@@ -18,12 +18,13 @@ from seqmodels.config import StackConfig
 class Block(nnx.Module):
     """A layer of a stack.
 
-    Separate residuals, pre-norm (post-norm normalizes the sums instead):
+    Separate residuals, pre-norm (post-norm normalizes the sums instead, and "output" and "both" the outputs of branches):
 
         x = x + dropout(mixer(norm(x)))
         x = x + dropout(channel(norm(x)))
 
-    Joint residual: x = x + channel(mixer(norm(x))). Each x before a plus is multiplied by `residual_scale`.
+    Joint residual: x = x + channel(mixer(norm(x))). Parallel residual: x = x + mixer(norm(x)) + channel(norm(x)). Each x
+    before a plus is multiplied by `residual_scale`.
     """
 
     def __init__(self, config: StackConfig, layer: int, *, rngs: nnx.Rngs):
@@ -32,14 +33,19 @@ class Block(nnx.Module):
         given |= {"layer": layer, "depth": config.depth}
         mixer, options = config.mixer_of(layer)
         self.mixer = make_mixer(mixer, options, given={**config.mixer_defaults, **given}, rngs=rngs)
-        self.mixer_norm = self._norm(rngs)
+        before = config.norm_position != "output"
+        after = config.norm_position in ("output", "both")
+        self.mixer_norm = self._norm(rngs) if before else None
+        self.mixer_output_norm = self._norm(rngs) if after else None
         channel = config.channel_of(layer)
         if channel is None:
-            self.channel = self.channel_norm = None
+            self.channel = self.channel_norm = self.channel_output_norm = None
             return
         inside = {"dropout": config.dropout} if config.residual == "joint" else {}
         self.channel = make_channel_mixer(*channel, given=given | inside, rngs=rngs)
-        self.channel_norm = self._norm(rngs) if config.residual == "separate" else None
+        own = config.residual != "joint"
+        self.channel_norm = self._norm(rngs) if own and before else None
+        self.channel_output_norm = self._norm(rngs) if own and after else None
 
     def _norm(self, rngs: nnx.Rngs) -> nnx.Module:
         config = self.config
@@ -59,12 +65,15 @@ class Block(nnx.Module):
         mask = None if segments is None else segments.real
         norms = {"mask": mask, "training": key is not None}
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        pre, scale = self.config.norm_position == "pre", self.config.residual_scale
+        post, scale = self.config.norm_position == "post", self.config.residual_scale
 
-        def residual(x, branch, norm):
-            y, out = branch(norm(x, **norms) if pre else x)
+        def add(x, y, norm):
             total = (x if scale == 1 else scale * x) + y
-            return (total if pre else norm(total, **norms)), out
+            return norm(total, **norms) if post else total
+
+        def branch(f, x, norm, output_norm):
+            y, out = f(x if post or norm is None else norm(x, **norms))
+            return (y if output_norm is None else output_norm(y, **norms)), out
 
         def mix(u):
             y, out = self.mixer(u, state, segment_ids=segments)
@@ -75,7 +84,12 @@ class Block(nnx.Module):
         def channel(u):
             return dropout(self.channel(u, mask=mask, key=keys[1]), self.config.dropout, keys[2]), None
 
-        x, new_state = residual(x, mix, self.mixer_norm)
-        if self.channel_norm is not None:
-            x, _ = residual(x, channel, self.channel_norm)
-        return x, new_state
+        mixed, new_state = branch(mix, x, self.mixer_norm, self.mixer_output_norm)
+        if self.channel is None or self.config.residual == "joint":
+            return add(x, mixed, self.mixer_norm), new_state
+        if self.config.residual == "separate":
+            x = add(x, mixed, self.mixer_norm)
+        y, _ = branch(channel, x, self.channel_norm, self.channel_output_norm)
+        if self.config.residual == "parallel":
+            y = mixed + y
+        return add(x, y, self.channel_norm), new_state

@@ -28,9 +28,11 @@ class StackConfig:
         that mixers can be exchanged by name. Mixers without these options ignore them; one that no mixer has is refused.
       channel: channel mixer of blocks that name none; "none" for no channel mixer.
       channels: options of channel mixers by their names; an alias has a key "channel".
-      residual: "separate": x + mixer, then x + channel mixer; "joint": x + channel(mixer(x)), as in S4, S5 and LRU.
+      residual: "separate": x + mixer, then x + channel mixer; "joint": x + channel(mixer(x)), as in S4, S5 and LRU;
+        "parallel": x + mixer(norm(x)) + channel(norm(x)), each with its own norm, as in GPT-NeoX.
       norm, norm_options: name of the norm and its options.
-      norm_position: "pre" normalizes the input of each branch, "post" the sum.
+      norm_position: "pre" normalizes the input of each branch, "post" the sum, "output" the output of each branch (OLMo 2),
+        and "both" its input and its output (Gemma 2).
       residual_scale: factor on x before a branch is added; DeepNorm (Wang et al. 2022, arXiv:2203.00555) uses (2
         depth)^(1/4) with norm_position="post".
       dropout: dropout rate of branch outputs if separate; passed to the channel mixer if joint.
@@ -49,10 +51,10 @@ class StackConfig:
     mixer_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     channel: str = "swiglu"
     channels: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    residual: Literal["separate", "joint"] = "separate"
+    residual: Literal["separate", "joint", "parallel"] = "separate"
     norm: str = "rms_norm"
     norm_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    norm_position: Literal["pre", "post"] = "pre"
+    norm_position: Literal["pre", "post", "output", "both"] = "pre"
     residual_scale: Positive = 1.0
     dropout: Fraction = 0.0
     scan: bool = True
@@ -75,6 +77,10 @@ class StackConfig:
         if self.residual == "joint" and any(self.channel_of(i) is None for i in range(len(self.pattern))):
             raise ValueError(
                 "residual='joint' needs a channel mixer in every block; use residual='separate' with 'none'"
+            )
+        if self.residual == "parallel" and self.norm_position == "post":
+            raise ValueError(
+                "residual='parallel' adds both branches at once; norm_position='post' needs 'separate'"
             )
 
     def _check_defaults(self) -> None:
@@ -119,6 +125,9 @@ class InputConfig:
       absolute_positions: encoding of the position in the segment that is added to inputs: "none", "learned" (a table) or
         "sinusoidal", where token embeddings are first multiplied by sqrt(width), as in the original Transformer.
       max_positions: number of rows of the learned table; tokens at later positions give NaN.
+      embedding_scale: factor on token embeddings, before positions are added, such as sqrt(width) in Gemma; None for 1.
+      embedding_norm: whether LayerNorm normalizes the embeddings of tokens, as in Bloom.
+      embedding_norm_epsilon: epsilon of this norm.
     """
 
     vocab_size: int | None = None
@@ -126,6 +135,9 @@ class InputConfig:
     embedding_stddev: NonNegative | None = None
     absolute_positions: Literal["none", "learned", "sinusoidal"] = "none"
     max_positions: int | None = None
+    embedding_scale: Positive | None = None
+    embedding_norm: bool = False
+    embedding_norm_epsilon: NonNegative = 1e-5
 
     def __post_init__(self) -> None:
         if (self.max_positions is None) == (self.absolute_positions == "learned"):
@@ -137,6 +149,10 @@ class InputConfig:
             raise ValueError(
                 f"vocab_size={self.vocab_size} and input_size={self.input_size}; "
                 "set vocab_size for tokens or input_size for vectors, and not both"
+            )
+        if self.vocab_size is None and (self.embedding_scale is not None or self.embedding_norm):
+            raise ValueError(
+                "embedding_scale and embedding_norm are for tokens; vectors (input_size) have neither"
             )
 
 
@@ -191,12 +207,14 @@ class LanguageModelConfig:
       input, stack: see `InputConfig` and `StackConfig`; inputs must be tokens.
       tie_embeddings: whether the output matrix is the embedding matrix.
       final_norm: whether a norm precedes the output matrix.
+      logit_cap: bound of the logits, applied by tanh (Gemma 2); None for none.
     """
 
     input: InputConfig
     stack: StackConfig
     tie_embeddings: bool = True
     final_norm: bool = True
+    logit_cap: Positive | None = None
 
     def __post_init__(self) -> None:
         if self.input.vocab_size is None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.indices import check_indices
+from layers.norms import LayerNorm, LayerNormConfig
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.positions import sinusoidal
 from layers.segments import Place, SegmentIds, Segments, initial_place, select_real, visit
@@ -29,6 +30,8 @@ class Embedding(nnx.Module):
             )
         else:
             self.map = linear(config.input_size, width, axes=(None, "embed"), dtype=dtype, rngs=rngs)
+        norm = LayerNormConfig(width, config.embedding_norm_epsilon, dtype=dtype)
+        self.norm = LayerNorm(norm, rngs=rngs) if config.embedding_norm else None
         if config.absolute_positions == "learned":
             init = nnx.initializers.normal(0.02)
             self.positions = parameter(
@@ -82,7 +85,10 @@ class Embedding(nnx.Module):
                 )
             inputs = select_real(inputs, segments)
             check_indices("inputs", inputs, self.config.vocab_size, of="vocab_size")
-            return look_up(self.table[...], inputs, self.dtype)
+            x = look_up(self.table[...], inputs, self.dtype)
+            if self.config.embedding_scale is not None:
+                x = x * self.config.embedding_scale
+            return x if self.norm is None else self.norm(x)
         if inputs.ndim != 3 or inputs.shape[-1] != self.config.input_size:
             raise ValueError(f"inputs have shape {inputs.shape}; expected (b, t, {self.config.input_size})")
         return self.map(select_real(inputs, segments))

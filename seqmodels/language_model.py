@@ -119,4 +119,4 @@ class LanguageModel(nnx.Module):
         if self.norm is not None:
             x = self.norm(x, mask=None if segments is None else segments.real, training=key is not None)
         matrix = self.embedding.table[...] if self.head is None else self.head.kernel[...].T
-        return Unprojected(x, matrix), state
+        return Unprojected(x, matrix, self.config.logit_cap), state

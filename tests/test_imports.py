@@ -17,7 +17,7 @@ ARRAYS = {"jax", "jaxtyping", "numpy"}
 OUTSIDE = {
     "layers/kernels": ARRAYS,
     "layers": ARRAYS | {"flax"},
-    "seqmodels": ARRAYS | {"flax"},
+    "seqmodels": ARRAYS | {"flax", "safetensors"},
     "configs": {"ml_collections"},
 }
 # The legend of array types imports nothing of ours, and every house reads it.

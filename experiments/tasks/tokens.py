@@ -28,7 +28,8 @@ def cross_entropy(
     makes the loss and its gradients NaN.
 
     Args:
-      outputs: logits (b, t, v), or what they are computed from; then they are never in memory at once.
+      outputs: logits (b, t, v), or what they are computed from; then they are never in memory at once, unless they are
+        bounded.
       z_loss: weight of the z-loss, which keeps logits near zero (Chowdhery et al. 2022, arXiv:2204.02311).
 
     Returns:
@@ -40,6 +41,8 @@ def cross_entropy(
       ValueError: if the shapes are inconsistent, or a label that is not traced is neither a token nor IGNORE.
     """
     labels, weight = batch["labels"], batch["weight"]
+    if isinstance(outputs, Unprojected) and outputs.logit_cap is not None:
+        outputs = outputs.logits
     shape = (*outputs.x.shape[:2], len(outputs.matrix)) if isinstance(outputs, Unprojected) else outputs.shape
     if len(shape) != 3 or labels.shape != shape[:2] or weight.shape != shape[:1]:
         raise ValueError(
@@ -50,7 +53,7 @@ def cross_entropy(
     labels, vocabulary = jnp.where(counted, labels, 0), shape[2]
     check_indices("labels", labels, vocabulary, of="the vocabulary of the logits")
     if isinstance(outputs, Unprojected):
-        loss, losses, hits = linear_cross_entropy(*outputs, labels, counted, z_loss=z_loss)
+        loss, losses, hits = linear_cross_entropy(outputs.x, outputs.matrix, labels, counted, z_loss=z_loss)
     else:
         logits = jnp.where(counted[..., None], outputs.astype(jnp.float32), 0.0)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.clip(labels, 0, vocabulary - 1))

@@ -5,6 +5,7 @@ training and draws the dropout inside.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "gelu": jax.nn.gelu,
+    "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
     "silu": jax.nn.silu,
     "sigmoid": jax.nn.sigmoid,
     "tanh": jnp.tanh,
@@ -33,7 +35,8 @@ class MLPConfig:
     """Options of `MLP` and `GLU`.
 
     `hidden` is the inner width: by default 4 width for `MLP`, and for `GLU`, which has three matrices instead of two,
-    8/3 width rounded up to a multiple of `multiple_of`. `activation` names one of `ACTIVATIONS`.
+    8/3 width rounded up to a multiple of `multiple_of`. `activation` names one of `ACTIVATIONS`; "gelu" is the approximation
+    by tanh and "gelu_erf" the exact function.
     """
 
     width: int

@@ -20,18 +20,20 @@ class Rotary:
       fraction: fraction of the features per head that are rotated, from the first on; the others carry no position.
       scaling: change of the frequencies for sequences `factor` times as long as those of training: "linear" divides all
         (Chen et al. 2023, arXiv:2306.15595), "ntk" raises the base to base * factor^(k/(k-2)), "yarn" divides only
-        those that turn a few times within `length` (Peng et al. 2023, arXiv:2309.00071).
+        those that turn a few times within `length` (Peng et al. 2023, arXiv:2309.00071), and "llama3" does so with another
+        interpolation (Llama 3.1).
       factor: ratio of the lengths, see `scaling`; at least 1.
-      length: length of training sequences, for "yarn".
-      fast, slow: turns within `length`, for "yarn". Pairs that turn more than `fast` times keep their frequency, those
-        that turn fewer than `slow` times have it divided, and those between are interpolated linearly in their index.
+      length: length of training sequences, for "yarn" and "llama3".
+      fast, slow: turns within `length`, for "yarn" and "llama3". Pairs that turn more than `fast` times keep their frequency,
+        those that turn fewer than `slow` times have it divided, and those between are interpolated linearly: in their index
+        for "yarn", in their number of turns for "llama3", whose bounds are 4 and 1 in its release.
       amplitude: factor on rotated queries and keys, hence squared on logits. If None, 0.1 log(factor) + 1 for "yarn" and
         1 otherwise.
     """
 
     base: float = 10_000.0
     fraction: float = 1.0
-    scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
+    scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
     factor: float = 1.0
     length: int | None = None
     fast: float = 32.0
@@ -47,9 +49,10 @@ class Rotary:
             raise ValueError(
                 f"factor={self.factor} with scaling={self.scaling!r}; expected at least 1, and 1 without scaling"
             )
-        if (self.length is None) == (self.scaling == "yarn"):
+        if (self.length is None) == (self.scaling in ("yarn", "llama3")):
             raise ValueError(
-                f"length={self.length} with scaling={self.scaling!r}; yarn needs the length trained on, others take none"
+                f"length={self.length} with scaling={self.scaling!r}; yarn and llama3 need the length trained on, others "
+                "take none"
             )
         if self.fast <= self.slow:
             raise ValueError(f"fast={self.fast} and slow={self.slow}; expected fast > slow")
@@ -86,6 +89,10 @@ def rotary_frequencies(size: int, rope: Rotary) -> np.ndarray:
     frequency = base**-exponent
     if rope.scaling == "linear":
         return frequency / rope.factor
+    if rope.scaling == "llama3":
+        turns = rope.length * frequency / (2 * math.pi)
+        kept = np.clip((turns - rope.slow) / (rope.fast - rope.slow), 0, 1)
+        return frequency * kept + frequency / rope.factor * (1 - kept)
     if rope.scaling != "yarn":
         return frequency
 

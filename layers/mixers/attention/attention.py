@@ -9,7 +9,7 @@ from flax import nnx
 from layers.kernels.attention import Logits, Mask, Tokens
 from layers.mixer import Mixer, Visit
 from layers.norms import NormConfig, RMSNorm
-from layers.options import ActivationDtype, Count, Positive, checked_dataclass
+from layers.options import ActivationDtype, Count, NonNegative, Positive, checked_dataclass
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.parts.cache import Cache, empty_cache, extend
 from layers.parts.heads import join_heads, shared_heads, split_heads
@@ -42,7 +42,12 @@ class AttentionConfig:
       scale: factor on the logits; 1 / sqrt(head_dim) if None. T5 uses 1.
       logit_cap: bound of the scaled logits, applied by tanh (Gemma 2); None for none.
       qk_norm: whether RMSNorm normalizes the features of each query and key head before the rotation.
+      norm_heads: "each" for norms over the features of one head, which share a scale, or "all" for one norm over those of
+        all heads together (OLMo 2).
+      norm_epsilon: epsilon of these norms.
+      norm_unit_offset: whether their factor is 1 + scale (Gemma 3).
       bias: whether the projections have biases.
+      output_bias: whether the output projection has one; as `bias` if None.
       dtype: dtype of the activations and of the cache.
     """
 
@@ -59,7 +64,11 @@ class AttentionConfig:
     scale: float | None = None
     logit_cap: Positive | None = None
     qk_norm: bool = False
+    norm_heads: Literal["each", "all"] = "each"
+    norm_epsilon: NonNegative = 1e-6
+    norm_unit_offset: bool = False
     bias: bool = False
+    output_bias: bool | None = None
     dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
@@ -114,18 +123,26 @@ class Attention(Mixer):
         self.query = linear(config.width, config.heads * config.size, **options)
         self.key = linear(config.width, config.groups * config.size, **options)
         self.value = linear(config.width, config.groups * config.size, **options)
-        self.output = linear(
-            config.heads * config.size, config.width, **options | {"axes": ("heads", "embed")}
-        )
-        norm = NormConfig(config.size, dtype=config.dtype)
-        self.query_norm = RMSNorm(norm, rngs=rngs) if config.qk_norm else None
-        self.key_norm = RMSNorm(norm, rngs=rngs) if config.qk_norm else None
+        options |= {"axes": ("heads", "embed")}
+        if config.output_bias is not None:
+            options["bias"] = config.output_bias
+        self.output = linear(config.heads * config.size, config.width, **options)
+        self.query_norm = self._norm(config.heads, rngs) if config.qk_norm else None
+        self.key_norm = self._norm(config.groups, rngs) if config.qk_norm else None
         self.position = Position(
             config.position, width=config.width, heads=config.heads, causal=config.causal, rngs=rngs
         )
         small = nnx.initializers.normal(0.02)
         heads = {"axes": ("heads",), **NO_DECAY}
         self.sinks = parameter(rngs, small, (config.heads,), **heads) if config.sink_logits else None
+
+    def _norm(self, heads: int, rngs: nnx.Rngs) -> RMSNorm:
+        """Returns the norm of queries or keys."""
+        config = self.config
+        size = config.size * (heads if config.norm_heads == "all" else 1)
+        return RMSNorm(
+            NormConfig(size, config.norm_epsilon, config.norm_unit_offset, config.dtype), rngs=rngs
+        )
 
     def initial(self, batch_size: int, max_length: int | None) -> Cache:
         config = self.config
@@ -180,9 +197,14 @@ class Attention(Mixer):
     ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
         """Returns queries, keys and values before the rotation."""
         config = self.config
-        q = split_heads(self.query(x), config.heads)
-        k, v = (split_heads(f(x), config.groups) for f in (self.key, self.value))
-        return (self.query_norm(q), self.key_norm(k), v) if config.qk_norm else (q, k, v)
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if config.qk_norm and config.norm_heads == "all":
+            q, k = self.query_norm(q), self.key_norm(k)
+        q = split_heads(q, config.heads)
+        k, v = (split_heads(y, config.groups) for y in (k, v))
+        if config.qk_norm and config.norm_heads == "each":
+            q, k = self.query_norm(q), self.key_norm(k)
+        return q, k, v
 
     def finish(self, o: Float[Array, "b t h k"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Returns the mixer's output, given the heads' outputs and the mixer's input."""

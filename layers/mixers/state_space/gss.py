@@ -6,7 +6,7 @@ from flax import nnx
 
 from layers.kernels.ssm_kernel import ssm_kernel, zoh
 from layers.mixer import Mixer
-from layers.norms import LayerNorm, NormConfig
+from layers.norms import LayerNorm, LayerNormConfig
 from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import linear, parameter
 from layers.parts.segmented_convolution import convolve
@@ -68,7 +68,7 @@ class GSS(Mixer):
         options = {"axes": ("embed", "inner"), "dtype": config.dtype, "rngs": rngs}
         self.gate = linear(config.width, config.gated, bias=False, **options)
         self.value = linear(config.width, config.narrow, bias=False, **options)
-        self.norm = LayerNorm(NormConfig(config.narrow, dtype=config.dtype), rngs=rngs)
+        self.norm = LayerNorm(LayerNormConfig(config.narrow, dtype=config.dtype), rngs=rngs)
         normal, shape = nnx.initializers.normal(1.0), (config.narrow, config.state_size)
         self.log_rate = parameter(rngs, normal, shape[1:], group="ssm", axes=("state",))
         self.log_frequency = parameter(rngs, normal, shape[1:], group="ssm", axes=("state",))

@@ -97,7 +97,7 @@ class Mamba(Mixer):
         self.input = linear(config.width, 2 * channels, axes=("embed", "inner"), bias=config.bias, **options)
         self.convolution = ShortConvolution(channels, config.taps, bias=config.conv_bias, **options)
         self.selection = linear(channels, rank + 2 * size, axes=("inner", None), bias=False, **options)
-        norms = [NormConfig(features, config.epsilon, config.dtype) for features in (rank, size, size)]
+        norms = [NormConfig(features, config.epsilon, dtype=config.dtype) for features in (rank, size, size)]
         self.inner_norms = (
             nnx.List([RMSNorm(norm, rngs=rngs) for norm in norms]) if config.inner_norm else None
         )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixer import Mixer
-from layers.norms import LayerNorm, NormConfig
+from layers.norms import LayerNorm, LayerNormConfig
 from layers.options import ActivationDtype, NonNegative, checked_dataclass
 from layers.parameters import parameter
 from layers.parts.each_segment import mix_each_segment
@@ -71,7 +71,7 @@ class HyperMixer(Mixer):
         options = {"init": _xavier, "axes": ("heads", None, None)}
         self.inner = nnx.List(parameter(rngs, shape=square, **options) for _ in range(count))
         self.outer = nnx.List(parameter(rngs, shape=wide, **options) for _ in range(count))
-        norm = NormConfig(config.width, epsilon=config.epsilon, dtype=config.dtype)
+        norm = LayerNormConfig(config.width, epsilon=config.epsilon, dtype=config.dtype)
         self.norm = LayerNorm(norm, rngs=rngs) if config.norm else None
 
     def mix(

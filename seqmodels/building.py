@@ -1,0 +1,55 @@
+"""Building whole models from plain mappings."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.parameters import group_of
+from seqmodels.autoencoder import Autoencoder
+from seqmodels.classifier import Classifier
+from seqmodels.config import (
+    AutoencoderConfig,
+    ClassifierConfig,
+    DualEncoderConfig,
+    LanguageModelConfig,
+    parse,
+)
+from seqmodels.dual_encoder import DualEncoder
+from seqmodels.language_model import LanguageModel
+
+MODELS = {
+    ClassifierConfig: Classifier,
+    DualEncoderConfig: DualEncoder,
+    LanguageModelConfig: LanguageModel,
+    AutoencoderConfig: Autoencoder,
+}
+
+
+def build_model(
+    config: Mapping[str, Any], *, rngs: nnx.Rngs
+) -> Classifier | DualEncoder | LanguageModel | Autoencoder:
+    """Returns the model that a mapping describes.
+
+    Args:
+      config: "kind" ("classifier", "dual_encoder", "language_model" or "autoencoder") and, flat, the fields of `InputConfig`,
+        `StackConfig` and of the config of that kind in `seqmodels.config`.
+      rngs: source of the keys that initialize parameters.
+
+    Raises:
+      ValueError: an unknown field or name (with the nearest one), or inconsistent values.
+    """
+    parsed = parse(config)
+    model = MODELS[type(parsed)](parsed, rngs=rngs)
+    dtype = jnp.dtype(parsed.stack.param_dtype)
+    if dtype != jnp.float32:
+        _store_matrices(model, dtype)
+    return model
+
+
+def _store_matrices(model: nnx.Module, dtype: jnp.dtype) -> None:
+    """Sets the dtype of matrices of the optimizer group "default"; rates, norms and biases stay float32."""
+    for _, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if parameter.ndim >= 2 and group_of(parameter) == "default":
+            parameter.set_value(parameter[...].astype(dtype))

@@ -1,0 +1,148 @@
+"""What a family of published models is: its configs read and written, and its tensors by pairs of names."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from seqmodels.config import StackConfig
+from seqmodels.interop.options import Options
+
+Arrays = tuple[np.ndarray, ...]
+BLOCK = "stack/blocks"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Tensors of theirs and the variables of ours that hold the same numbers.
+
+    Attributes:
+      theirs, ours: names, within a layer or in full.
+      load: function from their arrays to ours.
+      save: its inverse.
+    """
+
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+    load: Callable[..., Arrays]
+    save: Callable[..., Arrays]
+
+    def within(self, theirs: str, ours: str) -> "Pair":
+        """Returns the pair with prefixes before its names."""
+        names = tuple(theirs + name for name in self.theirs), tuple(f"{ours}/{name}" for name in self.ours)
+        return dataclasses.replace(self, theirs=names[0], ours=names[1])
+
+
+Pairs = tuple[Pair, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of published models.
+
+    Attributes:
+      architecture: the name in "architectures" of their config.json.
+      model_type: the name in "model_type".
+      read: function from their options to a config of ours for `seqmodels.build_model`.
+      write: function from a model of ours to their options, as far as they exist; `save_pretrained` checks with `read` that
+        nothing of the model is lost.
+      outer: pairs outside of layers.
+      layer: prefix of their names within a layer, with "{}" for its number.
+      parts: function from the config of the stack to pairs within a layer, by the names of its mixer and channel mixer; ""
+        holds for all layers. Pairs for variables that a model lacks, such as biases, stand for nothing.
+      constants: variables within a layer that have one value in every model of the family and no tensor.
+      unread: pattern of names of tensors that hold nothing to read, such as masks.
+      base: prefix of all names but the head's, which some checkpoints leave out.
+    """
+
+    architecture: str
+    model_type: str
+    read: Callable[[Options], dict[str, Any]]
+    write: Callable[[Any], dict[str, Any]]
+    outer: Pairs
+    layer: str
+    parts: Callable[[StackConfig], Mapping[str, Pairs]]
+    constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    unread: str = r"(?!)"
+    base: str = "model."
+
+    def pairs(self, stack: StackConfig) -> Pairs:
+        """Returns all pairs of a model, with full names."""
+        found, parts = list(self.outer), self.parts(stack)
+        for layer in range(stack.depth):
+            channel = stack.channel_of(layer)
+            kinds = ["", stack.mixer_of(layer)[0], *([] if channel is None else [channel[0]])]
+            for kind in kinds:
+                found += (
+                    pair.within(self.layer.format(layer), f"{BLOCK}/{layer}") for pair in parts.get(kind, ())
+                )
+        return tuple(found)
+
+    def constant(self, name: str) -> float | None:
+        """Returns the value of a variable that has no tensor; None if it has one."""
+        within = re.sub(rf"^{BLOCK}/\d+/", "", name)
+        return self.constants.get(within)
+
+
+def same(theirs: str, ours: str) -> Pair:
+    """Returns a pair of equal arrays."""
+    return Pair((theirs,), (ours,), lambda x: (x,), lambda x: (x,))
+
+
+def transposed(theirs: str, ours: str) -> Pair:
+    """Returns a pair of matrices, each the other's transpose."""
+    return Pair((theirs,), (ours,), lambda x: (x.T,), lambda x: (x.T,))
+
+
+def linear(theirs: str, ours: str) -> Pairs:
+    """Returns the pairs of a linear map and its bias."""
+    return transposed(f"{theirs}.weight", f"{ours}/kernel"), same(f"{theirs}.bias", f"{ours}/bias")
+
+
+def norm(theirs: str, ours: str) -> Pairs:
+    """Returns the pairs of a norm's scale and bias."""
+    return same(f"{theirs}.weight", f"{ours}/scale"), same(f"{theirs}.bias", f"{ours}/bias")
+
+
+def convolution(theirs: str, ours: str) -> Pairs:
+    """Returns the pairs of a depthwise convolution, (d, 1, w) with them and (w, d) with us, and its bias."""
+    weight = Pair(
+        (f"{theirs}.weight",), (f"{ours}/weight",), lambda x: (x[:, 0].T,), lambda x: (x.T[:, None],)
+    )
+    return weight, same(f"{theirs}.bias", f"{ours}/bias")
+
+
+def fused(theirs: str, ours: tuple[str, ...], orders: Callable[[int], list[np.ndarray]]) -> Pairs:
+    """Returns the pairs of a linear map of theirs whose outputs are those of several of ours, and of its bias.
+
+    Args:
+      orders: function from the number of their outputs to the indices of the outputs of each of ours, all of them once.
+    """
+
+    def load(x):
+        return tuple(x[index].T for index in orders(len(x)))
+
+    def save(*parts):
+        count = sum(part.shape[-1] for part in parts)
+        whole = np.empty((count, *parts[0].shape[:-1]), parts[0].dtype)
+        for index, part in zip(orders(count), parts, strict=True):
+            whole[index] = part.T
+        return (whole,)
+
+    return tuple(
+        Pair((f"{theirs}.{kind}",), tuple(f"{name}/{own}" for name in ours), load, save)
+        for kind, own in (("weight", "kernel"), ("bias", "bias"))
+    )
+
+
+def stacked(theirs: tuple[str, ...], ours: str, *, transpose: bool = False) -> Pair:
+    """Returns the pair of several arrays of theirs, transposed if so said, and one of ours that stacks them."""
+
+    def turned(x):
+        return np.swapaxes(x, -1, -2) if transpose else x
+
+    return Pair(
+        theirs, (ours,), lambda *x: (np.stack([turned(each) for each in x]),), lambda x: tuple(map(turned, x))
+    )

@@ -1,0 +1,146 @@
+"""Files of a published checkpoint: config.json, model.safetensors or shards with an index; read and written tensor by tensor."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
+
+
+def library() -> Any:
+    """Returns the package safetensors.
+
+    Raises:
+      ImportError: it is not installed.
+    """
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise ImportError(
+            "checkpoints in the format of transformers need the package safetensors: pip install 'jax-seqmodels[pretrained]'"
+        ) from None
+    return safetensors
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Returns the mapping in a JSON file.
+
+    Raises:
+      ValueError: there is no such file, or it is no mapping in JSON.
+    """
+    try:
+        made = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
+    if not isinstance(made, dict):
+        raise ValueError(f"{file} holds a {type(made).__name__}; expected a mapping of options")
+    return made
+
+
+class Tensors:
+    """The tensors of a checkpoint by name, of which only the headers are read until one is asked for.
+
+    Raises:
+      ValueError: there are no weights in safetensors' format, a shard is missing, or a file is truncated.
+    """
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack):
+        self._files = {}
+        for file in _shards(folder):
+            opened = stack.enter_context(_opened(file))
+            self._files |= dict.fromkeys(opened.keys(), opened)
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor."""
+        return self._files[name].get_tensor(name)
+
+
+@contextlib.contextmanager
+def opened_tensors(folder: Path) -> Iterator[Tensors]:
+    """Opens the weights of a checkpoint; see `Tensors`."""
+    with contextlib.ExitStack() as stack:
+        yield Tensors(folder, stack)
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if not index.exists():
+        if (folder / WHOLE).exists():
+            return [folder / WHOLE]
+        other = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        hint = (
+            f"; {', '.join(other)} may hold code and is not read, convert it to safetensors" if other else ""
+        )
+        raise ValueError(f"{folder} has no {WHOLE} and no {INDEX}{hint}")
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files")
+    names = sorted(set(listed.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index} names {outside[0]!r}; expected files of the same folder")
+    if missing := [name for name in names if not (folder / name).exists()]:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names")
+    return [folder / name for name in names]
+
+
+def _opened(file: Path) -> Any:
+    package = library()
+    try:
+        return package.safe_open(file, framework="np")
+    except package.SafetensorError as error:
+        raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, shard_size: int) -> None:
+    """Writes tensors into one file, or into several of about `shard_size` bytes with an index."""
+    package = library()
+    written: list[tuple[Path, list[str]]] = []
+    held: dict[str, np.ndarray] = {}
+    total = size = 0
+
+    def write() -> None:
+        part = folder / f"part-{len(written)}.safetensors"
+        package.numpy.save_file(held, part, {"format": "pt"})
+        written.append((part, list(held)))
+        held.clear()
+
+    for name, array in tensors:
+        if held and size + array.nbytes > shard_size:
+            write()
+            size = 0
+        held[name] = np.ascontiguousarray(array)
+        size, total = size + array.nbytes, total + array.nbytes
+    write()
+    if len(written) == 1:
+        os.replace(written[0][0], folder / WHOLE)
+        return
+    places: dict[str, str] = {}
+    for number, (part, names) in enumerate(written, start=1):
+        final = f"model-{number:05}-of-{len(written):05}.safetensors"
+        os.replace(part, folder / final)
+        places |= dict.fromkeys(names, final)
+    write_json(
+        folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    )
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Writes a mapping as JSON."""
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,201 @@
+"""Models written in the format of transformers, where it has an architecture that computes the same."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from seqmodels.block import Block
+from seqmodels.config import parse
+from seqmodels.interop import files
+from seqmodels.interop.families import FAMILIES
+from seqmodels.interop.family import Family
+from seqmodels.interop.loading import read_config, shapes_of
+from seqmodels.interop.tensors import Table, make_table
+from seqmodels.language_model import LanguageModel
+from seqmodels.names import names_of
+from seqmodels.stack import Stack
+
+SHARD = 5_000_000_000
+# Options of training and initial values, which a published config does not have.
+_OF_TRAINING = {
+    "dtype",
+    "depth",
+    "layer",
+    "dropout",
+    "dt_min",
+    "dt_max",
+    "dt_floor",
+    "a_min",
+    "a_max",
+    "r_min",
+    "r_max",
+}
+_OF_TRAINING |= {"zero_init", "balance", "z_loss", "compute", "embedding_stddev"}
+# Sizes that shapes of parameters tell, whose defaults depend on others.
+_OF_SHAPES = {
+    "hidden",
+    "head_dim",
+    "kv_heads",
+    "dt_rank",
+    "state_size",
+    "value_heads",
+    "key_dim",
+    "value_dim",
+    "multiple_of",
+}
+
+
+def save_pretrained(model: LanguageModel, folder: str | os.PathLike, *, shard_size: int = SHARD) -> None:
+    """Writes a model in the format of transformers: config.json, and model.safetensors or shards with an index.
+
+    Args:
+      model: a language model that one of the families of `load_pretrained` can express.
+      folder: a folder, which is made if it does not exist and must not hold a checkpoint.
+      shard_size: about the most bytes per file.
+
+    Raises:
+      ImportError: the package safetensors is not installed.
+      ValueError: no family expresses the model (says why the nearest does not), or the folder holds a checkpoint.
+    """
+    files.library()
+    if not isinstance(model, LanguageModel):
+        raise ValueError(
+            f"model is a {type(model).__name__}; only language models have a format of transformers"
+        )
+    folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder={str(folder)!r} is a file; expected a folder")
+    if held := [name for name in (files.CONFIG, files.WHOLE, files.INDEX) if (folder / name).exists()]:
+        raise ValueError(
+            f"folder={str(folder)!r} holds {held[0]} already; expected another or an empty folder"
+        )
+    family, theirs, table = express(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_tensors(folder, _tensors(model, table), shard_size=shard_size)
+    # Last, so that a folder with a config is complete.
+    dtype = jnp.dtype(model.config.stack.param_dtype).name
+    named = {"architectures": [family.architecture], "model_type": family.model_type, "torch_dtype": dtype}
+    files.write_json(folder / files.CONFIG, theirs | named)
+
+
+def express(model: LanguageModel) -> tuple[Family, dict[str, Any], Table]:
+    """Returns the family that expresses a model, its options, and the table of tensors, or raises ValueError."""
+    reasons: dict[str, list[str]] = {}
+    for name, family in FAMILIES.items():
+        try:
+            theirs = family.write(model)
+            config = read_config(family, theirs, of=name)
+            twin = shapes_of(config)
+        except (KeyError, AttributeError, ValueError, TypeError):
+            continue  # a mixer or channel mixer of another kind
+        reasons[name] = differences(model, twin)
+        if not reasons[name]:
+            return family, theirs, make_table(family, parse(config).stack, twin)
+    if not reasons:
+        pattern = ", ".join(model.config.stack.pattern)
+        raise ValueError(
+            f"no supported architecture of transformers has layers of {pattern}; see {', '.join(FAMILIES)}"
+        )
+    name = min(reasons, key=lambda each: len(reasons[each]))
+    raise ValueError(
+        f"no supported architecture of transformers expresses the model; the nearest, {name}, has {'; '.join(reasons[name][:3])}"
+    )
+
+
+def differences(model: LanguageModel, twin: LanguageModel) -> list[str]:
+    """Returns one line for each option by which the outputs of a model of equal parameters differ from its twin's."""
+    found = []
+    for name in ("tie_embeddings", "final_norm", "logit_cap"):
+        found += _compare(name, getattr(model.config, name), getattr(twin.config, name))
+    found += _options("", model.config.input, twin.config.input)
+    stacks = model.config.stack, twin.config.stack
+    for name in ("width", "depth", "residual", "norm_position", "residual_scale"):
+        found += _compare(name, *(getattr(stack, name) for stack in stacks))
+    if found:
+        return found
+    if model.norm is not None:
+        found += _options("norm.", model.norm.config, twin.norm.config)
+    for layer, (ours, theirs) in enumerate(zip(_blocks(model.stack), _blocks(twin.stack), strict=True)):
+        found += _block(f"layer {layer}: ", ours, theirs)
+    own, other = _shapes(model), _shapes(twin)
+    found += [f"no {name} {list(own[name])}" for name in own if own[name] != other.get(name)]
+    found += [f"a further {name}" for name in other if name not in own]
+    return found
+
+
+def _block(where: str, ours: Block, theirs: Block) -> list[str]:
+    found = []
+    for name in (
+        "mixer",
+        "channel",
+        "mixer_norm",
+        "mixer_output_norm",
+        "channel_norm",
+        "channel_output_norm",
+    ):
+        pair = getattr(ours, name), getattr(theirs, name)
+        found += _compare(where + name, *(type(each).__name__ for each in pair))
+        if pair[0] is not None and not found:
+            found += _options(f"{where}{name}.", *(each.config for each in pair))
+    activations = [getattr(block.channel, "activation", None) for block in (ours, theirs)]
+    return found + ([f"{where}another activation"] if activations[0] is not activations[1] else [])
+
+
+def _options(where: str, ours: Any, theirs: Any) -> list[str]:
+    fields = [field.name for field in dataclasses.fields(ours)]
+    skipped = _OF_TRAINING | _OF_SHAPES | {"activation"}
+    return [
+        line
+        for name in fields
+        if name not in skipped
+        for line in _compare(where + name, getattr(ours, name), getattr(theirs, name))
+    ]
+
+
+def _compare(name: str, ours: Any, theirs: Any) -> list[str]:
+    return [] if ours == theirs else [f"{name}={theirs!r} and the model {ours!r}"]
+
+
+def _blocks(stack: Stack) -> list[Block]:
+    """The block of each layer; one stands for all layers that are stacked at its place."""
+    scanned, period = stack.repeats * len(stack.stacked), max(len(stack.stacked), 1)
+    return [
+        stack.stacked[layer % period] if layer < scanned else stack.blocks[layer - scanned]
+        for layer in range(stack.config.depth)
+    ]
+
+
+def _shapes(model: LanguageModel) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        names = names_of(path, variable)
+        found |= dict.fromkeys(names.names, variable.shape[1:] if names.stacked else variable.shape)
+    return found
+
+
+def _tensors(model: LanguageModel, table: Table) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields tensors by name, a few at a time from the device."""
+    places = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        names = names_of(path, variable)
+        for number, name in enumerate(names.names):
+            places[name] = variable, number if names.stacked else None
+
+    def read(name: str) -> np.ndarray:
+        variable, number = places[name]
+        return np.asarray(variable[...] if number is None else variable[...][number])
+
+    for name, value in table.constants.items():
+        if not np.all(read(name) == value):
+            raise ValueError(
+                f"{name} of the model is not {value:g}, the only value that the architecture has"
+            )
+    pairs = {pair.ours: pair for pair, _ in table.pairs.values()}
+    for pair in pairs.values():
+        yield from zip(pair.theirs, pair.save(*map(read, pair.ours)), strict=True)

@@ -1,0 +1,230 @@
+"""Makes the tiny checkpoints of `tests/seqmodels/interop/data` with transformers, in an environment of their own.
+
+    python -m venv /tmp/interop && /tmp/interop/bin/pip install torch 'transformers==5.24.0' safetensors
+    /tmp/interop/bin/python tools/interop_data.py tests/seqmodels/interop/data [FAMILY ...]
+
+Per family: config.json and model.safetensors as `save_pretrained` writes them, with random weights in which biases and norms
+matter too, and expected.safetensors with tokens (2, 24), their logits (2, 24, v), and greedy (2, 16), with which the first 8
+tokens continue. Every step of the continuation is a full pass, in float32. A continuation is kept only if no step is nearly a tie.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import save_file
+
+VOCAB, WIDTH, TOKENS, PROMPT, NEW = 40, 16, 24, 8, 16
+TIE = 2e-3
+torch.set_num_threads(1)
+
+COMMON = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "max_position_embeddings": 64}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
+DECODER = COMMON | HEADS
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+
+# Names of folders: the class of the config, and its options.
+FAMILIES = {
+    "llama": ("LlamaConfig", DECODER | {"rope_parameters": LLAMA3}),
+    "llama_yarn": (
+        "LlamaConfig",
+        DECODER | {"rope_parameters": YARN, "tie_word_embeddings": True, "attention_bias": True},
+    ),
+    "mistral": ("MistralConfig", DECODER | {"sliding_window": 7, "head_dim": 8, "rope_parameters": LINEAR}),
+    "qwen2": ("Qwen2Config", DECODER | {"rope_parameters": ROPE}),
+    "qwen3": ("Qwen3Config", DECODER | {"head_dim": 8, "rope_parameters": ROPE, "rms_norm_eps": 1e-5}),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        COMMON
+        | {
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "rope_parameters": ROPE | {"partial_rotary_factor": 0.5},
+        },
+    ),
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64, "n_inner": 24},
+    ),
+    "mamba": ("MambaConfig", COMMON | {"state_size": 4, "time_step_rank": 3}),
+    "mamba2": (
+        "Mamba2Config",
+        COMMON | {"state_size": 4, "head_dim": 8, "num_heads": 4, "n_groups": 2, "chunk_size": 8},
+    ),
+    "falcon_mamba": ("FalconMambaConfig", COMMON | {"state_size": 4, "time_step_rank": 3}),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        DECODER
+        | {
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 1,
+            "attention_window_size": 7,
+            "logits_soft_cap": 3.0,
+        },
+    ),
+    "gemma": ("GemmaConfig", DECODER | {"head_dim": 8, "rope_parameters": ROPE}),
+    "gemma2": (
+        "Gemma2Config",
+        DECODER
+        | {
+            "head_dim": 8,
+            "rope_parameters": ROPE,
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 5,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        DECODER
+        | {
+            "head_dim": 8,
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {"sliding_attention": ROPE, "full_attention": LINEAR},
+        },
+    ),
+    "olmo2": ("Olmo2Config", DECODER | {"rope_parameters": ROPE}),
+    "phi3": ("Phi3Config", DECODER | {"rope_parameters": ROPE, "pad_token_id": 0}),
+    "mixtral": (
+        "MixtralConfig",
+        DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": ROPE},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        DECODER
+        | {
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "rope_parameters": ROPE,
+        },
+    ),
+    "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": WIDTH, "n_layer": 2, "n_head": 2}),
+    "mpt": (
+        "MptConfig",
+        {
+            "vocab_size": VOCAB,
+            "d_model": WIDTH,
+            "n_layers": 2,
+            "n_heads": 2,
+            "expansion_ratio": 2,
+            "max_seq_len": 64,
+        },
+    ),
+    "jamba": (
+        "JambaConfig",
+        DECODER
+        | {
+            "num_hidden_layers": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 4,
+            "expert_layer_offset": 2,
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 3,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        DECODER
+        | {
+            "head_dim": 8,
+            "rope_parameters": ROPE | {"partial_rotary_factor": 0.5},
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 4,
+            "linear_value_head_dim": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    "kimi_linear": ("KimiLinearConfig", DECODER),
+    "minimax": (
+        "MiniMaxConfig",
+        DECODER | {"head_dim": 8, "num_local_experts": 2, "rope_parameters": ROPE, "block_size": 8},
+    ),
+}
+
+
+def scramble(model, seed):
+    """Random weights: matrices of a moderate size, vectors around their initial values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim == 1 or name.endswith("A_log"):
+                weight.add_(0.3 * noise)
+            elif (
+                ("conv" in name and weight.ndim == 3)
+                or "embed" in name
+                or "wte" in name
+                or "lm_head" in name
+                or "embed_out" in name
+            ):
+                weight.copy_(0.5 * noise)
+            else:
+                weight.copy_(1.2 * weight.shape[-1] ** -0.5 * noise)
+
+
+def make(folder, name):
+    """Writes one family; returns whether a continuation without near ties was found."""
+    kind, options = FAMILIES[name]
+    config = getattr(transformers, kind)(**options)
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for seed in range(20):
+        scramble(model, seed)
+        rows = np.random.default_rng(seed).integers(1, VOCAB, (2, TOKENS))
+
+        def logits(ids):
+            with torch.no_grad():
+                return model(torch.tensor(ids), use_cache=False).logits.numpy()
+
+        made, gap = rows[:, :PROMPT], np.inf
+        for _ in range(NEW):
+            last = logits(made)[:, -1]
+            best = np.sort(last, axis=-1)
+            gap = min(gap, (best[:, -1] - best[:, -2]).min())
+            made = np.concatenate([made, last.argmax(-1)[:, None]], axis=1)
+        if gap > TIE and len(np.unique(made[:, PROMPT:])) > 2:
+            break
+    else:
+        raise SystemExit(f"{name}: no seed gives a varied continuation without near ties")
+    model.save_pretrained(folder / name)
+    (folder / name / "generation_config.json").unlink(missing_ok=True)
+    expected = {
+        "tokens": rows.astype(np.int32),
+        "logits": logits(rows),
+        "greedy": made[:, PROMPT:].astype(np.int32),
+    }
+    save_file(expected, folder / name / "expected.safetensors", {"transformers": transformers.__version__})
+    return sum(file.stat().st_size for file in (folder / name).iterdir()), seed, gap
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    for each in sys.argv[2:] or FAMILIES:
+        size, seed, gap = make(target, each)
+        print(f"{each:16} {size:7} bytes, seed {seed}, smallest gap {gap:.4f}")
