@@ -20,6 +20,7 @@ MODULES = {
     "evaluate": "experiments.evaluate",
     "generate": "experiments.generate",
     "long_context": "experiments.long_context",
+    "convert": "experiments.convert",
     "harness": "experiments.harness",
     "compare": "experiments.compare",
     "sweep": "experiments.sweep.__main__",

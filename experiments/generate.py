@@ -3,16 +3,21 @@
     python -m experiments.generate --workdir=runs/stories --prompt="Once upon a time" --temperature=0.8 --top_p=0.95
     python -m experiments.generate --workdir=runs/stories --prompt=One --prompt=Two --temperature=0
     python -m experiments.generate --workdir=runs/code --prompt="def f(" --lookup=8
+    python -m experiments.generate --pretrained=checkpoints/Qwen3-0.6B --prompt="Once upon a time"
 
 Each prompt is printed with its continuation, one after another. A continuation ends at the token that ends a document, before a
 text of --stop, or after --max_new_tokens. Equal commands print equal texts; prompt number n samples with the seed plus n. With
 --lookup, one call of the model checks several tokens that followed the last tokens earlier: the text is the same, and how many
 tokens a call gave is printed on standard error. The run must be one of a language model on a task that has a tokenizer. Exit codes: 0 done; 2 the run or an argument cannot be used; 65 a
 logit is not finite.
+
+--pretrained takes a published checkpoint in place of a run: a folder with config.json, safetensors and tokenizer.json (see
+`seqmodels.load_pretrained`).
 """
 
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +29,9 @@ from experiments.config.command_line import (
     positive_integer,
     reporting,
 )
+from experiments.data.text.tokenizers import Tokenizer, make_tokenizer
 from experiments.training.trained import open_run
-from seqmodels import Generation, stream
+from seqmodels import Generation, LanguageModel, load_pretrained, stream
 
 # Arguments that `stream` takes as they are.
 OPTIONS = (
@@ -51,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("prompt", "stop"):
         if "" in getattr(args, name):
             raise ArgumentError(f"--{name}= is empty; expected a text")
-    trained = open_run(args.workdir, args.checkpoint)
-    model, tokenizer = trained.model, trained.plan.task.tokenizer
+    model, tokenizer = opened(args.workdir, args.pretrained, args.checkpoint)
     prompts = [encode(tokenizer, prompt) for prompt in args.prompt]
     options = {name: getattr(args, name) for name in OPTIONS} | {"stop": [[tokenizer.end]], "block": BLOCK}
     try:
@@ -77,6 +82,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def opened(workdir: Path | None, pretrained: Path | None, checkpoint: str) -> tuple[LanguageModel, Tokenizer]:
+    """Returns the model and the tokenizer of a run or of a published checkpoint.
+
+    Raises:
+      ArgumentError: neither or both are given, or the checkpoint cannot be used.
+    """
+    if (workdir is None) == (pretrained is None):
+        raise ArgumentError("expected one of --workdir and --pretrained")
+    if workdir is not None:
+        trained = open_run(workdir, checkpoint)
+        return trained.model, trained.plan.task.tokenizer
+    try:
+        model, _ = load_pretrained(pretrained)
+        tokenizer = make_tokenizer(pretrained / "tokenizer.json", texts=list)
+    except (ValueError, ImportError) as error:
+        raise ArgumentError(f"--pretrained={pretrained}: {error}") from None
+    return model, tokenizer
+
+
 class Made:
     """Numbers of new tokens and of calls of the model that gave them."""
 
@@ -96,7 +120,11 @@ class Made:
 
 def parser() -> Parser:
     """Returns the parser of the command."""
-    made = Parser("experiments.generate", __doc__, workdir=True)
+    made = Parser("experiments.generate", __doc__)
+    made.add_argument("--workdir", type=Path, help="directory of the run")
+    made.add_argument(
+        "--pretrained", type=Path, help="folder of a published checkpoint, in place of --workdir"
+    )
     made.add_argument(
         "--prompt", action="append", required=True, help="text to continue; may be given several times"
     )

@@ -23,6 +23,8 @@ torch.set_num_threads(1)
 COMMON = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "max_position_embeddings": 64}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
 DECODER = COMMON | HEADS
+# A width whose root is rounded in bfloat16.
+GEMMA = DECODER | {"hidden_size": 24}
 ROPE = {"rope_type": "default", "rope_theta": 500.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -66,18 +68,19 @@ FAMILIES = {
     "falcon_mamba": ("FalconMambaConfig", COMMON | {"state_size": 4, "time_step_rank": 3}),
     "recurrent_gemma": (
         "RecurrentGemmaConfig",
-        DECODER
+        GEMMA
         | {
             "num_hidden_layers": 3,
+            "num_attention_heads": 6,
             "num_key_value_heads": 1,
             "attention_window_size": 7,
             "logits_soft_cap": 3.0,
         },
     ),
-    "gemma": ("GemmaConfig", DECODER | {"head_dim": 8, "rope_parameters": ROPE}),
+    "gemma": ("GemmaConfig", GEMMA | {"head_dim": 8, "rope_parameters": ROPE}),
     "gemma2": (
         "Gemma2Config",
-        DECODER
+        GEMMA
         | {
             "head_dim": 8,
             "rope_parameters": ROPE,
@@ -89,7 +92,7 @@ FAMILIES = {
     ),
     "gemma3": (
         "Gemma3TextConfig",
-        DECODER
+        GEMMA
         | {
             "head_dim": 8,
             "sliding_window": 7,
@@ -159,11 +162,6 @@ FAMILIES = {
             "moe_intermediate_size": 8,
             "shared_expert_intermediate_size": 16,
         },
-    ),
-    "kimi_linear": ("KimiLinearConfig", DECODER),
-    "minimax": (
-        "MiniMaxConfig",
-        DECODER | {"head_dim": 8, "num_local_experts": 2, "rope_parameters": ROPE, "block_size": 8},
     ),
 }
 

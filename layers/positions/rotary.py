@@ -51,8 +51,8 @@ class Rotary:
             )
         if (self.length is None) == (self.scaling in ("yarn", "llama3")):
             raise ValueError(
-                f"length={self.length} with scaling={self.scaling!r}; yarn and llama3 need the length trained on, others "
-                "take none"
+                f"length={self.length} with scaling={self.scaling!r}; yarn needs the length trained on, and so does "
+                "llama3; others take none"
             )
         if self.fast <= self.slow:
             raise ValueError(f"fast={self.fast} and slow={self.slow}; expected fast > slow")

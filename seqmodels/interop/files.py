@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -66,6 +67,10 @@ class Tensors:
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor."""
         return tuple(self._files[name].get_slice(name).get_shape())
+
+    def size(self, name: str) -> int:
+        """Returns the number of numbers in a tensor."""
+        return math.prod(self.shape(name))
 
     def read(self, name: str) -> np.ndarray:
         """Returns a tensor."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from layers.registry import choose
 from seqmodels.block import Block
 from seqmodels.config import parse
 from seqmodels.interop import files
@@ -51,11 +52,18 @@ _OF_SHAPES = {
 }
 
 
-def save_pretrained(model: LanguageModel, folder: str | os.PathLike, *, shard_size: int = SHARD) -> None:
+def save_pretrained(
+    model: LanguageModel,
+    folder: str | os.PathLike,
+    *,
+    architecture: str | None = None,
+    shard_size: int = SHARD,
+) -> None:
     """Writes a model in the format of transformers: config.json, and model.safetensors or shards with an index.
 
     Args:
       model: a language model that one of the families of `load_pretrained` can express.
+      architecture: name of the family, such as "MistralForCausalLM"; by default the first that expresses the model.
       folder: a folder, which is made if it does not exist and must not hold a checkpoint.
       shard_size: about the most bytes per file.
 
@@ -75,7 +83,7 @@ def save_pretrained(model: LanguageModel, folder: str | os.PathLike, *, shard_si
         raise ValueError(
             f"folder={str(folder)!r} holds {held[0]} already; expected another or an empty folder"
         )
-    family, theirs, table = express(model)
+    family, theirs, table = express(model, architecture)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_tensors(folder, _tensors(model, table), shard_size=shard_size)
     # Last, so that a folder with a config is complete.
@@ -84,15 +92,20 @@ def save_pretrained(model: LanguageModel, folder: str | os.PathLike, *, shard_si
     files.write_json(folder / files.CONFIG, theirs | named)
 
 
-def express(model: LanguageModel) -> tuple[Family, dict[str, Any], Table]:
+def express(model: LanguageModel, architecture: str | None = None) -> tuple[Family, dict[str, Any], Table]:
     """Returns the family that expresses a model, its options, and the table of tensors, or raises ValueError."""
+    candidates = FAMILIES
+    if architecture is not None:
+        candidates = {architecture: choose("architecture", FAMILIES, architecture)}
     reasons: dict[str, list[str]] = {}
-    for name, family in FAMILIES.items():
+    for name, family in candidates.items():
         try:
             theirs = family.write(model)
             config = read_config(family, theirs, of=name)
             twin = shapes_of(config)
-        except (KeyError, AttributeError, ValueError, TypeError):
+        except (KeyError, AttributeError, ValueError, TypeError) as error:
+            if architecture is not None:
+                raise ValueError(f"{name} cannot express the model: {error!r}") from error
             continue  # a mixer or channel mixer of another kind
         reasons[name] = differences(model, twin)
         if not reasons[name]:
@@ -100,9 +113,10 @@ def express(model: LanguageModel) -> tuple[Family, dict[str, Any], Table]:
     if not reasons:
         pattern = ", ".join(model.config.stack.pattern)
         raise ValueError(
-            f"no supported architecture of transformers has layers of {pattern}; see {', '.join(FAMILIES)}"
+            f"no supported architecture of transformers has layers of {pattern}; supported: {', '.join(FAMILIES)}"
         )
-    name = min(reasons, key=lambda each: len(reasons[each]))
+    # The structure is compared first: where options of layers differ, it is the same.
+    name = min(reasons, key=lambda each: (":" not in reasons[each][0], len(reasons[each])))
     raise ValueError(
         f"no supported architecture of transformers expresses the model; the nearest, {name}, has {'; '.join(reasons[name][:3])}"
     )
@@ -148,6 +162,8 @@ def _block(where: str, ours: Block, theirs: Block) -> list[str]:
 
 
 def _options(where: str, ours: Any, theirs: Any) -> list[str]:
+    if type(ours) is not type(theirs):
+        return [f"{where}{type(theirs).__name__} and the model {type(ours).__name__}"]
     fields = [field.name for field in dataclasses.fields(ours)]
     skipped = _OF_TRAINING | _OF_SHAPES | {"activation"}
     return [

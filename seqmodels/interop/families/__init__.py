@@ -1,6 +1,21 @@
 """Families of published models by the names of their architectures."""
 
-from seqmodels.interop.families import gpt_neox, llama, mamba, mamba2, recurrent_gemma
+from seqmodels.interop.families import (
+    bloom,
+    gemma,
+    gpt2,
+    gpt_neox,
+    jamba,
+    llama,
+    mamba,
+    mamba2,
+    mixtral,
+    mpt,
+    olmo2,
+    phi3,
+    qwen3_next,
+    recurrent_gemma,
+)
 
 FAMILIES = {
     family.architecture: family
@@ -9,10 +24,22 @@ FAMILIES = {
         llama.MISTRAL,
         llama.QWEN2,
         llama.QWEN3,
+        mixtral.MIXTRAL,
+        mixtral.QWEN3_MOE,
+        olmo2.OLMO2,
+        phi3.PHI3,
+        gemma.GEMMA,
+        gemma.GEMMA2,
+        gemma.GEMMA3,
         gpt_neox.GPT_NEOX,
+        gpt2.GPT2,
+        bloom.BLOOM,
+        mpt.MPT,
         mamba.MAMBA,
         mamba2.MAMBA2,
         mamba.FALCON_MAMBA,
         recurrent_gemma.RECURRENT_GEMMA,
+        jamba.JAMBA,
+        qwen3_next.QWEN3_NEXT,
     )
 }

@@ -1,6 +1,8 @@
 """Llama, Mistral, Qwen2 and Qwen3: pre-norm decoders of rotary attention and gated linear units."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from seqmodels.interop.family import Family, linear, norm, same, transposed
@@ -32,7 +34,7 @@ GLU = (
 PARTS = {"": NORMS, "attention": ATTENTION, "swiglu": GLU}
 
 
-def read_sizes(options: Options) -> dict[str, Any]:
+def read_sizes(options: Options, *, tied: bool = False) -> dict[str, Any]:
     """Returns the fields of a decoder that these names give: sizes, norm and tied embeddings."""
     return {
         "vocab_size": options.take("vocab_size"),
@@ -40,7 +42,7 @@ def read_sizes(options: Options) -> dict[str, Any]:
         "depth": options.take("num_hidden_layers"),
         "norm": "rms_norm",
         "norm_options": {"epsilon": options.take("rms_norm_eps", 1e-6)},
-        "tie_embeddings": options.take("tie_word_embeddings", False),
+        "tie_embeddings": options.take("tie_word_embeddings", tied),
     }
 
 
@@ -96,8 +98,14 @@ def _read(options: Options, *, biases: str, qk_norm: bool, switch: bool) -> dict
     window = options.take("sliding_window", None)
     if switch and not options.take("use_sliding_window", False):
         window = None
-    first = options.take("max_window_layers", 28) if switch else 0
-    pattern, mixers = windowed(options, attention, window, sizes["depth"], first=first)
+    kinds = None
+    if switch:
+        first = sizes["depth"] if window is None else options.take("max_window_layers", 28)
+        options.ignore("max_window_layers")
+        kinds = [
+            "full_attention" if layer < first else "sliding_attention" for layer in range(sizes["depth"])
+        ]
+    pattern, mixers = windowed(options, attention, window, sizes["depth"], kinds=kinds)
     channel = {
         "hidden": options.take("intermediate_size"),
         "activation": options.activation("hidden_act", "silu"),
@@ -113,19 +121,25 @@ def _read(options: Options, *, biases: str, qk_norm: bool, switch: bool) -> dict
 
 
 def windowed(
-    options: Options, attention: dict[str, Any], window: int | None, depth: int, *, first: int = 0
+    options: Options,
+    attention: dict[str, Any],
+    window: int | None,
+    depth: int,
+    *,
+    kinds: Sequence[str] | None = None,
+    local: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Returns the pattern and the mixers of layers with and without a window.
 
     Args:
       attention: options of both.
       window: the window, if some layers have one.
-      first: number of layers without a window, if "layer_types" does not list which have one.
+      kinds: kind of each layer where "layer_types" does not list them; if None, all have the window, if there is one.
+      local: further options of layers with a window.
     """
-    kinds = options.take("layer_types", None)
     if kinds is None:
-        local = 0 if window is None else max(depth - first, 0)
-        kinds = ["full_attention"] * (depth - local) + ["sliding_attention"] * local
+        kinds = ["full_attention" if window is None else "sliding_attention"] * depth
+    kinds = options.take("layer_types", None) or kinds
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             options.refuse("layer_types", kind, "full_attention or sliding_attention")
@@ -133,15 +147,13 @@ def windowed(
         options.refuse("layer_types", "sliding_attention", "full_attention, as there is no window")
     if len(kinds) != depth:
         options.refuse("layer_types", kinds, f"one for each of num_hidden_layers={depth}")
-    if len(set(kinds)) == 1:
-        window = window if kinds[0] == "sliding_attention" else None
-        return ("attention",), {"attention": attention | {"window": window}}
-    local = {"mixer": "attention", **attention, "window": window}
+    own = {"attention": attention, "local": {"mixer": "attention", **attention, **local, "window": window}}
     names = {"full_attention": "attention", "sliding_attention": "local"}
-    return shortest([names[kind] for kind in kinds]), {"attention": attention, "local": local}
+    pattern = shortest([names[kind] for kind in kinds])
+    return pattern, {name: own[name] for name in pattern}
 
 
-def shortest(names: list[str]) -> tuple[str, ...]:
+def shortest(names: Sequence[Any]) -> tuple[Any, ...]:
     """Returns the shortest pattern that, repeated, gives these names."""
     for period in range(1, len(names) + 1):
         if all(name == names[place % period] for place, name in enumerate(names)):

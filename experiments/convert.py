@@ -1,0 +1,84 @@
+"""Writes a language model as a checkpoint in the format of transformers, and prints a table of its tensors.
+
+    python -m experiments.convert runs/stories checkpoints/stories
+    python -m experiments.convert checkpoints/Qwen3-0.6B checkpoints/halved --param_dtype=bfloat16
+
+IN is the work directory of a run or a checkpoint in the format of transformers; OUT is a folder that holds none. The extra `pretrained`
+has the package that this needs. Which architectures there are is a table in the README; a model that none of them expresses is
+refused. Exit codes: 0 done; 2 IN or OUT cannot be used.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.config.command_line import ArgumentError, Parser, folder, reporting
+from experiments.training.trained import open_run
+from seqmodels import LanguageModel, load_pretrained, save_pretrained
+from seqmodels.interop.files import CONFIG, opened_tensors, read_json
+
+
+@reporting
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the checkpoint, prints its tensors and returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        model = read(args.source, args.checkpoint, args.param_dtype)
+        save_pretrained(model, args.target, architecture=args.architecture)
+    except (ValueError, ImportError) as error:
+        raise ArgumentError(str(error)) from None
+    print("\n".join(table(args.target)))
+    return 0
+
+
+def parser() -> Parser:
+    """Returns the parser of the command."""
+    made = Parser("experiments.convert", __doc__)
+    made.add_argument(
+        "source", metavar="IN", type=Path, help="work directory of a run, or a folder with config.json"
+    )
+    made.add_argument("target", metavar="OUT", type=folder, help="folder of the checkpoint")
+    made.add_argument(
+        "--architecture", help="such as MistralForCausalLM; by default the first that expresses the model"
+    )
+    made.add_argument("--checkpoint", default="best", help="of a run: best (the default), last, or a step")
+    made.add_argument(
+        "--param_dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="type of the matrices of a checkpoint that is read (default: float32); a run has its own",
+    )
+    return made
+
+
+def read(source: Path, checkpoint: str, param_dtype: str) -> LanguageModel:
+    """Returns the model of a checkpoint in the format of transformers, or of a run.
+
+    Raises:
+      ArgumentError: the folder holds neither.
+      ValueError: what it holds cannot be used.
+    """
+    if not source.is_dir():
+        raise ArgumentError(
+            f"IN={source} is no folder; expected the work directory of a run, or a checkpoint"
+        )
+    if (source / CONFIG).is_file() and "model_type" in read_json(source / CONFIG):
+        return load_pretrained(source, param_dtype=param_dtype)[0]
+    return open_run(str(source), checkpoint).model
+
+
+def table(target: Path) -> list[str]:
+    """Returns the lines of a table: name, shape and number of parameters of each tensor, and their sums."""
+    (architecture,) = read_json(target / CONFIG)["architectures"]
+    with opened_tensors(target) as tensors:
+        rows = [(name, str(list(tensors.shape(name))), tensors.size(name)) for name in sorted(tensors.names)]
+    wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    lines = [f"{name:{wide[0]}}  {shape:{wide[1]}}  {size:>12,}" for name, shape, size in rows]
+    return [
+        *lines,
+        f"{architecture}: {len(rows)} tensors, {sum(size for *_, size in rows):,} parameters in {target}",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""Checkpoints that are refused, each with what is wrong with it; and models that no published architecture expresses."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import seqmodels
+from seqmodels import load_pretrained, save_pretrained
+from seqmodels.interop.families import FAMILIES
+
+DATA = Path(__file__).parent / "data"
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = tmp_path / "llama"
+    shutil.copytree(DATA / "llama", made)
+    (made / "expected.safetensors").unlink()
+    return made
+
+
+def set_options(folder, **options):
+    config = json.loads((folder / "config.json").read_text()) | options
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "left out"}))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def refused(folder, *words):
+    with pytest.raises(ValueError) as caught:
+        load_pretrained(folder)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (
+            {"architectures": ["LlamaForCausaLM"]},
+            ["'LlamaForCausaLM'; did you mean 'LlamaForCausalLM'", "Qwen3ForCausalLM"],
+        ),
+        ({"architectures": None, "model_type": "lama"}, ["'lama'; did you mean 'llama'"]),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_type='dynamic'", "llama3"]),
+        ({"rope_parameters": {"rope_theta": 1e4, "mscale": 2.0}}, ["rope_parameters.mscale=2.0"]),
+        ({"hidden_act": "tanh"}, ["hidden_act='tanh'", "silu"]),
+        ({"quantization_config": {"bits": 4}}, ["options that are not supported: quantization_config={'bits': 4}"]),
+        ({"sliding_windw": 4}, ["sliding_windw=4"]),
+        ({"hidden_size": "left out"}, ["lacks the option 'hidden_size'"]),
+        ({"layer_types": ["full_attention"]}, ["layer_types=['full_attention']", "num_hidden_layers=2"]),
+        ({"layer_types": ["chunked_attention"] * 2}, ["layer_types='chunked_attention'"]),
+        ({"num_hidden_layers": 3}, ["lacks the tensors model.layers.2."]),
+        ({"num_hidden_layers": 1}, ["has the tensors model.layers.1.", "and 6 more, which its config.json does not ask for"]),
+        ({"tie_word_embeddings": True}, ["has the tensor lm_head.weight"]),
+        ({"attention_bias": True}, ["lacks the tensors model.layers.0.self_attn.k_proj.bias"]),
+        ({"intermediate_size": 25}, ["model.layers.0.mlp.gate_proj.weight of shape (24, 16)", "asks for (25, 16)"]),
+        ({"vocab_size": 41}, ["model.embed_tokens.weight of shape (40, 16)", "asks for (41, 16)"]),
+    ],
+)  # fmt: skip
+def test_configs(folder, options, words):
+    set_options(folder, **options)
+    refused(folder, *words)
+
+
+def test_tensors_and_files(folder):
+    change_tensors(folder, lambda tensors: tensors.update(other=tensors.pop(QUERY)))
+    refused(folder, f"lacks the tensor {QUERY}")
+    change_tensors(folder, lambda tensors: tensors.update({QUERY: tensors["other"]}))
+    refused(folder, "has the tensor other")
+    change_tensors(folder, lambda tensors: tensors.update({QUERY: tensors.pop("other")[:8]}))
+    refused(folder, f"{QUERY} of shape (8, 16)", "asks for (16, 16)")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1])
+    refused(folder, "model.safetensors is truncated")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(folder, "has no model.safetensors", "pytorch_model.bin may hold code")
+    (folder / "config.json").write_text("{")
+    refused(folder, "config.json is no JSON")
+    (folder / "config.json").write_text("[]")
+    refused(folder, "config.json holds a list")
+    (folder / "config.json").unlink()
+    refused(folder, "config.json cannot be read")
+    refused(folder / "none", "none' is no folder")
+
+
+def test_shards(folder, tmp_path):
+    model, _ = load_pretrained(folder)
+    save_pretrained(model, tmp_path / "cut", shard_size=8_000)
+    shards = sorted((tmp_path / "cut").glob("*.safetensors"))
+    assert len(shards) > 2
+    again, _ = load_pretrained(tmp_path / "cut")
+    np.testing.assert_array_equal(again.embedding.table[...], model.embedding.table[...])
+    index = tmp_path / "cut" / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    shards[1].rename(tmp_path / "moved")
+    refused(tmp_path / "cut", f"lacks {shards[1].name}")
+    index.write_text(
+        json.dumps({"weight_map": {"a": "../llama/model.safetensors"}} | {"metadata": listed["metadata"]})
+    )
+    refused(tmp_path / "cut", "expected files of the same folder")
+    index.write_text("{}")
+    refused(tmp_path / "cut", "has no weight_map")
+
+
+def test_a_tokenizer_of_more_ids_than_embeddings(folder):
+    made = {"model": {"vocab": {"a": 0, "b": 39}}, "added_tokens": []}
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    load_pretrained(folder)
+    made["added_tokens"] = [{"id": 40, "content": "c"}]
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    refused(folder, "ids up to 40, but vocab_size=40")
+
+
+def test_names_without_the_first_part(folder):
+    def bare(tensors):
+        renamed = {name.removeprefix("model."): tensors[name] for name in tensors}
+        tensors.clear()
+        tensors.update(renamed)
+
+    want, _ = load_pretrained(folder)
+    change_tensors(folder, bare)
+    got, _ = load_pretrained(folder)
+    np.testing.assert_array_equal(got.norm.scale[...], want.norm.scale[...])
+    np.testing.assert_array_equal(got.head.kernel[...], want.head.kernel[...])
+
+
+def build(**options):
+    sizes = {"vocab_size": 11, "width": 16, "depth": 2, "pattern": ("attention",)}
+    return seqmodels.build_model({"kind": "language_model", **sizes, **options}, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"pattern": ("s5",)}, "layers of s5"),
+        (
+            {"mixers": {"attention": {"heads": 2, "sink_logits": True}}},
+            "sink_logits=False and the model True",
+        ),
+        ({"residual_scale": 2.0}, "residual_scale=1.0 and the model 2.0"),
+        ({"channels": {"swiglu": {"activation": "sigmoid"}}}, "nearest, "),
+    ],
+)
+def test_models_without_an_architecture(options, words, tmp_path):
+    with pytest.raises(ValueError, match="no supported architecture of transformers") as caught:
+        save_pretrained(build(**options), tmp_path / "out")
+    assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_and_arguments_of_saving(folder, tmp_path, monkeypatch):
+    model, _ = load_pretrained(folder)
+    with pytest.raises(ValueError, match=r"holds config\.json already"):
+        save_pretrained(model, folder)
+    with pytest.raises(ValueError, match="is a file"):
+        save_pretrained(model, folder / "config.json")
+    with pytest.raises(ValueError, match="did you mean 'MistralForCausalLM'"):
+        save_pretrained(model, tmp_path / "out", architecture="MistralForCausaLM")
+    with pytest.raises(ValueError, match="model is a NoneType"):
+        save_pretrained(None, tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(ImportError, match=r"jax-seqmodels\[pretrained\]"):
+        load_pretrained(folder)
+
+
+def test_a_constant_of_a_family_is_checked(tmp_path):
+    model, _ = load_pretrained(DATA / "falcon_mamba")
+    scale = model.stack.stacked[0].mixer.inner_norms[1].scale
+    scale[...] = 2 * scale[...]
+    with pytest.raises(ValueError, match="is not 1, the only value"):
+        save_pretrained(model, tmp_path / "out", architecture="FalconMambaForCausalLM")
+
+
+def test_a_model_of_ours_in_bfloat16(tmp_path):
+    options = {"mixers": {"attention": {"heads": 4, "kv_heads": 2}}, "tie_embeddings": False}
+    model = build(**options, param_dtype="bfloat16")
+    save_pretrained(model, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["torch_dtype"] == "bfloat16"
+    again, _ = load_pretrained(tmp_path / "out", param_dtype="bfloat16")
+    for name in ("key", "output"):
+        ours, theirs = (getattr(m.stack.stacked[0].mixer, name).kernel for m in (model, again))
+        assert theirs.dtype == "bfloat16"
+        np.testing.assert_array_equal(ours[...], theirs[...])
+
+
+def test_every_family_names_a_folder_of_its_own():
+    assert len({family.model_type for family in FAMILIES.values()}) == len(FAMILIES)
