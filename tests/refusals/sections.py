@@ -166,6 +166,12 @@ MESHES = [
         ValueError,
         "train.batch_size=8 cannot be divided over 3",
     ),
+    (
+        lambda: Devices.first(8, MeshConfig(sequence=8)).check_time("a training batch", 10),
+        ValueError,
+        "a training batch of 10 tokens cannot be divided over the mesh axis sequence=8; use 8 or 16",
+    ),
+    (mesh(method="ring"), ValueError, "mesh.method='ring'; expected"),
 ]
 TASKS = [
     (task("mqarr"), ValueError, "unknown task 'mqarr'; did you mean 'mqar'?"),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.segments import Segments
+from layers.kernels.shard_map_types import vary_as
 
 
 def gated_linear_attention(q, k, v, log_decay, bonus, scale, normalize, initial_state, segments, smallest):
@@ -40,7 +41,7 @@ def gated_linear_attention(q, k, v, log_decay, bonus, scale, normalize, initial_
         return jnp.where(padding, state, after), jnp.where(padding[..., 0], 0, o)
 
     inputs = (q, k, v, log_decay, segments.starts, ~segments.real)
-    final, o = jax.lax.scan(step, state, tuple(jnp.swapaxes(x, 0, 1) for x in inputs))
+    final, o = jax.lax.scan(step, vary_as(state, *inputs), tuple(jnp.swapaxes(x, 0, 1) for x in inputs))
     o = jnp.swapaxes(o, 0, 1)
     if normalize:
         denominator = o[..., -1:]

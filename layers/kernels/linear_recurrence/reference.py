@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.segments import Segments
+from layers.kernels.shard_map_types import vary_as
 
 
 def linear_recurrence(a, x, initial_state, segments, reverse):
@@ -37,6 +38,7 @@ def linear_recurrence(a, x, initial_state, segments, reverse):
 
     by_time = tuple(jnp.swapaxes(v, 0, 1) for v in (a, x, fit, start, padding))
     fit = jnp.isfinite(state)
-    (final, spoiled), h = jax.lax.scan(step, (jnp.where(fit, state, 0), ~fit), by_time)
+    start = vary_as(jnp.where(fit, state, 0), *by_time), vary_as(~fit, *by_time)
+    (final, spoiled), h = jax.lax.scan(step, start, by_time)
     h = jnp.swapaxes(h, 0, 1)
     return (h[:, ::-1] if reverse else h), jnp.where(spoiled, jnp.nan, final)

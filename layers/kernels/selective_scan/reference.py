@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.segments import Segments
+from layers.kernels.shard_map_types import vary_as
 
 
 def selective_scan(x, dt, a, b, c, skip, gate, dt_bias, dt_softplus, initial_state, segments):
@@ -35,7 +36,7 @@ def selective_scan(x, dt, a, b, c, skip, gate, dt_bias, dt_softplus, initial_sta
         return h, (h * c).sum(-1)
 
     by_time = tuple(jnp.swapaxes(v, 0, 1) for v in (x, dt, b, c, start, padding))
-    final, y = jax.lax.scan(step, state, by_time)
+    final, y = jax.lax.scan(step, vary_as(state, *by_time), by_time)
     y = jnp.swapaxes(y, 0, 1)
     if skip is not None:
         y = y + skip.astype(dtype)[None, None] * x

@@ -165,6 +165,7 @@ CALLS = {
         attention_with_prefix,
     )
 }
+BY_DEFAULT = "recurrence", "scan", "linear_attention", "delta", "convolution", "softmax_attention"
 ROWS = {
     "whole": None,
     "at_end": (AT_END, {"padding": "end"}),
@@ -246,7 +247,9 @@ def check(name, rows, state, sizes):
     compare(got, want)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in BY_DEFAULT)) for name in CALLS]
+)
 def test_packed_rows_that_cross_the_cuts(name):
     check(name, "at_end", True, EIGHT)
 
