@@ -114,16 +114,13 @@ def grouped(theirs: str, ours: tuple[str, ...], groups: int, sizes: tuple[tuple[
 
     Args:
       groups: number of groups.
-      sizes: per matrix of ours, the places of its parts among those of a group, each followed by their sizes.
+      sizes: per matrix of ours, the sizes of its parts in a group, in the order in which a group holds them.
     """
-    places = [size for own in sizes for size in own]
-    starts = np.cumsum([0, *places])
-    count = starts[-1]
-    rows, orders = np.arange(groups * count).reshape(groups, count), []
+    count = sum(map(sum, sizes))
+    columns, orders = iter(np.arange(groups * count).reshape(groups, count).T), []
     for own in sizes:
-        first = len(orders) and sum(map(len, sizes[: len(orders)]))
-        parts = [rows[:, starts[first + i] : starts[first + i + 1]].ravel() for i in range(len(own))]
-        orders.append(np.concatenate(parts))
+        parts = [np.stack([next(columns) for _ in range(size)], axis=1) for size in own]
+        orders.append(np.concatenate([part.ravel() for part in parts]))
 
     def load(x):
         return tuple(x[order].T for order in orders)
