@@ -11,7 +11,8 @@ none; the means of frequency and damping give 1.02.
 
 from ml_collections import ConfigDict
 
-OPTIONS = dict(mixer="s5", gaps="steps", width="32", depth="2", learning_rate="3e-3", steps="1000")
+NUMBERS = dict(width=32, depth=2, learning_rate=3e-3, steps=1000)
+OPTIONS = dict(mixer="s5", gaps="steps") | NUMBERS
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -19,6 +20,11 @@ def get_config(arg: str = "") -> ConfigDict:
     if unknown := given.keys() - OPTIONS.keys():
         raise ValueError(f"oscillations.py takes {', '.join(OPTIONS)}, not {', '.join(unknown)}")
     options = OPTIONS | given
+    for name, usual in NUMBERS.items():
+        try:
+            options[name] = type(usual)(options[name])
+        except ValueError:
+            raise ValueError(f"{name}={options[name]!r}; expected a number, such as {usual}") from None
     mixer = options["mixer"]
 
     config = ConfigDict()
@@ -26,8 +32,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.task = dict(name="oscillations", gaps=options["gaps"])
     config.model = dict(
         kind="classifier",
-        width=int(options["width"]),
-        depth=int(options["depth"]),
+        width=options["width"],
+        depth=options["depth"],
         pattern=(mixer,),
         mixer_defaults=dict(heads=4, state_size=32, dt_min=0.01, dt_max=1.0),
         channel="half_glu1",
@@ -35,8 +41,8 @@ def get_config(arg: str = "") -> ConfigDict:
         norm="layer_norm",
     )
     config.data = {}
-    config.train = dict(batch_size=64, steps=int(options["steps"]), eval_every=1, log_every=50)
+    config.train = dict(batch_size=64, steps=options["steps"], eval_every=1, log_every=50)
     config.optimizer = dict(
-        learning_rate=float(options["learning_rate"]), weight_decay=0.01, warmup_steps=50, clip_norm=1.0
+        learning_rate=options["learning_rate"], weight_decay=0.01, warmup_steps=50, clip_norm=1.0
     )
     return config

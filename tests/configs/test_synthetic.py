@@ -101,5 +101,9 @@ def test_arguments_reach_their_places():
 def test_errors(name):
     with pytest.raises(ValueError, match=rf"{name}.py takes .*mixer.*, not mixr"):
         loaded(name)("mixr=s5")
-    with pytest.raises(ValueError, match="scale=large"):
-        loaded(name)("scale=large")
+    if name == "oscillations":
+        with pytest.raises(ValueError, match="width='wide'; expected a number, such as 32"):
+            loaded(name)("width=wide")
+    else:
+        with pytest.raises(ValueError, match="scale=large"):
+            loaded(name)("scale=large")
