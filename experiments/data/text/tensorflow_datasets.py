@@ -51,7 +51,7 @@ def read(source: str, official_dir: str | os.PathLike | None, invalid: str) -> D
     text = next((feature for feature in TEXTS if feature in features), None)
     if text is None:
         raise ValueError(
-            f"source={source!r} has the features {', '.join(features)}; expected one of {', '.join(TEXTS)}"
+            f"source={source!r} has the features {', '.join(sorted(features))}; expected one of {', '.join(TEXTS)}"
         )
     if missing := [split for split in ("train", "test") if split not in splits]:
         raise ValueError(f"source={source!r} has no split {missing[0]!r}; it has {', '.join(splits)}")
