@@ -195,7 +195,7 @@ MODELS = [
         "channels has options for 'mlp', which the pattern does not use; it uses swiglu",
     ),
     (model(norm="rms"), ValueError, "unknown norm 'rms'"),
-    (model(residual="parallel"), ValueError, "residual='parallel'"),
+    (model(residual="paralell"), ValueError, "did you mean 'parallel'"),
     (model(norm_position="post_norm"), ValueError, "norm_position='post_norm'"),
     (model(remat="all"), ValueError, "remat='all'; expected"),
     (model(dropout=1.0), ValueError, "dropout=1.0; expected"),

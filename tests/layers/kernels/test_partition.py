@@ -91,7 +91,8 @@ def convolution_by_xla(x, weight, bias, state, codes, call):
     return convolution_xla.short_conv(x, weight, bias, "silu" if call.silu else None, state, segments)[0]
 
 
-def attention_by_xla(call, q, k, v, state, g=None, segments=None):
+def attention_by_xla(call, q, k, v, g, number, state):
+    segments = None if number is None else Segments.of(number, padding="end")
     return attention_xla.gated_linear_attention(q, k, v, g, None, call.scale, False, state, segments, 1e-6)
 
 
