@@ -27,7 +27,10 @@ def numpy_head(model, u, v, activation):
     return x
 
 
-@pytest.mark.parametrize("pattern", ["gla", "linformer", "s5", "fnet", "mega"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["linformer", "s5", "fnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gla", "mega"))],
+)
 def test_each_sequence_is_encoded_alone(pattern):
     mixers = {"linformer": dict(max_length=7, heads=2)} if pattern == "linformer" else {}
     model = made(pattern=(pattern,), mixers=mixers)
