@@ -151,8 +151,12 @@ def _member(path: Path, name: str) -> bytes:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.read(members[name])
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"source: {path.name}: {name} is damaged ({error})") from None
+    except RuntimeError as error:  # a password, or a compression that zipfile does not know
+        raise ValueError(
+            f"source: {path.name}: {name} cannot be unpacked here ({error}); unpack it and give the folder"
+        ) from None
 
 
 def _few(names: Iterable[str]) -> str:

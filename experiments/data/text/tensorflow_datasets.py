@@ -68,6 +68,10 @@ def read(source: str, official_dir: str | os.PathLike | None, invalid: str) -> D
 
 def _examples(source: str, builder: Any, split: str, text: str) -> Iterator[bytes]:
     """Yields the texts of a split as bytes."""
+    if builder.info.file_format.value != "array_record":
+        raise ValueError(
+            f"source={source!r} is prepared as {builder.info.file_format.value}; prepare it with --file_format=array_record"
+        )
     try:
         examples = builder.as_data_source(split=split)
         for start in range(0, len(examples), AT_ONCE):
@@ -75,10 +79,6 @@ def _examples(source: str, builder: Any, split: str, text: str) -> Iterator[byte
                 if not isinstance(example[text], bytes):
                     raise RuntimeError("a record has no text")
                 yield example[text]
-    except NotImplementedError:
-        raise ValueError(
-            f"source={source!r} is prepared as {builder.info.file_format.value}; prepare it with --file_format=array_record"
-        ) from None
     except Exception as error:  # noqa: BLE001  # array_record and protobuf raise what they like
         raise ValueError(
             f"source={source!r}: the split {split!r} is damaged or incomplete: {error}"

@@ -100,3 +100,14 @@ def test_malformed_files_are_refused_by_name(tmp_path, small):
     refused("wikitext103", tmp_path, r"wiki\.train\.raw has no heading of an article")
     (tmp_path / "wiki.train.tokens").write_text(" = A = \n")
     refused("wikitext103", tmp_path, "has files of tokens and raw ones")
+
+
+@pytest.mark.parametrize("flag, offsets, value", [("encrypted", (6, 8), 1), ("compression", (8, 10), 98)])
+def test_an_archive_that_zipfile_cannot_unpack_is_not_called_damaged(tmp_path, small, flag, offsets, value):
+    archive = write_zip(tmp_path / f"{flag}.zip", {"text8": b"ab" * 50})
+    content = bytearray(archive.read_bytes())
+    for mark, offset in zip((b"PK\x03\x04", b"PK\x01\x02"), offsets, strict=True):
+        content[content.index(mark) + offset] = value
+    archive.write_bytes(content)
+    with pytest.raises(ValueError, match="text8 cannot be unpacked here .*; unpack it and give the folder"):
+        read_documents("text8", official_dir=archive)
