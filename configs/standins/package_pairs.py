@@ -7,41 +7,16 @@ pairs of excerpts of different files of eight installed packages, half of them o
 Guessing gives 50%. Any mixer by name; width, depth, learning_rate, length and epochs.
 """
 
+import pathlib
+import runpy
+
 from ml_collections import ConfigDict
 
-OPTIONS = dict(mixer="s5", width="96", depth="4", learning_rate="3e-3", length="1024", epochs="20")
-# State space models and convolutions without an output map: as published, a gated one follows in the same branch.
-BARE = ("dss", "liquid_s4", "lru", "s4", "s4d", "s5", "sgconv")
+RECIPE = runpy.run_path(str(pathlib.Path(__file__).with_name("_recipe.py")))
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    given = dict(pair.partition("=")[::2] for pair in arg.split(",") if pair)
-    if unknown := given.keys() - OPTIONS.keys():
-        raise ValueError(f"package_pairs.py takes {', '.join(OPTIONS)}, not {', '.join(unknown)}")
-    options = OPTIONS | given
-    mixer = options["mixer"]
-
-    config = ConfigDict()
-    config.seed = 0
-    config.task = dict(name="package_pairs", length=int(options["length"]))
-    body = (
-        dict(channel="half_glu1", residual="joint", norm="batch_norm")
-        if mixer in BARE
-        else dict(channel="mlp", norm="layer_norm")
-    )
-    config.model = dict(
-        kind="dual_encoder",
-        width=int(options["width"]),
-        depth=int(options["depth"]),
-        pattern=(mixer,),
-        mixers={"mega": dict(max_length=None)} if mixer == "mega" else {},
-        mixer_defaults=dict(heads=4, causal=False, bidirectional=True, max_length=int(options["length"])),
-        dropout=0.1,
-        **body,
-    )
-    config.data = {}
-    config.train = dict(batch_size=32, epochs=int(options["epochs"]))
-    config.optimizer = dict(
-        learning_rate=float(options["learning_rate"]), weight_decay=0.05, warmup_epochs=1, clip_norm=1.0
-    )
-    return config
+    options = RECIPE["parse"]("package_pairs.py", arg, length=1024, epochs=20)
+    length = options["length"]
+    task = dict(name="package_pairs", length=length)
+    return RECIPE["stand_in"](options, task=task, kind="dual_encoder", length=length, batch_size=32)

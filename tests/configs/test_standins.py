@@ -37,8 +37,9 @@ def test_pairs_have_a_dual_encoder_and_orders_their_task():
         (
             "smnist",
             "length=3",
-            "smnist.py takes mixer, order, width, depth, learning_rate, epochs, not length",
+            "smnist.py takes mixer, width, depth, learning_rate, order, epochs, not length",
         ),
+        ("package_text", "width=wide", "width='wide'; expected a number, such as 96"),
         ("package_pairs", "order=rows", "package_pairs.py takes mixer, width"),
     ],
 )
