@@ -41,7 +41,7 @@ class Problem:
     def refusal(self) -> str | None:
         """Returns the reason why the kernels cannot run here, or None."""
         probe = jnp.zeros((1, 8, 1, 64), jnp.bfloat16)
-        return gpu.unsupported_reason(probe, probe, probe, None, None, None)
+        return gpu.unsupported_reason(probe, probe, probe, None, None, False, None)
 
     def prepare(self, sizes: Any) -> "Prepared":
         """Returns the arguments on the device, at the size to run, and the results of XLA in float32."""

@@ -27,6 +27,7 @@ from layers.kernels.partition import SEQUENCE_AXIS
 from layers.kernels.promotion import joint_dtype
 from layers.kernels.segments import Segments, reset_mask
 from layers.kernels.shard_map_types import vary_alike, vary_as
+from layers.kernels.sizes import known
 
 Arguments = Mapping[str, Any]
 AttentionMethod = Literal["all_gather", "ulysses"]
@@ -104,7 +105,7 @@ def parts_of_time(length: int | None) -> int:
         return 1
     size = mesh.shape[SEQUENCE_AXIS]
     kind = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[SEQUENCE_AXIS]
-    return size if kind == AxisType.Auto and length and length % size == 0 else 1
+    return size if kind == AxisType.Auto and known(length) and length and length % size == 0 else 1
 
 
 def entries_of(axes: Mapping[str, tuple[str, ...]], given: Arguments) -> dict[str, Any]:
@@ -231,4 +232,5 @@ def _sizes(patterns, x, letter):
 def _length(axes, arguments):
     given = {name: arguments[name] for name in axes if arguments.get(name) is not None}
     sizes = {size for name, x in given.items() for size in _sizes(axes[name], x, "t")}
-    return max(sizes, default=None)
+    # Symbols, as `jax.export` has them, are equal or not, but have no order.
+    return next(iter(sizes - {1}), None)

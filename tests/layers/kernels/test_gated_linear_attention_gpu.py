@@ -256,7 +256,7 @@ def test_explicit_mesh(heads, split):
         assert f"tensor<2x24x{here}x64xbf16>" in result.as_text()
         assert [v.sharding.spec for v in result.out_info] == [*map(spec, heads), P(None)]
         late = jnp.zeros((2, 16, 1, 8), jnp.bfloat16, out_sharding=P(None, "data"))
-        assert "expected whole rows" in gpu.unsupported_reason(late, late, late, None, None, None)
+        assert "expected whole rows" in gpu.unsupported_reason(late, late, late, None, None, False, None)
 
 
 def test_refusals(monkeypatch, caplog):
