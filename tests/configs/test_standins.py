@@ -27,6 +27,9 @@ def test_pairs_have_a_dual_encoder_and_orders_their_task():
     assert [layer.kernel.shape for layer in model.head] == [(4 * 96, 96), (96, 2)]
     assert model_without_data(load("package_text")).head.kernel.shape == (96, 8)
     assert load("package_text", "length=64")["task"] == dict(name="package_text", length=64)
+    assert load("emails", "part=body,length=99")["task"] == dict(
+        name="emails", package=None, part="body", length=99
+    )
     assert load("smnist", "order=permuted")["task"]["permuted"] is True
 
 

