@@ -1,6 +1,7 @@
 """Settings that every test runs under; nothing here is imported by a test.
 
 - `--share=K/N` takes the K-th of N shares of the parametrised slow tests; all others run as without it.
+- Of a test with the mark `sample(n)`, every n-th case runs by default, the first one included; the others are slow.
 
 - JAX runs on the CPU with eight emulated devices, so that tests of sharding need no special process. `-m gpu` leaves
   the choice of device to JAX.
@@ -11,6 +12,7 @@
   installed, except inside `pytest.raises`: such a block is about the library's own errors, which are what a user sees.
 """
 
+import collections
 import contextlib
 import gc
 import importlib.util
@@ -111,8 +113,21 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"platform: {platforms}; annotations: {checked}"
 
 
+def _mark_what_is_not_sampled(items: list[pytest.Item]) -> None:
+    cases: collections.Counter[str] = collections.Counter()
+    for item in items:
+        sample = item.get_closest_marker("sample")
+        if sample is None or item.get_closest_marker("slow"):
+            continue
+        test, _, _ = item.nodeid.partition("[")
+        if cases[test] % sample.args[0]:
+            item.add_marker(pytest.mark.slow)
+        cases[test] += 1
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out other shares, and GPU tests whenever JAX is held on the CPU, whatever else `-m` or a path selects."""
+    _mark_what_is_not_sampled(items)
     share = config.getoption("share")
     try:
         share = share and read_share(share)

@@ -55,6 +55,7 @@ def test_every_hybrid_is_listed_here():
     assert set(PATTERNS) == set(CONFIGS["MODELS"])
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_layers_and_shapes(name):
     model = model_of(name)

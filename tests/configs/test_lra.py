@@ -86,6 +86,7 @@ def batch_of(model, config):
 SAMPLE = random.Random(3).sample(ALL, 3)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "task, argument",
     [pytest.param(*pair, marks=[] if pair in SAMPLE else [pytest.mark.slow]) for pair in ALL],

@@ -85,6 +85,7 @@ def routers(plan, gradients):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", [dict(), *(pytest.param(other, marks=pytest.mark.slow) for other in OTHERS)]
 )

@@ -228,6 +228,7 @@ def test_the_command_refuses_before_it_computes(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_steps_are_timed_on_packed_rows(tmp_path):
     assert main(["steps", "--only=attention", "--rows=packed", "--rounds=1", f"--out={tmp_path}"]) == 0
     rows = json.loads((tmp_path / "steps.json").read_text())["rows"]

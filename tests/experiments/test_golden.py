@@ -63,6 +63,7 @@ def test_the_first_steps_are_as_ever(exact):
     np.testing.assert_allclose(exact["gradient_norm"], [0.4973648, 0.5237022, 0.5064609], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_parameters_stay_float32_under_bfloat16_activations(exact, tmp_path):
     rounded, state = first_steps(config(tmp_path, "bfloat16"))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.parameters)} == {np.dtype("float32")}

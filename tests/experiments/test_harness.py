@@ -84,6 +84,7 @@ def library(monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated(run, library, capsys):
     assert harness.main([f"--workdir={run}", "--tasks=mine", "--limit=5", "--num_fewshot=2"]) == 0
     assert capsys.readouterr().out.endswith("the table\n")

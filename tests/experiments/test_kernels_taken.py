@@ -35,6 +35,7 @@ def calls(width, name, options):
     return [call for call in row["calls"] if call["primitive"] in MATRIX]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("width, name, options", TAKEN, ids=str)
 def test_taken(width, name, options):
     (call,) = calls(width, name, options)

@@ -45,6 +45,7 @@ def run(tmp_path_factory):
         yield workdir
 
 
+@pytest.mark.slow
 def test_what_it_prints_and_writes(run, capsys):
     arguments = ["--positions=40", "--rows=2", "--tasks=passkey,niah_multivalue", "--lengths=400"]
     assert long_context.main([f"--workdir={run}", *arguments, "--examples=3", "--batch=2"]) == 0

@@ -32,6 +32,7 @@ def tuned(monkeypatch, **options):
     return kept[-1], said
 
 
+@pytest.mark.slow
 def test_rows_of_all_passes(monkeypatch):
     rows, said = tuned(monkeypatch, forward=(RIGHT, FAILS), backward=(RIGHT,), segments=True)
     timed = [row for row in rows if "ms" in row]

@@ -53,6 +53,7 @@ def assert_equals(got, want, tolerance):
         np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("piece", [B * T * V, 2 * B * V, B * V])
 def test_losses_and_gradients_equal_the_formula(piece):
     arguments = draw()

@@ -32,6 +32,7 @@ def gradients(model, x):
     return run(params, x)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "options",
     [
@@ -55,6 +56,7 @@ def glu(x, gate, up, down):
     return (hidden / (1 + np.exp(-hidden)) * (x @ u)) @ d
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "options",
     [

@@ -27,6 +27,7 @@ def numpy_head(model, u, v, activation):
     return x
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "pattern",
     ["linformer", "s5", "fnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gla", "mega"))],

@@ -114,6 +114,7 @@ def test_training_updates_every_running_statistic_and_inference_none():
     np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("scan", [True, False])
 def test_inference_may_close_over_a_model_inside_jit(scan):
     model = build(CLASSIFIER, scan=scan)
@@ -128,6 +129,7 @@ def test_dropout_follows_the_key():
     assert not np.array_equal(outputs[0], outputs[2])
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("pooling", ["mean", "last", "first"])
 def test_padding_does_not_change_the_class(pooling):
     run = jitted(make(pooling=pooling))
@@ -150,6 +152,7 @@ def test_pooling():
         np.testing.assert_allclose(got, [*want, np.zeros(2)], atol=1e-6)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("cuts", [[6], [1, 2, 7], [0, 6]])
 def test_a_language_model_can_be_cut_anywhere(cuts):
     model = make("language_model")
@@ -169,6 +172,7 @@ def _language_model_runner():
     return jitted(make("language_model"))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "positions",
     [{"absolute_positions": "learned", "max_positions": 12}, {"absolute_positions": "sinusoidal"}],

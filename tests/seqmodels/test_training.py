@@ -98,6 +98,7 @@ def train(model, batch):
     return np.asarray(run(vector, rest))
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", PLACED)
 def test_a_scan_may_run_all_layers_as_it_runs_the_first(name):
     """Layers differ in the values of their variables only."""

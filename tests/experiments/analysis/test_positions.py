@@ -21,6 +21,7 @@ CONFIG = dict(
 )
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_one_pass():
     model = build_model(CONFIG, rngs=nnx.Rngs(0))
     tokens = np.asarray(jax.random.randint(jax.random.key(0), (2, 14), 0, 11))

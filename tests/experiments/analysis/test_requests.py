@@ -60,6 +60,7 @@ def literal(tokens, known):
     return score, all(row.argmax() == token for row, token in zip(rows, tokens[known:], strict=True))
 
 
+@pytest.mark.slow
 def test_log_likelihoods_of_continuations(monkeypatch):
     monkeypatch.setattr(requests, "CHUNK", 32)  # the longest context takes several calls
     answers = made().loglikelihood(PAIRS)
@@ -79,6 +80,7 @@ def test_log_likelihoods_of_continuations(monkeypatch):
     assert found[2] == (0.0, True)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("limit", [None, 8, 20])
 def test_log_likelihoods_of_texts(limit):
     texts = ["It rains, and it pours.", "Hi", "Exactly8", ""]
@@ -105,6 +107,7 @@ def test_contexts_lose_their_beginning():
         made(limit=12).generate_until([("a", dict(max_gen_toks=13))])
 
 
+@pytest.mark.slow
 def test_continuations_end_before_a_stop():
     free = made().generate_until([("The cat", dict(max_gen_toks=40))])[0]
     stop, later = free[3:6], free[-3:]

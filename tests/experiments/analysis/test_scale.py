@@ -54,6 +54,7 @@ def test_scales_are_those_of_the_model():
     assert rows[3].gradient == pytest.approx(rms(jax.grad(loss)(x)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_growing_depth_and_classifiers_of_vectors():
     values = VALUES | dict(
         kind="classifier", num_classes=4, norm="batch_norm", dtype="bfloat16", input_size=5

@@ -79,6 +79,7 @@ def exact_length_distribution(max_depth, max_args, max_length):
     return tree
 
 
+@pytest.mark.slow
 def test_lengths_follow_the_exact_distribution(full_records):
     config = ListOpsConfig()
     exact = exact_length_distribution(config.max_depth, config.max_args, config.max_length)

@@ -189,6 +189,7 @@ def test_baselines_on_a_hand_made_set():
     }
 
 
+@pytest.mark.slow
 def test_root_operator_predictor_on_full_size_trees():
     records = [record for block in range(6) for record in listops.draw_block(ListOpsConfig(seed=3), block)]
     random.Random(0).shuffle(records)

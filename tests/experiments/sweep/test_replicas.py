@@ -71,6 +71,7 @@ def test_every_copy_is_the_run_of_its_rate_and_seed(trained):
     assert len({round(float(x), 6) for x in found["losses"][0]}) == 4
 
 
+@pytest.mark.slow
 def test_evaluation_counts_every_row_once(trained, monkeypatch):
     copies, _ = trained
     whole = copies.evaluate("length_9")

@@ -30,6 +30,7 @@ def test_a_split_model_computes_what_the_model_does(training):
     assert training == bool(np.any(statistics["mean"] != before["mean"]))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_language_model_may_leave_its_logits_to_the_loss(tied):
     config = dict(

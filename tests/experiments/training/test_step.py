@@ -46,6 +46,7 @@ def assert_close(got, expected, **tolerance):
 PLAIN = dict(norm=False, dropout=0.0)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_accumulated_steps_equal_full_ones(accumulate):
     expected = run(tiny_config(model=PLAIN), 4)
@@ -65,6 +66,7 @@ def test_micro_batches_update_the_statistics_one_after_the_other():
     np.testing.assert_allclose(got, 0.9 * 0.1 * first + 0.1 * second, rtol=1e-5)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_eight_devices_equal_one(accumulate):
     config = tiny_config(train=dict(batch_size=16, accumulate=accumulate))

@@ -216,6 +216,7 @@ def seen_by_definition(t, causal, window, sinks, prefix, lists, size, segments):
     return seen
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("impl", ["reference", "xla"])
 @pytest.mark.parametrize(
     "causal, window, sinks, prefix, listed",
@@ -245,6 +246,7 @@ def test_what_is_seen(impl, causal, window, sinks, prefix, listed, small_blocks)
     assert np.array_equal((np.asarray(slope) != 0).any(-1), several)
 
 
+@pytest.mark.slow
 def test_blocks_under_vmap_and_shard_map(small_blocks):
     """Steps that only the data can skip, per row; slopes that all devices share, with their gradients."""
     q, k, v = (normal(i, 8, 40, heads, 3) for i, heads in enumerate((H, G, G)))
@@ -275,6 +277,7 @@ def test_blocks_under_vmap_and_shard_map(small_blocks):
             close(g, w, 2e-5, "vmap or shard_map")
 
 
+@pytest.mark.slow
 def test_second_derivatives(small_blocks):
     arguments, options = draw(20, 20), {"causal": True}
 
@@ -287,6 +290,7 @@ def test_second_derivatives(small_blocks):
         close(got[name], want[name], 2e-4, name)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "options", [{"causal": True}, {"causal": True, "mask": Mask(window=64, sink_tokens=4)}]
 )
@@ -319,6 +323,7 @@ def test_only_blocks_that_may_be_seen_are_visited(small_blocks):
     assert visits(mask=Mask(block_indices=block_lists(1, 1, 8) * 0, block_size=8)) == 8
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_segments_know_changes_no_number(causal, packed, small_blocks):

@@ -54,6 +54,7 @@ def test_rows_that_see_nothing_are_zero_and_so_are_their_gradients(impl):
     assert all((g == 0).all() for g in jax.tree.leaves(gradients))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "options",
     [{}, {"mask": Mask(window=5, sink_tokens=2)}, {"logits": Logits(slopes=SLOPES, logit_cap=3.0)}],
@@ -97,6 +98,7 @@ def test_cached_decoding_equals_prefill(options):
         close(out, want[row, where], 2e-5, f"{count} tokens at {where[:, 0]}")
 
 
+@pytest.mark.slow
 def test_pieces_compose_to_one_softmax():
     arguments, options = draw(), {"causal": True, "mask": Mask(window=30)}
     cuts = (0, 11, 40, T)

@@ -39,6 +39,7 @@ def test_inverse_of_a_unit_triangular_matrix(size):
     assert not np.triu(got, 1).any()
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("before_decay", [False, True])
 def test_scores_and_their_gradients_are_exact_after_strong_decay(width, before_decay):
@@ -110,6 +111,7 @@ def test_head_groups_share_queries_and_keys():
     np.testing.assert_allclose(delta_rule(**x)[0], delta_rule(**repeated)[0], atol=1e-6)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("chunk", [1, 4, 16, 128])
 def test_chunk_size_changes_nothing(chunk):
     x = draw(cases._channel, 130)
@@ -120,6 +122,7 @@ def test_chunk_size_changes_nothing(chunk):
     assert error(state, want_state) < 1e-5
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("general", [False, True])
 def test_pieces_compose_to_the_whole(general):
     x = draw(cases._rwkv7 if general else cases._channel, 50, batch=2)
@@ -172,6 +175,7 @@ def test_later_steps_have_exactly_no_influence():
         assert not np.asarray(gradient[:, 21:]).any(), name
 
 
+@pytest.mark.slow
 def test_gradients_of_gradients():
     x = draw(cases._scalar, 5)
 
@@ -186,6 +190,7 @@ def test_gradients_of_gradients():
         assert error(got[name], want[name]) < 1e-4, name
 
 
+@pytest.mark.slow
 def test_memory_grows_linearly_with_time():
     def scratch(time):
         x = jax.eval_shape(lambda: draw(cases._plain, time))
@@ -211,6 +216,7 @@ def test_shapes_that_do_not_fit_are_named(change, message):
         delta_rule(**x)
 
 
+@pytest.mark.slow
 def test_gradients_under_vmap_and_on_meshes():
     x = draw(cases._channel, 20, batch=4)
 

@@ -70,6 +70,7 @@ def errors(arguments, **options):
     }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("bonus", [False, True])
 @pytest.mark.parametrize("chunk", [1, 8, 16])
 def test_chunks_of_every_size_with_one_decay_per_head(chunk, bonus):
@@ -120,6 +121,7 @@ def test_strong_decay_costs_no_accuracy(pattern, per_channel):
     assert max(found.values()) < 1e-6, found
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_decay_to_nothing(per_channel):
     arguments = draw(20, decay=weak(K) if per_channel else weak())
@@ -164,6 +166,7 @@ def test_a_decay_per_head_is_the_same_decay_in_every_channel():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), scalar, channel)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("decay", [None, weak(), weak(K)])
 @pytest.mark.parametrize("counts", [(1, 2, 6), (6, 3, 2), (2, 3, 6), (1, 1, 1)])
 def test_shared_heads_are_repeated_heads(counts, decay):
@@ -202,6 +205,7 @@ def test_denominators_near_zero_are_kept_away_from_it(impl):
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("decay", [None, weak(), weak(K)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_pieces_compose_to_the_whole(decay, packed):
@@ -251,6 +255,7 @@ def test_arguments_equal_on_all_devices_inside_shard_map(decay):
     )
 
 
+@pytest.mark.slow
 def test_gradients_of_gradients():
     arguments = jax.tree.map(jnp.float32, draw(20, decay=weak(K)))
 
@@ -263,6 +268,7 @@ def test_gradients_of_gradients():
     np.testing.assert_allclose(second("xla"), second("reference"), rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_length_and_no_faster():
     def peak(time):
         arguments = jax.tree.map(jnp.float32, draw(time, decay=weak(K)))
@@ -293,6 +299,7 @@ def test_errors_say_what_would_work():
         gated_linear_attention(**{**arguments, "k": jnp.ones((B, 5, 4, K), jnp.int32)})
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("decay", [None, weak(), weak(K)], ids=["none", "scalar", "channel"])
 def test_padding_holds_anything(decay):
     """What stands at padding, even NaN, changes neither results nor gradients."""

@@ -111,6 +111,7 @@ CALLS = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_in_parts_match_float64_reference(suite, name):
     """Values, states and all gradients, with segments, padding that holds NaN, and initial states."""

@@ -143,6 +143,7 @@ def test_few_complex_channels_are_folded():
     assert not folded(50, 2048, 8, settings=Settings(fold=False))
 
 
+@pytest.mark.slow
 def test_interpreted_under_transformations(interpreted):
     arguments = arguments_of(rng_of(4), (2, 11, 5), (2, 11, 5))
     want = reference.linear_recurrence(*arguments.values(), None, False)
@@ -178,6 +179,7 @@ def test_races(monkeypatch, capsys, fenced):
     assert ("RACE DETECTED" in capsys.readouterr().out) != fenced
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", INTERPRETED[:3], ids=lambda case: case.name)
 def test_lowers_for_a_gpu(case):
     """The compiler's front end takes both passes, in pieces and with segments."""
@@ -248,6 +250,7 @@ def test_refusals(monkeypatch, caplog):
     assert len([r for r in caplog.records if "a new interface" in r.getMessage()]) == 1
 
 
+@pytest.mark.slow
 def test_layers_of_a_model_share_their_kernels():
     """A deeper stack of the same calls has no more kernels to lower."""
 

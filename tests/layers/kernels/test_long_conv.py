@@ -26,6 +26,7 @@ def assert_close(got, want, tolerance=2e-5):
     assert np.linalg.norm(np.asarray(got) - want) <= tolerance * np.linalg.norm(want)
 
 
+@pytest.mark.sample(3)
 @implementations
 @pytest.mark.parametrize("time, taps", [(7, 7), (64, 3), (20, 200)])
 def test_causal_is_numpys_convolution(impl, time, taps):
@@ -63,6 +64,7 @@ def test_two_sided_kernel_as_a_circular_convolution():
     assert_close(y[:, :time], past + future)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("time, taps, circular", [(50, 41, False), (50, 41, True), (3, 90, False)])
 def test_matrix_products_over_several_groups_of_columns(monkeypatch, time, taps, circular):
     arguments = [jnp.asarray(v) for v in (normal(2, time, 3), normal(3, taps))]
@@ -102,6 +104,7 @@ def test_backward_pass_keeps_only_the_arguments(impl):
     assert sum(kept.values()) <= 3 * x.nbytes + kernel.nbytes + 64
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("impl", ["xla", "toeplitz"])
 @pytest.mark.parametrize("circular", [False, True])
 def test_second_derivatives(impl, circular):

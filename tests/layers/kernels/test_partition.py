@@ -109,6 +109,7 @@ CALLS = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "name, mesh",
     [
@@ -138,6 +139,7 @@ def test_parts_of_devices_make_the_whole(monkeypatch, name, mesh):
         assert error <= tolerance, f"{jax.tree_util.keystr(path)}: relative difference {error:.1e}"
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_device_gets_its_part(name):
     """Lowered for GPUs, the kernels of both passes read the rows and heads or channels of one device."""

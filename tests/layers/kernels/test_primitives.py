@@ -25,7 +25,7 @@ LENGTHS = (
 )
 calls = by_call()
 # The first two cases stand for the others where those are compared otherwise too.
-calls_of_two = by_call(slow=lambda name, case, impl: impl == "tpu" or case not in SUITES[name].cases[:2])
+calls_of_one = by_call(slow=lambda name, case, impl: impl == "tpu" or case is not SUITES[name].cases[0])
 
 
 def draw(case, batch, time, *, with_state=True, seed=0):
@@ -162,6 +162,7 @@ def reference(name, case_index, time, dtype):
         return jax.tree.map(np.asarray, (out, gradients)), weights
 
 
+@pytest.mark.sample(2)
 @calls
 @pytest.mark.parametrize("time", LENGTHS)
 def test_forward_and_gradients_match_float64_reference(name, case, impl, time):
@@ -173,7 +174,7 @@ def test_forward_and_gradients_match_float64_reference(name, case, impl, time):
     close_gradients(gradients, want_gradients, arguments, want, weights, tolerance_of(case, "float32"))
 
 
-@calls_of_two
+@calls_of_one
 def test_bfloat16_inputs(name, case, impl):
     suite = SUITES[name]
     (want, want_gradients), weights = reference(name, suite.cases.index(case), 130, "bfloat16")
@@ -190,7 +191,7 @@ def test_bfloat16_inputs(name, case, impl):
             )
 
 
-@calls_of_two
+@calls_of_one
 @settings(max_examples=2)
 @given(data=st.data())
 def test_cut_anywhere(name, case, impl, data):
@@ -221,7 +222,7 @@ def test_cut_anywhere(name, case, impl, data):
     close(state, jax.tree.map(np.asarray, final), tolerance_of(case, "float32"), "final state")
 
 
-@calls_of_two
+@calls_of_one
 @settings(max_examples=3)
 @given(data=st.data())
 def test_packed_equals_separate_and_padding_is_skipped(name, case, impl, data):
@@ -319,7 +320,7 @@ def test_transformations(name, case, impl):
     close(over_devices(run, (ROWS, SHARED), ROWS)(moving, rest), plain, tolerance, "shard_map")
 
 
-@calls
+@calls_of_one
 def test_gradients_inside_shard_map(name, case, impl):
     """Those of arguments that the devices share are summed over them. Types in every case, numbers in one a primitive."""
     suite = SUITES[name]
@@ -339,7 +340,7 @@ def test_gradients_inside_shard_map(name, case, impl):
     close(inside(*floats, *integers), want, tolerance_of(case, "float32"), "gradients")
 
 
-@calls
+@calls_of_one
 def test_empty_and_single_sequences(name, case, impl):
     suite = SUITES[name]
     one = call(suite, case, impl, cast(draw(case, 1, 3), "float32"))

@@ -60,6 +60,7 @@ def test_is_the_loop_of_the_definition(impl):
     assert_close(final, h)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("block, blocks", [(8, 8), (5, 3)])
 def test_other_chunks_give_the_same(block, blocks):
     """The sizes used on accelerators, and ones that divide nothing; with a segment that ends inside of a block."""
@@ -110,6 +111,7 @@ def test_numbers_on_padding_reach_nothing(impl):
         jax.tree.map(np.testing.assert_array_equal, with_nans, gradients)
 
 
+@pytest.mark.slow
 def test_extreme_step_sizes():
     """softplus and its slope far out on both sides, and a decay that leaves nothing in float32."""
     arguments = draw(1, 9)
@@ -134,6 +136,7 @@ def test_input_types():
     assert state.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_memory_holds_no_state_of_every_token():
     """What a longer sequence adds: the states at chunk borders and little else, in numbers a token and channel."""
     states, chunk = 64, 32
@@ -177,6 +180,7 @@ def test_pieces_pass_states():
         np.testing.assert_array_equal(got, same)
 
 
+@pytest.mark.slow
 def test_gradients_of_shared_parameters_inside_shard_map():
     """Parameters that all devices share get the sum of their gradients."""
     arguments = draw(8, 7)

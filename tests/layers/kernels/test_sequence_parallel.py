@@ -247,6 +247,7 @@ def check(name, rows, state, sizes):
     compare(got, want)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in BY_DEFAULT)) for name in CALLS]
 )

@@ -19,6 +19,7 @@ def segments(*rows):
     return jnp.asarray([[int(letter) for letter in row] for row in rows], jnp.int32)
 
 
+@pytest.mark.sample(4)
 @implementations
 @pytest.mark.parametrize("width", range(2, 9))
 @pytest.mark.parametrize("time", [1, 5, 12])
@@ -90,6 +91,7 @@ def test_state_is_float32_and_exact(impl):
     np.testing.assert_array_equal(state, x[:, 2:].astype(jnp.float32))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("cuts", [(2, 3), (0, 9), (5, 12), (13, 14)])
 def test_pieces_pass_states(cuts):
     ids = segments("11111111111111", "11110022220333", "00110000000000", "00000000000000")

@@ -158,6 +158,7 @@ def test_interpreted_under_transformations(interpreted):
     shared.close(inside(*moving, weight), want, 1e-5, "shard_map")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("fenced", [True, False])
 def test_races(monkeypatch, capsys, fenced):
     """Buffers are used again only after all lanes and copies are done with them; without fences that shows."""

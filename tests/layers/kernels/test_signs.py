@@ -74,6 +74,7 @@ CALLS = [
 ]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name, argument, function, wrong", CALLS)
 def test_the_wrong_sign(name, argument, function, wrong):
     for impl in ("reference", "xla"):

@@ -58,6 +58,7 @@ cases = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.sample(2)
 @cases
 def test_no_races_and_no_unwritten_memory(name, case, monkeypatch, capfd):
     """Outputs and gradients are those of the definition when memory starts as NaN and cores run at once."""

@@ -51,6 +51,7 @@ def test_what_is_tied_is_stored_once():
     assert count(make(**MAMBA, tied="projections")) == 2 * count(one) - shared
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_shared_matrix_is_the_sum_of_both_uses():
     def gradient(model):
         graph, params, rest = nnx.split(model, nnx.Param, ...)
@@ -73,6 +74,7 @@ def test_the_gradient_of_a_shared_matrix_is_the_sum_of_both_uses():
         np.testing.assert_allclose(got[...], want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_may_hold_shared_matrices():
     config = dict(
         kind="classifier", width=WIDTH, depth=2, pattern=("bidirectional",), vocab_size=5, num_classes=2

@@ -142,6 +142,7 @@ def segments_of(row):
     return runs
 
 
+@pytest.mark.sample(2)
 @every_mixer
 @settings(max_examples=6)
 @given(ids=packings())
@@ -215,6 +216,7 @@ def test_short_row_with_no_token_leaves_the_state(entry):
     jax.tree.map(np.testing.assert_array_equal, same, state)
 
 
+@pytest.mark.sample(4)
 @every_mixer
 def test_causal_means_causal(entry):
     x = inputs(12)
@@ -231,6 +233,7 @@ def test_causal_means_causal(entry):
             assert later.max() > 0, "a mixer that says it is not causal should see later inputs"
 
 
+@pytest.mark.sample(4)
 @pytest.mark.smoke
 @every_mixer
 def test_gradients_are_finite_and_reach_every_parameter(entry):
@@ -355,6 +358,7 @@ def test_parameters_declare_known_groups(entry):
         assert group_of(variable) in GROUPS, path
 
 
+@pytest.mark.sample(4)
 @every_mixer
 def test_parameters_declare_logical_axes(entry):
     """A name or None per axis, none twice, and a name for something wherever a matrix grows with the width."""

@@ -67,6 +67,7 @@ SAMPLE = {
 EVERY = {entry: list(KINDS)[number % 2] for number, entry in enumerate(FIRST.values())}
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     "entry, kind",
     [

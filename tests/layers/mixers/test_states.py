@@ -35,6 +35,7 @@ WRONG = {
 }
 
 
+@pytest.mark.sample(4)
 @every_mixer
 def test_a_state_that_does_not_fit_is_refused(entry):
     mixer, x = build(entry), inputs(3)

@@ -53,6 +53,7 @@ def test_what_segments_know_changes_nothing(packed):
     np.testing.assert_array_equal(reverse_segments(x, known), reverse_segments(x, ids))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", ["fnet", "hypermixer", "linformer", "wersa", "bidirectional"])
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_rows_without_tokens(name, with_ids):

@@ -47,6 +47,7 @@ def test_every_family_has_a_checkpoint():
     assert named == set(FAMILIES)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", FOLDERS)
 def test_full_pass_and_round_trip(name, tmp_path):
     model, config = seqmodels.load_pretrained(DATA / name)

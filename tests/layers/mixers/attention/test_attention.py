@@ -53,6 +53,7 @@ def literal(model, x):
     return np.stack(rows)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "options",
     [
@@ -83,6 +84,7 @@ def test_grouped_heads_with_copied_keys_and_values_equal_full_heads():
     np.testing.assert_allclose(grouped(inputs())[0], full(inputs())[0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_tokens_beyond_the_cache_are_nan_and_the_others_right():
     model = make(heads=2)
     want, _ = model(inputs())
@@ -91,6 +93,7 @@ def test_tokens_beyond_the_cache_are_nan_and_the_others_right():
     assert np.isnan(got[:, 7:]).all()
 
 
+@pytest.mark.slow
 def test_a_window_keeps_a_cache_of_its_size_for_any_length():
     model = make(heads=2, window=4)
     state = model.init_state(2)
@@ -167,6 +170,7 @@ def test_window_with_sinks_sink_logits_cap_and_slopes_against_the_equation():
     np.testing.assert_allclose(model(inputs())[0], want, atol=2e-6)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("position", ["t5", "fire"])
 @pytest.mark.parametrize("time", [11, 150])
 def test_biases_are_added_block_by_block(position, time):
@@ -232,6 +236,7 @@ def streaming(model, x):
     return o @ np.asarray(model.output.kernel[...], np.float64)
 
 
+@pytest.mark.slow
 def test_sinks_at_the_distance_of_their_slots():
     model = make(heads=1, window=4, sink_tokens=2, sink_distance="cache")
     y, _ = model(inputs(14))
@@ -239,6 +244,7 @@ def test_sinks_at_the_distance_of_their_slots():
         np.testing.assert_allclose(got, streaming(model, row), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_what_dropped_out_of_a_stream_changes_nothing():
     """A token's output depends on the sinks and the window, wherever in the stream it is."""
     model = make(heads=2, window=4, sink_tokens=2, sink_distance="cache")

@@ -44,6 +44,7 @@ def literal(model):
     return y * gate if config.gate == "output" else y
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("gate", GATE_AT)
 @pytest.mark.parametrize("gate_size", ["elementwise", "headwise"])
 def test_equals_the_equation(gate, gate_size):
@@ -55,6 +56,7 @@ def test_equals_the_equation(gate, gate_size):
     np.testing.assert_allclose(model(X)[0], literal(model), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_open_gates_leave_attention():
     model = make(bias=True, position="rope", qk_norm=True)
     model.gate.bias[...] = 40.0

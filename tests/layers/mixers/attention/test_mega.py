@@ -112,6 +112,7 @@ def literal(model, row):
     return sigmoid(u) * (candidate - row)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     "options",
     [
@@ -141,6 +142,7 @@ def test_average_as_convolution_and_as_recurrence():
     np.testing.assert_allclose(convolved, by_row(lambda row: average(module, row), x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_chunk_is_no_chunk():
     model = make(attention="laplace")
     chunked = make(attention="laplace", chunk=TIME)

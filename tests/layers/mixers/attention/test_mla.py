@@ -51,6 +51,7 @@ def literal(model, x):
 YARN = {"name": "rope", "scaling": "yarn", "factor": 8.0, "length": 4}
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "options", [{}, {"query_latent": 5}, {"position": "none"}, {"position": YARN, "absorbed": True}]
 )
@@ -81,6 +82,7 @@ def test_one_token_is_absorbed_and_a_long_call_is_not():
     assert not model._absorbs(1, 1, cached=False)
 
 
+@pytest.mark.slow
 def test_the_cache_holds_latent_and_turned_numbers_alone():
     state = make().init_state(2, max_length=TIME)
     assert sum(x.size for x in state.carried.entries) == 2 * TIME * (6 + 2)

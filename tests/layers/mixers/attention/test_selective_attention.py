@@ -59,6 +59,7 @@ def literal(model, x):
     return np.concatenate(heads, 1) @ maps["output"]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     "options",
     [

@@ -53,6 +53,7 @@ def literal(model, x):
     return np.stack(outputs)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "options",
     [

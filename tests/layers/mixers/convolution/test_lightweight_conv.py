@@ -47,6 +47,7 @@ def literal(model, x):
 both = pytest.mark.parametrize("mixer", [LightweightConv, DynamicConv])
 
 
+@pytest.mark.sample(3)
 @both
 @pytest.mark.parametrize("options", [{}, {"heads": 6, "taps": 1}, {"heads": 3, "taps": 20}])
 def test_equals_the_equation(mixer, options):

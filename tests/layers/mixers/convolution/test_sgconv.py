@@ -53,6 +53,7 @@ def literal(model, x):
     return y
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     "options",
     [
@@ -86,6 +87,7 @@ def test_scales_double_in_length_and_halve_in_size():
     np.testing.assert_allclose(kernel, np.repeat([8.0, 4.0, 2.0, 1.0], [8, 8, 16, 32]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_small_state_gives_nan_beyond_it_and_the_rest_right():
     model = make()
     want, _ = model(inputs())

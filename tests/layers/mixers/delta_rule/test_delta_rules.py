@@ -67,6 +67,7 @@ def literal(name, model, row):
     return apply(model.output, y)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -84,6 +85,7 @@ def test_equals_the_equation(name, options):
     np.testing.assert_allclose(model(x)[0], want, atol=5e-6)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("name", "low"), [("gated_deltanet", 0.01), ("kda", 1.0)])
 def test_initial_rates_and_steps(name, low):
     config, module = MIXERS[name]

@@ -48,6 +48,7 @@ def literal(model, row):
     return apply(model.output, y * g)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("options", [{}, {"layer": 3, "depth": 5, "head_dim": 2}])
 def test_equals_the_equation(options):
     model, x = stirred(make(**options)), inputs()
@@ -79,6 +80,7 @@ def test_starts_as_the_authors_code():
         assert 0.95 * bound < largest <= bound
 
 
+@pytest.mark.slow
 def test_no_channel_forgets_faster_than_the_bound():
     """A token whose key is zero only lets the memory decay: by 0.545 at the least, however large the input."""
     model = make(head_dim=8)

@@ -52,6 +52,7 @@ def literal(model, row):
     return apply(model.output, normed.reshape(len(row), -1) * silu(apply(model.gate, row)))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "options", [{}, {"key_dim": 3, "value_dim": 5, "temperature": 1.0}, {"kv_heads": 1, "taps": 3}]
 )

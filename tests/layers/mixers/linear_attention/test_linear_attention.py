@@ -44,6 +44,7 @@ def literal(name, model, row):
     return apply(model.output, o.reshape(len(row), -1))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -55,6 +56,7 @@ def test_equals_the_attention_matrix(name, options, causal):
     np.testing.assert_allclose(model(x)[0], want, atol=1e-5)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", MIXERS)
 def test_both_directions_within_segments_equal_the_sum_over_the_whole(name):
     model, x = make(name, causal=False), inputs()
@@ -69,6 +71,7 @@ def test_without_order_in_both_directions(name):
     np.testing.assert_allclose(model(x[:, order])[0], model(x)[0][:, order], atol=2e-6)
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_softmax_with_many_features():
     """The estimate is good for queries and keys that are not long, and its error falls as the features grow."""
     x = 0.6 * inputs()
@@ -103,6 +106,7 @@ def test_directions_are_orthogonal_in_blocks_and_as_long_as_gaussian_vectors():
     assert np.abs(np.sign(unit).mean(0)).max() < 0.08
 
 
+@pytest.mark.slow
 def test_orthogonal_features_estimate_the_kernel_without_bias():
     size, count = 8, 8
     q, k = 0.4 * jax.random.normal(jax.random.key(1), (2, size))

@@ -69,6 +69,7 @@ def parallel(model, row):
     return finish(model, outputs, row)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "options", [{}, {"heads": 4, "kv_heads": 2, "value_dim": 3, "affine": True}, {"key_dim": 6}]
 )
@@ -82,6 +83,7 @@ def test_equals_the_parallel_form_whose_divisions_the_norm_takes_away():
     np.testing.assert_allclose(model(x)[0], by_row(lambda row: parallel(model, row), x), atol=5e-5)
 
 
+@pytest.mark.slow
 def test_a_head_forgets_at_its_own_rate():
     """After one token, tokens without values let the memory decay by 31/32, 63/64, ... per token."""
     model = make(heads=4)
@@ -92,6 +94,7 @@ def test_a_head_forgets_at_its_own_rate():
     np.testing.assert_allclose(later.carried, rates[None, :, None, None] * first.carried, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_positions_continue_in_the_state():
     model = make()
     _, state = model(inputs(5), model.init_state(2))

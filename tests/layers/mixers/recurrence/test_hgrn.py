@@ -45,6 +45,7 @@ def literal(model, row):
     return apply(model.output, features * silu(apply(model.gate, row)))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "options",
     [

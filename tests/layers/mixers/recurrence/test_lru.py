@@ -41,6 +41,7 @@ def test_equals_the_equation(options):
     np.testing.assert_allclose(model(jnp.asarray(x))[0], literal(model, x), rtol=1e-4, atol=5e-6)
 
 
+@pytest.mark.slow
 def test_eigenvalues_start_uniform_by_area_in_the_ring():
     model = LRU(
         LRUConfig(width=2, state_size=4000, r_min=0.5, r_max=0.9, max_phase=np.pi / 10), rngs=nnx.Rngs(0)
@@ -55,6 +56,7 @@ def test_eigenvalues_start_uniform_by_area_in_the_ring():
     np.testing.assert_allclose(phases / 500, 1, atol=0.2)
 
 
+@pytest.mark.slow
 def test_states_start_with_the_variance_of_their_inputs():
     model = LRU(LRUConfig(width=64, state_size=32, r_min=0.9, r_max=0.99), rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).standard_normal((8, 500, 64)).astype(np.float32)
@@ -64,6 +66,7 @@ def test_states_start_with_the_variance_of_their_inputs():
     np.testing.assert_allclose(gamma, 1 - np.abs(eigenvalues(model)) ** 2, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_no_parameter_makes_it_unstable():
     model = LRU(LRUConfig(width=WIDTH, state_size=4), rngs=nnx.Rngs(0))
     for value in (-30.0, 5.0):

@@ -27,6 +27,7 @@ def literal(model, row):
     return np.stack(outputs) if model.output is None else apply(model.output, np.stack(outputs))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("options", [{}, {"state_size": 7, "forget_bias": 0.0}])
 def test_equals_the_equation(options):
     model = make(**options)

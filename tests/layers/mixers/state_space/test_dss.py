@@ -47,6 +47,7 @@ def literal(model, x):
     return y
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kernel", ["softmax", "exp"])
 @pytest.mark.parametrize("moved", [False, True])
 def test_equals_the_equation(kernel, moved):

@@ -46,6 +46,7 @@ def literal(model, x):
     return np.stack(rows)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("head_dim", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("trained", [False, True])
 def test_equals_the_equation(head_dim, trained):
@@ -68,6 +69,7 @@ def test_initial_shift_is_a_filter_with_taps_c():
     )
 
 
+@pytest.mark.slow
 def test_one_key_recalls_one_value():
     """With a shift of one step and a sum that never decays, a query reads the value that followed the same key."""
     model = H3(H3Config(width=4, head_dim=4, state_size=2), rngs=nnx.Rngs(0))

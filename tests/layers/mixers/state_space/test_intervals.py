@@ -66,6 +66,7 @@ def literal(name, mixer, x, gaps):
     return np.stack(y)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_recurrence_of_the_paper(name):
     mixer = made(name)
@@ -78,6 +79,7 @@ def test_the_recurrence_of_the_paper(name):
     np.testing.assert_allclose(call(np.ones_like(GAPS)), mixer(jnp.asarray(X))[0], atol=2e-5)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["s5", "s4d"])
 def test_cut_packed_and_padded_rows_give_the_same(name):
     mixer = made(name)

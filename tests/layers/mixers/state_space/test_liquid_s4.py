@@ -41,6 +41,7 @@ def literal(model, x):
     return y
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kernel", ["pb", "kb"])
 @pytest.mark.parametrize("degree", [2, 3])
 def test_equals_the_equation(kernel, degree):

@@ -86,6 +86,7 @@ def literal_mamba2(model, x):
     return np.stack(outputs)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "options",
     [{}, {"dt_rank": 2, "bias": True, "taps": 3}, {"dt_rank": 3, "inner_norm": True, "epsilon": 0.1}],

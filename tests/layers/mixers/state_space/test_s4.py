@@ -59,6 +59,7 @@ def literal(model, x):
     return outputs
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "options",
     [{}, {"max_length": TIME, "systems": 2}, {"max_length": 16}, {"bidirectional": True, "max_length": 40}],

@@ -56,6 +56,7 @@ def literal(model, x):
     return y
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "options",
     [
@@ -97,6 +98,7 @@ def test_initial_output_and_step_sizes():
     assert np.median(steps) == pytest.approx(0.01, rel=0.3)
 
 
+@pytest.mark.slow
 def test_long_prefill_in_chunks_equals_the_convolution():
     model, x = make(), inputs(150)
     ids = jnp.asarray(np.repeat([[3, 0, 3, 5, 5, 1], [1, 1, 2, 0, 0, 2]], 25, axis=1))

@@ -50,6 +50,7 @@ def literal(model, x, method):
     return np.stack(outputs)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("method", ["zoh", "bilinear"])
 @pytest.mark.parametrize("conj_sym", [True, False])
