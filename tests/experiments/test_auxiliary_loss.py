@@ -131,6 +131,7 @@ def test_a_step_follows_the_loss_with_its_auxiliary_part(accumulate):
     assert float(plan.model.auxiliary_loss(statistics)) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

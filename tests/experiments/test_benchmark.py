@@ -239,6 +239,7 @@ def test_steps_are_timed_on_packed_rows(tmp_path):
     assert (np.diff(packed) >= 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["attention", pytest.param("mamba2", marks=pytest.mark.slow)])
 def test_steps_of_generation_are_timed_and_states_measured(model, tmp_path):
     arguments = [f"--only={model}", "--batch=2", "--lengths=96,160", "--rounds=1"]

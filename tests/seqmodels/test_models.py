@@ -77,6 +77,7 @@ def train(model):
     return run(params, stats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

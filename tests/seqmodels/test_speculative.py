@@ -52,6 +52,7 @@ def check_same(model, prompts, settings, **draft):
     return plain, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_tokens_are_those_without_drafts(pattern):
     model = model_of(pattern)

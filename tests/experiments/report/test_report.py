@@ -206,12 +206,9 @@ def official(name, folder):
     return ["--config.task.validation=4"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
-    "name, task",
-    [
-        ("retrieval", "Retrieval (length=16)"),
-        pytest.param("text", "Text (length=16, validation=4)", marks=pytest.mark.slow),
-    ],
+    "name, task", [("text", "Text (length=16, validation=4)"), ("retrieval", "Retrieval (length=16)")]
 )
 def test_official_files_lead_to_a_report(name, task, tmp_path, capsys):
     more = official(name, tmp_path / "files")

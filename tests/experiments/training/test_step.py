@@ -66,6 +66,7 @@ def test_micro_batches_update_the_statistics_one_after_the_other():
     np.testing.assert_allclose(got, 0.9 * 0.1 * first + 0.1 * second, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_eight_devices_equal_one(accumulate):

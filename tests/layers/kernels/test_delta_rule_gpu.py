@@ -120,6 +120,7 @@ def in_pieces(monkeypatch, pieces, **settings):
     monkeypatch.setattr(gpu, "SETTINGS", Settings(pieces=pieces, **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pieces, decay, often",
     [

@@ -60,6 +60,7 @@ def test_is_the_loop_of_the_definition(impl):
     assert_close(final, h)
 
 
+@pytest.mark.slow
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("block, blocks", [(8, 8), (5, 3)])
 def test_other_chunks_give_the_same(block, blocks):

@@ -41,9 +41,8 @@ def both_passes(name):
     return passes, variables
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "retnet")) for name in MIXERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXERS)
 def test_mixers_take_kernels(name):
     run, variables = both_passes(name)
     x, weights = (jax.ShapeDtypeStruct(SHAPES[name], dtype) for dtype in (jnp.bfloat16, jnp.float32))

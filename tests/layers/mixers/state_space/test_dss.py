@@ -62,6 +62,7 @@ def test_equals_the_equation(kernel, moved):
     np.testing.assert_allclose(model(x, model.init_state(2))[0], want, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_softmax_kernel_of_another_length_differs_by_a_factor_a_mode():
     """With one mode K_L / K_2L is one number: the ratio of the two normalisers."""
     short, long = make(state_size=1, max_length=20), make(state_size=1, max_length=40)

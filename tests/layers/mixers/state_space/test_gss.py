@@ -37,6 +37,7 @@ def literal(model, x):
     return np.stack(outputs)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "options", [pytest.param({}, marks=pytest.mark.slow), {"gate_width": 3, "ssm_width": 6}]
 )
