@@ -1,6 +1,6 @@
 """Settings that every test runs under; nothing here is imported by a test.
 
-- `--share=K/N` takes the K-th of N shares of the parametrised slow tests; all others run as without it.
+- `--share=K/N` takes the K-th of N shares of the slow tests; all others run as without it.
 - Of a test with the mark `sample(n)`, every n-th case runs by default, the first one included; the others are slow.
 
 - JAX runs on the CPU with eight emulated devices, so that tests of sharding need no special process. `-m gpu` leaves
@@ -98,7 +98,7 @@ def _check_annotations() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--share", help="K/N: the K-th of N shares of the parametrised slow tests")
+    parser.addoption("--share", help="K/N: the K-th of N shares of the slow tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -137,8 +137,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def left_out(item: pytest.Item) -> bool:
         if item.get_closest_marker("gpu"):
             return not _wants_gpu(config)
-        drawn = share and item.get_closest_marker("slow") and hasattr(item, "callspec")
-        return bool(drawn and not in_share(item.nodeid, share))
+        return bool(share and item.get_closest_marker("slow") and not in_share(item.nodeid, share))
 
     chosen = [item for item in items if not left_out(item)]
     if len(chosen) < len(items):

@@ -1,4 +1,4 @@
-"""Shares of the parametrised slow tests, so that CI need not run the full grid every time."""
+"""Shares of the slow tests, so that CI need not run all of them every time."""
 
 import zlib
 
