@@ -11,6 +11,11 @@
     qwen3_next      3 Gated DeltaNet to 1 gated attention, experts (2505.06708)
     hybridna        7 Mamba-2 to 1 attention (2502.10807)
     masformer       full attention in the lowest layer alone, windows above (2310.12442)
+    xlstm           7 mLSTM to 1 sLSTM, which alone has a channel mixer (2405.04517)
+    lfm2            10 gated short convolutions to 6 attention (2511.23404)
+    falcon_h1       Mamba-2 and attention side by side in every layer (2507.22448)
+    nemotron_h      Mamba-2, attention without positions and squared ReLU, most layers by themselves (2504.03624)
+    based           linear attention with Taylor features and small windows alternating (2402.18668)
 
 Orders of layers, ratios and positions are the papers'; widths, depths, windows and numbers of experts are smaller. All
 are causal and pool over time.
@@ -104,6 +109,47 @@ MODELS = {
         mixers={"attention": dict(heads=4), "local": dict(mixer="attention", heads=4, window=32)},
         channel="mlp",
         norm="layer_norm",
+    ),
+    "xlstm": dict(
+        depth=8,
+        # The second block is sLSTM.
+        pattern=("mlstm+none", "slstm+geglu") + ("mlstm+none",) * 6,
+        mixers={"mlstm": dict(heads=4), "slstm": dict(heads=4)},
+        channels={"geglu": dict(hidden=88)},
+        norm="layer_norm",
+    ),
+    "lfm2": dict(
+        depth=16,
+        pattern=("conv", "conv", "attention") * 3 + ("conv", "attention") * 3 + ("conv",),
+        mixers={
+            "conv": dict(mixer="gated_short_conv"),
+            "attention": dict(heads=4, kv_heads=1, qk_norm=True, position=dict(name="rope", base=1e6)),
+        },
+    ),
+    "falcon_h1": dict(
+        depth=4,
+        pattern=("parallel",),
+        mixers={
+            "parallel": dict(
+                branches=dict(
+                    mamba2=MAMBA2,
+                    attention=dict(heads=4, kv_heads=1, position=dict(name="rope", base=1e11)),
+                )
+            )
+        },
+    ),
+    "nemotron_h": dict(
+        depth=6,
+        # Mixers and channel mixers are layers of their own; attention stands between Mamba-2 and a channel mixer.
+        pattern=("mamba2",) * 4 + ("mamba2+none", "attention"),
+        mixers={"mamba2": MAMBA2 | dict(groups=4), "attention": dict(heads=4, kv_heads=1, position="none")},
+        channel="mlp",
+        channels={"mlp": dict(activation="relu2")},
+    ),
+    "based": dict(
+        depth=4,
+        pattern=("based", "attention"),
+        mixers={"based": dict(heads=4, feature_dim=16), "attention": dict(heads=4, window=64)},
     ),
 }
 

@@ -23,7 +23,9 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "dss": {"max_length": LENGTH},
     "hyena": {"max_length": LENGTH},
     "linformer": {"max_length": LENGTH},
+    "parallel": {"branches": {"mamba2": {}, "attention": {}}},
     "sgconv": {"max_length": LENGTH},
+    "tuned_state": {"inner": "gla"},
 }
 
 

@@ -3,7 +3,8 @@
 A parameter declares its group where it is created. A group is a path: what an experiment sets for "ssm" also holds for "ssm/b",
 unless it sets "ssm/b" itself. Parameters without a group are "default".
 
-    no_decay     biases, the scales of norms, and decay rates that learn as fast as the rest: no weight decay
+    no_decay     biases, the scales of norms, and decay rates that learn as fast as the rest: no weight decay. Trained initial
+                 states are "no_decay/start", so that an experiment can train them alone
     ssm          the time scales of a state space model: eigenvalues, step sizes ("ssm/dt"), and its
                  input matrix ("ssm/b"): no weight decay, and a third of the learning rate, as S5 has on ListOps
     ssm_output   the output matrix and the skip of a state space model: as the rest

@@ -86,7 +86,7 @@ def mixers(width: int, length: int) -> dict[str, dict]:
 
 
 def hybrids(width: int, depth: int) -> dict[str, dict]:
-    """Returns the hybrids of configs/hybrids.py at a width."""
+    """Returns hybrids of configs/hybrids.py at a width."""
     heads = width // (64 if width <= 768 else 128)
     size = width // heads
     experts = dict(experts=8, top_k=2, hidden=width)

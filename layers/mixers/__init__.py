@@ -6,56 +6,79 @@ from typing import Any
 from flax import nnx
 
 from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.mixers.attention.differential_attention import DifferentialAttention, DifferentialAttentionConfig
+from layers.mixers.attention.forgetting_attention import ForgettingAttention, ForgettingAttentionConfig
 from layers.mixers.attention.gated_attention import GatedAttention, GatedAttentionConfig
 from layers.mixers.attention.linformer import Linformer, LinformerConfig
 from layers.mixers.attention.mega import Mega, MegaConfig
 from layers.mixers.attention.mla import MLA, MLAConfig
 from layers.mixers.attention.selective_attention import SelectiveAttention, SelectiveAttentionConfig
 from layers.mixers.bidirectional import Bidirectional, BidirectionalConfig
+from layers.mixers.convolution.gated_short_conv import GatedShortConv, GatedShortConvConfig
 from layers.mixers.convolution.hyena import Hyena, HyenaConfig
 from layers.mixers.convolution.lightweight_conv import DynamicConv, LightweightConv, LightweightConvConfig
 from layers.mixers.convolution.sgconv import SGConv, SGConvConfig
+from layers.mixers.delta_rule.comba import Comba, CombaConfig
 from layers.mixers.delta_rule.deltanet import DeltaNet, DeltaNetConfig
 from layers.mixers.delta_rule.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
+from layers.mixers.delta_rule.gated_deltanet2 import GatedDeltaNet2, GatedDeltaNet2Config
+from layers.mixers.delta_rule.gated_deltaproduct import GatedDeltaProduct, GatedDeltaProductConfig
 from layers.mixers.delta_rule.kda import KDA, KDAConfig
 from layers.mixers.delta_rule.rwkv7 import RWKV7, RWKV7Config
+from layers.mixers.linear_attention.based import Based, BasedConfig
 from layers.mixers.linear_attention.gla import GLA, GLAConfig
+from layers.mixers.linear_attention.hgrn2 import HGRN2, HGRN2Config
 from layers.mixers.linear_attention.lightning_attention import LightningAttention, LightningAttentionConfig
 from layers.mixers.linear_attention.linear_attention import LinearAttention, LinearAttentionConfig
+from layers.mixers.linear_attention.mlstm import MLSTM, MLSTMConfig
 from layers.mixers.linear_attention.performer import Performer, PerformerConfig
 from layers.mixers.linear_attention.retnet import RetNet, RetNetConfig
+from layers.mixers.linear_attention.rwkv6 import RWKV6, RWKV6Config
+from layers.mixers.parallel import Parallel, ParallelConfig
 from layers.mixers.recurrence.hgrn import HGRN, HGRNConfig
 from layers.mixers.recurrence.lru import LRU, LRUConfig
 from layers.mixers.recurrence.lstm import LSTM, LSTMConfig
 from layers.mixers.recurrence.rg_lru import RGLRU, RGLRUConfig
 from layers.mixers.recurrence.rwkv4 import RWKV4, RWKV4Config
+from layers.mixers.recurrence.slstm import SLSTM, SLSTMConfig
 from layers.mixers.state_space.dss import DSS, DSSConfig
 from layers.mixers.state_space.gss import GSS, GSSConfig
 from layers.mixers.state_space.h3 import H3, H3Config
+from layers.mixers.state_space.linoss import LinOSS, LinOSSConfig
 from layers.mixers.state_space.liquid_s4 import LiquidS4, LiquidS4Config
 from layers.mixers.state_space.mamba import Mamba, MambaConfig
 from layers.mixers.state_space.mamba2 import Mamba2, Mamba2Config
+from layers.mixers.state_space.mamba3 import Mamba3, Mamba3Config
 from layers.mixers.state_space.s4 import S4, S4Config
 from layers.mixers.state_space.s4d import S4D, S4DConfig
 from layers.mixers.state_space.s5 import S5, S5Config
 from layers.mixers.token_mixing.fnet import FNet, FNetConfig
 from layers.mixers.token_mixing.hypermixer import HyperMixer, HyperMixerConfig
 from layers.mixers.token_mixing.wersa import WERSA, WERSAConfig
+from layers.mixers.tuned_state import TunedState, TunedStateConfig
 from layers.registry import build
 
 MIXERS = {
     "attention": (AttentionConfig, Attention),
+    "based": (BasedConfig, Based),
     "bidirectional": (BidirectionalConfig, Bidirectional),
+    "comba": (CombaConfig, Comba),
     "deltanet": (DeltaNetConfig, DeltaNet),
+    "differential_attention": (DifferentialAttentionConfig, DifferentialAttention),
     "dss": (DSSConfig, DSS),
     "dynamic_conv": (LightweightConvConfig, DynamicConv),
     "fnet": (FNetConfig, FNet),
+    "forgetting_attention": (ForgettingAttentionConfig, ForgettingAttention),
     "gated_attention": (GatedAttentionConfig, GatedAttention),
     "gated_deltanet": (GatedDeltaNetConfig, GatedDeltaNet),
+    "gated_deltanet2": (GatedDeltaNet2Config, GatedDeltaNet2),
+    "gated_deltaproduct": (GatedDeltaProductConfig, GatedDeltaProduct),
+    "gated_short_conv": (GatedShortConvConfig, GatedShortConv),
     "gla": (GLAConfig, GLA),
     "gss": (GSSConfig, GSS),
     "h3": (H3Config, H3),
     "hgrn": (HGRNConfig, HGRN),
+    "hgrn2": (HGRN2Config, HGRN2),
     "hyena": (HyenaConfig, Hyena),
     "hypermixer": (HyperMixerConfig, HyperMixer),
     "kda": (KDAConfig, KDA),
@@ -63,23 +86,30 @@ MIXERS = {
     "lightweight_conv": (LightweightConvConfig, LightweightConv),
     "linear_attention": (LinearAttentionConfig, LinearAttention),
     "linformer": (LinformerConfig, Linformer),
+    "linoss": (LinOSSConfig, LinOSS),
     "liquid_s4": (LiquidS4Config, LiquidS4),
     "lru": (LRUConfig, LRU),
     "lstm": (LSTMConfig, LSTM),
     "mamba": (MambaConfig, Mamba),
     "mamba2": (Mamba2Config, Mamba2),
+    "mamba3": (Mamba3Config, Mamba3),
     "mega": (MegaConfig, Mega),
     "mla": (MLAConfig, MLA),
+    "mlstm": (MLSTMConfig, MLSTM),
+    "parallel": (ParallelConfig, Parallel),
     "performer": (PerformerConfig, Performer),
     "retnet": (RetNetConfig, RetNet),
     "rg_lru": (RGLRUConfig, RGLRU),
     "rwkv4": (RWKV4Config, RWKV4),
+    "rwkv6": (RWKV6Config, RWKV6),
     "rwkv7": (RWKV7Config, RWKV7),
     "s4": (S4Config, S4),
     "s4d": (S4DConfig, S4D),
     "s5": (S5Config, S5),
     "selective_attention": (SelectiveAttentionConfig, SelectiveAttention),
     "sgconv": (SGConvConfig, SGConv),
+    "slstm": (SLSTMConfig, SLSTM),
+    "tuned_state": (TunedStateConfig, TunedState),
     "wersa": (WERSAConfig, WERSA),
 }
 

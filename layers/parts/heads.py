@@ -89,3 +89,24 @@ class HeadNorm(nnx.Module):
         if self.gate is not None:
             y = y * GATES[self.gate](gate.astype(jnp.float32))
         return y.astype(self.dtype)
+
+
+class HeadLayerNorm(nnx.Module):
+    """Layer norm of every head: y = scale (o - mean) / sqrt(variance + epsilon) + bias, a group norm.
+
+    Each channel has a scale of its own, and a bias unless `bias` is False. Computes and returns float32; the heads are joined.
+    """
+
+    def __init__(self, heads: int, size: int, *, epsilon: float, bias: bool = True, rngs: nnx.Rngs):
+        self.epsilon = epsilon
+        own = {"axes": ("heads",), **NO_DECAY}
+        self.scale = parameter(rngs, nnx.initializers.ones_init(), (heads * size,), **own)
+        self.bias = parameter(rngs, nnx.initializers.zeros_init(), (heads * size,), **own) if bias else None
+
+    def __call__(self, o: Float[Array, "b t h v"]) -> Float[Array, "b t d"]:
+        """Returns the heads, normalized and joined."""
+        y = o.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = join_heads(y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon))
+        y = y * self.scale[...][None, None]
+        return y if self.bias is None else y + self.bias[...][None, None]

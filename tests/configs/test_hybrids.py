@@ -31,7 +31,19 @@ PATTERNS = {
     "qwen3_next": "GatedDeltaNet:E GatedDeltaNet:E GatedDeltaNet:E GatedAttention:E",
     "hybridna": "Mamba2:G " * 7 + "Attention:G",
     "masformer": "Attention:P Attention:P Attention:P Attention:P",
+    "xlstm": "MLSTM:- SLSTM:G " + "MLSTM:- " * 6,
+    "lfm2": "GatedShortConv:G GatedShortConv:G Attention:G " * 3
+    + "GatedShortConv:G Attention:G " * 3
+    + "GatedShortConv:G",
+    "falcon_h1": "Parallel:G " * 4,
+    "nemotron_h": "Mamba2:P " * 4 + "Mamba2:- Attention:P",
+    "based": "Based:G Attention:G Based:G Attention:G",
 }
+# Those that default tests do not build.
+SLOW = ("xlstm", "lfm2", "falcon_h1", "nemotron_h", "based")
+by_hybrid = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PATTERNS]
+)
 LETTERS = {"GLU": "G", "GEGLU": "G", "MoE": "E", "MLP": "P", "NoneType": "-"}
 
 
@@ -56,7 +68,7 @@ def test_every_hybrid_is_listed_here():
 
 
 @pytest.mark.sample(3)
-@pytest.mark.parametrize("name", PATTERNS)
+@by_hybrid
 def test_layers_and_shapes(name):
     model = model_of(name)
     layers = [
@@ -70,7 +82,7 @@ def test_layers_and_shapes(name):
     assert model.stack.causal
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@by_hybrid
 def test_every_section_of_the_config_holds(name):
     config = config_of(name)
     section(config, "train", TrainConfig)

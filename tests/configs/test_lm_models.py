@@ -19,6 +19,8 @@ from seqmodels import build_model
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 MODELS = runpy.run_path(str(CONFIGS / "lm" / "models.py"))
 HYBRIDS = set(runpy.run_path(str(CONFIGS / "hybrids.py"))["MODELS"])
+# Hybrids that configs/hybrids.py alone has, at one size.
+SMALL = {"based", "falcon_h1", "lfm2", "nemotron_h", "xlstm"}
 EXPERTS = {"jamba", "hunyuan_turbos", "minimax", "kimi_linear", "qwen3_next"}
 SIZES = {"10m": 10e6, "40m": 40e6, "125m": 115e6, "350m": 340e6, "1.3b": 1300e6}
 
@@ -37,7 +39,7 @@ def parameters(model):
 def test_parameters_of_every_model(size, every):
     width, depth, *_ = MODELS["SIZES"][size]
     hybrids = MODELS["hybrids"](width, depth)
-    assert set(hybrids) == HYBRIDS
+    assert set(hybrids) == HYBRIDS - SMALL
     for name in (*MODELS["mixers"](width, 512), *hybrids)[::every]:
         config = config_of(f"size={size},mixer={name}")
         section(config, "train", TrainConfig), section(config, "optimizer", OptimizerConfig)
@@ -64,7 +66,7 @@ def test_models_of_bytes_are_known_without_data(monkeypatch):
 
 def test_every_causal_mixer_fits_the_model_of_the_standard_library():
     get_config = runpy.run_path(str(CONFIGS / "lm" / "stdlib.py"))["get_config"]
-    refused = {"bidirectional", "fnet", "hypermixer", "linformer"}
+    refused = {"bidirectional", "fnet", "hypermixer", "linformer", "parallel", "tuned_state"}
     for name in MIXERS:
         config = to_plain(get_config(f"mixer={name},depth=1"))
         if name in refused:

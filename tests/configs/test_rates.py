@@ -20,7 +20,8 @@ DECAYED = {
     "kernel",  # of linear maps
     "weight",  # taps of short and lightweight convolutions
     "gates",  # RG-LRU's block-diagonal maps
-    "recurrent",  # LSTM's recurrent map
+    "recurrent",  # recurrent maps of LSTM and sLSTM
+    "input",  # maps of sLSTM by heads
     "projections",  # Linformer's
     "inner",  # HyperMixer's maps
     "outer",

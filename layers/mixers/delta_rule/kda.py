@@ -7,7 +7,7 @@ from layers.options import checked_dataclass
 from layers.parameters import linear
 from layers.parts.delta_memory import DeltaCarry, DeltaMemory, SharedKeysConfig
 from layers.parts.heads import HeadNorm, head_size, split_heads
-from layers.parts.log_decay import SoftplusDecay
+from layers.parts.log_decay import BoundedDecay, SoftplusDecay
 from layers.parts.low_rank import LowRank
 from layers.segments import Segments
 from layers.typing import Array, Float
@@ -19,9 +19,20 @@ class KDAConfig(SharedKeysConfig):
 
     Attributes:
       head_dim: K, features of a query, key and value head and the rank of decay and gate; width / heads if None.
+      lowest_decay: bound of log alpha per step, below 0, as in later models (-5 there); None for the softplus, which has none.
+      full_gate: whether the output gate is one matrix W_g without bias, as in later models, in place of G_2 G_1 and e.
     """
 
     head_dim: int | None = None
+    lowest_decay: float | None = None
+    full_gate: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lowest_decay is not None and self.lowest_decay >= 0:
+            raise ValueError(
+                f"lowest_decay={self.lowest_decay}; expected a number below 0, such as -5, or None"
+            )
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -39,7 +50,8 @@ class KDA(Mixer):
         S' = Diag(alpha_t) S_{t-1},   S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,  o_t = S_t^T q_t / sqrt(K)
         y = W_o (RMSNorm(o) * sigmoid(G_2 G_1 x + e))                               norm per head
 
-    exp(a) starts uniform in [1, 16] and softplus(c) log-uniform in [0.001, 0.1].
+    exp(a) starts uniform in [1, 16] and softplus(c) log-uniform in [0.001, 0.1]. With `lowest_decay`, log alpha is
+    lowest_decay sigmoid(exp(a) (F_2 F_1 x + c)), and exp(a) starts at 1.
     """
 
     def __init__(self, config: KDAConfig, *, rngs: nnx.Rngs):
@@ -49,8 +61,14 @@ class KDA(Mixer):
         options = {"dtype": config.dtype, "rngs": rngs}
         self.memory = DeltaMemory(config, rngs=rngs)
         self.rate = LowRank(config.width, size, features, bias=False, **options)
-        self.decay = SoftplusDecay(config.outputs, size, rates=(1.0, 16.0), rngs=rngs)
-        self.gate = LowRank(config.width, size, features, **options)
+        if config.lowest_decay is None:
+            self.decay = SoftplusDecay(config.outputs, size, rates=(1.0, 16.0), rngs=rngs)
+        else:
+            self.decay = BoundedDecay(config.outputs, size, lowest=config.lowest_decay, rngs=rngs)
+        if config.full_gate:
+            self.gate = linear(config.width, features, axes=("embed", "heads"), bias=False, **options)
+        else:
+            self.gate = LowRank(config.width, size, features, **options)
         self.norm = HeadNorm(size, gate="sigmoid", epsilon=config.epsilon, **options)
         self.output = linear(features, config.width, axes=("heads", "embed"), bias=False, **options)
 

@@ -11,8 +11,8 @@ from flax import nnx
 from layers.kernels.delta_rule import dplr_delta_rule
 from layers.mixer import Mixer
 from layers.options import ActivationDtype, Count, NonNegative, checked_dataclass
-from layers.parameters import NO_DECAY, declared, linear, parameter
-from layers.parts.heads import join_heads, split_heads
+from layers.parameters import NO_DECAY, declared, linear
+from layers.parts.heads import HeadLayerNorm, join_heads, split_heads
 from layers.parts.low_rank import LowRank
 from layers.parts.token_shift import token_shift
 from layers.segments import Segments
@@ -77,29 +77,6 @@ class RWKV7Carry(NamedTuple):
 
     token: Float[Array, "b 1 d"]
     memory: Float[Array, "b h k v"]
-
-
-class HeadLayerNorm(nnx.Module):
-    """y = scale (o - mean) / sqrt(variance + epsilon) + bias per head, a group norm; each channel has a scale and bias.
-
-    Computes and returns float32; the heads are joined.
-    """
-
-    def __init__(self, heads: int, size: int, *, epsilon: float, rngs: nnx.Rngs):
-        self.epsilon = epsilon
-        self.scale = parameter(
-            rngs, nnx.initializers.ones_init(), (heads * size,), axes=("heads",), **NO_DECAY
-        )
-        self.bias = parameter(
-            rngs, nnx.initializers.zeros_init(), (heads * size,), axes=("heads",), **NO_DECAY
-        )
-
-    def __call__(self, o: Float[Array, "b t h v"]) -> Float[Array, "b t d"]:
-        """Returns the heads, normalized and joined."""
-        y = o.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = join_heads(y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon))
-        return y * self.scale[...][None, None] + self.bias[...][None, None]
 
 
 class RWKV7(Mixer):

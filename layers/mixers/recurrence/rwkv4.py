@@ -12,12 +12,10 @@ from layers.kernels.linear_recurrence import linear_recurrence
 from layers.mixer import Mixer
 from layers.options import ActivationDtype, Count, checked_dataclass
 from layers.parameters import NO_DECAY, declared, linear
+from layers.parts.running_maximum import EMPTY, running_maximum
 from layers.parts.token_shift import token_shift
 from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Float
-
-# Logarithm of a zero weight; sums of many of them stay finite.
-EMPTY = -1e30
 
 
 @checked_dataclass
@@ -134,7 +132,7 @@ def wkv(
         keys, steps = jnp.where(real, keys, EMPTY), jnp.where(real, steps, 0)
         starts = start if segments.packed else None
     # Constants from here on: the largest weight after each token and before it.
-    top = jax.lax.stop_gradient(_running_maximum(keys, steps, starts, state.top))
+    top = jax.lax.stop_gradient(running_maximum(keys, steps, starts, state.top))
     tops = jnp.concatenate([state.top[:, None], top], axis=1)
     earlier = jax.lax.stop_gradient(jnp.where(start, EMPTY, tops[:, :t]))
     kept, written = jnp.exp(earlier + steps - top), jnp.exp(keys - top)
@@ -151,25 +149,6 @@ def wkv(
     past_weight, weight = jnp.exp(earlier - highest), jnp.exp(now - highest)
     average = (past_weight * past[..., :d] + weight * values) / (past_weight * past[..., d:] + weight)
     return average, WKVState(final[:, :d], final[:, d:], tops[:, -1])
-
-
-def _running_maximum(values, steps, starts, initial):
-    """Returns m_t = max(m_{t-1} + steps_t, values_t) with m_0 = `initial`, and m_t = values_t at `starts`, if there are any."""
-
-    def join(first, second):
-        return first[0] + second[0], jnp.maximum(first[1] + second[0], second[1])
-
-    def join_within(first, second):
-        # Selects: the maximum with a NaN of an earlier segment is NaN.
-        joined = join(first[1:], second[1:])
-        return first[0] | second[0], *(jnp.where(second[0], b, a) for a, b in zip(joined, second[1:]))
-
-    if starts is None:
-        total, highest = jax.lax.associative_scan(join, (steps, values), axis=1)
-        return jnp.maximum(highest, total + initial[:, None])
-    starts = jnp.broadcast_to(starts, values.shape)
-    begun, total, highest = jax.lax.associative_scan(join_within, (starts, steps, values), axis=1)
-    return jnp.where(begun, highest, jnp.maximum(highest, total + initial[:, None]))
 
 
 def _empty(batch_size: int, width: int) -> WKVState:

@@ -1,8 +1,11 @@
 """Pieces of mixers written out in NumPy float64, for comparing a module with its equation."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from layers.mixers import make_mixer
 
 
 def stirred(model):
@@ -11,6 +14,36 @@ def stirred(model):
     for _, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         parameter[...] += jnp.asarray(0.2 * rng.standard_normal(parameter.shape), jnp.float32)
     return model
+
+
+def drawn(name, width, **options):
+    """A mixer in which every number is drawn at random; nothing but what a test calls is compiled."""
+    given = {"width": width, "dtype": jnp.dtype("float32")}
+    model = nnx.eval_shape(lambda: make_mixer(name, options, given=given, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    graph, variables = nnx.split(model)
+    numbers = jax.tree.map(lambda v: jnp.asarray(0.4 * rng.standard_normal(v.shape), jnp.float32), variables)
+    return nnx.merge(graph, numbers)
+
+
+def tokens(time, width, rows=2):
+    return jnp.asarray(np.random.default_rng(1).standard_normal((rows, time, width)), jnp.float32)
+
+
+def in_two_calls(model, x):
+    """Outputs of two calls of one compiled function, half of x each, and the last state."""
+    graph, variables = nnx.split(model)
+
+    @jax.jit
+    def run(x, state):
+        return nnx.merge(graph, variables, copy=True)(x, state)
+
+    first, second = jnp.split(x, 2, axis=1)
+    # The numbers of a state before the first token are part of what a test compiles.
+    state = jax.jit(lambda: model.init_state(x.shape[0], max_length=x.shape[1]))()
+    y, state = run(first, state)
+    z, state = run(second, state)
+    return jnp.concatenate([y, z], axis=1), state
 
 
 def wide(parameter):
@@ -44,6 +77,19 @@ def silu(x):
 
 def softplus(x):
     return np.log1p(np.exp(x))
+
+
+def log_sigmoid(x):
+    return -softplus(-x)
+
+
+def layer_norm(x, epsilon):
+    return rms(x - x.mean(-1, keepdims=True), epsilon)
+
+
+def softmax(x):
+    weights = np.exp(x - x.max())
+    return weights / weights.sum()
 
 
 def rms(x, epsilon):

@@ -88,7 +88,48 @@ MIXERS = {
     "hyena-order3": ("hyena", {"order": 3, "max_length": 16, "filter_features": 3, "window_shift": 0.05}),
     "lightweight_conv": ("lightweight_conv", {"heads": 2, "taps": 5}),
     "dynamic_conv": ("dynamic_conv", {"heads": 4, "taps": 7}),
+    "hgrn2": ("hgrn2", {"heads": 2, "key_dim": 3, "layer": 1, "depth": 2}),
+    "rwkv6": (
+        "rwkv6",
+        {"head_dim": 4, "mix_rank": 3, "decay_rank": 2, "zero_init": False, "layer": 1, "depth": 2},
+    ),
+    "mlstm": ("mlstm", {"heads": 2}),
+    "slstm": ("slstm", {"heads": 2}),
+    "based": ("based", {"heads": 2, "feature_dim": 3}),
+    "gated_deltaproduct": (
+        "gated_deltaproduct",
+        {"heads": 1, "value_heads": 2, "key_dim": 4, "value_dim": 4},
+    ),
+    "gated_deltanet2": ("gated_deltanet2", {"heads": 1, "value_heads": 2, "key_dim": 4, "value_dim": 4}),
+    "comba": (
+        "comba",
+        {"heads": 1, "value_heads": 2, "key_dim": 4, "value_dim": 4, "weaker_feedback": True},
+    ),
+    "forgetting_attention": (
+        "forgetting_attention",
+        {"heads": 4, "kv_heads": 2, "qk_norm": True, "gate": True},
+    ),
+    "differential_attention": ("differential_attention", {"heads": 2, "layer": 1, "depth": 2}),
+    "differential_attention-window": (
+        "differential_attention",
+        {"heads": 2, "kv_heads": 1, "head_dim": 4, "window": 5},
+    ),
+    "linoss": ("linoss", {"state_size": 6}),
+    "mamba3": ("mamba3", {"state_size": 4, "head_dim": 4, "groups": 2}),
+    "gated_short_conv": ("gated_short_conv", {}),
+    "tuned_state": ("tuned_state", {"inner": "gla", "options": {"heads": 2, "taps": 2}}),
+    "parallel": (
+        "parallel",
+        {"branches": {"retnet": {"heads": 2}, "attention": {"heads": 2}}, "scales": {"retnet": 0.5}},
+    ),
 }
 
 # Mixers whose derivative with respect to later inputs is zero but for the rounding of Fourier transforms.
 BY_FOURIER_TRANSFORM = {"dss", "gss", "h3", "hyena", "liquid_s4", "mega", "s4", "s4d", "sgconv"}
+
+# Mixers whose part of the suite is slow. By default their own tests compare two calls, with a state, with the equation.
+LIGHT = {
+    *("hgrn2", "rwkv6", "mlstm", "slstm", "based", "linoss", "mamba3", "gated_short_conv"),
+    *("gated_deltaproduct", "gated_deltanet2", "comba", "tuned_state", "parallel"),
+    *("forgetting_attention", "differential_attention"),
+}

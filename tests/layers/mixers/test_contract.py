@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from layers.mixers import make_mixer
 from layers.parameters import LOGICAL_AXES, axes_of, group_of
 from seqmodels import build_model
-from tests.layers.mixers.table import BY_FOURIER_TRANSFORM, MIXERS
+from tests.layers.mixers.table import BY_FOURIER_TRANSFORM, LIGHT, MIXERS
 
 WIDTH, BATCH, TIME = 8, 2, 24
 # Compiling is what these tests cost, so they share lengths: TIME in one piece or cut into pieces of 0, 1, 7 and 16.
 SHORT, PART = 7, 16
 TOLERANCE = 2e-5
-GROUPS = {"default", "no_decay", "ssm", "ssm/b", "ssm/dt", "ssm_output"}
+GROUPS = {"default", "no_decay", "no_decay/start", "ssm", "ssm/b", "ssm/dt", "ssm_output"}
 
 FIRST = {name: entry for entry, (name, _) in reversed(MIXERS.items())}
+BY_DEFAULT = {entry for name, entry in FIRST.items() if name not in LIGHT}
 every_mixer = pytest.mark.parametrize(
-    "entry",
-    [pytest.param(entry, marks=[pytest.mark.slow] * (entry not in FIRST.values())) for entry in MIXERS],
+    "entry", [pytest.param(entry, marks=[pytest.mark.slow] * (entry not in BY_DEFAULT)) for entry in MIXERS]
 )
 
 
@@ -276,7 +276,11 @@ def test_gradients_are_finite_and_reach_every_parameter(entry):
 
 
 @pytest.mark.parametrize(
-    "entry", [pytest.param(name, marks=[pytest.mark.slow] * (i % 5 > 0)) for i, name in enumerate(MIXERS)]
+    "entry",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (i % 5 > 0 or MIXERS[name][0] in LIGHT))
+        for i, name in enumerate(MIXERS)
+    ],
 )
 def test_types_do_not_depend_on_the_widest_numbers(entry):
     """With 64-bit numbers enabled, float32 stays float32: every constant has a type."""
@@ -381,6 +385,7 @@ def test_every_group_and_every_logical_axis_is_declared_somewhere():
     axes, groups = set(), set()
     models = [
         {"pattern": ("mamba+swiglu", "s5+moe"), "depth": 4, "mixers": {"s5": {"state_size": 4}}},
+        {"pattern": ("tuned_state",), "depth": 1, "mixers": {"tuned_state": {"inner": "lru"}}},
         {
             "pattern": ("attention",),
             "depth": 1,

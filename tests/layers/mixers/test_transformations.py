@@ -35,6 +35,8 @@ ANY_LENGTH = {
         "bidirectional",
     ),
     *("lightweight_conv", "dynamic_conv", "fnet", "hypermixer"),
+    *("hgrn2", "rwkv6", "slstm", "based", "linoss", "mamba3", "gated_short_conv", "tuned_state", "parallel"),
+    *("differential_attention",),
 }
 
 

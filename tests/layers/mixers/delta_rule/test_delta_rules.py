@@ -50,7 +50,9 @@ def literal(name, model, row):
         alpha *= np.exp(-rate)[..., None]
     elif name == "kda":
         f = heads(low_rank(model.rate, row), memory.value_heads)
-        alpha = np.exp(-np.exp(wide(model.decay.log_rate))[:, None] * softplus(f + wide(model.decay.bias)))
+        rate, f = np.exp(wide(model.decay.log_rate))[:, None], f + wide(model.decay.bias)
+        lowest = model.config.lowest_decay
+        alpha = np.exp(-rate * softplus(f) if lowest is None else lowest * sigmoid(rate * f))
     outputs = np.zeros((len(row), memory.value_heads, memory.value_dim))
     for h in range(memory.value_heads):
         g = h // (memory.value_heads // memory.key_heads)
@@ -61,7 +63,7 @@ def literal(name, model, row):
             outputs[t, h] = state.T @ q[t, g] / np.sqrt(memory.key_dim)
     y = (rms(outputs, model.config.epsilon) * wide(model.norm.scale)).reshape(len(row), -1)
     if name == "kda":
-        y = y * sigmoid(low_rank(model.gate, row))
+        y = y * sigmoid((apply if model.config.full_gate else low_rank)(model.gate, row))
     elif model.gate is not None:
         y = y * silu(apply(model.gate, row))
     return apply(model.output, y)
@@ -77,6 +79,7 @@ def literal(name, model, row):
         ("gated_deltanet", {"value_heads": 4, "value_dim": 5, "negative_eigenvalues": True}),
         ("kda", {}),
         ("kda", {"head_dim": 3, "negative_eigenvalues": True, "value_heads": 4}),
+        pytest.param("kda", {"lowest_decay": -5.0, "full_gate": True}, marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_equation(name, options):
@@ -162,6 +165,8 @@ def test_refuses_sizes_that_do_not_fit():
         GatedDeltaNetConfig(width=8, heads=2, value_heads=3)
     with pytest.raises(ValueError, match="set head_dim"):
         KDAConfig(width=8, heads=3)
+    with pytest.raises(ValueError, match="lowest_decay=0.0; expected a number below 0"):
+        KDAConfig(width=8, heads=2, lowest_decay=0.0)
     with pytest.raises(ValueError, match="key_dim=-1"):
         DeltaNetConfig(width=8, heads=2, key_dim=-1)
     with pytest.raises(ValueError, match="taps=9"):

@@ -1,0 +1,73 @@
+"""Mamba-3 against its recurrence in NumPy, with complex states, over two calls."""
+
+import numpy as np
+import pytest
+
+from tests.layers.mixers.literal import (
+    apply,
+    by_row,
+    drawn,
+    heads,
+    in_two_calls,
+    rms,
+    sigmoid,
+    silu,
+    softplus,
+    tokens,
+    wide,
+)
+
+WIDTH, TIME = 6, 12
+OPTIONS = {"state_size": 8, "head_dim": 3, "groups": 2, "rotated": 0.5}
+
+
+def literal(model, row):
+    """The pairs that rotate are complex numbers, and states turn in place of B and C."""
+    config = model.config
+    channels, n, p, count, pairs = (
+        config.channels,
+        config.state_size,
+        config.head_dim,
+        config.heads,
+        config.pairs,
+    )
+    parts = np.cumsum([channels, channels, config.groups * n, config.groups * n, count, count, count])
+    z, u, b, c, dt, rate, share, angle = np.split(apply(model.input, row), parts, axis=1)
+    dt, share = softplus(dt + wide(model.dt_bias)), sigmoid(share)
+    fast = np.where(rate >= 0, 1 + rate, 1 / (1 - np.minimum(rate, 0)))
+    alpha = np.exp(-dt * np.maximum(fast, config.rate_floor))
+    u = heads(u, count)
+
+    def by_head(x, norm, offset):
+        x = rms(heads(x, config.groups), config.epsilon) * wide(norm.scale)
+        return np.repeat(x, count // config.groups, axis=1) + offset
+
+    def as_pairs(x):
+        """Complex numbers: pairs that rotate, then the rest."""
+        return np.concatenate([x[: 2 * pairs : 2] + 1j * x[1 : 2 * pairs : 2], x[2 * pairs :]])
+
+    b = by_head(b, model.key_norm, wide(model.offsets)[0])
+    c = by_head(c, model.query_norm, wide(model.offsets)[1])
+    outputs = np.zeros((len(row), count, p))
+    for h in range(count):
+        state = np.zeros((n - pairs, p), complex)
+        write = np.zeros_like(state)
+        for t in range(len(row)):
+            # Turning B and C forward turns the past, seen from now, backward.
+            turn = np.ones(n - pairs, complex)
+            turn[:pairs] = np.exp(-1j * dt[t, h] * np.pi * np.tanh(angle[t]))
+            state = turn[:, None] * alpha[t, h] * (state + (1 - share[t, h]) * dt[t, h] * write)
+            write = np.outer(as_pairs(b[t, h]), u[t, h])
+            state = state + share[t, h] * dt[t, h] * write
+            outputs[t, h] = (as_pairs(c[t, h]).conj() @ state).real + wide(model.d)[h] * u[t, h]
+    return apply(model.output, outputs.reshape(len(row), -1) * silu(z))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [OPTIONS, pytest.param({"state_size": 5, "head_dim": 4, "rotated": 1.0}, marks=pytest.mark.slow)],
+)
+def test_equals_the_equation(options):
+    model, x = drawn("mamba3", WIDTH, **options), tokens(TIME, WIDTH)
+    got, _ = in_two_calls(model, x)
+    np.testing.assert_allclose(got, by_row(lambda row: literal(model, row), x), atol=1e-5)
