@@ -141,7 +141,10 @@ class Parser(argparse.ArgumentParser):
 
 def names(text: str) -> tuple[str, ...]:
     """Returns the names in a line of comma-separated values; quotes enclose a name with commas. A type of arguments."""
-    return tuple(name for line in csv.reader([text], skipinitialspace=True) for name in line)
+    found = tuple(name for line in csv.reader([text], skipinitialspace=True) for name in line)
+    if not found or not all(map(str.strip, found)):
+        raise argparse.ArgumentTypeError(f"{text!r}; a name is empty")
+    return found
 
 
 def positive_integer(text: str) -> int:

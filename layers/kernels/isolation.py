@@ -6,7 +6,7 @@ they reach afterwards. A row without segment ids is one segment.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -79,37 +79,28 @@ def _reached(spoiled, lost, segments):
     return last == segments.numbers, last[:, -1] >= jnp.maximum(segments.numbers.max(1), 1)
 
 
-def isolated_convolution(convolve: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a causal `long_conv` that keeps what is not finite from outputs that no tap of the kernel brings it to.
+def cleaned(series: Mapping[str, jax.Array], taps: int) -> tuple[dict, dict, jax.Array]:
+    """Returns what a causal `long_conv` runs on, and where what is not finite stands and reaches.
 
-    Outputs that see such an input, at any channel, are NaN and have no gradient. Around a circle every output sees it.
+    Args:
+      series: arrays (b, t, d) of the names x, input_gate and output_gate, and initial_state (b, taps - 1, d); x at least.
+      taps: l, the number of taps.
+
+    Returns:
+      The arrays with zeros at tokens of which a number is not finite; those tokens by array, as flags (b, t, 1); and the
+      outputs that they reach, (b, t, 1).
     """
-
-    @functools.wraps(convolve)
-    def isolating(*, x, kernel, input_gate, output_gate, initial_state, circular, **arguments):
-        arrays = {
-            "x": x,
-            "input_gate": input_gate,
-            "output_gate": output_gate,
-            "initial_state": initial_state,
-        }
-        given = {name: v for name, v in arrays.items() if v is not None}
-        run = functools.partial(convolve, kernel=kernel, circular=circular, **arguments)
-        if circular or (x.shape[1] == 1 and initial_state is None):
-            return run(**arrays)
-        unfit = {name: ~jnp.isfinite(v).all(2) for name, v in given.items()}
-        given = {name: jnp.where(unfit[name][..., None], 0, v) for name, v in given.items()}
-        (batch, time), taps = x.shape[:2], kernel.shape[1]
-        past = unfit.get("initial_state", jnp.zeros((batch, taps - 1), bool))
-        inputs = unfit["x"] | unfit["input_gate"] if "input_gate" in unfit else unfit["x"]
-        # Place taps - 1 is that of the first token.
-        place = jnp.arange(taps - 1 + time, dtype=jnp.int32)[None]
-        last = jax.lax.cummax(jnp.where(jnp.concatenate([past, inputs], axis=1), place, -taps), axis=1)
-        reached = (place - last < taps)[:, taps - 1 :]
-        reached = reached | unfit["output_gate"] if "output_gate" in unfit else reached
-        return jnp.where(reached[..., None], jnp.nan, run(**arrays | given))
-
-    return isolating
+    unfit = {name: ~jnp.isfinite(v).all(2, keepdims=True) for name, v in series.items()}
+    batch, time, _ = series["x"].shape
+    past = unfit.get("initial_state", jnp.zeros((batch, taps - 1, 1), bool))
+    inputs = unfit["x"] | unfit["input_gate"] if "input_gate" in unfit else unfit["x"]
+    # Place taps - 1 is that of the first token.
+    place = jnp.arange(taps - 1 + time, dtype=jnp.int32)[None, :, None]
+    last = jax.lax.cummax(jnp.where(jnp.concatenate([past, inputs], axis=1), place, -taps), axis=1)
+    reached = (place - last < taps)[:, taps - 1 :]
+    if "output_gate" in unfit:
+        reached |= unfit["output_gate"]
+    return {name: jnp.where(unfit[name], 0, v) for name, v in series.items()}, unfit, reached
 
 
 def times(gradient: jax.Array, factor: jax.Array) -> jax.Array:

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from layers.kernels import checks, devices
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
-from layers.kernels.isolation import isolated_convolution
 from layers.kernels.long_conv import reference, toeplitz, xla
 from layers.kernels.promotion import joint_dtype, promoting
 from layers.kernels.sizes import known
@@ -35,11 +34,9 @@ def _transforms_win(*, x, kernel, initial_state, circular, **_):
 
 
 IMPLEMENTATIONS = {
-    "toeplitz": Implementation(isolated_convolution(toeplitz.long_conv), passed_over_reason=_transforms_win),
-    "xla": Implementation(isolated_convolution(xla.long_conv)),
-    "reference": Implementation(
-        isolated_convolution(reference.long_conv), passed_over_reason=by_name_only, forward_mode=True
-    ),
+    "toeplitz": Implementation(toeplitz.long_conv, passed_over_reason=_transforms_win),
+    "xla": Implementation(xla.long_conv),
+    "reference": Implementation(reference.long_conv, passed_over_reason=by_name_only, forward_mode=True),
 }
 
 

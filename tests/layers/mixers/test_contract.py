@@ -238,6 +238,7 @@ def test_causal_means_causal(entry):
 EARLY = (slice(None), slice(0, 17))
 
 
+@pytest.mark.sample(4)
 @every_mixer
 def test_what_is_not_finite_reaches_no_earlier_output(entry):
     whole, _ = runner(entry)(inputs())
