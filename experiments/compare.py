@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="path of a config that takes mixer=NAME")
     parser.add_argument("--mixers", required=True, help="names of mixers, separated by commas")
     args, more = parser.parse_known_args(argv)
-    mixers = [name.strip() for name in args.mixers.split(",") if name.strip()]
-    if not mixers:
-        return refuse(ArgumentError(f"--mixers={args.mixers} names no mixer"))
+    mixers = [name.strip() for name in args.mixers.split(",")]
+    if not all(mixers):
+        return refuse(ArgumentError(f"--mixers={args.mixers}: a name is empty; separate them by one comma"))
     if twice := [name for name in mixers if mixers.count(name) > 1]:
         return refuse(ArgumentError(f"--mixers={args.mixers} names {twice[0]} twice; each has one folder"))
     flags = {

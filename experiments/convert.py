@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.config.command_line import ArgumentError, Parser, folder, reporting
+from experiments.config.command_line import ArgumentError, Parser, folder, path, reporting
 from experiments.training.trained import open_run
 from seqmodels import LanguageModel, load_pretrained, save_pretrained
 from seqmodels.interop.files import CONFIG, opened_tensors, read_json
@@ -35,7 +35,7 @@ def parser() -> Parser:
     """Returns the parser of the command."""
     made = Parser("experiments.convert", __doc__)
     made.add_argument(
-        "source", metavar="IN", type=Path, help="work directory of a run, or a folder with config.json"
+        "source", metavar="IN", type=path, help="work directory of a run, or a folder with config.json"
     )
     made.add_argument("target", metavar="OUT", type=folder, help="folder of the checkpoint")
     made.add_argument(

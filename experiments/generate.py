@@ -26,6 +26,7 @@ from experiments.config.command_line import (
     EXIT_DIVERGED,
     ArgumentError,
     Parser,
+    path,
     positive_integer,
     reporting,
 )
@@ -121,9 +122,9 @@ class Made:
 def parser() -> Parser:
     """Returns the parser of the command."""
     made = Parser("experiments.generate", __doc__)
-    made.add_argument("--workdir", type=Path, help="directory of the run")
+    made.add_argument("--workdir", type=path, help="directory of the run")
     made.add_argument(
-        "--pretrained", type=Path, help="folder of a published checkpoint, in place of --workdir"
+        "--pretrained", type=path, help="folder of a published checkpoint, in place of --workdir"
     )
     made.add_argument(
         "--prompt", action="append", required=True, help="text to continue; may be given several times"

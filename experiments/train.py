@@ -33,6 +33,7 @@ from experiments.config.command_line import (
     EXIT_REFUSED,
     REFUSALS,
     Parser,
+    folder,
     positive_number,
     refuse,
 )
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--compilation_cache",
-        type=Path,
+        type=folder,
         help="folder of compiled programs (default: beside the workdir; on CPUs none)",
     )
     parser.add_argument(

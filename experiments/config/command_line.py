@@ -113,7 +113,7 @@ class Parser(argparse.ArgumentParser):
                 "--config.SECTION.FIELD=VALUE sets a field",
             )
         if workdir:
-            self.add_argument("--workdir", required=True, type=Path, help="directory of the run")
+            self.add_argument("--workdir", required=True, type=path, help="directory of the run")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         """Returns the arguments with the loaded config."""
@@ -141,7 +141,10 @@ class Parser(argparse.ArgumentParser):
 
 def names(text: str) -> tuple[str, ...]:
     """Returns the names in a line of comma-separated values; quotes enclose a name with commas. A type of arguments."""
-    return tuple(name for line in csv.reader([text], skipinitialspace=True) for name in line)
+    found = tuple(name for line in csv.reader([text], skipinitialspace=True) for name in line)
+    if not found or not all(map(str.strip, found)):
+        raise argparse.ArgumentTypeError(f"{text!r}; a name is empty")
+    return found
 
 
 def positive_integer(text: str) -> int:
@@ -171,16 +174,24 @@ def positive_number(text: str) -> float:
     return value
 
 
+def path(text: str) -> Path:
+    """Returns the path, which is not empty. A type of arguments."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} names no file or folder")
+    return Path(text)
+
+
 def folder(text: str) -> Path:
     """Returns the path of a folder that exists or can be made. A type of arguments."""
     try:
-        path = Path(text).expanduser()
+        expanded = path(text).expanduser()
     except RuntimeError:  # there is no such user
         raise argparse.ArgumentTypeError(f"{text!r}; there is no such home directory") from None
-    existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-    if not text or not existing.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r}; {existing} is a file" if text else "it names no folder")
-    return path
+    absolute = expanded.absolute()
+    existing = next(place for place in (absolute, *absolute.parents) if place.exists())
+    if not existing.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}; {existing} is a file")
+    return expanded
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], Overrides]:

@@ -97,11 +97,13 @@ def data_root(data_dir: str | os.PathLike | None = None) -> Path:
 
 
 def expand(name: str, folder: str | os.PathLike) -> Path:
-    """Returns the path of the folder that the option `name` gives, with ~ replaced.
+    """Returns the path of the file or folder that the option `name` gives, with ~ replaced.
 
     Raises:
-      ValueError: the home directory does not exist.
+      ValueError: it is empty, or the home directory does not exist.
     """
+    if not str(folder).strip():
+        raise ValueError(f"{name}={str(folder)!r} names no file or folder")
     try:
         return Path(folder).expanduser()
     except RuntimeError:

@@ -138,6 +138,10 @@ def _parse_official(line: str) -> listops.Record:
         raise ValueError(f"expected an expression, a tab and a digit, got {line[-40:]!r}")
     tokens = listops.encode(source.translate(REMOVE_PARENTHESES))
     label, value = int(targets[0]), listops.evaluate(tokens)
+    if source.count("(") != source.count(")"):
+        raise ValueError(
+            f"{source.count('(')} parentheses open and {source.count(')')} close; the line may be cut"
+        )
     if label != value:
         raise ValueError(f"the label is {label}, but the expression is {value}")
     return tokens, label

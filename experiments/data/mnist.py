@@ -120,7 +120,7 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     start = 4 + 4 * (1 + len(shape))
     if content[:4] != bytes([0, 0, 8, 1 + len(shape)]) or len(content) < start:
         raise ValueError(
-            f"{path} begins with {content[:4].hex()}; expected an IDX file of bytes with {1 + len(shape)} sizes"
+            f"{path} {f'begins with {content[:4].hex()}' if content else 'is empty'}; expected an IDX file of bytes with {1 + len(shape)} sizes"
         )
     sizes = tuple(np.frombuffer(content[4:start], ">i4").tolist())
     if sizes[1:] != shape or len(content) - start != int(np.prod(sizes)) or not sizes[0]:

@@ -12,10 +12,9 @@ Exit codes: 0 done; 2 an argument is no run directory, or a file of a run is dam
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from experiments.config.command_line import ArgumentError, Parser, reporting
+from experiments.config.command_line import ArgumentError, Parser, path, reporting
 from experiments.report import plots, tables
 from experiments.report.runs import Run, read
 from experiments.runs.files import to_json_text, write_atomically
@@ -25,8 +24,8 @@ from experiments.runs.files import to_json_text, write_atomically
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the report and returns the exit code."""
     parser = Parser("experiments.report", __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories, or folders with them")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the report")
+    parser.add_argument("runs", nargs="+", type=path, help="run directories, or folders with them")
+    parser.add_argument("--out", required=True, type=path, help="folder of the report")
     args = parser.parse_args(argv)
     if args.out.exists() and not args.out.is_dir():
         raise ArgumentError(f"--out={args.out} is a file; give a folder")

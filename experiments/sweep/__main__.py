@@ -33,6 +33,7 @@ from experiments.config.command_line import (
     REFUSALS,
     ArgumentError,
     Parser,
+    path,
     positive_integer,
     positive_number,
     refuse,
@@ -56,13 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--study", choices=tuple(STUDIES))
     what.add_argument(
-        "--file", type=Path, help="Python file whose get_sweep() gives the overrides of each run"
+        "--file", type=path, help="Python file whose get_sweep() gives the overrides of each run"
     )
     parser.add_argument("--config", help="with --file: config of the runs that name none")
     parser.add_argument(
         "--index", help="with --file: number of the only run to train, or slurm for the array's"
     )
-    parser.add_argument("--out", required=True, type=Path, help="folder of the results")
+    parser.add_argument("--out", required=True, type=path, help="folder of the results")
     parser.add_argument(
         "--stop_after_seconds", type=positive_number, help="leave after this time, and start nothing more"
     )

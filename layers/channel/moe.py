@@ -140,7 +140,7 @@ class MoE(nnx.Module):
         chosen = self._choose(scores)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if config.normalize:
-            weights = weights / weights.sum(-1, keepdims=True)
+            weights = _shares(weights)
         if key is not None:
             real = jnp.ones(len(tokens), bool) if mask is None else mask.reshape(-1)
             self._balance(logits, scores, chosen, real)
@@ -180,7 +180,7 @@ class MoE(nnx.Module):
         # Whole numbers, so that even loads compare as equal.
         counts = real.astype(jnp.float32) @ jax.nn.one_hot(chosen, config.experts, dtype=jnp.float32).sum(1)
         load = counts / jnp.maximum(counts.sum(), 1)
-        shares = scores / scores.sum(-1, keepdims=True) if config.scores == "sigmoid" else scores
+        shares = _shares(scores) if config.scores == "sigmoid" else scores
         balance = config.experts * jnp.sum(load * (weight @ shares))
         z = weight @ jnp.square(jax.nn.logsumexp(logits, axis=-1))
         self.auxiliary[...] = config.balance * balance + config.z_loss * z
@@ -230,3 +230,9 @@ class MoE(nnx.Module):
 def _block_size(choices: int, experts: int) -> int:
     """Rows per block: about a quarter of the mean number per expert, a power of two from 8 to 512."""
     return min(512, max(8, 1 << (choices // (4 * experts)).bit_length()))
+
+
+def _shares(scores: Float[Array, "n k"]) -> Float[Array, "n k"]:
+    """Returns scores divided by their sum; zeros where all are zero, as sigmoids of logits below -104 are."""
+    total = scores.sum(-1, keepdims=True)
+    return scores / jnp.where(total > 0, total, 1)

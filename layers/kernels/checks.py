@@ -103,7 +103,9 @@ def _bounded(name, array, instead, *, above):
         # Added, not selected: the sum fuses with what makes or reads the array, and its gradient keeps nothing.
         return array + jax.lax.stop_gradient(jnp.where(wrong, jnp.nan, 0).astype(array.dtype))
     if wrong.any():
-        number = jnp.where(wrong, array, 0).max() if above else jnp.where(wrong, array, 0).min()
+        # Under jax.grad alone the comparison is known, the array is not.
+        numbers = jnp.where(wrong, jax.lax.stop_gradient(array), 0)
+        number = numbers.max() if above else numbers.min()
         bound = "at most" if above else "at least"
         raise ValueError(f"{name} holds {float(number):.3g}; expected numbers of {bound} 0: {instead}")
     return array

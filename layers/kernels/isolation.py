@@ -1,65 +1,113 @@
-"""Numbers that are not finite stay in their segment, although products multiply what other tokens hide by zero.
+"""Numbers that are not finite stay in their segment and reach no earlier token, although products multiply them by zero.
 
-0 x NaN is NaN: inside a chunk of a matrix form, a token that is not finite would reach every other token of the chunk.
-`isolated` runs an implementation on zeros in the place of such numbers and sets what they reach afterwards: the later
-tokens of their segment, and the final state if that is the last segment.
+0 x NaN is NaN: inside a chunk of a matrix form, a token that is not finite would reach every other token of the chunk,
+and a sum over tokens its gradient. `isolated` runs an implementation on zeros in the place of such numbers and sets what
+they reach afterwards. A row without segment ids is one segment.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from layers.kernels.sizes import known
 
-def isolated(run: Callable[..., Any], *series: str) -> Callable[..., Any]:
+
+def isolated(run: Callable[..., Any], *series: str, readers: tuple[str, ...] = ()) -> Callable[..., Any]:
     """Returns `run` with padding, and what is not finite, kept from all tokens that may not see it.
 
-    Calls without segments are left as they are. A log-decay of -inf is a decay of zero and passes.
+    A token with a number that is not finite makes its outputs and those of the later tokens of its segment NaN, and the
+    final state if that is the last segment; where the number is that of a reader, such as a query, its own outputs alone.
+    Outputs that are NaN for this reason have no gradient. A log-decay of -inf is a decay of zero and passes.
 
     Args:
       run: an implementation that takes `initial_state`, `segments` and other arguments by name, and returns outputs that
         are zero at padding (b, t, ...), and a final state (b, ...).
-      series: names of the arguments with tokens along axis 1; an axis of size 1 in place of b or t stands for all.
+      series: names of the arguments with tokens along axis 1; an axis of size 1 in place of b or t stands for all. The
+        first is never None.
+      readers: those of them that no state depends on.
     """
 
     @functools.wraps(run)
     def isolating(*, initial_state, segments, **arguments):
-        if segments is None:
+        batch, time = arguments[series[0]].shape[:2]
+        if (
+            segments is None and known(time) and time == 1
+        ):  # no other token, and as few operations as possible
             return run(initial_state=initial_state, segments=None, **arguments)
-        spoiled = jnp.zeros(segments.shape, bool)
+        own = spoiled = jnp.zeros((batch, time), bool)
         for name in series:
             x = arguments[name]
-            if x is None or x.ndim < 3 or x.shape[1] != segments.shape[1]:
+            if x is None or x.ndim < 3 or x.shape[1] != time:
                 continue
             fit = x < jnp.inf if name == "log_decay" else jnp.isfinite(x)
             # One flag a token: autodiff keeps it for the backward pass.
             fit = fit.all(range(2, x.ndim))
-            spoiled |= ~fit
-            fit = fit if x.shape[0] != segments.shape[0] else fit & segments.real
+            own, spoiled = (own | ~fit, spoiled) if name in readers else (own, spoiled | ~fit)
+            if segments is not None and x.shape[0] == batch:
+                fit &= segments.real
             arguments[name] = jnp.where(_expanded(fit, x), x, 0)
-        last = jax.lax.cummax(jnp.where(spoiled & segments.real, segments.numbers, 0), axis=1)
+        lost = jnp.zeros((batch,), bool)
         if initial_state is not None:
             fit = jnp.isfinite(initial_state)
-            last = jnp.where(fit.all(range(1, fit.ndim))[:, None], last, jnp.maximum(last, 1))
+            lost = ~fit.all(range(1, fit.ndim))
             initial_state = jnp.where(fit, initial_state, 0)
+        reached, lost = _reached(spoiled, lost, segments)
         out, final = run(initial_state=initial_state, segments=segments, **arguments)
-        out = jnp.where(_expanded(segments.real & (last == segments.numbers), out), jnp.nan, out)
-        lost = last[:, -1] >= jnp.maximum(segments.numbers.max(1), 1)
-        final = jnp.where(_expanded(lost, final), jnp.nan, final)
-        return jnp.where(_expanded(segments.real, out), out, 0), final
+        out = jnp.where(_expanded(own | reached, out), jnp.nan, out)
+        if segments is not None:
+            out = jnp.where(_expanded(segments.real, out), out, 0)
+        return out, jnp.where(_expanded(lost, final), jnp.nan, final)
 
     return isolating
 
 
-def times(gradient: jax.Array, factor: jax.Array, segments: Any) -> jax.Array:
-    """Returns gradient * factor; with segments, zero where the gradient is zero although the factor is not finite.
+def _reached(spoiled, lost, segments):
+    """Tokens (b, t) and final states (b) that spoiled tokens reach, or initial states (b) that are `lost`."""
+    if segments is None or not segments.packed:
+        if segments is not None:
+            spoiled &= segments.real
+        never = jnp.iinfo(jnp.int32).max
+        time = jnp.arange(spoiled.shape[1], dtype=jnp.int32)[None]
+        first = jnp.where(spoiled, time, never).min(1)
+        first = jnp.where(lost, -1, first)
+        return time >= first[:, None], first < never
+    last = jax.lax.cummax(jnp.where(spoiled & segments.real, segments.numbers, 0), axis=1)
+    last = jnp.where(lost[:, None], jnp.maximum(last, 1), last)
+    return last == segments.numbers, last[:, -1] >= jnp.maximum(segments.numbers.max(1), 1)
+
+
+def cleaned(series: Mapping[str, jax.Array], taps: int) -> tuple[dict, dict, jax.Array]:
+    """Returns what a causal `long_conv` runs on, and where what is not finite stands and reaches.
+
+    Args:
+      series: arrays (b, t, d) of the names x, input_gate and output_gate, and initial_state (b, taps - 1, d); x at least.
+      taps: l, the number of taps.
+
+    Returns:
+      The arrays with zeros at tokens of which a number is not finite; those tokens by array, as flags (b, t, 1); and the
+      outputs that they reach, (b, t, 1).
+    """
+    unfit = {name: ~jnp.isfinite(v).all(2, keepdims=True) for name, v in series.items()}
+    batch, time, _ = series["x"].shape
+    past = unfit.get("initial_state", jnp.zeros((batch, taps - 1, 1), bool))
+    inputs = unfit["x"] | unfit["input_gate"] if "input_gate" in unfit else unfit["x"]
+    # Place taps - 1 is that of the first token.
+    place = jnp.arange(taps - 1 + time, dtype=jnp.int32)[None, :, None]
+    last = jax.lax.cummax(jnp.where(jnp.concatenate([past, inputs], axis=1), place, -taps), axis=1)
+    reached = (place - last < taps)[:, taps - 1 :]
+    if "output_gate" in unfit:
+        reached |= unfit["output_gate"]
+    return {name: jnp.where(unfit[name], 0, v) for name, v in series.items()}, unfit, reached
+
+
+def times(gradient: jax.Array, factor: jax.Array) -> jax.Array:
+    """Returns gradient * factor, and zero where the gradient is zero although the factor is not finite.
 
     The sum of such products over tokens is a gradient that leaves out the tokens in which nobody is interested.
     """
-    if segments is None:
-        return gradient * factor
     fit = jnp.isfinite(factor)
     unfit = jnp.where(gradient == 0, 0, jnp.full((), jnp.nan, gradient.dtype))
     return jnp.where(fit, gradient * jnp.where(fit, factor, 0), unfit)

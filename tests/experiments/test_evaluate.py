@@ -177,7 +177,7 @@ def test_nothing_is_trained_before_every_mixer_is_checked(tmp_path, runs, capsys
     assert [arguments[-1] for arguments in asked] == ["--check", "--check"]
     assert not (tmp_path / "w").exists()
     assert compare.main([f"--workdir={tmp_path / 'w'}", "--config=c.py", "--mixers=,"]) == 2
-    assert "--mixers=, names no mixer" in capsys.readouterr().err
+    assert "--mixers=,: a name is empty" in capsys.readouterr().err
 
 
 def test_a_comparison_leaves_with_the_code_of_a_run_that_did(tmp_path, runs):

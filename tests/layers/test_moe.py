@@ -158,6 +158,15 @@ def test_with_sigmoids_the_balance_is_over_their_shares():
     assert auxiliary(model, X) == pytest.approx(want, rel=1e-5)
 
 
+def test_sigmoids_that_are_all_zero_weigh_nothing():
+    model = make(balance=0.3, scores="sigmoid")
+    model.router.kernel[...] = jnp.full_like(model.router.kernel[...], -1e3)
+    (_, by_x), y = gradients(model, jnp.ones_like(X))
+    assert not np.asarray(y).any()
+    assert np.isfinite(by_x).all()
+    assert np.isfinite(auxiliary(model, jnp.ones_like(X)))
+
+
 def test_the_bias_moves_by_the_sign_of_the_load_in_training_alone():
     model = make(experts=4, top_k=1, normalize=False, bias_rate=0.25)
     model.router.kernel[...] = 50 * jnp.eye(WIDTH, 4)

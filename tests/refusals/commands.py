@@ -220,6 +220,18 @@ FIELDS = [
     ("--config=FILES/taskless.py", "config.task has no 'name'"),
 ]
 COMMANDS = [
+    ("train --config=MQAR --workdir=", "'' names no file or folder"),
+    ("train --config=MQAR --workdir=TMP/run --compilation_cache=FILES/file", "is a file"),
+    ("evaluate --workdir=", "'' names no file or folder"),
+    ("compare --config=MQAR --workdir= --mixers=s5", "'' names no file or folder"),
+    ("compare --config=MQAR --workdir=TMP/both --mixers=s5,,gla", "--mixers=s5,,gla: a name is empty"),
+    ("generate --pretrained= --prompt=a", "'' names no file or folder"),
+    ("sweep --file= --out=TMP/out", "'' names no file or folder"),
+    ("sweep --study=mqar --out=", "'' names no file or folder"),
+    ("report FILES/run --out=", "'' names no file or folder"),
+    ("prepare cifar10 --official_dir=", "official_dir='' names no file or folder"),
+    ("prepare text --source= --data_dir=TMP", "source='' names no file or folder"),
+    ("prepare mnist --official_dir=FILES/digits", "train-images-idx3-ubyte is empty; expected an IDX file"),
     ("report --out=TMP/out", "the following arguments are required: runs"),
     ("report TMP", "the following arguments are required: --out"),
     ("report TMP --out=TMP/out", "is no run directory and holds none"),
@@ -328,6 +340,9 @@ COMMANDS = [
     ("benchmark", "study"),
     ("benchmark kernel", "invalid choice: 'kernel'"),
     ("benchmark kernels --only=nothing", "only='nothing' is no benchmark; choose from"),
+    ("benchmark kernels --only=", "''; a name is empty"),
+    ("benchmark steps --only=attention,,mamba2", "'attention,,mamba2'; a name is empty"),
+    ("profile --config=SHORT --out=TMP --prefer=", "''; a name is empty"),
     ("benchmark kernels --narrower=3", "invalid choice: 3"),
     ("benchmark kernels --rounds=0", "'0'; expected an integer of at least 1"),
     ("benchmark kernels --dtype=float64", "invalid choice: 'float64'"),
@@ -385,6 +400,10 @@ COMMANDS = [
     (
         "prepare listops --official_dir=FILES/cut --data_dir=TMP",
         "basic_train.tsv:2: 4 tokens are not one complete",
+    ),
+    (
+        "prepare listops --official_dir=FILES/open --data_dir=TMP",
+        "basic_train.tsv:2: 3 parentheses open and 2 close",
     ),
     (
         "prepare listops --official_dir=FILES/word --data_dir=TMP",

@@ -24,6 +24,10 @@ FILES = {
     "value.py": f"def get_config():\n    return {SECTIONS} | dict(train=3)\n".encode(),
     "array.py": f"import numpy as np\ndef get_config():\n    return {SECTIONS} | dict(model=dict(width=np.array([8])))\n".encode(),
     "taskless.py": f"def get_config():\n    return {SECTIONS} | dict(task=dict(seed=1))\n".encode(),
+    "digits/train-images-idx3-ubyte": b"",
+    "digits/train-labels-idx1-ubyte": b"",
+    "digits/t10k-images-idx3-ubyte": b"",
+    "digits/t10k-labels-idx1-ubyte": b"",
     "run/config.json": RUN,
     "null_run/config.json": b"null",
     "unfinished/config.json": RUN,
@@ -37,9 +41,10 @@ FILES = {
     "empty/basic_train.tsv": b"Source\tTarget\n",
     "cut_run/config.json": b'{"seed": 1,\n',
     "cut/basic_train.tsv": GOOD.replace(b") ] )\t9", b" )\t9").replace(b"4 ) 9", b"4 ) 9 3"),
+    "open/basic_train.tsv": GOOD.replace(b" ] )\t9", b" ]\t9"),
     "word/basic_train.tsv": GOOD.replace(b"[MAX", b"[AVG"),
 }
-OFFICIAL = ("label", "bytes", "header", "zipped", "empty", "cut", "word")
+OFFICIAL = ("label", "open", "bytes", "header", "zipped", "empty", "cut", "word")
 
 
 def write(folder: Path) -> None:

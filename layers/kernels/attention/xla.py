@@ -206,7 +206,7 @@ def _backward(rules, residuals, cotangents):
     doutput = doutput.astype(v.dtype)
     # Rows that see no key, and NaN in which nobody is interested, have no gradient. A gradient that is not finite stays
     # in its row: the row's probabilities are NaN where it sees a key.
-    unwanted = ~(jnp.isfinite(output).all(-1) | (doutput != 0).any(-1) | (dlse != 0))
+    unwanted = ~(jnp.isfinite(output).all(-1) | (jnp.abs(doutput) > 0).any(-1) | (jnp.abs(dlse) > 0))
     off = (top == -jnp.inf) | unwanted
     top = jnp.where(jnp.isfinite(doutput).all(-1), top, jnp.nan)
     doutput = jnp.where(off[..., None], 0, _finite(doutput))

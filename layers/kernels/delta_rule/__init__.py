@@ -18,18 +18,23 @@ from layers.typing import Array, Float
 __all__ = ["Piece", "compose", "delta_rule", "dplr_delta_rule", "summarize", "summarize_dplr"]
 
 SERIES = "q", "k", "v", "beta", "log_decay"
+READERS = ("q",)
 DPLR_SERIES = "q", "k", "v", "a", "b", "log_decay"
 DELTA_RULE = {
     "gpu": Implementation(gpu.delta_rule, gpu.unsupported_reason, gpu.passed_over_reason, "gpu"),
-    "xla": Implementation(isolated(xla.delta_rule, *SERIES)),
+    "xla": Implementation(isolated(xla.delta_rule, *SERIES, readers=READERS)),
     "reference": Implementation(
-        isolated(reference.delta_rule, *SERIES), passed_over_reason=by_name_only, forward_mode=True
+        isolated(reference.delta_rule, *SERIES, readers=READERS),
+        passed_over_reason=by_name_only,
+        forward_mode=True,
     ),
 }
 DPLR_DELTA_RULE = {
-    "xla": Implementation(isolated(xla.dplr_delta_rule, *DPLR_SERIES)),
+    "xla": Implementation(isolated(xla.dplr_delta_rule, *DPLR_SERIES, readers=READERS)),
     "reference": Implementation(
-        isolated(reference.dplr_delta_rule, *DPLR_SERIES), passed_over_reason=by_name_only, forward_mode=True
+        isolated(reference.dplr_delta_rule, *DPLR_SERIES, readers=READERS),
+        passed_over_reason=by_name_only,
+        forward_mode=True,
     ),
 }
 

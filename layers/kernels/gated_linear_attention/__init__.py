@@ -15,13 +15,13 @@ from layers.typing import Array, Float
 
 __all__ = ["SMALLEST_DENOMINATOR", "Piece", "compose", "gated_linear_attention", "summarize"]
 
-SERIES = ("q", "k", "v", "log_decay")
+SERIES, READERS = ("q", "k", "v", "log_decay"), ("q",)
 IMPLEMENTATIONS = {
     "gpu": Implementation(gpu.gated_linear_attention, gpu.unsupported_reason, gpu.passed_over_reason, "gpu"),
     "tpu": Implementation(tpu.gated_linear_attention, tpu.unsupported_reason, tpu.passed_over_reason, "tpu"),
-    "xla": Implementation(isolated(xla.gated_linear_attention, *SERIES)),
+    "xla": Implementation(isolated(xla.gated_linear_attention, *SERIES, readers=READERS)),
     "reference": Implementation(
-        isolated(reference.gated_linear_attention, *SERIES),
+        isolated(reference.gated_linear_attention, *SERIES, readers=READERS),
         passed_over_reason=by_name_only,
         forward_mode=True,
     ),

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
-from layers.kernels.isolation import times
 from layers.kernels.promotion import joint_dtype, promoting
 from layers.kernels.segments import reset_mask
 from layers.kernels.shard_map_types import vary_like
@@ -60,16 +59,19 @@ def _backward(reverse, residuals, cotangents):
     first, last = (-1, 0) if reverse else (0, -1)
     # The gradient of the final state enters with that of the last output; what `later` holds there then meets zero.
     dh = dh.astype(state.dtype).at[:, last].add(dfinal)
+    # An output that is not finite has no gradient, and neither have the later ones of its segment, which are not finite
+    # either: what multiplies their gradients may be zero.
+    fit = jnp.isfinite(h)
+    dh = jnp.where(fit, dh, 0)
+    h, state, decay = jnp.where(fit, h, 0), _finite(state), _finite(decay)
     later = decay if decay.shape[1] == 1 else jnp.roll(decay, 1 if reverse else -1, axis=1)
     resets = None
     if start is not None:
         resets = jnp.roll(start, 1 if reverse else -1, axis=1).at[:, last].set(True)
-        # A gradient of zero passes a decay that is not finite as zero.
-        later = jnp.where(jnp.isfinite(later), later, 0)
     g, _ = _scan(later, dh, jnp.zeros_like(state), resets, not reverse)
     earlier = jnp.concatenate([h[:, 1:], state[:, None]] if reverse else [state[:, None], h[:, :-1]], axis=1)
     dstate = decay[:, first] * g[:, first]
-    da, dx = times(g, earlier.astype(state.dtype), start), g
+    da, dx = g * earlier.astype(state.dtype), g
     if padding is not None:
         da = jnp.where((padding if start is None else start | padding)[..., None], 0, da)
         dx = jnp.where(padding[..., None], 0, dx)
@@ -78,6 +80,10 @@ def _backward(reverse, residuals, cotangents):
 
 
 _recurrence.defvjp(promoting(_forward), promoting(_backward))
+
+
+def _finite(x):
+    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def _masked(a, x, dtype, padding):

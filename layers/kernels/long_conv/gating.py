@@ -5,7 +5,8 @@ The backward pass needs only the arguments: with u = i x, z = k * u, y = o (z + 
     du = k correlated with g, plus s g,    dk = u correlated with g,    ds = sum of g u,
     dx = i du,    di = x du,    do = (z + s u) dy,
 
-and z is recomputed, if there is an output gate, instead of kept.
+and z is recomputed, if there is an output gate, instead of kept. A causal convolution takes what is not finite as zero, in
+both passes, and sets the outputs that it reaches; they have no gradient. Around a circle it reaches all of them.
 """
 
 import functools
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.checks import accumulation_dtype
+from layers.kernels.isolation import cleaned
 from layers.kernels.promotion import joint_dtype, promoting
 from layers.kernels.shard_map_types import vary_like
 
@@ -44,24 +46,28 @@ def gated(convolution, circular, x, kernel, skip, input_gate, output_gate, past)
     return _gated(convolution, circular, x, kernel, skip, input_gate, output_gate, past)
 
 
+_NAMES = "x", "kernel", "skip", "input_gate", "output_gate", "initial_state"
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gated(convolution, circular, x, kernel, skip, input_gate, output_gate, past):
     return _forward(convolution, circular, x, kernel, skip, input_gate, output_gate, past)[0]
 
 
 def _forward(convolution, circular, *arguments):
-    x, kernel, skip, input_gate, output_gate, past = arguments
+    (x, kernel, skip, input_gate, output_gate, past), _, reached = _finite(circular, arguments)
     u = _inputs(x, kernel, input_gate, past)
     y = _before_output_gate(convolution, circular, x.dtype, u, kernel, skip, past)
     y = y if output_gate is None else y * output_gate
     y = y.astype(joint_dtype(x.dtype, jnp.complex64) if jnp.iscomplexobj(y) else x.dtype)
-    return y, arguments
+    return y if reached is None else jnp.where(reached, jnp.nan, y), arguments
 
 
 def _backward(convolution, circular, arguments, dy):
-    x, kernel, skip, input_gate, output_gate, past = arguments
+    (x, kernel, skip, input_gate, output_gate, past), unfit, reached = _finite(circular, arguments)
     u = _inputs(x, kernel, input_gate, past)
     dy = dy.astype(accumulation_dtype(dy))
+    dy = dy if reached is None else jnp.where(reached, 0, dy)
     dskip = dinput = doutput = None
     if output_gate is not None:
         y = _before_output_gate(convolution, circular, x.dtype, u, kernel, skip, past)
@@ -75,10 +81,24 @@ def _backward(convolution, circular, arguments, dy):
         dinput = cast(du * x, input_gate.dtype)
         du = du * input_gate
     dpast = None if past is None else cast(dpast, past.dtype)
-    return cast(du, x.dtype), cast(dkernel, kernel.dtype), dskip, dinput, doutput, dpast
+    gradients = cast(du, x.dtype), cast(dkernel, kernel.dtype), dskip, dinput, doutput, dpast
+    return tuple(
+        jnp.where(unfit[name], 0, gradient) if name in unfit else gradient
+        for name, gradient in zip(_NAMES, gradients, strict=True)
+    )
 
 
 _gated.defvjp(promoting(_forward), promoting(_backward))
+
+
+def _finite(circular, arguments):
+    """The arguments without what is not finite, where that stands, by name, and which outputs it reaches; see `cleaned`."""
+    if circular:
+        return arguments, {}, None
+    given = dict(zip(_NAMES, arguments, strict=True))
+    series = {name: v for name, v in given.items() if v is not None and name not in ("kernel", "skip")}
+    finite, unfit, reached = cleaned(series, given["kernel"].shape[1])
+    return tuple((given | finite).values()), unfit, reached
 
 
 def _inputs(x, kernel, input_gate, past):

@@ -15,11 +15,13 @@ from layers.typing import Array, Float
 
 __all__ = ["Piece", "compose", "selective_scan", "summarize"]
 
-SERIES = "x", "dt", "b", "c", "gate"
+SERIES, READERS = ("x", "dt", "b", "c", "gate"), ("c", "gate")
 IMPLEMENTATIONS = {
-    "xla": Implementation(isolated(xla.selective_scan, *SERIES)),
+    "xla": Implementation(isolated(xla.selective_scan, *SERIES, readers=READERS)),
     "reference": Implementation(
-        isolated(reference.selective_scan, *SERIES), passed_over_reason=by_name_only, forward_mode=True
+        isolated(reference.selective_scan, *SERIES, readers=READERS),
+        passed_over_reason=by_name_only,
+        forward_mode=True,
     ),
 }
 

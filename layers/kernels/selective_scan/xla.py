@@ -173,7 +173,7 @@ def _chunk_gradients(part, dout, parameters, h, g, options):
     states = chunk.states(steps, a, before)
     adjoints, _ = chunk.adjoints(steps, a, dp, after[:, ::-1])
     decayed = [chunk.decayed(steps, a, q, h) for q, h in enumerate([before, *states[:-1]])]
-    w = [times(g, h, steps.start) for g, h in zip(adjoints, decayed, strict=True)]
+    w = [times(g, h) for g, h in zip(adjoints, decayed, strict=True)]
 
     over_n = _times(adjoints, steps.b) + [v * a for v in w]
     if part.gate is not None:

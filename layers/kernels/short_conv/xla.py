@@ -81,11 +81,12 @@ def _backward(activation, residuals, cotangents):
     dy, dfinal = cotangents
     dtype, memory = state.dtype, state.shape[1]
     taps, rows = _taps(x, weight, segments), _rows(weight, state.dtype)
-    dp = dy.astype(dtype)
+    dp, p = dy.astype(dtype), _before_activation(taps, x, weight, bias, state)
     if activation == "silu":
-        p = _before_activation(taps, x, weight, bias, state)
         slope = jax.nn.sigmoid(p)
-        dp = times(dp, slope * (1 + p * (1 - slope)), segments)
+        dp = dp * (slope * (1 + p * (1 - slope)))
+    # An output that is not finite has no gradient.
+    dp = jnp.where(jnp.isfinite(p), dp, 0)
     # Written once, in the type of x, and read by everything below.
     dp = jax.lax.optimization_barrier(taps.real(dp).astype(x.dtype))
 
@@ -98,9 +99,9 @@ def _backward(activation, residuals, cotangents):
         dstate = dstate + row * Whole(memory, memory).earlier(dhead, i)
 
     dp = dp.astype(dtype)
-    over_tokens = [times(dp, taps.earlier(x, k).astype(dtype), segments) for k in reversed(range(memory + 1))]
+    over_tokens = [times(dp, taps.earlier(x, k).astype(dtype)) for k in reversed(range(memory + 1))]
     *dweight, dbias = (v.sum((0, 1)) for v in [*over_tokens, dp])
-    over_state = [times(dhead, s, segments).sum((0, 1)) for s in _slides(state)]
+    over_state = [times(dhead, s).sum((0, 1)) for s in _slides(state)]
     dweight = [*(v + s for v, s in zip(dweight, over_state, strict=False)), dweight[-1]]
     dweight = jnp.stack(dweight).astype(weight.dtype)
     return dx.astype(x.dtype), dweight, None if bias is None else dbias.astype(bias.dtype), dstate, None

@@ -168,7 +168,7 @@ class Mega(Mixer):
         if packing is not None and q.shape[1] > 1:
             # Chunks are aligned with segments and therefore straddle blocks.
             k, v, *there = (with_neighbours(tokens, ahead=not self.causal) for tokens in (k, v, *at))
-        o = self._attend(q, k, v, at, there, mixed=segments is not None and segments.packed)
+        o = self._attend(q, k, v, at, there)
         o = o.reshape(o.shape[0], o.shape[1] * o.shape[2], o.shape[3])[:, :time]
         return o if packing is None else packing.unpack(o)
 
@@ -181,7 +181,7 @@ class Mega(Mixer):
             here = visit._replace(numbers=numbers, positions=positions)
             cache, seen, beyond = extend(cache, tuple(new), here, window=chunk)
             q, k, v, *at = (x[:, None] for x in (q, *seen.entries, numbers, positions))
-            o = self._attend(q, k, v, at, (seen.numbers[:, None], seen.positions[:, None]), mixed=True)[:, 0]
+            o = self._attend(q, k, v, at, (seen.numbers[:, None], seen.positions[:, None]))[:, 0]
             return cache, jnp.where(beyond[..., None], jnp.nan, o)
 
         tokens = (q, k, v, visit.numbers, visit.positions)
@@ -193,13 +193,12 @@ class Mega(Mixer):
         o = jnp.swapaxes(o, 0, 1)
         return o.reshape(o.shape[0], o.shape[1] * chunk, o.shape[3])[:, :time], cache
 
-    def _attend(self, q, k, v, at, there, *, mixed):
+    def _attend(self, q, k, v, at, there):
         """Returns f(q k^T scale + bias) v in each block, (b, m, t, e).
 
         Args:
           q, k, v: (b, m, t, s), (b, m, keys, s), (b, m, keys, e).
           at, there: segment number (0 for none) and position in the segment, of queries and of keys: (b or 1, m, ...).
-          mixed: whether a block may hold several segments: then one that is not finite stays within itself.
         """
         config = self.config
         (number, position), (key_number, key_position) = at, there
@@ -209,12 +208,10 @@ class Mega(Mixer):
             position, key_position = position % config.chunk, key_position % config.chunk
         if self.causal:
             seen &= position[..., None] >= key_position[..., None, :]
-        lost = None
-        if mixed:
-            # Products of all pairs meet tokens that are not seen, and 0 x NaN is NaN.
-            finite = [jnp.isfinite(x).all(-1, keepdims=True) for x in (q, k, v)]
-            q, k, v = (jnp.where(good, x, 0) for good, x in zip(finite, (q, k, v)))
-            lost = ~finite[0] | (seen & ~(finite[1] & finite[2])[..., 0][..., None, :]).any(-1, keepdims=True)
+        # Products of all pairs meet tokens that are not seen, and 0 x NaN is NaN.
+        finite = [jnp.isfinite(x).all(-1, keepdims=True) for x in (q, k, v)]
+        q, k, v = (jnp.where(good, x, 0) for good, x in zip(finite, (q, k, v)))
+        lost = ~finite[0] | (seen & ~(finite[1] & finite[2])[..., 0][..., None, :]).any(-1, keepdims=True)
         logits = jnp.einsum("bmts,bmks->bmtk", q, k, preferred_element_type=jnp.float32)
         bias = self._bias(position, key_position)
         if config.attention == "softmax":
@@ -224,7 +221,7 @@ class Mega(Mixer):
             count = jnp.maximum(seen.sum(-1, keepdims=True), 1).astype(jnp.float32)
             weights = jnp.where(seen, laplace(logits / count + bias), 0)
         o = jnp.einsum("bmtk,bmke->bmte", weights.astype(v.dtype), v)
-        return o if lost is None else jnp.where(lost, jnp.nan, o)
+        return jnp.where(lost, jnp.nan, o)
 
     def _bias(self, position, key_position):
         """Returns the bias of the logits, (b or 1, m, t, keys)."""

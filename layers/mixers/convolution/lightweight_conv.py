@@ -131,6 +131,9 @@ def window_sum(
         if segments.packed:
             owners = jnp.pad(packing.numbers, ((0, 0), (taps - 1, 0)), constant_values=1)
     inputs = jnp.concatenate([past, x.astype(past.dtype)], axis=1)
+    # Weights that are not finite multiply earlier inputs, and their gradients.
+    fit = jnp.isfinite(weights).all(3)
+    weights = jnp.where(fit[..., None], weights, 0)
 
     def at(values, tap):
         return jax.lax.dynamic_slice_in_dim(values, tap, x.shape[1], axis=1)
@@ -143,4 +146,5 @@ def window_sum(
         return y + jnp.repeat(weight, channels, axis=2) * value, None
 
     y, _ = jax.lax.scan(add, jnp.zeros(x.shape, past.dtype), jnp.arange(taps))
+    y = jnp.where(jnp.repeat(fit, channels, axis=2), y, jnp.nan)
     return y if segments is None else select_real(packing.unpack(y), segments)

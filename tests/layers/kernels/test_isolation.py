@@ -1,4 +1,4 @@
-"""Masked means selected: what is not finite at padding or in another segment reaches nothing, forward and backward."""
+"""Masked means selected: what is not finite at padding, in another segment or later reaches nothing, forward and backward."""
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +79,71 @@ def test_other_tokens_reach_nothing(name, case, impl):
                 assert not np.asarray(gradient)[at[key]].any(), f"gradient of {key} where it is {value}"
 
 
+EARLY, TIME = 20, 25
+CAUSAL = [
+    pytest.param(call, id=f"{call[0]}-{call[1].name}-{call[2]}", marks=pytest.mark.slow)
+    for name, suite in SUITES.items()
+    for case in suite.cases
+    for call in [(name, case, impl) for impl in ("reference", *suite.implementations)]
+    if name != "ssm_kernel" and not (case.options.get("circular") or case.options.get("reverse"))
+    if name != "attention" or case.options.get("causal")
+]
+# One program for one call of each primitive in which tokens meet in products or sums.
+EACH = [
+    (name, SUITES[name].cases[index], "xla")
+    for name, index in {
+        "gated_linear_attention": 0,
+        "delta_rule": 0,
+        "linear_recurrence": 0,
+        "long_conv": 1,
+        "selective_scan": 1,
+        "short_conv": 1,
+    }.items()
+]
+
+
+def early(calls, arguments, factor):
+    """Outputs of the first tokens without segment ids, and gradients of a loss over them, which multiplies by a factor first."""
+
+    @jax.jit
+    def both(moving, factor):
+        def loss(moving):
+            outputs = []
+            for (name, case, impl), some, (_, fixed) in zip(calls, moving, parts, strict=True):
+                out = call(SUITES[name], case, impl, some | fixed)
+                out = out[0] if isinstance(out, tuple) else out
+                kept = jnp.expand_dims(jnp.arange(TIME) < EARLY, (0, *range(2, out.ndim)))
+                outputs.append(jnp.where(kept, out * jnp.expand_dims(factor, (0, *range(2, out.ndim))), 0))
+            return sum(jnp.sum(jnp.abs(out) ** 2) for out in outputs), outputs
+
+        (_, outputs), gradients = jax.value_and_grad(loss, has_aux=True)(moving)
+        return outputs, gradients
+
+    parts = [parted(some) for some in arguments]
+    return jax.tree.map(np.asarray, both([moving for moving, _ in parts], jnp.asarray(factor, jnp.float32)))
+
+
+@pytest.mark.parametrize("calls", [pytest.param(EACH, id="each"), *CAUSAL])
+def test_later_tokens_reach_nothing_without_ids(calls):
+    """Outputs of earlier tokens and gradients of a loss over them, in whose derivative later ones are 0 x NaN too."""
+    calls = calls if isinstance(calls, list) else [calls]
+    arguments = [cast(draw(case, 2, TIME), "float32") for _, case, _ in calls]
+    want, want_gradients = early(calls, arguments, np.ones(TIME))
+    late = np.broadcast_to(np.arange(TIME) >= EARLY, (2, TIME))
+    for value in (np.nan, np.inf):
+        spoiled = [
+            filled(SUITES[name], one, late, value)[0]
+            for (name, _, _), one in zip(calls, arguments, strict=True)
+        ]
+        got, gradients = early(calls, spoiled, np.where(late[0], np.nan, 1))
+        for (name, case, _), *each in zip(calls, got, want, gradients, want_gradients, strict=True):
+            got_one, want_one, gradient, want_gradient = each
+            close(got_one, want_one, tolerance_of(case, "float32"), f"outputs of {name} before {value}")
+            for key in gradient:
+                message = f"gradient of {key} of {name} before {value}"
+                close(gradient[key], want_gradient[key], 2e-5, message)
+
+
 OVERFLOWS = {
     "gated_linear_attention": ("v",),
     "linear_recurrence": ("x",),
@@ -124,7 +189,7 @@ def test_nan_reaches_later_tokens_of_its_segment_only():
             assert np.isfinite(final).all()
 
 
-TIME = 40
+KEYS = 40
 HIDDEN = {
     "future": ({"causal": True}, slice(30, None), slice(0, 30)),
     "out of the window": ({"causal": True, "mask": Mask(window=4)}, slice(5, 9), slice(12, None)),
@@ -132,7 +197,7 @@ HIDDEN = {
     "beyond kv_lengths": (
         {"tokens": Tokens(kv_lengths=jnp.array([30, 30]))},
         slice(30, None),
-        slice(0, TIME),
+        slice(0, KEYS),
     ),
     "below a bias of -inf": ({"bias": True}, slice(30, None), slice(0, 30)),
     "padding": ({"segment_ids": jnp.array([[1] * 30 + [0] * 10] * 2)}, slice(30, None), slice(0, 30)),
@@ -161,9 +226,9 @@ def test_hidden_keys_reach_no_row_of_attention(name, impl, monkeypatch):
     options, hidden, rows = HIDDEN[name]
     options = dict(options)
     rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((2, TIME, 2, 4)).astype(np.float32) for _ in range(3))
+    q, k, v = (rng.standard_normal((2, KEYS, 2, 4)).astype(np.float32) for _ in range(3))
     if options.pop("bias", None):
-        options["logits"] = Logits(bias=jnp.zeros((1, 1, TIME, TIME)).at[..., 30:].set(-jnp.inf))
+        options["logits"] = Logits(bias=jnp.zeros((1, 1, KEYS, KEYS)).at[..., 30:].set(-jnp.inf))
     queries_hidden = name in ("future", "padding", "padding at the end of whole rows")
 
     @jax.jit

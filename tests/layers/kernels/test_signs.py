@@ -97,6 +97,7 @@ def test_a_log_decay_of_minus_infinity_forgets():
             np.testing.assert_allclose(o, 2 * ONES, rtol=1e-6)
 
 
-def test_the_mistake_of_passing_a_decay():
+@pytest.mark.parametrize("differentiated", [lambda f: f, jax.grad])
+def test_the_mistake_of_passing_a_decay(differentiated):
     with pytest.raises(ValueError, match="log_decay holds 0.9; .* pass the logarithm of the decay"):
-        GLA(log_decay=jnp.full((1, 3, 1), 0.9))
+        differentiated(lambda g: GLA(log_decay=g)[0].sum())(jnp.full((1, 3, 1), 0.9))

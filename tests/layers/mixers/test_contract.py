@@ -19,6 +19,8 @@ WIDTH, BATCH, TIME = 8, 2, 24
 # Compiling is what these tests cost, so they share lengths: TIME in one piece or cut into pieces of 0, 1, 7 and 16.
 SHORT, PART = 7, 16
 TOLERANCE = 2e-5
+# Whose gradients carry what is not finite to earlier tokens, as README says.
+NOT_FINITE_GRADIENTS = {"lstm", "rwkv4", "wersa"}
 GROUPS = {"default", "no_decay", "no_decay/start", "ssm", "ssm/b", "ssm/dt", "ssm_output"}
 
 FIRST = {name: entry for entry, (name, _) in reversed(MIXERS.items())}
@@ -231,6 +233,38 @@ def test_causal_means_causal(entry):
             assert (later <= rounding).all(), f"output {t} depends on a later input"
         else:
             assert later.max() > 0, "a mixer that says it is not causal should see later inputs"
+
+
+EARLY = (slice(None), slice(0, 17))
+
+
+@pytest.mark.sample(4)
+@every_mixer
+def test_what_is_not_finite_reaches_no_earlier_output(entry):
+    whole, _ = runner(entry)(inputs())
+    for fill in (np.nan, np.inf):
+        got, _ = runner(entry)(inputs().at[:, EARLY[1].stop :].set(fill))
+        if causal(entry):
+            assert_close(got, whole, where=EARLY)
+        else:
+            assert not np.isfinite(got).all()
+
+
+@pytest.mark.slow
+@every_mixer
+def test_what_is_not_finite_reaches_no_gradient_of_an_earlier_input(entry):
+    @jax.jit
+    @jax.grad
+    def gradient(x):
+        return jnp.square(runner(entry)(x)[0][EARLY]).sum()
+
+    want = gradient(inputs())
+    for fill in (np.nan, np.inf):
+        got = gradient(inputs().at[:, EARLY[1].stop :].set(fill))
+        if causal(entry) and MIXERS[entry][0] not in NOT_FINITE_GRADIENTS:
+            assert_close(got, want, where=EARLY)
+        else:
+            assert not np.isfinite(got).all()
 
 
 @pytest.mark.sample(4)
