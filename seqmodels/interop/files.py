@@ -122,7 +122,11 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, sh
 
     def write() -> None:
         part = folder / f"part-{len(written)}.safetensors"
+        # The package makes files that only their owner can read; those made here are as the umask says.
+        part.touch()
+        mode = part.stat().st_mode
         package.numpy.save_file(held, part, {"format": "pt"})
+        part.chmod(mode)
         written.append((part, list(held)))
         held.clear()
 
