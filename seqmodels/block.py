@@ -24,7 +24,7 @@ class Block(nnx.Module):
         x = x + dropout(channel(norm(x)))
 
     Joint residual: x = x + channel(mixer(norm(x))). Parallel residual: x = x + mixer(norm(x)) + channel(norm(x)). Each x
-    before a plus is multiplied by `residual_scale`.
+    before a plus is multiplied by `residual_scale`, and each branch after one by `branch_scale`.
     """
 
     def __init__(self, config: StackConfig, layer: int, *, rngs: nnx.Rngs):
@@ -65,10 +65,11 @@ class Block(nnx.Module):
         mask = None if segments is None else segments.real
         norms = {"mask": mask, "training": key is not None}
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        post, scale = self.config.norm_position == "post", self.config.residual_scale
+        post = self.config.norm_position == "post"
+        scale, branch_scale = self.config.residual_scale, self.config.branch_scale
 
         def add(x, y, norm):
-            total = (x if scale == 1 else scale * x) + y
+            total = (x if scale == 1 else scale * x) + (y if branch_scale == 1 else branch_scale * y)
             return norm(total, **norms) if post else total
 
         def branch(f, x, norm, output_norm):

@@ -35,6 +35,7 @@ class StackConfig:
         and "both" its input and its output (Gemma 2).
       residual_scale: factor on x before a branch is added; DeepNorm (Wang et al. 2022, arXiv:2203.00555) uses (2
         depth)^(1/4) with norm_position="post".
+      branch_scale: factor on the output of each branch before it is added (Granite).
       dropout: dropout rate of branch outputs if separate; passed to the channel mixer if joint.
       scan: whether repeats of the pattern run under `jax.lax.scan`, which compiles them once.
       remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products). Under `scan`,
@@ -56,6 +57,7 @@ class StackConfig:
     norm_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     norm_position: Literal["pre", "post", "output", "both"] = "pre"
     residual_scale: Positive = 1.0
+    branch_scale: Positive = 1.0
     dropout: Fraction = 0.0
     scan: bool = True
     remat: Literal["none", "full", "dots"] = "none"
@@ -207,6 +209,7 @@ class LanguageModelConfig:
       input, stack: see `InputConfig` and `StackConfig`; inputs must be tokens.
       tie_embeddings: whether the output matrix is the embedding matrix.
       final_norm: whether a norm precedes the output matrix.
+      logit_scale: factor on the logits before they are bounded (Granite).
       logit_cap: bound of the logits, applied by tanh (Gemma 2); None for none.
     """
 
@@ -214,6 +217,7 @@ class LanguageModelConfig:
     stack: StackConfig
     tie_embeddings: bool = True
     final_norm: bool = True
+    logit_scale: Positive = 1.0
     logit_cap: Positive | None = None
 
     def __post_init__(self) -> None:

@@ -36,6 +36,28 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+# Longer than 24 tokens, up to which both leave angles as they were trained.
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0, "original_max_position_embeddings": 64}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 3.0],
+    "original_max_position_embeddings": 32,
+}
+MAMBA2 = {
+    "mamba_n_heads": 4,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 4,
+    "mamba_d_head": 8,
+    "mamba_chunk_size": 8,
+}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.7,
+}
 
 # Names of folders: the class of the config, and its options.
 FAMILIES = {
@@ -99,6 +121,93 @@ FAMILIES = {
             "query_pre_attn_scalar": 5,
             "layer_types": ["sliding_attention", "full_attention"],
             "rope_parameters": {"sliding_attention": ROPE, "full_attention": LINEAR},
+        },
+    ),
+    "llama_dynamic": ("LlamaConfig", DECODER | {"rope_parameters": DYNAMIC}),
+    "phi3_long": (
+        "Phi3Config",
+        DECODER | {"rope_parameters": LONG, "pad_token_id": 0, "original_max_position_embeddings": 32},
+    ),
+    "bamba": (
+        "BambaConfig",
+        DECODER | MAMBA2 | {"num_hidden_layers": 3, "attn_layer_indices": [1], "rope_parameters": ROPE},
+    ),
+    "granite": ("GraniteConfig", DECODER | GRANITE | {"rope_parameters": ROPE}),
+    "granite_moe_hybrid": (
+        "GraniteMoeHybridConfig",
+        DECODER
+        | MAMBA2
+        | GRANITE
+        | {
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 8,
+            "shared_intermediate_size": 16,
+        },
+    ),
+    "falcon": (
+        "FalconConfig",
+        COMMON
+        | {"num_attention_heads": 4, "ffn_hidden_size": 24, "rope_parameters": ROPE, "multi_query": True},
+    ),
+    "falcon_grouped": (
+        "FalconConfig",
+        COMMON
+        | {
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "ffn_hidden_size": 24,
+            "rope_parameters": ROPE,
+            "new_decoder_architecture": True,
+        },
+    ),
+    "rwkv4": (
+        "RwkvConfig",
+        COMMON | {"attention_hidden_size": 16, "intermediate_size": 24, "rescale_every": 0},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        DECODER
+        | {
+            "head_dim": 8,
+            "sliding_window": 7,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 12,
+            "swiglu_limit": 1.0,
+            "rope_parameters": YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0},
+        },
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        DECODER
+        | {
+            "layer_types": ["conv", "full_attention"],
+            "rope_parameters": ROPE,
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
+    "kimi_linear": (
+        "KimiLinearConfig",
+        COMMON
+        | {
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "intermediate_size": 24,
+            "moe_intermediate_size": 8,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "linear_head_dim": 8,
+            "linear_num_heads": 2,
+            "pad_token_id": 0,
         },
     ),
     "olmo2": ("Olmo2Config", DECODER | {"rope_parameters": ROPE}),
@@ -184,6 +293,9 @@ def scramble(model, seed):
                 weight.copy_(0.5 * noise)
             else:
                 weight.copy_(1.2 * weight.shape[-1] ** -0.5 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
 
 
 def make(folder, name):

@@ -1,9 +1,8 @@
 """The state of training that starts from a published checkpoint."""
 
-from flax import nnx
-
 from experiments.parallel.mesh import Devices
 from experiments.training.experiment import Experiment
+from experiments.training.model import arrays_of
 from experiments.training.state import StateLayout, TrainState
 from seqmodels.interop.loading import load_weights
 
@@ -14,8 +13,4 @@ def initial_state(plan: Experiment, layout: StateLayout, devices: Devices) -> Tr
     if folder is None:
         return layout.initial(seed)
     model = load_weights(folder, dict(plan.config["model"]), mesh=devices.mesh, rules=devices.rules)
-    parameters = {
-        "/".join(map(str, path)): variable[...]
-        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
-    }
-    return layout.initial(seed, parameters)
+    return layout.initial(seed, arrays_of(model))

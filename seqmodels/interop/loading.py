@@ -20,9 +20,11 @@ from seqmodels.interop.family import Family
 from seqmodels.interop.hub import folder_of
 from seqmodels.interop.options import Options
 from seqmodels.interop.placing import Parts, default_sharding, sharding_of
-from seqmodels.interop.tensors import Table, check_tensors, make_table
+from seqmodels.interop.tensors import STORED, Table, check_tensors, make_table
 from seqmodels.language_model import LanguageModel
 from seqmodels.names import names_of
+
+OTHERS = nnx.Not(nnx.Any(*STORED))
 
 
 def load_pretrained(
@@ -30,6 +32,7 @@ def load_pretrained(
     *,
     dtype: str = "float32",
     param_dtype: str = "float32",
+    max_length: int | None = None,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
 ) -> tuple[LanguageModel, dict[str, Any]]:
@@ -42,6 +45,8 @@ def load_pretrained(
         of the Hugging Face hub, such as "Qwen/Qwen3-0.6B", which the package huggingface_hub fetches or finds in its cache.
       dtype: type of the activations.
       param_dtype: type of the stored matrices; see `StackConfig`.
+      max_length: number of tokens that rows will have, for positions that depend on it ("dynamic", "longrope"): those beyond
+        the length of training change the angles of all. By default rows are within the length of training.
       mesh: devices that the parameters are divided over, part by part as they are read; the default device if None.
       rules: which axis of the mesh divides which axis of parameters; `ShardingRules()` if None.
 
@@ -52,7 +57,7 @@ def load_pretrained(
       ImportError: the package safetensors is not installed.
       ValueError: the architecture or an option is not supported, or the files do not fit together; names what is wrong.
     """
-    config = load_config(folder) | {"dtype": dtype, "param_dtype": param_dtype}
+    config = load_config(folder, max_length=max_length) | {"dtype": dtype, "param_dtype": param_dtype}
     return load_weights(folder, config, mesh=mesh, rules=rules), config
 
 
@@ -73,22 +78,18 @@ def load_weights(
     folder = folder_of(folder)
     check_vocabulary(folder, config["vocab_size"])
     model = shapes_of(config)
-    family, _ = _config(folder)
+    family = family_of(files.read_json(folder / files.CONFIG), folder / files.CONFIG)
     table = make_table(family, parse(config).stack, model)
     with files.opened_tensors(folder) as tensors:
         _fill(model, config, _Source(folder, tensors, family, table), mesh, rules or ShardingRules())
     return model
 
 
-def load_config(folder: str | os.PathLike) -> dict[str, Any]:
+def load_config(folder: str | os.PathLike, *, max_length: int | None = None) -> dict[str, Any]:
     """Returns the config of the model of a checkpoint, without its weights; see `load_pretrained`."""
-    return _config(folder_of(folder))[1]
-
-
-def _config(folder: Path) -> tuple[Family, dict[str, Any]]:
-    theirs = files.read_json(folder / files.CONFIG)
-    family = family_of(theirs, folder / files.CONFIG)
-    return family, read_config(family, theirs, of=str(folder / files.CONFIG))
+    file = folder_of(folder) / files.CONFIG
+    theirs = files.read_json(file)
+    return read_config(family_of(theirs, file), theirs, of=str(file), length=max_length)
 
 
 def family_of(theirs: dict[str, Any], file: Path) -> Family:
@@ -107,9 +108,11 @@ def family_of(theirs: dict[str, Any], file: Path) -> Family:
     )
 
 
-def read_config(family: Family, theirs: dict[str, Any], *, of: str) -> dict[str, Any]:
+def read_config(
+    family: Family, theirs: dict[str, Any], *, of: str, length: int | None = None
+) -> dict[str, Any]:
     """Returns our config for the options of a config.json, or raises ValueError for one that is not supported."""
-    options = Options(theirs, of=of)
+    options = Options(theirs, of=of, length=length)
     config = {"kind": "language_model", **family.read(options)}
     options.check_all_read()
     return config
@@ -167,10 +170,10 @@ def _fill(
     model: LanguageModel, config: dict[str, Any], source: _Source, mesh: Mesh | None, rules: ShardingRules
 ) -> None:
     """Puts arrays into a model of shapes: parameters from the checkpoint, and all else as it is initialized."""
-    parameters, rest = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
+    stored, rest = nnx.state(model, STORED), nnx.state(model, OTHERS)
     placed = [
         (names_of(path, variable), variable, sharding_of(variable, mesh, rules))
-        for path, variable in nnx.to_flat_state(parameters)
+        for path, variable in nnx.to_flat_state(stored)
     ]
     # What is read at once stands in memory twice: the largest come first, beside little else.
     for names, variable, sharding in sorted(placed, key=lambda each: each[1].size / len(each[0].names))[::-1]:
@@ -178,10 +181,8 @@ def _fill(
         for number, name in enumerate(names.names):
             parts.write(source.read(name), number if names.stacked else None)
         variable.set_value(parts.array())
-    nnx.update(model, parameters)
+    nnx.update(model, stored)
     if nnx.to_flat_state(rest):
         where: Sharding = default_sharding(mesh)
-        build = jax.jit(
-            lambda: nnx.state(build_model(config, rngs=nnx.Rngs(0)), nnx.Not(nnx.Param)), out_shardings=where
-        )
+        build = jax.jit(lambda: nnx.state(build_model(config, rngs=nnx.Rngs(0)), OTHERS), out_shardings=where)
         nnx.update(model, build())

@@ -1,11 +1,14 @@
 """Families of published models by the names of their architectures."""
 
 from seqmodels.interop.families import (
+    bamba,
     bloom,
     gemma,
     gpt2,
     gpt_neox,
+    granite,
     jamba,
+    kimi_linear,
     llama,
     mamba,
     mamba2,
@@ -40,6 +43,10 @@ FAMILIES = {
         mamba.FALCON_MAMBA,
         recurrent_gemma.RECURRENT_GEMMA,
         jamba.JAMBA,
+        bamba.BAMBA,
+        granite.GRANITE,
+        granite.GRANITE_HYBRID,
         qwen3_next.QWEN3_NEXT,
+        kimi_linear.KIMI_LINEAR,
     )
 }
