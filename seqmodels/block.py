@@ -23,7 +23,8 @@ class Block(nnx.Module):
         x = x + dropout(mixer(norm(x)))
         x = x + dropout(channel(norm(x)))
 
-    Joint residual: x = x + channel(mixer(norm(x))). Parallel residual: x = x + mixer(norm(x)) + channel(norm(x)). Each x
+    Joint residual: x = x + channel(mixer(norm(x))). Parallel residual: x = x + mixer(norm(x)) + channel(norm(x)), where
+    both norms may be one. Each x
     before a plus is multiplied by `residual_scale`, and each branch after one by `branch_scale`.
     """
 
@@ -44,7 +45,7 @@ class Block(nnx.Module):
         inside = {"dropout": config.dropout} if config.residual == "joint" else {}
         self.channel = make_channel_mixer(*channel, given=given | inside, rngs=rngs)
         own = config.residual != "joint"
-        self.channel_norm = self._norm(rngs) if own and before else None
+        self.channel_norm = self._norm(rngs) if own and before and not config.shared_norm else None
         self.channel_output_norm = self._norm(rngs) if own and after else None
 
     def _norm(self, rngs: nnx.Rngs) -> nnx.Module:
@@ -90,7 +91,8 @@ class Block(nnx.Module):
             return add(x, mixed, self.mixer_norm), new_state
         if self.config.residual == "separate":
             x = add(x, mixed, self.mixer_norm)
-        y, _ = branch(channel, x, self.channel_norm, self.channel_output_norm)
+        channel_norm = self.mixer_norm if self.config.shared_norm else self.channel_norm
+        y, _ = branch(channel, x, channel_norm, self.channel_output_norm)
         if self.config.residual == "parallel":
             y = mixed + y
         return add(x, y, self.channel_norm), new_state

@@ -30,6 +30,7 @@ class StackConfig:
       channels: options of channel mixers by their names; an alias has a key "channel".
       residual: "separate": x + mixer, then x + channel mixer; "joint": x + channel(mixer(x)), as in S4, S5 and LRU;
         "parallel": x + mixer(norm(x)) + channel(norm(x)), each with its own norm, as in GPT-NeoX.
+      shared_norm: whether the branches of "parallel" share one norm of their input (Falcon, GPT-J).
       norm, norm_options: name of the norm and its options.
       norm_position: "pre" normalizes the input of each branch, "post" the sum, "output" the output of each branch (OLMo 2),
         and "both" its input and its output (Gemma 2).
@@ -53,6 +54,7 @@ class StackConfig:
     channel: str = "swiglu"
     channels: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     residual: Literal["separate", "joint", "parallel"] = "separate"
+    shared_norm: bool = False
     norm: str = "rms_norm"
     norm_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     norm_position: Literal["pre", "post", "output", "both"] = "pre"
@@ -79,6 +81,11 @@ class StackConfig:
         if self.residual == "joint" and any(self.channel_of(i) is None for i in range(len(self.pattern))):
             raise ValueError(
                 "residual='joint' needs a channel mixer in every block; use residual='separate' with 'none'"
+            )
+        if self.shared_norm and (self.residual != "parallel" or self.norm_position == "output"):
+            raise ValueError(
+                f"shared_norm=True with residual={self.residual!r} and norm_position={self.norm_position!r}; only branches "
+                "side by side, residual='parallel', with norms before them can share one"
             )
         if self.residual == "parallel" and self.norm_position == "post":
             raise ValueError(

@@ -4,8 +4,8 @@
     /tmp/interop/bin/python tools/interop_data.py tests/seqmodels/interop/data [FAMILY ...]
 
 Per family: config.json and model.safetensors as `save_pretrained` writes them, with random weights in which biases and norms
-matter too, and expected.safetensors with tokens (2, 24), their logits (2, 24, v), and greedy (2, 16), with which the first 8
-tokens continue. Every step of the continuation is a full pass, in float32. A continuation is kept only if no step is nearly a tie.
+matter too, and expected.safetensors with tokens (2, 24), their logits (2, 24, v), and greedy (2, 32), with which the first 8
+tokens continue; where positions depend on the number of tokens, also longer (1, 72) and longer_logits. Every step of the continuation is a full pass, in float32. A continuation is kept only if no step is nearly a tie.
 """
 
 import sys
@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-VOCAB, WIDTH, TOKENS, PROMPT, NEW = 40, 16, 24, 8, 16
+VOCAB, WIDTH, TOKENS, PROMPT, NEW, LONGER = 40, 16, 24, 8, 32, 72
 TIE = 2e-3
 torch.set_num_threads(1)
 
@@ -36,14 +36,16 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
-# Longer than 24 tokens, up to which both leave angles as they were trained.
+FLA = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "intermediate_size": 24}
+FLA |= {"fuse_norm": False, "fuse_swiglu": False, "fuse_cross_entropy": False}
+# More than 40 tokens, up to which both leave angles as they were trained, and fewer than 72.
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0, "original_max_position_embeddings": 64}
 LONG = {
     "rope_type": "longrope",
     "rope_theta": 500.0,
     "short_factor": [1.0, 1.5],
     "long_factor": [2.0, 3.0],
-    "original_max_position_embeddings": 32,
+    "original_max_position_embeddings": 48,
 }
 MAMBA2 = {
     "mamba_n_heads": 4,
@@ -126,7 +128,7 @@ FAMILIES = {
     "llama_dynamic": ("LlamaConfig", DECODER | {"rope_parameters": DYNAMIC}),
     "phi3_long": (
         "Phi3Config",
-        DECODER | {"rope_parameters": LONG, "pad_token_id": 0, "original_max_position_embeddings": 32},
+        DECODER | {"rope_parameters": LONG, "pad_token_id": 0, "original_max_position_embeddings": 48},
     ),
     "bamba": (
         "BambaConfig",
@@ -210,6 +212,13 @@ FAMILIES = {
             "pad_token_id": 0,
         },
     ),
+    "gla": ("GLAConfig", FLA | {"num_heads": 4, "num_kv_heads": 2, "use_short_conv": True}),
+    "delta_net": ("DeltaNetConfig", FLA | {"num_heads": 2, "use_gate": True, "allow_neg_eigval": True}),
+    "gated_deltanet": (
+        "GatedDeltaNetConfig",
+        FLA | {"num_heads": 2, "num_v_heads": 4, "head_dim": 4, "expand_v": 2.0},
+    ),
+    "kda": ("KDAConfig", FLA | {"num_heads": 2, "head_dim": 8}),
     "olmo2": ("Olmo2Config", DECODER | {"rope_parameters": ROPE}),
     "phi3": ("Phi3Config", DECODER | {"rope_parameters": ROPE, "pad_token_id": 0}),
     "mixtral": (
@@ -301,7 +310,22 @@ def scramble(model, seed):
 def make(folder, name):
     """Writes one family; returns whether a continuation without near ties was found."""
     kind, options = FAMILIES[name]
-    config = getattr(transformers, kind)(**options)
+    if "fuse_norm" in options:
+        import fla.layers.gla
+        import fla.models
+        import fla.modules.mlp
+        from pytest import MonkeyPatch
+
+        from tests.parity.fla_layers import in_torch
+
+        patch = MonkeyPatch()
+        in_torch(patch)
+        silu = torch.nn.functional.silu
+        patch.setitem(fla.layers.gla.ACT2FN, "swish", silu)
+        patch.setattr(fla.modules.mlp, "swiglu", lambda gate, y: silu(gate) * y)
+        config = getattr(fla.models, kind)(**options)
+    else:
+        config = getattr(transformers, kind)(**options)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for seed in range(20):
@@ -329,6 +353,9 @@ def make(folder, name):
         "logits": logits(rows),
         "greedy": made[:, PROMPT:].astype(np.int32),
     }
+    if options.get("rope_parameters", {}).get("rope_type") in ("dynamic", "longrope"):
+        longer = np.random.default_rng(seed).integers(1, VOCAB, (1, LONGER))
+        expected |= {"longer": longer.astype(np.int32), "longer_logits": logits(longer)}
     save_file(expected, folder / name / "expected.safetensors", {"transformers": transformers.__version__})
     return sum(file.stat().st_size for file in (folder / name).iterdir()), seed, gap
 

@@ -129,7 +129,15 @@ def differences(model: LanguageModel, twin: LanguageModel) -> list[str]:
         found += _compare(name, getattr(model.config, name), getattr(twin.config, name))
     found += _options("", model.config.input, twin.config.input)
     stacks = model.config.stack, twin.config.stack
-    for name in ("width", "depth", "residual", "norm_position", "residual_scale", "branch_scale"):
+    for name in (
+        "width",
+        "depth",
+        "residual",
+        "shared_norm",
+        "norm_position",
+        "residual_scale",
+        "branch_scale",
+    ):
         found += _compare(name, *(getattr(stack, name) for stack in stacks))
     if found:
         return found

@@ -3,9 +3,12 @@
 from seqmodels.interop.families import (
     bamba,
     bloom,
+    falcon,
+    flash_linear_attention,
     gemma,
     gpt2,
     gpt_neox,
+    gpt_oss,
     granite,
     jamba,
     kimi_linear,
@@ -38,6 +41,8 @@ FAMILIES = {
         gpt2.GPT2,
         bloom.BLOOM,
         mpt.MPT,
+        falcon.FALCON,
+        gpt_oss.GPT_OSS,
         mamba.MAMBA,
         mamba2.MAMBA2,
         mamba.FALCON_MAMBA,
@@ -48,5 +53,9 @@ FAMILIES = {
         granite.GRANITE_HYBRID,
         qwen3_next.QWEN3_NEXT,
         kimi_linear.KIMI_LINEAR,
+        flash_linear_attention.GLA,
+        flash_linear_attention.DELTA_NET,
+        flash_linear_attention.GATED_DELTANET,
+        flash_linear_attention.KDA,
     )
 }

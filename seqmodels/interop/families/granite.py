@@ -1,11 +1,9 @@
 """Granite, and its hybrid of Mamba-2, attention and experts: embeddings, branches, attention and logits have factors."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from seqmodels.config import StackConfig
 from seqmodels.interop.families.llama import (
     ATTENTION,
     GLU,
@@ -184,20 +182,18 @@ def _experts() -> Pairs:
     )
 
 
-def parts(stack: StackConfig) -> Mapping[str, Pairs]:
-    """Returns the pairs within a layer of the hybrid."""
+def _shared(where: str) -> Pairs:
+    inputs = fused("shared_mlp.input_linear", (f"{where}/gate", f"{where}/up"), halves)
+    return *inputs, *linear("shared_mlp.output_linear", f"{where}/down")
 
-    def shared(where: str) -> Pairs:
-        inputs = fused("shared_mlp.input_linear", (f"{where}/gate", f"{where}/up"), halves)
-        return *inputs, *linear("shared_mlp.output_linear", f"{where}/down")
 
-    return {
-        "": NORMS,
-        "attention": ATTENTION,
-        "mamba2": mixer("mamba"),
-        "moe": (*_experts(), *shared("channel/shared")),
-        "swiglu": shared("channel"),
-    }
+PARTS = {
+    "": NORMS,
+    "attention": ATTENTION,
+    "mamba2": mixer("mamba"),
+    "moe": (*_experts(), *_shared("channel/shared")),
+    "swiglu": _shared("channel"),
+}
 
 
 GRANITE = Family(
@@ -216,5 +212,5 @@ GRANITE_HYBRID = Family(
     write=write_hybrid,
     outer=OUTER,
     layer="model.layers.{}.",
-    parts=parts,
+    parts=lambda _: PARTS,
 )
