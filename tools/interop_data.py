@@ -2,12 +2,16 @@
 
     python -m venv /tmp/interop && /tmp/interop/bin/pip install torch 'transformers==5.24.0' safetensors
     /tmp/interop/bin/python tools/interop_data.py tests/seqmodels/interop/data [FAMILY ...]
+    /tmp/interop/bin/python tools/interop_data.py adapter tests/seqmodels/interop/data/llama tests/seqmodels/interop/adapter
+
+Families of flash-linear-attention need it and pytest there, and others need that it is not there; the adapter needs peft.
 
 Per family: config.json and model.safetensors as `save_pretrained` writes them, with random weights in which biases and norms
 matter too, and expected.safetensors with tokens (2, 24), their logits (2, 24, v), and greedy (2, 32), with which the first 8
 tokens continue; where positions depend on the number of tokens, also longer (1, 72) and longer_logits. Every step of the continuation is a full pass, in float32. A continuation is kept only if no step is nearly a tie.
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -309,16 +313,16 @@ def scramble(model, seed):
 
 def make(folder, name):
     """Writes one family; returns whether a continuation without near ties was found."""
-    kind, options = FAMILIES[name]
+    kind, options = copy.deepcopy(FAMILIES[name])  # configs change what they are given
     if "fuse_norm" in options:
         import fla.layers.gla
         import fla.models
         import fla.modules.mlp
-        from pytest import MonkeyPatch
+        import pytest
 
         from tests.parity.fla_layers import in_torch
 
-        patch = MonkeyPatch()
+        patch = pytest.MonkeyPatch()
         in_torch(patch)
         silu = torch.nn.functional.silu
         patch.setitem(fla.layers.gla.ACT2FN, "swish", silu)
@@ -360,7 +364,29 @@ def make(folder, name):
     return sum(file.stat().st_size for file in (folder / name).iterdir()), seed, gap
 
 
+def make_adapter(folder, base):
+    """Writes a random adapter of a checkpoint with peft, and the logits of the two together."""
+    import peft
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    options = {"target_modules": ["q_proj", "down_proj"], "alpha_pattern": {"down_proj": 3}}
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=6, use_rslora=True, **options))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora" in name:
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+        rows = np.random.default_rng(0).integers(1, VOCAB, (2, TOKENS))
+        logits = model(torch.tensor(rows)).logits.numpy()
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    save_file({"tokens": rows.astype(np.int32), "logits": logits}, folder / "expected.safetensors")
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "adapter":
+        make_adapter(Path(sys.argv[3]), Path(sys.argv[2]))
+        raise SystemExit
     target = Path(sys.argv[1])
     for each in sys.argv[2:] or FAMILIES:
         size, seed, gap = make(target, each)

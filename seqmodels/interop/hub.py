@@ -5,10 +5,16 @@ import re
 from pathlib import Path
 
 IDENTIFIER = re.compile(r"[\w.-]+/[\w.-]+")
-FETCHED = ("config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json")
+FETCHED = (
+    "config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "adapter_config.json",
+)
 
 
-def folder_of(name: str | os.PathLike) -> Path:
+def folder_of(name: str | os.PathLike, config: str = "config.json") -> Path:
     """Returns the folder that a path or an identifier such as "Qwen/Qwen3-0.6B" means; a folder of the name comes first.
 
     Raises:
@@ -20,7 +26,7 @@ def folder_of(name: str | os.PathLike) -> Path:
         raise ValueError(f"folder={str(name)!r}; there is no such home directory") from None
     if folder.is_dir():
         return folder
-    expected = "expected one with config.json and safetensors"
+    expected = f"expected one with {config} and safetensors"
     if not isinstance(name, str) or not IDENTIFIER.fullmatch(name) or folder.exists():
         raise ValueError(f"folder={str(name)!r} is no folder; {expected}")
     try:

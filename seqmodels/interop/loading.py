@@ -1,5 +1,6 @@
 """Models from published checkpoints, read a tensor at a time."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ from seqmodels.interop import files
 from seqmodels.interop.families import FAMILIES
 from seqmodels.interop.family import Family
 from seqmodels.interop.hub import folder_of
+from seqmodels.interop.lora import CONFIG, WEIGHTS, Adapter
 from seqmodels.interop.options import Options
 from seqmodels.interop.placing import Parts, default_sharding, sharding_of
 from seqmodels.interop.tensors import STORED, Table, check_tensors, make_table
@@ -33,6 +35,7 @@ def load_pretrained(
     dtype: str = "float32",
     param_dtype: str = "float32",
     max_length: int | None = None,
+    adapter: str | os.PathLike | None = None,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
 ) -> tuple[LanguageModel, dict[str, Any]]:
@@ -47,6 +50,7 @@ def load_pretrained(
       param_dtype: type of the stored matrices; see `StackConfig`.
       max_length: number of tokens that rows will have, for positions that depend on it ("dynamic", "longrope"): those beyond
         the length of training change the angles of all. By default rows are within the length of training.
+      adapter: folder of a low-rank adapter in the format of peft, which is merged into the matrices.
       mesh: devices that the parameters are divided over, part by part as they are read; the default device if None.
       rules: which axis of the mesh divides which axis of parameters; `ShardingRules()` if None.
 
@@ -58,13 +62,14 @@ def load_pretrained(
       ValueError: the architecture or an option is not supported, or the files do not fit together; names what is wrong.
     """
     config = load_config(folder, max_length=max_length) | {"dtype": dtype, "param_dtype": param_dtype}
-    return load_weights(folder, config, mesh=mesh, rules=rules), config
+    return load_weights(folder, config, adapter=adapter, mesh=mesh, rules=rules), config
 
 
 def load_weights(
     folder: str | os.PathLike,
     config: dict[str, Any],
     *,
+    adapter: str | os.PathLike | None = None,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
 ) -> LanguageModel:
@@ -72,7 +77,7 @@ def load_weights(
 
     Args:
       config: what `load_config` returns, or one with other options of training, such as `dropout`, `remat` and `scan`.
-      folder, mesh, rules: see `load_pretrained`.
+      folder, adapter, mesh, rules: see `load_pretrained`.
     """
     files.library()
     folder = folder_of(folder)
@@ -80,8 +85,12 @@ def load_weights(
     model = shapes_of(config)
     family = family_of(files.read_json(folder / files.CONFIG), folder / files.CONFIG)
     table = make_table(family, parse(config).stack, model)
-    with files.opened_tensors(folder) as tensors:
-        _fill(model, config, _Source(folder, tensors, family, table), mesh, rules or ShardingRules())
+    with contextlib.ExitStack() as stack:
+        source = _Source(folder, stack.enter_context(files.opened_tensors(folder)), family, table)
+        if adapter is not None:
+            place = folder_of(adapter, CONFIG)
+            source.adapt(Adapter(place, stack.enter_context(files.opened_tensors(place, WEIGHTS))))
+        _fill(model, config, source, mesh, rules or ShardingRules())
     return model
 
 
@@ -157,13 +166,23 @@ class _Source:
             }
         found = {name: tensors.shape(own) for name, own in self._name.items()}
         check_tensors(table.shapes, found, of=str(folder))
+        self._adapter: Adapter | None = None
+
+    def adapt(self, adapter: Adapter) -> None:
+        """Adds what an adapter adds to what is read from here on."""
+        adapter.check(self._table.shapes)
+        self._adapter = adapter
 
     def read(self, name: str) -> np.ndarray | float:
         """Returns the array of a variable, or the number that fills it."""
         if name in self._table.constants:
             return self._table.constants[name]
         pair, place = self._table.pairs[name]
-        return pair.load(*(self._tensors.read(self._name[each]) for each in pair.theirs))[place]
+        return pair.load(*map(self._tensor, pair.theirs))[place]
+
+    def _tensor(self, name: str) -> np.ndarray:
+        tensor = self._tensors.read(self._name[name])
+        return tensor if self._adapter is None else self._adapter.add(name, tensor)
 
 
 def _fill(

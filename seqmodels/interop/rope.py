@@ -56,8 +56,8 @@ def rope_from(options: Options, parameters: Mapping[str, Any], longest: int | No
         options.refuse("rope_type", kind, f"one of {', '.join(TYPES)}")
     made = {"name": "rope", "base": float(left.pop("rope_theta", 10_000.0))}
     made["fraction"] = float(left.pop("partial_rotary_factor", 1.0))
-    trained = left.pop("original_max_position_embeddings", None)
-    trained = trained or options.take("original_max_position_embeddings", None) or longest
+    outside = options.take("original_max_position_embeddings", None)
+    trained = left.pop("original_max_position_embeddings", None) or outside or longest
     if kind in ("linear", "yarn", "llama3"):
         made |= {"scaling": kind, "factor": float(need("factor"))}
     if kind in ("yarn", "llama3"):
