@@ -40,6 +40,8 @@ from experiments.training.evaluation import Evaluator
 from experiments.training.loop import restore
 from experiments.training.pretrained import initial_state
 from experiments.training.state import TrainState
+from seqmodels.interop.files import TOKENIZER
+from seqmodels.interop.hub import folder_of
 
 
 class Opened(NamedTuple):
@@ -115,8 +117,12 @@ def _of_run(args: argparse.Namespace) -> Opened:
 
 
 def _published(args: argparse.Namespace, overrides: Overrides) -> Opened:
+    try:
+        file = folder_of(args.pretrained) / TOKENIZER
+    except ValueError as error:
+        raise ArgumentError(f"--pretrained={args.pretrained}: {error}") from None
     config = load(args.config, overrides)
-    task, file = config["task"], Path(args.pretrained).expanduser() / "tokenizer.json"
+    task = config["task"]
     if task.get("name") == "language" and file.exists():
         task = task | {"tokenizer": str(file)}
     config |= {"task": task, "train": config["train"] | {"pretrained": args.pretrained}}
