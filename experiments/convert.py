@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes the checkpoint, prints its tensors and returns the exit code."""
     args = parser().parse_args(argv)
     try:
-        model = read(args.source, args.checkpoint, args.param_dtype)
+        model = read(args.source, args.checkpoint, args.param_dtype, args.adapter)
         save_pretrained(model, args.target, architecture=args.architecture)
     except (ValueError, ImportError) as error:
         raise ArgumentError(str(error)) from None
@@ -41,6 +41,9 @@ def parser() -> Parser:
     made.add_argument(
         "--architecture", help="such as MistralForCausalLM; by default the first that expresses the model"
     )
+    made.add_argument(
+        "--adapter", type=Path, help="folder of a low-rank adapter (peft's format), merged into a checkpoint"
+    )
     made.add_argument("--checkpoint", default="best", help="of a run: best (the default), last, or a step")
     made.add_argument(
         "--param_dtype",
@@ -51,7 +54,7 @@ def parser() -> Parser:
     return made
 
 
-def read(source: Path, checkpoint: str, param_dtype: str) -> LanguageModel:
+def read(source: Path, checkpoint: str, param_dtype: str, adapter: Path | None) -> LanguageModel:
     """Returns the model of a checkpoint in the format of transformers, or of a run.
 
     Raises:
@@ -63,7 +66,9 @@ def read(source: Path, checkpoint: str, param_dtype: str) -> LanguageModel:
             f"IN={source} is no folder; expected the work directory of a run, or a checkpoint"
         )
     if (source / CONFIG).is_file() and "model_type" in read_json(source / CONFIG):
-        return load_pretrained(source, param_dtype=param_dtype)[0]
+        return load_pretrained(source, param_dtype=param_dtype, adapter=adapter)[0]
+    if adapter is not None:
+        raise ArgumentError(f"--adapter={adapter} needs a checkpoint with config.json; IN={source} is none")
     return open_run(str(source), checkpoint).model
 
 

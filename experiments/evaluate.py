@@ -1,6 +1,11 @@
-"""Evaluates a checkpoint of a run, from its work directory alone.
+"""Evaluates a checkpoint of a run, from its work directory alone, or a published checkpoint on the task of a config.
 
     python -m experiments.evaluate --workdir=runs/listops-s5 --split=test --checkpoint=best
+    python -m experiments.evaluate --pretrained=checkpoints/Qwen3-0.6B --config=configs/lm/models.py:source=wikitext103
+
+--pretrained takes a folder with config.json and safetensors (see `seqmodels.load_pretrained`), which needs --config: its task, with
+the tokenizer.json of the folder if there is one, its batches and the options of training of its model, such as dtype. Nothing
+is written.
 
 Prints the metrics as JSON and writes them to evaluation-SPLIT-STEP.json in the work directory, if it can be written to.
 Nothing is written elsewhere: data that the config generates and that are not on disk yet are generated in a temporary folder.
@@ -9,10 +14,22 @@ A damaged checkpoint is named and left out: "best" and "last" then mean the best
 refused.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-from experiments.config.command_line import REFUSALS, Parser, refuse
+from experiments.config.command_line import (
+    REFUSALS,
+    ArgumentError,
+    Overrides,
+    Parser,
+    load,
+    refuse,
+    split_overrides,
+)
+from experiments.config.pretrained import with_pretrained_model
 from experiments.data import cache
 from experiments.parallel.mesh import Devices
 from experiments.runs.checkpoints import Checkpoints, choose_step
@@ -21,41 +38,103 @@ from experiments.runs.files import to_json_text, write_atomically
 from experiments.training import experiment
 from experiments.training.evaluation import Evaluator
 from experiments.training.loop import restore
+from experiments.training.pretrained import initial_state
+from experiments.training.state import TrainState
+from seqmodels.interop.files import TOKENIZER
+from seqmodels.interop.hub import folder_of
+
+
+class Opened(NamedTuple):
+    """What is evaluated: a state and its experiment, and the fields of the record that name it."""
+
+    plan: experiment.Experiment
+    devices: Devices
+    state: TrainState
+    evaluate: Evaluator
+    named: dict[str, int | str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluates and reports; returns the exit code."""
-    parser = Parser("experiments.evaluate", __doc__, workdir=True)
-    parser.add_argument("--split", default="test", help="split of the task (default: test)")
-    parser.add_argument(
-        "--checkpoint", default="best", help="best (of validation; the default), last, or a step"
-    )
-    parser.add_argument("--num_devices", type=int, help="use the first devices, this many (default: all)")
-    args = parser.parse_args(argv)
-    run = RunDirectory(args.workdir)
+    rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(rest)
     try:
-        config = run.config()
-        with Checkpoints(run.checkpoints) as checkpoints, cache.temporary_builds():
-            step = choose_step(checkpoints, args.checkpoint)
-            plan = experiment.build(config)
-            devices = Devices.first(args.num_devices, plan.mesh)
-            functions = plan.step_functions(devices)
-            plan.eval_batches(args.split)  # raises for an unknown split before anything is computed
-            state, _ = restore(functions.layout, checkpoints, step)
-        evaluate = Evaluator(plan, functions, devices)
+        if (args.workdir is None) == (args.pretrained is None):
+            raise ArgumentError("expected one of --workdir and --pretrained")
+        if (args.config is None) != (args.pretrained is None) or (overrides and args.config is None):
+            raise ArgumentError(
+                "--pretrained needs --config, which has the task; --workdir has its own config"
+            )
+        opened = _of_run(args) if args.pretrained is None else _published(args, overrides)
     except REFUSALS as error:
         return refuse(error)
-    evaluate.compile(state, args.split)
-    metrics = evaluate(state, args.split)
-    record = dict(split=args.split, step=step, devices=devices.describe()) | metrics
-    text = to_json_text(record | dict(baselines=plan.baselines(args.split)))
+    opened.evaluate.compile(opened.state, args.split)
+    metrics = opened.evaluate(opened.state, args.split)
+    record = dict(split=args.split, **opened.named, devices=opened.devices.describe()) | metrics
+    text = to_json_text(record | dict(baselines=opened.plan.baselines(args.split)))
     print(text, end="", flush=True)
-    file = run.folder / f"evaluation-{args.split}-{step}.json"
+    if args.workdir is None:
+        return 0
+    file = RunDirectory(args.workdir).folder / f"evaluation-{args.split}-{opened.named['step']}.json"
     try:
         write_atomically(file, text)
     except OSError as error:
         print(f"{file} cannot be written: {error.strerror}", file=sys.stderr)
     return 0
+
+
+def parser() -> Parser:
+    """Returns the parser of the command."""
+    made = Parser("experiments.evaluate", __doc__)
+    made.add_argument("--workdir", type=Path, help="directory of the run")
+    made.add_argument(
+        "--pretrained", help="folder of a published checkpoint, or its identifier, in place of --workdir"
+    )
+    made.add_argument(
+        "--config",
+        metavar="FILE[:KEY=VALUE,...]",
+        help="with --pretrained: the config whose task it is evaluated on; --config.SECTION.FIELD=VALUE sets a field",
+    )
+    made.add_argument("--split", default="test", help="split of the task (default: test)")
+    made.add_argument(
+        "--checkpoint", default="best", help="of a run: best (of validation; the default), last, or a step"
+    )
+    made.add_argument("--num_devices", type=int, help="use the first devices, this many (default: all)")
+    return made
+
+
+def _of_run(args: argparse.Namespace) -> Opened:
+    run = RunDirectory(args.workdir)
+    config = run.config()
+    with Checkpoints(run.checkpoints) as checkpoints, cache.temporary_builds():
+        step = choose_step(checkpoints, args.checkpoint)
+        plan = experiment.build(config)
+        devices = Devices.first(args.num_devices, plan.mesh)
+        functions = plan.step_functions(devices)
+        plan.eval_batches(args.split)  # raises for an unknown split before anything is computed
+        state, _ = restore(functions.layout, checkpoints, step)
+    return Opened(plan, devices, state, Evaluator(plan, functions, devices), {"step": step})
+
+
+def _published(args: argparse.Namespace, overrides: Overrides) -> Opened:
+    try:
+        file = folder_of(args.pretrained) / TOKENIZER
+    except ValueError as error:
+        raise ArgumentError(f"--pretrained={args.pretrained}: {error}") from None
+    config = load(args.config, overrides)
+    task = config["task"]
+    if task.get("name") == "language" and file.exists():
+        task = task | {"tokenizer": str(file)}
+    config |= {"task": task, "train": config["train"] | {"pretrained": args.pretrained}}
+    with cache.temporary_builds():
+        plan = experiment.build(with_pretrained_model(config, replace=True))
+        devices = Devices.first(args.num_devices, plan.mesh)
+        functions = plan.step_functions(devices)
+        plan.eval_batches(args.split)
+    state = initial_state(plan, functions.layout, devices)
+    return Opened(
+        plan, devices, state, Evaluator(plan, functions, devices), {"pretrained": str(args.pretrained)}
+    )
 
 
 if __name__ == "__main__":

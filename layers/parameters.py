@@ -11,7 +11,7 @@ unless it sets "ssm/b" itself. Parameters without a group are "default".
 
 `GROUP_RULES` holds these as factors. They are part of the declaration: every experiment has them, unless it sets others.
 
-A parameter also declares a name for each of its axes. `experiments.parallel.sharding` says which axis of a mesh of devices
+A parameter also declares a name for each of its axes. `layers.sharding_rules` says which axis of a mesh of devices
 divides which of them:
 
     embed    features of the residual stream           heads    heads, or heads times their features

@@ -23,8 +23,9 @@ class Block(nnx.Module):
         x = x + dropout(mixer(norm(x)))
         x = x + dropout(channel(norm(x)))
 
-    Joint residual: x = x + channel(mixer(norm(x))). Parallel residual: x = x + mixer(norm(x)) + channel(norm(x)). Each x
-    before a plus is multiplied by `residual_scale`.
+    Joint residual: x = x + channel(mixer(norm(x))). Parallel residual: x = x + mixer(norm(x)) + channel(norm(x)), where
+    both norms may be one. Each x
+    before a plus is multiplied by `residual_scale`, and each branch after one by `branch_scale`.
     """
 
     def __init__(self, config: StackConfig, layer: int, *, rngs: nnx.Rngs):
@@ -44,7 +45,7 @@ class Block(nnx.Module):
         inside = {"dropout": config.dropout} if config.residual == "joint" else {}
         self.channel = make_channel_mixer(*channel, given=given | inside, rngs=rngs)
         own = config.residual != "joint"
-        self.channel_norm = self._norm(rngs) if own and before else None
+        self.channel_norm = self._norm(rngs) if own and before and not config.shared_norm else None
         self.channel_output_norm = self._norm(rngs) if own and after else None
 
     def _norm(self, rngs: nnx.Rngs) -> nnx.Module:
@@ -65,10 +66,11 @@ class Block(nnx.Module):
         mask = None if segments is None else segments.real
         norms = {"mask": mask, "training": key is not None}
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        post, scale = self.config.norm_position == "post", self.config.residual_scale
+        post = self.config.norm_position == "post"
+        scale, branch_scale = self.config.residual_scale, self.config.branch_scale
 
         def add(x, y, norm):
-            total = (x if scale == 1 else scale * x) + y
+            total = (x if scale == 1 else scale * x) + (y if branch_scale == 1 else branch_scale * y)
             return norm(total, **norms) if post else total
 
         def branch(f, x, norm, output_norm):
@@ -89,7 +91,8 @@ class Block(nnx.Module):
             return add(x, mixed, self.mixer_norm), new_state
         if self.config.residual == "separate":
             x = add(x, mixed, self.mixer_norm)
-        y, _ = branch(channel, x, self.channel_norm, self.channel_output_norm)
+        channel_norm = self.mixer_norm if self.config.shared_norm else self.channel_norm
+        y, _ = branch(channel, x, channel_norm, self.channel_output_norm)
         if self.config.residual == "parallel":
             y = mixed + y
         return add(x, y, self.channel_norm), new_state

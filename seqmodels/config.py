@@ -30,11 +30,13 @@ class StackConfig:
       channels: options of channel mixers by their names; an alias has a key "channel".
       residual: "separate": x + mixer, then x + channel mixer; "joint": x + channel(mixer(x)), as in S4, S5 and LRU;
         "parallel": x + mixer(norm(x)) + channel(norm(x)), each with its own norm, as in GPT-NeoX.
+      shared_norm: whether the branches of "parallel" share one norm of their input (Falcon, GPT-J).
       norm, norm_options: name of the norm and its options.
       norm_position: "pre" normalizes the input of each branch, "post" the sum, "output" the output of each branch (OLMo 2),
         and "both" its input and its output (Gemma 2).
       residual_scale: factor on x before a branch is added; DeepNorm (Wang et al. 2022, arXiv:2203.00555) uses (2
         depth)^(1/4) with norm_position="post".
+      branch_scale: factor on the output of each branch before it is added (Granite).
       dropout: dropout rate of branch outputs if separate; passed to the channel mixer if joint.
       scan: whether repeats of the pattern run under `jax.lax.scan`, which compiles them once.
       remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products). Under `scan`,
@@ -52,10 +54,12 @@ class StackConfig:
     channel: str = "swiglu"
     channels: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     residual: Literal["separate", "joint", "parallel"] = "separate"
+    shared_norm: bool = False
     norm: str = "rms_norm"
     norm_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     norm_position: Literal["pre", "post", "output", "both"] = "pre"
     residual_scale: Positive = 1.0
+    branch_scale: Positive = 1.0
     dropout: Fraction = 0.0
     scan: bool = True
     remat: Literal["none", "full", "dots"] = "none"
@@ -77,6 +81,11 @@ class StackConfig:
         if self.residual == "joint" and any(self.channel_of(i) is None for i in range(len(self.pattern))):
             raise ValueError(
                 "residual='joint' needs a channel mixer in every block; use residual='separate' with 'none'"
+            )
+        if self.shared_norm and (self.residual != "parallel" or self.norm_position == "output"):
+            raise ValueError(
+                f"shared_norm=True with residual={self.residual!r} and norm_position={self.norm_position!r}; only branches "
+                "side by side, residual='parallel', with norms before them can share one"
             )
         if self.residual == "parallel" and self.norm_position == "post":
             raise ValueError(
@@ -207,6 +216,7 @@ class LanguageModelConfig:
       input, stack: see `InputConfig` and `StackConfig`; inputs must be tokens.
       tie_embeddings: whether the output matrix is the embedding matrix.
       final_norm: whether a norm precedes the output matrix.
+      logit_scale: factor on the logits before they are bounded (Granite).
       logit_cap: bound of the logits, applied by tanh (Gemma 2); None for none.
     """
 
@@ -214,6 +224,7 @@ class LanguageModelConfig:
     stack: StackConfig
     tie_embeddings: bool = True
     final_norm: bool = True
+    logit_scale: Positive = 1.0
     logit_cap: Positive | None = None
 
     def __post_init__(self) -> None:

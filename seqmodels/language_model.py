@@ -118,5 +118,7 @@ class LanguageModel(nnx.Module):
         state = None if state is None else LanguageModelState(place, layers)
         if self.norm is not None:
             x = self.norm(x, mask=None if segments is None else segments.real, training=key is not None)
+        if self.config.logit_scale != 1:
+            x = self.config.logit_scale * x
         matrix = self.embedding.table[...] if self.head is None else self.head.kernel[...].T
         return Unprojected(x, matrix, self.config.logit_cap), state

@@ -17,7 +17,7 @@ ARRAYS = {"jax", "jaxtyping", "numpy"}
 OUTSIDE = {
     "layers/kernels": ARRAYS,
     "layers": ARRAYS | {"flax"},
-    "seqmodels": ARRAYS | {"flax", "safetensors"},
+    "seqmodels": ARRAYS | {"flax", "huggingface_hub", "safetensors"},
     "configs": {"ml_collections"},
 }
 # The legend of array types imports nothing of ours, and every house reads it.

@@ -2,12 +2,16 @@
 
     python -m venv /tmp/interop && /tmp/interop/bin/pip install torch 'transformers==5.24.0' safetensors
     /tmp/interop/bin/python tools/interop_data.py tests/seqmodels/interop/data [FAMILY ...]
+    /tmp/interop/bin/python tools/interop_data.py adapter tests/seqmodels/interop/data/llama tests/seqmodels/interop/adapter
+
+Families of flash-linear-attention need it and pytest there, and others need that it is not there; the adapter needs peft.
 
 Per family: config.json and model.safetensors as `save_pretrained` writes them, with random weights in which biases and norms
-matter too, and expected.safetensors with tokens (2, 24), their logits (2, 24, v), and greedy (2, 16), with which the first 8
-tokens continue. Every step of the continuation is a full pass, in float32. A continuation is kept only if no step is nearly a tie.
+matter too, and expected.safetensors with tokens (2, 24), their logits (2, 24, v), and greedy (2, 32), with which the first 8
+tokens continue; where positions depend on the number of tokens, also longer (1, 72) and longer_logits. Every step of the continuation is a full pass, in float32. A continuation is kept only if no step is nearly a tie.
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -16,7 +20,7 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-VOCAB, WIDTH, TOKENS, PROMPT, NEW = 40, 16, 24, 8, 16
+VOCAB, WIDTH, TOKENS, PROMPT, NEW, LONGER = 40, 16, 24, 8, 32, 72
 TIE = 2e-3
 torch.set_num_threads(1)
 
@@ -36,6 +40,30 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+FLA = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "intermediate_size": 24}
+FLA |= {"fuse_norm": False, "fuse_swiglu": False, "fuse_cross_entropy": False}
+# More than 40 tokens, up to which both leave angles as they were trained, and fewer than 72.
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0, "original_max_position_embeddings": 64}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 3.0],
+    "original_max_position_embeddings": 48,
+}
+MAMBA2 = {
+    "mamba_n_heads": 4,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 4,
+    "mamba_d_head": 8,
+    "mamba_chunk_size": 8,
+}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.7,
+}
 
 # Names of folders: the class of the config, and its options.
 FAMILIES = {
@@ -101,6 +129,100 @@ FAMILIES = {
             "rope_parameters": {"sliding_attention": ROPE, "full_attention": LINEAR},
         },
     ),
+    "llama_dynamic": ("LlamaConfig", DECODER | {"rope_parameters": DYNAMIC}),
+    "phi3_long": (
+        "Phi3Config",
+        DECODER | {"rope_parameters": LONG, "pad_token_id": 0, "original_max_position_embeddings": 48},
+    ),
+    "bamba": (
+        "BambaConfig",
+        DECODER | MAMBA2 | {"num_hidden_layers": 3, "attn_layer_indices": [1], "rope_parameters": ROPE},
+    ),
+    "granite": ("GraniteConfig", DECODER | GRANITE | {"rope_parameters": ROPE}),
+    "granite_moe_hybrid": (
+        "GraniteMoeHybridConfig",
+        DECODER
+        | MAMBA2
+        | GRANITE
+        | {
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 8,
+            "shared_intermediate_size": 16,
+        },
+    ),
+    "falcon": (
+        "FalconConfig",
+        COMMON
+        | {"num_attention_heads": 4, "ffn_hidden_size": 24, "rope_parameters": ROPE, "multi_query": True},
+    ),
+    "falcon_grouped": (
+        "FalconConfig",
+        COMMON
+        | {
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "ffn_hidden_size": 24,
+            "rope_parameters": ROPE,
+            "new_decoder_architecture": True,
+        },
+    ),
+    "rwkv4": (
+        "RwkvConfig",
+        COMMON | {"attention_hidden_size": 16, "intermediate_size": 24, "rescale_every": 0},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        DECODER
+        | {
+            "head_dim": 8,
+            "sliding_window": 7,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 12,
+            "swiglu_limit": 1.0,
+            "rope_parameters": YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0},
+        },
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        DECODER
+        | {
+            "layer_types": ["conv", "full_attention"],
+            "rope_parameters": ROPE,
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
+    "kimi_linear": (
+        "KimiLinearConfig",
+        COMMON
+        | {
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "intermediate_size": 24,
+            "moe_intermediate_size": 8,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "linear_head_dim": 8,
+            "linear_num_heads": 2,
+            "pad_token_id": 0,
+        },
+    ),
+    "gla": ("GLAConfig", FLA | {"num_heads": 4, "num_kv_heads": 2, "use_short_conv": True}),
+    "delta_net": ("DeltaNetConfig", FLA | {"num_heads": 2, "use_gate": True, "allow_neg_eigval": True}),
+    "gated_deltanet": (
+        "GatedDeltaNetConfig",
+        FLA | {"num_heads": 2, "num_v_heads": 4, "head_dim": 4, "expand_v": 2.0},
+    ),
+    "kda": ("KDAConfig", FLA | {"num_heads": 2, "head_dim": 8}),
     "olmo2": ("Olmo2Config", DECODER | {"rope_parameters": ROPE}),
     "phi3": ("Phi3Config", DECODER | {"rope_parameters": ROPE, "pad_token_id": 0}),
     "mixtral": (
@@ -184,12 +306,30 @@ def scramble(model, seed):
                 weight.copy_(0.5 * noise)
             else:
                 weight.copy_(1.2 * weight.shape[-1] ** -0.5 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
 
 
 def make(folder, name):
     """Writes one family; returns whether a continuation without near ties was found."""
-    kind, options = FAMILIES[name]
-    config = getattr(transformers, kind)(**options)
+    kind, options = copy.deepcopy(FAMILIES[name])  # configs change what they are given
+    if "fuse_norm" in options:
+        import fla.layers.gla
+        import fla.models
+        import fla.modules.mlp
+        import pytest
+
+        from tests.parity.fla_layers import in_torch
+
+        patch = pytest.MonkeyPatch()
+        in_torch(patch)
+        silu = torch.nn.functional.silu
+        patch.setitem(fla.layers.gla.ACT2FN, "swish", silu)
+        patch.setattr(fla.modules.mlp, "swiglu", lambda gate, y: silu(gate) * y)
+        config = getattr(fla.models, kind)(**options)
+    else:
+        config = getattr(transformers, kind)(**options)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for seed in range(20):
@@ -217,11 +357,36 @@ def make(folder, name):
         "logits": logits(rows),
         "greedy": made[:, PROMPT:].astype(np.int32),
     }
+    if options.get("rope_parameters", {}).get("rope_type") in ("dynamic", "longrope"):
+        longer = np.random.default_rng(seed).integers(1, VOCAB, (1, LONGER))
+        expected |= {"longer": longer.astype(np.int32), "longer_logits": logits(longer)}
     save_file(expected, folder / name / "expected.safetensors", {"transformers": transformers.__version__})
     return sum(file.stat().st_size for file in (folder / name).iterdir()), seed, gap
 
 
+def make_adapter(folder, base):
+    """Writes a random adapter of a checkpoint with peft, and the logits of the two together."""
+    import peft
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    options = {"target_modules": ["q_proj", "down_proj"], "alpha_pattern": {"down_proj": 3}}
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=6, use_rslora=True, **options))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora" in name:
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+        rows = np.random.default_rng(0).integers(1, VOCAB, (2, TOKENS))
+        logits = model(torch.tensor(rows)).logits.numpy()
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    save_file({"tokens": rows.astype(np.int32), "logits": logits}, folder / "expected.safetensors")
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "adapter":
+        make_adapter(Path(sys.argv[3]), Path(sys.argv[2]))
+        raise SystemExit
     target = Path(sys.argv[1])
     for each in sys.argv[2:] or FAMILIES:
         size, seed, gap = make(target, each)

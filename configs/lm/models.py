@@ -22,7 +22,12 @@ the width, so that these models have more parameters than their size says, but a
 Initial matrices have a standard deviation of 1 / sqrt(inputs), embeddings of 1 / sqrt(width), and what the papers of
 the mixers state for the rest. `python -m experiments.describe --scale` shows what follows from it.
 
-Options: `size=`, `mixer=`, `source=`, `tokenizer=` (bytes, characters, or bpe:32768), `length=` and `rule=` (adamw or muon). Learning
+A published checkpoint (see `seqmodels.load_pretrained`) is trained further with `pretrained=FOLDER` in place of `mixer=`; its
+tokenizer.json is the tokenizer, and `size` then says only the learning rate, the rows and what is recomputed:
+
+    python -m experiments.train --config=configs/lm/models.py:size=350m,pretrained=checkpoints/Qwen3-0.6B --workdir=runs/finetuned
+
+Options: `size=`, `mixer=`, `pretrained=`, `source=`, `tokenizer=` (bytes, characters, or bpe:32768), `length=` and `rule=` (adamw or muon). Learning
 rates are customary ones, not swept.
 
 Sources are stdlib, enwik8, text8, wikitext103, pg19, lm1b, wiki40b and tiny_shakespeare, each with its usual tokens; all but the
@@ -172,13 +177,16 @@ def models(width: int, depth: int, length: int) -> dict[str, dict]:
 
 def get_config(arg: str = "size=10m,mixer=attention") -> ConfigDict:
     options = dict(pair.partition("=")[::2] for pair in arg.split(",") if pair)
+    pretrained = options.pop("pretrained", None)
+    if pretrained is not None and "mixer" in options:
+        raise ValueError("pretrained= and mixer= exclude each other: the checkpoint has its mixers")
     size, mixer = options.pop("size", "10m"), options.pop("mixer", "attention")
     source, rule = options.pop("source", "stdlib"), options.pop("rule", "adamw")
     tokenizer = options.pop("tokenizer", "")
     length = options.pop("length", str(LENGTH))
     if options:
         raise ValueError(
-            f"models.py takes size=, mixer=, source=, tokenizer=, length= and rule=, not {', '.join(options)}"
+            f"models.py takes size=, mixer=, pretrained=, source=, tokenizer=, length= and rule=, not {', '.join(options)}"
         )
     if size not in SIZES:
         raise ValueError(f"size={size!r} is unknown; available: {', '.join(SIZES)}")
@@ -194,17 +202,17 @@ def get_config(arg: str = "size=10m,mixer=attention") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     source, usual, packing = SOURCES[source]
+    if pretrained is not None:
+        usual = f"{pretrained}/tokenizer.json"
     config.task = dict(
         name="language", source=source, tokenizer=tokenizer or usual, packing=packing, length=int(length)
     )
-    config.model = dict(
-        kind="language_model",
-        tie_embeddings=True,
-        dtype="bfloat16",
-        remat=remat,
-        **known[mixer],
-    )
+    config.model = dict(kind="language_model", dtype="bfloat16", remat=remat)
+    if pretrained is None:
+        config.model.update(tie_embeddings=True, **known[mixer])
     config.train = dict(batch_size=rows, epochs=1, eval_every=0.25, log_every=10, checkpoint_every=500)
+    if pretrained is not None:
+        config.train.pretrained = pretrained
     config.optimizer = dict(
         name=rule, learning_rate=rate, weight_decay=0.1, warmup_steps=100, b2=0.95, clip_norm=1.0
     )

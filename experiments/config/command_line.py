@@ -17,6 +17,7 @@ import jax
 from experiments.config.fields import FieldError, set_field
 from experiments.config.files import find
 from experiments.config.loading import to_plain
+from experiments.config.pretrained import with_pretrained_model
 from experiments.data.cache import CorruptCacheError
 
 EXIT_REFUSED = 2  # the command, the config or the work directory is invalid; nothing was computed
@@ -243,7 +244,7 @@ def load(config: str, overrides: Overrides = ()) -> dict[str, Any]:
     plain = to_plain(made)
     for field, text in overrides:
         set_field(plain, field, text)
-    return to_plain(plain)
+    return with_pretrained_model(to_plain(plain))
 
 
 def _run(file: Path, arguments: Sequence[str]) -> tuple[Any, Any]:

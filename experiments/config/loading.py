@@ -48,6 +48,8 @@ class TrainConfig:
       keep_last: number of newest checkpoints kept besides the best.
       tensorboard: whether TensorBoard event files are written.
       wandb: Weights & Biases project to report to, or None.
+      pretrained: folder of a published checkpoint, or its identifier, whose language model is trained further; the section `model`
+        then needs nothing but its options of training (see `experiments.config.pretrained`).
       protocol: name of the published protocol that the config follows, such as "s4", by which `experiments.report` keeps
         figures apart; it changes nothing.
     """
@@ -63,6 +65,7 @@ class TrainConfig:
     keep_last: int = 2
     tensorboard: bool = True
     wandb: str | None = None
+    pretrained: str | None = None
     protocol: str | None = None
 
     def __post_init__(self) -> None:

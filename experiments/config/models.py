@@ -45,6 +45,13 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str,
       ValueError: the section sets one of them, or its kind of model has no use for one.
     """
     model, task = config["model"], config["task"].get("name")
+    if (folder := config.get("train", {}).get("pretrained")) and "vocab_size" in sizes:
+        if sizes["vocab_size"] > model["vocab_size"]:
+            raise ValueError(
+                f"the task {task!r} has {sizes['vocab_size']} tokens, but the checkpoint config.train.pretrained={folder!r} has "
+                f"vocab_size={model['vocab_size']}; use its tokenizer, config.task.tokenizer={folder}/tokenizer.json"
+            )
+        sizes = {name: size for name, size in sizes.items() if name != "vocab_size"}
     if clash := sorted(sizes.keys() & model.keys()):
         raise ValueError(f"config.model sets {', '.join(clash)}, which the task gives; leave it out")
     inputs = {"vocab_size": "tokens", "input_size": "vectors"}

@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments.config.loading import MeshConfig
-from experiments.parallel.sharding import ShardingRules
 from layers.kernels.sequence_parallel import attention_by
 from layers.sharding import BATCH_AXES, MESH_AXES
+from layers.sharding_rules import ShardingRules
 from layers.typing import Array
 
 

@@ -62,6 +62,10 @@ class Replicas:
         optimizer = config_loading.section(config, "optimizer", OptimizerConfig)
         self._task = _task(json.dumps(config["task"]))
         self._config, self.runs = config, [(rate, seed) for rate in rates for seed in seeds]
+        if self._train.pretrained is not None:
+            raise ValueError(
+                f"train.pretrained={self._train.pretrained!r}; a sweep of rates trains from random parameters, use --file"
+            )
         if self._train.steps is None:
             raise ValueError("train.steps is None; a sweep counts in steps")
         self._steps_at_once = math.gcd(self._train.steps, STEPS_AT_ONCE)

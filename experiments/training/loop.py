@@ -21,6 +21,7 @@ from experiments.training.compilation import PerShape
 from experiments.training.evaluation import Evaluator
 from experiments.training.experiment import Experiment
 from experiments.training.finite import check_finite
+from experiments.training.pretrained import initial_state
 from experiments.training.records import StepRecords, Stopwatch
 from experiments.training.state import StateLayout, TrainState
 
@@ -135,7 +136,7 @@ class _Training:
         self._checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep_last=options.keep_last))
         stop.nothing_to_save = True
         restored = restore_newest(self._layout, self._checkpoints)
-        self._state, self._note = restored or (self._layout.initial(experiment.config["seed"]), Note())
+        self._state, self._note = restored or (initial_state(experiment, self._layout, devices), Note())
         self._step = int(self._state.step)
         # The end of a run that is extended since was evaluated, where the longer run is not.
         extended = self._note.validation is not None and not self._evaluates(self._step)

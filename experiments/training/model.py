@@ -134,8 +134,7 @@ class SplitModel:
 
     def initialise(self, key: jax.Array) -> tuple[Arrays, Arrays]:
         """Returns parameters and statistics before training; a pure function, to be run under `jax.jit`."""
-        _, *states = nnx.split(self._make(nnx.Rngs(key)), nnx.Param, STATISTICS)
-        return tuple({_path(p): v[...] for p, v in nnx.to_flat_state(state)} for state in states)
+        return arrays_of(self._make(nnx.Rngs(key)))
 
     @property
     def has_auxiliary_loss(self) -> bool:
@@ -174,6 +173,12 @@ class SplitModel:
         output, _ = call(batch["inputs"], segment_ids=segments, key=key)
         new = nnx.to_flat_state(nnx.state(model, STATISTICS))
         return output, {_path(path): variable[...] for path, variable in new}
+
+
+def arrays_of(model: nnx.Module) -> tuple[Arrays, Arrays]:
+    """Returns the parameters and the statistics of a model by path."""
+    _, *states = nnx.split(model, nnx.Param, STATISTICS)
+    return tuple({_path(p): v[...] for p, v in nnx.to_flat_state(state)} for state in states)
 
 
 def _mixer_configs(model: nnx.Module) -> dict[str, Any]:

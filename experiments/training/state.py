@@ -80,15 +80,23 @@ class StateLayout:
         """The sharding of each array of the state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
-    def initial(self, seed: int) -> TrainState:
-        """Returns the initial state. Neither the host nor any device holds a sharded array whole."""
-        make = jax.jit(lambda seed: self.make(jax.random.key(seed)), out_shardings=self.shardings)
-        with self._devices.active():
-            return make(np.uint32(seed))
+    def initial(self, seed: int, given: tuple[Arrays, Arrays] | None = None) -> TrainState:
+        """Returns the initial state. Neither the host nor any device holds a sharded array whole.
 
-    def make(self, key: jax.Array) -> TrainState:
-        """Returns the initial state from the key of the seed. A pure function."""
-        parameters, statistics = self._model.initialise(key)
+        Args:
+          seed: seed of the parameters and of later draws.
+          given: parameters and statistics to start from by their paths in the model; as initialized if None.
+        """
+        make = jax.jit(
+            lambda seed, given: self.make(jax.random.key(seed), given),
+            out_shardings=self.shardings,
+        )
+        with self._devices.active():
+            return make(np.uint32(seed), given)
+
+    def make(self, key: jax.Array, given: tuple[Arrays, Arrays] | None = None) -> TrainState:
+        """Returns the initial state from the key of the seed, and from what is given (see `initial`). A pure function."""
+        parameters, statistics = self._model.initialise(key) if given is None else given
         parameters = self.packing.join(parameters)
         return TrainState(
             step=jnp.zeros((), jnp.int32),

@@ -9,7 +9,7 @@ from flax import nnx
 from layers.channel.glu import GLU, MLPConfig
 from layers.dropout import dropout
 from layers.options import ActivationDtype, Count, Fraction, NonNegative, Positive, checked_dataclass
-from layers.parameters import AuxiliaryLoss, linear, parameter
+from layers.parameters import NO_DECAY, AuxiliaryLoss, linear, parameter
 from layers.segments import select_masked
 from layers.typing import Array, Bool, Float, Int, Key
 
@@ -43,6 +43,10 @@ class MoEConfig:
       z_loss: coefficient of the loss that keeps the router's logits small; sigmoid routers have none in the papers.
       compute: "grouped" runs each expert on its own tokens, "dense" runs every expert on all tokens; the outputs are the
         same. None takes "dense" if a token takes half of the experts or more, else "grouped".
+      bias: whether the router and the experts have biases (gpt-oss).
+      gain: a in the experts' activation x sigmoid(a x); 1 is silu. gpt-oss has 1.702.
+      clamp: bound of gates from above and of inputs on both sides before they are multiplied; None for none. gpt-oss has 7.
+      offset: number added to inputs before they are multiplied by gates; gpt-oss has 1.
       dropout: dropout rate of the hidden features, in training.
       dtype: dtype of the activations; the router computes in float32.
     """
@@ -63,6 +67,10 @@ class MoEConfig:
     z_loss: NonNegative = 0.001
     compute: Literal["grouped", "dense"] | None = None
     multiple_of: int = 8
+    bias: bool = False
+    gain: Positive = 1.0
+    clamp: Positive | None = None
+    offset: float = 0.0
     dropout: Fraction = 0.0
     dtype: ActivationDtype = jnp.float32
 
@@ -93,7 +101,7 @@ class MoE(nnx.Module):
         y = sum_{e in T} w_e GLU_e(x) + g GLU_shared(x),       w_e = scale p_e, or scale p_e / sum_T p
         auxiliary = balance E sum_e f_e P_e + z_loss mean logsumexp(W x)^2
 
-    with GLU_e(x) = D_e (silu(G_e x) * U_e x), and g = 1 or sigmoid(w . x). f_e is the fraction of the choices of all
+    with GLU_e(x) = D_e (silu(G_e x) * U_e x), with biases and another product as configured, and g = 1 or sigmoid(w . x). f_e is the fraction of the choices of all
     real tokens that fall on e and P_e their mean score, scores per token adding up to 1: the sum is 1 / E when both are
     uniform (Fedus et al. 2022, arXiv:2101.03961); the last term is from Zoph et al. 2022, arXiv:2202.08906.
 
@@ -106,11 +114,13 @@ class MoE(nnx.Module):
         self.config = config
         d, multiple = config.width, config.multiple_of
         hidden = config.hidden or -(-(8 * d) // (3 * multiple)) * multiple
-        self.router = linear(d, config.experts, axes=("embed", "expert"), bias=False, rngs=rngs)
+        self.router = linear(d, config.experts, axes=("embed", "expert"), bias=config.bias, rngs=rngs)
         wide, back = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
         self.gate = parameter(rngs, _lecun_normal, (config.experts, d, hidden), axes=wide)
         self.up = parameter(rngs, _lecun_normal, (config.experts, d, hidden), axes=wide)
         self.down = parameter(rngs, _lecun_normal, (config.experts, hidden, d), axes=back)
+        self.gate_bias, self.up_bias = (self._bias(hidden, "mlp", rngs) for _ in range(2))
+        self.down_bias = self._bias(d, "embed", rngs)
         inner = {"dropout": config.dropout, "dtype": config.dtype}
         self.shared = GLU(MLPConfig(d, config.shared * hidden, **inner), rngs=rngs) if config.shared else None
         self.shared_gate = (
@@ -120,6 +130,13 @@ class MoE(nnx.Module):
         )
         self.bias = nnx.BatchStat(jnp.zeros(config.experts, jnp.float32)) if config.bias_rate else None
         self.auxiliary = AuxiliaryLoss(jnp.zeros((), jnp.float32))
+
+    def _bias(self, size: int, axis: str, rngs: nnx.Rngs) -> nnx.Param | None:
+        """Returns a bias per expert, if there are any."""
+        if not self.config.bias:
+            return None
+        zeros, shape = nnx.initializers.zeros_init(), (self.config.experts, size)
+        return parameter(rngs, zeros, shape, axes=("expert", axis), **NO_DECAY)
 
     def __call__(
         self,
@@ -136,6 +153,8 @@ class MoE(nnx.Module):
         logits = jnp.matmul(
             tokens.astype(jnp.float32), self.router.kernel[...], precision=jax.lax.Precision.HIGHEST
         )
+        if config.bias:
+            logits = logits + self.router.bias[...][None]
         scores = SCORES[config.scores](logits)
         chosen = self._choose(scores)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
@@ -190,15 +209,34 @@ class MoE(nnx.Module):
     def _matrices(self) -> tuple[Array, Array, Array]:
         return tuple(v[...].astype(self.config.dtype) for v in (self.gate, self.up, self.down))
 
+    def _biases(self) -> tuple[Array, Array, Array] | None:
+        if not self.config.bias:
+            return None
+        return tuple(v[...].astype(self.config.dtype) for v in (self.gate_bias, self.up_bias, self.down_bias))
+
+    def _hidden(self, gate: Array, up: Array) -> Array:
+        """Returns the product of gates and inputs."""
+        config = self.config
+        if config.clamp is not None:
+            gate, up = jnp.minimum(gate, config.clamp), jnp.clip(up, -config.clamp, config.clamp)
+        gate = jax.nn.silu(gate) if config.gain == 1 else gate * jax.nn.sigmoid(config.gain * gate)
+        return gate * (up + config.offset if config.offset else up)
+
     def _dense(self, x, weights, chosen, key):
         """Runs every expert on every token, with weight zero where it was not chosen."""
         gate, up, down = self._matrices()
-        h = jax.nn.silu(jnp.einsum("nd,edh->enh", x, gate)) * jnp.einsum("nd,edh->enh", x, up)
+        gates, inputs = jnp.einsum("nd,edh->enh", x, gate), jnp.einsum("nd,edh->enh", x, up)
+        biases = self._biases()
+        if biases is not None:
+            gates, inputs = gates + biases[0][:, None], inputs + biases[1][:, None]
+        h = self._hidden(gates, inputs)
         h = dropout(h, self.config.dropout, key)
         every = jnp.einsum(
             "nk,nke->en", weights, jax.nn.one_hot(chosen, self.config.experts, dtype=jnp.float32)
         )
         y = jnp.einsum("enh,ehd->end", h, down, preferred_element_type=jnp.float32)
+        if biases is not None:
+            y = y + biases[2][:, None]
         return jnp.einsum("end,en->nd", y, every).astype(x.dtype)
 
     def _grouped(self, x, weights, chosen, key):
@@ -220,9 +258,17 @@ class MoE(nnx.Module):
         # A product picks the matrices, so that their gradient is a product too: summed in float32, in a fixed order.
         pick = jax.nn.one_hot(owner, experts, dtype=x.dtype)
         gate, up, down = (jnp.einsum("ne,eij->nij", pick, matrix) for matrix in self._matrices())
-        h = jax.nn.silu(jnp.einsum("nbd,ndh->nbh", blocks, gate)) * jnp.einsum("nbd,ndh->nbh", blocks, up)
+        gates, inputs = jnp.einsum("nbd,ndh->nbh", blocks, gate), jnp.einsum("nbd,ndh->nbh", blocks, up)
+        biases = self._biases()
+        if biases is not None:
+            biases = tuple((pick @ bias)[:, None] for bias in biases)
+            gates, inputs = gates + biases[0], inputs + biases[1]
+        h = self._hidden(gates, inputs)
         h = dropout(h, self.config.dropout, key)
-        y = jnp.einsum("nbh,nhd->nbd", h, down, preferred_element_type=jnp.float32).reshape(-1, d)
+        y = jnp.einsum("nbh,nhd->nbd", h, down, preferred_element_type=jnp.float32)
+        if biases is not None:
+            y = y + biases[2]
+        y = y.reshape(-1, d)
         y = y.at[slot].get(unique_indices=True).reshape(n, k, d)
         return jnp.einsum("nkd,nk->nd", y, weights).astype(x.dtype)
 

@@ -20,24 +20,29 @@ class Rotary:
       fraction: fraction of the features per head that are rotated, from the first on; the others carry no position.
       scaling: change of the frequencies for sequences `factor` times as long as those of training: "linear" divides all
         (Chen et al. 2023, arXiv:2306.15595), "ntk" raises the base to base * factor^(k/(k-2)), "yarn" divides only
-        those that turn a few times within `length` (Peng et al. 2023, arXiv:2309.00071), and "llama3" does so with another
-        interpolation (Llama 3.1).
+        those that turn a few times within `length` (Peng et al. 2023, arXiv:2309.00071), "llama3" does so with another
+        interpolation (Llama 3.1), and "longrope" divides each pair by its own of `divisors` (Ding et al. 2024,
+        arXiv:2402.13753).
       factor: ratio of the lengths, see `scaling`; at least 1.
       length: length of training sequences, for "yarn" and "llama3".
       fast, slow: turns within `length`, for "yarn" and "llama3". Pairs that turn more than `fast` times keep their frequency,
         those that turn fewer than `slow` times have it divided, and those between are interpolated linearly: in their index
         for "yarn", in their number of turns for "llama3", whose bounds are 4 and 1 in its release.
+      divisors: divisor of the frequency of each pair, for "longrope".
+      rounded: whether "yarn" rounds the bounds of the pairs between; gpt-oss does not.
       amplitude: factor on rotated queries and keys, hence squared on logits. If None, 0.1 log(factor) + 1 for "yarn" and
         1 otherwise.
     """
 
     base: float = 10_000.0
     fraction: float = 1.0
-    scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    scaling: Literal["none", "linear", "ntk", "yarn", "llama3", "longrope"] = "none"
     factor: float = 1.0
     length: int | None = None
     fast: float = 32.0
     slow: float = 1.0
+    divisors: tuple[float, ...] | None = None
+    rounded: bool = True
     amplitude: float | None = None
 
     def __post_init__(self) -> None:
@@ -54,6 +59,14 @@ class Rotary:
                 f"length={self.length} with scaling={self.scaling!r}; yarn needs the length trained on, and so does "
                 "llama3; others take none"
             )
+        if (self.divisors is None) == (self.scaling == "longrope"):
+            raise ValueError(
+                f"divisors={self.divisors} with scaling={self.scaling!r}; longrope needs one per pair, others take none"
+            )
+        if self.divisors is not None and not all(divisor > 0 for divisor in self.divisors):
+            raise ValueError(f"divisors={self.divisors}; expected numbers above 0")
+        if not self.rounded and self.scaling != "yarn":
+            raise ValueError(f"rounded=False with scaling={self.scaling!r}; only yarn has bounds to round")
         if self.fast <= self.slow:
             raise ValueError(f"fast={self.fast} and slow={self.slow}; expected fast > slow")
 
@@ -68,6 +81,8 @@ class Rotary:
             raise ValueError(
                 f"rotary positions need an even head size, got {size} ({self.fraction} of {features})"
             )
+        if self.divisors is not None and len(self.divisors) != size // 2:
+            raise ValueError(f"divisors has {len(self.divisors)} numbers; expected {size // 2}, one per pair")
         return size
 
     @property
@@ -89,6 +104,8 @@ def rotary_frequencies(size: int, rope: Rotary) -> np.ndarray:
     frequency = base**-exponent
     if rope.scaling == "linear":
         return frequency / rope.factor
+    if rope.scaling == "longrope":
+        return frequency / np.asarray(rope.divisors)
     if rope.scaling == "llama3":
         turns = rope.length * frequency / (2 * math.pi)
         kept = np.clip((turns - rope.slow) / (rope.fast - rope.slow), 0, 1)
@@ -99,8 +116,10 @@ def rotary_frequencies(size: int, rope: Rotary) -> np.ndarray:
     def pair_that_turns(times: float) -> float:
         return size * math.log(rope.length / (2 * math.pi * times)) / (2 * math.log(rope.base))
 
-    low = max(math.floor(pair_that_turns(rope.fast)), 0)
-    high = min(math.ceil(pair_that_turns(rope.slow)), size - 1)
+    low, high = pair_that_turns(rope.fast), pair_that_turns(rope.slow)
+    if rope.rounded:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
     # At least one pair lies between, as in the authors' code.
     divided = np.clip((np.arange(size // 2) - low) / max(high - low, 1e-3), 0, 1)
     return frequency * (1 - divided) + frequency / rope.factor * divided

@@ -137,6 +137,37 @@ def fused(theirs: str, ours: tuple[str, ...], orders: Callable[[int], list[np.nd
     )
 
 
+def merged(theirs: tuple[str, ...], ours: str, sizes: tuple[int, ...]) -> Pair:
+    """Returns the pair of several linear maps of theirs and one of ours that gives their outputs one after another.
+
+    Args:
+      sizes: numbers of outputs of theirs.
+    """
+    ends = np.cumsum(sizes)[:-1]
+    return Pair(
+        tuple(f"{name}.weight" for name in theirs),
+        (f"{ours}/kernel",),
+        lambda *x: (np.concatenate([each.T for each in x], axis=-1),),
+        lambda x: tuple(part.T for part in np.split(x, ends, axis=-1)),
+    )
+
+
+def merged_convolution(theirs: tuple[str, ...], ours: str, sizes: tuple[int, ...]) -> Pair:
+    """Returns the pair of several depthwise convolutions of theirs and one of ours over all their channels."""
+    ends = np.cumsum(sizes)[:-1]
+    return Pair(
+        tuple(f"{name}.weight" for name in theirs),
+        (f"{ours}/weight",),
+        lambda *x: (np.concatenate([each[:, 0].T for each in x], axis=-1),),
+        lambda x: tuple(part.T[:, None] for part in np.split(x, ends, axis=-1)),
+    )
+
+
+def reshaped(theirs: str, ours: str, shape: tuple[int, ...], own: tuple[int, ...]) -> Pair:
+    """Returns the pair of equal numbers in another shape: `shape` with them and `own` with us."""
+    return Pair((theirs,), (ours,), lambda x: (x.reshape(own),), lambda x: (x.reshape(shape),))
+
+
 def stacked(theirs: tuple[str, ...], ours: str, *, transpose: bool = False) -> Pair:
     """Returns the pair of several arrays of theirs, transposed if so said, and one of ours that stacks them."""
 

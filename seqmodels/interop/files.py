@@ -53,9 +53,9 @@ class Tensors:
       ValueError: there are no weights in safetensors' format, a shard is missing, or a file is truncated.
     """
 
-    def __init__(self, folder: Path, stack: contextlib.ExitStack):
+    def __init__(self, shards: Iterable[Path], stack: contextlib.ExitStack):
         self._files = {}
-        for file in _shards(folder):
+        for file in shards:
             opened = stack.enter_context(_opened(file))
             self._files |= dict.fromkeys(opened.keys(), opened)
 
@@ -78,10 +78,10 @@ class Tensors:
 
 
 @contextlib.contextmanager
-def opened_tensors(folder: Path) -> Iterator[Tensors]:
-    """Opens the weights of a checkpoint; see `Tensors`."""
+def opened_tensors(folder: Path, name: str | None = None) -> Iterator[Tensors]:
+    """Opens the weights of a checkpoint, or the file of a name in its folder; see `Tensors`."""
     with contextlib.ExitStack() as stack:
-        yield Tensors(folder, stack)
+        yield Tensors(_shards(folder) if name is None else [folder / name], stack)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -122,7 +122,11 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, sh
 
     def write() -> None:
         part = folder / f"part-{len(written)}.safetensors"
+        # The package makes files that only their owner can read; those made here are as the umask says.
+        part.touch()
+        mode = part.stat().st_mode
         package.numpy.save_file(held, part, {"format": "pt"})
+        part.chmod(mode)
         written.append((part, list(held)))
         held.clear()
 

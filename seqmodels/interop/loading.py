@@ -1,36 +1,58 @@
 """Models from published checkpoints, read a tensor at a time."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, Sharding
 
 from layers.options import suggestion
+from layers.sharding_rules import ShardingRules
 from seqmodels.building import build_model
 from seqmodels.config import parse
 from seqmodels.interop import files
 from seqmodels.interop.families import FAMILIES
 from seqmodels.interop.family import Family
+from seqmodels.interop.hub import folder_of
+from seqmodels.interop.lora import CONFIG, WEIGHTS, Adapter
 from seqmodels.interop.options import Options
-from seqmodels.interop.tensors import Table, check_tensors, make_table
+from seqmodels.interop.placing import Parts, default_sharding, sharding_of
+from seqmodels.interop.tensors import STORED, Table, check_tensors, make_table
 from seqmodels.language_model import LanguageModel
 from seqmodels.names import names_of
 
+OTHERS = nnx.Not(nnx.Any(*STORED))
+
 
 def load_pretrained(
-    folder: str | os.PathLike, *, dtype: str = "float32", param_dtype: str = "float32"
+    folder: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    max_length: int | None = None,
+    adapter: str | os.PathLike | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
 ) -> tuple[LanguageModel, dict[str, Any]]:
     """Returns the model of a checkpoint in the format of transformers, and its config.
 
+    Beside the model, memory holds a tensor at a time, and the largest variables are read first.
+
     Args:
-      folder: folder with config.json, and model.safetensors or shards with model.safetensors.index.json.
+      folder: folder with config.json, and model.safetensors or shards with model.safetensors.index.json; or an identifier
+        of the Hugging Face hub, such as "Qwen/Qwen3-0.6B", which the package huggingface_hub fetches or finds in its cache.
       dtype: type of the activations.
       param_dtype: type of the stored matrices; see `StackConfig`.
+      max_length: number of tokens that rows will have, for positions that depend on it ("dynamic", "longrope"): those beyond
+        the length of training change the angles of all. By default rows are within the length of training.
+      adapter: folder of a low-rank adapter in the format of peft, which is merged into the matrices.
+      mesh: devices that the parameters are divided over, part by part as they are read; the default device if None.
+      rules: which axis of the mesh divides which axis of parameters; `ShardingRules()` if None.
 
     Returns:
       The model, whose logits are those of the published one, and the config for `seqmodels.build_model`.
@@ -39,23 +61,44 @@ def load_pretrained(
       ImportError: the package safetensors is not installed.
       ValueError: the architecture or an option is not supported, or the files do not fit together; names what is wrong.
     """
+    config = load_config(folder, max_length=max_length) | {"dtype": dtype, "param_dtype": param_dtype}
+    return load_weights(folder, config, adapter=adapter, mesh=mesh, rules=rules), config
+
+
+def load_weights(
+    folder: str | os.PathLike,
+    config: dict[str, Any],
+    *,
+    adapter: str | os.PathLike | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+) -> LanguageModel:
+    """Returns the model of a config with the weights of a checkpoint.
+
+    Args:
+      config: what `load_config` returns, or one with other options of training, such as `dropout`, `remat` and `scan`.
+      folder, adapter, mesh, rules: see `load_pretrained`.
+    """
     files.library()
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise ValueError(
-            f"folder={str(folder)!r} is no folder; expected one with config.json and safetensors"
-        )
-    theirs = files.read_json(folder / files.CONFIG)
-    family = family_of(theirs, folder / files.CONFIG)
-    config = read_config(family, theirs, of=str(folder / files.CONFIG))
-    config |= {"dtype": dtype, "param_dtype": param_dtype}
-    stack = parse(config).stack
+    folder = folder_of(folder)
     check_vocabulary(folder, config["vocab_size"])
     model = shapes_of(config)
-    table = make_table(family, stack, model)
-    with files.opened_tensors(folder) as tensors:
-        _fill(model, config, _Source(folder, tensors, family, table))
-    return model, config
+    family = family_of(files.read_json(folder / files.CONFIG), folder / files.CONFIG)
+    table = make_table(family, parse(config).stack, model)
+    with contextlib.ExitStack() as stack:
+        source = _Source(folder, stack.enter_context(files.opened_tensors(folder)), family, table)
+        if adapter is not None:
+            place = folder_of(adapter, CONFIG)
+            source.adapt(Adapter(place, stack.enter_context(files.opened_tensors(place, WEIGHTS))))
+        _fill(model, config, source, mesh, rules or ShardingRules())
+    return model
+
+
+def load_config(folder: str | os.PathLike, *, max_length: int | None = None) -> dict[str, Any]:
+    """Returns the config of the model of a checkpoint, without its weights; see `load_pretrained`."""
+    file = folder_of(folder) / files.CONFIG
+    theirs = files.read_json(file)
+    return read_config(family_of(theirs, file), theirs, of=str(file), length=max_length)
 
 
 def family_of(theirs: dict[str, Any], file: Path) -> Family:
@@ -74,9 +117,11 @@ def family_of(theirs: dict[str, Any], file: Path) -> Family:
     )
 
 
-def read_config(family: Family, theirs: dict[str, Any], *, of: str) -> dict[str, Any]:
+def read_config(
+    family: Family, theirs: dict[str, Any], *, of: str, length: int | None = None
+) -> dict[str, Any]:
     """Returns our config for the options of a config.json, or raises ValueError for one that is not supported."""
-    options = Options(theirs, of=of)
+    options = Options(theirs, of=of, length=length)
     config = {"kind": "language_model", **family.read(options)}
     options.check_all_read()
     return config
@@ -121,25 +166,42 @@ class _Source:
             }
         found = {name: tensors.shape(own) for name, own in self._name.items()}
         check_tensors(table.shapes, found, of=str(folder))
+        self._adapter: Adapter | None = None
+
+    def adapt(self, adapter: Adapter) -> None:
+        """Adds what an adapter adds to what is read from here on."""
+        adapter.check(self._table.shapes)
+        self._adapter = adapter
 
     def read(self, name: str) -> np.ndarray | float:
         """Returns the array of a variable, or the number that fills it."""
         if name in self._table.constants:
             return self._table.constants[name]
         pair, place = self._table.pairs[name]
-        return pair.load(*(self._tensors.read(self._name[each]) for each in pair.theirs))[place]
+        return pair.load(*map(self._tensor, pair.theirs))[place]
+
+    def _tensor(self, name: str) -> np.ndarray:
+        tensor = self._tensors.read(self._name[name])
+        return tensor if self._adapter is None else self._adapter.add(name, tensor)
 
 
-def _fill(model: LanguageModel, config: dict[str, Any], source: _Source) -> None:
+def _fill(
+    model: LanguageModel, config: dict[str, Any], source: _Source, mesh: Mesh | None, rules: ShardingRules
+) -> None:
     """Puts arrays into a model of shapes: parameters from the checkpoint, and all else as it is initialized."""
-    parameters, rest = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
-    for path, variable in nnx.to_flat_state(parameters):
-        names = names_of(path, variable)
-        array = np.empty(variable.shape, variable.dtype)
+    stored, rest = nnx.state(model, STORED), nnx.state(model, OTHERS)
+    placed = [
+        (names_of(path, variable), variable, sharding_of(variable, mesh, rules))
+        for path, variable in nnx.to_flat_state(stored)
+    ]
+    # What is read at once stands in memory twice: the largest come first, beside little else.
+    for names, variable, sharding in sorted(placed, key=lambda each: each[1].size / len(each[0].names))[::-1]:
+        parts = Parts(variable.shape, variable.dtype, sharding)
         for number, name in enumerate(names.names):
-            array[number if names.stacked else ...] = source.read(name)
-        variable.set_value(jnp.asarray(array))
-    nnx.update(model, parameters)
+            parts.write(source.read(name), number if names.stacked else None)
+        variable.set_value(parts.array())
+    nnx.update(model, stored)
     if nnx.to_flat_state(rest):
-        made = jax.jit(lambda: nnx.state(build_model(config, rngs=nnx.Rngs(0)), nnx.Not(nnx.Param)))()
-        nnx.update(model, made)
+        where: Sharding = default_sharding(mesh)
+        build = jax.jit(lambda: nnx.state(build_model(config, rngs=nnx.Rngs(0)), OTHERS), out_shardings=where)
+        nnx.update(model, build())

@@ -63,8 +63,14 @@ _NEEDED = object()
 class Options:
     """The options of a config.json, which remembers which were read."""
 
-    def __init__(self, values: Mapping[str, Any], *, of: str):
-        """Takes the options; `of` names the file in messages."""
+    def __init__(self, values: Mapping[str, Any], *, of: str, length: int | None = None):
+        """Takes the options.
+
+        Args:
+          of: name of the file in messages.
+          length: number of tokens that rows will have, if that is known, where positions depend on it.
+        """
+        self.length = length
         self._values, self._of, self._used = dict(values), of, set(IGNORED)
 
     def __contains__(self, name: str) -> bool:

@@ -17,7 +17,7 @@ from seqmodels.interop import files
 from seqmodels.interop.families import FAMILIES
 from seqmodels.interop.family import Family
 from seqmodels.interop.loading import read_config, shapes_of
-from seqmodels.interop.tensors import Table, make_table
+from seqmodels.interop.tensors import STORED, Table, make_table
 from seqmodels.language_model import LanguageModel
 from seqmodels.names import names_of
 from seqmodels.stack import Stack
@@ -125,11 +125,19 @@ def express(model: LanguageModel, architecture: str | None = None) -> tuple[Fami
 def differences(model: LanguageModel, twin: LanguageModel) -> list[str]:
     """Returns one line for each option by which the outputs of a model of equal parameters differ from its twin's."""
     found = []
-    for name in ("tie_embeddings", "final_norm", "logit_cap"):
+    for name in ("tie_embeddings", "final_norm", "logit_scale", "logit_cap"):
         found += _compare(name, getattr(model.config, name), getattr(twin.config, name))
     found += _options("", model.config.input, twin.config.input)
     stacks = model.config.stack, twin.config.stack
-    for name in ("width", "depth", "residual", "norm_position", "residual_scale"):
+    for name in (
+        "width",
+        "depth",
+        "residual",
+        "shared_norm",
+        "norm_position",
+        "residual_scale",
+        "branch_scale",
+    ):
         found += _compare(name, *(getattr(stack, name) for stack in stacks))
     if found:
         return found
@@ -189,7 +197,7 @@ def _blocks(stack: Stack) -> list[Block]:
 
 def _shapes(model: LanguageModel) -> dict[str, tuple[int, ...]]:
     found = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    for path, variable in nnx.to_flat_state(nnx.state(model, STORED)):
         names = names_of(path, variable)
         found |= dict.fromkeys(names.names, variable.shape[1:] if names.stacked else variable.shape)
     return found
@@ -198,7 +206,7 @@ def _shapes(model: LanguageModel) -> dict[str, tuple[int, ...]]:
 def _tensors(model: LanguageModel, table: Table) -> Iterator[tuple[str, np.ndarray]]:
     """Yields tensors by name, a few at a time from the device."""
     places = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    for path, variable in nnx.to_flat_state(nnx.state(model, STORED)):
         names = names_of(path, variable)
         for number, name in enumerate(names.names):
             places[name] = variable, number if names.stacked else None

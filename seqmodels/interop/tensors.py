@@ -12,6 +12,8 @@ from seqmodels.interop.family import Family, Pair
 from seqmodels.names import names_of
 
 Shape = tuple[int, ...]
+# Variables that checkpoints hold: parameters, and what training moves without a gradient, such as the biases of routers.
+STORED = (nnx.Param, nnx.BatchStat)
 
 
 class Table(NamedTuple):
@@ -35,7 +37,7 @@ def make_table(family: Family, stack: StackConfig, model: nnx.Module) -> Table:
       ValueError: the family has no tensor for a parameter of the model.
     """
     own: dict[str, Shape] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    for path, variable in nnx.to_flat_state(nnx.state(model, STORED)):
         names = names_of(path, variable)
         own |= dict.fromkeys(names.names, variable.shape[1:] if names.stacked else variable.shape)
     pairs: dict[str, tuple[Pair, int]] = {}

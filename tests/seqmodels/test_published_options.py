@@ -8,6 +8,7 @@ from flax import nnx
 from scipy.special import erf
 
 from experiments.tasks.tokens import cross_entropy
+from layers.channel import make_channel_mixer
 from layers.channel.glu import ACTIVATIONS
 from layers.mixers import make_mixer
 from layers.norms import make_norm
@@ -60,6 +61,51 @@ def test_residuals_and_places_of_norms(residual, position):
 def test_parallel_branches_cannot_normalize_sums():
     with pytest.raises(ValueError, match="norm_position='post' needs 'separate'"):
         make(residual="parallel", norm_position="post")
+
+
+def test_branches_and_logits_have_factors():
+    block = make(branch_scale=0.5, residual_scale=2.0).stack.blocks[0]
+    x = jnp.asarray(X)
+    seen = 2 * x + 0.5 * block.mixer(block.mixer_norm(x))[0]
+    want = 2 * seen + 0.5 * block.channel(block.channel_norm(seen))
+    np.testing.assert_allclose(block(x)[0], want, atol=1e-5)
+    plain, scaled = make(), make(logit_scale=0.25, logit_cap=0.1)
+    logits = np.asarray(plain(IDS)[0])
+    np.testing.assert_allclose(scaled(IDS)[0], 0.1 * np.tanh(0.25 * logits / 0.1), atol=1e-6)
+
+
+def test_parallel_branches_share_a_norm():
+    block = make(residual="parallel", shared_norm=True, norm_position="both").stack.blocks[0]
+    assert block.channel_norm is None
+    scramble(block)
+    x = jnp.asarray(X)
+    u = block.mixer_norm(x)
+    mixed = block.mixer_output_norm(block.mixer(u)[0])
+    want = x + mixed + block.channel_output_norm(block.channel(u))
+    np.testing.assert_allclose(block(x)[0], want, atol=1e-5)
+    for options in ({}, {"residual": "parallel", "norm_position": "output"}):
+        with pytest.raises(ValueError, match="shared_norm=True with residual="):
+            make(shared_norm=True, **options)
+
+
+@pytest.mark.parametrize("compute", ["dense", "grouped"])
+def test_experts_with_biases_and_bounds(compute):
+    options = {"experts": 4, "top_k": 2, "hidden": 5, "compute": compute}
+    options |= {"bias": True, "gain": 1.7, "clamp": 0.6, "offset": 1.0}
+    moe = scramble(make_channel_mixer("moe", options, given={"width": 8}, rngs=nnx.Rngs(0)))
+    names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+    own = {name: np.asarray(getattr(moe, name)[...]) for name in names}
+    logits = X @ np.asarray(moe.router.kernel[...]) + np.asarray(moe.router.bias[...])
+    want = np.zeros_like(X)
+    for place in np.ndindex(2, 6):
+        best = np.argsort(-logits[place])[:2]
+        weights = np.exp(logits[place][best])
+        for expert, weight in zip(best, weights / weights.sum(), strict=True):
+            gate, up = (X[place] @ own[n][expert] + own[f"{n}_bias"][expert] for n in ("gate", "up"))
+            gate, up = np.minimum(gate, 0.6), np.clip(up, -0.6, 0.6)
+            hidden = gate / (1 + np.exp(-1.7 * gate)) * (up + 1)
+            want[place] += weight * (hidden @ own["down"][expert] + own["down_bias"][expert])
+    np.testing.assert_allclose(moe(jnp.asarray(X)), want, atol=1e-5)
 
 
 def test_embeddings_are_scaled_then_normalized():
@@ -129,6 +175,35 @@ def test_llama3_interpolates_in_the_number_of_turns():
     for one, old, times in zip(got, plain, turns, strict=True):
         part = min(max((times - 1) / 3, 0), 1)
         assert one == pytest.approx(part * old + (1 - part) * old / 8)
+
+
+def test_longrope_divides_each_pair_by_its_own_number():
+    plain = rotary_frequencies(8, Rotary(base=500.0))
+    divisors = (1.0, 2.0, 3.5, 8.0)
+    got = rotary_frequencies(8, Rotary(base=500.0, scaling="longrope", divisors=divisors))
+    np.testing.assert_allclose(got, plain / np.array(divisors))
+    for options in ({"divisors": divisors}, {"scaling": "longrope"}):
+        with pytest.raises(ValueError, match="longrope needs one per pair"):
+            Rotary(**options)
+    with pytest.raises(ValueError, match="divisors has 4 numbers; expected 2, one per pair"):
+        make_mixer(
+            "attention",
+            {"heads": 2, "position": {"name": "rope", "scaling": "longrope", "divisors": divisors}},
+            given={"width": 8},
+            rngs=nnx.Rngs(0),
+        )
+
+
+def test_yarn_without_rounded_bounds():
+    rope = Rotary(base=500.0, scaling="yarn", factor=4.0, length=64, rounded=False)
+    plain, got = rotary_frequencies(16, Rotary(base=500.0)), rotary_frequencies(16, rope)
+    low, high = (16 * np.log(64 / (2 * np.pi * turns)) / (2 * np.log(500)) for turns in (32, 1))
+    assert low < 0
+    assert high % 1 > 0.1
+    divided = np.clip(np.arange(8) / high, 0, 1)
+    np.testing.assert_allclose(got, plain * (1 - divided) + plain / 4 * divided)
+    with pytest.raises(ValueError, match="only yarn has bounds to round"):
+        Rotary(rounded=False)
 
 
 def test_gelu_by_the_error_function():

@@ -7,7 +7,7 @@ from typing import Any
 
 from seqmodels.interop.family import Family, linear, norm, same, transposed
 from seqmodels.interop.options import THEIR_ACTIVATIONS, Options
-from seqmodels.interop.rope import read_rope, write_rope
+from seqmodels.interop.rope import UNKNOWN_LENGTH, read_rope, write_rope
 
 OUTER = (
     same("model.embed_tokens.weight", "embedding/table"),
@@ -75,8 +75,15 @@ def write_heads(attention: Any) -> dict[str, Any]:
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.groups,
         "head_dim": config.size,
-        "max_position_embeddings": config.position.length or 4096,
+        "max_position_embeddings": getattr(config.position, "length", None) or UNKNOWN_LENGTH,
     }
+
+
+def mixers_of(model: Any) -> tuple[list[str], dict[str, Any]]:
+    """Returns the name of the mixer of each layer, and the first mixer of each name."""
+    stack = model.config.stack
+    names = [stack.mixer_of(layer)[0] for layer in range(stack.depth)]
+    return names, {name: layer_of(model, names.index(name)).mixer for name in names}
 
 
 def layer_of(model: Any, layer: int) -> Any:

@@ -24,7 +24,6 @@ from seqmodels.interop.rope import read_rope, write_rope
 
 def read(options: Options) -> dict[str, Any]:
     """Returns our config."""
-    options.ignore("original_max_position_embeddings")  # of longrope, which is refused
     sizes = read_sizes(options)
     attention = read_heads(options) | {"position": read_rope(options)}
     window = options.take("sliding_window", None)

@@ -10,11 +10,11 @@ import pytest
 
 from experiments.config.loading import MeshConfig
 from experiments.parallel.mesh import Devices
-from experiments.parallel.sharding import ShardingRules
 from experiments.runs.checkpoints import Checkpoints
 from experiments.training import experiment, loop
 from experiments.training.model import SplitModel
 from experiments.training.state import StateLayout
+from layers.sharding_rules import ShardingRules
 from seqmodels import build_model
 
 STEPS = 20

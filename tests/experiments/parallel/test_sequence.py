@@ -8,8 +8,8 @@ import pytest
 
 from experiments.config.loading import MeshConfig
 from experiments.parallel.mesh import Devices
-from experiments.parallel.sharding import ShardingRules
 from experiments.training import experiment
+from layers.sharding_rules import ShardingRules
 
 STEPS = 3
 MESHES = {

@@ -7,8 +7,8 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.config.loading import MeshConfig
 from experiments.parallel.mesh import Devices, axis_sizes
-from experiments.parallel.sharding import ShardingRules
 from layers.sharding import MESH_AXES
+from layers.sharding_rules import ShardingRules
 
 
 def mesh(**sizes):

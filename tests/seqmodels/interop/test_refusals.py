@@ -52,7 +52,9 @@ def refused(folder, *words):
             ["'LlamaForCausaLM'; did you mean 'LlamaForCausalLM'", "Qwen3ForCausalLM"],
         ),
         ({"architectures": None, "model_type": "lama"}, ["'lama'; did you mean 'llama'"]),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_type='dynamic'", "llama3"]),
+        ({"rope_parameters": {"rope_type": "other", "factor": 2.0}}, ["rope_type='other'", "llama3"]),
+        ({"rope_parameters": {"rope_type": "linear"}}, ["rope_parameters.factor=None", "which rope_type='linear' needs"]),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0, 2.0]}}, ["rope_parameters.long_factor=None"]),
         ({"rope_parameters": {"rope_theta": 1e4, "mscale": 2.0}}, ["rope_parameters.mscale=2.0"]),
         ({"hidden_act": "tanh"}, ["hidden_act='tanh'", "silu"]),
         ({"quantization_config": {"bits": 4}}, ["options that are not supported: quantization_config={'bits': 4}"]),
@@ -92,6 +94,37 @@ def test_tensors_and_files(folder):
     (folder / "config.json").unlink()
     refused(folder, "config.json cannot be read")
     refused(folder / "none", "none' is no folder")
+
+
+# Families whose pairs and options are of different kinds; what is refused of others is in the slow tests.
+OFTEN = ("gpt_oss", "kimi_linear")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(each.name, marks=[pytest.mark.slow] * (each.name not in OFTEN))
+        for each in sorted(DATA.iterdir())
+    ],
+)
+def test_each_family_refuses_what_does_not_fit(name, tmp_path):
+    made = shutil.copytree(DATA / name, tmp_path / name)
+    (made / "expected.safetensors").unlink()
+    tensors = load_file(made / "model.safetensors")
+    config = json.loads((made / "config.json").read_text())
+    set_options(made, unheard_of=3)
+    refused(made, "options that are not supported: unheard_of=3")
+    (made / "config.json").write_text(json.dumps(config))
+    one = next(each for each in sorted(tensors) if "norm" in each or "ln" in each)
+    save_file({each: value for each, value in tensors.items() if each != one}, made / "model.safetensors")
+    refused(made, f"lacks the tensor {one}")
+    save_file(tensors | {"unheard_of": tensors[one]}, made / "model.safetensors")
+    refused(made, "has the tensor unheard_of")
+    save_file(tensors | {one: tensors[one][:-1]}, made / "model.safetensors")
+    refused(made, one, f"of shape {tensors[one][:-1].shape}", f"asks for {tensors[one].shape}")
+    weights = (DATA / name / "model.safetensors").read_bytes()
+    (made / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    refused(made, "model.safetensors is truncated")
 
 
 def test_shards(folder, tmp_path):

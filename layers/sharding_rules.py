@@ -1,4 +1,4 @@
-"""Sharding of the arrays of a training run over a mesh of devices."""
+"""Sharding of parameters over a mesh of devices."""
 
 import dataclasses
 import math

@@ -1,0 +1,116 @@
+"""Low-rank adapters in the format of peft, whose products are added to the tensors of a checkpoint as these are read.
+
+An adapter of the rank r adds s B A to a matrix, with A (r, inputs), B (outputs, r) and s = alpha / r, or alpha / sqrt(r) if
+it is rank-stabilized (Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732).
+"""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from layers.options import suggestion
+from seqmodels.interop import files
+from seqmodels.interop.options import Options
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+FACTORS = (".lora_A.weight", ".lora_B.weight")
+# What says where adapters are, which their tensors say too, how they start and are trained, and what ran.
+WITHOUT_EFFECT = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+)
+# Kinds of adapters that add something else.
+OTHERS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "modules_to_save",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "velora_config",
+)
+
+
+class Adapter:
+    """What an adapter adds to the tensors of a checkpoint.
+
+    Raises:
+      ValueError: the folder has no adapter, one of another kind, or factors that do not fit together.
+    """
+
+    def __init__(self, folder: Path, tensors: files.Tensors):
+        file = folder / CONFIG
+        options = Options(files.read_json(file), of=str(file))
+        options.ignore(*WITHOUT_EFFECT)
+        options.only("peft_type", "LORA")
+        options.only("bias", "none")
+        for name in ("use_dora", "use_qalora", "lora_bias"):
+            options.only(name, False)
+        for name in OTHERS:
+            options.only(name, None, [], {})
+        options.take("r")
+        self._alpha, self._alphas = options.take("lora_alpha"), options.take("alpha_pattern", None) or {}
+        self._rooted, self._turned = options.take("use_rslora", False), options.take("fan_in_fan_out", False)
+        options.check_all_read()
+        self._tensors, self._of = tensors, folder
+        ends = {name: next((end for end in FACTORS if name.endswith(end)), None) for name in tensors.names}
+        for name, end in ends.items():
+            if end is None or not name.startswith(PREFIX):
+                raise ValueError(
+                    f"{folder} has the tensor {name}, which is not supported; expected {PREFIX}NAME with {' or '.join(FACTORS)}"
+                )
+        self._modules = {name.removeprefix(PREFIX).removesuffix(end) for name, end in ends.items()}
+        for module in self._modules:
+            if missing := [end for end in FACTORS if PREFIX + module + end not in tensors.names]:
+                raise ValueError(f"{folder} lacks the tensor {PREFIX}{module}{missing[0]}")
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raises ValueError unless all factors belong to tensors of a checkpoint and have their sizes."""
+        for module in sorted(self._modules):
+            name = f"{module}.weight"
+            if name not in shapes:
+                raise ValueError(
+                    f"{self._of} adapts {name}{suggestion(name, shapes)}, which the checkpoint does not have"
+                )
+            (rank, inputs), (outputs, other) = (self._tensors.shape(PREFIX + module + end) for end in FACTORS)
+            expected = (inputs, outputs) if self._turned else (outputs, inputs)
+            if rank != other or expected != shapes[name]:
+                raise ValueError(
+                    f"{self._of} has factors of the shapes {(rank, inputs)} and {(outputs, other)} for {name} of shape {shapes[name]}"
+                )
+
+    def add(self, name: str, tensor: np.ndarray) -> np.ndarray:
+        """Returns a tensor of the checkpoint with what is added to it."""
+        module = name.removesuffix(".weight")
+        if module not in self._modules or module == name:
+            return tensor
+        a, b = (self._tensors.read(PREFIX + module + end).astype(np.float32) for end in FACTORS)
+        patterns = (value for key, value in self._alphas.items() if re.match(rf"(.*\.)?({key})$", module))
+        alpha, rank = next(patterns, self._alpha), len(a)
+        product = alpha / (math.sqrt(rank) if self._rooted else rank) * (b @ a)
+        return (tensor + (product.T if self._turned else product)).astype(tensor.dtype)
