@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from layers.kernels.sequence_parallel import AttentionMethod
 from layers.options import Count, Positive, checked_dataclass
 from layers.registry import make_config, suggestion
 
@@ -101,7 +102,9 @@ class MeshConfig:
       sequence: size of the axis that time is sharded over.
       expert: size of the axis that the experts of mixtures are sharded over.
       method: how attention sees the keys of other devices where time is sharded: "all_gather" (every device gathers keys and
-        values) or "ulysses" (devices exchange time for heads).
+        values), "ulysses" (devices exchange time for heads), "ring" (keys and values visit every device), "zigzag" (they
+        do, and causal work is dealt out evenly) or "token_ring" (queries visit every device); see
+        `layers.kernels.attention.over_time`.
     """
 
     data: int | Literal[-1] | None = None
@@ -109,7 +112,7 @@ class MeshConfig:
     tensor: int | Literal[-1] = 1
     sequence: int | Literal[-1] = 1
     expert: int | Literal[-1] = 1
-    method: Literal["all_gather", "ulysses"] = "all_gather"
+    method: AttentionMethod = "all_gather"
 
     def __post_init__(self) -> None:
         sizes = {name: size for name, size in dataclasses.asdict(self).items() if name != "method"}

@@ -30,7 +30,7 @@ from layers.kernels.shard_map_types import vary_alike, vary_as
 from layers.kernels.sizes import known
 
 Arguments = Mapping[str, Any]
-AttentionMethod = Literal["all_gather", "ulysses"]
+AttentionMethod = Literal["all_gather", "ulysses", "ring", "zigzag", "token_ring"]
 _method: contextvars.ContextVar[AttentionMethod] = contextvars.ContextVar("method", default="all_gather")
 
 
@@ -38,7 +38,8 @@ _method: contextvars.ContextVar[AttentionMethod] = contextvars.ContextVar("metho
 def attention_by(method: AttentionMethod) -> Iterator[None]:
     """Context in which attention over divided time is traced by this method (see `layers.kernels.attention.over_time`)."""
     if method not in get_args(AttentionMethod):
-        raise ValueError(f"method={method!r}; expected {' or '.join(map(repr, get_args(AttentionMethod)))}")
+        *names, last = map(repr, get_args(AttentionMethod))
+        raise ValueError(f"method={method!r}; expected {', '.join(names)} or {last}")
     token = _method.set(method)
     try:
         yield

@@ -148,6 +148,26 @@ def attention_with_prefix(rng, state):
     return functools.partial(attention, causal=True, mask=mask), given
 
 
+def attention_in_a_window(rng, state):
+    """Causal, in a window that reaches over two parts of eight, which are sent no further."""
+    del state
+    given = {"q": normal(rng, 2, TIME, 4, 3), "k": normal(rng, 2, TIME, 2, 3), "v": normal(rng, 2, TIME, 2, 5)}
+    return functools.partial(attention, causal=True, mask=Mask(window=7)), given
+
+
+def attention_of_lists(rng, state):
+    """Causal, with a list of blocks for each head and sink tokens, and a bias by head and place."""
+    del state
+    lists = rng.integers(0, 8, (1, 4, 8, 3))
+    mask = Mask(block_indices=jnp.asarray(lists), block_size=4, sink_tokens=1)
+    given = {name: normal(rng, 2, TIME, 4, 3) for name in "qkv"} | {"bias": normal(rng, 1, 4, TIME, TIME)}
+
+    def function(bias, **given):
+        return attention(**given, causal=True, mask=mask, logits=Logits(bias=bias))
+
+    return function, given
+
+
 CALLS = {
     one.__name__: one
     for one in (
@@ -163,6 +183,8 @@ CALLS = {
         softmax_attention,
         attention_both_ways,
         attention_with_prefix,
+        attention_in_a_window,
+        attention_of_lists,
     )
 }
 BY_DEFAULT = "recurrence", "scan", "linear_attention", "delta", "convolution", "softmax_attention"
