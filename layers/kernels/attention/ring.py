@@ -11,8 +11,8 @@ keys in every step. Queries, keys and values come in order and are exchanged for
 each once and between pairs of devices. Visits and blocks that are wholly hidden are skipped, and under a causal
 window parts are sent no further than it reaches.
 
-Bytes that a device sends, of elements of keys and values b (t / P) g (k + v): P - 1 times these forward, and backward P - 1
-times these and P + 1 times their gradients, in float32.
+A device sends its keys and values, b (t / P) g (k + v) numbers, P - 1 times forward and P - 1 times backward, and backward
+as many sums of gradients, in float32, P times.
 """
 
 import functools
@@ -37,8 +37,9 @@ from layers.kernels.attention.visits import (
 from layers.kernels.partition import SEQUENCE_AXIS
 from layers.kernels.promotion import promoting
 
-# More hops run as a loop, so that compiling does not take longer with more devices. XLA on CPUs confuses collectives of a
-# loop with others that run at the same time.
+# Few hops are one sequence of instructions, in which sends overlap with computations as they stand. More are a loop, so that
+# compiling does not take longer with more devices; XLA's CPU client confuses the collectives of a loop with others that run
+# at the same time.
 MOST_UNROLLED = 8
 
 Order = Literal["contiguous", "zigzag"]
@@ -134,10 +135,9 @@ def _forward(plan, q, k, v, arrays, at):
     def hop(carry, step):
         visiting, results = carry
         coming = shifted(visiting)
-        return (coming, visit(visiting, step, results)), None
+        return coming, visit(visiting, step, results)
 
-    start = _visitor(k, v, at), of_no_keys(q, v)
-    (visiting, results), _ = jax.lax.scan(hop, start, jnp.arange(plan.hops), unroll=_unroll(plan))
+    visiting, results = _repeated(hop, (_visitor(k, v, at), of_no_keys(q, v)), plan.hops)
     results = visit(visiting, plan.hops, results)
     return results, (q, k, v, arrays, at, results)
 
@@ -146,6 +146,8 @@ def _backward(plan, residuals, cotangents):
     q, k, v, arrays, at, results = residuals
     doutput, _, dlse = cotangents
     rows = rows_of(q, k, v, results, doutput, dlse)
+    # What visited in the forward pass is not kept: without a barrier XLA takes both rounds for one.
+    k, v, at, rows = jax.lax.optimization_barrier((k, v, at, rows))
 
     def visit(visiting, step, sums):
         here, there = _seen(plan, q, visiting, arrays, at, step)
@@ -155,20 +157,16 @@ def _backward(plan, residuals, cotangents):
 
     def hop(carry, step):
         visiting, travelling, sums = carry
-        coming, travelling = shifted(visiting), shifted(travelling)
+        coming, arrived = shifted(visiting), shifted(travelling)
         own, sums = visit(visiting, step, sums)
-        return (coming, jax.tree.map(jnp.add, travelling, own), sums), None
+        return coming, _sum(arrived, own), sums
 
-    sums = no_gradients(q, arrays, rows.top.dtype)
-    nothing = tuple(jnp.zeros_like(x, rows.top.dtype) for x in (k, v))
-    start = _visitor(k, v, at), nothing, sums
-    (visiting, travelling, sums), _ = jax.lax.scan(hop, start, jnp.arange(plan.hops), unroll=_unroll(plan))
+    start = _visitor(k, v, at), None, no_gradients(q, arrays, rows.top.dtype)
+    visiting, travelling, sums = _repeated(hop, start, plan.hops)
     own, sums = visit(visiting, plan.hops, sums)
+    travelling = _sum(shifted(travelling), own)
     if plan.hops:
-        own = jax.tree.map(jnp.add, shifted(travelling), own)
-        travelling = shifted(own, -plan.hops)
-    else:
-        travelling = own
+        travelling = shifted(travelling, -plan.hops)
     dk, dv = in_types_of(travelling, (k, v))
     found = Arrays(sums.bias, sums.slopes)
     kept = Arrays(arrays.bias, arrays.slopes)
@@ -178,9 +176,18 @@ def _backward(plan, residuals, cotangents):
 _attend.defvjp(promoting(_forward), promoting(_backward))
 
 
-def _unroll(plan):
-    """Few hops become one sequence of instructions, in which sends and computations need no loop to overlap."""
-    return plan.hops <= MOST_UNROLLED
+def _repeated(hop, carry, hops):
+    """What is carried after this many hops; the first may carry None where the others carry sums."""
+    first = hops if hops <= MOST_UNROLLED else 1
+    for step in range(first):
+        carry = hop(carry, step)
+    if first == hops:
+        return carry
+    return jax.lax.scan(lambda carry, step: (hop(carry, step), None), carry, jnp.arange(first, hops))[0]
+
+
+def _sum(travelling, own):
+    return own if travelling is None else jax.tree.map(jnp.add, travelling, own)
 
 
 def _visitor(k, v, at):

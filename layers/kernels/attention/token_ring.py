@@ -75,6 +75,8 @@ def _backward(plan, residuals, cotangents):
     q, k, v, arrays, at, results = residuals
     doutput, _, dlse = cotangents
     visiting = _visitor(q, at)._replace(rows=rows_of(q, k, v, results, doutput, dlse))
+    # What visited in the forward pass is not kept: without a barrier XLA takes both rounds for one.
+    visiting = jax.lax.optimization_barrier(visiting)
     sums = no_gradients((k, v), arrays, results.top.dtype)
     dq = jnp.zeros_like(q, results.top.dtype)
     for step in range(plan.hops + 1):

@@ -183,4 +183,5 @@ OVER_TIME = Recurrence(
     state="b h n",
     summarize=_piece,
     compose=compose,
+    elementwise=True,
 )
