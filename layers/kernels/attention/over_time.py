@@ -161,12 +161,10 @@ def _exchanged(run, q, k, v, options, outputs):
     entries |= {"s": SEQUENCE_AXIS, "u": (*heads, SEQUENCE_AXIS)}
     parts, tensor = parts_of_time(q.shape[1]), partition.parts(heads)
     _check_heads(q.shape[2], parts, tensor)
-    groups = k.shape[2] // tensor
-    repeats = math.lcm(groups, parts) // groups
 
     def local(given, segments):
         given, segments = vary_alike((given, segments))
-        q, k, v = given["q"], *(_repeated(given[name], repeats) for name in "kv")
+        q, k, v = given["q"], *(_repeated(given[name], parts) for name in "kv")
         q, k, v = (_heads_for_time(x) for x in (q, k, v))
         own = _options(options, given, segments, Tokens(**_given(given, TOKENS)))
         results = run(q=q, k=k, v=v, options=own)[: len(outputs)]
@@ -184,8 +182,9 @@ def _heads_for_time(x):
     return jax.lax.all_to_all(x, SEQUENCE_AXIS, split_axis=2, concat_axis=1, tiled=True)
 
 
-def _repeated(x, repeats):
+def _repeated(x, parts):
     """Heads of keys or values as often as it takes to give every device those that its queries read."""
+    repeats = math.lcm(x.shape[2], parts) // x.shape[2]
     return x if repeats == 1 else jnp.repeat(x, repeats, axis=2)
 
 
