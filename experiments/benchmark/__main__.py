@@ -28,7 +28,18 @@ from typing import Any
 
 import jax
 
-from experiments.benchmark import decode, kernels, models, parallel, peers, report, scaling, steps, tune
+from experiments.benchmark import (
+    decode,
+    kernels,
+    models,
+    parallel,
+    parallel_row,
+    peers,
+    report,
+    scaling,
+    steps,
+    tune,
+)
 from experiments.benchmark.processes import EndedEarly
 from experiments.benchmark.timing import ceilings
 from experiments.config.command_line import (
@@ -53,9 +64,10 @@ READS = {
     "scaling": {"dtype", "narrower", "workers", "lengths"},
     "steps": {"batch", "time", "rows", "num_devices", "size", "unrolled"},
     "decode": {"batch", "lengths", "size"},
-    "parallel": {"batch", "time", "dtype", "num_devices", "latency", "bandwidth", "flops"},
+    "parallel": {"batch", "time", "dtype", "num_devices", "latency", "bandwidth", "flops", "row", "chunk"},
     "tune": {"batch", "time", "narrower"},
 }
+CHUNK = 65536  # tokens of a chunk of the row that `parallel` reads twice
 LENGTHS = (2048, 8192, 32768, 131072)  # of `scaling`
 ON_CPU = {"dtype": "float32", "batch": 1, "time": 1024, "narrower": 8, "rounds": 5, "workers": 1}
 
@@ -184,6 +196,8 @@ def _tune(only: tuple[str, ...], values: Any, record: dict[str, Any]) -> int:
 
 
 def _parallel(values: Any, record: dict[str, Any]) -> int:
+    if values.chunk and not values.row:
+        raise ArgumentError("--chunk has no effect without --row")
     devices = Devices.first(values.num_devices).mesh.devices.flatten().tolist()
     on_cpu = devices[0].platform == "cpu"
     small = {"heads": 8, "kv_heads": 2, "head_dim": 16, "dtype": "float32"} if on_cpu else {}
@@ -201,7 +215,13 @@ def _parallel(values: Any, record: dict[str, Any]) -> int:
         print(parallel.line(row), flush=True)
         rows.append(row)
 
+    chunk = values.chunk or CHUNK
+    if values.row:
+        parallel_row.check(values.row, chunk, devices)
     parallel.run(values.only, sizes, devices, record["rounds"], add)
+    if values.row:
+        record["row"] = parallel_row.compare(values.row, chunk, devices)
+        print(parallel_row.line(record["row"]), flush=True)
     record["model"]["rows"] = parallel.extrapolated(values.only, large, links)
     print(f"\nA model of a layer, both passes, {large.batch} x {large.time} tokens; {links.describe()}")
     print("\n".join(parallel.model_lines(record["model"]["rows"])), flush=True)
@@ -274,6 +294,15 @@ def _parser() -> Parser:
         "--num_devices",
         type=positive_integer,
         help="devices, for `steps` (default: 1) and `parallel` (default: all)",
+    )
+    parser.add_argument(
+        "--row", type=positive_integer, help="tokens of one more row, for `parallel`: see --chunk"
+    )
+    parser.add_argument(
+        "--chunk",
+        type=positive_integer,
+        help=f"tokens in which one device reads --row, for `parallel` (default: {CHUNK}); the outputs are compared with those "
+        "of all devices at once",
     )
     for name, what in (
         ("latency", "seconds per message"),
