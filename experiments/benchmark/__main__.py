@@ -52,6 +52,7 @@ from experiments.config.command_line import (
     positive_number,
     reporting,
 )
+from experiments.data.text.sources import read_documents
 from experiments.parallel.mesh import Devices
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.runs.sessions import git_revision, versions
@@ -64,10 +65,25 @@ READS = {
     "scaling": {"dtype", "narrower", "workers", "lengths"},
     "steps": {"batch", "time", "rows", "num_devices", "size", "unrolled"},
     "decode": {"batch", "lengths", "size"},
-    "parallel": {"batch", "time", "dtype", "num_devices", "latency", "bandwidth", "flops", "row", "chunk"},
+    "parallel": {
+        "batch",
+        "time",
+        "dtype",
+        "num_devices",
+        "latency",
+        "bandwidth",
+        "flops",
+        "row",
+        "chunk",
+        "packing",
+    },
     "tune": {"batch", "time", "narrower"},
 }
 CHUNK = 65536  # tokens of a chunk of the row that `parallel` reads twice
+DEVICES, CAPACITY = (
+    64,
+    16384,
+)  # of the simulation of documents of different lengths, and tokens that one holds
 LENGTHS = (2048, 8192, 32768, 131072)  # of `scaling`
 ON_CPU = {"dtype": "float32", "batch": 1, "time": 1024, "narrower": 8, "rounds": 5, "workers": 1}
 
@@ -222,6 +238,11 @@ def _parallel(values: Any, record: dict[str, Any]) -> int:
     if values.row:
         record["row"] = parallel_row.compare(values.row, chunk, devices)
         print(parallel_row.line(record["row"]), flush=True)
+    if values.packing:
+        lengths = [len(text.encode()) for text in read_documents("stdlib")["train"]]
+        model = parallel_packing.Model(large, links, CAPACITY)
+        record["packing"] = parallel_packing.simulated(lengths, DEVICES, model, batch=DEVICES)
+        print(parallel_packing.line(record["packing"]), flush=True)
     record["model"]["rows"] = parallel.extrapolated(values.only, large, links)
     print(f"\nA model of a layer, both passes, {large.batch} x {large.time} tokens; {links.describe()}")
     print("\n".join(parallel.model_lines(record["model"]["rows"])), flush=True)
@@ -303,6 +324,11 @@ def _parser() -> Parser:
         type=positive_integer,
         help=f"tokens in which one device reads --row, for `parallel` (default: {CHUNK}); the outputs are compared with those "
         "of all devices at once",
+    )
+    parser.add_argument(
+        "--packing",
+        action="store_true",
+        help="simulate devices by document, for the lengths in bytes of Python's standard library, for `parallel`",
     )
     for name, what in (
         ("latency", "seconds per message"),

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from experiments.benchmark import parallel, parallel_row
+from experiments.benchmark import parallel, parallel_packing, parallel_row
 from experiments.benchmark.collectives import bytes_sent
 
 SIZES = parallel.Sizes(1, 64, heads=8, kv_heads=2, head_dim=4, dtype="float32")
@@ -66,8 +66,19 @@ def counted(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name != "attention/ulysses"))
-        for name in (f"{method.primitive}/{method.name}" for method in parallel.METHODS)
+        "attention/ulysses",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "attention/all_gather",
+                "attention/zigzag",
+                "gated_linear_attention/all_scan",
+                "delta_rule/all_gather",
+                "linear_recurrence",
+                "short_conv",
+                "long_conv",
+            )
+        ),
     ],
 )
 def test_a_compiled_program_sends_what_the_formula_says(name):
@@ -86,6 +97,43 @@ def test_the_model_knows_what_limits_each_method():
     assert ("attention", "ulysses", 32) not in rows
     fast = parallel.extrapolated(("attention/ring",), sizes, parallel.Links(flops=8e14))
     assert fast[0]["ms"] == pytest.approx(rows["attention", "ring", 1]["ms"] / 2)
+
+
+DOCUMENTS = [70000, 9000, 300, 4000, 12000, 100, 2500, 800]
+
+
+def test_documents_get_devices_by_their_length():
+    model = parallel_packing.Model(parallel.Sizes(1, 1), parallel.Links(), capacity=16384)
+    placed = parallel_packing.flexible(DOCUMENTS, 8, model)
+    assert sorted(one.tokens for one in placed) == sorted(DOCUMENTS)
+    by_tokens = {one.tokens: one for one in placed}
+    assert by_tokens[70000].devices == 8  # five hold it
+    assert by_tokens[100].devices == 1
+    assert all(one.first % one.devices == 0 and one.tokens <= one.devices * 16384 for one in placed)
+    assert parallel_packing.duration(placed, 8) >= sum(model.seconds(n, 1) for n in DOCUMENTS) / 8
+    # Many short documents beside a long one: sharing rows sends them all to everyone.
+    many = [20000] + 200 * [500]
+    together = parallel_packing.uniform(many, 8, model)
+    assert parallel_packing.duration(parallel_packing.flexible(many, 8, model), 8) < 0.95 * together
+    # Two on one device follow each other; one on both waits for both.
+    pieces = [
+        parallel_packing.Placed(1, first, count, 1.0) for first, count in ((0, 1), (0, 1), (0, 2), (1, 1))
+    ]
+    assert parallel_packing.duration(pieces, 2) == 4
+
+
+def test_the_cost_of_a_document():
+    """Work by the token and by pairs of tokens, and what its keys and values send, as written by hand."""
+    links = parallel.Links(latency=1e-3, bandwidth=1e6, flops=1e6)
+    model = parallel_packing.Model(parallel.Sizes(1, 1, 2, 1, 4, "float32"), links, capacity=100)
+    alone = 3 * (2 * 50**2 * 8 + 24 * 50 * 64) / 1e6
+    assert model.seconds(50, 1) == pytest.approx(alone)
+    sent = 3 * (3e-3 + 50 * (4 + 4) * 4 * 3 / 4 / 1e6)
+    assert model.seconds(50, 4) == pytest.approx(alone / 4 + sent)
+    with pytest.raises(ValueError, match="a document of 900 tokens; 8 devices of capacity=100 hold 800"):
+        parallel_packing.flexible([900], 8, model)
+    with pytest.raises(ValueError, match="devices=6; expected a power of two"):
+        parallel_packing.flexible([9], 6, model)
 
 
 def test_what_cannot_be_compared_is_named():

@@ -198,14 +198,12 @@ CALLS = {
         low_rank_delta,
         convolution,
         wide_convolution,
-        gated_long_convolution,
         softmax_attention,
         attention_both_ways,
         attention_with_prefix,
-        attention_in_a_window,
-        attention_of_lists,
     )
 }
+OTHERS = {one.__name__: one for one in (gated_long_convolution, attention_in_a_window, attention_of_lists)}
 BY_DEFAULT = "recurrence", "scan", "linear_attention", "delta", "convolution", "softmax_attention"
 ROWS = {
     "whole": None,
@@ -262,8 +260,9 @@ EXCHANGED = {
 
 def call(name, rows, state):
     """The function of arrays that gives outputs, the final state and all gradients, and its arguments."""
-    rng = np.random.default_rng(sorted(CALLS | EXCHANGED).index(name))
-    function, given = (CALLS | EXCHANGED)[name](rng, state)
+    every = CALLS | EXCHANGED | OTHERS
+    rng = np.random.default_rng(sorted(every).index(name))
+    function, given = every[name](rng, state)
     given = {
         key: jnp.asarray(value, jnp.complex64 if np.iscomplexobj(value) else jnp.float32)
         for key, value in given.items()
@@ -347,12 +346,24 @@ def test_heads_that_cannot_be_exchanged_are_named():
         attention_by("star").__enter__()
 
 
+def test_a_long_convolution_exchanges_time_for_channels():
+    text = check("gated_long_convolution", "whole", True, {"tensor": 2, "sequence": 4})
+    assert "all-to-all" in {kind for _, kind in collectives(text)}
+
+
 @pytest.mark.parametrize(
     "name, sizes",
     [
-        pytest.param(name, sizes, marks=[pytest.mark.slow] * ((name, sizes) != ("linear_attention", EIGHT)))
-        for name in ("recurrence", "fixed_recurrence", "scan", "linear_attention", "delta", "low_rank_delta")
-        for sizes in (EIGHT, CUBE)
+        ("linear_attention", EIGHT),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("fixed_recurrence", EIGHT),
+                ("delta", EIGHT),
+                ("scan", CUBE),
+                ("normalized_linear_attention", CUBE),
+            )
+        ),
     ],
 )
 def test_states_flow_from_device_to_device(name, sizes):
@@ -427,15 +438,13 @@ def test_attention_by_visits(method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", VISITS)
 @pytest.mark.parametrize(
-    "name, rows, sizes",
+    "method, name, rows, sizes",
     [
-        ("attention_both_ways", "anywhere", {"data": 2, "sequence": 4}),
-        ("attention_with_prefix", "whole", CUBE),
-        ("attention_in_a_window", "at_end", EIGHT),
-        ("attention_of_lists", "anywhere", CUBE),
-        ("attention_of_lists", "whole", FOUR),
+        *((method, "attention_both_ways", "anywhere", {"data": 2, "sequence": 4}) for method in VISITS),
+        *((method, "attention_in_a_window", "at_end", EIGHT) for method in VISITS),
+        *((method, "attention_of_lists", "anywhere", CUBE) for method in VISITS),
+        ("zigzag", "attention_with_prefix", "whole", FOUR),
     ],
 )
 def test_attention_by_visits_of_all_kinds(method, name, rows, sizes):
