@@ -354,10 +354,11 @@ def test_a_long_convolution_exchanges_time_for_channels():
 @pytest.mark.parametrize(
     "name, sizes",
     [
-        ("linear_attention", EIGHT),
+        ("recurrence", EIGHT),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ("linear_attention", EIGHT),
                 ("fixed_recurrence", EIGHT),
                 ("delta", EIGHT),
                 ("scan", CUBE),
@@ -369,10 +370,13 @@ def test_a_long_convolution_exchanges_time_for_channels():
 def test_states_flow_from_device_to_device(name, sizes):
     with states_by("all_scan"):
         text = check(name, "at_end", True, sizes)
-    if name == "linear_attention" and sizes == EIGHT:
-        # Five blocks of one value over eight devices, forward and backward; nothing is gathered.
+    # Blocks of one number per row over eight devices, forward and backward; nothing is gathered.
+    block, count = {"recurrence": ("f32[2,1]", 4), "linear_attention": ("f32[2,4,3,1]", 5)}.get(
+        name, (None, 0)
+    )
+    if block is not None:
         found = collectives(text)
-        assert found["f32[2,4,3,1]", "collective-permute"] == 2 * (5 + 8 - 2)
+        assert found[block, "collective-permute"] == 2 * (count + 8 - 2)
         assert not any(kind == "all-gather" for _, kind in found)
 
 
