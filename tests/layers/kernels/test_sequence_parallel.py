@@ -348,7 +348,7 @@ def test_heads_that_cannot_be_exchanged_are_named():
 
 def test_a_long_convolution_exchanges_time_for_channels():
     text = check("gated_long_convolution", "whole", True, {"tensor": 2, "sequence": 4})
-    assert "all-to-all" in {kind for _, kind in collectives(text)}
+    assert " all-to-all(" in text
 
 
 @pytest.mark.parametrize(
