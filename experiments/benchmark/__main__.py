@@ -4,6 +4,7 @@
     python -m experiments.benchmark scaling [--lengths=2048,8192,32768,131072] [--out=FOLDER]
     python -m experiments.benchmark steps [--only=gated_deltanet,attention] [--rows=whole,packed] [--num_devices=2] [--size=1.3b]
     python -m experiments.benchmark decode [--only=mamba2,attention] [--batch=8] [--lengths=1024,16384] [--out=FOLDER]
+    python -m experiments.benchmark parallel [--only=attention,delta_rule/all_scan] [--num_devices=8] [--latency=1e-5] [--out=FOLDER]
     python -m experiments.benchmark tune [--only=linear_recurrence/real] [--out=FOLDER]
 
 `kernels` prints a table and writes kernels.json and kernels.png: milliseconds (median of interleaved measurements) of
@@ -12,11 +13,14 @@ against the float64 reference. The floor is the larger of the fewest bytes over 
 arithmetic over the rate of the unit that does it, both measured at the start. On a CPU the sizes are smaller and the
 inputs float32. On a GPU `--workers` processes compile and check in parallel, which takes longer than timing;
 `--patience` bounds it. `steps` times whole training steps of language models (`experiments/benchmark/steps.py`), and
-`decode` steps of their generation against batch and context. `tune` checks and times layouts of the GPU kernels and writes
+`decode` steps of their generation against batch and context. `parallel` counts what divided time sends between devices, beside
+the published formulas, times it on those that there are, and extends the formulas to 1,024 devices by a model of links
+(`experiments/benchmark/parallel.py`), in parallel.json and parallel.png. `tune` checks and times layouts of the GPU kernels and writes
 tune.json. Exit codes: 0 done; 1 one of
 our implementations failed or a process ended, the others are in the table; 2 an argument cannot be used.
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -24,7 +28,18 @@ from typing import Any
 
 import jax
 
-from experiments.benchmark import decode, kernels, models, peers, report, scaling, steps, tune
+from experiments.benchmark import (
+    decode,
+    kernels,
+    models,
+    parallel,
+    parallel_row,
+    peers,
+    report,
+    scaling,
+    steps,
+    tune,
+)
 from experiments.benchmark.processes import EndedEarly
 from experiments.benchmark.timing import ceilings
 from experiments.config.command_line import (
@@ -37,11 +52,12 @@ from experiments.config.command_line import (
     positive_number,
     reporting,
 )
+from experiments.data.text.sources import read_documents
 from experiments.parallel.mesh import Devices
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.runs.sessions import git_revision, versions
 
-STUDIES = ("kernels", "scaling", "steps", "decode", "tune")
+STUDIES = ("kernels", "scaling", "steps", "decode", "parallel", "tune")
 MODELS = ("steps", "decode")  # studies of whole models
 # Options that a study reads, beside --only, --rounds and --out.
 READS = {
@@ -49,8 +65,25 @@ READS = {
     "scaling": {"dtype", "narrower", "workers", "lengths"},
     "steps": {"batch", "time", "rows", "num_devices", "size", "unrolled"},
     "decode": {"batch", "lengths", "size"},
+    "parallel": {
+        "batch",
+        "time",
+        "dtype",
+        "num_devices",
+        "latency",
+        "bandwidth",
+        "flops",
+        "row",
+        "chunk",
+        "packing",
+    },
     "tune": {"batch", "time", "narrower"},
 }
+CHUNK = 65536  # tokens of a chunk of the row that `parallel` reads twice
+DEVICES, CAPACITY = (
+    64,
+    16384,
+)  # of the simulation of documents of different lengths, and tokens that one holds
 LENGTHS = (2048, 8192, 32768, 131072)  # of `scaling`
 ON_CPU = {"dtype": "float32", "batch": 1, "time": 1024, "narrower": 8, "rounds": 5, "workers": 1}
 
@@ -61,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = _parser().parse_args(argv)
     study = values.study
     _check_read(values)
-    _share_memory(1 if study in (*MODELS, "tune") else values.workers or kernels.Options.workers)
+    _share_memory(1 if study in (*MODELS, "parallel", "tune") else values.workers or kernels.Options.workers)
     options = _options(values)
-    chosen = [] if study in (*MODELS, "tune") else list(kernels.selected(options.only))
+    chosen = [] if study in (*MODELS, "parallel", "tune") else list(kernels.selected(options.only))
     out = values.out
     device = Devices.first(1).describe()
     record: dict[str, Any] = dict(
@@ -73,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         git=git_revision(),
         rounds=options.rounds,
     )
+    if study == "parallel":
+        return _parallel(values, record)
     if study == "tune":
         return _tune(options.only, values, record)
     rows: list[dict[str, Any]] = []
@@ -176,6 +211,47 @@ def _tune(only: tuple[str, ...], values: Any, record: dict[str, Any]) -> int:
     return 0
 
 
+def _parallel(values: Any, record: dict[str, Any]) -> int:
+    if values.chunk and not values.row:
+        raise ArgumentError("--chunk has no effect without --row")
+    devices = Devices.first(values.num_devices).mesh.devices.flatten().tolist()
+    on_cpu = devices[0].platform == "cpu"
+    small = {"heads": 8, "kv_heads": 2, "head_dim": 16, "dtype": "float32"} if on_cpu else {}
+    given = {"batch": values.batch or 1, "time": values.time or (512 if on_cpu else 32768)}
+    given |= {"dtype": values.dtype} if values.dtype else {}
+    sizes, large = parallel.Sizes(**small | given), parallel.Sizes(1, parallel.MODEL_TIME)
+    assumed = {name: getattr(values, name) for name in ("latency", "bandwidth", "flops")}
+    links = parallel.Links(**{name: value for name, value in assumed.items() if value is not None})
+    record |= dict(rounds=values.rounds or 3, device=f"{len(devices)} x {devices[0].device_kind}")
+    record["model"] = dict(sizes=dataclasses.asdict(large), assumptions=dataclasses.asdict(links))
+    print(f"{record['device']}{', emulated' if on_cpu else ''}\n{parallel.HEADER}", flush=True)
+    rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> None:
+        print(parallel.line(row), flush=True)
+        rows.append(row)
+
+    chunk = values.chunk or CHUNK
+    if values.row:
+        parallel_row.check(values.row, chunk, devices)
+    parallel.run(values.only, sizes, devices, record["rounds"], add)
+    if values.row:
+        record["row"] = parallel_row.compare(values.row, chunk, devices)
+        print(parallel_row.line(record["row"]), flush=True)
+    if values.packing:
+        lengths = [len(text.encode()) for text in read_documents("stdlib")["train"]]
+        model = parallel_packing.Model(large, links, CAPACITY)
+        record["packing"] = parallel_packing.simulated(lengths, DEVICES, model, batch=DEVICES)
+        print(parallel_packing.line(record["packing"]), flush=True)
+    record["model"]["rows"] = parallel.extrapolated(values.only, large, links)
+    print(f"\nA model of a layer, both passes, {large.batch} x {large.time} tokens; {links.describe()}")
+    print("\n".join(parallel.model_lines(record["model"]["rows"])), flush=True)
+    values.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(values.out / "parallel.json", to_json_text(record | {"rows": rows}))
+    parallel.draw(record["model"]["rows"], values.out / "parallel.png", large, links)
+    return 0
+
+
 def _options(values: Any) -> kernels.Options:
     defaults = ON_CPU if jax.default_backend() == "cpu" else {}
     given = {
@@ -235,7 +311,36 @@ def _parser() -> Parser:
     parser.add_argument(
         "--unrolled", action="store_true", help="compile layers one by one, not under a scan, for `steps`"
     )
-    parser.add_argument("--num_devices", type=positive_integer, help="devices, for `steps` (default: 1)")
+    parser.add_argument(
+        "--num_devices",
+        type=positive_integer,
+        help="devices, for `steps` (default: 1) and `parallel` (default: all)",
+    )
+    parser.add_argument(
+        "--row", type=positive_integer, help="tokens of one more row, for `parallel`: see --chunk"
+    )
+    parser.add_argument(
+        "--chunk",
+        type=positive_integer,
+        help=f"tokens in which one device reads --row, for `parallel` (default: {CHUNK}); the outputs are compared with those "
+        "of all devices at once",
+    )
+    parser.add_argument(
+        "--packing",
+        action="store_true",
+        help="simulate devices by document, for the lengths in bytes of Python's standard library, for `parallel`",
+    )
+    for name, what in (
+        ("latency", "seconds per message"),
+        ("bandwidth", "bytes per second that a device sends"),
+        ("flops", "FLOPs per second of a device"),
+    ):
+        default = getattr(parallel.Links, name)
+        parser.add_argument(
+            f"--{name}",
+            type=positive_number,
+            help=f"{what}, assumed by the model of `parallel` (default: {default:g})",
+        )
     parser.add_argument(
         "--lengths",
         type=positive_integers,

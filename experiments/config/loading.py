@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from layers.kernels.sequence_parallel import AttentionMethod, StateMethod
 from layers.options import Count, Positive, checked_dataclass
 from layers.registry import make_config, suggestion
 
@@ -104,7 +105,11 @@ class MeshConfig:
       sequence: size of the axis that time is sharded over.
       expert: size of the axis that the experts of mixtures are sharded over.
       method: how attention sees the keys of other devices where time is sharded: "all_gather" (every device gathers keys and
-        values) or "ulysses" (devices exchange time for heads).
+        values), "ulysses" (devices exchange time for heads), "ring" (keys and values visit every device), "zigzag" (they
+        do, and causal work is dealt out evenly) or "token_ring" (queries visit every device); see
+        `layers.kernels.attention.over_time`.
+      states: how the states of recurrences cross the cuts of time: "all_gather" (every device gathers one summary of each
+        part) or "all_scan" (they flow from device to device in blocks); see `layers.kernels.all_scan`.
     """
 
     data: int | Literal[-1] | None = None
@@ -112,10 +117,11 @@ class MeshConfig:
     tensor: int | Literal[-1] = 1
     sequence: int | Literal[-1] = 1
     expert: int | Literal[-1] = 1
-    method: Literal["all_gather", "ulysses"] = "all_gather"
+    method: AttentionMethod = "all_gather"
+    states: StateMethod = "all_gather"
 
     def __post_init__(self) -> None:
-        sizes = {name: size for name, size in dataclasses.asdict(self).items() if name != "method"}
+        sizes = {n: size for n, size in dataclasses.asdict(self).items() if n not in ("method", "states")}
         if self.data is None:
             data = 1 if -1 in sizes.values() else -1
             sizes["data"] = data

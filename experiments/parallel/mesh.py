@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments.config.loading import MeshConfig
-from layers.kernels.sequence_parallel import attention_by
+from layers.kernels.sequence_parallel import attention_by, states_by
 from layers.sharding import BATCH_AXES, MESH_AXES
 from layers.sharding_rules import ShardingRules
 from layers.typing import Array
@@ -24,6 +24,7 @@ class Devices:
     Attributes:
       mesh: mesh of all devices in use, those of other hosts included.
       method: how attention sees the keys of other devices where time is sharded.
+      states: how states cross the cuts of time.
       rules: mesh axis that shards each logical axis of parameters.
       replicated: sharding of a value that every device holds.
       by_row: sharding of an array whose first axis is sharded over the batch axes.
@@ -43,7 +44,7 @@ class Devices:
         devices = jax.devices() if devices is None else list(devices)
         sizes = sizes or MeshConfig()
         shape = axis_sizes(sizes, len(devices))
-        self.method = sizes.method
+        self.method, self.states = sizes.method, sizes.states
         self.rules = rules or ShardingRules()
         self.mesh = jax.make_mesh(
             tuple(shape.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
@@ -72,7 +73,7 @@ class Devices:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Returns a context in which functions are traced for this mesh; kernels read the shardings from it."""
-        with jax.set_mesh(self.mesh), attention_by(self.method):
+        with jax.set_mesh(self.mesh), attention_by(self.method), states_by(self.states):
             yield
 
     @property

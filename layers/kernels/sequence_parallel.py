@@ -7,8 +7,9 @@ piece (T, U): S -> T S + U. Every device summarises its tokens, all devices gath
     S_p = T_{p-1} S_{p-1} + U_{p-1}
 
 gives the state before each part, from which the device runs its own tokens: LASP-2 (Sun et al. 2025, arXiv:2502.07563), with
-decays and transitions. The bytes that are gathered do not depend on t. A device reads its tokens twice, once for the piece
-and once for the outputs.
+decays and transitions. The bytes that are gathered do not depend on t. Or states flow from device to device in blocks
+(`all_scan`), which moves less where there are many devices. A device reads its tokens twice, once for the piece and once for
+the outputs.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from layers.kernels import partition
+from layers.kernels.all_scan import all_scan
 from layers.kernels.partition import SEQUENCE_AXIS
 from layers.kernels.promotion import joint_dtype
 from layers.kernels.segments import Segments, reset_mask
@@ -30,20 +32,32 @@ from layers.kernels.shard_map_types import vary_alike, vary_as
 from layers.kernels.sizes import known
 
 Arguments = Mapping[str, Any]
-AttentionMethod = Literal["all_gather", "ulysses"]
+AttentionMethod = Literal["all_gather", "ulysses", "ring", "zigzag", "token_ring"]
+StateMethod = Literal["all_gather", "all_scan"]
 _method: contextvars.ContextVar[AttentionMethod] = contextvars.ContextVar("method", default="all_gather")
+_states: contextvars.ContextVar[StateMethod] = contextvars.ContextVar("states", default="all_gather")
+
+
+def attention_by(method: AttentionMethod) -> contextlib.AbstractContextManager[None]:
+    """Context in which attention over divided time is traced by this method (see `layers.kernels.attention.over_time`)."""
+    return _within(_method, "method", method, AttentionMethod)
+
+
+def states_by(method: StateMethod) -> contextlib.AbstractContextManager[None]:
+    """Context in which states cross the cuts of divided time by this method: gathered, or from device to device."""
+    return _within(_states, "states", method, StateMethod)
 
 
 @contextlib.contextmanager
-def attention_by(method: AttentionMethod) -> Iterator[None]:
-    """Context in which attention over divided time is traced by this method (see `layers.kernels.attention.over_time`)."""
-    if method not in get_args(AttentionMethod):
-        raise ValueError(f"method={method!r}; expected {' or '.join(map(repr, get_args(AttentionMethod)))}")
-    token = _method.set(method)
+def _within(variable: contextvars.ContextVar, name: str, method: str, methods: Any) -> Iterator[None]:
+    if method not in get_args(methods):
+        *names, last = map(repr, get_args(methods))
+        raise ValueError(f"{name}={method!r}; expected {', '.join(names)} or {last}")
+    token = variable.set(method)
     try:
         yield
     finally:
-        _method.reset(token)
+        variable.reset(token)
 
 
 def attention_method() -> AttentionMethod:
@@ -63,6 +77,7 @@ class Recurrence:
       state: the letters of the state.
       summarize: (arguments, segments, impl) -> the piece of these tokens, a NamedTuple with the transition and the state.
       compose: the composition of two pieces.
+      elementwise: whether transitions multiply states number by number. Otherwise they leave the last axis of a state alone.
     """
 
     axes: Mapping[str, tuple[str, ...]]
@@ -70,6 +85,7 @@ class Recurrence:
     state: str
     summarize: Callable[[Arguments, Segments | None, str | None], Any]
     compose: Callable[[Any, Any], Any]
+    elementwise: bool = False
 
     def takes(self, arguments: Arguments) -> bool:
         """Returns whether the mesh in force divides the time of these arguments."""
@@ -88,7 +104,7 @@ class Recurrence:
             part, begins = part_of_segments(segments, tokens, reverse)
             everything = dict.fromkeys(self.axes) | arguments | given
             piece = self.summarize(everything, part, impl)
-            own, _ = across(piece, self.compose, part, begins, given.get("initial_state"), reverse)
+            own = self._before(piece, part, begins, given.get("initial_state"), reverse)
             out, final = run(**everything | {"initial_state": own}, segments=part)
             return out, of_last(final, reverse)
 
@@ -96,6 +112,14 @@ class Recurrence:
         tokens = tokens_of(segments, reverse)
         results = spec(self.outputs, entries), spec(self.state, entries)
         return partition.over_shards(local, (given, tokens), (specs, rows), results)
+
+    def _before(self, piece, part, begins, initial, reverse):
+        """The state before this device's tokens, by the method in force."""
+        if _states.get() == "all_gather":
+            return across(piece, self.compose, part, begins, initial, reverse)[0]
+        piece, state, forgets = _entering(piece, part, begins, initial)
+        own = all_scan(piece, self.compose, state, forgets, elementwise=self.elementwise, reverse=reverse)
+        return own if begins is None else _where(begins, 0, own)
 
 
 def parts_of_time(length: int | None) -> int:
@@ -183,13 +207,7 @@ def across(
       initial: the state before all tokens, zero if None.
       reverse: whether the last device's tokens are run first.
     """
-    state = jnp.zeros_like(piece.state) if initial is None else initial
-    state = state.astype(joint_dtype(state.dtype, piece.state.dtype))
-    forgets = None
-    if begins is not None:
-        # A choice, not a product: what is forgotten may not be finite.
-        forgets = begins | part.starts.any(1)
-        piece = type(piece)(_where(forgets, 0, piece[0]), piece.state)
+    piece, state, forgets = _entering(piece, part, begins, initial)
     pieces, every = jax.lax.all_gather((piece, forgets), SEQUENCE_AXIS)
     index, count = jax.lax.axis_index(SEQUENCE_AXIS), jax.lax.axis_size(SEQUENCE_AXIS)
     if reverse:
@@ -208,6 +226,17 @@ def across(
     inputs = jnp.arange(count), pieces, every
     (state, own), _ = jax.lax.scan(step, (state, jnp.zeros_like(state)), inputs)
     return own if begins is None else _where(begins, 0, own), state
+
+
+def _entering(piece, part, begins, initial):
+    """The piece without what its tokens forget, the state before all tokens, and whether (b) they forget what was before."""
+    state = jnp.zeros_like(piece.state) if initial is None else initial
+    state = state.astype(joint_dtype(state.dtype, piece.state.dtype))
+    if begins is None:
+        return piece, state, None
+    # A choice, not a product: what is forgotten may not be finite.
+    forgets = begins | part.starts.any(1)
+    return type(piece)(_where(forgets, 0, piece[0]), piece.state), state, forgets
 
 
 def of_last(x: jax.Array, reverse: bool = False) -> jax.Array:

@@ -171,7 +171,7 @@ MESHES = [
         ValueError,
         "a training batch of 10 tokens cannot be divided over the mesh axis sequence=8; use 8 or 16",
     ),
-    (mesh(method="ring"), ValueError, "mesh.method='ring'; expected"),
+    (mesh(method="star"), ValueError, "mesh.method='star'; expected"),
 ]
 TASKS = [
     (task("mqarr"), ValueError, "unknown task 'mqarr'; did you mean 'mqar'?"),

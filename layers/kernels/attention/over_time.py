@@ -1,4 +1,4 @@
-"""Attention on a mesh that divides time, by one of two methods.
+"""Attention on a mesh that divides time, by one of several methods.
 
 "all_gather": every device gathers the keys and values and attends with its own queries, as LASP-2H (Sun et al. 2025,
 arXiv:2502.07563) treats the softmax layers of a hybrid. Keys and values are gathered as they are, with the heads that
@@ -6,17 +6,28 @@ queries share. Positions and segments are those of whole rows, derived before th
 know where a part lies.
 
 "ulysses": devices exchange time for heads, attend over whole rows with their heads, and exchange back (DeepSpeed-Ulysses,
-Jacobs et al. 2023, arXiv:2309.14509). It moves less where t is long, and runs whatever kernel takes whole rows.
+Jacobs et al. 2023, arXiv:2309.14509). It moves less where t is long, and runs whatever kernel takes whole rows. Heads of
+keys and values that are too few for the devices are repeated.
+
+"ring" and "zigzag": keys and values visit the devices one after the other (`ring`); "zigzag" deals causal work out evenly.
+
+"token_ring": queries and results travel while keys and values stay (`token_ring`), in zig-zag order where that deals causal
+work out evenly and 2 P divides the length.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from layers.kernels import partition
-from layers.kernels.attention.options import Logits, Mask, Options, Tokens, places
+from layers.kernels.attention import ring, token_ring, xla
+from layers.kernels.attention.options import Logits, Mask, Options, Places, Tokens, places
+from layers.kernels.attention.visits import Arrays, split_options
+from layers.kernels.forward_mode import reverse_mode_only
 from layers.kernels.partition import HEAD_AXES, SEQUENCE_AXIS
 from layers.kernels.sequence_parallel import (
     Arguments,
@@ -57,8 +68,29 @@ EXCHANGED = {
     "kv_segment_ids": ("b m",),
     "kv_lengths": ("b",),
 }
+RINGS = {
+    "q": ("b t h k",),
+    "k": ("b s h k",),
+    "v": ("b s h v",),
+    "slopes": ("h",),
+    "sink_logits": ("h",),
+    "prefix_lengths": ("b",),
+    "block_indices": ("b h i j",),
+    "q_positions": ("b t",),
+    "kv_positions": ("b s",),
+    "q_segments": ("b t",),
+    "kv_segments": ("b s",),
+}
+# A bias is cut along the tokens that stay.
+BIAS = {ring: ("b h t m",), token_ring: ("b h n s",)}
 MASK, LOGITS = ("prefix_lengths", "block_indices"), ("bias", "slopes", "sink_logits")
 TOKENS = "kv_segment_ids", "q_positions", "kv_positions", "kv_lengths"
+
+
+_NO_FORWARD_MODE = (
+    "attention by method={method!r} has a backward pass of its own and no forward-mode differentiation (jax.jvp, "
+    "jax.jacfwd); use method='all_gather' with impl='reference', or reverse mode (jax.grad, jax.vjp, jax.jacrev)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +114,16 @@ class Attention:
 
     def __call__(self, run: Callable[..., Any], impl: str | None, arguments: Arguments) -> Any:
         """Returns what `attention` returns for whole arrays; `run` takes the arguments of one device."""
-        del impl  # part of `run`
-        method = {"all_gather": _gathered, "ulysses": _exchanged}[attention_method()]
-        return method(run, **arguments, outputs=self.outputs)
+        method = attention_method()
+        if method in ("all_gather", "ulysses"):
+            function = _gathered if method == "all_gather" else _exchanged
+            return function(run, **arguments, outputs=self.outputs)
+        if impl not in (None, "xla"):
+            raise ValueError(
+                f"impl={impl!r} of attention takes whole rows of keys, which method={method!r} does not have; use "
+                "impl='xla', or method='ulysses'"
+            )
+        return _visited(method, **arguments, outputs=self.outputs)
 
 
 OVER_TIME = Attention(("b t h v",))
@@ -120,11 +159,13 @@ def _exchanged(run, q, k, v, options, outputs):
     entries = entries_of(EXCHANGED, given)
     heads = entries["h"] or ()
     entries |= {"s": SEQUENCE_AXIS, "u": (*heads, SEQUENCE_AXIS)}
-    _check_heads(q, k, partition.parts(heads))
+    parts, tensor = parts_of_time(q.shape[1]), partition.parts(heads)
+    _check_heads(q.shape[2], parts, tensor)
 
     def local(given, segments):
         given, segments = vary_alike((given, segments))
-        q, k, v = (_heads_for_time(given[name]) for name in "qkv")
+        q, k, v = given["q"], *(_repeated(given[name], parts) for name in "kv")
+        q, k, v = (_heads_for_time(x) for x in (q, k, v))
         own = _options(options, given, segments, Tokens(**_given(given, TOKENS)))
         results = run(q=q, k=k, v=v, options=own)[: len(outputs)]
         return tuple(
@@ -141,17 +182,90 @@ def _heads_for_time(x):
     return jax.lax.all_to_all(x, SEQUENCE_AXIS, split_axis=2, concat_axis=1, tiled=True)
 
 
-def _check_heads(q, k, tensor):
-    parts = parts_of_time(q.shape[1])
-    for name, x in (("q", q), ("k", k)):
-        if x.shape[2] % (tensor * parts):
-            over = f"{parts} devices ({SEQUENCE_AXIS})" + (
-                f" times {tensor} ({', '.join(HEAD_AXES)})" if tensor > 1 else ""
-            )
-            raise ValueError(
-                f"attention by method='ulysses': {name} has {x.shape[2]} heads, which cannot be divided over {over}; "
-                f"use a multiple of {tensor * parts}, or method='all_gather'"
-            )
+def _repeated(x, parts):
+    """Heads of keys or values as often as it takes to give every device those that its queries read."""
+    repeats = math.lcm(x.shape[2], parts) // x.shape[2]
+    return x if repeats == 1 else jnp.repeat(x, repeats, axis=2)
+
+
+def _check_heads(heads, parts, tensor):
+    if heads % (tensor * parts):
+        over = f"{parts} devices ({SEQUENCE_AXIS})" + (
+            f" times {tensor} ({', '.join(HEAD_AXES)})" if tensor > 1 else ""
+        )
+        raise ValueError(
+            f"attention by method='ulysses': q has {heads} heads, which cannot be divided over {over}; use a multiple "
+            f"of {tensor * parts}, or method='ring'"
+        )
+
+
+def _visited(method, q, k, v, options, outputs):
+    """Attention by visits of keys or of queries."""
+    module = token_ring if method == "token_ring" else ring
+    static, arrays = split_options(options)
+    plan = ring.Plan(static, *_order(method, q, k, options))
+    at = places(q, k, options) if options.segment_ids is not None or _given_places(options) else None
+    given = {"q": q, "k": k, "v": v, "sink_logits": options.logits.sink_logits}
+    given = _without_none(given | arrays._asdict() | (at._asdict() if at else {}))
+    given = reverse_mode_only(given, _NO_FORWARD_MODE.format(method=method))
+    axes = RINGS | {"bias": BIAS[module]}
+    entries = entries_of(axes, given) | {"s": SEQUENCE_AXIS}
+
+    def local(given):
+        given = vary_alike(given)
+        if plan.order == "zigzag":
+            given = {name: _along_time(ring.to_zigzag, axes, name, x) for name, x in given.items()}
+        own = Arrays(**_given(given, Arrays._fields))
+        here = None if at is None else Places(**_given(given, Places._fields))
+        found = module.attend(plan, *(given[name] for name in "qkv"), own, here)
+        results = xla.with_sink(*found, given.get("sink_logits"))[: len(outputs)]
+        return tuple(map(ring.from_zigzag, results)) if plan.order == "zigzag" else results
+
+    specs = {name: spec_of(axes, name, x, entries) for name, x in given.items()}
+    results = tuple(spec(letters, entries) for letters in outputs)
+    return partition.over_shards(local, (given,), (specs,), results)
+
+
+def _given_places(options):
+    """Whether positions or segments of the tokens are given, so that they need not be those of whole rows."""
+    return any(x is not None for x in _fields(options.tokens, TOKENS).values())
+
+
+def _along_time(exchange, axes, name, x):
+    """`exchange` along the axis of x that the devices divide; an axis of size 1 stands for all and stays."""
+    (letters,) = axes[name]
+    for axis, letter in enumerate(letters.split()):
+        if letter in "ts" and x.shape[axis] > 1:
+            return exchange(x, axis)
+    return x
+
+
+def _order(method, q, k, options):
+    """The order of tokens, and how many devices further keys are sent or queries come from.
+
+    Raises:
+      ValueError: zig-zag order is asked for, and twice the number of devices does not divide the length.
+    """
+    parts, length = parts_of_time(q.shape[1]), k.shape[1]
+    hops, mask = parts - 1, options.mask
+    segments = options.segment_ids
+    # By index a window reaches no further than by position, unless padding stands between the tokens of a segment.
+    by_index = not _given_places(options) and (segments is None or segments.padding == "end")
+    only_window = mask.window is not None and mask.sink_tokens == 0 and mask.prefix_lengths is None
+    if options.causal and only_window and by_index:
+        hops = min(hops, -(-(mask.window - 1) // (length // parts)))
+    balanced = options.causal and hops == parts - 1 and q.shape[1] == length
+    if method == "ring" or not balanced:
+        return "contiguous", hops
+    if length % (2 * parts) == 0:
+        return "zigzag", hops
+    if method == "token_ring":
+        return "contiguous", hops
+    below = length // (2 * parts) * 2 * parts
+    raise ValueError(
+        f"attention by method='zigzag': {length} tokens cannot be divided into {2 * parts} pieces, two for each of {parts} "
+        f"devices ({SEQUENCE_AXIS}); use {f'{below} or ' if below else ''}{below + 2 * parts}, or method='ring'"
+    )
 
 
 def _options(options, given, segments, tokens):

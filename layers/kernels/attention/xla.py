@@ -19,15 +19,15 @@ of a step that fetched the same key block add their gradients to it in no fixed 
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.attention import tiles
+from layers.kernels.attention import passes, tiles
 from layers.kernels.attention.options import Places, places
 from layers.kernels.attention.pieces import parts_of_sum
-from layers.kernels.attention.schedule import Schedule, in_segments, schedule, uses_lists
-from layers.kernels.checks import accumulation_dtype
+from layers.kernels.attention.schedule import Schedule, Steps, in_segments, schedule, uses_lists
 from layers.kernels.promotion import joint_dtype, promoting
 
 
@@ -46,8 +46,13 @@ def attention(q, k, v, options):
         top, log_total = (jnp.take_along_axis(x, back[:, :, None], axis=1) for x in (top, log_total))
     else:
         output, top, log_total = _blocked(q, k, v, o, at)
-    if o.logits.sink_logits is not None:
-        sink = jnp.broadcast_to(o.logits.sink_logits.astype(top.dtype)[None, None], top.shape)
+    return with_sink(output, top, log_total, o.logits.sink_logits)
+
+
+def with_sink(output, top, log_total, sink_logits):
+    """Returns output and log-sum-exp as `attention` does, with the sink logits (h,) if they are given."""
+    if sink_logits is not None:
+        sink = jnp.broadcast_to(sink_logits.astype(top.dtype)[None, None], top.shape)
         # What is not finite in a row that is not wanted must not reach the gradient of the sink.
         spoiled, finite = jnp.isnan(top) | jnp.isnan(log_total), jnp.isfinite(output)
         excess = jnp.where(spoiled, 0, (jax.lax.stop_gradient(top) - sink) + log_total)
@@ -71,8 +76,41 @@ def _varying_alike(*arguments):
     return jax.tree.map(vary, arguments)
 
 
-def _blocked(q, k, v, o, at):
-    """Cuts the arguments into blocks of the schedule, attends, and joins the outputs."""
+class Cut(NamedTuple):
+    """Arguments in blocks of a schedule, as `passes` takes them; `cut` makes it."""
+
+    rules: tiles.Rules
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    context: tiles.Context
+    steps: Steps
+
+    def rows(self, x, fill=0):
+        """An array of queries (b, t, h, ...) in blocks (b, g, blocks, r, block, ...), filled up with `fill`."""
+        b, g, blocks, r, block = self.q.shape[:5]
+        x = _pad(x, 1, blocks * block, fill).reshape(b, blocks, block, g, r, *x.shape[3:])
+        return jnp.moveaxis(x, (3, 4), (1, 3))
+
+    def of_rows(self, x, t):
+        """The inverse of `rows`, for t queries."""
+        b, g, blocks, r, block = self.q.shape[:5]
+        return jnp.moveaxis(x, (1, 3), (3, 4)).reshape(b, blocks * block, g * r, *x.shape[5:])[:, :t]
+
+    def of_keys(self, x, s):
+        """Keys in blocks (b, g, blocks, block, d) as an array (b, s, g, d)."""
+        x = jnp.moveaxis(x, 1, 3)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :s]
+
+    def of_bias(self, x, bias):
+        """A bias in blocks as an array of the shape of `bias`."""
+        _, _, blocks, block, kv_blocks, kv_block = x.shape
+        x = x.reshape(*x.shape[:2], blocks * block, kv_blocks * kv_block)
+        return x[:, :, : bias.shape[2], : bias.shape[3]]
+
+
+def cut(q, k, v, o, at) -> Cut:
+    """Returns the arguments in the blocks of their schedule; `at` are the places of queries and keys."""
     (b, t, h, width), (s, g) = q.shape, k.shape[1:3]
     plan = schedule(q, k, o, at)
     dtype = joint_dtype(q, k, v)
@@ -98,9 +136,13 @@ def _blocked(q, k, v, o, at):
         precision=None if dtype in (jnp.bfloat16, jnp.float16) else jax.lax.Precision.HIGHEST,
         uncertain=plan.uncertain,
     )
-    output, *parts = _attend(rules, queries, keys(k), keys(v), context, plan.steps)
-    output = output.transpose(0, 2, 4, 1, 3, 5).reshape(b, q_length, h, v.shape[3])[:, :t]
-    return output, *(x.transpose(0, 2, 4, 1, 3).reshape(b, q_length, h)[:, :t] for x in parts)
+    return Cut(rules, queries, keys(k), keys(v), context, plan.steps)
+
+
+def _blocked(q, k, v, o, at):
+    """Attends over blocks, and joins the results."""
+    parts = cut(q, k, v, o, at)
+    return tuple(parts.of_rows(x, q.shape[1]) for x in _attend(*parts))
 
 
 def _context(t, s, o, at, plan: Schedule, q_length, kv_length) -> tiles.Context:
@@ -133,147 +175,39 @@ def _context(t, s, o, at, plan: Schedule, q_length, kv_length) -> tiles.Context:
     )
 
 
-def _pad(x, axis, length):
-    """Returns `x` with zeros after it, to `length` along `axis`."""
+def _pad(x, axis, length, fill=0):
+    """Returns `x` with `fill` after it, to `length` along `axis`."""
     if x.shape[axis] == length:
         return x
-    return jnp.pad(x, [(0, length - x.shape[i] if i == axis else 0) for i in range(x.ndim)])
+    widths = [(0, length - x.shape[i] if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=fill)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(rules, q, k, v, context, steps):
-    """Blocked output (b, g, blocks, r, block, v), and the parts m and log l of the log-sum-exp (b, g, blocks, r, block).
+    """Blocked output, and the parts m and log l of the log-sum-exp; see `passes.forward`.
 
     Callers stop the gradient of m: that of log l is the gradient of the log-sum-exp.
     """
-    return _forward(rules, q, k, v, context, steps)[0]
+    return passes.forward(rules, q, k, v, context, steps)
 
 
 def _forward(rules, q, k, v, context, steps):
-    dtype = accumulation_dtype(q)
-    rows = q.shape[:-1]
-    # Values that a single query does not see are selected away; many queries see different ones of a block.
-    single = rows[2] * rows[4] == 1
-    unfit = None if single else jnp.where(jnp.isfinite(v).all(-1), 0, jnp.nan).astype(dtype)
-
-    def step(carry, now):
-        old = tuple(tiles.rows(x, now) for x in carry)
-
-        def visit():
-            top, total, output = old
-            a, _ = tiles.logits(tiles.rows(q, now), tiles.columns(k, now), context, now, rules, unfit)
-            vs = tiles.columns(v, now)
-            vs = jnp.where((a != -jnp.inf).any((3, 4))[..., None] if single else jnp.isfinite(vs), vs, 0)
-            new_top = jnp.maximum(top, a.max(-1))
-            finite = jnp.where(new_top == -jnp.inf, 0, new_top)
-            p = jnp.exp(a - finite[..., None])
-            rescale = jnp.exp(top - finite)
-            output = rescale[..., None] * output + tiles.product(
-                "bgnrqk,bgnkv->bgnrqv", p.astype(v.dtype), vs, rules
-            )
-            return new_top, rescale * total + p.sum(-1), output
-
-        new = _unless_hidden(visit, lambda: old, context, now, rules)
-        return tuple(tiles.put_rows(x, now, y) for x, y in zip(carry, new, strict=True)), None
-
-    carry = (
-        jnp.full_like(q, -jnp.inf, dtype, shape=rows),
-        jnp.zeros_like(q, dtype, shape=rows),
-        jnp.zeros_like(q, dtype, shape=(*rows, v.shape[-1])),
-    )
-    (top, total, output), _ = jax.lax.scan(step, carry, steps)
-    total = jnp.where(total == 0, 1, total)
-    results = output / total[..., None], top, jnp.log(total)
-    return results, (q, k, v, context, steps, *results)
-
-
-def _finite(x):
-    """x, with zeros for what is not finite."""
-    return jnp.where(jnp.isfinite(x), x, 0)
-
-
-def _unless_hidden(visit, skip, context, step, rules):
-    """`visit()`, or `skip()` if no query of the step sees a key of it and that was not known before."""
-    if not rules.uncertain:
-        return visit()
-    return jax.lax.cond(tiles.visible(context, step, rules).any(), visit, skip)
+    results = passes.forward(rules, q, k, v, context, steps)
+    return results, (q, k, v, context, steps, results)
 
 
 def _backward(rules, residuals, cotangents):
-    q, k, v, context, steps, output, top, log_total = residuals
+    q, k, v, context, steps, results = residuals
     doutput, _, dlse = cotangents
-    # The same rounded gradients as in the products: rows of p (do . v - D) must sum to dL.
-    doutput = doutput.astype(v.dtype)
-    # Rows that see no key, and NaN in which nobody is interested, have no gradient. A gradient that is not finite stays
-    # in its row: the row's probabilities are NaN where it sees a key.
-    unwanted = ~(jnp.isfinite(output).all(-1) | (jnp.abs(doutput) > 0).any(-1) | (jnp.abs(dlse) > 0))
-    off = (top == -jnp.inf) | unwanted
-    top = jnp.where(jnp.isfinite(doutput).all(-1), top, jnp.nan)
-    doutput = jnp.where(off[..., None], 0, _finite(doutput))
-    delta = jnp.where(off, 0, (doutput * jnp.where(off[..., None], 0, output)).sum(-1) - dlse)
-    dtype = top.dtype
-    dslopes = None if context.slopes is None else jnp.zeros_like(q, dtype, shape=(q.shape[1], q.shape[3]))
-
-    def step(carry, now):
-        dq, dk, dv, dslopes = carry
-        old_dq = tiles.rows(dq, now)
-
-        def visit():
-            qs, ks, do = tiles.rows(q, now), tiles.columns(k, now), tiles.rows(doutput, now)
-            a, capped = tiles.logits(qs, ks, context, now, rules)
-            seen = (a != -jnp.inf) & ~tiles.rows(off, now)[..., None]
-            shift, log_sum = (tiles.rows(x, now)[..., None] for x in (top, log_total))
-            p = jnp.where(seen, jnp.exp(a - shift - log_sum), 0)
-            dp = tiles.product("bgnrqv,bgnkv->bgnrqk", do, _finite(tiles.columns(v, now)), rules)
-            da = jnp.where(seen, p * (dp - tiles.rows(delta, now)[..., None]), 0)
-            new_dv = tiles.product("bgnrqk,bgnrqv->bgnkv", p.astype(v.dtype), do, rules)
-            dbias, new_dslopes = _outside(da, context, now)
-            if rules.logit_cap is not None:
-                da = da * (1 - (jnp.where(seen, capped, 0) / rules.logit_cap) ** 2)
-            da = (da * rules.scale).astype(q.dtype)
-            new_dq = old_dq + tiles.product("bgnrqk,bgnkd->bgnrqd", da, _finite(ks), rules)
-            new_dk = tiles.product("bgnrqk,bgnrqd->bgnkd", da, _finite(qs), rules)
-            return new_dq, new_dk, new_dv, dbias, new_dslopes
-
-        zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros_like(q, x.dtype, shape=x.shape))
-        skip = lambda: (old_dq, *zeros(jax.eval_shape(visit)[1:]))  # noqa: E731
-        new_dq, new_dk, new_dv, dbias, new_dslopes = _unless_hidden(visit, skip, context, now, rules)
-        dq, dk, dv = (
-            tiles.put_rows(dq, now, new_dq),
-            tiles.add_columns(dk, now, new_dk),
-            tiles.add_columns(dv, now, new_dv),
-        )
-        return (dq, dk, dv, None if dslopes is None else dslopes + new_dslopes), dbias
-
-    start = tuple(jnp.zeros_like(x, dtype) for x in (q, k, v))
-    (dq, dk, dv, dslopes), dbias = jax.lax.scan(step, (*start, dslopes), steps)
-    if context.bias is not None:
-        # The bias of all steps is a linear function of the bias; its transpose joins their gradients.
-        fetch = jax.linear_transpose(
-            lambda bias: jax.vmap(lambda now: tiles.bias_columns(bias, now))(steps),
-            context.bias.astype(dtype),
-        )
-        (dbias,) = fetch(dbias)
-        dbias = dbias.astype(context.bias.dtype)
-    if dslopes is not None:
-        dslopes = dslopes.reshape(context.slopes.shape).astype(context.slopes.dtype)
+    rows = passes.rows_of(*results, doutput.astype(v.dtype), dlse)
+    found = passes.backward(rules, q, k, v, context, steps, rows)
+    dbias, dslopes = (
+        None if one is None else one.astype(of.dtype)
+        for one, of in ((found.bias, context.bias), (found.slopes, context.slopes))
+    )
     dcontext = context._replace(at=None, prefix_lengths=None, block_indices=None, bias=dbias, slopes=dslopes)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dcontext, None
-
-
-def _outside(da, context, now):
-    """Gradients of the bias of this step, as it was fetched, and of the slopes (g, r)."""
-    b, g, n, r, block, keys = da.shape
-    dbias = dslopes = None
-    if context.bias is not None:
-        shape = jax.eval_shape(tiles.bias_columns, context.bias, now).shape
-        dbias = jnp.moveaxis(da, 3, 2).reshape(b, g * r, n, block, keys)
-        summed = [axis for axis, size in enumerate(shape) if size != dbias.shape[axis]]
-        dbias = dbias.sum(summed, keepdims=True)
-    if context.slopes is not None:
-        distances = tiles.by_head(jnp.abs(tiles.distances(context, now)), g).astype(da.dtype)
-        dslopes = -(da * distances).sum((0, 2, 4, 5))
-    return dbias, dslopes
+    return found.q.astype(q.dtype), found.k.astype(k.dtype), found.v.astype(v.dtype), dcontext, None
 
 
 _attend.defvjp(promoting(_forward), promoting(_backward))

@@ -137,4 +137,5 @@ OVER_TIME = Recurrence(
     state="b h",
     summarize=_piece,
     compose=compose,
+    elementwise=True,
 )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from layers.kernels import checks, devices
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.long_conv import reference, toeplitz, xla
+from layers.kernels.long_conv.over_time import OVER_TIME
 from layers.kernels.promotion import joint_dtype, promoting
 from layers.kernels.sizes import known
 from layers.typing import Array, Num
@@ -112,6 +113,7 @@ def long_conv(
         "long_conv",
         IMPLEMENTATIONS,
         impl,
+        over_time=OVER_TIME,
         x=x,
         kernel=kernel,
         skip=skip,

@@ -185,4 +185,5 @@ OVER_TIME = Recurrence(
     state="b h n",
     summarize=_piece,
     compose=compose,
+    elementwise=True,
 )

@@ -108,9 +108,17 @@ def alone(model):
     return steps(model, on(MeshConfig(), 1))[0]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+# By default each mesh and each axis of parameters once.
+BY_DEFAULT = {("s5", "data 8"), ("s5", "tensor 2 x fsdp 4"), ("hybrid", "fsdp 8")}
+
+
 @pytest.mark.parametrize(
-    "model", ["s5", "hybrid", *(pytest.param(name, marks=pytest.mark.slow) for name in MIXERS)]
+    "model, mesh",
+    [
+        pytest.param(model, mesh, marks=[pytest.mark.slow] * ((model, mesh) not in BY_DEFAULT))
+        for model in ("s5", "hybrid", *MIXERS)
+        for mesh in MESHES
+    ],
 )
 def test_losses_are_those_of_one_device(model, mesh):
     losses, state, _ = steps(model, on(MESHES[mesh]))

@@ -15,15 +15,38 @@ STEPS = 3
 MESHES = {
     "sequence 8": MeshConfig(sequence=8),
     "data 2 x tensor 2 x sequence 2": MeshConfig(data=2, tensor=2, sequence=2),
+    "data 2 x fsdp 2 x sequence 2": MeshConfig(data=2, fsdp=2, sequence=2, states="all_scan"),
+}
+BY = {
+    method: MeshConfig(data=2, fsdp=2, sequence=2, method=method)
+    for method in ("ulysses", "ring", "zigzag", "token_ring")
 }
 MIXERS = {
     "s5": {"state_size": 8},
     "mamba": {"state_size": 4},
     "mamba2": {"head_dim": 8, "state_size": 4},
     "gated_deltanet": {"heads": 2, "key_dim": 4, "value_dim": 8},
-    "attention": {"heads": 2},
+    "attention": {"heads": 4, "kv_heads": 2},
+    "kda": {"heads": 2, "head_dim": 4},
+    "mla": {"heads": 4, "head_dim": 4, "latent": 8, "rope_dim": 2},
+    "hyena": {"max_length": 16, "filter_features": 3, "filter_width": 8},
 }
 MODELS = {name: (name,) for name in MIXERS} | {"hybrid": ("gated_deltanet",) * 3 + ("attention",)}
+MODELS["window"] = ("attention",)
+OPTIONS = {"window": {"attention": MIXERS["attention"] | {"window": 5}}}
+DEFAULT = "mamba2", "sequence 8"
+CASES = [
+    DEFAULT,
+    *((model, "data 2 x tensor 2 x sequence 2") for model in ("s5", "mamba", "mamba2", "gated_deltanet")),
+    ("kda", "data 2 x fsdp 2 x sequence 2"),
+    ("hyena", "data 2 x fsdp 2 x sequence 2"),
+    ("attention", "data 2 x tensor 2 x sequence 2"),
+    ("attention", "ulysses"),
+    ("mla", "ring"),
+    ("window", "token_ring"),
+    ("hybrid", "sequence 8"),
+    ("hybrid", "zigzag"),
+]
 
 
 def config(model):
@@ -39,7 +62,7 @@ def config(model):
             width=16,
             depth=len(pattern),
             pattern=pattern,
-            mixers={name: MIXERS[name] for name in set(pattern)},
+            mixers=OPTIONS.get(model, {name: MIXERS[name] for name in set(pattern)}),
         ),
         optimizer=dict(learning_rate=0.02, warmup_steps=2, clip_norm=1.0, epsilon=1.0),
         train=dict(batch_size=8, steps=STEPS),
@@ -78,15 +101,10 @@ def alone(model):
 
 
 @pytest.mark.parametrize(
-    "model, mesh",
-    [
-        pytest.param(model, mesh, marks=[pytest.mark.slow] * ((model, mesh) != ("mamba2", "sequence 8")))
-        for model in MODELS
-        for mesh in MESHES
-    ],
+    "model, mesh", [pytest.param(*case, marks=[pytest.mark.slow] * (case != DEFAULT)) for case in CASES]
 )
 def test_losses_are_those_of_one_device(model, mesh):
-    np.testing.assert_allclose(losses(model, on(MESHES[mesh])), alone(model), rtol=1e-5)
+    np.testing.assert_allclose(losses(model, on((MESHES | BY)[mesh])), alone(model), rtol=1e-5)
 
 
 def test_a_batch_lies_in_rows_and_time():

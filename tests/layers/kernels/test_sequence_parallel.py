@@ -11,13 +11,14 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels.attention import Logits, Mask, attention, attention_with_lse
+from layers.kernels.attention import Logits, Mask, attention, attention_with_lse, ring
 from layers.kernels.delta_rule import delta_rule, dplr_delta_rule
 from layers.kernels.gated_linear_attention import gated_linear_attention
 from layers.kernels.linear_recurrence import linear_recurrence
+from layers.kernels.long_conv import long_conv
 from layers.kernels.segments import Segments
 from layers.kernels.selective_scan import selective_scan
-from layers.kernels.sequence_parallel import attention_by
+from layers.kernels.sequence_parallel import attention_by, states_by
 from layers.kernels.short_conv import short_conv
 
 TIME = 32
@@ -112,6 +113,19 @@ def wide_convolution(rng, state):
     return short_conv, given | ({"initial_state": normal(rng, 2, 7, 4)} if state else {})
 
 
+def gated_long_convolution(rng, state):
+    """As in Hyena, with both gates, a term of the input itself, and past inputs."""
+    given = {name: normal(rng, 2, TIME, 8) for name in ("x", "input_gate", "output_gate")}
+    given |= {"kernel": normal(rng, 8, 12), "skip": normal(rng, 8)}
+    given |= {"initial_state": normal(rng, 2, 11, 8)} if state else {}
+
+    def function(segment_ids=None, **given):
+        del segment_ids
+        return long_conv(**given)
+
+    return function, given
+
+
 def softmax_attention(rng, state):
     """Causal, with grouped heads, a window with sink tokens, slopes and sink logits."""
     del state
@@ -148,6 +162,30 @@ def attention_with_prefix(rng, state):
     return functools.partial(attention, causal=True, mask=mask), given
 
 
+def attention_in_a_window(rng, state):
+    """Causal, in a window that reaches over two parts of eight, which are sent no further."""
+    del state
+    given = {
+        "q": normal(rng, 2, TIME, 4, 3),
+        "k": normal(rng, 2, TIME, 2, 3),
+        "v": normal(rng, 2, TIME, 2, 5),
+    }
+    return functools.partial(attention, causal=True, mask=Mask(window=7)), given
+
+
+def attention_of_lists(rng, state):
+    """Causal, with a list of blocks for each head and sink tokens, and a bias by head and place."""
+    del state
+    lists = rng.integers(0, 8, (1, 4, 8, 3))
+    mask = Mask(block_indices=jnp.asarray(lists), block_size=4, sink_tokens=1)
+    given = {name: normal(rng, 2, TIME, 4, 3) for name in "qkv"} | {"bias": normal(rng, 1, 4, TIME, TIME)}
+
+    def function(bias, **given):
+        return attention(**given, causal=True, mask=mask, logits=Logits(bias=bias))
+
+    return function, given
+
+
 CALLS = {
     one.__name__: one
     for one in (
@@ -165,6 +203,7 @@ CALLS = {
         attention_with_prefix,
     )
 }
+OTHERS = {one.__name__: one for one in (gated_long_convolution, attention_in_a_window, attention_of_lists)}
 BY_DEFAULT = "recurrence", "scan", "linear_attention", "delta", "convolution", "softmax_attention"
 ROWS = {
     "whole": None,
@@ -202,16 +241,28 @@ def exchanged_attention_of_lists(rng, state):
     return function, heads_of(rng, 4, 4)
 
 
+def exchanged_attention_of_few_heads(rng, state):
+    """One head of keys and values for the queries of all devices."""
+    del state
+    return functools.partial(attention, causal=True), heads_of(rng, 4, 1)
+
+
 EXCHANGED = {
     one.__name__: one
-    for one in (exchanged_attention, exchanged_attention_both_ways, exchanged_attention_of_lists)
+    for one in (
+        exchanged_attention,
+        exchanged_attention_both_ways,
+        exchanged_attention_of_lists,
+        exchanged_attention_of_few_heads,
+    )
 }
 
 
 def call(name, rows, state):
     """The function of arrays that gives outputs, the final state and all gradients, and its arguments."""
-    rng = np.random.default_rng(sorted(CALLS | EXCHANGED).index(name))
-    function, given = (CALLS | EXCHANGED)[name](rng, state)
+    every = CALLS | EXCHANGED | OTHERS
+    rng = np.random.default_rng(sorted(every).index(name))
+    function, given = every[name](rng, state)
     given = {
         key: jnp.asarray(value, jnp.complex64 if np.iscomplexobj(value) else jnp.float32)
         for key, value in given.items()
@@ -239,12 +290,20 @@ def compare(got, want, tolerance=2e-5):
         assert error <= tolerance, f"{jax.tree_util.keystr(path)}: difference {error:.1e}"
 
 
-def check(name, rows, state, sizes):
+@functools.cache
+def alone(name, rows, state):
     function, arguments = call(name, rows, state)
-    want = jax.device_get(function(*arguments))
+    return jax.device_get(function(*arguments))
+
+
+def check(name, rows, state, sizes):
+    """Compares with one device, and returns the text of the program that ran on the mesh."""
+    function, arguments = call(name, rows, state)
     with jax.set_mesh(mesh_of(**sizes)):
-        got = jax.device_get(function(*arguments))
-    compare(got, want)
+        compiled = function.lower(*arguments).compile()
+        got = jax.device_get(compiled(*arguments))
+    compare(got, alone(name, rows, state))
+    return compiled.as_text()
 
 
 @pytest.mark.sample(3)
@@ -278,12 +337,47 @@ def test_heads_that_cannot_be_exchanged_are_named():
         jax.set_mesh(mesh_of(tensor=2, sequence=4)),
         attention_by("ulysses"),
         pytest.raises(
-            ValueError, match=r"q has 4 heads, .* 4 devices \(sequence\) times 2 \(tensor\); use a"
+            ValueError,
+            match=r"q has 4 heads, .* 4 devices \(sequence\) times 2 \(tensor\); use a multiple of 8, or method='ring'",
         ),
     ):
         function(*arguments)
-    with pytest.raises(ValueError, match="method='ring'; expected 'all_gather' or 'ulysses'"):
-        attention_by("ring").__enter__()
+    with pytest.raises(ValueError, match="method='star'; expected 'all_gather', .* or 'token_ring'"):
+        attention_by("star").__enter__()
+
+
+def test_a_long_convolution_exchanges_time_for_channels():
+    text = check("gated_long_convolution", "whole", True, {"tensor": 2, "sequence": 4})
+    assert " all-to-all(" in text
+
+
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        ("recurrence", EIGHT),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("linear_attention", EIGHT),
+                ("fixed_recurrence", EIGHT),
+                ("delta", EIGHT),
+                ("scan", CUBE),
+                ("normalized_linear_attention", CUBE),
+            )
+        ),
+    ],
+)
+def test_states_flow_from_device_to_device(name, sizes):
+    with states_by("all_scan"):
+        text = check(name, "at_end", True, sizes)
+    # Blocks of one number per row over eight devices, forward and backward; nothing is gathered.
+    block, count = {"recurrence": ("f32[2,1]", 4), "linear_attention": ("f32[2,4,3,1]", 5)}.get(
+        name, (None, 0)
+    )
+    if block is not None:
+        found = collectives(text)
+        assert found[block, "collective-permute"] == 2 * (count + 8 - 2)
+        assert not any(kind == "all-gather" for _, kind in found)
 
 
 def collectives(text):
@@ -318,3 +412,93 @@ def test_what_crosses_the_cuts_does_not_depend_on_the_length():
 @pytest.mark.parametrize("name", CALLS)
 def test_all_kinds_of_rows(name, rows, sizes):
     check(name, rows, rows != "whole", sizes)
+
+
+FOUR = {"sequence": 4}
+VISITS = "ring", "zigzag", "token_ring"
+# A part of keys, of values and of queries, and of the output and the two parts of its log-sum-exp, in the default tests.
+K, V, Q, OUTPUT, LSE = "f32[2,8,2,3]", "f32[2,8,2,5]", "f32[2,8,4,3]", "f32[2,8,4,5]", "f32[2,8,4]"
+HALVES = {whole: whole.replace("[2,8,", "[2,4,") for whole in (K, V, Q, OUTPUT, LSE)}
+# Keys and values go forward three times, and backward with their gradients, which come home. In zig-zag order each half of
+# everything is exchanged, and so are outputs and all gradients. Queries go three times forward and three times backward, and
+# what is found for them returns; backward the gradient of the output and three numbers per query travel with them.
+SENT = {
+    "ring": {K: 10, V: 10},
+    "zigzag": {K: 10, V: 10} | {HALVES[K]: 4, HALVES[V]: 4, HALVES[Q]: 4, HALVES[OUTPUT]: 4},
+    "token_ring": {Q: 9, OUTPUT: 6, LSE: 15} | {HALVES[K]: 4, HALVES[V]: 4, HALVES[Q]: 4, HALVES[OUTPUT]: 4},
+}
+
+
+@pytest.mark.parametrize("method", VISITS)
+def test_attention_by_visits(method):
+    """Packed rows that cross the cuts, and what the compiled program sends."""
+    with attention_by(method):
+        text = check("softmax_attention", "at_end", False, FOUR)
+    found = collectives(text)
+    sent = {
+        shape: n for (shape, kind), n in found.items() if kind == "collective-permute" and "s32" not in shape
+    }
+    assert sent == SENT[method]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method, name, rows, sizes",
+    [
+        *((method, "attention_both_ways", "anywhere", {"data": 2, "sequence": 4}) for method in VISITS),
+        *((method, "attention_in_a_window", "at_end", EIGHT) for method in VISITS),
+        *((method, "attention_of_lists", "anywhere", CUBE) for method in VISITS),
+        ("zigzag", "attention_with_prefix", "whole", FOUR),
+    ],
+)
+def test_attention_by_visits_of_all_kinds(method, name, rows, sizes):
+    with attention_by(method):
+        check(name, rows, False, sizes)
+
+
+@pytest.mark.slow
+def test_many_hops_are_a_loop(monkeypatch):
+    monkeypatch.setattr(ring, "MOST_UNROLLED", 0)
+    with attention_by("ring"):
+        check("softmax_attention", "whole", False, CUBE)
+
+
+def test_zigzag_order_deals_out_causal_work():
+    """Every device sees equally many keys in every step after its own; in order, the last sees all and the first none."""
+
+    def places(order):
+        with jax.set_mesh(mesh_of(**EIGHT)):
+            parts = P("sequence")
+            held = jax.shard_map(
+                lambda _: ring.indices(order, ring.device(), 4)[None], in_specs=parts, out_specs=parts
+            )
+            return np.asarray(held(jnp.zeros(8)))
+
+    seen = {}
+    for order in ("contiguous", "zigzag"):
+        held = places(order)
+        assert sorted(held.ravel()) == list(range(TIME))
+        pairs = held[:, None, :, None] >= held[None, :, None, :]
+        seen[order] = pairs.sum((2, 3))[~np.eye(8, dtype=bool)].reshape(8, 7)
+    assert (seen["zigzag"] == 8).all()
+    assert set(seen["contiguous"].ravel()) == {0, 16}
+
+
+def test_a_length_that_zigzag_order_does_not_divide_is_named():
+    q = jnp.ones((1, 12, 2, 2))
+    with (
+        jax.set_mesh(mesh_of(**FOUR)),
+        attention_by("zigzag"),
+        pytest.raises(ValueError, match="12 tokens .* 8 pieces, .*; use 8 or 16, or method='ring'"),
+    ):
+        attention(q, q, q, causal=True)
+
+
+def test_an_implementation_that_takes_whole_rows_is_refused_in_a_ring():
+    q = jnp.ones((1, 8, 2, 2))
+    with (
+        jax.set_mesh(mesh_of(**FOUR)),
+        attention_by("ring"),
+        pytest.raises(ValueError, match="impl='reference' of attention takes whole rows .* method='ring'"),
+    ):
+        attention(q, q, q, causal=True, impl="reference")
