@@ -14,12 +14,14 @@ OLD_NAMES = {"su": "longrope"}
 
 
 def read_rope(
-    options: Options, *, base: float | None = None, fraction: float | None = None
+    options: Options, *, base: float | None = None, fraction: float | None = None, partial: bool = False
 ) -> dict[str, Any]:
     """Returns our option `position` of attention for the rotary positions of a config.
 
     Args:
       base, fraction: values where the config states none under these names.
+      partial: whether the architecture can turn a part of the features alone; the others turn all of them, whatever a
+        "partial_rotary_factor" says, which is refused for them.
     """
     given = options.take("rope_parameters", None)
     theta = options.take("rope_theta", base)
@@ -30,10 +32,12 @@ def read_rope(
         merged.setdefault("rope_theta", theta)
     if fraction is not None:
         merged.setdefault("partial_rotary_factor", fraction)
-    return rope_from(options, merged, options.take("max_position_embeddings", None))
+    return rope_from(options, merged, options.take("max_position_embeddings", None), partial=partial)
 
 
-def rope_from(options: Options, parameters: Mapping[str, Any], longest: int | None = None) -> dict[str, Any]:
+def rope_from(
+    options: Options, parameters: Mapping[str, Any], longest: int | None = None, *, partial: bool = False
+) -> dict[str, Any]:
     """Returns our option `position` for one set of parameters.
 
     "dynamic" and "longrope" depend on the number of tokens, which `options` states: up to the length of training, angles are
@@ -41,6 +45,7 @@ def rope_from(options: Options, parameters: Mapping[str, Any], longest: int | No
 
     Args:
       longest: "max_position_embeddings".
+      partial: as for `read_rope`.
     """
     left = dict(parameters)
 
@@ -56,6 +61,10 @@ def rope_from(options: Options, parameters: Mapping[str, Any], longest: int | No
         options.refuse("rope_type", kind, f"one of {', '.join(TYPES)}")
     made = {"name": "rope", "base": float(left.pop("rope_theta", 10_000.0))}
     made["fraction"] = float(left.pop("partial_rotary_factor", 1.0))
+    if made["fraction"] != 1 and not partial:
+        options.refuse(
+            "partial_rotary_factor", made["fraction"], "1, since this architecture turns all features"
+        )
     outside = options.take("original_max_position_embeddings", None)
     trained = left.pop("original_max_position_embeddings", None) or outside or longest
     if kind in ("linear", "yarn", "llama3"):

@@ -36,7 +36,7 @@ def read(options: Options) -> dict[str, Any]:
     sizes = read_sizes(options)
     attention = read_heads(options) | {
         "bias": options.take("attention_bias", False),
-        "position": read_rope(options, fraction=0.5),
+        "position": read_rope(options, fraction=0.5, partial=True),
     }
     places = options.take("attn_layer_indices", None) or ()
     pattern = shortest(["attention" if layer in places else "mamba2" for layer in range(sizes["depth"])])

@@ -16,7 +16,7 @@ def read(options: Options) -> dict[str, Any]:
     """Returns our config."""
     heads, width = options.take("num_attention_heads"), options.take("hidden_size")
     fraction = options.take("rotary_pct", None)
-    position = read_rope(options, base=options.take("rotary_emb_base", None), fraction=fraction)
+    position = read_rope(options, base=options.take("rotary_emb_base", None), fraction=fraction, partial=True)
     bias = options.take("attention_bias", True)
     attention = {"heads": heads, "head_dim": width // heads, "bias": bias, "position": position}
     hidden, activation = options.take("intermediate_size"), options.activation("hidden_act", "gelu")

@@ -25,7 +25,7 @@ from seqmodels.interop.rope import read_rope, write_rope
 def read(options: Options) -> dict[str, Any]:
     """Returns our config."""
     sizes = read_sizes(options)
-    attention = read_heads(options) | {"position": read_rope(options)}
+    attention = read_heads(options) | {"position": read_rope(options, partial=True)}
     window = options.take("sliding_window", None)
     pattern, mixers = windowed(options, attention, window, sizes["depth"])
     channel = {

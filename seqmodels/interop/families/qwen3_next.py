@@ -35,7 +35,7 @@ def read(options: Options) -> dict[str, Any]:
     epsilon, depth = sizes["norm_options"]["epsilon"], sizes["depth"]
     sizes["norm_options"]["unit_offset"] = True
     attention = read_heads(options) | {
-        "position": read_rope(options, fraction=0.25),
+        "position": read_rope(options, fraction=0.25, partial=True),
         "bias": options.take("attention_bias", False),
         "norm_epsilon": epsilon,
         "norm_unit_offset": True,

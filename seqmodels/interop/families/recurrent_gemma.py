@@ -62,7 +62,7 @@ def read(options: Options) -> dict[str, Any]:
     sizes["norm_options"]["unit_offset"] = True
     heads, width = options.take("num_attention_heads"), sizes["width"]
     attention = read_heads(options) | {
-        "position": read_rope(options, fraction=0.5),
+        "position": read_rope(options, fraction=0.5, partial=True),
         "window": options.take("attention_window_size", 2048),
         "bias": options.take("attention_bias", False),
         "output_bias": True,

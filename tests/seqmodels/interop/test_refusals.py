@@ -56,6 +56,7 @@ def refused(folder, *words):
         ({"rope_parameters": {"rope_type": "linear"}}, ["rope_parameters.factor=None", "which rope_type='linear' needs"]),
         ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0, 2.0]}}, ["rope_parameters.long_factor=None"]),
         ({"rope_parameters": {"rope_theta": 1e4, "mscale": 2.0}}, ["rope_parameters.mscale=2.0"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5", "this architecture turns all features"]),
         ({"hidden_act": "tanh"}, ["hidden_act='tanh'", "silu"]),
         ({"quantization_config": {"bits": 4}}, ["options that are not supported: quantization_config={'bits': 4}"]),
         ({"sliding_windw": 4}, ["sliding_windw=4"]),
