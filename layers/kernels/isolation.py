@@ -33,9 +33,8 @@ def isolated(run: Callable[..., Any], *series: str, readers: tuple[str, ...] = (
     @functools.wraps(run)
     def isolating(*, initial_state, segments, **arguments):
         batch, time = arguments[series[0]].shape[:2]
-        if (
-            segments is None and known(time) and time == 1
-        ):  # no other token, and as few operations as possible
+        if segments is None and known(time) and time == 1:
+            # There is no other token, and decoding takes as few operations as possible.
             return run(initial_state=initial_state, segments=None, **arguments)
         own = spoiled = jnp.zeros((batch, time), bool)
         for name in series:
