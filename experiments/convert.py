@@ -42,7 +42,7 @@ def parser() -> Parser:
         "--architecture", help="such as MistralForCausalLM; by default the first that expresses the model"
     )
     made.add_argument(
-        "--adapter", type=Path, help="folder of a low-rank adapter (peft's format), merged into a checkpoint"
+        "--adapter", type=path, help="folder of a low-rank adapter (peft's format), merged into a checkpoint"
     )
     made.add_argument("--checkpoint", default="best", help="of a run: best (the default), last, or a step")
     made.add_argument(

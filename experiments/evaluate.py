@@ -17,7 +17,6 @@ refused.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from experiments.config.command_line import (
@@ -26,6 +25,7 @@ from experiments.config.command_line import (
     Overrides,
     Parser,
     load,
+    path,
     refuse,
     split_overrides,
 )
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> Parser:
     """Returns the parser of the command."""
     made = Parser("experiments.evaluate", __doc__)
-    made.add_argument("--workdir", type=Path, help="directory of the run")
+    made.add_argument("--workdir", type=path, help="directory of the run")
     made.add_argument(
         "--pretrained", help="folder of a published checkpoint, or its identifier, in place of --workdir"
     )

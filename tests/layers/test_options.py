@@ -63,6 +63,8 @@ def _some(hint):
         return "s5"
     if typing.get_origin(hint) is tuple:
         return ("s5",)
+    if typing.get_origin(hint) is Mapping:
+        return {"s5": {}, "attention": {}}
     if hint is InputConfig:
         return InputConfig(vocab_size=5)
     if hint is StackConfig:
