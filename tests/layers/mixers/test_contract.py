@@ -20,7 +20,7 @@ WIDTH, BATCH, TIME = 8, 2, 24
 SHORT, PART = 7, 16
 TOLERANCE = 2e-5
 # Whose gradients carry what is not finite to earlier tokens, as README says.
-NOT_FINITE_GRADIENTS = {"lstm", "rwkv4", "wersa"}
+NOT_FINITE_GRADIENTS = {"lstm", "rwkv4", "slstm", "wersa"}
 GROUPS = {"default", "no_decay", "no_decay/start", "ssm", "ssm/b", "ssm/dt", "ssm_output"}
 
 FIRST = {name: entry for entry, (name, _) in reversed(MIXERS.items())}

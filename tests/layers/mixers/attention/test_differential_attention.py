@@ -55,12 +55,9 @@ def test_equals_the_equation(options):
 
 @pytest.mark.slow
 def test_the_second_map_starts_at_weights_that_grow_with_the_layer():
-    starts = [
-        float(
-            DifferentialAttention(DifferentialAttentionConfig(8, layer=i, depth=9), rngs=nnx.Rngs(0)).start[
-                ...
-            ]
-        )
-        for i in (0, 1, 8)
-    ]
+    def start(layer):
+        config = DifferentialAttentionConfig(8, heads=2, layer=layer, depth=9)
+        return float(DifferentialAttention(config, rngs=nnx.Rngs(0)).start[...])
+
+    starts = [start(layer) for layer in (0, 1, 8)]
     np.testing.assert_allclose(starts, [0.2, 0.8 - 0.6 * np.exp(-0.3), 0.8 - 0.6 * np.exp(-2.4)], rtol=1e-6)
