@@ -253,18 +253,23 @@ def test_what_is_not_finite_reaches_no_earlier_output(entry):
 @pytest.mark.slow
 @every_mixer
 def test_what_is_not_finite_reaches_no_gradient_of_an_earlier_input(entry):
+    if not causal(entry):
+        assert build(entry).causal is False
+        return
+    run = runner(entry)  # made here, so that no parameter is one of the traced function
+
     @jax.jit
     @jax.grad
     def gradient(x):
-        return jnp.square(runner(entry)(x)[0][EARLY]).sum()
+        return jnp.square(run(x)[0][EARLY]).sum()
 
     want = gradient(inputs())
     for fill in (np.nan, np.inf):
         got = gradient(inputs().at[:, EARLY[1].stop :].set(fill))
-        if causal(entry) and MIXERS[entry][0] not in NOT_FINITE_GRADIENTS:
-            assert_close(got, want, where=EARLY)
-        else:
+        if MIXERS[entry][0] in NOT_FINITE_GRADIENTS:
             assert not np.isfinite(got).all()
+        else:
+            assert_close(got, want, where=EARLY)
 
 
 @pytest.mark.sample(4)
