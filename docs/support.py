@@ -55,7 +55,9 @@ def facts(name: str, backends: Iterable[str] = BACKENDS) -> dict[str, Any]:
         ]
     state = {}
     if mixer.causal:
-        carried = jax.eval_shape(lambda: mixer.init_state(1, max_length=LENGTH)).carried
+        carried = jax.eval_shape(
+            lambda variables: nnx.merge(graph, variables).init_state(1, max_length=LENGTH), variables
+        ).carried
         for path, leaf in jax.tree.leaves_with_path(carried):
             state[jax.tree_util.keystr(path, simple=True, separator=".")] = (
                 f"{leaf.dtype}{list(leaf.shape[1:])}"

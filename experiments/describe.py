@@ -228,7 +228,10 @@ def _at_length(model: nnx.Module, length: int) -> dict[str, Any]:
         return dict(length=length, refused=flops)
     state = None
     if model.stack.causal:
-        shapes = jax.eval_shape(lambda: model.stack.init_state(1, max_length=length))
+        graph, variables = nnx.split(model.stack)  # a trained initial state is a parameter
+        shapes = jax.eval_shape(
+            lambda variables: nnx.merge(graph, variables).init_state(1, max_length=length), variables
+        )
         state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     return dict(
         length=length,

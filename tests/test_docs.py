@@ -96,6 +96,13 @@ def test_support_asks_the_code():
     assert "kernel of" not in mixers.section("mamba", scan)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXERS)
+def test_support_knows_every_mixer(name):
+    found = support.facts(name, ["cpu"])
+    assert bool(found["state"]) == found["causal"]
+
+
 def test_primitives_are_explained_where_mixers_link():
     page = (PAGES / "concepts" / "primitives.md").read_text(encoding="utf-8")
     assert set(support.SUITES) <= set(re.findall(r"^## (\w+)$", page, re.MULTILINE))

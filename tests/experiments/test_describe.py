@@ -79,6 +79,9 @@ def test_states_are_those_of_a_row():
     record = describe.describe(config(pattern=("s5",), mixers={"s5": dict(state_size=6)}), [16, 64])
     assert [row["state_bytes"] for row in record["lengths"]] == [2 * (3 * 8 + 3 * 4)] * 2
     cached = describe.describe(config(mixers={"attention": dict(heads=2)}), [16, 64])["lengths"]
+    inner = dict(inner="s5", options=dict(state_size=6))
+    trained = describe.describe(config(pattern=("tuned_state",), mixers={"tuned_state": inner}), [16])
+    assert trained["lengths"][0]["state_bytes"] == record["lengths"][0]["state_bytes"]
     keys_and_values = 2 * 2 * 8 * 4
     assert cached[1]["state_bytes"] - cached[0]["state_bytes"] >= 48 * keys_and_values
 

@@ -26,7 +26,7 @@ class BasedConfig:
     """
 
     width: int
-    heads: int = 12
+    heads: int = 16
     feature_dim: int = 16
     value_dim: int | None = None
     causal: bool = True
