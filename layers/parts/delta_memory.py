@@ -9,7 +9,7 @@ from flax import nnx
 from layers.kernels.delta_rule import delta_rule
 from layers.options import ActivationDtype, NonNegative, checked_dataclass
 from layers.parameters import linear
-from layers.parts.heads import split_heads
+from layers.parts.heads import head_size, split_heads
 from layers.parts.short_convolution import ShortConvolution
 from layers.segments import SegmentIds
 from layers.typing import Array, Float
@@ -69,6 +69,26 @@ class SharedKeysConfig(DeltaRuleConfig):
         if self.value_heads % self.heads:
             raise ValueError(f"value_heads={self.value_heads} is not a multiple of heads={self.heads}")
         return self.value_heads
+
+
+@checked_dataclass
+class WideValuesConfig(SharedKeysConfig):
+    """Options of delta rules whose values are by default twice as wide as keys.
+
+    Attributes:
+      key_dim: K, features per query and key head; 3/4 width / heads if None.
+      value_dim: V, features per value head; 2 K if None.
+    """
+
+    key_dim: int | None = None
+    value_dim: int | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """K and V."""
+        key_dim = head_size("key_dim", self.key_dim, self, 0.75)
+        given = 2 * key_dim if self.value_dim is None else self.value_dim
+        return key_dim, head_size("value_dim", given, self)
 
 
 class DeltaCarry(NamedTuple):

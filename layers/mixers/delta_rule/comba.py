@@ -8,36 +8,25 @@ from layers.kernels.delta_rule import delta_rule
 from layers.mixer import Mixer
 from layers.options import checked_dataclass
 from layers.parameters import NO_DECAY, linear, parameter
-from layers.parts.delta_memory import DeltaCarry, DeltaMemory, SharedKeysConfig
-from layers.parts.heads import HeadNorm, head_size, split_heads
+from layers.parts.delta_memory import DeltaCarry, DeltaMemory, WideValuesConfig
+from layers.parts.heads import HeadNorm, split_heads
 from layers.parts.log_decay import SoftplusDecay
 from layers.segments import Segments
 from layers.typing import Array, Float
 
 
 @checked_dataclass
-class CombaConfig(SharedKeysConfig):
-    """Options of `Comba`: those of `SharedKeysConfig` and more.
+class CombaConfig(WideValuesConfig):
+    """Options of `Comba`: those of `WideValuesConfig` and more.
 
     Attributes:
-      key_dim: K, features per query and key head; 3/4 width / heads if None.
-      value_dim: V, features per value head; 2 K if None.
       correction: initial value of the weight d of the output correction, 1 or, for small models, 0.02.
       weaker_feedback: whether tokens erase less than they write, by the factor b, as in the paper. The authors' kernels
         normalize what is erased, after which b is in the output correction alone.
     """
 
-    key_dim: int | None = None
-    value_dim: int | None = None
     correction: float = 1.0
     weaker_feedback: bool = False
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """K and V."""
-        key_dim = head_size("key_dim", self.key_dim, self, 0.75)
-        given = 2 * key_dim if self.value_dim is None else self.value_dim
-        return key_dim, head_size("value_dim", given, self)
 
 
 class Comba(Mixer):

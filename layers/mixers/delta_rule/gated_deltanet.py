@@ -5,31 +5,16 @@ from flax import nnx
 from layers.mixer import Mixer
 from layers.options import checked_dataclass
 from layers.parameters import linear
-from layers.parts.delta_memory import DeltaCarry, DeltaMemory, SharedKeysConfig
-from layers.parts.heads import HeadNorm, head_size
+from layers.parts.delta_memory import DeltaCarry, DeltaMemory, WideValuesConfig
+from layers.parts.heads import HeadNorm
 from layers.parts.log_decay import SoftplusDecay
 from layers.segments import Segments
 from layers.typing import Array, Float
 
 
 @checked_dataclass
-class GatedDeltaNetConfig(SharedKeysConfig):
-    """Options of `GatedDeltaNet`: those of `SharedKeysConfig` and more.
-
-    Attributes:
-      key_dim: K, features per query and key head; 3/4 width / heads if None.
-      value_dim: V, features per value head; 2 K if None.
-    """
-
-    key_dim: int | None = None
-    value_dim: int | None = None
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """K and V."""
-        key_dim = head_size("key_dim", self.key_dim, self, 0.75)
-        given = 2 * key_dim if self.value_dim is None else self.value_dim
-        return key_dim, head_size("value_dim", given, self)
+class GatedDeltaNetConfig(WideValuesConfig):
+    """Options of `GatedDeltaNet`: those of `WideValuesConfig`."""
 
 
 class GatedDeltaNet(Mixer):

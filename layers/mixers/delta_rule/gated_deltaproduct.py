@@ -8,8 +8,8 @@ from layers.kernels.delta_rule import delta_rule
 from layers.mixer import Mixer
 from layers.options import checked_dataclass
 from layers.parameters import linear
-from layers.parts.delta_memory import DeltaCarry, SharedKeysConfig
-from layers.parts.heads import HeadNorm, head_size, split_heads
+from layers.parts.delta_memory import DeltaCarry, WideValuesConfig
+from layers.parts.heads import HeadNorm, split_heads
 from layers.parts.log_decay import SoftplusDecay
 from layers.parts.short_convolution import ShortConvolution
 from layers.segments import Segments
@@ -17,29 +17,18 @@ from layers.typing import Array, Float
 
 
 @checked_dataclass
-class GatedDeltaProductConfig(SharedKeysConfig):
-    """Options of `GatedDeltaProduct`: those of `SharedKeysConfig` and more.
+class GatedDeltaProductConfig(WideValuesConfig):
+    """Options of `GatedDeltaProduct`: those of `WideValuesConfig` and more.
 
     Attributes:
       negative_eigenvalues: whether writing strengths lie in (0, 2) instead of (0, 1), so that a step may be a reflection.
       householders: n, number of steps of the delta rule per token.
-      key_dim: K, features per query and key head; 3/4 width / heads if None.
-      value_dim: V, features per value head; 2 K if None.
       decay: whether the memory decays before each token; DeltaProduct if False.
     """
 
     negative_eigenvalues: bool = True
     householders: int = 2
-    key_dim: int | None = None
-    value_dim: int | None = None
     decay: bool = True
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """K and V."""
-        key_dim = head_size("key_dim", self.key_dim, self, 0.75)
-        given = 2 * key_dim if self.value_dim is None else self.value_dim
-        return key_dim, head_size("value_dim", given, self)
 
 
 class GatedDeltaProduct(Mixer):
