@@ -35,14 +35,17 @@ def test_is_the_inner_mixer_from_that_state_in_every_segment(name):
 
     @jax.jit
     def run(x, ids):
-        """The mixer, with a state and without; and the inner one from the tuned state on each segment."""
+        """The mixer, with a state, without, and cut inside a segment; and the inner one from the tuned state on each."""
         state = model.init_state(2)
         carried = model.inner.init_state(2)._replace(carried=model.initial(2, None))
         alone = [model.inner(part, carried)[0] for part in (x[:, :7], x[:, 8:], x)]
-        return model(x, state, segment_ids=ids)[0], model(x, segment_ids=ids)[0], alone
+        begun, after = model(x[:, :10], state, segment_ids=ids[:, :10])
+        ended, _ = model(x[:, 10:], after, segment_ids=ids[:, 10:])
+        cut = jnp.concatenate([begun, ended], axis=1)
+        return model(x, state, segment_ids=ids)[0], model(x, segment_ids=ids)[0], cut, alone
 
-    carrying, training, (first, second, whole) = run(x, ids)
-    for got in (carrying, training):
+    *results, (first, second, whole) = run(x, ids)
+    for got in results:
         np.testing.assert_allclose(got[0, :7], first[0], atol=1e-5)
         np.testing.assert_allclose(got[0, 8:], second[0], atol=1e-5)
         np.testing.assert_allclose(got[1], whole[1], atol=1e-5)
