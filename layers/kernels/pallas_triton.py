@@ -4,7 +4,6 @@ JAX calls it deprecated, so kernels reach it only through this module. Where the
 device cannot run it, `refusal` gives the reason, and the call falls back to XLA.
 """
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,10 +26,11 @@ except ImportError as error:  # a build of jax without the GPU dialects, or a re
 interpreted = mosaic_gpu.for_interpreter
 
 
-def lowering_for_hopper() -> contextlib.AbstractContextManager[None]:
-    """Returns a context in which kernels lower as for one Hopper GPU, whatever devices there are."""
+def hopper_mesh(**axes: int) -> jax.sharding.AbstractMesh:
+    """Returns an explicit mesh of Hopper GPUs by sizes of its axes; in `jax.sharding.use_abstract_mesh` kernels lower for them."""
     device = jax.sharding.AbstractDevice("NVIDIA H100", 132, "cuda")
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
+    kinds = (jax.sharding.AxisType.Explicit,) * len(axes)
+    return jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes), kinds, abstract_device=device)
 
 
 def refusal(probe: Callable[[], Any]) -> str | None:

@@ -81,6 +81,6 @@ def probe() -> None:
     number = jax.ShapeDtypeStruct((1, 16), jnp.int32)
     g = jax.ShapeDtypeStruct((1, 16, 1, PART), jnp.float32)
     state = jax.ShapeDtypeStruct((1, 1, PART, PART), jnp.float32)
-    with pallas_triton.lowering_for_hopper():
+    with jax.sharding.use_abstract_mesh(pallas_triton.hopper_mesh()):
         traced = jax.jit(jax.grad(loss, (0, 1, 2, 3, 5))).trace(heads, heads, heads, g, number, state)
         traced.lower(lowering_platforms=("cuda",))
