@@ -20,7 +20,8 @@ from tests.layers.kernels.test_gated_linear_attention_gpu import ids_of
 from tests.layers.kernels.test_linear_recurrence_gpu import over_one_device, poisoned
 
 TOLERANCE = shared.TOLERANCE["bfloat16"]
-CASE = next(case for case in SUITE.cases if case.name == "channel")
+CASES = {case.name: case for case in SUITE.cases}
+CASE = CASES["channel"]
 
 
 def arguments_of(rng, shape, heads, widths, *, strong=0.03):
@@ -57,6 +58,17 @@ def test_interpreted_with_segments():
     rng = np.random.default_rng(1)
     with pallas_triton.interpreted():
         check(arguments_of(rng, (1, 130), (1, 1, 1), (64, 64)), segment_ids=ids_of(rng, (1, 130)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])
+def test_interpreted_with_a_bonus(segments):
+    case = CASES["channel_bonus"]
+    ids = {"segment_ids": ids_of(np.random.default_rng(1), (2, 130))} if segments else {}
+    arguments = shared.cast(shared.draw(case, 2, 130), "bfloat16")
+    with pallas_triton.interpreted():
+        got, want, _ = shared.beside_reference(SUITE, case, "gpu", arguments, **ids)
+    shared.close(got, want, TOLERANCE, "outputs and gradients")
 
 
 @pytest.mark.slow
@@ -162,11 +174,13 @@ def test_refusals():
 @pytest.mark.gpu
 @pytest.mark.parametrize("time", [1, 2, 37, 130, 1200])
 @pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])
-def test_shared_case(time, segments):
+@pytest.mark.parametrize("name", ["channel", "channel_bonus"])
+def test_shared_case(name, time, segments):
     poisoned(2**26)
-    arguments = shared.cast(shared.draw(CASE, 2, time), "bfloat16")
-    ids = ids_of(np.random.default_rng(time), (2, time), 0.05)
-    check(arguments, **({"segment_ids": ids} if segments else {}))
+    arguments = shared.cast(shared.draw(CASES[name], 2, time), "bfloat16")
+    ids = {"segment_ids": ids_of(np.random.default_rng(time), (2, time), 0.05)} if segments else {}
+    got, want, _ = shared.beside_reference(SUITE, CASES[name], "gpu", arguments, **ids)
+    shared.close(got, want, TOLERANCE, "outputs and gradients")
 
 
 SHAPES = {

@@ -56,9 +56,8 @@ class Call(NamedTuple):
 def unsupported_reason(q, k, v, log_decay, bonus, normalize, initial_state, **_: Any) -> str | None:
     """Why these kernels cannot take a call, or None."""
     per_channel = log_decay is not None and log_decay.ndim == 4
-    if per_channel and (normalize or bonus is not None):
-        option = "normalize=True" if normalize else "a bonus"
-        return f"{option} with a decay per key channel is not implemented; use impl='xla'"
+    if per_channel and normalize:
+        return "normalize=True with a decay per key channel is not implemented; use impl='xla'"
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.dtype != jnp.bfloat16:
             return f"{name} has dtype {x.dtype}, which matrix units would round; expected bfloat16"
@@ -84,8 +83,6 @@ def passed_over_reason(q, k, v, log_decay=None, **_: Any) -> str | None:
     """
     if devices.backend() != "gpu":
         return devices.hopper_refusal()
-    if log_decay is not None and log_decay.ndim == 4:
-        return "kernels for a decay per key channel are taken by name; give impl='gpu'"
     if q.shape[1] < CHUNK:
         return f"q has {q.shape[1]} tokens; a chunk has {CHUNK}"
     fewest = FEWEST_IF_LONG if q.shape[1] >= LONG else FEWEST
@@ -175,12 +172,14 @@ def _padded(call, q, k, v, g, number, state):
     return o[:, :time, :, :width], final[:, :, :keys, :width]
 
 
-def _by_channel(scale, q, k, v, g, state, segments=None):
+def _by_channel(scale, q, k, v, g, state, bonus=None, segments=None):
     """As `_padded`, with a decay per key channel, g (b or 1, t or 1, h or 1, k); nothing is padded."""
     q, k, v = (select_real(x, segments) for x in (q, k, v))
     g = select_real(jnp.broadcast_to(g, (*q.shape[:2], state.shape[1], q.shape[3])), segments)
     number = segments.numbers if segments is not None and segments.packed else None
-    return channels.attend(q, k, v, g, number, state, scale)
+    if bonus is not None:
+        bonus = jnp.broadcast_to(bonus, (state.shape[1], q.shape[3]))
+    return channels.attend(q, k, v, g, bonus, number, state, scale)
 
 
 def _pad(x, pads):

@@ -10,7 +10,7 @@ orders, out of the symmetric matrix D = dP + dP^T. With its tile X of decayed qu
 F o (D X) are gradients of q in second blocks and of k in first blocks.
 
 The exponents of X are sums of log-decay. Their gradient is X o (D X), a term of dq . q or of dk . k, so a log-decay gathers
-dq . q - dk . k from its step to the end of the chunk. Pairs of two such steps cancel in this sum, because both terms come from
+dq . q - dk . k from its step to the end of the chunk (dq . q from after its step where a bonus stands for the step itself). Pairs of two such steps cancel in this sum, because both terms come from
 the same rounded factors. What the chunk writes decays from after each step, and the state over the whole chunk, so these
 terms are summed over earlier steps and over values without such cancellation.
 """
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from layers.kernels.gated_linear_attention.gpu import channel_tiles as tiles
 from layers.kernels.gated_linear_attention.gpu.channel_kernels import state_tile
 from layers.kernels.gated_linear_attention.gpu.channel_tiles import CHUNK, LEVELS, PART, Numbers
-from layers.kernels.pallas_triton import launch, pl
+from layers.kernels.pallas_triton import launch, pl, pltriton
 
 
 def score_gradients(do: jax.Array, v: jax.Array, heads: int, numbers: Numbers, scale: float) -> jax.Array:
@@ -56,24 +56,26 @@ def gradients(
     v: jax.Array,
     do: jax.Array,
     sums: jax.Array,
+    bonus: jax.Array | None,
     numbers: Numbers,
     dscores: jax.Array,
     states: jax.Array,
     dstates: jax.Array,
     scale: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns dq and dk, (b, t, h, k), bfloat16, and dg, (b, t, h, k), float32.
+) -> dict[str, jax.Array]:
+    """Returns dq and dk, (b, t, h, k), bfloat16, dg, (b, t, h, k), and, with a bonus, its terms dbonus, (b, n, h, k), float32.
 
     Args:
       q, k, v, do: (b, t, heads, width), bfloat16.
       sums: (b, t, h, k), of log-decay.
+      bonus: (h, k), float32, or None.
       dscores: what `score_gradients` returns.
       states, dstates: (b, h, n, k, v), bfloat16: the states that enter chunks, and the gradients of those that leave them.
     """
     batch, time, heads, keys = sums.shape
     width = v.shape[3]
 
-    def body(*, q, k, v, do, sums, dscores, states, dstates, dq, dk, dg, **segments):
+    def body(*, q, k, v, do, sums, bonus, dscores, states, dstates, dq, dk, dg, dbonus=None, **segments):
         lane, chunk, at = pl.program_id(0) * PART, pl.program_id(1), pl.program_id(2)
         row, head, numbers = at // heads, at % heads, Numbers(**segments)
         first, step = chunk * CHUNK, jnp.arange(CHUNK)
@@ -92,31 +94,48 @@ def gradients(
 
         queries, keys_, decay = (tile(x, lane).astype(jnp.float32) for x in (q, k, sums))
         total = tiles.last(sums, row, chunk, head, lane)
-        before, after = scale * jnp.exp2(decay), jnp.exp2(total[None] - decay)
-        dqueries = tiles.only(tiles.reading(numbers, row, chunk), dqueries * before)
+        before = decay if bonus is None else tiles.sums_before(sums, row, chunk, head, lane)
+        after = jnp.exp2(total[None] - decay)
+        dqueries = tiles.only(tiles.reading(numbers, row, chunk), scale * dqueries * jnp.exp2(before))
         dkeys = tiles.only(tiles.writing(numbers, row, chunk), dkeys * after)
         written, ddecay = dkeys * keys_, dqueries * queries
         dlog = jnp.cumsum(written, axis=0) - written + (passed * tiles.kept(numbers, total, row, chunk))[None]
 
         lower = tiles.load(dscores, row, first, head, 0).astype(jnp.float32)
         diagonal = jnp.where(own, lower, 0.0).sum(1)[:, None]
-        dqueries, dkeys = dqueries + diagonal * keys_, dkeys + diagonal * queries
-        crossing = lower + lower.T
+        weight = 1.0 if bonus is None else tiles.bonus_of(bonus, head, lane)
+        dqueries, dkeys = dqueries + diagonal * weight * keys_, dkeys + diagonal * weight * queries
+        if bonus is not None:
+            of_chunk = (diagonal * queries * keys_).sum(0)
+            inside = lane + jnp.arange(PART) < keys
+            pltriton.store(dbonus.at[row, chunk, head, tiles.span(lane, PART)], of_chunk, mask=inside)
+        crossing, dwritten = lower + lower.T, jnp.zeros((CHUNK, PART), jnp.float32)
         for level in range(LEVELS):
-            factor = tiles.level_decay(sums, decay, level, row, chunk, head, lane)
+            factor = tiles.level_decay(sums, before, decay, level, row, chunk, head, lane)
             later = tiles.second(level)
             taken = (jnp.where(later, queries, keys_) * factor).astype(jnp.bfloat16)
             crossed = tiles.product(jnp.where(tiles.pairs(level), crossing, 0.0), taken)
             exponent = taken.astype(jnp.float32) * crossed
             dqueries = dqueries + jnp.where(later, crossed * factor, 0.0)
             dkeys = dkeys + jnp.where(later, 0.0, crossed * factor)
-            ddecay = ddecay + jnp.where(later, exponent, -exponent)
-        # From every step to the end: all of the chunk but what lies before the step.
-        dlog = dlog + ddecay.sum(0)[None] - (jnp.cumsum(ddecay, axis=0) - ddecay)
+            ddecay = ddecay + jnp.where(later, exponent, 0.0)
+            dwritten = dwritten - jnp.where(later, 0.0, exponent)
+        # From every step to the end, and for queries whose sums end earlier from after it: all but what lies before.
+        gathered = ddecay + dwritten
+        dlog = dlog + gathered.sum(0)[None] - (jnp.cumsum(gathered, axis=0) - gathered)
+        if bonus is not None:
+            dlog = dlog - ddecay
         for ref, x in ((dq, dqueries), (dk, dkeys), (dg, dlog)):
             tiles.store(ref, x, row, first, head, lane)
 
-    results = launch(
+    made = {
+        "dq": jax.ShapeDtypeStruct(sums.shape, q.dtype),
+        "dk": jax.ShapeDtypeStruct(sums.shape, k.dtype),
+        "dg": jax.ShapeDtypeStruct(sums.shape, jnp.float32),
+    }
+    if bonus is not None:
+        made["dbonus"] = jax.ShapeDtypeStruct((batch, pl.cdiv(time, CHUNK), heads, keys), jnp.float32)
+    return launch(
         body,
         name="channel_gradients",
         grid=(pl.cdiv(keys, PART), pl.cdiv(time, CHUNK), batch * heads),
@@ -126,16 +145,12 @@ def gradients(
             "v": v,
             "do": do,
             "sums": sums,
+            "bonus": bonus,
             "dscores": dscores,
             "states": states,
             "dstates": dstates,
         }
         | numbers._asdict(),
-        outputs={
-            "dq": jax.ShapeDtypeStruct(sums.shape, q.dtype),
-            "dk": jax.ShapeDtypeStruct(sums.shape, k.dtype),
-            "dg": jax.ShapeDtypeStruct(sums.shape, jnp.float32),
-        },
+        outputs=made,
         warps=8,
     )
-    return results["dq"], results["dk"], results["dg"]

@@ -4,6 +4,8 @@ In chunks of 64 steps, entered by the state S, with b the decay from the start o
 
     o = (scale q b) S + P v,    S' = a S + (k w)^T v,    P_ij = scale sum_d q_id k_jd decay_d(j -> i).
 
+With a bonus, b ends one step earlier.
+
 `scores` computes P of all chunks at once, `walk` the states that enter the chunks, one after the other, and `outputs` the
 outputs of all chunks. The backward pass walks from the last chunk with the roles of q b and k w exchanged,
 
@@ -24,17 +26,20 @@ from layers.kernels.pallas_triton import launch, pl, pltriton
 NAMES = ("steps", "entering", "leaving")
 
 
-def scores(q: jax.Array, k: jax.Array, sums: jax.Array, numbers: Numbers, scale: float) -> jax.Array:
+def scores(
+    q: jax.Array, k: jax.Array, sums: jax.Array, bonus: jax.Array | None, numbers: Numbers, scale: float
+) -> jax.Array:
     """Returns P, (b, n * c, h, c), bfloat16.
 
     Args:
       q, k: (b, t, heads, k), bfloat16.
       sums: (b, t, h, k), of log-decay, see `channel_tiles.sums`.
+      bonus: (h, k), float32, or None.
     """
     batch, time, heads, keys = sums.shape
     chunks = pl.cdiv(time, CHUNK)
 
-    def body(*, q, k, sums, weights, **segments):
+    def body(*, q, k, sums, bonus, weights, **segments):
         chunk, at = pl.program_id(0), pl.program_id(1)
         row, head, numbers = at // heads, at % heads, Numbers(**segments)
         step = jnp.arange(CHUNK)
@@ -44,11 +49,14 @@ def scores(q: jax.Array, k: jax.Array, sums: jax.Array, numbers: Numbers, scale:
                 tiles.load(x, row, chunk * CHUNK, tiles.shared(x, head, heads), lane).astype(jnp.float32)
                 for x in (q, k, sums)
             )
-            own = (queries * keys_).sum(1)
-            total = total + jnp.where(step[:, None] == step[None], own[:, None], 0.0)
+            before, own = decay, queries * keys_
+            if bonus is not None:
+                before = tiles.sums_before(sums, row, chunk, head, lane)
+                own = own * tiles.bonus_of(bonus, head, lane)
+            total = total + jnp.where(step[:, None] == step[None], own.sum(1)[:, None], 0.0)
             for level in range(LEVELS):
                 taken = jnp.where(tiles.second(level), queries, keys_)
-                taken = taken * tiles.level_decay(sums, decay, level, row, chunk, head, lane)
+                taken = taken * tiles.level_decay(sums, before, decay, level, row, chunk, head, lane)
                 total = total + jnp.where(tiles.pairs(level), tiles.product(taken, taken.T), 0.0)
         total = jnp.where(tiles.joined(numbers, row, chunk), scale * total, 0.0)
         tiles.store(weights, total, row, chunk * CHUNK, head, 0)
@@ -57,21 +65,26 @@ def scores(q: jax.Array, k: jax.Array, sums: jax.Array, numbers: Numbers, scale:
         body,
         name="channel_scores",
         grid=(chunks, batch * heads),
-        inputs={"q": q, "k": k, "sums": sums} | numbers._asdict(),
+        inputs={"q": q, "k": k, "sums": sums, "bonus": bonus} | numbers._asdict(),
         outputs={"weights": jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads, CHUNK), jnp.bfloat16)},
     )["weights"]
 
 
 def decayed(
-    x: Any, sums: Any, numbers: Numbers, at: tuple[Any, Any, Any], lane: Any, scale: float | None
+    x: Any, sums: Any, numbers: Numbers, at: tuple[Any, Any, Any], lane: Any, scale: float | None, early: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """A tile of reading queries scale q b, or of writing keys k w if `scale` is None, and the sums over the chunk."""
+    """A tile of reading queries scale q b, or of writing keys k w if `scale` is None, and the sums over the chunk.
+
+    With `early` queries read the state before the step.
+    """
     row, chunk, head = at
     where = row, chunk * CHUNK
     tile = tiles.load(x, *where, tiles.shared(x, head, sums.shape[2]), lane).astype(jnp.float32)
     decay, total = tiles.load(sums, *where, head, lane), tiles.last(sums, row, chunk, head, lane)
     if scale is None:
         return tiles.only(tiles.writing(numbers, row, chunk), tile * jnp.exp2(total[None] - decay)), total
+    if early:
+        decay = tiles.sums_before(sums, row, chunk, head, lane)
     return tiles.only(tiles.reading(numbers, row, chunk), scale * tile * jnp.exp2(decay)), total
 
 
@@ -82,6 +95,7 @@ def walk(
     numbers: Numbers,
     state: jax.Array,
     scale: float | None = None,
+    early: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the states before every chunk of the walk, (b, h, n, k, v), bfloat16, and the last, (b, h, k, v), float32.
 
@@ -90,6 +104,7 @@ def walk(
       values: (b, t, heads, v), the values, or the gradients of the outputs.
       state: (b, h, k, v), float32, the state before the first chunk of the walk.
       scale: that of the queries; None for the walk with keys.
+      early: whether queries read the state before the step.
     """
     batch, time, heads, keys = sums.shape
     width, chunks = values.shape[3], pl.cdiv(time, CHUNK)
@@ -103,7 +118,7 @@ def walk(
         def step(turn, carried):
             chunk = turn if scale is None else chunks - 1 - turn
             pltriton.store(states.at[row, head, chunk, *window], carried.astype(jnp.bfloat16), mask=inside)
-            tile, total = decayed(x, sums, numbers, (row, chunk, head), lane, scale)
+            tile, total = decayed(x, sums, numbers, (row, chunk, head), lane, scale, early)
             added = tiles.load(values, row, chunk * CHUNK, tiles.shared(values, head, heads), column)
             passed = carried * tiles.kept(numbers, total, row, chunk)[:, None]
             return passed + tiles.product(tile.T, added)
@@ -132,12 +147,13 @@ def outputs(
     numbers: Numbers,
     weights: jax.Array,
     states: jax.Array,
-    scale: float | None,
+    scale: float | None = None,
+    early: bool = False,
 ) -> jax.Array:
     """Returns the outputs (b, t, h, v), or with keys and `scale` None the gradients of the values, bfloat16.
 
     Args:
-      x, values, scale: as for the walk of the other direction: queries with values, keys with gradients of outputs.
+      x, values, scale, early: as for the walk of the other direction: queries with values, keys with gradients of outputs.
       weights: what `scores` returns.
       states: (b, h, n, k, v), before every chunk of the walk in this direction.
     """
@@ -152,7 +168,7 @@ def outputs(
         own = tiles.load(values, row, chunk * CHUNK, tiles.shared(values, head, heads), column, columns)
         total = tiles.product(of_chunk.T if scale is None else of_chunk, own)
         for lane in range(0, keys, PART):
-            tile, _ = decayed(x, sums, numbers, (row, chunk, head), lane, scale)
+            tile, _ = decayed(x, sums, numbers, (row, chunk, head), lane, scale, early)
             total = total + tiles.product(tile, state_tile(states, row, head, chunk, lane, column, columns))
         tiles.store(out, total, row, chunk * CHUNK, head, column)
 

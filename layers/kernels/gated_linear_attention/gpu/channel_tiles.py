@@ -7,6 +7,9 @@ the border is the last step of the first block. At level l every step therefore 
 a level holds decayed queries in second blocks and decayed keys in first blocks, and its products X X^T hold all the level's
 scores.
 
+With a bonus u, queries read the state before the step, so their sums end one step earlier, and the score of a step against itself
+is sum_d q_id u_d k_id.
+
 Sums and their differences are float32. A log-decay below -100 counts as -100, which leaves nothing of a channel, so that sums
 stay above -9300 (to base 2) and exponents are right to 2^-10.
 """
@@ -115,15 +118,41 @@ def pairs(level: int) -> jax.Array:
 
 
 def level_decay(
-    sums: Any, tile: jax.Array, level: int, row: Any, chunk: Any, head: Any, lane: Any
+    sums: Any,
+    of_queries: jax.Array,
+    of_keys: jax.Array,
+    level: int,
+    row: Any,
+    chunk: Any,
+    head: Any,
+    lane: Any,
 ) -> jax.Array:
-    """The factors (c, part) between steps and the borders of their blocks; `tile` has the sums of the chunk."""
-    step, lanes = jnp.arange(CHUNK), lane + jnp.arange(PART)
+    """The factors (c, part) between steps and the borders of their blocks, from the sums of the chunk."""
+    step = jnp.arange(CHUNK)
     border = ((step >> (level + 1)) << (level + 1)) + ((1 << level) - 1)
-    border = jnp.minimum(chunk * CHUNK + border, sums.shape[1] - 1)
-    inside = jnp.broadcast_to((lanes < sums.shape[3])[None], (CHUNK, PART))
-    at_border = pltriton.load(sums.at[row, border[:, None], head, lanes[None]], mask=inside, other=0)
-    return jnp.exp2(-jnp.abs(tile - at_border))
+    tile = jnp.where(second(level), of_queries, of_keys)
+    return jnp.exp2(-jnp.abs(tile - _rows(sums, border, None, row, chunk, head, lane)))
+
+
+def sums_before(sums: Any, row: Any, chunk: Any, head: Any, lane: Any) -> jax.Array:
+    """The sums from the start of a chunk up to the step before every step, (c, part)."""
+    step = jnp.arange(CHUNK)
+    return _rows(sums, jnp.maximum(step - 1, 0), (step > 0)[:, None], row, chunk, head, lane)
+
+
+def _rows(sums, step, inside, row, chunk, head, lane) -> jax.Array:
+    """The sums of some steps (c,) of a chunk; 0 where a flag (c, 1) of `inside` is not set."""
+    lanes = lane + jnp.arange(PART)
+    step = jnp.minimum(chunk * CHUNK + step, sums.shape[1] - 1)
+    within = (lanes < sums.shape[3])[None]
+    within = jnp.broadcast_to(within if inside is None else inside & within, (CHUNK, PART))
+    return pltriton.load(sums.at[row, step[:, None], head, lanes[None]], mask=within, other=0)
+
+
+def bonus_of(bonus: Any, head: Any, lane: Any) -> jax.Array:
+    """The weights (1, part) of the current step."""
+    inside = lane + jnp.arange(PART) < bonus.shape[1]
+    return pltriton.load(bonus.at[head, span(lane, PART)], mask=inside, other=0)[None]
 
 
 def reading(numbers: Numbers, row: Any, chunk: Any) -> jax.Array | None:

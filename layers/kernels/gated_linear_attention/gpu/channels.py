@@ -16,46 +16,48 @@ from layers.kernels.promotion import promoting
 WIDEST = 256  # key or value features per head
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def attend(q, k, v, g, number, state, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def attend(q, k, v, g, bonus, number, state, scale):
     """Outputs (b, t, h, v), in the type of v, and the final state (b, h, k, v), float32.
 
     Args:
       q, k, v: (b, t, heads, width), bfloat16.
       g: (b, t, h, k), log-decay, float32.
+      bonus: (h, k), float32, or None.
       number: (b, t), the segment number per step, or None.
       state: (b, h, k, v), float32.
     """
-    return forward(q, k, v, g, number, state, scale)[0]
+    return forward(q, k, v, g, bonus, number, state, scale)[0]
 
 
 @mosaic_gpu.lowered_once("scale")
-def forward(q, k, v, g, number, state, scale):
+def forward(q, k, v, g, bonus, number, state, scale):
     """Returns the results, and what the backward pass needs of them: sums, scores and states."""
     numbers, sums = channel_tiles.numbers(number), channel_tiles.sums(g)
-    weights = channel_kernels.scores(q, k, sums, numbers, scale)
+    weights = channel_kernels.scores(q, k, sums, bonus, numbers, scale)
     states, final = channel_kernels.walk(k, v, sums, numbers, state)
-    o = channel_kernels.outputs(q, v, sums, numbers, weights, states, scale)
+    o = channel_kernels.outputs(q, v, sums, numbers, weights, states, scale, bonus is not None)
     return (o, final), (sums, weights, states)
 
 
-def _forward(q, k, v, g, number, state, scale):
-    results, kept = forward(q, k, v, g, number, state, scale)
-    return results, (q, k, v, number, *kept)
+def _forward(q, k, v, g, bonus, number, state, scale):
+    results, kept = forward(q, k, v, g, bonus, number, state, scale)
+    return results, (q, k, v, bonus, number, *kept)
 
 
 @mosaic_gpu.lowered_once("scale")
 def gradients(scale, residuals, cotangents):
     """The backward pass, from what `forward` keeps and the gradients of outputs and the final state."""
-    q, k, v, number, sums, weights, states = residuals
+    q, k, v, bonus, number, sums, weights, states = residuals
     do, dfinal = cotangents
     numbers = channel_tiles.numbers(number)
-    dstates, dstate = channel_kernels.walk(q, do, sums, numbers, dfinal, scale)
-    dv = channel_kernels.outputs(k, do, sums, numbers, weights, dstates, None)
+    dstates, dstate = channel_kernels.walk(q, do, sums, numbers, dfinal, scale, bonus is not None)
+    dv = channel_kernels.outputs(k, do, sums, numbers, weights, dstates)
     dscores = channel_gradients.score_gradients(do, v, sums.shape[2], numbers, scale)
-    dq, dk, dg = channel_gradients.gradients(q, k, v, do, sums, numbers, dscores, states, dstates, scale)
-    dq, dk, dv = (summed(dx, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
-    return dq, dk, dv, dg, None, dstate
+    found = channel_gradients.gradients(q, k, v, do, sums, bonus, numbers, dscores, states, dstates, scale)
+    dq, dk, dv = (summed(dx, x.shape[2]) for dx, x in ((found["dq"], q), (found["dk"], k), (dv, v)))
+    dbonus = None if bonus is None else found["dbonus"].sum((0, 1))
+    return dq, dk, dv, found["dg"], dbonus, None, dstate
 
 
 attend.defvjp(promoting(_forward), promoting(gradients))
@@ -74,7 +76,7 @@ def probe() -> None:
     """Lowers both passes of a small call."""
 
     def loss(q, k, v, g, number, state):
-        o, final = attend(q, k, v, g, number, state, 1.0)
+        o, final = attend(q, k, v, g, None, number, state, 1.0)
         return o.sum() + final.sum()
 
     heads = jax.ShapeDtypeStruct((1, 16, 1, PART), jnp.bfloat16)
