@@ -13,6 +13,7 @@ The model extends the formulas to more devices, with `time` tokens in all:
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -68,18 +69,41 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Links:
-    """Assumptions of the model: seconds per message, bytes per second that a device sends, FLOPs per second it computes."""
+    """Assumptions of the model.
+
+    Attributes:
+      latency: seconds per message.
+      bandwidth: bytes per second that a device sends.
+      flops: FLOPs per second that it computes.
+      source: where these numbers come from.
+    """
 
     latency: float = 1e-5
     bandwidth: float = 5e10
     flops: float = 4e14
+    source: str = "assumed"
 
     def describe(self) -> str:
         """The assumptions in words."""
         return (
-            f"assumed: {self.latency * 1e6:g} us per message, {self.bandwidth / 1e9:g} GB/s per device and direction, "
+            f"{self.source}: {self.latency * 1e6:g} us per message, {self.bandwidth / 1e9:g} GB/s per device and direction, "
             f"{self.flops / 1e12:g} TFLOP/s"
         )
+
+
+def read_links(path: Path) -> Links:
+    """Returns the links that the study `long_rows` measured, from its long_rows.json.
+
+    Raises:
+      ValueError: the file has no measured links.
+    """
+    rows = json.loads(path.read_text()).get("rows", [])
+    measured = next((row for row in rows if "links" in row), None)
+    if measured is None:
+        raise ValueError(
+            f"links={path} has no measured links; expected what `experiments.benchmark long_rows --only=links` writes"
+        )
+    return Links(**measured["links"], source=f"measured on {measured['device']}")
 
 
 class Cost(NamedTuple):

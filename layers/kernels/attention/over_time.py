@@ -13,6 +13,8 @@ keys and values that are too few for the devices are repeated.
 
 "token_ring": queries and results travel while keys and values stay (`token_ring`), in zig-zag order where that deals causal
 work out evenly and 2 P divides the length.
+
+"partitioned": the compiler partitions what one device would do, and may gather whole rows.
 """
 
 import dataclasses
@@ -104,11 +106,13 @@ class Attention:
     outputs: tuple[str, ...]
 
     def takes(self, arguments: Arguments) -> bool:
-        """Returns whether the mesh in force divides the time of queries and keys.
+        """Returns whether the mesh in force divides the time of queries and keys, and it is not left to the compiler.
 
         Lists of blocks are left to the compiler where keys and values are gathered.
         """
         q, k, options = (arguments[name] for name in ("q", "k", "options"))
+        if attention_method() == "partitioned":
+            return False
         listed = options.mask.block_indices is not None and attention_method() == "all_gather"
         return not listed and parts_of_time(q.shape[1]) > 1 and parts_of_time(k.shape[1]) > 1
 

@@ -342,7 +342,7 @@ def test_heads_that_cannot_be_exchanged_are_named():
         ),
     ):
         function(*arguments)
-    with pytest.raises(ValueError, match="method='star'; expected 'all_gather', .* or 'token_ring'"):
+    with pytest.raises(ValueError, match="method='star'; expected 'all_gather', .* or 'partitioned'"):
         attention_by("star").__enter__()
 
 
