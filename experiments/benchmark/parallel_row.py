@@ -62,17 +62,17 @@ def compare(
 
     pieces = [jnp.asarray(tokens[:, first : first + chunk]) for first in range(0, length, chunk)]
     state, found = model.init_state(1), []
-    compiled = read.lower(parameters, pieces[0], state).compile()
-    start = clock.perf_counter()
-    for piece in pieces:
-        (vectors, last), state = compiled(parameters, piece, state)
-        found.append(vectors)
-    jax.block_until_ready(found)
-    chunked_seconds = clock.perf_counter() - start
+    with jax.set_mesh(_mesh(devices[:1])):
+        compiled = read.lower(parameters, pieces[0], state).compile()
+        start = clock.perf_counter()
+        for piece in pieces:
+            (vectors, last), state = compiled(parameters, piece, state)
+            found.append(vectors)
+        jax.block_until_ready(found)
+        chunked_seconds = clock.perf_counter() - start
     chunked = np.concatenate([np.asarray(vectors, np.float32) for vectors in found], axis=1), np.asarray(last)
     del found, vectors, state
-    shape = tuple(len(devices) if name == "sequence" else 1 for name in MESH_AXES)
-    mesh = jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(shape), devices=devices)
+    mesh = _mesh(devices)
     with jax.set_mesh(mesh):
         cut = jax.device_put(tokens, NamedSharding(mesh, P(None, "sequence")))
         parameters = jax.device_put(parameters, NamedSharding(mesh, P()))
@@ -97,6 +97,12 @@ def compare(
         chunked_seconds=chunked_seconds,
         divided_seconds=divided_seconds,
     )
+
+
+def _mesh(devices):
+    """A mesh that divides time over these devices."""
+    shape = tuple(len(devices) if name == "sequence" else 1 for name in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(shape), devices=devices)
 
 
 def line(found: dict[str, Any]) -> str:
