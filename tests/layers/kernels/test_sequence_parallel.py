@@ -415,15 +415,16 @@ def test_all_kinds_of_rows(name, rows, sizes):
 
 
 FOUR = {"sequence": 4}
-VISITS = "ring", "zigzag", "token_ring"
+VISITS = "ring", "zigzag", "token_ring", "score_ring"
 # A part of keys, of values and of queries, and of the output and the two parts of its log-sum-exp, in the default tests.
 K, V, Q, OUTPUT, LSE = "f32[2,8,2,3]", "f32[2,8,2,5]", "f32[2,8,4,3]", "f32[2,8,4,5]", "f32[2,8,4]"
 HALVES = {whole: whole.replace("[2,8,", "[2,4,") for whole in (K, V, Q, OUTPUT, LSE)}
-# Keys and values go forward three times, and backward with their gradients, which come home. In zig-zag order each half of
+# Keys and values go forward three times, in one ring or in two, and backward with their gradients, which come home. In zig-zag order each half of
 # everything is exchanged, and so are outputs and all gradients. Queries go three times forward and three times backward, and
 # what is found for them returns; backward the gradient of the output and three numbers per query travel with them.
 SENT = {
     "ring": {K: 10, V: 10},
+    "score_ring": {K: 10, V: 10},
     "zigzag": {K: 10, V: 10} | {HALVES[K]: 4, HALVES[V]: 4, HALVES[Q]: 4, HALVES[OUTPUT]: 4},
     "token_ring": {Q: 9, OUTPUT: 6, LSE: 15} | {HALVES[K]: 4, HALVES[V]: 4, HALVES[Q]: 4, HALVES[OUTPUT]: 4},
 }
@@ -439,6 +440,24 @@ def test_attention_by_visits(method):
         shape: n for (shape, kind), n in found.items() if kind == "collective-permute" and "s32" not in shape
     }
     assert sent == SENT[method]
+    # Whole rows of scores: four parts of keys, and two queries for each of two heads of keys.
+    assert ("f32[4,2,2,2,8,8]" in text) == (method == "score_ring")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name != "score_ring")) for name in VISITS]
+)
+def test_a_number_that_is_not_finite_reaches_only_those_who_see_it(method):
+    """In packed rows: a value in one segment, a key in another and a query in a third."""
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, TIME, 2, 4)).astype(np.float32)
+    v[0, 3, 0, 1] = k[0, 13, 1, 2] = q[1, 8, 0, 0] = np.nan
+    q, k, v = map(jnp.asarray, (q, k, v))
+    segments = Segments.of(jnp.asarray(AT_END, jnp.int32), padding="end")
+    want = attention(q, k, v, causal=True, segment_ids=segments, impl="reference")
+    with jax.set_mesh(mesh_of(**FOUR)), attention_by(method):
+        got = jax.jit(functools.partial(attention, causal=True))(q, k, v, segment_ids=segments)
+    assert 0 < np.isnan(want).sum() < want.size / 4
+    np.testing.assert_allclose(got, want, atol=2e-5)  # NaN where the reference has NaN
 
 
 @pytest.mark.slow
