@@ -370,8 +370,8 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--remat",
-        choices=("none", "full", "dots"),
-        help="what the backward pass of the cases `train` recomputes, for `long_rows` (default: full)",
+        choices=("none", "full", "dots", "attention"),
+        help="what the backward pass of the cases `train` recomputes, for `long_rows` (default: attention)",
     )
     parser.add_argument(
         "--prefer",

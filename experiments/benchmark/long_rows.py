@@ -55,7 +55,7 @@ class Setting(NamedTuple):
     size: str | None = None
     count: int | None = None
     rounds: int = 3
-    remat: str = "full"
+    remat: str = "attention"
     prefer: Mapping[str, str] = {}
 
     @property

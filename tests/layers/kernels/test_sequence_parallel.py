@@ -11,6 +11,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from experiments.benchmark.collectives import bytes_sent
+from layers.kernels import kept
 from layers.kernels.attention import Logits, Mask, attention, attention_with_lse, ring
 from layers.kernels.delta_rule import delta_rule, dplr_delta_rule
 from layers.kernels.gated_linear_attention import gated_linear_attention
@@ -473,6 +475,34 @@ def test_a_number_that_is_not_finite_reaches_only_those_who_see_it(method):
 def test_attention_by_visits_of_all_kinds(method, name, rows, sizes):
     with attention_by(method):
         check(name, rows, False, sizes)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "ring")) for name in (*VISITS, "ulysses")],
+)
+def test_a_layer_that_is_recomputed_keeps_the_results_of_attention(method):
+    """What visits is not sent again, which it is if nothing is kept; only exchanges of order, or of time for heads, are."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, TIME, 4, 4)), jnp.float32)
+
+    def layer(x):
+        return jnp.tanh(attention(jnp.sin(x), jnp.cos(x), x, causal=True))
+
+    def sent(run):
+        with jax.set_mesh(mesh_of(**FOUR)), attention_by(method):
+            cut = jax.NamedSharding(mesh_of(**FOUR), P(None, "sequence"))
+            grad = jax.jit(jax.grad(lambda x: jnp.square(run(x)).sum()), in_shardings=cut, out_shardings=cut)
+            compiled = grad.lower(x).compile()
+            return bytes_sent(compiled.as_text()).total(), compiled(x)
+
+    without, gradient = sent(layer)
+    keeping, again = sent(jax.checkpoint(layer, policy=kept.policy))
+    computing, _ = sent(jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable))
+    np.testing.assert_allclose(again, gradient, atol=2e-5)
+    part = x.nbytes // 4
+    exchanged = {"ulysses": 4 * part * 3 // 4, "zigzag": 4 * part, "token_ring": 4 * part}.get(method, 0)
+    assert keeping - without == exchanged
+    assert method == "ulysses" or computing > keeping
 
 
 @pytest.mark.slow
