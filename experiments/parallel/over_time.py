@@ -1,15 +1,16 @@
 """Which mixers run on parts of time, by what their primitives do on the mesh.
 
 A mixer is traced by itself, without computing anything. It has a form over time if a primitive runs on each device's part
-(`layers.kernels.sequence_parallel`), none runs on whole rows, and no loop runs outside of these, since no compiler divides the
-steps of a loop.
+(`layers.kernels.sequence_parallel`), none runs on whole rows, and no loop outside of these reads tokens, since no compiler
+divides the steps of a loop.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.extend.core import Literal
 
 from experiments.parallel.mesh import Devices
 from layers.kernels import dispatch
@@ -36,7 +37,7 @@ def check_mixers(
         if mixer in checked:
             continue
         checked.append(mixer)
-        reason = _without_form(devices, *mixer, rows, tokens)
+        reason = without_form(devices, *mixer, rows, tokens)
         if reason is not None:
             raise ValueError(
                 f"{path}: {mixer[0].__name__} has no form over time for mesh.sequence={devices.mesh.shape['sequence']}: {reason}; "
@@ -45,8 +46,8 @@ def check_mixers(
             )
 
 
-def _without_form(devices, kind, config, rows, tokens) -> str | None:
-    """Why a mixer cannot run on parts of time; None if it can, or if its attention is left to the compiler."""
+def without_form(devices: Devices, kind: type[Mixer], config: Any, rows: int, tokens: int) -> str | None:
+    """Returns why a mixer cannot run on parts of time; None if it can, or if its attention is left to the compiler."""
     graph, variables = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
     x = jax.ShapeDtypeStruct((rows, tokens, config.width), config.dtype)
     with devices.active(), dispatch.over_time_noted() as calls, dispatch.explained():
@@ -57,16 +58,35 @@ def _without_form(devices, kind, config, rows, tokens) -> str | None:
         return f"{whole[0]} takes whole rows here"
     if not calls:
         return "it calls no primitive that reads tokens"
-    loops = [name for name in _outside_of_parts(program.jaxpr) if name in LOOPS]
-    return "a loop runs along whole rows" if loops else None
+    *parameters, _ = program.jaxpr.invars
+    _, looped = _flow(program.jaxpr, [False] * len(parameters) + [True])
+    return "a loop runs along whole rows" if looped else None
 
 
-def _outside_of_parts(program) -> Iterator[str]:
-    """The operations of a program that do not run on each device's part."""
+def _flow(program, reads: Sequence[bool]) -> tuple[list[bool], bool]:
+    """Whether each result of a program depends on tokens, and whether a loop does that is on no device's part.
+
+    Args:
+      program: a jaxpr.
+      reads: whether each argument depends on tokens.
+    """
+    known, looped = dict(zip(program.invars, reads, strict=True)), False
     for equation in program.eqns:
-        yield equation.primitive.name
-        if equation.primitive.name != "shard_map":
-            for inner in jax.tree.leaves(list(equation.params.values())):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from _outside_of_parts(inner)
+        inputs = [not isinstance(x, Literal) and known.get(x, False) for x in equation.invars]
+        results = [any(inputs)] * len(equation.outvars)
+        if equation.primitive.name in LOOPS:
+            looped |= any(inputs)
+        elif equation.primitive.name != "shard_map":
+            for inner in _programs(equation):
+                same = len(inner.invars) == len(inputs)
+                found, inside = _flow(inner, inputs if same else [any(inputs)] * len(inner.invars))
+                results = found if same and len(found) == len(results) else results
+                looped |= inside
+        known |= zip(equation.outvars, results, strict=True)
+    return [not isinstance(x, Literal) and known.get(x, False) for x in program.outvars], looped
+
+
+def _programs(equation) -> list[Any]:
+    """The programs that an operation runs."""
+    values = (getattr(value, "jaxpr", value) for value in jax.tree.leaves(list(equation.params.values())))
+    return [value for value in values if hasattr(value, "eqns")]

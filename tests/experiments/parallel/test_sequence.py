@@ -3,13 +3,18 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.config.loading import MeshConfig
 from experiments.parallel.mesh import Devices
+from experiments.parallel.over_time import without_form
 from experiments.training import experiment
+from layers import mixers
 from layers.sharding_rules import ShardingRules
+from tests.layers.mixers.table import MIXERS as TABLE
+from tests.layers.mixers.test_partitioned import WITHOUT
 
 STEPS = 3
 MESHES = {
@@ -161,3 +166,16 @@ def test_attention_may_be_left_to_the_compiler_by_its_method():
         ValueError, match="q has 4 heads, .* 8 devices .*; use a multiple of 8, or method='ring'"
     ):
         plan.check_devices(on(MeshConfig(sequence=8, method="ulysses")))
+
+
+@pytest.mark.slow
+def test_which_mixers_have_a_form_over_time():
+    """All but those whose results by the compiler are compared in tests/layers/mixers/test_partitioned.py."""
+    devices = on(MeshConfig(sequence=4), 4)
+
+    def has_form(name):
+        made, kind = mixers.MIXERS[TABLE[name][0]]
+        config = made(width=8, dtype=jnp.float32, **TABLE[name][1])
+        return without_form(devices, kind, config, 2, 24) is None
+
+    assert {name for name in TABLE if not has_form(name)} == set(WITHOUT)

@@ -12,11 +12,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from experiments.benchmark.collectives import bytes_sent
-from layers.kernels import kept
-from layers.kernels.attention import Logits, Mask, attention, attention_with_lse, ring
+from layers.kernels import all_scan, kept
+from layers.kernels.attention import Logits, Mask, attention, attention_with_lse, ring, score_ring
+from layers.kernels.attention.options import Options, Places
+from layers.kernels.attention.visits import Arrays
 from layers.kernels.delta_rule import delta_rule, dplr_delta_rule
 from layers.kernels.gated_linear_attention import gated_linear_attention
-from layers.kernels.linear_recurrence import linear_recurrence
+from layers.kernels.linear_recurrence import Piece, compose, linear_recurrence
 from layers.kernels.long_conv import long_conv
 from layers.kernels.segments import Segments
 from layers.kernels.selective_scan import selective_scan
@@ -505,11 +507,101 @@ def test_a_layer_that_is_recomputed_keeps_the_results_of_attention(method):
     assert method == "ulysses" or computing > keeping
 
 
-@pytest.mark.slow
-def test_many_hops_are_a_loop(monkeypatch):
-    monkeypatch.setattr(ring, "MOST_UNROLLED", 0)
-    with attention_by("ring"):
-        check("softmax_attention", "whole", False, CUBE)
+MANY = 10  # devices; more than a ring runs without a loop
+
+
+def parts(x, count=MANY):
+    """The parts of time (b, t, ...) that devices hold, (count, b, t / count, ...)."""
+    return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
+
+
+def on_many(function, *arrays):
+    """`function` on every device's part, all on one device: what they exchange is the axis of a map."""
+    results = jax.vmap(function, axis_name="sequence")(*map(parts, arrays))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), results)
+
+
+@pytest.mark.parametrize(
+    "module, order",
+    [(ring, "contiguous"), (ring, "zigzag"), (score_ring, "contiguous")],
+    ids=["ring", "zigzag", "score_ring"],
+)
+def test_many_hops_are_a_loop(module, order):
+    """Ten devices, packed rows with padding, a window with sink tokens: outputs and gradients of one device."""
+    assert MANY - 1 > ring.MOST_UNROLLED
+    rng = np.random.default_rng(0)
+    q, k, v, weights = (jnp.asarray(normal(rng, 2, 40, h, 4), jnp.float32) for h in (4, 2, 2, 4))
+    segments = Segments.of(jnp.asarray(np.repeat([[1, 2, 0], [3, 3, 4]], [17, 14, 9], axis=1), jnp.int32))
+    mask = Mask(window=21, sink_tokens=2)
+    plan = ring.Plan(Options(causal=True, mask=mask), order, MANY - 1)
+
+    def local(q, k, v, weights, positions, ids):
+        def output(q, k, v):
+            places = Places(positions, positions, ids, ids)
+            if order == "zigzag":
+                q, k, v, places = jax.tree.map(ring.to_zigzag, (q, k, v, places))
+            found = module.attend(plan, q, k, v, Arrays(), places).output
+            return ring.from_zigzag(found) if order == "zigzag" else found
+
+        found, pull = jax.vjp(output, q, k, v)
+        return found, pull(weights)
+
+    got = jax.jit(functools.partial(on_many, local))(q, k, v, weights, segments.positions, segments.ids)
+    alone = functools.partial(attention, causal=True, mask=mask, segment_ids=segments)
+    want, pull = jax.vjp(alone, q, k, v)
+    compare(got, (want, pull(weights)))
+
+
+def permuted_on_one_device(permute):
+    """`jax.lax.ppermute` for a map, which takes permutations only: devices to which nobody sends receive zeros."""
+
+    def run(x, axis, pairs):
+        senders, receivers = ([pair[side] for pair in pairs] for side in (0, 1))
+        everyone = range(jax.lax.axis_size(axis))
+        rest = zip(sorted(set(everyone) - set(senders)), sorted(set(everyone) - set(receivers)), strict=True)
+        received = jnp.isin(jax.lax.axis_index(axis), jnp.asarray(receivers))
+        return jnp.where(received, permute(x, axis, [*pairs, *rest]), 0)
+
+    return run
+
+
+@pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_many_rounds_of_states_are_a_loop(reverse, monkeypatch):
+    """Ten devices, whose states are cut into nine blocks: h = a h + x from device to device, and where one forgets."""
+    assert 9 + MANY - 2 > all_scan.MOST_UNROLLED
+    monkeypatch.setattr(jax.lax, "ppermute", permuted_on_one_device(jax.lax.ppermute))
+    rng = np.random.default_rng(0)
+    a, x, initial = rng.uniform(0.5, 1, (MANY, 2, 9)), normal(rng, MANY, 2, 9), normal(rng, 2, 9)
+    forgets = rng.random((MANY, 2)) < 0.2
+    want, state = np.empty_like(x), initial
+    for n in reversed(range(MANY)) if reverse else range(MANY):
+        want[n] = state
+        state = np.where(forgets[n][:, None], 0, a[n] * state) + x[n]
+
+    def local(a, x, forgets):
+        start = jnp.asarray(initial, jnp.float32)
+        return all_scan.all_scan(Piece(a, x), compose, start, forgets, elementwise=True, reverse=reverse)
+
+    run = jax.jit(jax.vmap(local, axis_name="sequence"))
+    got = run(jnp.asarray(a, jnp.float32), jnp.asarray(x, jnp.float32), jnp.asarray(forgets))
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", ["ring", pytest.param("score_ring", marks=pytest.mark.slow)])
+def test_a_loop_sends_what_its_hops_send(method, monkeypatch):
+    """The compiled programs of eight devices, of which none runs here: a loop of XLA's CPU client may hang."""
+    q = jnp.ones((1, TIME, 2, 4))
+    loss = jax.grad(lambda q, k, v: jnp.square(attention(q, k, v, causal=True)).sum(), argnums=(0, 1, 2))
+
+    def sent(most):
+        monkeypatch.setattr(ring, "MOST_UNROLLED", most)
+        with jax.set_mesh(mesh_of(**EIGHT)), attention_by(method):
+            text = jax.jit(lambda *given: loss(*given)).lower(q, q, q).compile().as_text()
+        return bytes_sent(text), text.count(" while(")
+
+    (unrolled, without), (looped, loops) = sent(8), sent(2)
+    assert looped["collective-permute"] == unrolled["collective-permute"] > 0
+    assert loops > without
 
 
 def test_zigzag_order_deals_out_causal_work():
