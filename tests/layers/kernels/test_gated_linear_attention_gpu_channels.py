@@ -162,9 +162,9 @@ def test_levels(level):
 
 def test_refusals():
     arguments = arguments_of(np.random.default_rng(4), (1, 5), (2, 2, 2), (4, 4))
-    wide = arguments | {"v": jnp.zeros((1, 5, 2, 320), jnp.bfloat16), "initial_state": None}
+    wide = arguments | {"v": jnp.zeros((1, 5, 2, 520), jnp.bfloat16), "initial_state": None}
     for given, reason in (
-        (wide, "v has heads of 320; expected at most 256"),
+        (wide, "v has heads of 520; expected at most 512"),
         (arguments, "needs a Hopper GPU; JAX computes on cpu"),
     ):
         with pytest.raises(ValueError, match=f"impl='gpu' .* {reason}"):
@@ -190,7 +190,7 @@ SHAPES = {
     "wide values": ((2, 400), (2, 2, 2), (96, 192)),
     "widest values": ((9, 129), (8, 8, 8), (64, 256)),
     "odd widths": ((2, 129), (3, 3, 3), (96, 40)),
-    "wide keys": ((2, 200), (2, 2, 2), (256, 64)),
+    "GLA at a width of 2048": ((2, 200), (2, 2, 2), (256, 512)),
     "narrow heads": ((4, 2100), (16, 16, 16), (64, 64)),
     "one row": ((1, 8200), (2, 2, 2), (128, 128)),
 }

@@ -1,8 +1,8 @@
 """`gated_linear_attention` on Hopper GPUs.
 
 kernels.py and backward.py hold the kernels for at most one decay per head and step, grouped.py those for many heads that
-share queries and keys, channels.py those for a decay per key channel. wide.py makes the calls that the first two take of wide
-heads, of sums of weights and of a bonus.
+share queries and keys, channels.py those for a decay per key channel, with or without a bonus. wide.py makes the calls that the
+first two take of wide heads, of sums of weights and of a bonus.
 """
 
 import functools
@@ -86,6 +86,10 @@ def passed_over_reason(q, k, v, log_decay=None, **_: Any) -> str | None:
     if q.shape[1] < CHUNK:
         return f"q has {q.shape[1]} tokens; a chunk has {CHUNK}"
     fewest = FEWEST_IF_LONG if q.shape[1] >= LONG else FEWEST
+    if log_decay is not None and log_decay.ndim == 4:
+        fewest = channels.FEWEST
+        if q.shape[1] < LONG:
+            return f"q has {q.shape[1]} tokens; with a decay per key channel the kernels are timed from {LONG} on"
     heads = q.shape[0] * max(x.shape[2] for x in (q, k, v))
     if heads < fewest:
         return f"batch x heads is {heads}; from {fewest} on they fill the GPU"

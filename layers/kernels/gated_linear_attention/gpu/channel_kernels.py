@@ -67,6 +67,7 @@ def scores(
         grid=(chunks, batch * heads),
         inputs={"q": q, "k": k, "sums": sums, "bonus": bonus} | numbers._asdict(),
         outputs={"weights": jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads, CHUNK), jnp.bfloat16)},
+        warps=8,
     )["weights"]
 
 
@@ -179,7 +180,6 @@ def outputs(
         inputs={"x": x, "values": values, "sums": sums, "weights": weights, "states": states}
         | numbers._asdict(),
         outputs={"out": jax.ShapeDtypeStruct((batch, time, heads, width), values.dtype)},
-        warps=4 if columns == PART else 8,
     )["out"]
 
 

@@ -13,7 +13,8 @@ from layers.kernels.gated_linear_attention.gpu import channel_gradients, channel
 from layers.kernels.gated_linear_attention.gpu.channel_tiles import PART
 from layers.kernels.promotion import promoting
 
-WIDEST = 256  # key or value features per head
+WIDEST = 512  # key or value features per head
+FEWEST = 32  # smallest batch x heads for which `impl=None` takes these kernels
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
