@@ -58,6 +58,7 @@ _ELEMENTS = _BATCH * _TIME * _WIDTH
 SUITE = Suite(
     function=selective_scan,
     implementations=("xla",),
+    gpu_implementations=("gpu",),
     time_arguments=("x", "dt", "b", "c", "gate"),
     cases=(
         Case("plain", _scan, state=_state),
