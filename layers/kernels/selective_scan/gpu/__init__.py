@@ -78,7 +78,7 @@ def selective_scan(x, dt, a, b, c, skip, gate, dt_bias, dt_softplus, initial_sta
 
     y, final = partition.over_shards(run, *zip(*arrays.values(), strict=True), (series, P(rows, split, None)))
     if skip is not None:
-        y = y + skip.astype(jnp.float32) * x.astype(jnp.float32)
+        y = y + skip.astype(jnp.float32)[None, None] * x.astype(jnp.float32)
     if gate is not None:
         y = y * jax.nn.silu(gate.astype(jnp.float32))
     return select_real(y, segments), final
