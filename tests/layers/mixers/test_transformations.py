@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 from flax import nnx
 from jax import export
 
+from layers.kernels import dispatch
 from layers.segments import Segments
 from tests.layers.mixers.test_contract import BATCH, TIME, WIDTH, build, every_mixer, inputs
 
@@ -90,3 +92,29 @@ def test_forward_mode_over_packed_rows_is_refused_by_name(entry):
     if entry == "hypermixer":
         whole = Segments.of(ids, padding="end", packed=False)
         jax.jit(derivative).lower(variables, inputs(), whole)
+
+
+@pytest.mark.parametrize("entry", ["mamba3", pytest.param("gated_deltaproduct", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("transform", [jax.jacfwd, jax.hessian])
+def test_batched_tangents_are_refused_in_our_words_too(entry, transform):
+    model = build(entry)
+    words = r"no forward-mode differentiation .*with layers\.kernels\.dispatch\.preferred\('reference'\)"
+    with pytest.raises(TypeError, match=words):
+        jax.jit(transform(lambda x: (model(x)[0] ** 2).sum())).lower(inputs()[:1, :4])
+
+
+@pytest.mark.sample(25)
+@every_mixer
+def test_forward_mode_goes_through_the_references(entry):
+    model, x = build(entry), inputs()[:1, :6]
+    rng = np.random.default_rng(0)
+    tangent, cotangent = (jnp.asarray(rng.standard_normal(x.shape), jnp.float32) for _ in range(2))
+
+    @jax.jit
+    def both(x):
+        with dispatch.preferred("reference"):
+            forward = jax.jvp(lambda x: model(x)[0], (x,), (tangent,))[1]
+        return forward, jax.vjp(lambda x: model(x)[0], x)[1](cotangent)[0]
+
+    forward, reverse = both(x)
+    np.testing.assert_allclose(jnp.vdot(forward, cotangent), jnp.vdot(reverse, tangent), rtol=1e-3, atol=1e-3)
