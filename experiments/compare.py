@@ -19,7 +19,6 @@ from experiments.config.command_line import REFUSALS, ArgumentError, Parser, ref
 from experiments.runs.directory import RunDirectory
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.runs.interrupts import SIGNALS
-from experiments.runs.logs import read_lines
 from experiments.runs.plots import draw_curves
 from experiments.runs.results import number, total_seconds
 
@@ -95,7 +94,7 @@ def report(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
         split=split, metric=metric, runs=rows, baselines=first["baselines"], devices=first["devices"]
     )
     write_atomically(folder / "compare.json", to_json_text(record))
-    logs = {name: read_lines(RunDirectory(folder / name).metrics) for name in results}
+    logs = {name: RunDirectory(folder / name).log() for name in results}
     draw_curves(logs, folder / "curves.png", metric=metric, baselines=first["baselines"])
     print(f"curves: {folder / 'curves.png'}")
 

@@ -11,7 +11,7 @@ Prints the metrics as JSON and writes them to evaluation-SPLIT-STEP.json in the 
 Nothing is written elsewhere: data that the config generates and that are not on disk yet are generated in a temporary folder.
 
 A damaged checkpoint is named and left out: "best" and "last" then mean the best and the last of the others, and a step is
-refused.
+refused. So is a damaged config.json or manifest.json, and data that differ from those of the run.
 """
 
 import argparse
@@ -109,6 +109,7 @@ def _of_run(args: argparse.Namespace) -> Opened:
     with Checkpoints(run.checkpoints) as checkpoints, cache.temporary_builds():
         step = choose_step(checkpoints, args.checkpoint)
         plan = experiment.build(config)
+        run.check_data(plan.task.manifest, "restore that data to evaluate the run")
         devices = Devices.first(args.num_devices, plan.mesh)
         functions = plan.step_functions(devices)
         plan.eval_batches(args.split)  # raises for an unknown split before anything is computed

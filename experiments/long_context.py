@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif not getattr(args, needed):
             raise ArgumentError(f"--{used} has no effect without --{needed}")
     run, plan, model, step = open_run(args.workdir, args.checkpoint)
+    if args.positions:
+        run.check_data(plan.task.manifest, "restore that data, of which --positions takes the test split")
     trained = int(max(split.lengths.max() for split in plan.task.splits.values()))
     record: dict[str, Any] = dict(step=step, trained_length=trained)
     try:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import mixed_precision, partition
+from layers.kernels.forward_mode import no_forward_mode, reverse_mode_only
 from layers.kernels.promotion import promoting
 from layers.kernels.shard_map_types import vary_as, vary_like
 from layers.typing import Array, Bool, Float, Int
@@ -39,6 +40,8 @@ class Unprojected(NamedTuple):
         """The float32 logits (b, t, v), x matrix^T or bounded; products, of the gradients too, are in the type of x."""
         x, matrix, cap = self
         if x.dtype == jnp.bfloat16:
+            message = no_forward_mode("the product of bfloat16 vectors with an output matrix", "float32")
+            x, matrix = reverse_mode_only((x, matrix), message)
             logits = mixed_precision.product("btd,vd->btv", x, matrix, x.dtype)
         else:
             logits = jnp.einsum("btd,vd->btv", x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
@@ -99,7 +102,8 @@ def linear_cross_entropy(
         raise ValueError(f"z_loss={z_loss}; expected at least 0")
     if piece < 1:
         raise ValueError(f"piece={piece}; expected at least 1")
-    matrix = vary_like(matrix, x)
+    message = no_forward_mode("linear_cross_entropy", "the cross-entropy of `Unprojected.logits` in float32")
+    x, matrix = reverse_mode_only((x, vary_like(matrix, x)), message)
     total, losses, hits = _cross_entropy((float(z_loss), piece), x, matrix, labels, counted)
     return CrossEntropy(total, jax.lax.stop_gradient(losses), hits)
 

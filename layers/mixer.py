@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.kernels.isolation import isolated_tokens
 from layers.kernels.promotion import promoting
 from layers.segments import (
     Place,
@@ -60,11 +61,14 @@ class Mixer(nnx.Module):
       takes_intervals: whether `mix` reads `segments.intervals`, the times between tokens; others refuse them.
       keeps_segments: True for a mixer that distinguishes segments in what it carries, such as a cache. Then nothing is
         cleared where a segment begins, and `mix(x, carried, segments, visit)` gets a `Visit`, None if `carried` is None.
+      isolates_tokens: True for a causal mixer in whose equation itself a token meets later ones, in steps or sums of its own:
+        then no number that is not finite reaches `mix` (see `layers.kernels.isolation`, which primitives do by themselves).
     """
 
     causal: bool = True
     takes_intervals: bool = False
     keeps_segments: bool = False
+    isolates_tokens: bool = False
 
     def initial(self, batch_size: int, max_length: int | None) -> Any:
         """Returns what is carried before the first token; `max_length` bounds the tokens that a cache must hold."""
@@ -135,7 +139,7 @@ class Mixer(nnx.Module):
 
     def _mix(self, x: jax.Array, *rest: Any) -> tuple[jax.Array, Any]:
         """Runs `mix`; explains what fails where sizes of x are symbols, as under `jax.export`."""
-        mix = self.mix
+        mix = isolated_tokens(self.mix) if self.isolates_tokens and self.causal else self.mix
         if jnp.dtype(self.config.dtype) != jnp.float32:
             mix = promoting(mix)  # activations meet parameters and states in float32
         if all(isinstance(size, int) for size in x.shape):

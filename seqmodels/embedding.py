@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.indices import check_indices
+from layers.kernels.forward_mode import no_forward_mode, reverse_mode_only
 from layers.norms import LayerNorm, LayerNormConfig
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.positions import sinusoidal
@@ -99,7 +100,10 @@ def look_up(table: Float[Array, "v d"], ids: Int[Array, "b t"], dtype: jnp.dtype
 
     In bfloat16, a sum over many occurrences of a token stops growing. An id that is no row gives NaN.
     """
-    return (_look_up_few if table.shape[0] <= SMALL_TABLE else _look_up)(table, ids, dtype)
+    if table.shape[0] > SMALL_TABLE:
+        return _look_up(table, ids, dtype)
+    message = no_forward_mode(f"an embedding of at most {SMALL_TABLE} rows", "a fixed embedding")
+    return _look_up_few(reverse_mode_only(table, message), ids, dtype)
 
 
 def _look_up(table, ids, dtype):

@@ -14,7 +14,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 NAME = "ema"
-CONTRACT, TRAINING = "tests/layers/mixers/test_contract.py", "tests/seqmodels/test_training.py"
+CONTRACT = [f"tests/layers/mixers/test_{part}.py" for part in ("contract", "isolation", "types")]
+TRAINING = "tests/seqmodels/test_training.py"
 TESTS = ("tests/layers", "tests/seqmodels", "tests/__init__.py", "tests/conftest.py", "tests/shares.py")
 COPIED = ("layers", "seqmodels", "experiments", "configs", "pyproject.toml", *TESTS)
 BRIEFLY = (
@@ -92,9 +93,9 @@ def test_the_example_is_one_file_and_a_line_here_and_there():
 @pytest.mark.slow
 def test_the_example_passes_the_contract_and_learns(tree):
     (selection,) = arguments_of("make test ARGS=")
-    output = run(tree, "pytest", "-v", CONTRACT, TRAINING, *shlex.split(selection))
+    output = run(tree, "pytest", "-v", *CONTRACT, TRAINING, *shlex.split(selection))
     passed = set(re.findall(rf"::(\w+)\[(?:\S+-)?{NAME}(?:-\S+)?\] PASSED", output))
-    contract = ast.parse((ROOT / CONTRACT).read_text(encoding="utf-8")).body
+    contract = [f for file in CONTRACT for f in ast.parse((ROOT / file).read_text(encoding="utf-8")).body]
     wanted = {
         f.name for f in contract if isinstance(f, ast.FunctionDef) and "entry" in {a.arg for a in f.args.args}
     }

@@ -13,7 +13,6 @@ import numpy as np
 from experiments.config.command_line import ArgumentError
 from experiments.runs.directory import RunDirectory
 from experiments.runs.files import DamagedFileError
-from experiments.runs.logs import read_lines
 
 # Options of tasks that change neither the data's distribution nor its size.
 PLACES = ("name", "official_dir", "tfds_dir", "data_dir", "workers", "seed")
@@ -179,4 +178,4 @@ def _read(folder: Path, name: str) -> Run:
         raise DamagedFileError(
             f"{folder / 'results.json'} has no {missing[0]!r}; delete it, and experiments.train writes it anew"
         )
-    return Run(name, directory.config(), results, read_lines(directory.metrics))
+    return Run(name, directory.config(), results, directory.log())

@@ -1,6 +1,7 @@
 """The folder of a run: everything needed to resume, inspect or repeat it.
 
     config.json       the config           manifest.json    of the data
+    hashes.json       of what is relied on, see `trusted`
     sessions.jsonl    one line per start: time, command, step, versions, git revision, devices
     parameters.txt    groups of the optimizer
     metrics.jsonl     the log              tensorboard/     the same as event files
@@ -10,18 +11,16 @@ It holds no absolute path of the run, so it may be moved to another folder or ma
 """
 
 import contextlib
+import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.config import loading as config_loading
-from experiments.runs import sessions
-from experiments.runs.files import (
-    DamagedFileError,
-    read_json,
-    to_json_text,
-    write_atomically,
-)
+from experiments.runs import manifests, sessions, trusted
+from experiments.runs.files import DamagedFileError, to_json_text
+from experiments.runs.logs import WANDB_ID, read_lines
 from experiments.runs.manifests import DAMAGED
 
 try:
@@ -30,7 +29,8 @@ except ImportError:  # Windows, where two processes in one folder are not detect
     fcntl = None
 
 LOCK = ".lock"
-WANDB_ID = "wandb-id.txt"
+MANIFEST = "manifest.json"
+PARAMETERS = "parameters.txt"
 # Fields that a run may be extended by.
 LENGTH = ("train.steps", "train.epochs")
 ExtensionProblem = Callable[[Mapping[str, Any], int], str | None]
@@ -86,7 +86,8 @@ class RunDirectory:
         if not self.folder.exists():
             return None
         if not self.config_file.exists():
-            if found := sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(".")):
+            names = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
+            if found := sorted(set(names) - {manifests.NAME}):  # which a killed process writes first
                 raise WorkdirError(
                     f"workdir={self.folder} is not empty ({', '.join(found[:3])}) and holds no run; "
                     "give a new folder or that of a run"
@@ -121,38 +122,55 @@ class RunDirectory:
           WorkdirError: if the data differ from those at the start of the run.
         """
         known = self.check(config)
-        manifest_file = self.folder / "manifest.json"
         if known is None:
             files = {
-                self.config_file: config_loading.to_json(config),
-                manifest_file: to_json_text(manifest),
-                self.folder / "parameters.txt": parameters + "\n",
+                self.config_file.name: config_loading.to_json(config),
+                MANIFEST: to_json_text(manifest),
+                PARAMETERS: parameters + "\n",
             }
             try:
                 (self.folder / WANDB_ID).unlink(missing_ok=True)
-                for file, text in files.items():
-                    write_atomically(file, text)
+                trusted.begin(self.folder, files)
             except OSError:
                 if self._made:
-                    for file in files:
-                        file.unlink(missing_ok=True)
+                    for name in (*files, manifests.NAME):
+                        (self.folder / name).unlink(missing_ok=True)
                 self._undo()
                 raise
             return
-        recorded = read_json(manifest_file)
-        if recorded is None:
-            write_atomically(manifest_file, to_json_text(manifest))
-        elif recorded != manifest:
-            fields = recorded.keys() | manifest.keys()
-            differing = sorted(name for name in fields if recorded.get(name) != manifest.get(name))
-            raise WorkdirError(
-                f"workdir={self.folder} was trained on other data: {', '.join(differing)} differ from its "
-                "manifest.json; restore that data or give a new workdir"
-            )
+        self.check_data(manifest, "restore that data or give a new workdir")
+        trusted.forget(self.folder, self.metrics.name)
+        files = {PARAMETERS: parameters + "\n"}
+        if not (self.folder / MANIFEST).exists():
+            files[MANIFEST] = to_json_text(manifest)
         if _length_differences(known, config):
             self._results_file.unlink(missing_ok=True)  # first: they are those of fewer steps
-            write_atomically(self.config_file, config_loading.to_json(_with_length(known, config)))
-        write_atomically(self.folder / "parameters.txt", parameters + "\n")
+            files[self.config_file.name] = config_loading.to_json(_with_length(known, config))
+        present = {self.config_file.name, MANIFEST} - files.keys()
+        trusted.write(self.folder, files, finished=present)
+
+    def data(self) -> dict[str, Any] | None:
+        """Returns the manifest of the data that the run was trained on; None if it has none.
+
+        Raises:
+          DamagedFileError: if it is damaged.
+        """
+        return trusted.read_json(self.folder / MANIFEST)
+
+    def check_data(self, manifest: Mapping[str, Any], remedy: str) -> None:
+        """Raises WorkdirError, which ends with `remedy`, if the run was trained on data with another manifest.
+
+        Raises:
+          DamagedFileError: if the recorded manifest is damaged.
+        """
+        recorded, given = self.data(), json.loads(to_json_text(manifest))
+        if recorded is None or recorded == given:
+            return
+        fields = recorded.keys() | given.keys()
+        differing = sorted(name for name in fields if recorded.get(name) != given.get(name))
+        raise WorkdirError(
+            f"workdir={self.folder} was trained on other data: {', '.join(differing)} differ from its {MANIFEST}; {remedy}"
+        )
 
     @property
     def config_file(self) -> Path:
@@ -197,7 +215,7 @@ class RunDirectory:
         """
         if self.folder.is_file():
             raise WorkdirError(f"workdir={self.folder} is a file; give the folder of a run")
-        plain = read_json(self.config_file)
+        plain = trusted.read_json(self.config_file)
         if plain is None:
             raise WorkdirError(f"workdir={self.folder} holds no run: there is no config.json")
         try:
@@ -211,10 +229,7 @@ class RunDirectory:
         Raises:
           DamagedFileError: if they are damaged.
         """
-        try:
-            return read_json(self._results_file)
-        except DamagedFileError as error:
-            raise DamagedFileError(f"{error}; delete it, and experiments.train writes it anew") from None
+        return trusted.read_json(self._results_file, "delete it, and experiments.train writes it anew")
 
     def results_of(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
         """Returns the results of a finished run; None also if the config has another number of steps than the run."""
@@ -223,7 +238,14 @@ class RunDirectory:
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Writes the results, which marks the run as finished."""
-        write_atomically(self._results_file, to_json_text(results))
+        text = {self._results_file.name: to_json_text(results)}
+        trusted.write(self.folder, text, finished=[self.metrics.name] if self.metrics.exists() else [])
+
+    def log(self) -> list[dict[str, Any]]:
+        """Returns the lines of the log; what is damaged is named on standard error, and what can be read is kept."""
+        if problem := trusted.problem(self.metrics):
+            print(f"{problem}; lines of it may be wrong", file=sys.stderr)
+        return read_lines(self.metrics)
 
     def add_session(self, *, step: int, devices: str) -> str | None:
         """Records a start of training from `step`; returns what differs from the session before (see `sessions.add`)."""

@@ -53,23 +53,21 @@ def _null(_: str) -> None:
     """Stands for NaN and Infinity, which are no JSON but which Python reads and writes."""
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Returns the object that a JSON file holds, or None if there is no such file.
+def parse_json(path: Path, content: bytes) -> dict[str, Any]:
+    """Returns the object in the content of a JSON file.
 
     Raises:
-      DamagedFileError: if the content is not JSON, or no object; names the file and the line.
+      DamagedFileError: if it is not JSON, or no object; names the file and the line.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_null)
-    except FileNotFoundError:
-        return None
+        value = json.loads(content.decode("utf-8"), parse_constant=_null)
     except json.JSONDecodeError as error:
         raise DamagedFileError(f"{path}, line {error.lineno}: {error.msg}; the file is damaged") from None
     except UnicodeDecodeError as error:
         raise DamagedFileError(f"{path}: byte {error.start} is not UTF-8; the file is damaged") from None
-    if not isinstance(content, dict):
+    if not isinstance(value, dict):
         raise DamagedFileError(f"{path}, line 1: expected an object, {{...}}; the file is damaged")
-    return content
+    return value
 
 
 def read_json_lines(

@@ -17,7 +17,10 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from experiments.runs import trusted
 from experiments.runs.files import read_json_lines, to_json_line, write_atomically
+
+WANDB_ID = "wandb-id.txt"
 
 
 class Sink(Protocol):
@@ -135,12 +138,14 @@ class WandB:
     def __init__(self, project: str, folder: Path, config: Mapping[str, Any]):
         """Opens the run; its id is stored in the folder of the run."""
         wandb = importlib.import_module("wandb")
-        file = folder / "wandb-id.txt"
-        known = file.read_text(encoding="utf-8").strip() if file.exists() else None
+        file = folder / WANDB_ID
+        if problem := trusted.problem(file):
+            print(f"{problem}; a new run of Weights & Biases begins", file=sys.stderr)
+        known = file.read_text(encoding="utf-8").strip() if file.exists() and not problem else None
         self._run = wandb.init(
             project=project, dir=str(folder), config=dict(config), id=known, resume="allow" if known else None
         )
-        write_atomically(file, self._run.id + "\n")
+        trusted.write(folder, {WANDB_ID: self._run.id + "\n"})
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)

@@ -1,4 +1,4 @@
-"""Manifests of checkpoints: the size and hash of every file, and facts about the checkpoint.
+"""Manifests: the size and hash of files in a folder, of every file of a checkpoint with facts about it.
 
 The manifest of a folder is hashes.json in it. It also holds the hash of its own content, so that a damaged manifest is
 seen too.
@@ -22,9 +22,18 @@ READERS = 4
 
 def write(folder: Path, facts: Mapping[str, Any]) -> None:
     """Writes the manifest of all files in the folder, with `facts` as JSON, and flushes it to disk."""
-    record = dict(facts) | {"files": _describe(folder, _files(folder))}
+    save(folder, dict(facts) | {"files": _describe(folder, _files(folder))})
+
+
+def save(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes a manifest, with its own hash, and flushes it to disk."""
     content = {"record": record, HASH: _digest_of(record)}
     write_atomically(folder / NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def describe(content: bytes) -> dict[str, Any]:
+    """Returns what a manifest says of a file with this content."""
+    return {"bytes": len(content), HASH: hashlib.new(HASH, content).hexdigest()}
 
 
 def read(folder: Path) -> dict[str, Any] | None:

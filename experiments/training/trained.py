@@ -8,7 +8,7 @@ from experiments.config.command_line import ArgumentError
 from experiments.data import cache
 from experiments.parallel.mesh import Devices
 from experiments.runs.checkpoints import Checkpoints, choose_step
-from experiments.runs.directory import RunDirectory
+from experiments.runs.directory import RunDirectory, WorkdirError
 from experiments.training import experiment
 from experiments.training.experiment import Experiment
 from experiments.training.loop import restore
@@ -40,7 +40,8 @@ def open_run(workdir: str, checkpoint: str) -> Trained:
 
     Raises:
       ArgumentError: the run is not one of a language model on a task that has a tokenizer.
-      ValueError: there is no such run or checkpoint, or the checkpoint does not fit the model.
+      ValueError: there is no such run or checkpoint, or the checkpoint does not fit the model, or the tokenizer is not that
+        of the run.
       CheckpointError: the checkpoint is damaged.
     """
     run = RunDirectory(workdir)
@@ -57,7 +58,19 @@ def open_run(workdir: str, checkpoint: str) -> Trained:
             raise ArgumentError(
                 f"--workdir={workdir}: the task {name!r} of the run has no tokenizer; expected a task of texts"
             )
+        _check_tokenizer(run, plan)
         layout = plan.step_functions(Devices.first(1)).layout
         state, _ = restore(layout, checkpoints, step)
     parameters = jax.jit(layout.packing.cut)(state.evaluated)
     return Trained(run, plan, plan.model.module(parameters, state.statistics), step)
+
+
+def _check_tokenizer(run: RunDirectory, plan: Experiment) -> None:
+    """Raises WorkdirError unless the tokenizer is that of training; other texts than those of training matter to nobody."""
+    recorded, now = run.data() or {}, plan.task.tokenizer.manifest
+    then = recorded.get("parameters", {}).get("tokenizer", now)
+    if then != now:
+        raise WorkdirError(
+            f"workdir={run.folder} was trained with another tokenizer: {then} then, {now} now; restore the file of "
+            "task.tokenizer, or the texts that it is made from"
+        )

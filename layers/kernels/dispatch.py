@@ -12,13 +12,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 
 from layers.kernels import devices
-from layers.kernels.forward_mode import reverse_mode_only
+from layers.kernels.forward_mode import REFERENCE, no_forward_mode, reverse_mode_only
 from layers.kernels.partition import Mendable
 from layers.kernels.promotion import promoting
 from layers.kernels.sizes import known
 
 _logger = logging.getLogger(__name__)
-_preferred: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar(
+_preferred: contextvars.ContextVar[Mapping[str, str] | str | None] = contextvars.ContextVar(
     "preferred", default=None
 )
 _taken: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("taken", default=None)
@@ -26,12 +26,6 @@ _over_time: contextvars.ContextVar[list[tuple[str, bool]] | None] = contextvars.
     "over_time", default=None
 )
 _choices: contextvars.ContextVar["list[Choice] | None"] = contextvars.ContextVar("choices", default=None)
-
-
-_NO_FORWARD_MODE = (
-    "impl={name!r} of {primitive} has a backward pass of its own and no forward-mode differentiation (jax.jvp, jax.jacfwd); "
-    "use impl='reference', or reverse mode (jax.grad, jax.vjp, jax.jacrev)"
-)
 
 
 def _no_reason(**_: Any) -> str | None:
@@ -132,8 +126,13 @@ def _collected(variable: contextvars.ContextVar) -> Iterator[list[Any]]:
 
 
 @contextlib.contextmanager
-def preferred(choices: Mapping[str, str]) -> Iterator[None]:
-    """Context in which calls with `impl=None` take these implementations, by primitive, wherever they are supported."""
+def preferred(choices: Mapping[str, str] | str) -> Iterator[None]:
+    """Context in which calls with `impl=None` take these implementations wherever they are supported.
+
+    Args:
+      choices: implementations by primitive; or "reference", for all of them, through which forward-mode differentiation of
+        any layer goes.
+    """
     token = _preferred.set(choices)
     try:
         yield
@@ -187,7 +186,8 @@ def dispatch(
     if impl is not None:
         return _run(primitive, impl, candidate, arguments)
     passed_over: dict[str, str] = {}
-    wanted = (_preferred.get() or {}).get(primitive)
+    choices = _preferred.get() or {}
+    wanted = choices if isinstance(choices, str) else choices.get(primitive)
     if wanted is not None:
         candidate = _named(primitive, implementations, wanted)
         if (reason := candidate.refusal(arguments)) is None:
@@ -239,7 +239,8 @@ def _run(
         skipped = tuple((other, why) for other, why in (passed_over or {}).items() if other != name)
         choices.append(Choice(primitive, _summary(arguments), name, skipped))
     if not implementation.forward_mode:
-        arguments = reverse_mode_only(arguments, _NO_FORWARD_MODE.format(primitive=primitive, name=name))
+        message = no_forward_mode(f"impl={name!r} of {primitive}", REFERENCE)
+        arguments = reverse_mode_only(arguments, message)
     return promoting(implementation.run)(**arguments)
 
 

@@ -12,10 +12,19 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+REFERENCE = "impl='reference', for layers `with layers.kernels.dispatch.preferred('reference')`"
 NOT_OVER_REVERSE = (
     "the passes of impl='xla' of {primitive} have no forward-mode differentiation (jax.hessian, jax.jacfwd of jax.grad); use "
-    "impl='reference', or reverse mode twice (jax.jacrev of jax.grad)"
+    f"{REFERENCE}, or reverse mode twice (jax.jacrev of jax.grad)"
 )
+
+
+def no_forward_mode(what: str, instead: str) -> str:
+    """Returns the message of something whose backward pass is written by hand, and what to use in its place."""
+    return (
+        f"{what} has a backward pass of its own and no forward-mode differentiation (jax.jvp, jax.jacfwd); use {instead}, or "
+        "reverse mode (jax.grad, jax.vjp, jax.jacrev)"
+    )
 
 
 def reverse_mode_only(arguments: Any, message: str) -> Any:
@@ -47,16 +56,15 @@ def _refuse(*_, message):
     raise TypeError(message)
 
 
-def _batched(primitive):
-    def rule(arguments, axes, **params):
-        return primitive.bind(*arguments, **params), axes[0]
-
-    return rule
+def _batched(arguments, axes, *, message):
+    return _marked.bind(*arguments, message=message), axes[0]
 
 
 for _primitive in (_marked, _tangent):
     _primitive.def_abstract_eval(lambda x, *, message: x)  # noqa: ARG005 - JAX passes it by name
-    batching.primitive_batchers[_primitive] = _batched(_primitive)
+batching.primitive_batchers[_marked] = _batched
+# `jax.jacfwd` and `jax.hessian` batch tangents, and JAX would refuse to batch those of a `custom_vjp` in words of its own.
+batching.primitive_batchers[_tangent] = _refuse
 _marked.def_impl(lambda x, *, message: x)  # noqa: ARG005
 _tangent.def_impl(_refuse)
 mlir.register_lowering(_marked, lambda _, x, *, message: [x])  # noqa: ARG005

@@ -63,6 +63,32 @@ def isolated(run: Callable[..., Any], *series: str, readers: tuple[str, ...] = (
     return isolating
 
 
+def isolated_tokens(mix: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a causal `mix(x, carried, segments)` with tokens of x that are not finite kept from earlier ones, as `isolated` does.
+
+    For what is no primitive: `mix` runs on zeros in the place of such tokens and of carried numbers that are not finite.
+    Outputs at padding stay as they are.
+    """
+
+    def isolating(x, carried, segments):
+        batch, time, _ = x.shape
+        if known(time) and (time == 0 or (segments is None and time == 1)):
+            return mix(x, carried, segments)
+        fit = jnp.isfinite(x).all(2)
+        lost = jnp.zeros((batch,), bool)
+        for leaf in jax.tree.leaves(carried):
+            lost |= ~jnp.isfinite(leaf).all(range(1, leaf.ndim))
+        carried = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0), carried)
+        reached, lost = _reached(~fit, lost, segments)
+        y, after = mix(jnp.where(fit[..., None], x, 0), carried, segments)
+        if segments is not None:
+            reached &= segments.real
+        after = jax.tree.map(lambda leaf: jnp.where(_expanded(lost, leaf), jnp.nan, leaf), after)
+        return jnp.where(reached[..., None], jnp.nan, y), after
+
+    return isolating
+
+
 def _reached(spoiled, lost, segments):
     """Tokens (b, t) and final states (b) that spoiled tokens reach, or initial states (b) that are `lost`."""
     if segments is None or not segments.packed:

@@ -7,11 +7,12 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import generate
+from experiments import generate, long_context
 from experiments.config.command_line import EXIT_DIVERGED
 from experiments.data.text.tokenizers import Bytes
 from experiments.parallel.mesh import Devices
 from experiments.runs import results as run_results
+from experiments.runs import trusted
 from experiments.runs.directory import RunDirectory
 from experiments.runs.interrupts import Stop
 from experiments.training import experiment, loop
@@ -85,6 +86,28 @@ def test_prompts_are_continued(run, capsys):
     assert sorted(run.rglob("*")) == before
 
 
+def test_another_tokenizer_is_refused_and_another_corpus_is_not(run, capsys, monkeypatch):
+    tokenizer = Bytes.__init__
+
+    def other(self):
+        tokenizer(self)
+        self.manifest["sha256"] = "other"
+
+    monkeypatch.setattr(Bytes, "__init__", other)
+    assert call(run, "--prompt=ab", "--max_new_tokens=1") == 2
+    assert "was trained with another tokenizer" in capsys.readouterr().err
+    monkeypatch.undo()
+    source = run.parent / "text.txt"
+    text = source.read_text()
+    source.write_text(text + "abc\n")
+    try:
+        assert call(run, "--prompt=ab", "--max_new_tokens=1") == 0
+        assert long_context.main([f"--workdir={run}", "--positions=20"]) == 2
+        assert "was trained on other data: " in capsys.readouterr().err
+    finally:
+        source.write_text(text)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -126,8 +149,8 @@ def test_what_cannot_be_used_is_refused(run, capsys, arguments, message):
 )
 def test_runs_without_texts_are_refused(run, tmp_path, capsys, change, message, monkeypatch):
     shutil.copytree(run, tmp_path / "run")
-    file = tmp_path / "run" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    changed = json.dumps(RunDirectory(run).config() | change)
+    trusted.write(tmp_path / "run", {"config.json": changed})
 
     class Plan:
         task = object()

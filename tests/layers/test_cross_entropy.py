@@ -169,3 +169,22 @@ def test_wrong_arguments_are_named(change, message):
     names = ("x", "matrix", "labels", "counted")
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**dict(zip(names, draw(), strict=True)) | change)
+
+
+def test_forward_mode_is_refused_and_forward_over_reverse_is_not():
+    x, matrix, labels, counted = draw()
+
+    def total(x):
+        return linear_cross_entropy(x, matrix, labels, counted).total
+
+    def plain(x):
+        logits = Unprojected(x, matrix).logits
+        losses = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
+        return jnp.sum(losses, where=counted)
+
+    with pytest.raises(TypeError, match="linear_cross_entropy has a backward pass.*`Unprojected.logits`"):
+        jax.jit(jax.jacfwd(total)).lower(x)
+    with pytest.raises(TypeError, match="the product of bfloat16 vectors"):
+        jax.jit(jax.jacfwd(plain)).lower(x.astype(jnp.bfloat16))
+    got, want = (jax.jit(lambda x, f=f: jax.jvp(jax.grad(f), (x,), (x,))[1])(x) for f in (total, plain))
+    np.testing.assert_allclose(got, want, atol=1e-5)

@@ -268,6 +268,16 @@ def test_gradients_of_a_look_up(rows):
     np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(table, jnp.float32)), want, atol=1e-5)
 
 
+def test_forward_mode_into_a_small_table_is_refused():
+    table, ids = jnp.ones((7, 4)), jnp.zeros((2, 3), jnp.int32)
+
+    def looked_up(table):
+        return look_up(table, ids, jnp.dtype("float32"))
+
+    with pytest.raises(TypeError, match="an embedding of at most 64 rows has a backward pass of its own"):
+        jax.jit(jax.jacfwd(looked_up)).lower(table)
+
+
 def test_vectors_as_inputs():
     model = make(vocab_size=None, input_size=2)
     logits, _ = model(jnp.ones((2, 5, 2)))

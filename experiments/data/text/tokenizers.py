@@ -185,8 +185,10 @@ def _trained(size: int, texts: Sequence[str], data_dir: str | os.PathLike | None
     digest = hashlib.sha256()
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
-    file: Path = data_root(data_dir) / f"bpe-{size}-{digest.hexdigest()[:12]}.json"
-    if not file.exists():
+    root, name = data_root(data_dir), f"bpe-{size}-{digest.hexdigest()[:12]}"
+    # Versions up to 0.2.0 left the hash of the content out of the name.
+    file: Path | None = next(iter([*sorted(root.glob(f"{name}-*.json")), *root.glob(f"{name}.json")]), None)
+    if file is None:
         tokenizer = library.Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -197,9 +199,14 @@ def _trained(size: int, texts: Sequence[str], data_dir: str | os.PathLike | None
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
+        text = tokenizer.to_str()
+        file = root / f"{name}-{_sha256(text)[:12]}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, tokenizer.to_str())
-    return BytePairs(file.read_text(encoding="utf-8"), origin=str(file))
+        write_atomically(file, text)
+    content = file.read_bytes()
+    if file.stem != name and file.stem != f"{name}-{hashlib.sha256(content).hexdigest()[:12]}":
+        raise ValueError(f"{file} is damaged: its name has another hash; delete it, and it is trained again")
+    return BytePairs(content.decode(), origin=str(file))
 
 
 def _library() -> Any:

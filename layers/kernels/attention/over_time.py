@@ -31,7 +31,7 @@ from layers.kernels import partition
 from layers.kernels.attention import ring, score_ring, token_ring, xla
 from layers.kernels.attention.options import Logits, Mask, Options, Places, Tokens, places
 from layers.kernels.attention.visits import Arrays, split_options
-from layers.kernels.forward_mode import reverse_mode_only
+from layers.kernels.forward_mode import no_forward_mode, reverse_mode_only
 from layers.kernels.partition import HEAD_AXES, SEQUENCE_AXIS
 from layers.kernels.sequence_parallel import (
     Arguments,
@@ -90,12 +90,6 @@ RINGED = {"token_ring": token_ring, "score_ring": score_ring}  # by method; the 
 BIAS = {"token_ring": ("b h n s",)}
 MASK, LOGITS = ("prefix_lengths", "block_indices"), ("bias", "slopes", "sink_logits")
 TOKENS = "kv_segment_ids", "q_positions", "kv_positions", "kv_lengths"
-
-
-_NO_FORWARD_MODE = (
-    "attention by method={method!r} has a backward pass of its own and no forward-mode differentiation (jax.jvp, "
-    "jax.jacfwd); use method='all_gather' with impl='reference', or reverse mode (jax.grad, jax.vjp, jax.jacrev)"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +207,8 @@ def _visited(method, q, k, v, options, outputs):
     at = places(q, k, options) if options.segment_ids is not None or _given_places(options) else None
     given = {"q": q, "k": k, "v": v, "sink_logits": options.logits.sink_logits}
     given = _without_none(given | arrays._asdict() | (at._asdict() if at else {}))
-    given = reverse_mode_only(given, _NO_FORWARD_MODE.format(method=method))
+    instead = "method='all_gather' with impl='reference'"
+    given = reverse_mode_only(given, no_forward_mode(f"attention by method={method!r}", instead))
     axes = RINGS | {"bias": BIAS.get(method, ("b h t m",))}
     entries = entries_of(axes, given) | {"s": SEQUENCE_AXIS}
 

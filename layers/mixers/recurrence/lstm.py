@@ -53,6 +53,8 @@ class LSTM(Mixer):
     orthogonal.
     """
 
+    isolates_tokens = True
+
     def __init__(self, config: LSTMConfig, *, rngs: nnx.Rngs):
         self.config = config
         cells, options = config.cells, {"dtype": config.dtype, "rngs": rngs}

@@ -66,6 +66,8 @@ class RWKV4(Mixer):
     where wkv is the average of `wkv` below with the decay -exp(log_rate) and the bonus u of the current token.
     """
 
+    isolates_tokens = True
+
     def __init__(self, config: RWKV4Config, *, rngs: nnx.Rngs):
         self.config = config
         orthogonal = nnx.initializers.orthogonal()

@@ -79,6 +79,8 @@ class SLSTM(Mixer):
     authors' code. Their block has a gated channel mixer behind this one, and no other projection.
     """
 
+    isolates_tokens = True
+
     def __init__(self, config: SLSTMConfig, *, rngs: nnx.Rngs):
         self.config = config
         heads, size = config.heads, config.size

@@ -93,6 +93,8 @@ class WERSA(Mixer):
     head, the exponential features and the causal form are our reading.
     """
 
+    isolates_tokens = True
+
     def __init__(self, config: WERSAConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.causal = config.causal

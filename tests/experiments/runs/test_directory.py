@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments.runs import directory, sessions
+from experiments.runs import directory, manifests, sessions, trusted
 from experiments.runs.directory import RunDirectory, WorkdirError
 from experiments.runs.files import DamagedFileError
 from experiments.runs.sessions import git_revision, versions
@@ -80,10 +80,12 @@ def test_what_is_refused_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(WorkdirError):
         begin(tmp_path / "a" / "b")
     monkeypatch.undo()
-    monkeypatch.setattr(directory, "write_atomically", fail)
-    with pytest.raises(OSError, match="No space"):
-        begin(tmp_path / "a" / "b")
-    assert tree(tmp_path) == ["file"]
+    for module in (trusted, manifests):
+        monkeypatch.setattr(module, "write_atomically", fail)
+        with pytest.raises(OSError, match="No space"):
+            begin(tmp_path / "a" / "b")
+        assert tree(tmp_path) == ["file"]
+        monkeypatch.undo()
 
 
 def fail(*_):
@@ -105,6 +107,7 @@ def fail(*_):
 )
 def test_damaged_files_are_named(tmp_path, name, text, message):
     begin(tmp_path, step=4).release()
+    (tmp_path / manifests.NAME).unlink()  # as in versions up to 0.2.0
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DamagedFileError, match=message):
         RunDirectory(tmp_path).results_of(tiny_config())

@@ -111,7 +111,7 @@ def test_a_missing_package_is_named_and_training_goes_on(tmp_path, monkeypatch, 
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 1
 
 
-def test_a_run_at_wandb_is_the_same_after_every_start(tmp_path, monkeypatch):
+def test_a_run_at_wandb_is_the_same_after_every_start(tmp_path, monkeypatch, capsys):
     started, logged = [], []
 
     class Run:
@@ -132,3 +132,7 @@ def test_a_run_at_wandb_is_the_same_after_every_start(tmp_path, monkeypatch):
     write_steps(tmp_path, [2], after_step=1, wandb="project")
     assert started == [("project", None), ("project", "abc")]
     assert logged == [(1, {"train/loss": 1 / 3}), "finished", (2, {"train/loss": 2 / 3}), "finished"]
+    (tmp_path / "wandb-id.txt").write_text("abd\n")
+    write_steps(tmp_path, [3], after_step=2, wandb="project")
+    assert started[2] == ("project", None)
+    assert "wandb-id.txt is not what was written" in capsys.readouterr().err

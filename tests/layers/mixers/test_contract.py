@@ -19,8 +19,6 @@ WIDTH, BATCH, TIME = 8, 2, 24
 # Compiling is what these tests cost, so they share lengths: TIME in one piece or cut into pieces of 0, 1, 7 and 16.
 SHORT, PART = 7, 16
 TOLERANCE = 2e-5
-# Whose gradients carry what is not finite to earlier tokens, as README says.
-NOT_FINITE_GRADIENTS = {"lstm", "rwkv4", "slstm", "wersa"}
 GROUPS = {"default", "no_decay", "no_decay/start", "ssm", "ssm/b", "ssm/dt", "ssm_output"}
 
 FIRST = {name: entry for entry, (name, _) in reversed(MIXERS.items())}
@@ -235,117 +233,6 @@ def test_causal_means_causal(entry):
             assert later.max() > 0, "a mixer that says it is not causal should see later inputs"
 
 
-EARLY = (slice(None), slice(0, 17))
-
-
-@pytest.mark.sample(4)
-@every_mixer
-def test_what_is_not_finite_reaches_no_earlier_output(entry):
-    whole, _ = runner(entry)(inputs())
-    for fill in (np.nan, np.inf):
-        got, _ = runner(entry)(inputs().at[:, EARLY[1].stop :].set(fill))
-        if causal(entry):
-            assert_close(got, whole, where=EARLY)
-        else:
-            assert not np.isfinite(got).all()
-
-
-@pytest.mark.slow
-@every_mixer
-def test_what_is_not_finite_reaches_no_gradient_of_an_earlier_input(entry):
-    if not causal(entry):
-        assert build(entry).causal is False
-        return
-    run = runner(entry)  # made here, so that no parameter is one of the traced function
-
-    @jax.jit
-    @jax.grad
-    def gradient(x):
-        return jnp.square(run(x)[0][EARLY]).sum()
-
-    want = gradient(inputs())
-    for fill in (np.nan, np.inf):
-        got = gradient(inputs().at[:, EARLY[1].stop :].set(fill))
-        if MIXERS[entry][0] in NOT_FINITE_GRADIENTS:
-            assert not np.isfinite(got).all()
-        else:
-            assert_close(got, want, where=EARLY)
-
-
-@pytest.mark.sample(4)
-@pytest.mark.smoke
-@every_mixer
-def test_gradients_are_finite_and_reach_every_parameter(entry):
-    """Whatever stands in the padding: 0 x NaN is NaN, in the gradients of weights as much as in outputs."""
-    graph, params, rest = nnx.split(build(entry), nnx.Param, ...)
-    ids = jnp.asarray(np.repeat([[0, 1, 2, 0]], BATCH, 0).repeat(TIME // 4, 1))
-    padding, weights = np.asarray(ids) == 0, inputs(seed=2)
-
-    @jax.jit
-    def gradients(params, x, weights):
-        def loss(params, x):
-            with jax.numpy_dtype_promotion("strict"):
-                y, _ = nnx.merge(graph, params, rest, copy=True)(x, segment_ids=ids)
-            return jnp.sum(jnp.where(weights != 0, y * weights, 0)), y
-
-        return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
-
-    clean, y = gradients(params, inputs(), jnp.where(padding[..., None], 0, weights))
-    by_parameter, by_input = clean
-    for path, gradient in jax.tree.leaves_with_path(by_parameter):
-        assert np.isfinite(gradient).all(), path
-        assert np.abs(gradient).max() > 1e-12, f"{jax.tree_util.keystr(path)} has no gradient"
-    assert np.isfinite(by_input).all()
-    assert (np.asarray(by_input)[padding] == 0).all(), "padding has a gradient"
-    for fill in (np.nan, np.inf):
-        x = jnp.where(padding[..., None], fill, inputs())
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            gradients(params, x, jnp.where(padding[..., None], 0, weights))[0],
-            clean,
-        )
-        # What another segment holds reaches neither the outputs of a segment nor their derivatives.
-        for number in (1, 2):
-            own = np.asarray(ids) == number
-            seen = jnp.where(own[..., None], weights, 0)
-            (_, want), _ = gradients(params, inputs(), seen)
-            (_, got), other = gradients(params, jnp.where(own[..., None], inputs(), fill), seen)
-            assert_close(other, y, where=own)
-            assert_close(got, want, where=own)
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (i % 5 > 0 or MIXERS[name][0] in LIGHT))
-        for i, name in enumerate(MIXERS)
-    ],
-)
-def test_types_do_not_depend_on_the_widest_numbers(entry):
-    """With 64-bit numbers enabled, float32 stays float32: every constant has a type."""
-    graph, params, rest = nnx.split(build(entry), nnx.Param, ...)
-    ids = jnp.asarray(np.repeat([[1, 2, 0]], BATCH, 0).repeat(TIME // 3, 1))
-
-    def run(params, x, ids, state):
-        y, state = nnx.merge(graph, params, rest, copy=True)(x, state, segment_ids=ids)
-        return y, state
-
-    def gradients(params, x, ids):
-        def loss(params, x):
-            y, _ = run(params, x, ids, None)
-            return y.sum(), y
-
-        return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
-
-    state = initial_state(entry) if causal(entry) else None
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        results = [jax.eval_shape(gradients, params, inputs(), ids)]
-        if state is not None:
-            results.append(jax.eval_shape(run, params, inputs(), ids, state))
-    for path, leaf in jax.tree.leaves_with_path(results):
-        assert leaf.dtype not in (jnp.float64, jnp.complex128), jax.tree_util.keystr(path)
-
-
 @pytest.mark.parametrize(
     "entry",
     [pytest.param(entry, marks=[pytest.mark.slow] * (entry not in ("mega", "wersa"))) for entry in MIXERS],
@@ -359,40 +246,6 @@ def test_a_batch_without_rows(entry):
         y, after = jax.eval_shape(lambda x: model(x, state), x)
         assert y.shape == x.shape
         assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        pytest.param(entry, marks=[pytest.mark.slow] * (entry not in ("mamba2", "s5-full-spectrum")))
-        for entry in MIXERS
-    ],
-)
-def test_strict_promotion_takes_bfloat16_activations_and_initializers(entry):
-    """A program that is strict about types in its own arithmetic makes, runs and trains any mixer."""
-
-    def run(x):
-        name, options = MIXERS[entry]
-        model = make_mixer(name, options, given={"width": WIDTH, "dtype": x.dtype}, rngs=nnx.Rngs(0))
-        return nnx.state(model, nnx.Param), jax.grad(lambda x: model(x)[0].astype(jnp.float32).sum())(x)
-
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        parameters, gradient = jax.eval_shape(run, jax.ShapeDtypeStruct((2, 6, WIDTH), jnp.bfloat16))
-    assert gradient.dtype == jnp.bfloat16
-    assert {leaf.dtype for leaf in jax.tree.leaves(parameters)} == {jnp.dtype(jnp.float32)} or not parameters
-
-
-@pytest.mark.slow
-@every_mixer
-def test_bfloat16_activations(entry):
-    x = inputs()
-    want, _ = runner(entry)(x)
-    got, _ = runner(entry, "bfloat16")(x.astype(jnp.bfloat16))
-    assert got.dtype == jnp.bfloat16
-    error = np.linalg.norm(np.asarray(got, np.float32) - want) / np.linalg.norm(want)
-    assert error < 2e-2
-    for leaf in jax.tree.leaves(nnx.state(build(entry, "bfloat16"), nnx.Param)):
-        assert leaf.dtype == jnp.float32, "parameters are float32 whatever the activations"
 
 
 @every_mixer

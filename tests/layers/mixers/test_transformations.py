@@ -3,40 +3,19 @@
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 from flax import nnx
 from jax import export
 
+from layers.kernels import dispatch
 from layers.segments import Segments
 from tests.layers.mixers.test_contract import BATCH, TIME, WIDTH, build, every_mixer, inputs
 
-# Mixers that any length of one exported function serves; the others need the length as a number.
-ANY_LENGTH = {
-    *(
-        "attention",
-        "gated_attention",
-        "selective_attention",
-        "mla",
-        "linear_attention",
-        "performer",
-        "gla",
-        "retnet",
-    ),
-    *(
-        "lightning_attention",
-        "mamba",
-        "mamba2",
-        "rwkv7",
-        "s5",
-        "lru",
-        "rg_lru",
-        "hgrn",
-        "lstm",
-        "bidirectional",
-    ),
-    *("lightweight_conv", "dynamic_conv", "fnet", "hypermixer"),
-    *("hgrn2", "rwkv6", "slstm", "based", "linoss", "mamba3", "gated_short_conv", "tuned_state", "parallel"),
-    *("differential_attention",),
+# Mixers that need the length as a number; any length of one exported function serves the others.
+NEED_A_LENGTH = {
+    *("s4", "s4d", "dss", "gss", "h3", "liquid_s4", "sgconv", "hyena", "mega"),
+    *("rwkv4", "mlstm", "linformer"),
 }
 
 
@@ -63,7 +42,10 @@ def shape_of(entry, *sizes):
 def test_sizes_may_be_symbols(entry):
     batch, time = export.symbolic_shape("b, t")
     assert shape_of(entry, batch, TIME) == (batch, TIME, WIDTH)
-    if entry.split("-")[0].replace("rg", "rg_lru") in ANY_LENGTH:
+    if entry.split("-")[0] in NEED_A_LENGTH:
+        with pytest.raises(ValueError, match="export .* with a number in place of t"):
+            shape_of(entry, batch, time)
+    else:
         assert shape_of(entry, batch, time) == (batch, time, WIDTH)
 
 
@@ -90,3 +72,29 @@ def test_forward_mode_over_packed_rows_is_refused_by_name(entry):
     if entry == "hypermixer":
         whole = Segments.of(ids, padding="end", packed=False)
         jax.jit(derivative).lower(variables, inputs(), whole)
+
+
+@pytest.mark.parametrize("entry", ["mamba3", pytest.param("gated_deltaproduct", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("transform", [jax.jacfwd, jax.hessian])
+def test_batched_tangents_are_refused_in_our_words_too(entry, transform):
+    model = build(entry)
+    words = r"no forward-mode differentiation .*with layers\.kernels\.dispatch\.preferred\('reference'\)"
+    with pytest.raises(TypeError, match=words):
+        jax.jit(transform(lambda x: (model(x)[0] ** 2).sum())).lower(inputs()[:1, :4])
+
+
+@pytest.mark.sample(25)
+@every_mixer
+def test_forward_mode_goes_through_the_references(entry):
+    model, x = build(entry), inputs()[:1, :6]
+    rng = np.random.default_rng(0)
+    tangent, cotangent = (jnp.asarray(rng.standard_normal(x.shape), jnp.float32) for _ in range(2))
+
+    @jax.jit
+    def both(x):
+        with dispatch.preferred("reference"):
+            forward = jax.jvp(lambda x: model(x)[0], (x,), (tangent,))[1]
+        return forward, jax.vjp(lambda x: model(x)[0], x)[1](cotangent)[0]
+
+    forward, reverse = both(x)
+    np.testing.assert_allclose(jnp.vdot(forward, cotangent), jnp.vdot(reverse, tangent), rtol=1e-3, atol=1e-3)
