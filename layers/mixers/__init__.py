@@ -6,10 +6,12 @@ from typing import Any
 from flax import nnx
 
 from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.mixers.attention.bigbird import BigBird, BigBirdConfig
 from layers.mixers.attention.differential_attention import DifferentialAttention, DifferentialAttentionConfig
 from layers.mixers.attention.forgetting_attention import ForgettingAttention, ForgettingAttentionConfig
 from layers.mixers.attention.gated_attention import GatedAttention, GatedAttentionConfig
 from layers.mixers.attention.linformer import Linformer, LinformerConfig
+from layers.mixers.attention.longformer import Longformer, LongformerConfig
 from layers.mixers.attention.mega import Mega, MegaConfig
 from layers.mixers.attention.mla import MLA, MLAConfig
 from layers.mixers.attention.selective_attention import SelectiveAttention, SelectiveAttentionConfig
@@ -62,6 +64,7 @@ MIXERS = {
     "attention": (AttentionConfig, Attention),
     "based": (BasedConfig, Based),
     "bidirectional": (BidirectionalConfig, Bidirectional),
+    "bigbird": (BigBirdConfig, BigBird),
     "comba": (CombaConfig, Comba),
     "deltanet": (DeltaNetConfig, DeltaNet),
     "differential_attention": (DifferentialAttentionConfig, DifferentialAttention),
@@ -88,6 +91,7 @@ MIXERS = {
     "linformer": (LinformerConfig, Linformer),
     "linoss": (LinOSSConfig, LinOSS),
     "liquid_s4": (LiquidS4Config, LiquidS4),
+    "longformer": (LongformerConfig, Longformer),
     "lru": (LRUConfig, LRU),
     "lstm": (LSTMConfig, LSTM),
     "mamba": (MambaConfig, Mamba),

@@ -83,6 +83,8 @@ def attention(q, k, v, options):
     total = jnp.where(empty, 1, total)
     probabilities = (weights / total)[..., : k.shape[1]]
     output = jnp.einsum("bhts,bshv->bthv", probabilities, v, precision=exact)
+    # Selected, so that a gradient that is not finite stays in a row that sees nothing.
+    output = jnp.where(jnp.swapaxes(seen.any(3), 1, 2)[..., None], output, 0)
     output = jnp.where(jnp.swapaxes(spoiled, 1, 2)[..., None], jnp.nan, output)
     top, log_total = (x[..., 0].swapaxes(1, 2) for x in (jnp.where(empty, -jnp.inf, top), jnp.log(total)))
     return output, *parts_of_sum(jnp.where(spoiled.swapaxes(1, 2), jnp.nan, top), log_total)
