@@ -8,12 +8,16 @@ from flax import nnx
 from layers.mixers.attention.attention import Attention, AttentionConfig
 from layers.mixers.attention.bigbird import BigBird, BigBirdConfig
 from layers.mixers.attention.differential_attention import DifferentialAttention, DifferentialAttentionConfig
+from layers.mixers.attention.etc import ETC, ETCConfig
 from layers.mixers.attention.forgetting_attention import ForgettingAttention, ForgettingAttentionConfig
 from layers.mixers.attention.gated_attention import GatedAttention, GatedAttentionConfig
 from layers.mixers.attention.linformer import Linformer, LinformerConfig
 from layers.mixers.attention.longformer import Longformer, LongformerConfig
+from layers.mixers.attention.longt5 import LongT5, LongT5Config
+from layers.mixers.attention.luna import Luna, LunaConfig
 from layers.mixers.attention.mega import Mega, MegaConfig
 from layers.mixers.attention.mla import MLA, MLAConfig
+from layers.mixers.attention.nystromformer import Nystromformer, NystromformerConfig
 from layers.mixers.attention.selective_attention import SelectiveAttention, SelectiveAttentionConfig
 from layers.mixers.bidirectional import Bidirectional, BidirectionalConfig
 from layers.mixers.convolution.gated_short_conv import GatedShortConv, GatedShortConvConfig
@@ -70,6 +74,7 @@ MIXERS = {
     "differential_attention": (DifferentialAttentionConfig, DifferentialAttention),
     "dss": (DSSConfig, DSS),
     "dynamic_conv": (LightweightConvConfig, DynamicConv),
+    "etc": (ETCConfig, ETC),
     "fnet": (FNetConfig, FNet),
     "forgetting_attention": (ForgettingAttentionConfig, ForgettingAttention),
     "gated_attention": (GatedAttentionConfig, GatedAttention),
@@ -92,14 +97,17 @@ MIXERS = {
     "linoss": (LinOSSConfig, LinOSS),
     "liquid_s4": (LiquidS4Config, LiquidS4),
     "longformer": (LongformerConfig, Longformer),
+    "longt5": (LongT5Config, LongT5),
     "lru": (LRUConfig, LRU),
     "lstm": (LSTMConfig, LSTM),
+    "luna": (LunaConfig, Luna),
     "mamba": (MambaConfig, Mamba),
     "mamba2": (Mamba2Config, Mamba2),
     "mamba3": (Mamba3Config, Mamba3),
     "mega": (MegaConfig, Mega),
     "mla": (MLAConfig, MLA),
     "mlstm": (MLSTMConfig, MLSTM),
+    "nystromformer": (NystromformerConfig, Nystromformer),
     "parallel": (ParallelConfig, Parallel),
     "performer": (PerformerConfig, Performer),
     "retnet": (RetNetConfig, RetNet),

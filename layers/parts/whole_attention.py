@@ -58,6 +58,14 @@ class WholeAttention(Mixer):
             setattr(self, name, linear(config.width, config.width, **options))
         self.output = linear(config.width, config.width, **options | {"axes": ("heads", "embed")})
 
+    def features(self, x: Float[Array, "b t d"]) -> list[Float[Array, "b t f"]]:
+        """Returns what `attend` takes by heads: the projections of x."""
+        return [getattr(self, name)(x) for name in self.projections]
+
+    def finish(self, y: Float[Array, "b t d"], positions: Int[Array, "#b t"]) -> Float[Array, "b t d"]:
+        """Returns the mixer's output, given the joined heads and the positions of the tokens in their sequences."""
+        return self.output(y)
+
     def weights(self) -> Any:
         """Returns floating arrays that `attend` reads."""
         return ()
@@ -70,9 +78,22 @@ class WholeAttention(Mixer):
     def mix(
         self, x: Float[Array, "b t d"], carried: None, segments: Segments | None
     ) -> tuple[Float[Array, "b t d"], None]:
-        features = jnp.concatenate([getattr(self, name)(x) for name in self.projections], axis=-1)
-        run = partial(_attend, type(self).attend, self.config, len(self.projections))
-        return self.output(mix_each_segment(run, self.weights(), features, segment_ids=segments)), None
+        features = self.features(x)
+        run = partial(_attend, type(self).attend, self.config, len(features))
+        y = mix_each_segment(run, self.weights(), jnp.concatenate(features, axis=-1), segment_ids=segments)
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None] if segments is None else segments.positions
+        return self.finish(y, positions), None
+
+
+def map_of(linear: nnx.Linear) -> tuple[Array, Array | None]:
+    """Returns the kernel and the bias of a linear map, which `attend` may read as weights and apply by `mapped`."""
+    return linear.kernel[...], None if linear.bias is None else linear.bias[...]
+
+
+def mapped(x: Float[Array, "b t d"], kernel: Array, bias: Array | None) -> Float[Array, "b t f"]:
+    """Returns x W + b in the type of x."""
+    y = x @ kernel.astype(x.dtype)
+    return y if bias is None else y + bias.astype(x.dtype)[None, None]
 
 
 def _attend(attend, config, count, weights, features, lengths):

@@ -19,13 +19,11 @@ class BigBirdConfig(WholeAttentionConfig):
       block: tokens in a block.
       random_blocks: random blocks that a block sees, besides the first, the last, its own and its two neighbours.
       layer: index of the layer, from 0; layers draw different random blocks, the same in training and evaluation.
-      depth: number of layers, which changes nothing.
     """
 
     block: int = 64
     random_blocks: Count = 3
     layer: Count = 0
-    depth: int = 1
 
 
 class BigBird(WholeAttention):

@@ -64,7 +64,7 @@ def low_rank(module, x, activation=lambda v: v):
 
 def heads(x, count):
     """(t, h k) -> (t, h, k)."""
-    return x.reshape(len(x), count, -1)
+    return x.reshape(len(x), count, x.shape[1] // count)
 
 
 def sigmoid(x):
