@@ -11,14 +11,18 @@ from layers.mixers.attention.differential_attention import DifferentialAttention
 from layers.mixers.attention.etc import ETC, ETCConfig
 from layers.mixers.attention.forgetting_attention import ForgettingAttention, ForgettingAttentionConfig
 from layers.mixers.attention.gated_attention import GatedAttention, GatedAttentionConfig
+from layers.mixers.attention.informer import Informer, InformerConfig
 from layers.mixers.attention.linformer import Linformer, LinformerConfig
 from layers.mixers.attention.longformer import Longformer, LongformerConfig
 from layers.mixers.attention.longt5 import LongT5, LongT5Config
 from layers.mixers.attention.luna import Luna, LunaConfig
 from layers.mixers.attention.mega import Mega, MegaConfig
 from layers.mixers.attention.mla import MLA, MLAConfig
+from layers.mixers.attention.moba import MoBA, MoBAConfig
 from layers.mixers.attention.nystromformer import Nystromformer, NystromformerConfig
+from layers.mixers.attention.reformer import Reformer, ReformerConfig
 from layers.mixers.attention.selective_attention import SelectiveAttention, SelectiveAttentionConfig
+from layers.mixers.attention.shifted_sparse import ShiftedSparse, ShiftedSparseConfig
 from layers.mixers.bidirectional import Bidirectional, BidirectionalConfig
 from layers.mixers.convolution.gated_short_conv import GatedShortConv, GatedShortConvConfig
 from layers.mixers.convolution.hyena import Hyena, HyenaConfig
@@ -89,6 +93,7 @@ MIXERS = {
     "hgrn2": (HGRN2Config, HGRN2),
     "hyena": (HyenaConfig, Hyena),
     "hypermixer": (HyperMixerConfig, HyperMixer),
+    "informer": (InformerConfig, Informer),
     "kda": (KDAConfig, KDA),
     "lightning_attention": (LightningAttentionConfig, LightningAttention),
     "lightweight_conv": (LightweightConvConfig, LightweightConv),
@@ -107,9 +112,11 @@ MIXERS = {
     "mega": (MegaConfig, Mega),
     "mla": (MLAConfig, MLA),
     "mlstm": (MLSTMConfig, MLSTM),
+    "moba": (MoBAConfig, MoBA),
     "nystromformer": (NystromformerConfig, Nystromformer),
     "parallel": (ParallelConfig, Parallel),
     "performer": (PerformerConfig, Performer),
+    "reformer": (ReformerConfig, Reformer),
     "retnet": (RetNetConfig, RetNet),
     "rg_lru": (RGLRUConfig, RGLRU),
     "rwkv4": (RWKV4Config, RWKV4),
@@ -120,6 +127,7 @@ MIXERS = {
     "s5": (S5Config, S5),
     "selective_attention": (SelectiveAttentionConfig, SelectiveAttention),
     "sgconv": (SGConvConfig, SGConv),
+    "shifted_sparse": (ShiftedSparseConfig, ShiftedSparse),
     "slstm": (SLSTMConfig, SLSTM),
     "tuned_state": (TunedStateConfig, TunedState),
     "wersa": (WERSAConfig, WERSA),

@@ -78,6 +78,8 @@ class WholeAttention(Mixer):
     def mix(
         self, x: Float[Array, "b t d"], carried: None, segments: Segments | None
     ) -> tuple[Float[Array, "b t d"], None]:
+        if x.shape[1] == 0:
+            return jnp.zeros_like(x, self.config.dtype), None
         features = self.features(x)
         run = partial(_attend, type(self).attend, self.config, len(features))
         y = mix_each_segment(run, self.weights(), jnp.concatenate(features, axis=-1), segment_ids=segments)

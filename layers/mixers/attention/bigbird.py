@@ -72,7 +72,7 @@ def block_plan(
     def number(head, row, column):
         for part in (head, row, column):
             own = jax.random.fold_in(key if part is head else own, part)
-        return jax.random.uniform(own)
+        return jax.random.uniform(own, (), jnp.float32)
 
     numbers = jax.vmap(jax.vmap(jax.vmap(number, (None, None, 0)), (None, 0, None)), (0, None, None))(
         jnp.arange(config.heads, dtype=jnp.int32), index, index
