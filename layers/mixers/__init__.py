@@ -12,6 +12,7 @@ from layers.mixers.attention.etc import ETC, ETCConfig
 from layers.mixers.attention.forgetting_attention import ForgettingAttention, ForgettingAttentionConfig
 from layers.mixers.attention.gated_attention import GatedAttention, GatedAttentionConfig
 from layers.mixers.attention.informer import Informer, InformerConfig
+from layers.mixers.attention.landmark import Landmark, LandmarkConfig
 from layers.mixers.attention.linformer import Linformer, LinformerConfig
 from layers.mixers.attention.longformer import Longformer, LongformerConfig
 from layers.mixers.attention.longt5 import LongT5, LongT5Config
@@ -95,6 +96,7 @@ MIXERS = {
     "hypermixer": (HyperMixerConfig, HyperMixer),
     "informer": (InformerConfig, Informer),
     "kda": (KDAConfig, KDA),
+    "landmark": (LandmarkConfig, Landmark),
     "lightning_attention": (LightningAttentionConfig, LightningAttention),
     "lightweight_conv": (LightweightConvConfig, LightweightConv),
     "linear_attention": (LinearAttentionConfig, LinearAttention),

@@ -185,7 +185,7 @@ def test_models_have_the_parameters_of_the_paper(task, argument):
         (
             "pathfinder",
             "mixer=s6",
-            "mixer='s6' has no recipe of the protocol 's4'; available: attention, bimamba, dss",
+            "mixer='s6' has no recipe of the protocol 's4'; available: attention, bigbird, bimamba, dss",
         ),
         (
             "text",

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.attention import Mask, Tokens, attention
-from layers.kernels.sizes import in_chunks
 from layers.mixer import Visit
 from layers.mixers.attention.attention import Attention, AttentionConfig, refuse_options
 from layers.options import checked_dataclass
 from layers.parts.cache import Cache, extend
+from layers.parts.position_blocks import block_index, some_at_a_time
 from layers.segments import Segments
 from layers.typing import Array, Float
 
@@ -88,7 +88,7 @@ class MoBA(Attention):
 
     def _masked(self, q, k, v, here, there, options):
         """Outputs where blocks are told by segment and position, some queries at a time."""
-        config, t = self.config, q.shape[1]
+        config = self.config
         numbers, positions = there
         index, means, blocks = _means(k, numbers, positions // config.block)
 
@@ -110,15 +110,7 @@ class MoBA(Attention):
                 **options,
             )
 
-        if t <= QUERIES:
-            return attend(q, *here)
-
-        def cut(x):
-            x = jnp.pad(x, [(0, in_chunks(t, QUERIES) - t if axis == 1 else 0) for axis in range(x.ndim)])
-            return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // QUERIES, QUERIES, *x.shape[2:]), 1, 0)
-
-        o = jax.lax.map(lambda some: jax.checkpoint(attend)(*some), (cut(q), cut(here[0]), cut(here[1])))
-        return jnp.moveaxis(o, 0, 1).reshape(q.shape[0], in_chunks(t, QUERIES), *o.shape[3:])[:, :t]
+        return some_at_a_time(attend, QUERIES, q, *here)
 
 
 def _best(q, means, allowed, count):
@@ -133,16 +125,8 @@ def _best(q, means, allowed, count):
 
 def _means(k, numbers, places):
     """For keys (b, s, g, k) in order: the block of each, the means of the blocks, and their segments and places."""
-    (b, s), real = numbers.shape, numbers != 0
-    row, at = jnp.arange(b, dtype=jnp.int32)[:, None], jnp.arange(s, dtype=jnp.int32)[None]
-    last = jax.lax.cummax(jnp.where(real, at, -1), axis=1)
-    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-
-    def changes(x):
-        return x != jnp.take_along_axis(x, jnp.maximum(before, 0), axis=1)
-
-    new = real & ((before < 0) | changes(numbers) | changes(places))
-    index = jnp.where(real, jnp.cumsum(new, axis=1, dtype=jnp.int32) - 1, s)
+    (b, s), index = numbers.shape, block_index(numbers, places)
+    row = jnp.arange(b, dtype=jnp.int32)[:, None]
     sums = jnp.zeros((b, s + 1, *k.shape[2:]), jnp.float32).at[row, index].add(k.astype(jnp.float32))[:, :s]
     count = jnp.zeros((b, s + 1), jnp.float32).at[row, index].add(1.0)[:, :s]
     blocks = tuple(

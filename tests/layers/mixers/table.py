@@ -133,6 +133,7 @@ MIXERS = {
     "informer": ("informer", {"heads": 2, "factor": 2}),
     "shifted_sparse": ("shifted_sparse", {"heads": 4, "kv_heads": 2, "group": 6, "group_sinks": 2}),
     "moba": ("moba", {"heads": 4, "kv_heads": 2, "block": 3, "top_k": 2}),
+    "landmark": ("landmark", {"heads": 4, "kv_heads": 2, "block": 4}),
     "parallel": (
         "parallel",
         {"branches": {"retnet": {"heads": 2}, "attention": {"heads": 2}}, "scales": {"retnet": 0.5}},
@@ -150,5 +151,5 @@ LIGHT = {
     *("hgrn2", "rwkv6", "mlstm", "slstm", "based", "linoss", "mamba3", "gated_short_conv"),
     *("gated_deltaproduct", "gated_deltanet2", "comba", "tuned_state", "parallel"),
     *("forgetting_attention", "differential_attention", "longformer", "bigbird", "longt5"),
-    *("etc", "nystromformer", "luna", "reformer", "informer", "shifted_sparse", "moba"),
+    *("etc", "nystromformer", "luna", "reformer", "informer", "shifted_sparse", "moba", "landmark"),
 }

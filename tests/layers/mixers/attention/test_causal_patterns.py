@@ -1,11 +1,21 @@
-"""Shifted sparse attention and MoBA against their equations in NumPy, pair by pair, whole and in two calls."""
+"""Shifted sparse attention, MoBA and landmarks against their equations in NumPy, pair by pair, whole and in two calls."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from layers.mixers.attention import landmark as landmark_module
 from layers.mixers.attention import moba as moba_module
-from tests.layers.mixers.literal import apply, by_row, drawn, heads, in_two_calls, masked_softmax, tokens
+from tests.layers.mixers.literal import (
+    apply,
+    by_row,
+    drawn,
+    heads,
+    in_two_calls,
+    masked_softmax,
+    softmax,
+    tokens,
+)
 
 WIDTH, HEADS, KV, TIME = 8, 4, 2, 26
 ATTENTION = {"heads": HEADS, "kv_heads": KV, "position": "none"}
@@ -89,3 +99,36 @@ def test_every_block_chosen_is_attention():
     plain = drawn("attention", WIDTH, heads=HEADS, kv_heads=KV)
     x = tokens(TIME, WIDTH)
     np.testing.assert_allclose(model(x)[0], plain(x)[0], atol=1e-5)
+
+
+def landmark(model, x):
+    """Token by token: a softmax over the own block and the landmarks, and one in each block that these open."""
+    size, t = model.config.block, len(x)
+    q, k, v = (heads(apply(f, x), n) for f, n in ((model.query, HEADS), (model.key, KV), (model.value, KV)))
+    y = np.zeros_like(q)
+    for h in range(HEADS):
+        g = h // (HEADS // KV)
+        for i in range(t):
+            a = k[:, g] @ q[i, h] / np.sqrt(q.shape[2])
+            own = [j for j in range(i // size * size, i + 1) if j % size != size - 1]
+            doors = [b * size + size - 1 for b in range(i // size)]
+            weights = softmax(a[own + doors])
+            y[i, h] = weights[: len(own)] @ v[own, g]
+            for weight, door in zip(weights[len(own) :], doors, strict=True):
+                inside = np.arange(door - size + 1, door)
+                y[i, h] += weight * softmax(a[inside]) @ v[inside, g]
+    return apply(model.output, y.reshape(t, -1))
+
+
+@pytest.mark.parametrize("queries", [128, 5])
+def test_landmarks(queries, monkeypatch):
+    monkeypatch.setattr(landmark_module, "QUERIES", queries)
+    model = drawn("landmark", WIDTH, block=4, **ATTENTION)
+    x = tokens(TIME, WIDTH)
+    want = by_row(lambda x: landmark(model, x), x)
+    np.testing.assert_allclose(model(x)[0], want, atol=1e-5)
+    np.testing.assert_allclose(in_two_calls(model, x)[0], want, atol=1e-5)
+    ids = jnp.asarray([[1] * 15 + [2] * 11, [0] * 2 + [1] * 24])
+    got, rows = np.asarray(model(x, segment_ids=ids)[0]), np.asarray(x, np.float64)
+    for row, part in ((0, slice(0, 15)), (0, slice(15, 26)), (1, slice(2, 26))):
+        np.testing.assert_allclose(got[row, part], landmark(model, rows[row, part]), atol=1e-5)
