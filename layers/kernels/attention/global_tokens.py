@@ -5,6 +5,7 @@ rows of the global queries replace those of the pattern. The cost is that of n c
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
@@ -46,9 +47,16 @@ def _existing(indices, length):
 
 def _marked(indices, length):
     """Whether each of `length` tokens is among the indices (..., n)."""
-    flags = jnp.zeros((*indices.shape[:-1], length + 1), bool)
-    indices = jnp.where(indices < 0, length, indices)
-    return jnp.put_along_axis(flags, indices, True, axis=-1, inplace=False)[..., :length]
+    return _placed(indices, jnp.ones_like(indices), length) > 0
+
+
+def _placed(indices, values, length):
+    """Integers (..., length) that hold the values (..., n), all positive, at the indices, and 0 elsewhere."""
+    shape, rows = indices.shape[:-1], math.prod(indices.shape[:-1])
+    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
+    indices = jnp.where(indices < 0, length, indices).reshape(rows, indices.shape[-1])
+    placed = jnp.zeros((rows, length + 1), jnp.int32).at[row, indices].set(values.reshape(indices.shape))
+    return placed[:, :length].reshape(*shape, length)
 
 
 def _columns(attend, q, k, v, o, at: Places, indices) -> Results:
@@ -107,11 +115,8 @@ def _segments(q, at: Places, kv_segments):
 def _replaced(results: Results, rows: Results, indices) -> Results:
     """The results with the rows at the indices (b|1, n)."""
     (b, t), n = results.output.shape[:2], indices.shape[1]
-    indices = jnp.broadcast_to(jnp.where(indices < 0, t, indices), (b, n))
-    place = jnp.full((b, t + 1), -1, jnp.int32)
-    place = jnp.put_along_axis(place, indices, jnp.arange(n, dtype=jnp.int32)[None], axis=1, inplace=False)[
-        :, :t
-    ]
+    indices = jnp.broadcast_to(indices, (b, n))
+    place = _placed(indices, jnp.broadcast_to(jnp.arange(1, n + 1, dtype=jnp.int32)[None], (b, n)), t) - 1
 
     def one(old, new):
         where = place.reshape(b, t, *[1] * (old.ndim - 2))
