@@ -43,7 +43,8 @@ class Reformer(WholeAttention):
         a_ij = q_i . k_j / sqrt(head_dim) for j in the chunk of i or in the one before it, i itself where there is nothing else
 
     Chunks hold m tokens in the order of (b_i, i), and the chunk before the first one is the last. The softmax is one over the
-    keys of all rounds, in which a key counts once per round that finds it, as in the released code. The hashes are fixed
+    keys of all rounds, in which a key counts once per round that finds it, as in the released code, which however joins
+    rounds end to end before it looks back. The hashes are fixed
     numbers beside the parameters, and have no gradient. t m products per round; packed rows cost one pass per segment. Which
     tokens share a chunk depends on later ones, so that it is not causal. The paper's reversible layers are the model's affair.
     """
