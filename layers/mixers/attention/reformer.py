@@ -101,22 +101,19 @@ def _in_chunks(q, k, v, order, lengths, size) -> Piece:
         return jnp.take_along_axis(x, order[..., None], axis=1).reshape(n, count, size, x.shape[2])
 
     def around(x):
-        """Each chunk behind the one before it, which is no other where there is a single one."""
+        """Each chunk behind the one before it. A single one is its own, and all keys count twice alike."""
         there = before.reshape(n, count, *[1] * (x.ndim - 2))
         both = jnp.concatenate([jnp.take_along_axis(x, there, axis=1), x], axis=2)
         return both.reshape(n * count, 2 * size, *x.shape[3:])
 
     queries, keys, values = sort(q), around(sort(k)), around(sort(v))
     places, here = order.reshape(n, count, size), real.reshape(n, count, size)
-    alone = (
-        jnp.repeat(chunks[:, 0] == 1, count)[:, None] & (jnp.arange(2 * size, dtype=jnp.int32) < size)[None]
-    )
     same = places.reshape(n * count, size)[..., None] == around(places)[:, None]
     piece = attention_with_lse(
         *(x[:, :, None] for x in (queries.reshape(n * count, size, q.shape[2]), keys, values)),
         logits=Logits(bias=jnp.where(same, ITSELF, 0.0)[:, None]),
         segment_ids=jnp.ones((n * count, size), jnp.int32),
-        tokens=Tokens(kv_segment_ids=(around(here) & ~alone).astype(jnp.int32)),
+        tokens=Tokens(kv_segment_ids=around(here).astype(jnp.int32)),
     )
     back = jnp.argsort(jnp.where(real, order, t + jnp.arange(count * size, dtype=jnp.int32)[None]), axis=1)[
         :, :t
