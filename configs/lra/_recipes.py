@@ -26,8 +26,15 @@ TASKS = dict(
     path256=("pathx", 65536),
 )
 ATTENTIONS = ("attention", "local_attention", "linformer", "performer", "linear_attention", "fnet", "wersa")
+# Longformer and other sparse patterns, and attention through landmarks and latents.
+SPARSE = (
+    *("longformer", "bigbird", "etc", "longt5", "nystromformer", "luna", "reformer", "informer"),
+    *("shifted_sparse", "moba", "landmark"),
+)
+# Those of them that take no positions by themselves.
+UNPLACED = ("longformer", "bigbird", "nystromformer", "luna", "reformer", "informer")
 RECURRENT = ("mamba", "bimamba", "mamba2", "gated_deltanet", "hyena")
-MIXERS = {"s4": (*PUBLISHED["MIXERS"], *ATTENTIONS, *RECURRENT), "lra": ATTENTIONS[:5]}
+MIXERS = {"s4": (*PUBLISHED["MIXERS"], *ATTENTIONS, *SPARSE, *RECURRENT), "lra": ATTENTIONS[:5]}
 WARMUP = dict(warmup_epochs=1)
 
 # Long Range Arena (Tay et al. 2021): depth, width, heads, head size, hidden units, dropout. For the images each mixer has its own.
@@ -123,6 +130,17 @@ def mixer_options(mixer: str, length: int, heads: int = 8, head_dim: int | None 
         linear_attention=dict(heads=heads, causal=False) | size,
         fnet=dict(),
         wersa=dict(heads=heads),
+        longformer=dict(heads=heads, window=256),
+        bigbird=dict(heads=heads, block=64),
+        etc=dict(heads=heads, global_tokens=16),
+        longt5=dict(heads=heads),
+        nystromformer=dict(heads=heads, landmarks=128),
+        luna=dict(heads=heads, latents=128),
+        reformer=dict(heads=heads, chunk=64, buckets=2 * length // 64, rounds=2),
+        informer=dict(heads=heads),
+        shifted_sparse=dict(heads=heads, group=length // 4),
+        moba=dict(heads=heads, block=max(16, length // 32), top_k=4),
+        landmark=dict(heads=heads, block=51),
         mamba=dict(),
         bimamba=dict(mixer="bidirectional", inner="mamba", tied="projections"),
         mamba2=dict(head_dim=32, state_size=64),
@@ -134,8 +152,10 @@ def mixer_options(mixer: str, length: int, heads: int = 8, head_dim: int | None 
 def ours(task: str, length: int, mixer: str) -> dict:
     """Transformers of the width of S5's recipe, and recurrent models of its width and depth; batches and epochs are S5's."""
     depth, width, *_ = PUBLISHED["S5"][task]
-    if mixer in ATTENTIONS:
+    if mixer in (*ATTENTIONS, *SPARSE):
         body = dict(depth=4, channel="mlp", norm="layer_norm", dropout=0.1)
+        if mixer in UNPLACED:
+            body |= dict(absolute_positions="sinusoidal")
         optimizer = dict(learning_rate=5e-4, weight_decay=0.1, clip_norm=1.0)
     else:
         body = dict(depth=depth, channel="none", norm="rms_norm", dropout=0.1)

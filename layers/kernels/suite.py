@@ -20,6 +20,7 @@ class Case:
       options: the other keyword arguments.
       state: `state(rng, batch)` draws an initial state; None if this call has no state.
       segments: whether the call takes `segment_ids`.
+      indexed: whether arguments name tokens by their index, which changes where a segment stands alone.
       tolerance: allowed relative error of float32 results (norm of the difference over the norm), where the
         conditioning of the case does not allow the shared one.
       tpu: whether the shared suite also runs kernels for TPUs on this case, which is slow under an interpreter.
@@ -30,6 +31,7 @@ class Case:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     state: Callable[[np.random.Generator, int], Any] | None = None
     segments: bool = True
+    indexed: bool = False
     tolerance: float | None = None
     tpu: bool = False
 

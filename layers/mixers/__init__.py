@@ -6,13 +6,24 @@ from typing import Any
 from flax import nnx
 
 from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.mixers.attention.bigbird import BigBird, BigBirdConfig
 from layers.mixers.attention.differential_attention import DifferentialAttention, DifferentialAttentionConfig
+from layers.mixers.attention.etc import ETC, ETCConfig
 from layers.mixers.attention.forgetting_attention import ForgettingAttention, ForgettingAttentionConfig
 from layers.mixers.attention.gated_attention import GatedAttention, GatedAttentionConfig
+from layers.mixers.attention.informer import Informer, InformerConfig
+from layers.mixers.attention.landmark import Landmark, LandmarkConfig
 from layers.mixers.attention.linformer import Linformer, LinformerConfig
+from layers.mixers.attention.longformer import Longformer, LongformerConfig
+from layers.mixers.attention.longt5 import LongT5, LongT5Config
+from layers.mixers.attention.luna import Luna, LunaConfig
 from layers.mixers.attention.mega import Mega, MegaConfig
 from layers.mixers.attention.mla import MLA, MLAConfig
+from layers.mixers.attention.moba import MoBA, MoBAConfig
+from layers.mixers.attention.nystromformer import Nystromformer, NystromformerConfig
+from layers.mixers.attention.reformer import Reformer, ReformerConfig
 from layers.mixers.attention.selective_attention import SelectiveAttention, SelectiveAttentionConfig
+from layers.mixers.attention.shifted_sparse import ShiftedSparse, ShiftedSparseConfig
 from layers.mixers.bidirectional import Bidirectional, BidirectionalConfig
 from layers.mixers.convolution.gated_short_conv import GatedShortConv, GatedShortConvConfig
 from layers.mixers.convolution.hyena import Hyena, HyenaConfig
@@ -62,11 +73,13 @@ MIXERS = {
     "attention": (AttentionConfig, Attention),
     "based": (BasedConfig, Based),
     "bidirectional": (BidirectionalConfig, Bidirectional),
+    "bigbird": (BigBirdConfig, BigBird),
     "comba": (CombaConfig, Comba),
     "deltanet": (DeltaNetConfig, DeltaNet),
     "differential_attention": (DifferentialAttentionConfig, DifferentialAttention),
     "dss": (DSSConfig, DSS),
     "dynamic_conv": (LightweightConvConfig, DynamicConv),
+    "etc": (ETCConfig, ETC),
     "fnet": (FNetConfig, FNet),
     "forgetting_attention": (ForgettingAttentionConfig, ForgettingAttention),
     "gated_attention": (GatedAttentionConfig, GatedAttention),
@@ -81,23 +94,31 @@ MIXERS = {
     "hgrn2": (HGRN2Config, HGRN2),
     "hyena": (HyenaConfig, Hyena),
     "hypermixer": (HyperMixerConfig, HyperMixer),
+    "informer": (InformerConfig, Informer),
     "kda": (KDAConfig, KDA),
+    "landmark": (LandmarkConfig, Landmark),
     "lightning_attention": (LightningAttentionConfig, LightningAttention),
     "lightweight_conv": (LightweightConvConfig, LightweightConv),
     "linear_attention": (LinearAttentionConfig, LinearAttention),
     "linformer": (LinformerConfig, Linformer),
     "linoss": (LinOSSConfig, LinOSS),
     "liquid_s4": (LiquidS4Config, LiquidS4),
+    "longformer": (LongformerConfig, Longformer),
+    "longt5": (LongT5Config, LongT5),
     "lru": (LRUConfig, LRU),
     "lstm": (LSTMConfig, LSTM),
+    "luna": (LunaConfig, Luna),
     "mamba": (MambaConfig, Mamba),
     "mamba2": (Mamba2Config, Mamba2),
     "mamba3": (Mamba3Config, Mamba3),
     "mega": (MegaConfig, Mega),
     "mla": (MLAConfig, MLA),
     "mlstm": (MLSTMConfig, MLSTM),
+    "moba": (MoBAConfig, MoBA),
+    "nystromformer": (NystromformerConfig, Nystromformer),
     "parallel": (ParallelConfig, Parallel),
     "performer": (PerformerConfig, Performer),
+    "reformer": (ReformerConfig, Reformer),
     "retnet": (RetNetConfig, RetNet),
     "rg_lru": (RGLRUConfig, RGLRU),
     "rwkv4": (RWKV4Config, RWKV4),
@@ -108,6 +129,7 @@ MIXERS = {
     "s5": (S5Config, S5),
     "selective_attention": (SelectiveAttentionConfig, SelectiveAttention),
     "sgconv": (SGConvConfig, SGConv),
+    "shifted_sparse": (ShiftedSparseConfig, ShiftedSparse),
     "slstm": (SLSTMConfig, SLSTM),
     "tuned_state": (TunedStateConfig, TunedState),
     "wersa": (WERSAConfig, WERSA),

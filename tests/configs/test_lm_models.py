@@ -66,7 +66,22 @@ def test_models_of_bytes_are_known_without_data(monkeypatch):
 
 def test_every_causal_mixer_fits_the_model_of_the_standard_library():
     get_config = runpy.run_path(str(CONFIGS / "lm" / "stdlib.py"))["get_config"]
-    refused = {"bidirectional", "fnet", "hypermixer", "linformer", "parallel", "tuned_state"}
+    refused = {
+        "bidirectional",
+        "bigbird",
+        "etc",
+        "fnet",
+        "hypermixer",
+        "informer",
+        "linformer",
+        "longformer",
+        "longt5",
+        "luna",
+        "nystromformer",
+        "parallel",
+        "reformer",
+        "tuned_state",
+    }
     for name in MIXERS:
         config = to_plain(get_config(f"mixer={name},depth=1"))
         if name in refused:

@@ -28,11 +28,14 @@ TASKS = {
     "pathx": ("pathfinder", ",size=128"),
     "path256": ("pathfinder", ",size=256"),
 }
+ON_ONE_TASK = {mixer: list(TASKS)[number % len(TASKS)] for number, mixer in enumerate(RECIPES["SPARSE"])}
 ALL = [
     (task, f"mixer={mixer},protocol={protocol}")
     for task in TASKS
     for protocol, mixers in RECIPES["MIXERS"].items()
     for mixer in mixers
+    # Of recipes that differ by the length alone, each takes a step on one task.
+    if mixer not in ON_ONE_TASK or ON_ONE_TASK[mixer] == task
 ]
 TIME = 12
 # Options that set a size, and what they become in a model that is tiny.
@@ -185,7 +188,7 @@ def test_models_have_the_parameters_of_the_paper(task, argument):
         (
             "pathfinder",
             "mixer=s6",
-            "mixer='s6' has no recipe of the protocol 's4'; available: attention, bimamba, dss",
+            "mixer='s6' has no recipe of the protocol 's4'; available: attention, bigbird, bimamba, dss",
         ),
         (
             "text",

@@ -23,6 +23,9 @@ DECAYED = {
     "recurrent",  # recurrent maps of LSTM and sLSTM
     "input",  # maps of sLSTM by heads
     "projections",  # Linformer's
+    "filter",  # Nystromformer's, over time
+    "latents",  # Luna's
+    *("long_long_keys", "global_global_keys", "long_global_keys", "global_long_keys"),  # ETC's labels
     "inner",  # HyperMixer's maps
     "outer",
     "query_weight",  # selective attention's maps to temperatures

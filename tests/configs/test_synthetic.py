@@ -37,7 +37,22 @@ SCALES = [
     *(f"algorithms:task={task}" for task in ("copy", "parity", "running_parity", "sorting", "addition")),
     *(f"algorithms:task={task},scale=paper" for task in ("copy", "parity", "sorting", "addition")),
 ]  # fmt: skip
-NOT_CAUSAL = {"bidirectional", "fnet", "hypermixer", "linformer", "parallel", "tuned_state"}
+NOT_CAUSAL = {
+    "bidirectional",
+    "bigbird",
+    "etc",
+    "fnet",
+    "hypermixer",
+    "informer",
+    "linformer",
+    "longformer",
+    "longt5",
+    "luna",
+    "nystromformer",
+    "parallel",
+    "reformer",
+    "tuned_state",
+}
 
 
 @functools.cache

@@ -222,6 +222,18 @@ ATTENTION = [
         "prefix_lengths is for causal=True",
     ),
     (softmax(mask=Mask(block_size=2)), ValueError, "block_indices and block_size go together"),
+    (softmax(mask=Mask(dilation=2)), ValueError, "dilation=2 changes nothing without window; expected 1"),
+    (softmax(mask=Mask(window=2, query_block_size=1)), ValueError, "query_block_size=1 needs block_indices"),
+    (
+        softmax(mask=Mask(global_queries=ones(2, 1, dtype="int32"))),
+        ValueError,
+        "global_queries changes nothing without window or block_indices",
+    ),
+    (
+        softmax(mask=Mask(window=2, global_keys=ones(2, 1, dtype="int32"))),
+        ValueError,
+        "global_keys has shape (2, 1); expected (b|1, h|1, n)",
+    ),
     (softmax(mask={"window": 3}), TypeError, "mask is dict; expected a Mask or None"),
     (softmax(k=ones(2, 6, 2, 4), v=ones(2, 6, 2, 4), causal=True), ValueError, "q has 5 tokens and k has 6"),
     (softmax(tokens=Tokens(q_positions=IDS)), ValueError, "q_positions and kv_positions go together"),

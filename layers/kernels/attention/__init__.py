@@ -1,7 +1,11 @@
-"""Softmax attention: causal, windows, sinks, prefixes, block lists, biases, segments, grouped heads and caches."""
+"""Softmax attention: causal, windows, sinks, prefixes, block lists, global tokens, biases, segments, grouped heads, caches."""
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from layers.kernels import checks
 from layers.kernels.attention import cudnn, reference, xla
 from layers.kernels.attention.options import Logits, Mask, Tokens, read_options
 from layers.kernels.attention.over_time import OVER_TIME, OVER_TIME_WITH_LSE
@@ -10,7 +14,7 @@ from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.segments import SegmentIds
 from layers.typing import Array, Float
 
-__all__ = ["Logits", "Mask", "Piece", "Tokens", "attention", "attention_with_lse", "compose"]
+__all__ = ["Logits", "Mask", "Piece", "Tokens", "attention", "attention_with_lse", "compose", "key_mass"]
 
 IMPLEMENTATIONS = {
     "cudnn": Implementation(cudnn.attention, cudnn.refuses, backend="gpu"),
@@ -45,7 +49,7 @@ def attention(
     number of earlier real tokens of its segment. `q_positions` and `kv_positions` of `tokens` replace both, and are
     needed where positions matter and t differs from s. Query i sees key j if
 
-        ((in the window and in a listed block) or p_j < sink_tokens) and (p_j <= p_i, if causal),
+        ((in the window and in a listed block) or p_j < sink_tokens or i or j is global) and (p_j <= p_i, if causal),
         or both p_i and p_j are below the row's prefix length,
 
     and in either case only in its own segment and below the row's `kv_lengths`.
@@ -60,7 +64,7 @@ def attention(
     Args:
       q, k, v: queries, keys and values; h is a multiple of g.
       causal: whether a query sees no later key.
-      mask: windows, sink tokens, prefixes and lists of blocks.
+      mask: windows, sink tokens, prefixes, lists of blocks and global tokens.
       logits: bias, slopes, cap and sink logits.
       segment_ids: (b, t) integers or `Segments`, see `layers.kernels.segments`. Without segments in `tokens` they hold for
         queries and keys alike (t = s).
@@ -112,3 +116,44 @@ def attention_with_lse(
         "attention_with_lse", WITH_LSE, impl, over_time=OVER_TIME_WITH_LSE, q=q, k=k, v=v, options=chosen
     )
     return Piece(*parts)
+
+
+def key_mass(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b s g k"],
+    *,
+    query_weights: Float[Array, "#b #t #h"] | None = None,
+    impl: str | None = None,
+    **options: Any,
+) -> Float[Array, "b s h"]:
+    """Returns the attention that each key receives per query head: m_jh = sum_i w_ih p_ijh, p the weights of `attention`.
+
+    Policies of caches and sparse prefills choose keys by it (H2O, Zhang et al. 2023, arXiv:2306.14048). It is the gradient
+    of sum_i w_i o_i with respect to values of one feature, of which the outputs are a linear function, so that no matrix of
+    weights is stored.
+
+    Args:
+      q, k, impl, options: as in `attention`.
+      query_weights: w, such as 1 for the last queries and 0 for the others; 1 for all if None. A query of weight 0 counts
+        nowhere, whatever it holds.
+
+    Returns:
+      The masses, float32 or wider.
+
+    Raises:
+      ValueError, TypeError: as `attention`.
+    """
+    sizes: dict[str, int] = {}
+    checks.check_shape("q", q, "b t h k", sizes)
+    checks.check_shape("k", k, "b s g k", sizes)
+    weights = jnp.ones((1, 1, 1)) if query_weights is None else query_weights
+    checks.check_real(query_weights=weights)
+    checks.check_shape("query_weights", weights, "b|1 t|1 h|1", dict(sizes))
+    heads, groups = sizes["h"], sizes["g"]
+    if groups and heads % groups == 0:
+        k = jnp.repeat(k, heads // groups, axis=2)
+    dtype = checks.accumulation_dtype(q, k)
+    values = jnp.zeros((*k.shape[:3], 1), dtype)
+    _, transpose = jax.vjp(lambda v: attention(q, k, v, impl=impl, **options), values)
+    (mass,) = transpose(jnp.broadcast_to(weights.astype(dtype), q.shape[:3])[..., None])
+    return mass[..., 0]

@@ -36,6 +36,20 @@ def _blocks(rng, batch, time):
     return {**_draw(rng, batch, time), "mask": mask}
 
 
+def _chosen(rng, batch, time):
+    """A list for every two of 160 queries, empty in some rows."""
+    lists = rng.integers(-1, 20, (1, HEADS, 80, 3))
+    lists[:, :, ::7] = -1
+    mask = Mask(block_indices=lists, block_size=BLOCK, query_block_size=2)
+    return {**_draw(rng, batch, time), "mask": mask}
+
+
+def _global(rng, batch, time):
+    keys = rng.integers(-1, 40, (1, HEADS, 4))
+    mask = Mask(window=2, dilation=3, global_keys=keys, global_queries=np.array([[0, 9, 9, -1, 400]]))
+    return {**_draw(rng, batch, time), "mask": mask}
+
+
 def _large(rng, batch, time):
     arguments = _draw(rng, batch, time)
     return {**arguments, "q": 5 * arguments["q"], "v": 1e6 * arguments["v"]}
@@ -74,6 +88,8 @@ SUITE = Suite(
         Case("window_bidirectional_sink_logits", _sink, {"mask": Mask(window=6)}),
         Case("prefix", _prefix, {"causal": True}),
         Case("blocks", _blocks),
+        Case("chosen_blocks", _chosen, {"causal": True}),
+        Case("dilated_window_global_tokens", _global, indexed=True),
         Case("large_values", _large, {"causal": True}),
     ),
     benchmarks=(

@@ -20,8 +20,8 @@ from layers.kernels.sizes import known
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["prefix_lengths", "block_indices"],
-    meta_fields=["window", "sink_tokens", "block_size"],
+    data_fields=["prefix_lengths", "block_indices", "global_keys", "global_queries"],
+    meta_fields=["window", "dilation", "sink_tokens", "block_size", "query_block_size"],
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
@@ -30,20 +30,40 @@ class Mask:
     Attributes:
       window: causal: the last `window` keys, the query's own included. Otherwise: keys at a distance of at most
         `window` on either side.
+      dilation: distance between neighbours in a window, which then holds as many keys and reaches that much further
+        (Beltagy et al. 2020, arXiv:2004.05150).
       sink_tokens: number of first positions that stay visible where `window` or `block_indices` would hide them.
       prefix_lengths: (b,) integers; positions below it see each other in both directions; needs `causal`. An axis of
         size 1 stands for all rows.
-      block_indices: (b, h, blocks, listed) integers: per block of `block_size` query positions, the blocks of as many key
-        positions that it sees; -1 fills up, and a block listed twice counts once. Axes of size 1 stand for all rows or
-        heads.
-      block_size: positions in a block of `block_indices`.
+      block_indices: (b, h, blocks, listed) integers: per block of `query_block_size` query positions, the blocks of
+        `block_size` key positions that it sees; -1 fills up, and a block listed twice counts once. Axes of size 1 stand
+        for all rows or heads.
+      block_size: positions in a block of keys of `block_indices`.
+      query_block_size: positions in a block of queries, `block_size` if None. 1 gives every query a list of its own.
+      global_keys: (b, h, n) integers, the indices along s of keys that stay visible where `window` or `block_indices`
+        would hide them; -1 fills up, and a key listed twice counts once. Axes of size 1 stand for all rows or heads.
+      global_queries: (b, n) integers, the indices along t of queries for which `window` and `block_indices` hide nothing;
+        -1 fills up. An axis of size 1 stands for all rows.
     """
 
     window: int | None = None
+    dilation: int = 1
     sink_tokens: int = 0
     prefix_lengths: Any = None
     block_indices: Any = None
     block_size: int | None = None
+    query_block_size: int | None = None
+    global_keys: Any = None
+    global_queries: Any = None
+
+    def reach(self, causal: bool) -> int:
+        """The window without dilation that holds every key of this window."""
+        return (self.window - causal) * self.dilation + causal
+
+    @property
+    def list_size(self) -> int | None:
+        """Queries that share a list of blocks; None without lists."""
+        return self.block_size if self.query_block_size is None else self.query_block_size
 
 
 @functools.partial(
@@ -147,7 +167,8 @@ def read_options(
         dtype = joint_dtype(segments.ids.dtype, tokens.kv_segment_ids.dtype)
         ids = segments.ids.astype(dtype)
         tokens = dataclasses.replace(tokens, kv_segment_ids=tokens.kv_segment_ids.astype(dtype))
-    mask, tokens = _in_int32(mask, "prefix_lengths", "block_indices"), _in_int32(tokens, "kv_lengths")
+    mask = _in_int32(mask, "prefix_lengths", "block_indices", "global_keys", "global_queries")
+    tokens = _in_int32(tokens, "kv_lengths")
     return Options(causal, mask, logits, ids, tokens, scale)
 
 
@@ -165,9 +186,12 @@ def _group(name, given, kind):
     return kind() if given is None else given
 
 
+WHOLE_NUMBERS = "window", "dilation", "sink_tokens", "block_size", "query_block_size"
+
+
 def _check_numbers(mask, logits, scale) -> None:
     """Raises TypeError for an array where a Python number is needed, because it shapes the program."""
-    whole = {name: getattr(mask, name) for name in ("window", "sink_tokens", "block_size")}
+    whole = {name: getattr(mask, name) for name in WHOLE_NUMBERS}
     real = {"logit_cap": logits.logit_cap, "scale": scale}
     for kind, article, values in ((int, "an int", whole), (numbers.Real, "a number", real)):
         for name, value in values.items():
@@ -178,6 +202,8 @@ def _check_numbers(mask, logits, scale) -> None:
 SHAPES = {
     "prefix_lengths": "b|1",
     "block_indices": "b|1 h|1 rows listed",
+    "global_keys": "b|1 h|1 n",
+    "global_queries": "b|1 n",
     "bias": "b|1 h|1 t|1 s|1",
     "slopes": "h",
     "sink_logits": "h",
@@ -204,18 +230,30 @@ def _check_combination(causal, mask, logits, tokens, segments) -> None:
     """Raises ValueError where one option needs, or forbids, another."""
     if mask.window is not None and mask.window < causal:
         raise ValueError(f"window={mask.window}; expected at least {int(causal)}")
+    if mask.dilation < 1:
+        raise ValueError(f"dilation={mask.dilation}; expected at least 1")
+    if mask.dilation > 1 and mask.window is None:
+        raise ValueError(f"dilation={mask.dilation} changes nothing without window; expected 1")
     if mask.sink_tokens < 0:
         raise ValueError(f"sink_tokens={mask.sink_tokens}; expected at least 0")
-    if mask.sink_tokens and mask.window is None and mask.block_indices is None:
-        raise ValueError(
-            f"sink_tokens={mask.sink_tokens} changes nothing without window or block_indices; expected 0"
-        )
+    if mask.window is None and mask.block_indices is None:
+        if mask.sink_tokens:
+            raise ValueError(
+                f"sink_tokens={mask.sink_tokens} changes nothing without window or block_indices; expected 0"
+            )
+        for name in ("global_keys", "global_queries"):
+            if getattr(mask, name) is not None:
+                raise ValueError(f"{name} changes nothing without window or block_indices; expected None")
     if mask.prefix_lengths is not None and not causal:
         raise ValueError("prefix_lengths is for causal=True; without it every key is seen already")
     if (mask.block_indices is None) != (mask.block_size is None):
         raise ValueError("block_indices and block_size go together; one of them was given alone")
     if mask.block_size is not None and mask.block_size < 1:
         raise ValueError(f"block_size={mask.block_size}; expected at least 1")
+    if mask.query_block_size is not None and mask.block_size is None:
+        raise ValueError(f"query_block_size={mask.query_block_size} needs block_indices and block_size")
+    if mask.query_block_size is not None and mask.query_block_size < 1:
+        raise ValueError(f"query_block_size={mask.query_block_size}; expected at least 1")
     if logits.logit_cap is not None and logits.logit_cap <= 0:
         raise ValueError(f"logit_cap={logits.logit_cap}; expected a positive number, or None")
     if (tokens.q_positions is None) != (tokens.kv_positions is None):
@@ -242,9 +280,9 @@ def _check_lengths(causal, mask, logits, tokens, segments, sizes) -> None:
         raise ValueError(
             f"q has {t} tokens, a symbol; block_indices needs a number: export each length by itself"
         )
-    if lists is not None and tokens.q_positions is None and lists.shape[2] * mask.block_size < t:
+    if lists is not None and tokens.q_positions is None and lists.shape[2] * mask.list_size < t:
         raise ValueError(
-            f"block_indices lists {lists.shape[2]} blocks of {mask.block_size} queries; expected enough for {t}"
+            f"block_indices lists {lists.shape[2]} blocks of {mask.list_size} queries; expected enough for {t}"
         )
 
 

@@ -105,13 +105,15 @@ class Attention:
     def takes(self, arguments: Arguments) -> bool:
         """Returns whether the mesh in force divides the time of queries and keys, and it is not left to the compiler.
 
-        Lists of blocks are left to the compiler where keys and values are gathered.
+        Lists of blocks are left to the compiler where keys and values are gathered, and global tokens everywhere.
         """
         q, k, options = (arguments[name] for name in ("q", "k", "options"))
         if attention_method() == "partitioned":
             return False
-        listed = options.mask.block_indices is not None and attention_method() == "all_gather"
-        return not listed and parts_of_time(q.shape[1]) > 1 and parts_of_time(k.shape[1]) > 1
+        mask = options.mask
+        listed = mask.block_indices is not None and attention_method() == "all_gather"
+        left = listed or mask.global_keys is not None or mask.global_queries is not None
+        return not left and parts_of_time(q.shape[1]) > 1 and parts_of_time(k.shape[1]) > 1
 
     def __call__(self, run: Callable[..., Any], impl: str | None, arguments: Arguments) -> Any:
         """Returns what `attention` returns for whole arrays; `run` takes the arguments of one device."""
@@ -254,7 +256,7 @@ def _order(method, q, k, options):
     by_index = not _given_places(options) and (segments is None or segments.padding == "end")
     only_window = mask.window is not None and mask.sink_tokens == 0 and mask.prefix_lengths is None
     if options.causal and only_window and by_index:
-        hops = min(hops, -(-(mask.window - 1) // (length // parts)))
+        hops = min(hops, -(-(mask.reach(options.causal) - 1) // (length // parts)))
     balanced = options.causal and hops == parts - 1 and q.shape[1] == length
     if method in ("ring", "score_ring") or not balanced:
         return "contiguous", hops

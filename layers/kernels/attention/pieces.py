@@ -22,6 +22,43 @@ class Piece(NamedTuple):
     lost: jax.Array | float = 0.0
 
 
+class Results(NamedTuple):
+    """What a softmax over some of the keys gives of every query: the output (b, t, h, v), and m and log l (b, t, h).
+
+    m is the maximum of the logits and l the sum of exp(a - m).
+    """
+
+    output: jax.Array
+    top: jax.Array
+    log_total: jax.Array
+
+
+def merged(first: Results, second: Results) -> Results:
+    """Returns the results over the keys of both, as one softmax.
+
+    With m = max(m_1, m_2), the weights are w_i = exp(m_i - m) l_i, o = (w_1 o_1 + w_2 o_2) / (w_1 + w_2) and
+    l = w_1 + w_2. Callers stop the gradient of m.
+    """
+    fit = [jnp.isfinite(one.output).all(-1) & ~jnp.isnan(one.top + one.log_total) for one in (first, second)]
+    fit = fit[0] & fit[1]
+    top = jax.lax.stop_gradient(jnp.maximum(first.top, second.top))
+    finite = jnp.where(top == -jnp.inf, 0, top)
+    # Rows that are not finite are left out of the sums, through whose derivatives they would reach others.
+    weights = [
+        jnp.where(
+            fit, jnp.exp(jnp.where(fit, (jax.lax.stop_gradient(one.top) - finite) + one.log_total, 0)), 0
+        )
+        for one in (first, second)
+    ]
+    total = weights[0] + weights[1]
+    total = jnp.where(total == 0, 1, total)
+    output = sum(
+        (weight / total)[..., None] * one.output for weight, one in zip(weights, (first, second), strict=True)
+    )
+    output = jnp.where(fit[..., None], output, first.output + second.output)
+    return Results(output, jnp.where(fit, top, jnp.nan), jnp.log(total))
+
+
 def compose(first: Piece, second: Piece) -> Piece:
     """Returns attention over the keys of both, as one softmax. Associative, commutative; the identity is Piece(0, -inf)."""
     top = jax.lax.stop_gradient(jnp.maximum(first.lse, second.lse))

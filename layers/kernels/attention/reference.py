@@ -36,16 +36,24 @@ def attention(q, k, v, options):
 
     seen = jnp.ones_like(logits, bool)
     if mask.window is not None:
-        seen &= (i - j < mask.window) if o.causal else (jnp.abs(i - j) <= mask.window)
+        steps = (i - j) // mask.dilation
+        seen &= (steps < mask.window) if o.causal else (jnp.abs(steps) <= mask.window)
+        seen &= steps * mask.dilation == i - j
     if mask.block_indices is not None:
-        row = jnp.clip(i // mask.block_size, 0, mask.block_indices.shape[2] - 1)
+        row = jnp.clip(i // mask.list_size, 0, mask.block_indices.shape[2] - 1)
         shape = (*logits.shape[:3], mask.block_indices.shape[3])
         listed = jnp.broadcast_to(mask.block_indices, (*shape[:2], *mask.block_indices.shape[2:]))
         listed = jnp.take_along_axis(listed, jnp.broadcast_to(row, (*shape[:3], 1)), axis=2)
         seen &= (listed[..., None, :] == (j // mask.block_size)[..., None]).any(-1)
-        seen &= row == i // mask.block_size
+        seen &= row == i // mask.list_size
     if mask.sink_tokens:
         seen |= j < mask.sink_tokens
+    if mask.global_keys is not None:
+        indices = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None, None]
+        seen |= (mask.global_keys[..., None] == indices).any(2)[:, :, None]
+    if mask.global_queries is not None:
+        indices = jnp.arange(q.shape[1], dtype=jnp.int32)[None, None]
+        seen |= (mask.global_queries[..., None] == indices).any(1)[:, None, :, None]
     if o.causal:
         seen &= j <= i
     if mask.prefix_lengths is not None:
@@ -75,6 +83,8 @@ def attention(q, k, v, options):
     total = jnp.where(empty, 1, total)
     probabilities = (weights / total)[..., : k.shape[1]]
     output = jnp.einsum("bhts,bshv->bthv", probabilities, v, precision=exact)
+    # Selected, so that a gradient that is not finite stays in a row that sees nothing.
+    output = jnp.where(jnp.swapaxes(seen.any(3), 1, 2)[..., None], output, 0)
     output = jnp.where(jnp.swapaxes(spoiled, 1, 2)[..., None], jnp.nan, output)
     top, log_total = (x[..., 0].swapaxes(1, 2) for x in (jnp.where(empty, -jnp.inf, top), jnp.log(total)))
     return output, *parts_of_sum(jnp.where(spoiled.swapaxes(1, 2), jnp.nan, top), log_total)

@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.attention.options import Options, Places
+from layers.kernels.attention.pieces import merged
 from layers.kernels.attention.visits import (
     Arrays,
     added,
     attended,
     gradients,
     in_types_of,
-    merged,
     no_gradients,
     of_no_keys,
     rows_of,

@@ -51,7 +51,7 @@ def schedule(q, k, options, at) -> Schedule:
     """Returns the schedule for arguments of these shapes; `at` are their places, in order if `uses_lists`."""
     (b, t, h, _), s = q.shape, k.shape[1]
     if uses_lists(q, k, options):
-        return _grouped(b * h, s, *_lists(t, s, options, at))
+        return _grouped(q, s, *_lists(t, s, options, at))
     if not _known(q, k):
         return one_block(t, s)
     if _is_small(q, k):
@@ -101,7 +101,7 @@ def _list_shape(o) -> tuple[int, int]:
     """Keys in a block, and blocks in a list."""
     if o.mask.block_indices is not None:
         return o.mask.block_size, o.mask.block_indices.shape[3]
-    window = o.mask.window
+    window = o.mask.reach(o.causal)
     size = min(max(WINDOW_BLOCKS[0], 1 << max(window - 1, 0).bit_length()), WINDOW_BLOCKS[1])
     reach = -(-(window - o.causal) // size)
     return size, (1 if o.causal else 2) * reach + 1
@@ -124,8 +124,8 @@ def _pairs(t, s, q_block, kv_block, o) -> Schedule:
         first_k, last_k = j * kv_block, (j + 1) * kv_block - 1
         if o.causal:
             seen &= first_k <= last_q
-        window = o.mask.window
-        if window is not None and not in_segments(o):
+        if o.mask.window is not None and not in_segments(o):
+            window = o.mask.reach(o.causal)
             near = (first_q - last_k < window + (not o.causal)) & (first_k - last_q <= window)
             seen &= near | (first_k < o.mask.sink_tokens)
     row, block = (jnp.asarray(v[seen], jnp.int32) for v in (i, j))
@@ -136,28 +136,29 @@ def _pairs(t, s, q_block, kv_block, o) -> Schedule:
 
 
 def _lists(t, s, o, at):
-    """Block size, lists (b|1, h|1, query blocks, columns) and their `listed`."""
+    """Sizes of blocks of queries and keys, lists (b|1, h|1, query blocks, columns) and their `listed`."""
     size, columns = _list_shape(o)
-    q_blocks, kv_blocks = -(-t // size), -(-s // size)
+    q_size = size if o.mask.block_indices is None else o.mask.list_size
+    q_blocks, kv_blocks = -(-t // q_size), -(-s // size)
     if o.mask.block_indices is not None:
         lists = o.mask.block_indices[:, :, :q_blocks].astype(jnp.int32)
     else:
         last = np.arange(q_blocks)[:, None] + (0 if o.causal else columns // 2)
         lists = jnp.asarray(last + np.arange(1 - columns, 1), jnp.int32)[None, None]
-    lists = _sets(jnp.where(lists < kv_blocks, lists, -1))
+    lists = distinct(jnp.where(lists < kv_blocks, lists, -1))
     sinks = _sink_blocks(o, at, q_blocks, size)
     sinks = jnp.where((sinks[..., :, None] == lists[..., None, :]).any(-1) | (sinks >= kv_blocks), -1, sinks)
     lists = jnp.broadcast_to(lists, (*sinks.shape[:3], columns))
     listed = jnp.concatenate([jnp.ones(lists.shape, bool), jnp.zeros(sinks.shape, bool)], axis=3)
     lists = jnp.concatenate([lists, sinks], axis=3)
-    return size, lists, None if o.mask.block_indices is None else listed
+    return q_size, size, lists, None if o.mask.block_indices is None else listed
 
 
-def _sets(lists):
-    """Each list in order, with repeated entries replaced by -1."""
-    lists = jnp.sort(jnp.maximum(lists, -1), axis=3)
-    again = jnp.pad(lists[..., 1:] == lists[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0)))
-    return jnp.where(again, -1, lists)
+def distinct(lists):
+    """Each list along the last axis in order, with repeated entries replaced by -1."""
+    lists = jnp.sort(jnp.maximum(lists, -1), axis=-1)
+    again = jnp.pad(lists[..., 1:] == lists[..., :-1], [(0, 0)] * (lists.ndim - 1) + [(1, 0)])
+    return jnp.where(again[..., : lists.shape[-1]], -1, lists)
 
 
 def _sink_blocks(o, at, q_blocks, size):
@@ -175,9 +176,10 @@ def _sink_blocks(o, at, q_blocks, size):
     return jnp.maximum(start // size, 0)[:, None, :, None] + columns[None, None, None]
 
 
-def _grouped(rows_per_token, s, size, lists, listed) -> Schedule:
-    """Cuts lists into steps of as many query blocks as memory allows."""
-    tiles = max(1, _step_bytes() // (4 * rows_per_token * size * size))
+def _grouped(q, s, q_size, size, lists, listed) -> Schedule:
+    """Cuts lists into steps of as many query blocks as memory allows: of few queries, the keys take more than the logits."""
+    b, _, h, width = q.shape
+    tiles = max(1, _step_bytes() // (4 * b * h * size * max(q_size, min(width, size))))
     columns = max(1, min(lists.shape[3], LISTED_KEYS // size, tiles))
     most = max(1, tiles // columns)
     groups = -(-lists.shape[2] // most)
@@ -192,7 +194,7 @@ def _grouped(rows_per_token, s, size, lists, listed) -> Schedule:
     blocks = cut(lists, -1)
     row = jnp.repeat(jnp.arange(groups, dtype=jnp.int32) * rows, blocks.shape[0] // groups)
     return Schedule(
-        size,
+        q_size,
         size,
         groups * rows,
         -(-s // size),

@@ -18,7 +18,8 @@ from layers.kernels.promotion import joint_dtype
 class Context(NamedTuple):
     """What the logits depend on besides queries and keys.
 
-    Places are blocked, (b|1, 1, blocks, block), and so is the bias, (b|1, h|1, blocks|1, block|1, blocks|1, block|1);
+    Places are blocked, (b|1, 1, blocks, block), and so are the keys that these logits leave out, `aside`, (b|1, h|1, blocks,
+    block), where those of the keys may differ by head too, and the bias, (b|1, h|1, blocks|1, block|1, blocks|1, block|1);
     the others are as given.
     """
 
@@ -27,6 +28,7 @@ class Context(NamedTuple):
     prefix_lengths: jax.Array | None
     block_indices: jax.Array | None
     slopes: jax.Array | None
+    aside: jax.Array | None
 
 
 class Rules(NamedTuple):
@@ -34,8 +36,10 @@ class Rules(NamedTuple):
 
     causal: bool
     window: int | None
+    dilation: int
     sink_tokens: int
     block_size: int | None
+    list_size: int | None
     logit_cap: float | None
     scale: float
     precision: jax.lax.Precision | None
@@ -115,10 +119,12 @@ def visible(context: Context, step: Steps, rules: Rules):
     seen = jnp.ones((1,) * 5, bool)
     if rules.window is not None:
         seen &= (i - j < rules.window) if rules.causal else (jnp.abs(i - j) <= rules.window)
+    if rules.dilation > 1:
+        seen &= (i - j) % rules.dilation == 0
     if step.listed is not None:
         seen &= jnp.repeat(step.listed, rules.block_size, axis=3)[..., None, :]
     elif context.block_indices is not None:
-        seen &= _on_list(context.block_indices, rules.block_size, i, j)
+        seen &= _on_list(context.block_indices, rules, i, j)
     if rules.sink_tokens:
         seen |= j < rules.sink_tokens
     if rules.causal:
@@ -126,6 +132,8 @@ def visible(context: Context, step: Steps, rules: Rules):
     if context.prefix_lengths is not None:
         prefix = context.prefix_lengths[:, None, None, None, None]
         seen |= (i < prefix) & (j < prefix)
+    if context.aside is not None:
+        seen &= ~columns(context.aside, step)[..., None, :]
     if at.q_segments is not None:
         segment = rows(at.q_segments, step)[..., None]
         seen &= (segment == columns(at.kv_segments, step)[..., None, :]) & (segment != 0)
@@ -135,14 +143,14 @@ def visible(context: Context, step: Steps, rules: Rules):
     return seen & jnp.repeat(step.blocks >= 0, block, axis=3)[..., None, :]
 
 
-def _on_list(lists, size, i, j):
+def _on_list(lists, rules, i, j):
     """Whether the block of position j is on the list of that of i; both (b|1, 1, 1, block, 1) and (b|1, 1, 1, 1, N)."""
-    row = (i // size)[:, :, 0, :, 0]
+    row = (i // rules.list_size)[:, :, 0, :, 0]
     inside = (row >= 0) & (row < lists.shape[2])
     batch = jnp.arange(lists.shape[0], dtype=jnp.int32).reshape(-1, 1, 1)
     head = jnp.arange(lists.shape[1], dtype=jnp.int32).reshape(1, -1, 1)
     listed = lists[batch, head, jnp.where(inside, row, 0)]
-    seen = (listed[:, :, None, :, None, :] == (j // size)[..., None]).any(-1)
+    seen = (listed[:, :, None, :, None, :] == (j // rules.block_size)[..., None]).any(-1)
     return seen & inside[:, :, None, :, None]
 
 

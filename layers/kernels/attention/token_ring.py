@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from layers.kernels.attention.options import Places
 from layers.kernels.attention.passes import Rows
+from layers.kernels.attention.pieces import merged
 from layers.kernels.attention.ring import device, indices, shifted
 from layers.kernels.attention.visits import (
     Arrays,
@@ -24,7 +25,6 @@ from layers.kernels.attention.visits import (
     attended,
     gradients,
     in_types_of,
-    merged,
     no_gradients,
     of_no_keys,
     rows_of,

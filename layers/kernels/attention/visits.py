@@ -1,5 +1,6 @@
 """Attention of the queries of one device over the keys of one part of time, and how such visits become one softmax."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,19 +10,12 @@ import jax.numpy as jnp
 
 from layers.kernels import kept
 from layers.kernels.attention import passes, tiles, xla
-from layers.kernels.attention.options import Logits, Mask, Options, Places, Tokens
+from layers.kernels.attention.options import Logits, Options, Places, Tokens
 from layers.kernels.attention.passes import Rows
+from layers.kernels.attention.pieces import Results
 from layers.kernels.attention.schedule import one_block
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.promotion import joint_dtype, promoting
-
-
-class Results(NamedTuple):
-    """What the forward pass gives of every query: the output (b, t, h, v), and m and log l of its logits (b, t, h)."""
-
-    output: jax.Array
-    top: jax.Array
-    log_total: jax.Array
 
 
 class Arrays(NamedTuple):
@@ -60,7 +54,7 @@ def split_options(options: Options) -> tuple[Options, Arrays]:
     mask, logits = options.mask, options.logits
     static = Options(
         options.causal,
-        Mask(window=mask.window, sink_tokens=mask.sink_tokens, block_size=mask.block_size),
+        dataclasses.replace(mask, prefix_lengths=None, block_indices=None),
         Logits(logit_cap=logits.logit_cap),
         scale=options.scale,
     )
@@ -88,23 +82,6 @@ def of_no_keys(q, v) -> Results:
     return Results(
         zeros(shape=(*rows, v.shape[3])), jnp.full_like(q, -jnp.inf, dtype, shape=rows), zeros(shape=rows)
     )
-
-
-def merged(first: Results, second: Results) -> Results:
-    """Returns the results over the keys of both, as one softmax.
-
-    With m = max(m_1, m_2), the weights are w_i = exp(m_i - m) l_i, o = (w_1 o_1 + w_2 o_2) / (w_1 + w_2) and
-    l = w_1 + w_2.
-    """
-    top = jnp.maximum(first.top, second.top)
-    finite = jnp.where(top == -jnp.inf, 0, top)
-    weights = [jnp.exp((one.top - finite) + one.log_total) for one in (first, second)]
-    total = weights[0] + weights[1]
-    total = jnp.where(total == 0, 1, total)
-    output = sum(
-        (weight / total)[..., None] * one.output for weight, one in zip(weights, (first, second), strict=True)
-    )
-    return Results(output, top, jnp.log(total))
 
 
 def rows_of(q, k, v, results: Results, doutput, dlse) -> Rows:
@@ -167,12 +144,8 @@ def in_types_of(gradients: Any, arrays: Any) -> Any:
 def _cut(static, q, k, v, arrays, at, plan=None):
     options = Options(
         static.causal,
-        Mask(
-            window=static.mask.window,
-            sink_tokens=static.mask.sink_tokens,
-            block_size=static.mask.block_size,
-            prefix_lengths=arrays.prefix_lengths,
-            block_indices=arrays.block_indices,
+        dataclasses.replace(
+            static.mask, prefix_lengths=arrays.prefix_lengths, block_indices=arrays.block_indices
         ),
         Logits(arrays.bias, arrays.slopes, static.logits.logit_cap),
         tokens=Tokens(q_positions=at.q_positions, kv_positions=at.kv_positions),

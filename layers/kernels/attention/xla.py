@@ -26,8 +26,9 @@ import jax.numpy as jnp
 
 from layers.kernels import kept
 from layers.kernels.attention import passes, tiles
+from layers.kernels.attention.global_tokens import with_global_tokens
 from layers.kernels.attention.options import Places, places
-from layers.kernels.attention.pieces import parts_of_sum
+from layers.kernels.attention.pieces import Results, parts_of_sum
 from layers.kernels.attention.schedule import Schedule, Steps, in_segments, schedule, uses_lists
 from layers.kernels.promotion import joint_dtype, promoting
 
@@ -35,19 +36,27 @@ from layers.kernels.promotion import joint_dtype, promoting
 def attention(q, k, v, options):
     """Returns output (b, t, h, v) and log-sum-exp in two parts, as `parts_of_sum` gives them."""
     q, k, v, o = _varying_alike(q, k, v, options)
-    at = places(q, k, o)
+    results = with_global_tokens(_in_order, q, k, v, o, places(q, k, o))
+    return with_sink(*results, o.logits.sink_logits)
+
+
+def _in_order(q, k, v, o, at, aside):
+    """Returns the results over all keys but those that are `aside` (b|1, h|1, s), by blocks of neighbouring tokens."""
     if uses_lists(q, k, o) and in_segments(o) and o.segment_ids.padding != "end":
         # Lists go by index, so the tokens of a segment must be neighbours.
         order = jnp.argsort(at.q_segments == 0, axis=1, stable=True)
         back = jnp.argsort(order, axis=1)
         q, k, v = (jnp.take_along_axis(x, order[:, :, None, None], axis=1) for x in (q, k, v))
         at = Places(*(jnp.take_along_axis(x, order, axis=1) for x in at))
-        output, top, log_total = _blocked(q, k, v, o, at)
+        if aside is not None:
+            aside = jnp.take_along_axis(
+                jnp.broadcast_to(aside, (order.shape[0], *aside.shape[1:])), order[:, None], axis=2
+            )
+        output, top, log_total = _blocked(q, k, v, o, at, aside)
         output = jnp.take_along_axis(output, back[:, :, None, None], axis=1)
         top, log_total = (jnp.take_along_axis(x, back[:, :, None], axis=1) for x in (top, log_total))
-    else:
-        output, top, log_total = _blocked(q, k, v, o, at)
-    return with_sink(output, top, log_total, o.logits.sink_logits)
+        return Results(output, top, log_total)
+    return _blocked(q, k, v, o, at, aside)
 
 
 def with_sink(output, top, log_total, sink_logits):
@@ -110,8 +119,11 @@ class Cut(NamedTuple):
         return x[:, :, : bias.shape[2], : bias.shape[3]]
 
 
-def cut(q, k, v, o, at, plan: Schedule | None = None) -> Cut:
-    """Returns the arguments in the blocks of a schedule, their own if None; `at` are the places of queries and keys."""
+def cut(q, k, v, o, at, plan: Schedule | None = None, aside=None) -> Cut:
+    """Returns the arguments in the blocks of a schedule, their own if None.
+
+    `at` are the places of queries and keys, and `aside` (b|1, h|1, s) are keys that are left out.
+    """
     (b, t, h, width), (s, g) = q.shape, k.shape[1:3]
     plan = plan or schedule(q, k, o, at)
     dtype = joint_dtype(q, k, v)
@@ -126,12 +138,14 @@ def cut(q, k, v, o, at, plan: Schedule | None = None) -> Cut:
     queries = queries.reshape(b, plan.q_blocks, plan.q_block, groups, h // groups, width).transpose(
         0, 3, 1, 4, 2, 5
     )
-    context = _context(t, s, o, at, plan, q_length, kv_length)
+    context = _context(t, s, o, at, aside, plan, q_length, kv_length)
     rules = tiles.Rules(
         causal=o.causal,
-        window=o.mask.window,
+        window=o.mask.window if o.mask.window is None else o.mask.reach(o.causal),
+        dilation=o.mask.dilation,
         sink_tokens=o.mask.sink_tokens,
         block_size=o.mask.block_size,
+        list_size=o.mask.list_size,
         logit_cap=o.logits.logit_cap,
         scale=width**-0.5 if o.scale is None else o.scale,
         precision=tiles.precision_of(dtype),
@@ -140,20 +154,23 @@ def cut(q, k, v, o, at, plan: Schedule | None = None) -> Cut:
     return Cut(rules, queries, keys(k), keys(v), context, plan.steps)
 
 
-def _blocked(q, k, v, o, at):
+def _blocked(q, k, v, o, at, aside):
     """Attends over blocks, and joins the results."""
-    parts = cut(q, k, v, o, at)
-    return tuple(parts.of_rows(x, q.shape[1]) for x in _attend(*parts))
+    parts = cut(q, k, v, o, at, aside=aside)
+    return Results(*(parts.of_rows(x, q.shape[1]) for x in _attend(*parts)))
 
 
-def _context(t, s, o, at, plan: Schedule, q_length, kv_length) -> tiles.Context:
+def _context(t, s, o, at, aside, plan: Schedule, q_length, kv_length) -> tiles.Context:
     """Places and bias in blocks; where keys had to be padded, the padding is in segment 0."""
     q_segments, kv_segments = at.q_segments, at.kv_segments
     if q_segments is None and kv_length != s:
         q_segments, kv_segments = jnp.ones((1, t), jnp.int32), jnp.ones((1, s), jnp.int32)
 
     def blocks(x, block, length):
-        return None if x is None else _pad(x, 1, length).reshape(x.shape[0], 1, length // block, block)
+        if x is None:
+            return None
+        x = x[:, None] if x.ndim == 2 else x
+        return _pad(x, 2, length).reshape(*x.shape[:2], length // block, block)
 
     bias = o.logits.bias
     if bias is not None:
@@ -173,6 +190,7 @@ def _context(t, s, o, at, plan: Schedule, q_length, kv_length) -> tiles.Context:
         o.mask.prefix_lengths,
         o.mask.block_indices,
         o.logits.slopes,
+        blocks(aside, plan.kv_block, kv_length),
     )
 
 
@@ -207,7 +225,7 @@ def _backward(rules, residuals, cotangents):
         None if one is None else one.astype(of.dtype)
         for one, of in ((found.bias, context.bias), (found.slopes, context.slopes))
     )
-    dcontext = context._replace(at=None, prefix_lengths=None, block_indices=None, bias=dbias, slopes=dslopes)
+    dcontext = tiles.Context(*[None] * len(context))._replace(bias=dbias, slopes=dslopes)
     return found.q.astype(q.dtype), found.k.astype(k.dtype), found.v.astype(v.dtype), dcontext, None
 
 

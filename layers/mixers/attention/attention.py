@@ -1,5 +1,6 @@
 """Attention: softmax attention with grouped heads, windows, sinks and a cache (Vaswani et al. 2017, arXiv:1706.03762)."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from layers.parts.heads import join_heads, shared_heads, split_heads
 from layers.parts.relative_attention import relative_attention
 from layers.parts.streaming_attention import streaming_attention
 from layers.positions import Position, PositionConfig, Rotary, read_position
+from layers.positions.position import NoPosition
 from layers.segments import Segments
 from layers.typing import Array, Float, Int
 
@@ -104,6 +106,21 @@ class AttentionConfig:
         return shared_heads(self)
 
 
+def refuse_options(config: AttentionConfig, mixer: str, names: tuple[str, ...]) -> None:
+    """Raises ValueError for options of attention that a mixer with a pattern of its own leaves at their defaults.
+
+    Biases of positions are refused too: such a mixer takes rotary positions or none.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in names and value != field.default:
+            raise ValueError(
+                f"{field.name}={value!r}; {mixer} has a pattern of its own, expected {field.default!r}"
+            )
+    if not isinstance(config.position, Rotary | NoPosition):
+        raise ValueError(f"position={config.position!r}; {mixer} takes 'rope' or 'none'")
+
+
 class Attention(Mixer):
     """Attention: softmax attention with grouped heads and a choice of positions (Vaswani et al. 2017, arXiv:1706.03762).
 
@@ -167,9 +184,7 @@ class Attention(Mixer):
         options = {
             "causal": config.causal,
             "mask": Mask(window=config.window, sink_tokens=config.sink_tokens),
-            "logits": Logits(
-                logit_cap=config.logit_cap, sink_logits=None if self.sinks is None else self.sinks[...]
-            ),
+            "logits": self.logits(),
             "scale": config.scale,
         }
         attend = streaming_attention if config.sink_distance == "cache" else relative_attention
@@ -184,6 +199,11 @@ class Attention(Mixer):
         tokens = Tokens(seen.numbers, visit.positions, seen.positions)
         o = attend(self.position, q, *seen.entries, segment_ids=visit.numbers, tokens=tokens, **options)
         return self.finish(jnp.where(beyond[..., None, None], jnp.nan, o), x), carried
+
+    def logits(self) -> Logits:
+        """Returns what happens to the logits besides biases of positions."""
+        sinks = None if self.sinks is None else self.sinks[...]
+        return Logits(logit_cap=self.config.logit_cap, sink_logits=sinks)
 
     def project(
         self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], segments: Segments | None

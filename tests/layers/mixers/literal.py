@@ -64,7 +64,7 @@ def low_rank(module, x, activation=lambda v: v):
 
 def heads(x, count):
     """(t, h k) -> (t, h, k)."""
-    return x.reshape(len(x), count, -1)
+    return x.reshape(len(x), count, x.shape[1] // count)
 
 
 def sigmoid(x):
@@ -119,3 +119,10 @@ def convolved(memory, x):
 def by_row(function, x):
     """Applies a function of (t, d) to every row of a float64 copy of x."""
     return np.stack([function(row) for row in np.asarray(x, np.float64)])
+
+
+def masked_softmax(logits, seen):
+    """Rows of weights over what is seen, zero elsewhere and in rows that see nothing."""
+    weights = np.where(seen, np.exp(np.where(seen, logits, 0)), 0)
+    total = weights.sum(-1, keepdims=True)
+    return weights / np.where(total == 0, 1, total)

@@ -118,6 +118,22 @@ MIXERS = {
     "mamba3": ("mamba3", {"state_size": 4, "head_dim": 4, "groups": 2}),
     "gated_short_conv": ("gated_short_conv", {}),
     "tuned_state": ("tuned_state", {"inner": "gla", "options": {"heads": 2, "taps": 2}}),
+    "longformer": (
+        "longformer",
+        {"heads": 2, "window": 2, "global_tokens": 2, "dilation": 3, "dilated_heads": 1},
+    ),
+    "bigbird": ("bigbird", {"heads": 2, "block": 3, "random_blocks": 1, "layer": 1}),
+    "longt5": ("longt5", {"heads": 2, "radius": 3, "block": 4, "buckets": 8, "max_distance": 12}),
+    "longt5-local": ("longt5", {"heads": 2, "radius": 5, "attention": "local", "bias": True}),
+    "etc": ("etc", {"heads": 2, "global_tokens": 2, "radius": 3, "clip": 2}),
+    "nystromformer": ("nystromformer", {"heads": 2, "landmarks": 5, "taps": 3}),
+    "luna": ("luna", {"heads": 2, "latents": 3}),
+    "luna-carried": ("luna", {"heads": 2, "latents": 3, "carried": True, "bias": True}),
+    "reformer": ("reformer", {"heads": 2, "chunk": 4, "buckets": 6, "rounds": 2}),
+    "informer": ("informer", {"heads": 2, "factor": 2}),
+    "shifted_sparse": ("shifted_sparse", {"heads": 4, "kv_heads": 2, "group": 6, "group_sinks": 2}),
+    "moba": ("moba", {"heads": 4, "kv_heads": 2, "block": 3, "top_k": 2}),
+    "landmark": ("landmark", {"heads": 4, "kv_heads": 2, "block": 4}),
     "parallel": (
         "parallel",
         {"branches": {"retnet": {"heads": 2}, "attention": {"heads": 2}}, "scales": {"retnet": 0.5}},
@@ -127,9 +143,13 @@ MIXERS = {
 # Mixers whose derivative with respect to later inputs is zero but for the rounding of Fourier transforms.
 BY_FOURIER_TRANSFORM = {"dss", "gss", "h3", "hyena", "liquid_s4", "mega", "s4", "s4d", "sgconv"}
 
+# Mixers that choose tokens by numbers of their own, so that rounding may change what a token sees.
+CHOOSES = {"informer", "moba", "reformer"}
+
 # Mixers whose part of the suite is slow. By default their own tests compare two calls, with a state, with the equation.
 LIGHT = {
     *("hgrn2", "rwkv6", "mlstm", "slstm", "based", "linoss", "mamba3", "gated_short_conv"),
     *("gated_deltaproduct", "gated_deltanet2", "comba", "tuned_state", "parallel"),
-    *("forgetting_attention", "differential_attention"),
+    *("forgetting_attention", "differential_attention", "longformer", "bigbird", "longt5"),
+    *("etc", "nystromformer", "luna", "reformer", "informer", "shifted_sparse", "moba", "landmark"),
 }

@@ -54,7 +54,7 @@ def test_what_segments_know_changes_nothing(packed):
 
 
 @pytest.mark.sample(3)
-@pytest.mark.parametrize("name", ["fnet", "hypermixer", "linformer", "wersa", "bidirectional"])
+@pytest.mark.parametrize("name", ["fnet", "hypermixer", "linformer", "wersa", "bidirectional", "luna"])
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_rows_without_tokens(name, with_ids):
     options = {"linformer": {"max_length": 4}, "bidirectional": {"inner": "s5"}}.get(name, {})

@@ -1,0 +1,137 @@
+"""Shifted sparse attention: causal groups, half of the heads shifted by half a group (Chen et al. 2023, arXiv:2309.12307)."""
+
+import jax.numpy as jnp
+
+from layers.kernels.attention import Mask, Tokens, attention_with_lse, compose
+from layers.mixer import Visit
+from layers.mixers.attention.attention import Attention, AttentionConfig, refuse_options
+from layers.options import Count, checked_dataclass
+from layers.parts.cache import Cache, empty_cache, extend
+from layers.segments import Segments
+from layers.typing import Array, Float
+
+
+@checked_dataclass
+class ShiftedSparseConfig(AttentionConfig):
+    """Options of `ShiftedSparse`, and those of `AttentionConfig` but for windows, sinks and biases of positions.
+
+    Attributes:
+      group: G, tokens of a group, even. The papers take a quarter of the length.
+      shifted_heads: number of heads, the last ones, whose groups begin at G/2; half of them if None. SinkLoRA (Zhang 2024,
+        arXiv:2406.05678) returns some of the shifted heads to the others.
+      group_sinks: number of first tokens that stay visible outside their group, at most G/2; SinkLoRA's sinks.
+    """
+
+    group: int = 2048
+    shifted_heads: Count | None = None
+    group_sinks: Count = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_options(self, "shifted_sparse", ("window", "causal", "sink_logits"))
+        if self.group % 2:
+            raise ValueError(f"group={self.group}; expected an even number")
+        if self.group_sinks > self.group // 2:
+            raise ValueError(f"group_sinks={self.group_sinks}; expected at most half of group={self.group}")
+        each = self.heads // self.groups
+        if self.shifted > self.heads or self.shifted % each:
+            raise ValueError(
+                f"shifted_heads={self.shifted}; expected at most heads={self.heads} and a multiple of {each}, the heads "
+                "that share keys"
+            )
+
+    @property
+    def shifted(self) -> int:
+        """Number of shifted heads."""
+        return self.heads // 2 if self.shifted_heads is None else self.shifted_heads
+
+
+class ShiftedSparse(Attention):
+    """S2-Attn: attention within groups of G tokens (Chen et al. 2023, arXiv:2309.12307).
+
+        y_i = W_o softmax_j(q_i . k_j / sqrt(head_dim)) v_j,   j <= i with floor((j + s) / G) = floor((i + s) / G), or j < sinks
+
+    with s = 0, or G/2 in shifted heads, whose first group has G/2 tokens. The released code also has a form that rolls the
+    sequence by G/2 instead: there the first tokens share a group with the last ones and see the future. Linear in t. The
+    cache holds G tokens and the sinks.
+    """
+
+    def initial(self, batch_size: int, max_length: int | None) -> Cache:
+        config = self.config
+        shapes = ((config.groups, config.size),) * 2
+        kept = {"window": config.group, "sinks": config.group_sinks}
+        return empty_cache("shifted_sparse", batch_size, shapes, config.dtype, max_length=max_length, **kept)
+
+    def mix(
+        self,
+        x: Float[Array, "b t d"],
+        carried: Cache | None,
+        segments: Segments | None,
+        visit: Visit | None,
+    ) -> tuple[Float[Array, "b t d"], Cache | None]:
+        if visit is None:
+            index = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
+            positions = index if segments is None else segments.positions
+            numbers = jnp.ones_like(index) if segments is None else segments.numbers
+            q, k, v = self.project(x, positions, segments)
+            o = self._attend(q, k, v, (numbers, positions), (numbers, positions), segments)
+            return self.finish(o, x), None
+        q, k, v = self.project(x, visit.positions, segments)
+        rule = {"window": self.config.group, "sinks": self.config.group_sinks}
+        carried, seen, _ = extend(carried, (k, v), visit, **rule)
+        queries, keys = (visit.numbers, visit.positions), (seen.numbers, seen.positions)
+        return self.finish(self._attend(q, *seen.entries, queries, keys, visit), x), carried
+
+    def _attend(self, q, k, v, queries, keys, given):
+        """Heads' outputs for segments and positions of queries and keys, and the `Segments` or the `Visit` they are from."""
+        config = self.config
+        plain, each = config.heads - config.shifted, config.heads // config.groups
+        parts = []
+        for own, shift in ((slice(plain), 0), (slice(plain, None), config.group // 2)):
+            mine = slice(plain // each) if shift == 0 else slice(plain // each, None)
+            if q[:, :, own].shape[2]:
+                parts.append(
+                    self._in_groups(q[:, :, own], k[:, :, mine], v[:, :, mine], queries, keys, shift, given)
+                )
+        return jnp.concatenate(parts, axis=2)
+
+    def _in_groups(self, q, k, v, queries, keys, shift, given):
+        config = self.config
+        (q_numbers, q_positions), (k_numbers, k_positions) = queries, keys
+        q_group, k_group = ((positions + shift) // config.group for positions in (q_positions, k_positions))
+        groups = jnp.maximum(q_group.max(initial=0), k_group.max(initial=0)) + 2
+
+        def ids(numbers, group):
+            return jnp.where(numbers == 0, 0, numbers * groups + group + 1)
+
+        there = {"kv_segment_ids": ids(k_numbers, k_group)}
+        cached = isinstance(given, Visit)
+        if cached:
+            there |= {"q_positions": q_positions, "kv_positions": k_positions}
+        options = {"causal": True, "scale": config.scale, "logits": self.logits()}
+        piece = attention_with_lse(
+            *(q, k, v),
+            # By index, tokens of a group are neighbours unless padding stands between them.
+            mask=None
+            if cached or (given is not None and given.padding != "end")
+            else Mask(window=config.group),
+            segment_ids=ids(q_numbers, q_group),
+            tokens=Tokens(**there),
+            **options,
+        )
+        if config.group_sinks:
+            # Sinks of whole rows come first.
+            few = slice(config.group_sinks if given is None else None)
+            k_numbers, k_positions = k_numbers[:, few], k_positions[:, few]
+            far = attention_with_lse(
+                *(q, k[:, few], v[:, few]),
+                segment_ids=jnp.where(q_group > 0, q_numbers, 0),
+                tokens=Tokens(
+                    kv_segment_ids=jnp.where(k_positions < config.group_sinks, k_numbers, 0),
+                    q_positions=q_positions,
+                    kv_positions=k_positions,
+                ),
+                **options,
+            )
+            piece = compose(piece, far)
+        return piece.output.astype(v.dtype)

@@ -1,0 +1,134 @@
+"""Shifted sparse attention, MoBA and landmarks against their equations in NumPy, pair by pair, whole and in two calls."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layers.mixers.attention import landmark as landmark_module
+from layers.mixers.attention import moba as moba_module
+from tests.layers.mixers.literal import (
+    apply,
+    by_row,
+    drawn,
+    heads,
+    in_two_calls,
+    masked_softmax,
+    softmax,
+    tokens,
+)
+
+WIDTH, HEADS, KV, TIME = 8, 4, 2, 26
+ATTENTION = {"heads": HEADS, "kv_heads": KV, "position": "none"}
+
+
+def attended(model, x, seen_by):
+    """The output, given which keys (t, s) a head sees."""
+    q, k, v = (heads(apply(f, x), n) for f, n in ((model.query, HEADS), (model.key, KV), (model.value, KV)))
+    y = np.zeros_like(q)
+    for h in range(HEADS):
+        keys, values = k[:, h // (HEADS // KV)], v[:, h // (HEADS // KV)]
+        logits = q[:, h] @ keys.T
+        y[:, h] = masked_softmax(logits / np.sqrt(q.shape[2]), seen_by(h, logits, q[:, h], keys)) @ values
+    return apply(model.output, y.reshape(len(x), -1))
+
+
+def shifted(model, x):
+    config, t = model.config, len(x)
+
+    def seen(h, *_):
+        shift = config.group // 2 if h >= HEADS - config.shifted else 0
+        pairs = [
+            [(i + shift) // config.group == (j + shift) // config.group for j in range(t)] for i in range(t)
+        ]
+        return (np.array(pairs) | (np.arange(t) < config.group_sinks)) & np.tri(t, dtype=bool)
+
+    return attended(model, x, seen)
+
+
+@pytest.mark.parametrize("options", [{}, {"group_sinks": 2, "shifted_heads": 0}, {"group_sinks": 3}])
+def test_shifted_groups(options):
+    """Half of the heads shifted, none, and with sinks; groups that the length does not fill."""
+    model = drawn("shifted_sparse", WIDTH, group=6, **ATTENTION, **options)
+    x = tokens(TIME, WIDTH)
+    want = by_row(lambda x: shifted(model, x), x)
+    np.testing.assert_allclose(model(x)[0], want, atol=1e-5)
+    np.testing.assert_allclose(in_two_calls(model, x)[0], want, atol=1e-5)
+
+
+def test_a_group_as_long_as_the_sequence_is_attention():
+    """Without shifted heads, with the same parameters."""
+    model = drawn("shifted_sparse", WIDTH, group=32, shifted_heads=0, heads=HEADS, kv_heads=KV)
+    plain = drawn("attention", WIDTH, heads=HEADS, kv_heads=KV)
+    x = tokens(TIME, WIDTH)
+    np.testing.assert_allclose(model(x)[0], plain(x)[0], atol=1e-5)
+
+
+def moba(model, x):
+    config, t = model.config, len(x)
+    block = np.arange(t) // config.block
+
+    def seen(_, __, q, keys):
+        found = np.zeros((t, t), bool)
+        for i in range(t):
+            means = {b: keys[block == b].mean(0) for b in range(block[i])}
+            best = sorted(means, key=lambda b: -q[i] @ means[b])[: config.top_k - 1]
+            for j in range(i + 1):
+                found[i, j] = block[j] == block[i] or block[j] in best
+        return found
+
+    return attended(model, x, seen)
+
+
+@pytest.mark.parametrize("queries", [128, 4])
+def test_chosen_blocks(queries, monkeypatch):
+    """By lists, and by masks in a cache, for some queries at a time."""
+    monkeypatch.setattr(moba_module, "QUERIES", queries)
+    model = drawn("moba", WIDTH, block=3, top_k=3, **ATTENTION)
+    x = tokens(TIME, WIDTH)
+    want = by_row(lambda x: moba(model, x), x)
+    np.testing.assert_allclose(model(x)[0], want, atol=1e-5)
+    np.testing.assert_allclose(in_two_calls(model, x)[0], want, atol=1e-5)
+    ids = jnp.asarray([[1] * 15 + [2] * 11, [0] * 2 + [1] * 24])
+    got, rows = np.asarray(model(x, segment_ids=ids)[0]), np.asarray(x, np.float64)
+    for row, part in ((0, slice(0, 15)), (0, slice(15, 26)), (1, slice(2, 26))):
+        np.testing.assert_allclose(got[row, part], moba(model, rows[row, part]), atol=1e-5)
+
+
+def test_every_block_chosen_is_attention():
+    model = drawn("moba", WIDTH, block=3, top_k=9, heads=HEADS, kv_heads=KV)
+    plain = drawn("attention", WIDTH, heads=HEADS, kv_heads=KV)
+    x = tokens(TIME, WIDTH)
+    np.testing.assert_allclose(model(x)[0], plain(x)[0], atol=1e-5)
+
+
+def landmark(model, x):
+    """Token by token: a softmax over the own block and the landmarks, and one in each block that these open."""
+    size, t = model.config.block, len(x)
+    q, k, v = (heads(apply(f, x), n) for f, n in ((model.query, HEADS), (model.key, KV), (model.value, KV)))
+    y = np.zeros_like(q)
+    for h in range(HEADS):
+        g = h // (HEADS // KV)
+        for i in range(t):
+            a = k[:, g] @ q[i, h] / np.sqrt(q.shape[2])
+            own = [j for j in range(i // size * size, i + 1) if j % size != size - 1]
+            doors = [b * size + size - 1 for b in range(i // size)]
+            weights = softmax(a[own + doors])
+            y[i, h] = weights[: len(own)] @ v[own, g]
+            for weight, door in zip(weights[len(own) :], doors, strict=True):
+                inside = np.arange(door - size + 1, door)
+                y[i, h] += weight * softmax(a[inside]) @ v[inside, g]
+    return apply(model.output, y.reshape(t, -1))
+
+
+@pytest.mark.parametrize("queries", [128, 5])
+def test_landmarks(queries, monkeypatch):
+    monkeypatch.setattr(landmark_module, "QUERIES", queries)
+    model = drawn("landmark", WIDTH, block=4, **ATTENTION)
+    x = tokens(TIME, WIDTH)
+    want = by_row(lambda x: landmark(model, x), x)
+    np.testing.assert_allclose(model(x)[0], want, atol=1e-5)
+    np.testing.assert_allclose(in_two_calls(model, x)[0], want, atol=1e-5)
+    ids = jnp.asarray([[1] * 15 + [2] * 11, [0] * 2 + [1] * 24])
+    got, rows = np.asarray(model(x, segment_ids=ids)[0]), np.asarray(x, np.float64)
+    for row, part in ((0, slice(0, 15)), (0, slice(15, 26)), (1, slice(2, 26))):
+        np.testing.assert_allclose(got[row, part], landmark(model, rows[row, part]), atol=1e-5)
