@@ -432,7 +432,7 @@ def model_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path, sizes: Sizes, links: Links) -> None:
     """Draws the model: milliseconds of both passes of a layer against the number of devices, with its assumptions."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots()
     axes.set_prop_cycle(color=COLOURS)
     names = dict.fromkeys((row["primitive"], row["method"]) for row in rows)
@@ -440,7 +440,11 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, sizes: Sizes, links: Lin
         points = [(row["devices"], row["ms"]) for row in rows if (row["primitive"], row["method"]) == name]
         axes.plot(*zip(*points), marker="os^vDPX*"[number % 8], markersize=4, label=", ".join(name))
     axes.set(xscale="log", yscale="log", xlabel="devices", ylabel="milliseconds of a layer, both passes")
-    axes.set_title(f"{sizes.batch} x {sizes.time} tokens, a model; {links.describe()}", fontsize=9)
+    axes.set_title(
+        f"A model: {sizes.batch} x {sizes.time} tokens, {sizes.heads} heads of {sizes.head_dim}, {sizes.kv_heads} of keys, "
+        f"{sizes.dtype}\n{links.describe()}; rings send while they compute",
+        fontsize=9,
+    )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside right center")
     FigureCanvasAgg(figure).print_png(path)

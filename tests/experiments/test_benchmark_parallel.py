@@ -1,8 +1,11 @@
 """What divided time sends: the count from compiled programs, and the published formulas."""
 
+import json
+
 import jax
 import pytest
 
+from experiments.benchmark import __main__ as command
 from experiments.benchmark import parallel, parallel_packing, parallel_row
 from experiments.benchmark.collectives import bytes_sent
 
@@ -135,6 +138,20 @@ def test_the_cost_of_a_document():
         parallel_packing.flexible([900], 8, model)
     with pytest.raises(ValueError, match="devices=6; expected a power of two"):
         parallel_packing.flexible([9], 6, model)
+
+
+def test_the_command_counts_and_simulates(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "DEVICES", (2, 64))
+    options = ["--only=short_conv", "--time=64", "--num_devices=2", "--rounds=1", "--packing", "--flops=1e14"]
+    assert command.main(["parallel", *options, f"--out={tmp_path}"]) == 0
+    found = json.loads((tmp_path / "parallel.json").read_text())
+    (row,) = found["rows"]
+    assert row["both_bytes"] == row["both_formula_bytes"] == 2 * (parallel.TAPS - 1) * 8 * 16 * 4
+    assert found["model"]["assumptions"]["flops"] == 1e14
+    few, many = found["packing"]
+    assert few["documents_placed"] == sum(few["documents_by_devices"].values())
+    assert few["gain"] < many["gain"]
+    assert (tmp_path / "packing.png").stat().st_size > 1000 < (tmp_path / "parallel.png").stat().st_size
 
 
 def test_what_cannot_be_compared_is_named():
