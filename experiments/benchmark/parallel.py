@@ -164,6 +164,13 @@ def _attention_cost(method: str, s: Sizes, parts: int) -> tuple[Cost, Cost]:
         repeats = math.lcm(s.kv_heads, parts) / s.kv_heads
         forward = backward = hops / parts * (2 * queries + repeats * keys) * s.item
         messages = 4 * hops, 4 * hops
+    elif method == "balanced_ring":
+        rounds, helping, rows = parts // 2, hops // 2, tokens * s.heads * SUM
+        flops = first = half * (1 + 2 * rounds) / parts
+        results = queries * SUM + 2 * rows
+        forward = rounds * keys * s.item + helping * (queries * s.item + results)
+        backward = rounds * keys * (s.item + SUM) + helping * (queries * (2 * s.item + SUM) + 3 * rows)
+        messages = 2 * rounds, 2 * rounds
     elif method in ("ring", "zigzag", "score_ring"):
         forward, backward = hops * keys * s.item, hops * keys * s.item + parts * keys * SUM
         messages = hops * (1 + (method == "score_ring")), parts
@@ -229,7 +236,7 @@ def _exchange_cost(s: Sizes, parts: int) -> tuple[Cost, Cost]:
 
 def _methods() -> Iterator[Method]:
     causal = functools.partial(attention, causal=True)
-    for name in ("all_gather", "ulysses", "ring", "zigzag", "token_ring", "score_ring"):
+    for name in ("all_gather", "ulysses", "ring", "zigzag", "balanced_ring", "token_ring", "score_ring"):
         cost = functools.partial(_attention_cost, name)
         overlaps = name not in ("all_gather", "ulysses")
         yield Method("attention", name, _heads, causal, cost, overlaps, attention=name)

@@ -33,7 +33,7 @@ from layers.kernels.sizes import known
 
 Arguments = Mapping[str, Any]
 AttentionMethod = Literal[
-    "all_gather", "ulysses", "ring", "zigzag", "token_ring", "score_ring", "partitioned"
+    "all_gather", "ulysses", "ring", "zigzag", "balanced_ring", "token_ring", "score_ring", "partitioned"
 ]
 StateMethod = Literal["all_gather", "all_scan"]
 _method: contextvars.ContextVar[AttentionMethod] = contextvars.ContextVar("method", default="all_gather")

@@ -76,6 +76,7 @@ def counted(name):
                 "attention/all_gather",
                 "attention/zigzag",
                 "attention/score_ring",
+                "attention/balanced_ring",
                 "gated_linear_attention/all_scan",
                 "delta_rule/all_gather",
                 "linear_recurrence",
@@ -97,6 +98,9 @@ def test_the_model_knows_what_limits_each_method():
     linear = "gated_linear_attention"
     assert rows[linear, "all_scan", 1024]["ms"] < 0.5 * rows[linear, "all_gather", 1024]["ms"]
     assert rows["attention", "zigzag", 8]["ms"] < 0.6 * rows["attention", "ring", 8]["ms"]
+    # A device computes half a part and four, where its share of eight parts is four.
+    balanced = rows["attention", "balanced_ring", 8]["arithmetic_ms"]
+    assert balanced == pytest.approx(9 / 8 * rows["attention", "zigzag", 8]["arithmetic_ms"])
     assert rows["attention", "ring", 1]["ms"] == rows["attention", "zigzag", 1]["ms"]
     assert ("attention", "ulysses", 32) not in rows
     fast = parallel.extrapolated(("attention/ring",), sizes, parallel.Links(flops=8e14))

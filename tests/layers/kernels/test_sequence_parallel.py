@@ -13,7 +13,15 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.benchmark.collectives import bytes_sent
 from layers.kernels import all_scan, kept
-from layers.kernels.attention import Logits, Mask, attention, attention_with_lse, ring, score_ring
+from layers.kernels.attention import (
+    Logits,
+    Mask,
+    attention,
+    attention_with_lse,
+    balanced_ring,
+    ring,
+    score_ring,
+)
 from layers.kernels.attention.options import Options, Places
 from layers.kernels.attention.visits import Arrays
 from layers.kernels.delta_rule import delta_rule, dplr_delta_rule
@@ -419,17 +427,20 @@ def test_all_kinds_of_rows(name, rows, sizes):
 
 
 FOUR = {"sequence": 4}
-VISITS = "ring", "zigzag", "token_ring", "score_ring"
+VISITS = "ring", "zigzag", "balanced_ring", "token_ring", "score_ring"
 # A part of keys, of values and of queries, and of the output and the two parts of its log-sum-exp, in the default tests.
 K, V, Q, OUTPUT, LSE = "f32[2,8,2,3]", "f32[2,8,2,5]", "f32[2,8,4,3]", "f32[2,8,4,5]", "f32[2,8,4]"
 HALVES = {whole: whole.replace("[2,8,", "[2,4,") for whole in (K, V, Q, OUTPUT, LSE)}
-# Keys and values go forward three times, in one ring or in two, and backward with their gradients, which come home. In zig-zag order each half of
-# everything is exchanged, and so are outputs and all gradients. Queries go three times forward and three times backward, and
-# what is found for them returns; backward the gradient of the output and three numbers per query travel with them.
+# Keys and values go forward three times, in one ring or in two, and backward with their gradients, which come home. In zig-zag
+# order each half of everything is exchanged, and so are outputs and all gradients. In a balanced ring keys and values go forward
+# twice, and backward twice with their gradients returning, and once queries go to a device that helps, with the gradient of the
+# output and three numbers per query backward, and what it finds returns. In a token ring queries go three times forward and
+# three times backward, with the same, and what is found for them returns.
 SENT = {
     "ring": {K: 10, V: 10},
     "score_ring": {K: 10, V: 10},
     "zigzag": {K: 10, V: 10} | {HALVES[K]: 4, HALVES[V]: 4, HALVES[Q]: 4, HALVES[OUTPUT]: 4},
+    "balanced_ring": {K: 6, V: 6, Q: 3, OUTPUT: 2, LSE: 5},
     "token_ring": {Q: 9, OUTPUT: 6, LSE: 15} | {HALVES[K]: 4, HALVES[V]: 4, HALVES[Q]: 4, HALVES[OUTPUT]: 4},
 }
 
@@ -507,33 +518,50 @@ def test_a_layer_that_is_recomputed_keeps_the_results_of_attention(method):
     assert method == "ulysses" or computing > keeping
 
 
+def permuted_on_one_device(permute):
+    """`jax.lax.ppermute` for a map, which takes permutations only: devices to which nobody sends receive zeros."""
+
+    def run(x, axis, pairs):
+        senders, receivers = ([pair[side] for pair in pairs] for side in (0, 1))
+        everyone = range(jax.lax.axis_size(axis))
+        rest = zip(sorted(set(everyone) - set(senders)), sorted(set(everyone) - set(receivers)), strict=True)
+        received = jnp.isin(jax.lax.axis_index(axis), jnp.asarray(receivers))
+        return jnp.where(received, permute(x, axis, [*pairs, *rest]), 0)
+
+    return run
+
+
 MANY = 10  # devices; more than a ring runs without a loop
 
 
-def parts(x, count=MANY):
-    """The parts of time (b, t, ...) that devices hold, (count, b, t / count, ...)."""
-    return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
-
-
-def on_many(function, *arrays):
-    """`function` on every device's part, all on one device: what they exchange is the axis of a map."""
-    results = jax.vmap(function, axis_name="sequence")(*map(parts, arrays))
+def on_many(function, count, *arrays):
+    """`function` on every device's part of time (b, t, ...), all on one device: what they exchange is the axis of a map."""
+    parts = (jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0) for x in arrays)
+    results = jax.vmap(function, axis_name="sequence")(*parts)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), results)
 
 
 @pytest.mark.parametrize(
-    "module, order",
-    [(ring, "contiguous"), (ring, "zigzag"), (score_ring, "contiguous")],
-    ids=["ring", "zigzag", "score_ring"],
+    "module, order, count",
+    [
+        (ring, "contiguous", MANY),
+        pytest.param(ring, "zigzag", MANY, marks=pytest.mark.slow),
+        (score_ring, "contiguous", MANY),
+        pytest.param(balanced_ring, "contiguous", MANY, marks=pytest.mark.slow),
+        (balanced_ring, "contiguous", 5),
+        pytest.param(balanced_ring, "contiguous", 2, marks=pytest.mark.slow),
+    ],
+    ids=["ring", "zigzag", "score_ring", "balanced_ring", "balanced_ring-5", "balanced_ring-2"],
 )
-def test_many_hops_are_a_loop(module, order):
-    """Ten devices, packed rows with padding, a window with sink tokens: outputs and gradients of one device."""
+def test_many_hops_are_those_of_one_device(module, order, count, monkeypatch):
+    """Rings of ten devices, which run as loops, and other numbers of them: packed rows with padding, a window with sinks."""
     assert MANY - 1 > ring.MOST_UNROLLED
+    monkeypatch.setattr(jax.lax, "ppermute", permuted_on_one_device(jax.lax.ppermute))
     rng = np.random.default_rng(0)
     q, k, v, weights = (jnp.asarray(normal(rng, 2, 40, h, 4), jnp.float32) for h in (4, 2, 2, 4))
     segments = Segments.of(jnp.asarray(np.repeat([[1, 2, 0], [3, 3, 4]], [17, 14, 9], axis=1), jnp.int32))
     mask = Mask(window=21, sink_tokens=2)
-    plan = ring.Plan(Options(causal=True, mask=mask), order, MANY - 1)
+    plan = ring.Plan(Options(causal=True, mask=mask), order, count - 1)
 
     def local(q, k, v, weights, positions, ids):
         def output(q, k, v):
@@ -546,23 +574,12 @@ def test_many_hops_are_a_loop(module, order):
         found, pull = jax.vjp(output, q, k, v)
         return found, pull(weights)
 
-    got = jax.jit(functools.partial(on_many, local))(q, k, v, weights, segments.positions, segments.ids)
+    got = jax.jit(functools.partial(on_many, local, count))(
+        q, k, v, weights, segments.positions, segments.ids
+    )
     alone = functools.partial(attention, causal=True, mask=mask, segment_ids=segments)
     want, pull = jax.vjp(alone, q, k, v)
     compare(got, (want, pull(weights)))
-
-
-def permuted_on_one_device(permute):
-    """`jax.lax.ppermute` for a map, which takes permutations only: devices to which nobody sends receive zeros."""
-
-    def run(x, axis, pairs):
-        senders, receivers = ([pair[side] for pair in pairs] for side in (0, 1))
-        everyone = range(jax.lax.axis_size(axis))
-        rest = zip(sorted(set(everyone) - set(senders)), sorted(set(everyone) - set(receivers)), strict=True)
-        received = jnp.isin(jax.lax.axis_index(axis), jnp.asarray(receivers))
-        return jnp.where(received, permute(x, axis, [*pairs, *rest]), 0)
-
-    return run
 
 
 @pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -623,6 +640,23 @@ def test_zigzag_order_deals_out_causal_work():
         seen[order] = pairs.sum((2, 3))[~np.eye(8, dtype=bool)].reshape(8, 7)
     assert (seen["zigzag"] == 8).all()
     assert set(seen["contiguous"].ravel()) == {0, 16}
+
+
+def test_a_balanced_ring_takes_half_the_rounds(monkeypatch):
+    """On eight devices four after the first, where a ring takes seven."""
+    visits, q = collections.Counter(), jnp.ones((1, TIME, 2, 4))
+    for module in (ring, balanced_ring):
+
+        def counted(*given, name=module.__name__, attended=module.attended):
+            visits[name] += 1
+            return attended(*given)
+
+        monkeypatch.setattr(module, "attended", counted)
+    with jax.set_mesh(mesh_of(**EIGHT)):
+        for method in ("ring", "balanced_ring"):
+            with attention_by(method):
+                jax.eval_shape(functools.partial(attention, causal=True), q, q, q)
+        assert list(visits.values()) == [8, 5]
 
 
 def test_a_length_that_zigzag_order_does_not_divide_is_named():
