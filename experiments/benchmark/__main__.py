@@ -47,6 +47,7 @@ from experiments.benchmark import (
     steps,
     tune,
 )
+from experiments.benchmark.parallel_methods import Sizes
 from experiments.benchmark.processes import EndedEarly
 from experiments.benchmark.timing import ceilings
 from experiments.config.command_line import (
@@ -265,7 +266,7 @@ def _parallel(values: Any, record: dict[str, Any]) -> int:
     small = {"heads": 8, "kv_heads": 2, "head_dim": 16, "dtype": "float32"} if on_cpu else {}
     given = {"batch": values.batch or 1, "time": values.time or (512 if on_cpu else 32768)}
     given |= {"dtype": values.dtype} if values.dtype else {}
-    sizes, large = parallel.Sizes(**small | given), parallel.Sizes(1, parallel.MODEL_TIME)
+    sizes, large = Sizes(**small | given), Sizes(1, parallel.MODEL_TIME)
     assumed = {name: getattr(values, name) for name in ("latency", "bandwidth", "flops")}
     links = parallel.Links() if values.links is None else parallel.read_links(values.links)
     links = dataclasses.replace(

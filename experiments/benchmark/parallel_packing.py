@@ -20,7 +20,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.benchmark.parallel import Links, Sizes
+from experiments.benchmark.parallel import Links
+from experiments.benchmark.parallel_methods import Sizes
 
 BACKWARD = 3.0  # both passes for one of the forward
 LIMITS = 32  # that are tried

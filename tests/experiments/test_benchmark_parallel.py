@@ -6,10 +6,10 @@ import jax
 import pytest
 
 from experiments.benchmark import __main__ as command
-from experiments.benchmark import parallel, parallel_packing, parallel_row
+from experiments.benchmark import parallel, parallel_methods, parallel_packing, parallel_row
 from experiments.benchmark.collectives import bytes_sent
 
-SIZES = parallel.Sizes(1, 64, heads=8, kv_heads=2, head_dim=4, dtype="float32")
+SIZES = parallel_methods.Sizes(1, 64, heads=8, kv_heads=2, head_dim=4, dtype="float32")
 
 PROGRAM = """\
 HloModule jit_f, num_partitions=4
@@ -59,7 +59,7 @@ def test_bytes_are_counted_by_kind_and_by_how_often_loops_run():
 
 
 def counted(name):
-    (method,) = parallel.chosen((name,))
+    (method,) = parallel_methods.chosen((name,))
     passes = parallel.compiled_passes(method, SIZES, jax.devices()[:4])
     return [bytes_sent(one.as_text()).total() for one, _ in passes.values()], [
         cost.bytes for cost in method.cost(SIZES, 4)
@@ -93,7 +93,7 @@ def test_a_compiled_program_sends_what_the_formula_says(name):
 
 def test_the_model_knows_what_limits_each_method():
     """On many devices gathering states costs more than their flow, and a short convolution stays cheap."""
-    sizes, links = parallel.Sizes(1, 2**20), parallel.Links()
+    sizes, links = parallel_methods.Sizes(1, 2**20), parallel.Links()
     rows = {(r["primitive"], r["method"], r["devices"]): r for r in parallel.extrapolated((), sizes, links)}
     linear = "gated_linear_attention"
     assert rows[linear, "all_scan", 1024]["ms"] < 0.5 * rows[linear, "all_gather", 1024]["ms"]
@@ -111,7 +111,7 @@ DOCUMENTS = [70000, 9000, 300, 4000, 12000, 100, 2500, 800]
 
 
 def test_documents_get_devices_by_their_length():
-    model = parallel_packing.Model(parallel.Sizes(1, 1), parallel.Links(), capacity=16384)
+    model = parallel_packing.Model(parallel_methods.Sizes(1, 1), parallel.Links(), capacity=16384)
     placed = parallel_packing.flexible(DOCUMENTS, 8, model)
     assert sorted(one.tokens for one in placed) == sorted(DOCUMENTS)
     by_tokens = {one.tokens: one for one in placed}
@@ -133,7 +133,7 @@ def test_documents_get_devices_by_their_length():
 def test_the_cost_of_a_document():
     """Work by the token and by pairs of tokens, and what its keys and values send, as written by hand."""
     links = parallel.Links(latency=1e-3, bandwidth=1e6, flops=1e6)
-    model = parallel_packing.Model(parallel.Sizes(1, 1, 2, 1, 4, "float32"), links, capacity=100)
+    model = parallel_packing.Model(parallel_methods.Sizes(1, 1, 2, 1, 4, "float32"), links, capacity=100)
     alone = 3 * (2 * 50**2 * 8 + 24 * 50 * 64) / 1e6
     assert model.seconds(50, 1) == pytest.approx(alone)
     sent = 3 * (3e-3 + 50 * (4 + 4) * 4 * 3 / 4 / 1e6)
@@ -150,7 +150,7 @@ def test_the_command_counts_and_simulates(tmp_path, monkeypatch):
     assert command.main(["parallel", *options, f"--out={tmp_path}"]) == 0
     found = json.loads((tmp_path / "parallel.json").read_text())
     (row,) = found["rows"]
-    assert row["both_bytes"] == row["both_formula_bytes"] == 2 * (parallel.TAPS - 1) * 8 * 16 * 4
+    assert row["both_bytes"] == row["both_formula_bytes"] == 2 * (parallel_methods.TAPS - 1) * 8 * 16 * 4
     assert found["model"]["assumptions"]["flops"] == 1e14
     few, many = found["packing"]
     assert few["documents_placed"] == sum(few["documents_by_devices"].values())
@@ -164,7 +164,7 @@ def test_what_cannot_be_compared_is_named():
     with pytest.raises(ValueError, match="time=64 cannot be divided over 3 devices; use a multiple of 6"):
         parallel.run((), SIZES, jax.devices()[:3], 1, print)
     with pytest.raises(ValueError, match="only='star' is no method; .*attention/ring"):
-        parallel.chosen(("star",))
+        parallel_methods.chosen(("star",))
 
 
 @pytest.mark.slow
