@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from experiments.benchmark import alone
 from experiments.benchmark.collectives import bytes_sent
 from experiments.benchmark.parallel_methods import Method, Sizes, chosen
 from experiments.benchmark.report import COLOURS
@@ -115,6 +116,8 @@ def run(
 ) -> list[dict[str, Any]]:
     """Returns bytes, formula, time and memory of each method on these devices; `report` receives each row.
 
+    A method for which the devices have too little memory has a row with `out_of_memory`, the reason.
+
     Raises:
       ValueError: an unknown name, or fewer than two devices, or sizes that they do not divide.
     """
@@ -131,22 +134,34 @@ def run(
             )
     rows = []
     for method in chosen(only):
-        passes = compiled_passes(method, sizes, devices)
-        times = interleaved({name: call for name, (_, call) in passes.items()}, rounds)
         row: dict[str, Any] = {"primitive": method.primitive, "method": method.name, "devices": parts}
         row |= dataclasses.asdict(sizes)
-        for (name, (one, _)), cost in zip(passes.items(), method.cost(sizes, parts), strict=True):
-            sent = bytes_sent(one.as_text())
-            row |= {
-                f"{name}_bytes": sent.total(),
-                f"{name}_bytes_by_kind": dict(sent),
-                f"{name}_formula_bytes": cost.bytes,
-                f"{name}_ms": times[name].median,
-                f"{name}_peak_bytes": peak_bytes(one),
-            }
+        try:
+            row |= _measured(method, sizes, devices, rounds)
+        except jax.errors.JaxRuntimeError as error:
+            if not alone.lacks_memory(error):
+                raise
+            row["out_of_memory"] = alone.reason(error)
         rows.append(row)
         report(row)
     return rows
+
+
+def _measured(method, sizes, devices, rounds) -> dict[str, Any]:
+    """Bytes, formula, time and memory of both passes of a method."""
+    passes = compiled_passes(method, sizes, devices)
+    times = interleaved({name: call for name, (_, call) in passes.items()}, rounds)
+    found: dict[str, Any] = {}
+    for (name, (one, _)), cost in zip(passes.items(), method.cost(sizes, len(devices)), strict=True):
+        sent = bytes_sent(one.as_text())
+        found |= {
+            f"{name}_bytes": sent.total(),
+            f"{name}_bytes_by_kind": dict(sent),
+            f"{name}_formula_bytes": cost.bytes,
+            f"{name}_ms": times[name].median,
+            f"{name}_peak_bytes": peak_bytes(one),
+        }
+    return found
 
 
 HEADER = f"{'':36}  {'forward MB':>10}  {'formula':>10}  {'both MB':>10}  {'formula':>10}  {'both ms':>9}  {'peak MB':>9}"
@@ -154,6 +169,8 @@ HEADER = f"{'':36}  {'forward MB':>10}  {'formula':>10}  {'both MB':>10}  {'form
 
 def line(row: Mapping[str, Any]) -> str:
     """Returns one row as text: megabytes that a device sends, counted and by the formula, milliseconds and memory."""
+    if "out_of_memory" in row:
+        return f"{row['primitive']}, {row['method']}: out of memory"
     numbers = [row[f"{p}_{what}"] / 1e6 for p in ("forward", "both") for what in ("bytes", "formula_bytes")]
     label = f"{row['primitive']}, {row['method']}"
     shown = "  ".join(f"{number:10.4f}" for number in numbers)

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from experiments.benchmark import __main__ as command
-from experiments.benchmark import parallel, parallel_methods, parallel_packing, parallel_row
+from experiments.benchmark import parallel, parallel_methods, parallel_packing, parallel_row, timing
 from experiments.benchmark.collectives import bytes_sent
 
 SIZES = parallel_methods.Sizes(1, 64, heads=8, kv_heads=2, head_dim=4, dtype="float32")
@@ -156,6 +156,30 @@ def test_the_command_counts_and_simulates(tmp_path, monkeypatch):
     assert few["documents_placed"] == sum(few["documents_by_devices"].values())
     assert few["gain"] < many["gain"]
     assert (tmp_path / "packing.png").stat().st_size > 1000 < (tmp_path / "parallel.png").stat().st_size
+
+
+def test_a_method_without_memory_costs_nothing_of_the_others(monkeypatch):
+    """The second of two methods asks for more than there is; any other error ends the study."""
+
+    def interleaved(calls, rounds):
+        del rounds
+        for call in calls.values():
+            if next(errors):
+                raise jax.errors.JaxRuntimeError(f"{message}: 9 bytes\nmore")
+            call()
+        return dict.fromkeys(calls, timing.Timing(1, 1, 1))
+
+    monkeypatch.setattr(parallel, "interleaved", interleaved)
+    errors, message, reported = iter([False, False, True]), "RESOURCE_EXHAUSTED", []
+    given = ("short_conv", "linear_recurrence"), SIZES, jax.devices()[:2], 1, reported.append
+    first, second = parallel.run(*given)
+    assert reported == [first, second]
+    assert first["both_ms"] == 1
+    assert second["out_of_memory"] == "JaxRuntimeError: RESOURCE_EXHAUSTED: 9 bytes"
+    assert parallel.line(second) == "short_conv, halo: out of memory"
+    errors, message = iter([True]), "INTERNAL"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        parallel.run(*given)
 
 
 def test_what_cannot_be_compared_is_named():
