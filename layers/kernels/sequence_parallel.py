@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels import partition
+from layers.kernels import kept, partition
 from layers.kernels.all_scan import all_scan
 from layers.kernels.partition import SEQUENCE_AXIS
 from layers.kernels.promotion import joint_dtype
@@ -210,7 +210,7 @@ def across(
       reverse: whether the last device's tokens are run first.
     """
     piece, state, forgets = _entering(piece, part, begins, initial)
-    pieces, every = jax.lax.all_gather((piece, forgets), SEQUENCE_AXIS)
+    pieces, every = kept.named(jax.lax.all_gather((piece, forgets), SEQUENCE_AXIS))
     index, count = jax.lax.axis_index(SEQUENCE_AXIS), jax.lax.axis_size(SEQUENCE_AXIS)
     if reverse:
         index = count - 1 - index

@@ -490,32 +490,62 @@ def test_attention_by_visits_of_all_kinds(method, name, rows, sizes):
         check(name, rows, False, sizes)
 
 
+def sent_by_policies(layer):
+    """Bytes sent for the gradient of a layer: as it is, recomputed but for what is kept, and recomputed from its inputs alone."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, TIME, 4, 4)), jnp.float32)
+    mesh, gradients = mesh_of(**FOUR), []
+    cut = jax.NamedSharding(mesh, P(None, "sequence"))
+
+    def sent(run):
+        with jax.set_mesh(mesh):
+            grad = jax.jit(jax.grad(lambda x: jnp.square(run(x)).sum()), in_shardings=cut, out_shardings=cut)
+            compiled = grad.lower(x).compile()
+            gradients.append(compiled(x))
+        return bytes_sent(compiled.as_text()).total()
+
+    policies = kept.policy, jax.checkpoint_policies.nothing_saveable
+    found = [sent(layer), *(sent(jax.checkpoint(layer, policy=policy)) for policy in policies)]
+    compare(gradients[1], gradients[0])
+    return found
+
+
 @pytest.mark.parametrize(
     "method",
     [pytest.param(name, marks=[pytest.mark.slow] * (name != "ring")) for name in (*VISITS, "ulysses")],
 )
 def test_a_layer_that_is_recomputed_keeps_the_results_of_attention(method):
     """What visits is not sent again, which it is if nothing is kept; only exchanges of order, or of time for heads, are."""
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, TIME, 4, 4)), jnp.float32)
-
-    def layer(x):
-        return jnp.tanh(attention(jnp.sin(x), jnp.cos(x), x, causal=True))
-
-    def sent(run):
-        with jax.set_mesh(mesh_of(**FOUR)), attention_by(method):
-            cut = jax.NamedSharding(mesh_of(**FOUR), P(None, "sequence"))
-            grad = jax.jit(jax.grad(lambda x: jnp.square(run(x)).sum()), in_shardings=cut, out_shardings=cut)
-            compiled = grad.lower(x).compile()
-            return bytes_sent(compiled.as_text()).total(), compiled(x)
-
-    without, gradient = sent(layer)
-    keeping, again = sent(jax.checkpoint(layer, policy=kept.policy))
-    computing, _ = sent(jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable))
-    np.testing.assert_allclose(again, gradient, atol=2e-5)
-    part = x.nbytes // 4
+    with attention_by(method):
+        without, keeping, computing = sent_by_policies(
+            lambda x: jnp.tanh(attention(jnp.sin(x), jnp.cos(x), x, causal=True))
+        )
+    part = TIME * 4 * 4 * 4 // 4
     exchanged = {"ulysses": 4 * part * 3 // 4, "zigzag": 4 * part, "token_ring": 4 * part}.get(method, 0)
     assert keeping - without == exchanged
     assert method == "ulysses" or computing > keeping
+
+
+@pytest.mark.parametrize("method", ["all_gather", pytest.param("all_scan", marks=pytest.mark.slow)])
+def test_a_layer_that_is_recomputed_keeps_the_states_that_cross_the_cuts(method):
+    def layer(x):
+        decay = -jnp.square(x[..., 0])
+        return jnp.tanh(gated_linear_attention(jnp.sin(x), jnp.cos(x), x, log_decay=decay)[0])
+
+    with states_by(method):
+        without, keeping, computing = sent_by_policies(layer)
+    assert keeping == without < computing
+
+
+@pytest.mark.slow
+def test_a_layer_with_complex_states_can_be_recomputed():
+    """`jax.checkpoint` cannot keep complex arrays, so that these states are sent again."""
+
+    def layer(x):
+        a = jnp.exp(-1 + 1j * jnp.arange(4.0))[None, None]
+        return jnp.tanh(linear_recurrence(a, x[..., 0])[0].real)
+
+    without, keeping, computing = sent_by_policies(layer)
+    assert without < keeping == computing
 
 
 def permuted_on_one_device(permute):
