@@ -126,7 +126,7 @@ def _attention_cost(method: str, s: Sizes, parts: int) -> tuple[Cost, Cost]:
 def _state_cost(
     transition: int, states: str, flops: Callable[[Sizes], float], s: Sizes, parts: int
 ) -> tuple[Cost, Cost]:
-    """A state (k, v) and a transition of as many numbers as `transition` per head; tokens are read twice."""
+    """A state (k, v) and a transition of as many numbers as `transition` per head; tokens are read twice, or values are twice as wide."""
     state = s.batch * s.heads * s.head_dim * s.head_dim * SUM
     if states == "all_gather":
         sent = (parts - 1) * (state + s.batch * s.heads * transition * SUM)

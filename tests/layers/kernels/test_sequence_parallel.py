@@ -326,6 +326,22 @@ def test_packed_rows_that_cross_the_cuts(name):
     check(name, "at_end", True, EIGHT)
 
 
+def test_a_number_that_is_not_finite_reaches_no_other_segment():
+    """A value of the first segment spoils the state that crosses all cuts, which the second, in the last part, does not read."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(unit(normal(rng, 2, TIME, 2, 4)), jnp.float32) for _ in range(3))
+    beta = jnp.asarray(rng.uniform(0, 1, (2, TIME, 2)), jnp.float32)
+    segments = Segments.of(jnp.asarray(np.repeat([[1, 2], [3, 4]], [30, 2], axis=1), jnp.int32))
+    run = functools.partial(delta_rule, q, k, v.at[0, 2].set(jnp.nan), beta, segment_ids=segments)
+    want = run()
+    with jax.set_mesh(mesh_of(**EIGHT)):
+        got = jax.jit(run)()
+    assert np.isnan(want[0][0, 2:30]).all()
+    assert np.isfinite(want[0][0, 30:]).all()
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)  # NaN where one device has NaN
+
+
 @pytest.mark.parametrize(
     "name, rows, sizes",
     [
