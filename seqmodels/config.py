@@ -39,9 +39,10 @@ class StackConfig:
       branch_scale: factor on the output of each branch before it is added (Granite).
       dropout: dropout rate of branch outputs if separate; passed to the channel mixer if joint.
       scan: whether repeats of the pattern run under `jax.lax.scan`, which compiles them once.
-      remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products), "attention" (all but
-        the results of attention, which take longest to compute again and for which devices that share a row send its keys again;
-        see `layers.kernels.kept`). Under `scan`, "none" recomputes elementwise operations, which costs less than writing their results for every layer.
+      remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products), "attention" (all
+        but the results of attention, which take longest to compute again, and states that pass between devices that share a
+        row; see `layers.kernels.kept`). Under `scan`, "none" recomputes elementwise operations, which costs less than writing
+        their results for every layer.
       dtype: dtype of the activations.
       param_dtype: dtype of stored matrices of the default optimizer group, "float32" or "bfloat16"; all other parameters
         are float32.

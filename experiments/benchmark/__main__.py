@@ -39,6 +39,7 @@ from experiments.benchmark import (
     long_rows,
     models,
     parallel,
+    parallel_packing,
     parallel_row,
     peers,
     report,
@@ -46,6 +47,7 @@ from experiments.benchmark import (
     steps,
     tune,
 )
+from experiments.benchmark.parallel_methods import Sizes
 from experiments.benchmark.processes import EndedEarly
 from experiments.benchmark.timing import ceilings
 from experiments.config.command_line import (
@@ -91,10 +93,8 @@ READS = {
 }
 PATIENCE = 300.0  # seconds for a case of `long_rows`
 CHUNK = 65536  # tokens of a chunk of the row that `parallel` reads twice
-DEVICES, CAPACITY = (
-    64,
-    16384,
-)  # of the simulation of documents of different lengths, and tokens that one holds
+# Of the simulation of documents of different lengths: numbers of devices, and tokens that one holds.
+DEVICES, CAPACITY = (8, 16, 32, 64, 128, 256), 16384
 LENGTHS = (2048, 8192, 32768, 131072)  # of `scaling`
 ON_CPU = {"dtype": "float32", "batch": 1, "time": 1024, "narrower": 8, "rounds": 5, "workers": 1}
 
@@ -266,7 +266,7 @@ def _parallel(values: Any, record: dict[str, Any]) -> int:
     small = {"heads": 8, "kv_heads": 2, "head_dim": 16, "dtype": "float32"} if on_cpu else {}
     given = {"batch": values.batch or 1, "time": values.time or (512 if on_cpu else 32768)}
     given |= {"dtype": values.dtype} if values.dtype else {}
-    sizes, large = parallel.Sizes(**small | given), parallel.Sizes(1, parallel.MODEL_TIME)
+    sizes, large = Sizes(**small | given), Sizes(1, parallel.MODEL_TIME)
     assumed = {name: getattr(values, name) for name in ("latency", "bandwidth", "flops")}
     links = parallel.Links() if values.links is None else parallel.read_links(values.links)
     links = dataclasses.replace(
@@ -291,14 +291,16 @@ def _parallel(values: Any, record: dict[str, Any]) -> int:
     if values.packing:
         lengths = [len(text.encode()) for text in read_documents("stdlib")["train"]]
         model = parallel_packing.Model(large, links, CAPACITY)
-        record["packing"] = parallel_packing.simulated(lengths, DEVICES, model, batch=DEVICES)
-        print(parallel_packing.line(record["packing"]), flush=True)
+        record["packing"] = [parallel_packing.simulated(lengths, n, model, batch=n) for n in DEVICES]
+        print("", *map(parallel_packing.line, record["packing"]), sep="\n", flush=True)
     record["model"]["rows"] = parallel.extrapolated(values.only, large, links)
     print(f"\nA model of a layer, both passes, {large.batch} x {large.time} tokens; {links.describe()}")
     print("\n".join(parallel.model_lines(record["model"]["rows"])), flush=True)
     values.out.mkdir(parents=True, exist_ok=True)
     write_atomically(values.out / "parallel.json", to_json_text(record | {"rows": rows}))
     parallel.draw(record["model"]["rows"], values.out / "parallel.png", large, links)
+    if values.packing:
+        parallel_packing.draw(record["packing"], values.out / "packing.png", links)
     return 0
 
 

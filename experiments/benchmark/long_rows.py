@@ -4,7 +4,8 @@ Each case runs in a process of its own (`alone`). With T tokens, 262,144 if `--t
 
     links                             what sends, gathers and exchanges between the devices take (`links`)
     train/MODEL/one, /METHOD          a training step on one row: T / 2 tokens on one device, T cut over all. MODEL is a Gated
-                                      DeltaNet, METHOD all_gather or all_scan, or a 3:1 hybrid, METHOD ulysses or zigzag
+                                      DeltaNet, METHOD all_gather or all_scan, or a 3:1 hybrid, METHOD ulysses, zigzag or
+                                      balanced_ring
     transformer/one, /METHOD          a training step of a Transformer on T / 2 tokens, by every method of attention
     memory/one/LENGTH, /all/LENGTH    the Gated DeltaNet on 2 T and 4 T tokens, with a backward pass that recomputes blocks
     prefill/float32, /bfloat16        4 T tokens read in chunks by one device that carries the state, and cut over all: a small
@@ -36,7 +37,7 @@ SECONDS = 15.0  # of the measured steps of a case
 LINK_BYTES = tuple(4**n for n in range(6, 15, 2))
 LINK_BYTES_ON_CPU = tuple(4**n for n in range(6, 9))
 DELTA, HYBRID = "gated_deltanet", "gated_deltanet_3_1"
-TRAINED = {DELTA: ("all_gather", "all_scan"), HYBRID: ("ulysses", "zigzag")}
+TRAINED = {DELTA: ("all_gather", "all_scan"), HYBRID: ("ulysses", "zigzag", "balanced_ring")}
 
 
 class Setting(NamedTuple):

@@ -12,12 +12,16 @@ aligned group of so many devices that is free first. Of many limits the one coun
 simulation: nothing runs on groups of different sizes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from experiments.benchmark.parallel import Links, Sizes
+from experiments.benchmark.parallel import Links
+from experiments.benchmark.parallel_methods import Sizes
 
 BACKWARD = 3.0  # both passes for one of the forward
 LIMITS = 32  # that are tried
@@ -155,6 +159,7 @@ def simulated(
         uniform_ms=1e3 * totals[1],
         perfect_ms=1e3 * totals[2],
         gain=totals[1] / totals[0],
+        documents_placed=int(used.sum()),
         documents_by_devices={str(2**n): int(count) for n, count in enumerate(used)},
     )
 
@@ -166,6 +171,35 @@ def line(found: dict[str, Any]) -> str:
         f"{found['batch']} a step on {found['devices']} devices of {found['capacity']}: {found['gain']:.2f} times faster than rows over all; "
         f"work alone, evenly spread, would be {found['uniform_ms'] / found['perfect_ms']:.2f} times"
     )
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path, links: Links) -> None:
+    """Draws what `simulated` found for several numbers of devices: the gains, and how many documents got how many devices."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    gains, places = figure.subplots(1, 2)
+    counts = [row["devices"] for row in rows]
+    for ratio, label in (("gain", "by document"), (None, "work alone, evenly spread")):
+        values = [row[ratio] if ratio else row["uniform_ms"] / row["perfect_ms"] for row in rows]
+        gains.plot(counts, values, marker="o", label=label)
+    gains.set(xscale="log", yscale="log", xlabel="devices", ylabel="times faster than rows over all devices")
+    for row in rows:
+        shares = {int(n): count / row["documents_placed"] for n, count in row["documents_by_devices"].items()}
+        places.plot(
+            *zip(*((n, share) for n, share in shares.items() if share)),
+            marker="o",
+            label=f"of {row['devices']}",
+        )
+    places.set(xscale="log", yscale="log", xlabel="devices of a document", ylabel="share of documents")
+    for axes in (gains, places):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    first = rows[0]
+    figure.suptitle(
+        f"A simulation: documents of Python's standard library, a byte a token, as many a step as devices, which hold "
+        f"{first['capacity']} tokens each;\n{links.describe()}",
+        fontsize=8,
+    )
+    FigureCanvasAgg(figure).print_png(path)
 
 
 def _check(documents, devices, model):

@@ -106,8 +106,9 @@ class MeshConfig:
       expert: size of the axis that the experts of mixtures are sharded over.
       method: how attention sees the keys of other devices where time is sharded: "all_gather" (every device gathers keys and
         values), "ulysses" (devices exchange time for heads), "ring" (keys and values visit every device), "zigzag" (they
-        do, and causal work is dealt out evenly), "token_ring" (queries visit every device), "score_ring" (first keys and then
-        values visit, for whole rows of scores) or "partitioned" (the compiler partitions attention as it finds best); see `layers.kernels.attention.over_time`.
+        do, and causal work is dealt out evenly), "balanced_ring" (they do, and devices that would wait help others),
+        "token_ring" (queries visit every device), "score_ring" (first keys and then values visit, for whole rows of scores)
+        or "partitioned" (the compiler partitions attention as it finds best); see `layers.kernels.attention.over_time`.
       states: how the states of recurrences cross the cuts of time: "all_gather" (every device gathers one summary of each
         part) or "all_scan" (they flow from device to device in blocks); see `layers.kernels.all_scan`.
       otherwise: what becomes of mixers without a form over time: "refused", or "partitioned" (the compiler partitions what one

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layers.kernels import kept
 from layers.kernels.partition import SEQUENCE_AXIS
 
 # More rounds run as a loop, so that compiling does not take longer with more devices.
@@ -65,7 +66,7 @@ def all_scan(
             incoming = jnp.where(forgets.reshape(-1, *[1] * (incoming.ndim - 1)), 0, incoming)
         one = type(piece)(piece[0] if transitions is None else transitions[at], states[at])
         after = compose(one._replace(state=incoming), one).state
-        return (jax.lax.ppermute(after, SEQUENCE_AXIS, to), before), None
+        return (kept.named(jax.lax.ppermute(after, SEQUENCE_AXIS, to)), before), None
 
     rounds = blocks + count - 2
     carry = jnp.zeros_like(states[0]), jnp.zeros_like(states)

@@ -9,7 +9,7 @@ piece (T, U): S -> T S + U. Every device summarises its tokens, all devices gath
 gives the state before each part, from which the device runs its own tokens: LASP-2 (Sun et al. 2025, arXiv:2502.07563), with
 decays and transitions. The bytes that are gathered do not depend on t. Or states flow from device to device in blocks
 (`all_scan`), which moves less where there are many devices. A device reads its tokens twice, once for the piece and once for
-the outputs.
+the outputs, or runs both at once where outputs are linear in the state.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels import partition
+from layers.kernels import kept, partition
 from layers.kernels.all_scan import all_scan
 from layers.kernels.partition import SEQUENCE_AXIS
 from layers.kernels.promotion import joint_dtype
@@ -33,7 +33,7 @@ from layers.kernels.sizes import known
 
 Arguments = Mapping[str, Any]
 AttentionMethod = Literal[
-    "all_gather", "ulysses", "ring", "zigzag", "token_ring", "score_ring", "partitioned"
+    "all_gather", "ulysses", "ring", "zigzag", "balanced_ring", "token_ring", "score_ring", "partitioned"
 ]
 StateMethod = Literal["all_gather", "all_scan"]
 _method: contextvars.ContextVar[AttentionMethod] = contextvars.ContextVar("method", default="all_gather")
@@ -77,17 +77,20 @@ class Recurrence:
         stands for all.
       outputs: the letters of the outputs.
       state: the letters of the state.
-      summarize: (arguments, segments, impl) -> the piece of these tokens, a NamedTuple with the transition and the state.
       compose: the composition of two pieces.
       elementwise: whether transitions multiply states number by number. Otherwise they leave the last axis of a state alone.
+      summarize: (arguments, segments, impl) -> the piece of these tokens, a NamedTuple with the transition and the state.
+      at_once: (run, arguments, segments) -> the piece, and a function of the state before these tokens to the outputs; in place
+        of `summarize` where one run gives both.
     """
 
     axes: Mapping[str, tuple[str, ...]]
     outputs: str
     state: str
-    summarize: Callable[[Arguments, Segments | None, str | None], Any]
     compose: Callable[[Any, Any], Any]
     elementwise: bool = False
+    summarize: Callable[[Arguments, Segments | None, str | None], Any] | None = None
+    at_once: Callable[[Callable[..., Any], Arguments, Segments | None], tuple[Any, Callable]] | None = None
 
     def takes(self, arguments: Arguments) -> bool:
         """Returns whether the mesh in force divides the time of these arguments."""
@@ -105,8 +108,15 @@ class Recurrence:
             given, tokens = vary_alike((given, tokens))
             part, begins = part_of_segments(segments, tokens, reverse)
             everything = dict.fromkeys(self.axes) | arguments | given
+            initial = given.get("initial_state")
+            if self.at_once is not None:
+                piece, outputs = self.at_once(run, everything, part)
+                own = self._before(piece, part, begins, initial, reverse)
+                carried = own if part is None else _where(part.starts.any(1), 0, own)
+                final = self.compose(piece._replace(state=carried), piece).state
+                return outputs(own), of_last(final, reverse)
             piece = self.summarize(everything, part, impl)
-            own = self._before(piece, part, begins, given.get("initial_state"), reverse)
+            own = self._before(piece, part, begins, initial, reverse)
             out, final = run(**everything | {"initial_state": own}, segments=part)
             return out, of_last(final, reverse)
 
@@ -210,7 +220,7 @@ def across(
       reverse: whether the last device's tokens are run first.
     """
     piece, state, forgets = _entering(piece, part, begins, initial)
-    pieces, every = jax.lax.all_gather((piece, forgets), SEQUENCE_AXIS)
+    pieces, every = kept.named(jax.lax.all_gather((piece, forgets), SEQUENCE_AXIS))
     index, count = jax.lax.axis_index(SEQUENCE_AXIS), jax.lax.axis_size(SEQUENCE_AXIS)
     if reverse:
         index = count - 1 - index

@@ -1,12 +1,15 @@
 """What divided time sends: the count from compiled programs, and the published formulas."""
 
+import json
+
 import jax
 import pytest
 
-from experiments.benchmark import parallel, parallel_packing, parallel_row
+from experiments.benchmark import __main__ as command
+from experiments.benchmark import parallel, parallel_methods, parallel_packing, parallel_row, timing
 from experiments.benchmark.collectives import bytes_sent
 
-SIZES = parallel.Sizes(1, 64, heads=8, kv_heads=2, head_dim=4, dtype="float32")
+SIZES = parallel_methods.Sizes(1, 64, heads=8, kv_heads=2, head_dim=4, dtype="float32")
 
 PROGRAM = """\
 HloModule jit_f, num_partitions=4
@@ -56,7 +59,7 @@ def test_bytes_are_counted_by_kind_and_by_how_often_loops_run():
 
 
 def counted(name):
-    (method,) = parallel.chosen((name,))
+    (method,) = parallel_methods.chosen((name,))
     passes = parallel.compiled_passes(method, SIZES, jax.devices()[:4])
     return [bytes_sent(one.as_text()).total() for one, _ in passes.values()], [
         cost.bytes for cost in method.cost(SIZES, 4)
@@ -73,6 +76,7 @@ def counted(name):
                 "attention/all_gather",
                 "attention/zigzag",
                 "attention/score_ring",
+                "attention/balanced_ring",
                 "gated_linear_attention/all_scan",
                 "delta_rule/all_gather",
                 "linear_recurrence",
@@ -89,11 +93,14 @@ def test_a_compiled_program_sends_what_the_formula_says(name):
 
 def test_the_model_knows_what_limits_each_method():
     """On many devices gathering states costs more than their flow, and a short convolution stays cheap."""
-    sizes, links = parallel.Sizes(1, 2**20), parallel.Links()
+    sizes, links = parallel_methods.Sizes(1, 2**20), parallel.Links()
     rows = {(r["primitive"], r["method"], r["devices"]): r for r in parallel.extrapolated((), sizes, links)}
     linear = "gated_linear_attention"
     assert rows[linear, "all_scan", 1024]["ms"] < 0.5 * rows[linear, "all_gather", 1024]["ms"]
     assert rows["attention", "zigzag", 8]["ms"] < 0.6 * rows["attention", "ring", 8]["ms"]
+    # A device computes half a part and four, where its share of eight parts is four.
+    balanced = rows["attention", "balanced_ring", 8]["arithmetic_ms"]
+    assert balanced == pytest.approx(9 / 8 * rows["attention", "zigzag", 8]["arithmetic_ms"])
     assert rows["attention", "ring", 1]["ms"] == rows["attention", "zigzag", 1]["ms"]
     assert ("attention", "ulysses", 32) not in rows
     fast = parallel.extrapolated(("attention/ring",), sizes, parallel.Links(flops=8e14))
@@ -104,7 +111,7 @@ DOCUMENTS = [70000, 9000, 300, 4000, 12000, 100, 2500, 800]
 
 
 def test_documents_get_devices_by_their_length():
-    model = parallel_packing.Model(parallel.Sizes(1, 1), parallel.Links(), capacity=16384)
+    model = parallel_packing.Model(parallel_methods.Sizes(1, 1), parallel.Links(), capacity=16384)
     placed = parallel_packing.flexible(DOCUMENTS, 8, model)
     assert sorted(one.tokens for one in placed) == sorted(DOCUMENTS)
     by_tokens = {one.tokens: one for one in placed}
@@ -126,7 +133,7 @@ def test_documents_get_devices_by_their_length():
 def test_the_cost_of_a_document():
     """Work by the token and by pairs of tokens, and what its keys and values send, as written by hand."""
     links = parallel.Links(latency=1e-3, bandwidth=1e6, flops=1e6)
-    model = parallel_packing.Model(parallel.Sizes(1, 1, 2, 1, 4, "float32"), links, capacity=100)
+    model = parallel_packing.Model(parallel_methods.Sizes(1, 1, 2, 1, 4, "float32"), links, capacity=100)
     alone = 3 * (2 * 50**2 * 8 + 24 * 50 * 64) / 1e6
     assert model.seconds(50, 1) == pytest.approx(alone)
     sent = 3 * (3e-3 + 50 * (4 + 4) * 4 * 3 / 4 / 1e6)
@@ -137,13 +144,51 @@ def test_the_cost_of_a_document():
         parallel_packing.flexible([9], 6, model)
 
 
+def test_the_command_counts_and_simulates(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "DEVICES", (2, 64))
+    options = ["--only=short_conv", "--time=64", "--num_devices=2", "--rounds=1", "--packing", "--flops=1e14"]
+    assert command.main(["parallel", *options, f"--out={tmp_path}"]) == 0
+    found = json.loads((tmp_path / "parallel.json").read_text())
+    (row,) = found["rows"]
+    assert row["both_bytes"] == row["both_formula_bytes"] == 2 * (parallel_methods.TAPS - 1) * 8 * 16 * 4
+    assert found["model"]["assumptions"]["flops"] == 1e14
+    few, many = found["packing"]
+    assert few["documents_placed"] == sum(few["documents_by_devices"].values())
+    assert few["gain"] < many["gain"]
+    assert (tmp_path / "packing.png").stat().st_size > 1000 < (tmp_path / "parallel.png").stat().st_size
+
+
+def test_a_method_without_memory_costs_nothing_of_the_others(monkeypatch):
+    """The second of two methods asks for more than there is; any other error ends the study."""
+
+    def interleaved(calls, rounds):
+        del rounds
+        for call in calls.values():
+            if next(errors):
+                raise jax.errors.JaxRuntimeError(f"{message}: 9 bytes\nmore")
+            call()
+        return dict.fromkeys(calls, timing.Timing(1, 1, 1))
+
+    monkeypatch.setattr(parallel, "interleaved", interleaved)
+    errors, message, reported = iter([False, False, True]), "RESOURCE_EXHAUSTED", []
+    given = ("short_conv", "linear_recurrence"), SIZES, jax.devices()[:2], 1, reported.append
+    first, second = parallel.run(*given)
+    assert reported == [first, second]
+    assert first["both_ms"] == 1
+    assert second["out_of_memory"] == "JaxRuntimeError: RESOURCE_EXHAUSTED: 9 bytes"
+    assert parallel.line(second) == "short_conv, halo: out of memory"
+    errors, message = iter([True]), "INTERNAL"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        parallel.run(*given)
+
+
 def test_what_cannot_be_compared_is_named():
     with pytest.raises(ValueError, match="JAX sees one; .*device_count=8"):
         parallel.run((), SIZES, jax.devices()[:1], 1, print)
     with pytest.raises(ValueError, match="time=64 cannot be divided over 3 devices; use a multiple of 6"):
         parallel.run((), SIZES, jax.devices()[:3], 1, print)
     with pytest.raises(ValueError, match="only='star' is no method; .*attention/ring"):
-        parallel.chosen(("star",))
+        parallel_methods.chosen(("star",))
 
 
 @pytest.mark.slow

@@ -11,6 +11,9 @@ keys and values that are too few for the devices are repeated.
 
 "ring" and "zigzag": keys and values visit the devices one after the other (`ring`); "zigzag" deals causal work out evenly.
 
+"balanced_ring": the same in half the rounds under a causal mask, as devices that would wait compute for others
+(`balanced_ring`); "ring" where a mask, a bias or places of tokens do not allow that.
+
 "score_ring": first keys and then values visit, and whole rows of scores are kept (`score_ring`).
 
 "token_ring": queries and results travel while keys and values stay (`token_ring`), in zig-zag order where that deals causal
@@ -28,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import partition
-from layers.kernels.attention import ring, score_ring, token_ring, xla
+from layers.kernels.attention import balanced_ring, ring, score_ring, token_ring, xla
 from layers.kernels.attention.options import Logits, Mask, Options, Places, Tokens, places
 from layers.kernels.attention.visits import Arrays, split_options
 from layers.kernels.forward_mode import no_forward_mode, reverse_mode_only
@@ -85,7 +88,11 @@ RINGS = {
     "q_segments": ("b t",),
     "kv_segments": ("b s",),
 }
-RINGED = {"token_ring": token_ring, "score_ring": score_ring}  # by method; the others by `ring`
+RINGED = {
+    "balanced_ring": balanced_ring,
+    "token_ring": token_ring,
+    "score_ring": score_ring,
+}  # by method; the others by `ring`
 # A bias is cut along the tokens that stay.
 BIAS = {"token_ring": ("b h n s",)}
 MASK, LOGITS = ("prefix_lengths", "block_indices"), ("bias", "slopes", "sink_logits")
@@ -206,6 +213,11 @@ def _visited(method, q, k, v, options, outputs):
     """Attention by visits of keys or of queries."""
     static, arrays = split_options(options)
     plan = ring.Plan(static, *_order(method, q, k, options))
+    module = RINGED.get(method, ring)
+    if module is balanced_ring and (
+        plan.hops < parts_of_time(q.shape[1]) - 1 or not balanced_ring.takes(options, q, k)
+    ):
+        module = ring
     at = places(q, k, options) if options.segment_ids is not None or _given_places(options) else None
     given = {"q": q, "k": k, "v": v, "sink_logits": options.logits.sink_logits}
     given = _without_none(given | arrays._asdict() | (at._asdict() if at else {}))
@@ -220,7 +232,7 @@ def _visited(method, q, k, v, options, outputs):
             given = {name: _along_time(ring.to_zigzag, axes, name, x) for name, x in given.items()}
         own = Arrays(**_given(given, Arrays._fields))
         here = None if at is None else Places(**_given(given, Places._fields))
-        found = RINGED.get(method, ring).attend(plan, *(given[name] for name in "qkv"), own, here)
+        found = module.attend(plan, *(given[name] for name in "qkv"), own, here)
         results = xla.with_sink(*found, given.get("sink_logits"))[: len(outputs)]
         return tuple(map(ring.from_zigzag, results)) if plan.order == "zigzag" else results
 
@@ -258,7 +270,7 @@ def _order(method, q, k, options):
     if options.causal and only_window and by_index:
         hops = min(hops, -(-(mask.reach(options.causal) - 1) // (length // parts)))
     balanced = options.causal and hops == parts - 1 and q.shape[1] == length
-    if method in ("ring", "score_ring") or not balanced:
+    if method in ("ring", "balanced_ring", "score_ring") or not balanced:
         return "contiguous", hops
     if length % (2 * parts) == 0:
         return "zigzag", hops

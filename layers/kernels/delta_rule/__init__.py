@@ -10,6 +10,8 @@ from layers.kernels import checks
 from layers.kernels.delta_rule import gpu, reference, xla
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.isolation import isolated
+from layers.kernels.mixed_precision import operand_dtype, product
+from layers.kernels.promotion import promoting
 from layers.kernels.segments import SegmentIds
 from layers.kernels.sequence_parallel import Recurrence
 from layers.kernels.shard_map_types import vary_as
@@ -271,14 +273,24 @@ def compose(first: Piece, second: Piece) -> Piece:
     return Piece(product(second.transition, first.transition), state)
 
 
-def _of_delta_rule(arguments, segments, impl):
-    given = {name: arguments[name] for name in ("k", "v", "beta", "log_decay")}
-    return summarize(**given, normalize_k=arguments["normalize_qk"], segment_ids=segments, impl=impl)
+def _at_once(run, arguments, segments):
+    """The piece, and the outputs by the state before: from one run with the features of `_with_probe`.
 
+    Outputs are linear in that state, o_t = q_t^T (T_t S + U_t), and the run from the identity gives q_t^T T_t.
+    """
+    v = arguments["v"]
+    values, state = _with_probe(arguments["k"], v)
+    out, final = run(**arguments | {"v": values, "initial_state": state}, segments=segments)
+    alone, read = out[..., : v.shape[-1]], out[..., v.shape[-1] :]
 
-def _of_dplr(arguments, segments, impl):
-    given = {name: arguments[name] for name in ("k", "v", "a", "b", "log_decay")}
-    return summarize_dplr(**given, segment_ids=segments, impl=impl)
+    def outputs(before):
+        added = product("bthk,bhkv->bthv", read, before, operand_dtype(read))
+        if segments is not None:  # a choice, not a product: the state of another segment may not be finite
+            continues = jnp.cumsum(segments.starts, axis=1) == 0
+            added = jnp.where(continues[..., None, None], added, 0)
+        return (alone + added).astype(out.dtype)
+
+    return _piece(final), outputs
 
 
 _AXES = dict.fromkeys(("q", "k", "v"), ("b t h k",)) | {
@@ -289,9 +301,7 @@ OVER_TIME = Recurrence(
     axes=_AXES | {"beta": ("b t h",)},
     outputs="b t h v",
     state="b h k v",
-    summarize=_of_delta_rule,
     compose=compose,
+    at_once=promoting(_at_once),
 )
-DPLR_OVER_TIME = dataclasses.replace(
-    OVER_TIME, axes=_AXES | dict.fromkeys(("a", "b"), ("b t h k",)), summarize=_of_dplr
-)
+DPLR_OVER_TIME = dataclasses.replace(OVER_TIME, axes=_AXES | dict.fromkeys(("a", "b"), ("b t h k",)))

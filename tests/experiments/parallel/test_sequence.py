@@ -24,7 +24,7 @@ MESHES = {
 }
 BY = {
     method: MeshConfig(data=2, fsdp=2, sequence=2, method=method)
-    for method in ("ulysses", "ring", "zigzag", "token_ring")
+    for method in ("ulysses", "ring", "zigzag", "balanced_ring", "token_ring", "score_ring")
 }
 MIXERS = {
     "s5": {"state_size": 8},
@@ -51,6 +51,8 @@ CASES = [
     ("window", "token_ring"),
     ("hybrid", "sequence 8"),
     ("hybrid", "zigzag"),
+    ("hybrid", "balanced_ring"),
+    ("attention", "score_ring"),
 ]
 
 

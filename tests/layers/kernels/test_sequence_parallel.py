@@ -13,7 +13,15 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.benchmark.collectives import bytes_sent
 from layers.kernels import all_scan, kept
-from layers.kernels.attention import Logits, Mask, attention, attention_with_lse, ring, score_ring
+from layers.kernels.attention import (
+    Logits,
+    Mask,
+    attention,
+    attention_with_lse,
+    balanced_ring,
+    ring,
+    score_ring,
+)
 from layers.kernels.attention.options import Options, Places
 from layers.kernels.attention.visits import Arrays
 from layers.kernels.delta_rule import delta_rule, dplr_delta_rule
@@ -318,6 +326,22 @@ def test_packed_rows_that_cross_the_cuts(name):
     check(name, "at_end", True, EIGHT)
 
 
+def test_a_number_that_is_not_finite_reaches_no_other_segment():
+    """A value of the first segment spoils the state that crosses all cuts, which the second, in the last part, does not read."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(unit(normal(rng, 2, TIME, 2, 4)), jnp.float32) for _ in range(3))
+    beta = jnp.asarray(rng.uniform(0, 1, (2, TIME, 2)), jnp.float32)
+    segments = Segments.of(jnp.asarray(np.repeat([[1, 2], [3, 4]], [30, 2], axis=1), jnp.int32))
+    run = functools.partial(delta_rule, q, k, v.at[0, 2].set(jnp.nan), beta, segment_ids=segments)
+    want = run()
+    with jax.set_mesh(mesh_of(**EIGHT)):
+        got = jax.jit(run)()
+    assert np.isnan(want[0][0, 2:30]).all()
+    assert np.isfinite(want[0][0, 30:]).all()
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)  # NaN where one device has NaN
+
+
 @pytest.mark.parametrize(
     "name, rows, sizes",
     [
@@ -419,17 +443,20 @@ def test_all_kinds_of_rows(name, rows, sizes):
 
 
 FOUR = {"sequence": 4}
-VISITS = "ring", "zigzag", "token_ring", "score_ring"
+VISITS = "ring", "zigzag", "balanced_ring", "token_ring", "score_ring"
 # A part of keys, of values and of queries, and of the output and the two parts of its log-sum-exp, in the default tests.
 K, V, Q, OUTPUT, LSE = "f32[2,8,2,3]", "f32[2,8,2,5]", "f32[2,8,4,3]", "f32[2,8,4,5]", "f32[2,8,4]"
 HALVES = {whole: whole.replace("[2,8,", "[2,4,") for whole in (K, V, Q, OUTPUT, LSE)}
-# Keys and values go forward three times, in one ring or in two, and backward with their gradients, which come home. In zig-zag order each half of
-# everything is exchanged, and so are outputs and all gradients. Queries go three times forward and three times backward, and
-# what is found for them returns; backward the gradient of the output and three numbers per query travel with them.
+# Keys and values go forward three times, in one ring or in two, and backward with their gradients, which come home. In zig-zag
+# order each half of everything is exchanged, and so are outputs and all gradients. In a balanced ring keys and values go forward
+# twice, and backward twice with their gradients returning, and once queries go to a device that helps, with the gradient of the
+# output and three numbers per query backward, and what it finds returns. In a token ring queries go three times forward and
+# three times backward, with the same, and what is found for them returns.
 SENT = {
     "ring": {K: 10, V: 10},
     "score_ring": {K: 10, V: 10},
     "zigzag": {K: 10, V: 10} | {HALVES[K]: 4, HALVES[V]: 4, HALVES[Q]: 4, HALVES[OUTPUT]: 4},
+    "balanced_ring": {K: 6, V: 6, Q: 3, OUTPUT: 2, LSE: 5},
     "token_ring": {Q: 9, OUTPUT: 6, LSE: 15} | {HALVES[K]: 4, HALVES[V]: 4, HALVES[Q]: 4, HALVES[OUTPUT]: 4},
 }
 
@@ -479,77 +506,62 @@ def test_attention_by_visits_of_all_kinds(method, name, rows, sizes):
         check(name, rows, False, sizes)
 
 
+def sent_by_policies(layer):
+    """Bytes sent for the gradient of a layer: as it is, recomputed but for what is kept, and recomputed from its inputs alone."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, TIME, 4, 4)), jnp.float32)
+    mesh, gradients = mesh_of(**FOUR), []
+    cut = jax.NamedSharding(mesh, P(None, "sequence"))
+
+    def sent(run):
+        with jax.set_mesh(mesh):
+            grad = jax.jit(jax.grad(lambda x: jnp.square(run(x)).sum()), in_shardings=cut, out_shardings=cut)
+            compiled = grad.lower(x).compile()
+            gradients.append(compiled(x))
+        return bytes_sent(compiled.as_text()).total()
+
+    policies = kept.policy, jax.checkpoint_policies.nothing_saveable
+    found = [sent(layer), *(sent(jax.checkpoint(layer, policy=policy)) for policy in policies)]
+    compare(gradients[1], gradients[0])
+    return found
+
+
 @pytest.mark.parametrize(
     "method",
     [pytest.param(name, marks=[pytest.mark.slow] * (name != "ring")) for name in (*VISITS, "ulysses")],
 )
 def test_a_layer_that_is_recomputed_keeps_the_results_of_attention(method):
     """What visits is not sent again, which it is if nothing is kept; only exchanges of order, or of time for heads, are."""
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, TIME, 4, 4)), jnp.float32)
-
-    def layer(x):
-        return jnp.tanh(attention(jnp.sin(x), jnp.cos(x), x, causal=True))
-
-    def sent(run):
-        with jax.set_mesh(mesh_of(**FOUR)), attention_by(method):
-            cut = jax.NamedSharding(mesh_of(**FOUR), P(None, "sequence"))
-            grad = jax.jit(jax.grad(lambda x: jnp.square(run(x)).sum()), in_shardings=cut, out_shardings=cut)
-            compiled = grad.lower(x).compile()
-            return bytes_sent(compiled.as_text()).total(), compiled(x)
-
-    without, gradient = sent(layer)
-    keeping, again = sent(jax.checkpoint(layer, policy=kept.policy))
-    computing, _ = sent(jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable))
-    np.testing.assert_allclose(again, gradient, atol=2e-5)
-    part = x.nbytes // 4
+    with attention_by(method):
+        without, keeping, computing = sent_by_policies(
+            lambda x: jnp.tanh(attention(jnp.sin(x), jnp.cos(x), x, causal=True))
+        )
+    part = TIME * 4 * 4 * 4 // 4
     exchanged = {"ulysses": 4 * part * 3 // 4, "zigzag": 4 * part, "token_ring": 4 * part}.get(method, 0)
     assert keeping - without == exchanged
     assert method == "ulysses" or computing > keeping
 
 
-MANY = 10  # devices; more than a ring runs without a loop
+@pytest.mark.parametrize("method", ["all_gather", pytest.param("all_scan", marks=pytest.mark.slow)])
+def test_a_layer_that_is_recomputed_keeps_the_states_that_cross_the_cuts(method):
+    def layer(x):
+        decay = -jnp.square(x[..., 0])
+        return jnp.tanh(gated_linear_attention(jnp.sin(x), jnp.cos(x), x, log_decay=decay)[0])
+
+    with states_by(method):
+        without, keeping, computing = sent_by_policies(layer)
+    assert keeping == without < computing
 
 
-def parts(x, count=MANY):
-    """The parts of time (b, t, ...) that devices hold, (count, b, t / count, ...)."""
-    return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
+@pytest.mark.slow
+def test_a_layer_with_complex_states_can_be_recomputed():
+    """`jax.checkpoint` cannot keep complex arrays, so that these states are sent again."""
 
+    def layer(x):
+        a = jnp.exp(-1 + 1j * jnp.arange(4.0))[None, None]
+        return jnp.tanh(linear_recurrence(a, x[..., 0])[0].real)
 
-def on_many(function, *arrays):
-    """`function` on every device's part, all on one device: what they exchange is the axis of a map."""
-    results = jax.vmap(function, axis_name="sequence")(*map(parts, arrays))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), results)
-
-
-@pytest.mark.parametrize(
-    "module, order",
-    [(ring, "contiguous"), (ring, "zigzag"), (score_ring, "contiguous")],
-    ids=["ring", "zigzag", "score_ring"],
-)
-def test_many_hops_are_a_loop(module, order):
-    """Ten devices, packed rows with padding, a window with sink tokens: outputs and gradients of one device."""
-    assert MANY - 1 > ring.MOST_UNROLLED
-    rng = np.random.default_rng(0)
-    q, k, v, weights = (jnp.asarray(normal(rng, 2, 40, h, 4), jnp.float32) for h in (4, 2, 2, 4))
-    segments = Segments.of(jnp.asarray(np.repeat([[1, 2, 0], [3, 3, 4]], [17, 14, 9], axis=1), jnp.int32))
-    mask = Mask(window=21, sink_tokens=2)
-    plan = ring.Plan(Options(causal=True, mask=mask), order, MANY - 1)
-
-    def local(q, k, v, weights, positions, ids):
-        def output(q, k, v):
-            places = Places(positions, positions, ids, ids)
-            if order == "zigzag":
-                q, k, v, places = jax.tree.map(ring.to_zigzag, (q, k, v, places))
-            found = module.attend(plan, q, k, v, Arrays(), places).output
-            return ring.from_zigzag(found) if order == "zigzag" else found
-
-        found, pull = jax.vjp(output, q, k, v)
-        return found, pull(weights)
-
-    got = jax.jit(functools.partial(on_many, local))(q, k, v, weights, segments.positions, segments.ids)
-    alone = functools.partial(attention, causal=True, mask=mask, segment_ids=segments)
-    want, pull = jax.vjp(alone, q, k, v)
-    compare(got, (want, pull(weights)))
+    without, keeping, computing = sent_by_policies(layer)
+    assert without < keeping == computing
 
 
 def permuted_on_one_device(permute):
@@ -563,6 +575,57 @@ def permuted_on_one_device(permute):
         return jnp.where(received, permute(x, axis, [*pairs, *rest]), 0)
 
     return run
+
+
+MANY = 10  # devices; more than a ring runs without a loop
+
+
+def on_many(function, count, *arrays):
+    """`function` on every device's part of time (b, t, ...), all on one device: what they exchange is the axis of a map."""
+    parts = (jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0) for x in arrays)
+    results = jax.vmap(function, axis_name="sequence")(*parts)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), results)
+
+
+@pytest.mark.parametrize(
+    "module, order, count",
+    [
+        (ring, "contiguous", MANY),
+        pytest.param(ring, "zigzag", MANY, marks=pytest.mark.slow),
+        (score_ring, "contiguous", MANY),
+        pytest.param(balanced_ring, "contiguous", MANY, marks=pytest.mark.slow),
+        (balanced_ring, "contiguous", 5),
+        pytest.param(balanced_ring, "contiguous", 2, marks=pytest.mark.slow),
+    ],
+    ids=["ring", "zigzag", "score_ring", "balanced_ring", "balanced_ring-5", "balanced_ring-2"],
+)
+def test_many_hops_are_those_of_one_device(module, order, count, monkeypatch):
+    """Rings of ten devices, which run as loops, and other numbers of them: packed rows with padding, a window with sinks."""
+    assert MANY - 1 > ring.MOST_UNROLLED
+    monkeypatch.setattr(jax.lax, "ppermute", permuted_on_one_device(jax.lax.ppermute))
+    rng = np.random.default_rng(0)
+    q, k, v, weights = (jnp.asarray(normal(rng, 2, 40, h, 4), jnp.float32) for h in (4, 2, 2, 4))
+    segments = Segments.of(jnp.asarray(np.repeat([[1, 2, 0], [3, 3, 4]], [17, 14, 9], axis=1), jnp.int32))
+    mask = Mask(window=21, sink_tokens=2)
+    plan = ring.Plan(Options(causal=True, mask=mask), order, count - 1)
+
+    def local(q, k, v, weights, positions, ids):
+        def output(q, k, v):
+            places = Places(positions, positions, ids, ids)
+            if order == "zigzag":
+                q, k, v, places = jax.tree.map(ring.to_zigzag, (q, k, v, places))
+            found = module.attend(plan, q, k, v, Arrays(), places).output
+            return ring.from_zigzag(found) if order == "zigzag" else found
+
+        found, pull = jax.vjp(output, q, k, v)
+        return found, pull(weights)
+
+    got = jax.jit(functools.partial(on_many, local, count))(
+        q, k, v, weights, segments.positions, segments.ids
+    )
+    alone = functools.partial(attention, causal=True, mask=mask, segment_ids=segments)
+    want, pull = jax.vjp(alone, q, k, v)
+    compare(got, (want, pull(weights)))
 
 
 @pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -623,6 +686,23 @@ def test_zigzag_order_deals_out_causal_work():
         seen[order] = pairs.sum((2, 3))[~np.eye(8, dtype=bool)].reshape(8, 7)
     assert (seen["zigzag"] == 8).all()
     assert set(seen["contiguous"].ravel()) == {0, 16}
+
+
+def test_a_balanced_ring_takes_half_the_rounds(monkeypatch):
+    """On eight devices four after the first, where a ring takes seven."""
+    visits, q = collections.Counter(), jnp.ones((1, TIME, 2, 4))
+    for module in (ring, balanced_ring):
+
+        def counted(*given, name=module.__name__, attended=module.attended):
+            visits[name] += 1
+            return attended(*given)
+
+        monkeypatch.setattr(module, "attended", counted)
+    with jax.set_mesh(mesh_of(**EIGHT)):
+        for method in ("ring", "balanced_ring"):
+            with attention_by(method):
+                jax.eval_shape(functools.partial(attention, causal=True), q, q, q)
+        assert list(visits.values()) == [8, 5]
 
 
 def test_a_length_that_zigzag_order_does_not_divide_is_named():
