@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.attention.options import Options, Places
+from layers.kernels.attention.pieces import merged
 from layers.kernels.attention.ring import device, indices
 from layers.kernels.attention.visits import (
     Arrays,
     attended,
     gradients,
     in_types_of,
-    merged,
     of_no_keys,
     rows_of,
     with_gradient,
