@@ -22,12 +22,11 @@ MIXERS = {
     "hgrn": {},
 }
 SHAPES = dict.fromkeys(MIXERS, (32, 128, 128)) | dict.fromkeys(("s5", "lru"), (4, 704, 128))
-TOLERANCE = 3e-2  # activations are rounded to bfloat16 between the parts of a mixer too
 
 
-def both_passes(name):
+def both_passes(name, dtype="bfloat16"):
     """A function of variables and inputs that gives outputs and gradients; and variables."""
-    given = {"width": SHAPES[name][2], "dtype": jnp.dtype("bfloat16")}
+    given = {"width": SHAPES[name][2], "dtype": jnp.dtype(dtype)}
     graph, variables = nnx.split(make_mixer(name, MIXERS[name], given=given, rngs=nnx.Rngs(0)))
 
     def loss(variables, x, weights):
@@ -53,17 +52,26 @@ def test_mixers_take_kernels(name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MIXERS)
-def test_kernels_agree_with_xla_on_gpu(monkeypatch, name):
+def test_kernels_are_as_exact_as_xla_on_gpu(monkeypatch, name):
+    """Both round activations to bfloat16, which sums of gradients over tokens amplify: float32 says by how much."""
     run, variables = both_passes(name)
     x, weights = np.random.default_rng().standard_normal((2, *SHAPES[name]))
-    arguments = variables, jnp.asarray(x, jnp.bfloat16), jnp.asarray(weights, jnp.float32)
-    kernels = jax.jit(run).lower(*arguments)
+    x, weights = jnp.asarray(x, jnp.bfloat16), jnp.asarray(weights, jnp.float32)
+    kernels = jax.jit(run).lower(variables, x, weights)
     assert "@mosaic_gpu_v2" in kernels.as_text()
     monkeypatch.setattr(devices, "hopper_refusal", lambda: "XLA is asked for")
-    plain = jax.jit(lambda *given: run(*given)).lower(*arguments)
+    plain = jax.jit(lambda *given: run(*given)).lower(variables, x, weights)
     assert "@mosaic_gpu_v2" not in plain.as_text()
-    got, want = (jax.tree.leaves_with_path(lowered.compile()(*arguments)) for lowered in (kernels, plain))
-    for (path, one), (_, other) in zip(got, want, strict=True):
-        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-        error = np.linalg.norm(one - other) / max(np.linalg.norm(other), 1e-30)
-        assert error <= TOLERANCE, f"{jax.tree_util.keystr(path)}: relative difference {error:.1e}"
+    exact, _ = both_passes(name, "float32")
+    with jax.default_matmul_precision("highest"):
+        wanted = jax.jit(exact)(variables, x.astype(jnp.float32), weights)
+    found = (lowered.compile()(variables, x, weights) for lowered in (kernels, plain))
+    for path, want, one, other in zip(*_leaves(wanted, *found), strict=True):
+        ours, theirs = (np.linalg.norm(v - want) / max(np.linalg.norm(want), 1e-30) for v in (one, other))
+        assert ours <= 1.5 * theirs + 1e-2, f"{path}: relative error {ours:.1e}, of XLA {theirs:.1e}"
+
+
+def _leaves(*trees):
+    """The names of the leaves, and the leaves of each tree in float64."""
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(trees[0])]
+    return paths, *([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)] for tree in trees)
