@@ -58,9 +58,9 @@ THEIR_ACTIVATIONS = {
     "relu2": "relu2",
     "silu": "silu",
 }
-# Names of numbers of heads, layers and so on, some of which may be 0, and of those without which there is no model.
+# Names of numbers of heads, layers and so on, which may be 0, and of those without which there is no model.
 COUNTS = re.compile("(num|n)_.+|.+_(size|heads|dim|layers)|d_model")
-NEVER_NONE = re.compile(
+NEEDED_COUNTS = re.compile(
     "(vocab|hidden|intermediate)_size|(num|n)_(hidden_layers|attention_heads|heads|head|layers|layer|embd)|d_model"
 )
 _NEEDED = object()
@@ -93,7 +93,7 @@ class Options:
         if value is _NEEDED:
             raise ValueError(f"{self._of} lacks the option {name!r}{suggestion(name, self._values)}")
         if COUNTS.fullmatch(name) and value is not None and not isinstance(value, list | tuple):
-            least = 1 if NEVER_NONE.fullmatch(name) else 0
+            least = 1 if NEEDED_COUNTS.fullmatch(name) else 0
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 self.refuse(name, value, f"an integer of at least {least}")
         return value
