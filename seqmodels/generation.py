@@ -152,6 +152,10 @@ def stream(
             f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens needs {read} positions, but max_positions="
             f"{table}; expected at most {max(0, table + 1 - longest)} new tokens, or a shorter prompt"
         )
+    if lookup is not None and counts["ngram"] > read:
+        raise ValueError(
+            f"ngram={ngram}; expected at most {read}, as no text here is longer when a draft is looked up"
+        )
     stops = _aligned(stops) if stops else None
     key = jax.random.key(np.uint32(seed))
     draft = None if lookup is None else dict(most=int(lookup), ngram=int(counts["ngram"]))

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.config.command_line import ArgumentError, Parser, path, reporting
+from experiments.config.command_line import Parser, folder, path, reporting
 from experiments.report import plots, tables
 from experiments.report.runs import Run, read
 from experiments.runs.files import to_json_text, write_atomically
@@ -25,10 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes the report and returns the exit code."""
     parser = Parser("experiments.report", __doc__)
     parser.add_argument("runs", nargs="+", type=path, help="run directories, or folders with them")
-    parser.add_argument("--out", required=True, type=path, help="folder of the report")
+    parser.add_argument("--out", required=True, type=folder, help="folder of the report")
     args = parser.parse_args(argv)
-    if args.out.exists() and not args.out.is_dir():
-        raise ArgumentError(f"--out={args.out} is a file; give a folder")
     runs = read(args.runs)
     args.out.mkdir(parents=True, exist_ok=True)
     plots.draw_curves(runs, args.out / "curves.png")

@@ -54,7 +54,7 @@ def read_json(path: Path, remedy: str = RESTORE) -> dict[str, Any] | None:
     """
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         parsed = parse_json(path, content)

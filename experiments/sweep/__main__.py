@@ -33,6 +33,7 @@ from experiments.config.command_line import (
     REFUSALS,
     ArgumentError,
     Parser,
+    folder,
     path,
     positive_integer,
     positive_number,
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--index", help="with --file: number of the only run to train, or slurm for the array's"
     )
-    parser.add_argument("--out", required=True, type=path, help="folder of the results")
+    parser.add_argument("--out", required=True, type=folder, help="folder of the results")
     parser.add_argument(
         "--stop_after_seconds", type=positive_number, help="leave after this time, and start nothing more"
     )
@@ -75,8 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     deadline = None if args.stop_after_seconds is None else time.monotonic() + args.stop_after_seconds
     try:
         _check_options(args)
-        if args.out.exists() and not args.out.is_dir():
-            raise ArgumentError(f"--out={args.out} is a file; give a folder")
         if args.file is not None:
             found = points.read(args.file, args.config)
             return points.run(points.chosen(found, args.index), found, args.out, deadline)

@@ -105,6 +105,8 @@ def family_of(theirs: dict[str, Any], file: Path) -> Family:
     """Returns the family that a config.json names, or raises ValueError with the nearest one."""
     by_type = {family.model_type: family for family in FAMILIES.values()}
     named = theirs.get("architectures") or []
+    if not isinstance(named, list):
+        raise ValueError(f"{file} has architectures={named!r}; expected a list of names")
     for name in named:
         if name in FAMILIES:
             return FAMILIES[name]

@@ -1,5 +1,6 @@
 """The options of a published model's config.json: each is read, refused, or known to change no output."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +58,11 @@ THEIR_ACTIVATIONS = {
     "relu2": "relu2",
     "silu": "silu",
 }
+# Names of numbers of heads, layers and so on, which may be 0, and of those without which there is no model.
+COUNTS = re.compile("(num|n)_.+|.+_(size|heads|dim|layers)|d_model")
+NEEDED_COUNTS = re.compile(
+    "(vocab|hidden|intermediate)_size|(num|n)_(hidden_layers|attention_heads|heads|head|layers|layer|embd)|d_model"
+)
 _NEEDED = object()
 
 
@@ -80,12 +86,16 @@ class Options:
         """Returns an option, or the default where it is left out.
 
         Raises:
-          ValueError: it is left out and has no default.
+          ValueError: it is left out and has no default, or is a number of something by its name and no such number.
         """
         self._used.add(name)
         value = self._values.get(name, default)
         if value is _NEEDED:
             raise ValueError(f"{self._of} lacks the option {name!r}{suggestion(name, self._values)}")
+        if COUNTS.fullmatch(name) and value is not None and not isinstance(value, list | tuple):
+            least = 1 if NEEDED_COUNTS.fullmatch(name) else 0
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                self.refuse(name, value, f"an integer of at least {least}")
         return value
 
     def only(self, name: str, *expected: Any) -> None:

@@ -122,6 +122,7 @@ def test_another_tokenizer_is_refused_and_another_corpus_is_not(run, capsys, mon
         (["--prompt=a", "--max_new_tokens=8", "--top_k=0"], "top_k=0; expected an integer from 1 to 257"),
         (["--prompt=a", "--max_new_tokens=8", "--top_p=2"], "top_p=2.0; expected"),
         (["--prompt=a", "--ngram=2"], "ngram=2 has no effect without lookup"),
+        (["--prompt=a", "--max_new_tokens=8", "--lookup=2", "--ngram=9"], "ngram=9; expected at most 8"),
         (["--prompt=a", "--max_new_tokens=8", "--temperature=-1"], "temperature=-1.0; expected"),
         (["--prompt=a", "--max_new_tokens=8", "--temperature=0", "--min_p=0.1"], "min_p=0.1 has no effect"),
         (["--prompt=a", "--checkpoint=7"], "there is no such checkpoint; steps with one: "),

@@ -9,6 +9,12 @@ RUN = b'{"seed": 1, "task": {"name": "mqar"}, "model": {}, "optimizer": {}, "tra
 
 FILES = {
     "file": b"",
+    "sizes/config.json": b'{"architectures": ["LlamaForCausalLM"], "hidden_size": "many", "num_hidden_layers": 1, "vocab_size": 5}',
+    "headless/config.json": b'{"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 5, "num_attention_heads": 0}',
+    "one/config.json": b'{"architectures": "LlamaForCausalLM"}',
+    "sweep_none.py": b"def get_sweep():\n    return None\n",
+    "sweep_field.py": b"def get_sweep():\n    yield {'optimizer.learning_rat': 1}\n",
+    "sweep_error.py": b"def get_sweep():\n    return 1 / 0\n",
     "name.py": b"def get_config():\n    return ConfigDict()\n",
     "key.py": b"def get_config():\n    config = {}\n    return config['sed']\n",
     "syntax.py": b"def get_config():\n    return (\n",
