@@ -8,7 +8,8 @@ CIFAR-10's binary version is not downloaded: unpack it here, or give its folder 
 
 Mixers: s5, s4, s4d, dss, liquid_s4, lru, sgconv, mega, mega_chunk, mamba, bimamba, mamba2, gated_deltanet, hyena, attention,
 local_attention, linformer, performer, linear_attention, fnet, wersa, and the sparse and low-rank attention of `SPARSE` in
-`_recipes.py`; with protocol=lra the five of these that the benchmark was published with. What is published and what is ours is said in `_recipes.py`.
+`_recipes.py`; with protocol=lra the five of these that the benchmark was published with. What is published and what is ours is
+said in `_recipes.py`.
 
 Published test accuracy, protocol "s4": MEGA 90.44, Liquid-S4 89.50, LRU 89.0 (colour), S4 88.65, S4D 88.19, S5 88.00, SGConv 87.97,
 MEGA-chunk 85.80, Mamba-2 71.96, Mamba 69.82; protocol "lra", of tokens: Performer 42.77, Transformer 42.44, linear attention 42.34,

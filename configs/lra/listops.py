@@ -5,7 +5,8 @@
 
 Mixers: s5, s4, s4d, dss, liquid_s4, lru, sgconv, mega, mega_chunk, mamba, bimamba, mamba2, gated_deltanet, hyena, attention,
 local_attention, linformer, performer, linear_attention, fnet, wersa, and the sparse and low-rank attention of `SPARSE` in
-`_recipes.py`; with protocol=lra the five of these that the benchmark was published with. What is published and what is ours is said in `_recipes.py`.
+`_recipes.py`; with protocol=lra the five of these that the benchmark was published with. What is published and what is ours is
+said in `_recipes.py`.
 
 Published test accuracy, protocol "s4": MEGA 63.14, Liquid-S4 62.75, S5 62.15, SGConv 61.45, S4D 60.47, LRU 60.2, S4 59.60, MEGA-chunk
 58.76, Mamba-2 41.45, Mamba 38.02; protocol "lra": Transformer 36.37, Linformer 35.70, Performer 18.01, linear attention 16.13,

@@ -8,7 +8,8 @@ recipe of Path-X, for which nothing is published.
 
 Mixers: s5, s4, s4d, dss, liquid_s4, lru, sgconv, mega, mega_chunk, mamba, bimamba, mamba2, gated_deltanet, hyena, attention,
 local_attention, linformer, performer, linear_attention, fnet, wersa, and the sparse and low-rank attention of `SPARSE` in
-`_recipes.py`; with protocol=lra the five of these that the benchmark was published with. What is published and what is ours is said in `_recipes.py`.
+`_recipes.py`; with protocol=lra the five of these that the benchmark was published with. What is published and what is ours is
+said in `_recipes.py`.
 
 Published test accuracy on Pathfinder and Path-X, protocol "s4": MEGA 96.01 and 97.98, SGConv 95.46 and 97.83, S5 95.33 and 98.58, LRU
 95.1 and 94.2, Liquid-S4 94.80 and 96.66, MEGA-chunk 94.41 and 93.81, S4 94.20 and 96.35, S4D 93.06 and 91.95, Mamba-2 75.45 and 69.07,

@@ -8,7 +8,8 @@ papers pass one encoder, and a small network takes [u, v, u * v, u - v] of its m
 
 Mixers: s5, s4, s4d, dss, liquid_s4, lru, sgconv, mega, mega_chunk, mamba, bimamba, mamba2, gated_deltanet, hyena, attention,
 local_attention, linformer, performer, linear_attention, fnet, wersa, and the sparse and low-rank attention of `SPARSE` in
-`_recipes.py`; with protocol=lra the five of these that the benchmark was published with. What is published and what is ours is said in `_recipes.py`.
+`_recipes.py`; with protocol=lra the five of these that the benchmark was published with. What is published and what is ours is
+said in `_recipes.py`.
 
 Published test accuracy, protocol "s4": S5 91.40, MEGA 91.25, Liquid-S4 91.20, SGConv 91.11, MEGA-chunk 90.97, S4 90.90, LRU 89.9, S4D
 89.46, Mamba-2 79.23, Mamba 72.14; protocol "lra", of bytes: Transformer 57.46, Performer 53.82, local attention 53.39, linear

@@ -8,7 +8,8 @@ tensorflow-datasets as --config.task.tfds_dir (with --config.task.official_dir=n
 
 Mixers: s5, s4, s4d, dss, liquid_s4, lru, sgconv, mega, mega_chunk, mamba, bimamba, mamba2, gated_deltanet, hyena, attention,
 local_attention, linformer, performer, linear_attention, fnet, wersa, and the sparse and low-rank attention of `SPARSE` in
-`_recipes.py`; with protocol=lra the five of these that the benchmark was published with. What is published and what is ours is said in `_recipes.py`.
+`_recipes.py`; with protocol=lra the five of these that the benchmark was published with. What is published and what is ours is
+said in `_recipes.py`.
 
 Published test accuracy, protocol "s4": MEGA 90.43, MEGA-chunk 90.19, LRU 89.4, S5 89.31, SGConv 89.20, Liquid-S4 89.02, S4 86.82, S4D
 86.18, Mamba-2 86.09, Mamba 82.98; protocol "lra", of bytes: Performer 65.40, linear attention 65.90, Transformer 64.27, Linformer

@@ -34,43 +34,38 @@ class Results(NamedTuple):
 
 
 def merged(first: Results, second: Results) -> Results:
-    """Returns the results over the keys of both, as one softmax.
-
-    With m = max(m_1, m_2), the weights are w_i = exp(m_i - m) l_i, o = (w_1 o_1 + w_2 o_2) / (w_1 + w_2) and
-    l = w_1 + w_2. Callers stop the gradient of m.
-    """
-    fit = [jnp.isfinite(one.output).all(-1) & ~jnp.isnan(one.top + one.log_total) for one in (first, second)]
-    fit = fit[0] & fit[1]
-    top = jax.lax.stop_gradient(jnp.maximum(first.top, second.top))
-    finite = jnp.where(top == -jnp.inf, 0, top)
-    # Rows that are not finite are left out of the sums, through whose derivatives they would reach others.
-    weights = [
-        jnp.where(
-            fit, jnp.exp(jnp.where(fit, (jax.lax.stop_gradient(one.top) - finite) + one.log_total, 0)), 0
-        )
-        for one in (first, second)
-    ]
-    total = weights[0] + weights[1]
-    total = jnp.where(total == 0, 1, total)
-    output = sum(
-        (weight / total)[..., None] * one.output for weight, one in zip(weights, (first, second), strict=True)
-    )
-    output = jnp.where(fit[..., None], output, first.output + second.output)
-    return Results(output, jnp.where(fit, top, jnp.nan), jnp.log(total))
+    """Returns the results over the keys of both, as one softmax. Callers stop the gradient of m."""
+    first, second = (one._replace(top=jax.lax.stop_gradient(one.top)) for one in (first, second))
+    return Results(*_joined(first, second))
 
 
 def compose(first: Piece, second: Piece) -> Piece:
     """Returns attention over the keys of both, as one softmax. Associative, commutative; the identity is Piece(0, -inf)."""
-    top = jax.lax.stop_gradient(jnp.maximum(first.lse, second.lse))
+    output, top, log_total = _joined(first, second)
+    return Piece(output, *parts_of_sum(top, log_total))
+
+
+def _joined(first, second):
+    """The output, m and log l of two softmaxes, each an output and two numbers whose sum is a log-sum-exp.
+
+    With L_i these sums and m the larger first number, the weights are w_i = exp(L_i - m), o = (w_1 o_1 + w_2 o_2) / (w_1 + w_2)
+    and l = w_1 + w_2.
+    """
+    outputs, tops, rests = zip(first, second, strict=True)
+    fit = (jnp.isfinite(outputs[0]) & jnp.isfinite(outputs[1])).all(-1)
+    fit &= ~jnp.isnan(tops[0] + rests[0]) & ~jnp.isnan(tops[1] + rests[1])
+    top = jax.lax.stop_gradient(jnp.maximum(*tops))
     finite = jnp.where(top == -jnp.inf, 0, top)
-    weights = [jnp.exp((piece.lse - finite) + piece.lost) for piece in (first, second)]
+    # Rows that are not finite are left out of the sums, through whose derivatives they would reach others.
+    weights = [
+        jnp.where(fit, jnp.exp(jnp.where(fit, (one - finite) + rest, 0)), 0)
+        for one, rest in zip(tops, rests, strict=True)
+    ]
     total = weights[0] + weights[1]
     total = jnp.where(total == 0, 1, total)
-    outputs = [
-        (weight / total)[..., None] * piece.output
-        for weight, piece in zip(weights, (first, second), strict=True)
-    ]
-    return Piece(outputs[0] + outputs[1], *parts_of_sum(top, jnp.log(total)))
+    output = sum((weight / total)[..., None] * one for weight, one in zip(weights, outputs, strict=True))
+    output = jnp.where(fit[..., None], output, outputs[0] + outputs[1])
+    return output, jnp.where(fit, top, jnp.nan), jnp.log(total)
 
 
 def parts_of_sum(top, rest):

@@ -70,8 +70,9 @@ def block_plan(
     index = jnp.arange(blocks, dtype=jnp.int32)
 
     def number(head, row, column):
+        own = key
         for part in (head, row, column):
-            own = jax.random.fold_in(key if part is head else own, part)
+            own = jax.random.fold_in(own, part)
         return jax.random.uniform(own, (), jnp.float32)
 
     numbers = jax.vmap(jax.vmap(jax.vmap(number, (None, None, 0)), (None, 0, None)), (0, None, None))(

@@ -35,8 +35,8 @@ class Longformer(WholeAttention):
         y_i = W_o softmax_j(q_i . k_j / sqrt(head_dim)) v_j,      j global, or |i - j| in {0, r, 2 r, ..., w r}
         y_i = W_o softmax_j(q'_i . k'_j / sqrt(head_dim)) v'_j,   all j, for global i
 
-    with dilation r, which is 1 in undilated heads; the first g tokens are global, and q', k', v' have projections of their own. A global key in
-    the window counts once. Linear in t, and packed rows cost one pass per segment; not causal.
+    with dilation r, which is 1 in undilated heads; the first g tokens are global, and q', k', v' have projections of their
+    own. A global key in the window counts once. Linear in t, and packed rows cost one pass per segment; not causal.
     """
 
     projections = ("query", "key", "value", "global_query", "global_key", "global_value")

@@ -46,7 +46,7 @@ class Reformer(WholeAttention):
     keys of all rounds, in which a key counts once per round that finds it, as in the released code, which however joins
     rounds end to end before it looks back. The hashes are fixed
     numbers beside the parameters, and have no gradient. t m products per round; packed rows cost one pass per segment. Which
-    tokens share a chunk depends on later ones, so that it is not causal. The paper's reversible layers are the model's affair.
+    tokens share a chunk depends on later ones, so that it is not causal. The paper's reversible layers are no part of it.
     """
 
     projections = ("query", "value")

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.kernels.attention import Logits, Mask, Tokens, attention, attention_with_lse, key_mass, schedule
+from layers.kernels.attention import (
+    Logits,
+    Mask,
+    Tokens,
+    attention,
+    attention_with_lse,
+    compose,
+    key_mass,
+    schedule,
+)
 from layers.kernels.attention.options import places, read_options
 from layers.kernels.sequence_parallel import attention_by
 from tests.layers.kernels.test_attention import B, G, H, close, draw, normal, results, small_blocks  # noqa: F401
@@ -234,3 +243,24 @@ def test_on_a_mesh_that_divides_time(method):
         want = run(**arguments)
         with jax.set_mesh(mesh_of(sequence=4)), attention_by(method):
             close(jax.jit(run)(**arguments), want, 1e-5, f"{method}: {name}")
+
+
+def test_a_row_that_is_not_finite_in_one_piece_leaves_the_other_piece_alone():
+    """Keys of a second piece that are NaN, in rows that the loss leaves out: no gradient of the first piece is NaN."""
+    first, second = draw(T, T), draw(T, T)
+    second["k"] = second["k"].at[:, 30].set(jnp.nan)
+    shown = (jnp.arange(T) < 30)[None, :, None, None]
+
+    def loss(first):
+        pieces = (
+            attention_with_lse(**(arguments | {"q": first["q"]}), causal=True)
+            for arguments in (first, second)
+        )
+        joined = compose(*pieces)
+        return jnp.square(jnp.where(shown, joined.output, 0)).sum(), joined
+
+    gradients, joined = jax.grad(loss, has_aux=True)(first)
+    assert np.isfinite(joined.output[:, :30]).all()
+    assert np.isnan(joined.output[:, 30:]).all()
+    assert np.isnan(joined.lse[:, 30:]).all()
+    assert all(np.isfinite(gradient).all() for gradient in jax.tree.leaves(gradients))

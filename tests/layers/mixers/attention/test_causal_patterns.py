@@ -45,9 +45,10 @@ def shifted(model, x):
     return attended(model, x, seen)
 
 
-@pytest.mark.parametrize("options", [{}, {"group_sinks": 2, "shifted_heads": 0}, {"group_sinks": 3}])
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("options", [{"group_sinks": 3}, {}, {"group_sinks": 2, "shifted_heads": 0}])
 def test_shifted_groups(options):
-    """Half of the heads shifted, none, and with sinks; groups that the length does not fill."""
+    """Half of the heads shifted, with sinks and without, and none; groups that the length does not fill."""
     model = drawn("shifted_sparse", WIDTH, group=6, **ATTENTION, **options)
     x = tokens(TIME, WIDTH)
     want = by_row(lambda x: shifted(model, x), x)
@@ -55,6 +56,7 @@ def test_shifted_groups(options):
     np.testing.assert_allclose(in_two_calls(model, x)[0], want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_group_as_long_as_the_sequence_is_attention():
     """Without shifted heads, with the same parameters."""
     model = drawn("shifted_sparse", WIDTH, group=32, shifted_heads=0, heads=HEADS, kv_heads=KV)
@@ -79,7 +81,8 @@ def moba(model, x):
     return attended(model, x, seen)
 
 
-@pytest.mark.parametrize("queries", [128, 4])
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("queries", [4, 128])
 def test_chosen_blocks(queries, monkeypatch):
     """By lists, and by masks in a cache, for some queries at a time."""
     monkeypatch.setattr(moba_module, "QUERIES", queries)
@@ -94,6 +97,7 @@ def test_chosen_blocks(queries, monkeypatch):
         np.testing.assert_allclose(got[row, part], moba(model, rows[row, part]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_block_chosen_is_attention():
     model = drawn("moba", WIDTH, block=3, top_k=9, heads=HEADS, kv_heads=KV)
     plain = drawn("attention", WIDTH, heads=HEADS, kv_heads=KV)
@@ -120,7 +124,8 @@ def landmark(model, x):
     return apply(model.output, y.reshape(t, -1))
 
 
-@pytest.mark.parametrize("queries", [128, 5])
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("queries", [5, 128])
 def test_landmarks(queries, monkeypatch):
     monkeypatch.setattr(landmark_module, "QUERIES", queries)
     model = drawn("landmark", WIDTH, block=4, **ATTENTION)

@@ -38,6 +38,7 @@ def literal(model, x):
     return np.concatenate([apply(model.global_output, y[:n]), apply(model.output, y[n:])])
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("time", [21, 4, 2])
 def test_equals_its_equation(time):
     """Also where nothing but global tokens is left, or not even all of them."""
@@ -46,6 +47,7 @@ def test_equals_its_equation(time):
     np.testing.assert_allclose(model(x)[0], by_row(lambda x: literal(model, x), x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_global_token_owns_its_share_of_its_own_sequence():
     model = drawn("etc", WIDTH, heads=HEADS, global_tokens=3, radius=4, clip=2)
     x = tokens(21, WIDTH)

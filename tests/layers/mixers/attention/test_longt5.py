@@ -37,6 +37,7 @@ def literal(model, x, summaries):
     return apply(model.output, y.reshape(len(x), -1))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "time, attention", [(23, "transient_global"), (23, "local"), (3, "transient_global")]
 )
@@ -49,6 +50,7 @@ def test_equals_its_equation(time, attention):
     np.testing.assert_allclose(model(x)[0], want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_stands_behind_a_sequence_is_no_part_of_its_summaries():
     """Lengths that leave a part of a block, in one call with another sequence."""
     model = drawn("longt5", WIDTH, heads=HEADS, radius=RADIUS, block=BLOCK, buckets=8, max_distance=12)

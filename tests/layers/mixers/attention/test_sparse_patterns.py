@@ -25,6 +25,7 @@ def projected(model, x, *names):
     return (heads(apply(getattr(model, name), x), model.config.heads) for name in names)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dilated, count", [(1, 2), (None, 0)])
 def test_longformer_equals_its_equation(dilated, count):
     model = drawn(
@@ -108,6 +109,7 @@ def test_random_blocks_are_a_draw_without_replacement_that_stays():
     assert set(np.concatenate(many)) == set(range(1, 19)) - {8, 9, 10}
 
 
+@pytest.mark.slow
 def test_short_sequences_of_bigbird_see_everything():
     model = bigbird()
     x = tokens(7, WIDTH)
