@@ -39,8 +39,9 @@ class StackConfig:
       branch_scale: factor on the output of each branch before it is added (Granite).
       dropout: dropout rate of branch outputs if separate; passed to the channel mixer if joint.
       scan: whether repeats of the pattern run under `jax.lax.scan`, which compiles them once.
-      remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products). Under `scan`,
-        "none" recomputes elementwise operations, which costs less than writing their results for every layer.
+      remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products), "attention" (all but
+        the results of attention, which take longest to compute again and for which devices that share a row send its keys again;
+        see `layers.kernels.kept`). Under `scan`, "none" recomputes elementwise operations, which costs less than writing their results for every layer.
       dtype: dtype of the activations.
       param_dtype: dtype of stored matrices of the default optimizer group, "float32" or "bfloat16"; all other parameters
         are float32.
@@ -62,7 +63,7 @@ class StackConfig:
     branch_scale: Positive = 1.0
     dropout: Fraction = 0.0
     scan: bool = True
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "dots", "attention"] = "none"
     dtype: Annotated[Any, DtypeNames(("float32", "bfloat16", "float16"))] = "float32"
     param_dtype: Annotated[Any, DtypeNames(("float32", "bfloat16"))] = "float32"
 

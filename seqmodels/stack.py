@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.kernels import kept
 from layers.mixer import Mixer
 from layers.parameters import axes_of
 from layers.segments import SegmentIds, Segments, select_real
@@ -76,6 +77,7 @@ def _all_but_cheap(primitive: Any, *_: Any, **__: Any) -> bool:
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": kept.policy,
 }
 
 

@@ -5,6 +5,7 @@
     python -m experiments.benchmark steps [--only=gated_deltanet,attention] [--rows=whole,packed] [--num_devices=2] [--size=1.3b]
     python -m experiments.benchmark decode [--only=mamba2,attention] [--batch=8] [--lengths=1024,16384] [--out=FOLDER]
     python -m experiments.benchmark parallel [--only=attention,delta_rule/all_scan] [--num_devices=8] [--latency=1e-5] [--out=FOLDER]
+    python -m experiments.benchmark long_rows [--only=links,train/gated_deltanet] [--num_devices=2] [--time=262144] [--out=FOLDER]
     python -m experiments.benchmark tune [--only=linear_recurrence/real] [--out=FOLDER]
 
 `kernels` prints a table and writes kernels.json and kernels.png: milliseconds (median of interleaved measurements) of
@@ -15,12 +16,15 @@ inputs float32. On a GPU `--workers` processes compile and check in parallel, wh
 `--patience` bounds it. `steps` times whole training steps of language models (`experiments/benchmark/steps.py`), and
 `decode` steps of their generation against batch and context. `parallel` counts what divided time sends between devices, beside
 the published formulas, times it on those that there are, and extends the formulas to 1,024 devices by a model of links
-(`experiments/benchmark/parallel.py`), in parallel.json and parallel.png. `tune` checks and times layouts of the GPU kernels and writes
+(`experiments/benchmark/parallel.py`), in parallel.json and parallel.png; `--links` takes the links from what `long_rows` measured. `long_rows` trains and reads rows that
+devices share (`experiments/benchmark/long_rows.py`), prints a line of JSON per case and writes long_rows.json. `tune` checks and times layouts of the GPU kernels and writes
 tune.json. Exit codes: 0 done; 1 one of
 our implementations failed or a process ended, the others are in the table; 2 an argument cannot be used.
 """
 
 import dataclasses
+import functools
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -29,8 +33,10 @@ from typing import Any
 import jax
 
 from experiments.benchmark import (
+    alone,
     decode,
     kernels,
+    long_rows,
     models,
     parallel,
     parallel_row,
@@ -47,6 +53,7 @@ from experiments.config.command_line import (
     Parser,
     folder,
     names,
+    path,
     positive_integer,
     positive_integers,
     positive_number,
@@ -56,8 +63,9 @@ from experiments.data.text.sources import read_documents
 from experiments.parallel.mesh import Devices
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.runs.sessions import git_revision, versions
+from layers.kernels.suites import SUITES
 
-STUDIES = ("kernels", "scaling", "steps", "decode", "parallel", "tune")
+STUDIES = ("kernels", "scaling", "steps", "decode", "parallel", "long_rows", "tune")
 MODELS = ("steps", "decode")  # studies of whole models
 # Options that a study reads, beside --only, --rounds and --out.
 READS = {
@@ -76,9 +84,12 @@ READS = {
         "row",
         "chunk",
         "packing",
+        "links",
     },
+    "long_rows": {"time", "num_devices", "size", "remat", "prefer", "patience"},
     "tune": {"batch", "time", "narrower"},
 }
+PATIENCE = 300.0  # seconds for a case of `long_rows`
 CHUNK = 65536  # tokens of a chunk of the row that `parallel` reads twice
 DEVICES, CAPACITY = (
     64,
@@ -94,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = _parser().parse_args(argv)
     study = values.study
     _check_read(values)
+    if study == "long_rows":
+        return _long_rows(values)
     _share_memory(1 if study in (*MODELS, "parallel", "tune") else values.workers or kernels.Options.workers)
     options = _options(values)
     chosen = [] if study in (*MODELS, "parallel", "tune") else list(kernels.selected(options.only))
@@ -211,6 +224,40 @@ def _tune(only: tuple[str, ...], values: Any, record: dict[str, Any]) -> int:
     return 0
 
 
+def _long_rows(values: Any) -> int:
+    """Measures every case in a process of its own; this one leaves the devices alone."""
+    record = dict(
+        command=["experiments.benchmark", *sys.argv[1:]], versions=versions(), git=git_revision(), rows=[]
+    )
+    given = dict(rounds=values.rounds, remat=values.remat, prefer=_preferred(values.prefer))
+    setting = long_rows.Setting(
+        values.time, values.size, values.num_devices, **{k: v for k, v in given.items() if v is not None}
+    )
+
+    def add(row: dict[str, Any]) -> None:
+        record["rows"].append(long_rows.compared(row, record["rows"]))
+        print(json.dumps(record["rows"][-1]), flush=True)
+        values.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(values.out / "long_rows.json", to_json_text(record))
+
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
+    measure = functools.partial(long_rows.measure, setting)
+    rows = alone.run(measure, long_rows.chosen(values.only), values.patience or PATIENCE, add)
+    return 1 if any("failed" in row for row in rows) else 0
+
+
+def _preferred(pairs: Sequence[str] | None) -> dict[str, str] | None:
+    """Implementations by primitive from texts such as "delta_rule/gpu"."""
+    if pairs is None:
+        return None
+    for pair in pairs:
+        primitive, _, name = pair.partition("/")
+        suite = SUITES.get(primitive)
+        if suite is None or name not in suite.implementations + suite.gpu_implementations:
+            raise ArgumentError(f"--prefer={pair}; expected primitive/implementation, such as delta_rule/gpu")
+    return dict(pair.split("/") for pair in pairs)
+
+
 def _parallel(values: Any, record: dict[str, Any]) -> int:
     if values.chunk and not values.row:
         raise ArgumentError("--chunk has no effect without --row")
@@ -221,7 +268,10 @@ def _parallel(values: Any, record: dict[str, Any]) -> int:
     given |= {"dtype": values.dtype} if values.dtype else {}
     sizes, large = parallel.Sizes(**small | given), parallel.Sizes(1, parallel.MODEL_TIME)
     assumed = {name: getattr(values, name) for name in ("latency", "bandwidth", "flops")}
-    links = parallel.Links(**{name: value for name, value in assumed.items() if value is not None})
+    links = parallel.Links() if values.links is None else parallel.read_links(values.links)
+    links = dataclasses.replace(
+        links, **{name: value for name, value in assumed.items() if value is not None}
+    )
     record |= dict(rounds=values.rounds or 3, device=f"{len(devices)} x {devices[0].device_kind}")
     record["model"] = dict(sizes=dataclasses.asdict(large), assumptions=dataclasses.asdict(links))
     print(f"{record['device']}{', emulated' if on_cpu else ''}\n{parallel.HEADER}", flush=True)
@@ -298,7 +348,9 @@ def _parser() -> Parser:
     parser.add_argument("--rounds", type=positive_integer, help="measurements of every function")
     parser.add_argument("--workers", type=positive_integer, help="processes that trace and compile")
     parser.add_argument(
-        "--patience", type=positive_number, help="seconds for one implementation to compile and be checked"
+        "--patience",
+        type=positive_number,
+        help="seconds for one implementation to compile and be checked, or for a case of `long_rows`",
     )
     parser.add_argument(
         "--rows", type=names, help="kinds of rows, for `steps`: whole, ones and packed (default: all)"
@@ -306,7 +358,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--size",
         choices=tuple(models.SIZES),
-        help="size of the models, for `steps` and `decode` (default: 125m; tiny on a CPU)",
+        help="size of the models, for `steps`, `decode` and `long_rows` (default: 125m; tiny on a CPU)",
     )
     parser.add_argument(
         "--unrolled", action="store_true", help="compile layers one by one, not under a scan, for `steps`"
@@ -314,7 +366,22 @@ def _parser() -> Parser:
     parser.add_argument(
         "--num_devices",
         type=positive_integer,
-        help="devices, for `steps` (default: 1) and `parallel` (default: all)",
+        help="devices, for `steps` (default: 1), `parallel` and `long_rows` (default: all)",
+    )
+    parser.add_argument(
+        "--remat",
+        choices=("none", "full", "dots", "attention"),
+        help="what the backward pass of the cases `train` recomputes, for `long_rows` (default: attention)",
+    )
+    parser.add_argument(
+        "--prefer",
+        type=names,
+        help="implementations that are taken wherever they can be, such as delta_rule/gpu, for `long_rows`",
+    )
+    parser.add_argument(
+        "--links",
+        type=path,
+        help="long_rows.json with a case `links`, whose numbers the model of `parallel` takes in place of assumed ones",
     )
     parser.add_argument(
         "--row", type=positive_integer, help="tokens of one more row, for `parallel`: see --chunk"

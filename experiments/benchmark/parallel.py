@@ -13,6 +13,7 @@ The model extends the formulas to more devices, with `time` tokens in all:
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -68,18 +69,41 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Links:
-    """Assumptions of the model: seconds per message, bytes per second that a device sends, FLOPs per second it computes."""
+    """Assumptions of the model.
+
+    Attributes:
+      latency: seconds per message.
+      bandwidth: bytes per second that a device sends.
+      flops: FLOPs per second that it computes.
+      source: where these numbers come from.
+    """
 
     latency: float = 1e-5
     bandwidth: float = 5e10
     flops: float = 4e14
+    source: str = "assumed"
 
     def describe(self) -> str:
         """The assumptions in words."""
         return (
-            f"assumed: {self.latency * 1e6:g} us per message, {self.bandwidth / 1e9:g} GB/s per device and direction, "
+            f"{self.source}: {self.latency * 1e6:g} us per message, {self.bandwidth / 1e9:g} GB/s per device and direction, "
             f"{self.flops / 1e12:g} TFLOP/s"
         )
+
+
+def read_links(path: Path) -> Links:
+    """Returns the links that the study `long_rows` measured, from its long_rows.json.
+
+    Raises:
+      ValueError: the file has no measured links.
+    """
+    rows = json.loads(path.read_text()).get("rows", [])
+    measured = next((row for row in rows if "links" in row), None)
+    if measured is None:
+        raise ValueError(
+            f"links={path} has no measured links; expected what `experiments.benchmark long_rows --only=links` writes"
+        )
+    return Links(**measured["links"], source=f"measured on {measured['device']}")
 
 
 class Cost(NamedTuple):
@@ -123,13 +147,14 @@ def _linear_heads(s: Sizes) -> dict[str, tuple[int, ...]]:
 
 
 def _attention_cost(method: str, s: Sizes, parts: int) -> tuple[Cost, Cost]:
-    """Backward costs 2.5 times the FLOPs: five products of logits for two."""
+    """Backward costs 2.5 times the FLOPs, five products of logits for two; a ring of scores computes what is hidden too."""
     tokens = s.batch * s.time / parts
     queries, keys = tokens * s.heads * s.head_dim, 2 * tokens * s.kv_heads * s.head_dim
     hops = parts - 1
     half = 2 * s.batch * s.heads * s.head_dim * s.time**2 / parts  # causal: half of both products
     # In contiguous order the queries of the last device see all keys but half of its own.
-    flops = half * (2 - 1 / parts if method in ("all_gather", "ring") else 1)
+    flops = half * (2 - 1 / parts if method in ("all_gather", "ring", "score_ring") else 1)
+    first = 2 * half if method == "score_ring" else flops
     # Zig-zag order exchanges queries, keys, values and outputs, and back their gradients.
     order = (queries + keys) * s.item + queries * SUM, queries * s.item + keys * s.item + queries * SUM
     if method == "all_gather":
@@ -139,9 +164,9 @@ def _attention_cost(method: str, s: Sizes, parts: int) -> tuple[Cost, Cost]:
         repeats = math.lcm(s.kv_heads, parts) / s.kv_heads
         forward = backward = hops / parts * (2 * queries + repeats * keys) * s.item
         messages = 4 * hops, 4 * hops
-    elif method in ("ring", "zigzag"):
+    elif method in ("ring", "zigzag", "score_ring"):
         forward, backward = hops * keys * s.item, hops * keys * s.item + parts * keys * SUM
-        messages = hops, parts
+        messages = hops * (1 + (method == "score_ring")), parts
     else:
         rows = tokens * s.heads * SUM
         forward = hops * (queries * s.item + queries * SUM + 2 * rows)
@@ -150,7 +175,8 @@ def _attention_cost(method: str, s: Sizes, parts: int) -> tuple[Cost, Cost]:
     if method in ("zigzag", "token_ring"):
         forward, backward = forward + order[0], backward + order[1]
         messages = messages[0] + 4, messages[1] + 4
-    return Cost(forward, messages[0], flops), Cost(forward + backward, messages[0] + messages[1], 3.5 * flops)
+    both = Cost(forward + backward, messages[0] + messages[1], first + 2.5 * flops)
+    return Cost(forward, messages[0], first), both
 
 
 def _state_cost(
@@ -203,9 +229,9 @@ def _exchange_cost(s: Sizes, parts: int) -> tuple[Cost, Cost]:
 
 def _methods() -> Iterator[Method]:
     causal = functools.partial(attention, causal=True)
-    for name in ("all_gather", "ulysses", "ring", "zigzag", "token_ring"):
+    for name in ("all_gather", "ulysses", "ring", "zigzag", "token_ring", "score_ring"):
         cost = functools.partial(_attention_cost, name)
-        overlaps = name in ("ring", "zigzag", "token_ring")
+        overlaps = name not in ("all_gather", "ulysses")
         yield Method("attention", name, _heads, causal, cost, overlaps, attention=name)
     for states in ("all_gather", "all_scan"):
         for primitive, call, draw, transition, flops in (

@@ -1,7 +1,7 @@
 """One long row read twice: in chunks by one device that carries the state, and at once by devices that each hold a part."""
 
 import time as clock
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,51 +34,81 @@ def check(length: int, chunk: int, devices: Sequence[jax.Device]) -> None:
             raise ValueError(f"row={length} cannot be divided by {name}={divisor}; use a multiple of it")
 
 
-def compare(length: int, chunk: int, devices: Sequence[jax.Device]) -> dict[str, Any]:
-    """Returns how far the logits of the two ways lie apart, relative to the largest, and the seconds of each.
+def compare(
+    length: int, chunk: int, devices: Sequence[jax.Device], config: Mapping[str, Any] = MODEL
+) -> dict[str, Any]:
+    """Returns how far the outputs of the two ways lie apart, relative to the largest, and the seconds of each.
 
-    Seconds are those of the first run, in which the divided row is compiled and one chunk is.
+    Outputs are the vectors of all tokens before the output matrix, and the logits of the last token.
+
+    Args:
+      length: tokens of the row.
+      chunk: tokens that one device, the first, reads at once.
+      devices: those that the row is cut over.
+      config: the section `model`, of a language model.
 
     Raises:
       ValueError: chunks do not divide the row, or devices do not.
     """
     check(length, chunk, devices)
-    model = build_model(MODEL, rngs=nnx.Rngs(0))
+    model = build_model(config, rngs=nnx.Rngs(0))
     graph, parameters = nnx.split(model)
-    tokens = np.random.default_rng(0).integers(0, MODEL["vocab_size"], (1, length), np.int32)
+    tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (1, length), np.int32)
 
     @jax.jit
     def read(parameters, tokens, state):
-        return nnx.merge(graph, parameters)(tokens, state)
+        outputs, state = nnx.merge(graph, parameters).unprojected(tokens, state)
+        return (outputs.x, outputs._replace(x=outputs.x[:, -1:]).logits), state
 
-    start, state, pieces = clock.perf_counter(), model.init_state(1), []
-    for first in range(0, length, chunk):
-        output, state = read(parameters, jnp.asarray(tokens[:, first : first + chunk]), state)
-        pieces.append(np.asarray(output))
-    chunked, middle = np.concatenate(pieces, axis=1), clock.perf_counter()
-    shape = tuple(len(devices) if name == "sequence" else 1 for name in MESH_AXES)
-    mesh = jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(shape), devices=devices)
+    pieces = [jnp.asarray(tokens[:, first : first + chunk]) for first in range(0, length, chunk)]
+    state, found = model.init_state(1), []
+    with jax.set_mesh(_mesh(devices[:1])):
+        compiled = read.lower(parameters, pieces[0], state).compile()
+        start = clock.perf_counter()
+        for piece in pieces:
+            (vectors, last), state = compiled(parameters, piece, state)
+            found.append(vectors)
+        jax.block_until_ready(found)
+        chunked_seconds = clock.perf_counter() - start
+    chunked = np.concatenate([np.asarray(vectors, np.float32) for vectors in found], axis=1), np.asarray(last)
+    del found, vectors, state
+    mesh = _mesh(devices)
     with jax.set_mesh(mesh):
         cut = jax.device_put(tokens, NamedSharding(mesh, P(None, "sequence")))
-        divided = read(jax.device_put(parameters, NamedSharding(mesh, P())), cut, None)[0]
-        parts = {shard.data.shape[1] for shard in divided.addressable_shards}
-        divided = np.asarray(divided)
-    end = clock.perf_counter()
+        parameters = jax.device_put(parameters, NamedSharding(mesh, P()))
+        compiled = read.lower(parameters, cut, None).compile()
+        start = clock.perf_counter()
+        (vectors, last), _ = jax.block_until_ready(compiled(parameters, cut, None))
+        divided_seconds = clock.perf_counter() - start
+    parts = {shard.data.shape[1] for shard in vectors.addressable_shards}
+    divided = np.asarray(vectors, np.float32), np.asarray(last)
+    differences = [
+        float(np.abs(a - b).max() / np.abs(a).max()) for a, b in zip(chunked, divided, strict=True)
+    ]
     return dict(
-        length=length,
+        time=length,
         chunk=chunk,
         devices=len(devices),
         tokens_per_device=sorted(parts),
-        model=MODEL,
-        difference=float(np.abs(chunked - divided).max() / np.abs(chunked).max()),
-        chunked_seconds=middle - start,
-        divided_seconds=end - middle,
+        model=config,
+        difference=differences[0],
+        last_logits_difference=differences[1],
+        last_token_agrees=bool(chunked[1].argmax() == divided[1].argmax()),
+        chunked_seconds=chunked_seconds,
+        divided_seconds=divided_seconds,
     )
+
+
+def _mesh(devices):
+    """A mesh that divides time over these devices."""
+    shape = tuple(len(devices) if name == "sequence" else 1 for name in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(shape), devices=devices)
 
 
 def line(found: dict[str, Any]) -> str:
     """Returns what `compare` found as text."""
     return (
-        f"\nA row of {found['length']} tokens: in chunks of {found['chunk']} on one device {found['chunked_seconds']:.0f} s, at once on "
-        f"{found['devices']} devices {found['divided_seconds']:.0f} s; logits differ by {found['difference']:.1e} of the largest"
+        f"\nA row of {found['time']} tokens: in chunks of {found['chunk']} on one device {found['chunked_seconds']:.2f} s, at once on "
+        f"{found['devices']} devices {found['divided_seconds']:.2f} s; outputs differ by {found['difference']:.1e} of the largest, "
+        f"the last logits by {found['last_logits_difference']:.1e}"
     )

@@ -85,11 +85,18 @@ def line(row: Mapping[str, Any]) -> str:
     )
 
 
-def _measure(config, kind, devices, batch, length, rounds) -> dict[str, Any]:
-    arrays = _batch(kind, batch * len(devices), length, config["vocab_size"])
-    most = DOCUMENTS if kind == "packed" else 1
+def step_functions(
+    config: Mapping[str, Any], arrays: Mapping[str, np.ndarray], devices: Devices, packed: int = 1
+) -> tuple[SplitModel, StepFunctions]:
+    """Returns a language model and its training step on these devices.
+
+    Args:
+      config: the section `model`.
+      arrays: a batch, which names what a step reports.
+      packed: the most segments of a row.
+    """
     model = SplitModel(
-        lambda rngs: build_model(config, rngs=rngs), padding="end", packed=most, unprojected=True
+        lambda rngs: build_model(config, rngs=rngs), padding="end", packed=packed, unprojected=True
     )
     rule = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)
     functions = StepFunctions(
@@ -99,6 +106,13 @@ def _measure(config, kind, devices, batch, length, rounds) -> dict[str, Any]:
         metric_names=metric_names_of(model, tokens.cross_entropy, {k: v[:1] for k, v in arrays.items()}),
         devices=devices,
     )
+    return model, functions
+
+
+def _measure(config, kind, devices, batch, length, rounds) -> dict[str, Any]:
+    arrays = random_batch(kind, batch * len(devices), length, config["vocab_size"])
+    packed = DOCUMENTS if kind == "packed" else 1
+    model, functions = step_functions(config, arrays, devices, packed)
     state, given = functions.layout.initial(0), devices.put_batch(arrays)
     start = time.perf_counter()
     with dispatch.noted() as taken:
@@ -130,8 +144,8 @@ def _measure(config, kind, devices, batch, length, rounds) -> dict[str, Any]:
     )
 
 
-def _batch(kind: str, batch: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:
-    """Random tokens, the next ones as labels, and segment ids of this kind."""
+def random_batch(kind: str, batch: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:
+    """Returns random tokens, the next ones as labels, and segment ids of this kind of rows."""
     rng = np.random.default_rng(0)
     drawn = rng.integers(1, vocabulary, (batch, length + 1)).astype(np.int32)
     arrays = dict(inputs=drawn[:, :-1], labels=drawn[:, 1:], weight=np.ones(batch, np.float32))

@@ -106,10 +106,12 @@ class MeshConfig:
       expert: size of the axis that the experts of mixtures are sharded over.
       method: how attention sees the keys of other devices where time is sharded: "all_gather" (every device gathers keys and
         values), "ulysses" (devices exchange time for heads), "ring" (keys and values visit every device), "zigzag" (they
-        do, and causal work is dealt out evenly) or "token_ring" (queries visit every device); see
-        `layers.kernels.attention.over_time`.
+        do, and causal work is dealt out evenly), "token_ring" (queries visit every device), "score_ring" (first keys and then
+        values visit, for whole rows of scores) or "partitioned" (the compiler partitions attention as it finds best); see `layers.kernels.attention.over_time`.
       states: how the states of recurrences cross the cuts of time: "all_gather" (every device gathers one summary of each
         part) or "all_scan" (they flow from device to device in blocks); see `layers.kernels.all_scan`.
+      otherwise: what becomes of mixers without a form over time: "refused", or "partitioned" (the compiler partitions what one
+        device would do, exactly, but maybe with whole rows on every device).
     """
 
     data: int | Literal[-1] | None = None
@@ -119,9 +121,11 @@ class MeshConfig:
     expert: int | Literal[-1] = 1
     method: AttentionMethod = "all_gather"
     states: StateMethod = "all_gather"
+    otherwise: Literal["refused", "partitioned"] = "refused"
 
     def __post_init__(self) -> None:
-        sizes = {n: size for n, size in dataclasses.asdict(self).items() if n not in ("method", "states")}
+        words = "method", "states", "otherwise"
+        sizes = {n: size for n, size in dataclasses.asdict(self).items() if n not in words}
         if self.data is None:
             data = 1 if -1 in sizes.values() else -1
             sizes["data"] = data

@@ -25,6 +25,7 @@ class Devices:
       mesh: mesh of all devices in use, those of other hosts included.
       method: how attention sees the keys of other devices where time is sharded.
       states: how states cross the cuts of time.
+      otherwise: what becomes of mixers without a form over time.
       rules: mesh axis that shards each logical axis of parameters.
       replicated: sharding of a value that every device holds.
       by_row: sharding of an array whose first axis is sharded over the batch axes.
@@ -44,7 +45,7 @@ class Devices:
         devices = jax.devices() if devices is None else list(devices)
         sizes = sizes or MeshConfig()
         shape = axis_sizes(sizes, len(devices))
-        self.method, self.states = sizes.method, sizes.states
+        self.method, self.states, self.otherwise = sizes.method, sizes.states, sizes.otherwise
         self.rules = rules or ShardingRules()
         self.mesh = jax.make_mesh(
             tuple(shape.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices

@@ -19,6 +19,7 @@ from experiments.config.models import (
 )
 from experiments.data import bucketing, pipeline
 from experiments.parallel.mesh import Devices
+from experiments.parallel.over_time import check_mixers
 from experiments.tasks import TASKS, make_task
 from experiments.tasks.task import Task
 from experiments.training.model import SplitModel
@@ -133,14 +134,15 @@ class Experiment:
         return self.task.baselines(split)
 
     def check_devices(self, devices: Devices) -> None:
-        """Raises ValueError unless the devices divide the batches, in rows and time, and the heads."""
+        """Raises ValueError unless the devices divide the batches, in rows and time, the heads, and what mixers do with time."""
         devices.check_rows("train.batch_size", self.train.batch_size, self.train.accumulate)
         devices.check_rows("train.eval_batch_size", self.eval_batch_size)
-        for name, options in self.model.mixer_configs.items():
+        for name, (_, options) in self.model.mixers.items():
             devices.check_heads(name, options)
         if devices.mesh.shape["sequence"] > 1:
             for batch in self.example_train_batches():
                 devices.check_time("a training batch", _tokens(batch["inputs"]))
+                check_mixers(devices, self.model.mixers, len(batch["inputs"]), _tokens(batch["inputs"]))
             for split in self.task.splits.keys() - {"train"}:
                 for batch in self.example_batches(split, self.eval_batch_size):
                     devices.check_time(f"a batch of {split}", _tokens(batch["inputs"]))

@@ -89,7 +89,7 @@ class SplitModel:
     Attributes:
       parameters: declarations of the parameters by path.
       statistics: declarations of running statistics, constants and auxiliary losses, which gradients do not change.
-      mixer_configs: config of each mixer by its path.
+      mixers: class and config of each mixer by its path.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class SplitModel:
         self.parameters, self.statistics = _declarations(parameters), _declarations(statistics)
         if not self.parameters:
             raise ValueError("the model has no parameters")
-        self.mixer_configs = _mixer_configs(model)
+        self.mixers = _mixers(model)
         self._auxiliary = tuple(
             _path(path) for path, v in nnx.to_flat_state(statistics) if isinstance(v, AuxiliaryLoss)
         )
@@ -181,8 +181,8 @@ def arrays_of(model: nnx.Module) -> tuple[Arrays, Arrays]:
     return tuple({_path(p): v[...] for p, v in nnx.to_flat_state(state)} for state in states)
 
 
-def _mixer_configs(model: nnx.Module) -> dict[str, Any]:
-    return {_path(p): m.config for p, m in nnx.iter_modules(model) if isinstance(m, Mixer)}
+def _mixers(model: nnx.Module) -> dict[str, tuple[type[Mixer], Any]]:
+    return {_path(p): (type(m), m.config) for p, m in nnx.iter_modules(model) if isinstance(m, Mixer)}
 
 
 def _path(path: tuple[str | int, ...]) -> str:

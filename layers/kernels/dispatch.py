@@ -22,6 +22,9 @@ _preferred: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.Conte
     "preferred", default=None
 )
 _taken: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("taken", default=None)
+_over_time: contextvars.ContextVar[list[tuple[str, bool]] | None] = contextvars.ContextVar(
+    "over_time", default=None
+)
 _choices: contextvars.ContextVar["list[Choice] | None"] = contextvars.ContextVar("choices", default=None)
 
 
@@ -102,6 +105,16 @@ def noted() -> Iterator[list[tuple[str, str]]]:
 
 
 @contextlib.contextmanager
+def over_time_noted() -> Iterator[list[tuple[str, bool]]]:
+    """Context that gives a list of (primitive, whether each device runs its part of time), one entry per call inside.
+
+    Primitives that have no form over time because they read no tokens are left out.
+    """
+    with _collected(_over_time) as found:
+        yield found
+
+
+@contextlib.contextmanager
 def explained() -> Iterator[list[Choice]]:
     """Context that gives a list with the `Choice` of every call dispatched inside, and logs none of their reasons."""
     with _collected(_choices) as choices:
@@ -157,10 +170,14 @@ def dispatch(
     Raises:
       ValueError: `impl` is not a known name, or the named implementation cannot take these arguments.
     """
-    if over_time is not None and over_time.takes(arguments):
+    divided = over_time is not None and over_time.takes(arguments)
+    if over_time is not None and (noted := _over_time.get()) is not None:
+        noted.append((primitive, divided))
+    if divided:
         if impl is not None:
             _named(primitive, implementations, impl)
-        return over_time(functools.partial(dispatch, primitive, implementations, impl), impl, arguments)
+        with _collected(_over_time):  # what a device does with its part is its own
+            return over_time(functools.partial(dispatch, primitive, implementations, impl), impl, arguments)
     if impl is not None:
         candidate = _named(primitive, implementations, impl)
         if (reason := candidate.refusal(arguments)) is not None:

@@ -56,12 +56,23 @@ def interpreted(**params: Any) -> Iterator[None]:
     Args:
       params: fields of `plgpu.InterpretGPUParams`, such as `detect_races=True`.
     """
+    with for_interpreter(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**params)):
+        yield
+
+
+@contextlib.contextmanager
+def for_interpreter() -> Iterator[None]:
+    """Context in which kernels are traced as an interpreter needs them, on any device."""
     token = _interpreted.set(True)
     try:
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**params)):
-            yield
+        yield
     finally:
         _interpreted.reset(token)
+
+
+def is_interpreted() -> bool:
+    """Returns whether kernels are traced for the interpreter."""
+    return _interpreted.get()
 
 
 def refusal(probe: Callable[[], Any]) -> str | None:

@@ -32,7 +32,9 @@ from layers.kernels.shard_map_types import vary_alike, vary_as
 from layers.kernels.sizes import known
 
 Arguments = Mapping[str, Any]
-AttentionMethod = Literal["all_gather", "ulysses", "ring", "zigzag", "token_ring"]
+AttentionMethod = Literal[
+    "all_gather", "ulysses", "ring", "zigzag", "token_ring", "score_ring", "partitioned"
+]
 StateMethod = Literal["all_gather", "all_scan"]
 _method: contextvars.ContextVar[AttentionMethod] = contextvars.ContextVar("method", default="all_gather")
 _states: contextvars.ContextVar[StateMethod] = contextvars.ContextVar("states", default="all_gather")

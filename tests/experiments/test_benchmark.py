@@ -234,7 +234,7 @@ def test_steps_are_timed_on_packed_rows(tmp_path):
     rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
     assert [row["rows"] for row in rows] == ["packed"]
     assert all(row["tokens_per_second"] > 0 and row["implementations"] == ["attention/xla"] for row in rows)
-    packed = steps._batch("packed", 3, 20, 9)["segment_ids"]
+    packed = steps.random_batch("packed", 3, 20, 9)["segment_ids"]
     assert (packed.max(1) == steps.DOCUMENTS).all()
     assert (np.diff(packed) >= 0).all()
 

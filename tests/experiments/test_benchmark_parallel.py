@@ -72,6 +72,7 @@ def counted(name):
             for name in (
                 "attention/all_gather",
                 "attention/zigzag",
+                "attention/score_ring",
                 "gated_linear_attention/all_scan",
                 "delta_rule/all_gather",
                 "linear_recurrence",

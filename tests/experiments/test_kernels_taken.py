@@ -1,4 +1,4 @@
-"""Which mixers take Hopper kernels with their default options and published sizes, and why the others do not."""
+"""Which mixers take kernels on Hopper GPUs with their default options and published sizes, and why the others do not."""
 
 import pytest
 
@@ -16,6 +16,7 @@ TAKEN = [
     (2048, "deltanet", dict(heads=16)),
     *((width, "hgrn", {}) for width in (768, 2048)),
     (768, "hgrn", dict(state="real")),
+    *((width, name, {}) for width in (768, 2048) for name in ("gla", "hgrn2", "rwkv6")),
 ]
 # Key heads are width / 4 or 3/4 of it by default, and 256 as Gated DeltaNet was published.
 LEFT = [

@@ -84,6 +84,7 @@ def train(model):
         {"scan": False},
         pytest.param({"remat": "full"}, marks=pytest.mark.slow),
         pytest.param({"scan": False, "remat": "dots"}, marks=pytest.mark.slow),
+        pytest.param({"remat": "attention"}, marks=pytest.mark.slow),
     ],
 )
 def test_scan_and_remat_change_nothing(changes):
@@ -94,6 +95,18 @@ def test_scan_and_remat_change_nothing(changes):
         assert one.keys() == other.keys()
         for name, array in one.items():
             np.testing.assert_allclose(other[name], array, atol=1e-5, rtol=1e-4, err_msg=name)
+
+
+def test_recomputing_all_but_attention_takes_its_forward_pass_once():
+    """The loops of its two passes, and the one that runs it again if nothing is kept, in each of two layers."""
+
+    def loops(remat):
+        layer = {"pattern": ("attention+none",), "depth": 2, "mixers": {"attention": {"heads": 2}}}
+        graph, params = nnx.split(build(LANGUAGE_MODEL | layer, remat=remat, scan=False), nnx.Param)
+        loss = lambda params: jnp.square(nnx.merge(graph, params, copy=True)(TOKENS)[0]).mean()  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count(" scan[")
+
+    assert [loops(remat) for remat in ("none", "attention", "full")] == [4, 4, 6]
 
 
 def test_scanned_and_unrolled_models_hold_the_same_parameters():

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from layers.kernels import devices
+from layers.kernels import devices, kept
 from layers.kernels.attention import xla
 from layers.kernels.attention.options import Options
 from layers.kernels.segments import Segments, select_real
@@ -90,7 +90,7 @@ def _forward(static, q, k, v, lengths, starts):
             )
         )
 
-    output, lse = run(q, k, v, lengths, starts)
+    output, lse = kept.named(run(q, k, v, lengths, starts))
     return output, (q, k, v, lengths, starts, lse, output)
 
 

@@ -11,8 +11,12 @@ keys and values that are too few for the devices are repeated.
 
 "ring" and "zigzag": keys and values visit the devices one after the other (`ring`); "zigzag" deals causal work out evenly.
 
+"score_ring": first keys and then values visit, and whole rows of scores are kept (`score_ring`).
+
 "token_ring": queries and results travel while keys and values stay (`token_ring`), in zig-zag order where that deals causal
 work out evenly and 2 P divides the length.
+
+"partitioned": the compiler partitions what one device would do, and may gather whole rows.
 """
 
 import dataclasses
@@ -24,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import partition
-from layers.kernels.attention import ring, token_ring, xla
+from layers.kernels.attention import ring, score_ring, token_ring, xla
 from layers.kernels.attention.options import Logits, Mask, Options, Places, Tokens, places
 from layers.kernels.attention.visits import Arrays, split_options
 from layers.kernels.forward_mode import reverse_mode_only
@@ -81,8 +85,9 @@ RINGS = {
     "q_segments": ("b t",),
     "kv_segments": ("b s",),
 }
+RINGED = {"token_ring": token_ring, "score_ring": score_ring}  # by method; the others by `ring`
 # A bias is cut along the tokens that stay.
-BIAS = {ring: ("b h t m",), token_ring: ("b h n s",)}
+BIAS = {"token_ring": ("b h n s",)}
 MASK, LOGITS = ("prefix_lengths", "block_indices"), ("bias", "slopes", "sink_logits")
 TOKENS = "kv_segment_ids", "q_positions", "kv_positions", "kv_lengths"
 
@@ -104,11 +109,13 @@ class Attention:
     outputs: tuple[str, ...]
 
     def takes(self, arguments: Arguments) -> bool:
-        """Returns whether the mesh in force divides the time of queries and keys.
+        """Returns whether the mesh in force divides the time of queries and keys, and it is not left to the compiler.
 
         Lists of blocks are left to the compiler where keys and values are gathered, and global tokens everywhere.
         """
         q, k, options = (arguments[name] for name in ("q", "k", "options"))
+        if attention_method() == "partitioned":
+            return False
         mask = options.mask
         listed = mask.block_indices is not None and attention_method() == "all_gather"
         left = listed or mask.global_keys is not None or mask.global_queries is not None
@@ -203,14 +210,13 @@ def _check_heads(heads, parts, tensor):
 
 def _visited(method, q, k, v, options, outputs):
     """Attention by visits of keys or of queries."""
-    module = token_ring if method == "token_ring" else ring
     static, arrays = split_options(options)
     plan = ring.Plan(static, *_order(method, q, k, options))
     at = places(q, k, options) if options.segment_ids is not None or _given_places(options) else None
     given = {"q": q, "k": k, "v": v, "sink_logits": options.logits.sink_logits}
     given = _without_none(given | arrays._asdict() | (at._asdict() if at else {}))
     given = reverse_mode_only(given, _NO_FORWARD_MODE.format(method=method))
-    axes = RINGS | {"bias": BIAS[module]}
+    axes = RINGS | {"bias": BIAS.get(method, ("b h t m",))}
     entries = entries_of(axes, given) | {"s": SEQUENCE_AXIS}
 
     def local(given):
@@ -219,7 +225,7 @@ def _visited(method, q, k, v, options, outputs):
             given = {name: _along_time(ring.to_zigzag, axes, name, x) for name, x in given.items()}
         own = Arrays(**_given(given, Arrays._fields))
         here = None if at is None else Places(**_given(given, Places._fields))
-        found = module.attend(plan, *(given[name] for name in "qkv"), own, here)
+        found = RINGED.get(method, ring).attend(plan, *(given[name] for name in "qkv"), own, here)
         results = xla.with_sink(*found, given.get("sink_logits"))[: len(outputs)]
         return tuple(map(ring.from_zigzag, results)) if plan.order == "zigzag" else results
 
@@ -257,7 +263,7 @@ def _order(method, q, k, options):
     if options.causal and only_window and by_index:
         hops = min(hops, -(-(mask.reach(options.causal) - 1) // (length // parts)))
     balanced = options.causal and hops == parts - 1 and q.shape[1] == length
-    if method == "ring" or not balanced:
+    if method in ("ring", "score_ring") or not balanced:
         return "contiguous", hops
     if length % (2 * parts) == 0:
         return "zigzag", hops

@@ -15,7 +15,7 @@ A device sends its keys and values, b (t / P) g (k + v) numbers, P - 1 times for
 as many sums of gradients, in float32, P times.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -33,9 +33,9 @@ from layers.kernels.attention.visits import (
     of_no_keys,
     rows_of,
     with_bias_of,
+    with_gradient,
 )
 from layers.kernels.partition import SEQUENCE_AXIS
-from layers.kernels.promotion import promoting
 
 # Few hops are one sequence of instructions, in which sends overlap with computations as they stand. More are a loop, so that
 # compiling does not take longer with more devices; XLA's CPU client confuses the collectives of a loop with others that run
@@ -110,39 +110,28 @@ def _swapped_if_odd(first, second):
     return jnp.where(odd, second, first), jnp.where(odd, first, second)
 
 
-def attend(plan: Plan, q, k, v, arrays: Arrays, at: Places | None):
-    """Returns output, m and log l of this device's queries over the keys of all devices.
+def once_round(plan: Plan, visiting: Any, visit: Callable[[Any, Any, Any], Any], found: Any) -> Any:
+    """Returns what `visit(visiting, step, found)` makes of `found` once what all devices send has visited."""
 
-    Args:
-      plan: what is static.
-      q, k, v: this device's tokens, in the order of the plan.
-      arrays: the bias with this device's rows and all columns.
-      at: places of this device's tokens; None if the place of a token is its index and there are no segments.
-    """
-    return _attend(plan, q, k, v, arrays, at)
+    def hop(carry, step):
+        visiting, found = carry
+        coming = shifted(visiting)
+        return coming, visit(visiting, step, found)
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q, k, v, arrays, at):
-    return _forward(plan, q, k, v, arrays, at)[0]
+    visiting, found = _repeated(hop, (visiting, found), plan.hops)
+    return visit(visiting, plan.hops, found)
 
 
 def _forward(plan, q, k, v, arrays, at):
     def visit(visiting, step, results):
-        here, there = _seen(plan, q, visiting, arrays, at, step)
+        here, there = seen(plan, q, visiting, arrays, at, step)
         return merged(results, attended(plan.options, q, *visiting[:2], here, there))
 
-    def hop(carry, step):
-        visiting, results = carry
-        coming = shifted(visiting)
-        return coming, visit(visiting, step, results)
-
-    visiting, results = _repeated(hop, (_visitor(k, v, at), of_no_keys(q, v)), plan.hops)
-    results = visit(visiting, plan.hops, results)
-    return results, (q, k, v, arrays, at, results)
+    return once_round(plan, visitor(k, v, at), visit, of_no_keys(q, v))
 
 
-def _backward(plan, residuals, cotangents):
+def backward(plan: Plan, residuals, cotangents):
+    """Returns the gradients, as `with_gradient` takes them, from the results alone, whichever way these were computed."""
     q, k, v, arrays, at, results = residuals
     doutput, _, dlse = cotangents
     rows = rows_of(q, k, v, results, doutput, dlse)
@@ -150,7 +139,7 @@ def _backward(plan, residuals, cotangents):
     k, v, at, rows = jax.lax.optimization_barrier((k, v, at, rows))
 
     def visit(visiting, step, sums):
-        here, there = _seen(plan, q, visiting, arrays, at, step)
+        here, there = seen(plan, q, visiting, arrays, at, step)
         found = gradients(plan.options, q, *visiting[:2], here, there, rows)
         sums = added(sums, found.q, found, 3, indices(plan.order, device(-step), k.shape[1]))
         return (found.k, found.v), sums
@@ -161,7 +150,7 @@ def _backward(plan, residuals, cotangents):
         own, sums = visit(visiting, step, sums)
         return coming, _sum(arrived, own), sums
 
-    start = _visitor(k, v, at), None, no_gradients(q, arrays, rows.top.dtype)
+    start = visitor(k, v, at), None, no_gradients(q, arrays, rows.top.dtype)
     visiting, travelling, sums = _repeated(hop, start, plan.hops)
     own, sums = visit(visiting, plan.hops, sums)
     travelling = _sum(shifted(travelling), own)
@@ -173,7 +162,7 @@ def _backward(plan, residuals, cotangents):
     return in_types_of(sums.tokens, q), dk, dv, in_types_of(found, kept), None
 
 
-_attend.defvjp(promoting(_forward), promoting(_backward))
+attend = with_gradient(_forward, backward)
 
 
 def _repeated(hop, carry, hops):
@@ -190,13 +179,13 @@ def _sum(travelling, own):
     return own if travelling is None else jax.tree.map(jnp.add, travelling, own)
 
 
-def _visitor(k, v, at):
-    """What travels: keys and values, and their places unless these follow from the device they come from."""
+def visitor(k, v, at):
+    """Returns what travels: keys and values, and their places unless these follow from the device they come from."""
     return k, v, *((None, None) if at is None else (at.kv_positions, at.kv_segments))
 
 
-def _seen(plan, q, visiting, arrays, at, step):
-    """The arrays and places for the keys that visit in a step."""
+def seen(plan, q, visiting, arrays, at, step):
+    """Returns the arrays and places for the keys that visit in a step."""
     k, _, kv_positions, kv_segments = visiting
     there = indices(plan.order, device(-step), k.shape[1])
     if at is None:

@@ -53,8 +53,7 @@ def schedule(q, k, options, at) -> Schedule:
     if uses_lists(q, k, options):
         return _grouped(q, s, *_lists(t, s, options, at))
     if not _known(q, k):
-        one = jnp.zeros(1, jnp.int32)
-        return Schedule(t, s, 1, 1, Steps(one, one.reshape(1, 1, 1, 1, 1), None), uncertain=False)
+        return one_block(t, s)
     if _is_small(q, k):
         return _pairs(t, s, t, s, options)
     smallest, size = PAIR_BLOCKS
@@ -62,6 +61,12 @@ def schedule(q, k, options, at) -> Schedule:
         size //= 2
     q_block = min(t, size)
     return _pairs(t, s, q_block, min(s, size * size // q_block), options)
+
+
+def one_block(t, s) -> Schedule:
+    """Returns the schedule of one step, which visits all queries and keys at once."""
+    one = jnp.zeros(1, jnp.int32)
+    return Schedule(t, s, 1, 1, Steps(one, one.reshape(1, 1, 1, 1, 1), None), uncertain=False)
 
 
 def uses_lists(q, k, o) -> bool:

@@ -178,5 +178,15 @@ def logits(q, k, context: Context, step: Steps, rules: Rules, unfit=None):
 
 def product(equation, left, right, rules: Rules):
     """A matrix product in the type of the operands, accumulated in float32 or wider."""
+    return product_of(equation, left, right, rules.precision)
+
+
+def product_of(equation, left, right, precision):
+    """`product` with this precision, such as `precision_of` gives."""
     dtype = joint_dtype(left.dtype, jnp.float32)
-    return jnp.einsum(equation, left, right, precision=rules.precision, preferred_element_type=dtype)
+    return jnp.einsum(equation, left, right, precision=precision, preferred_element_type=dtype)
+
+
+def precision_of(dtype) -> jax.lax.Precision | None:
+    """The precision of products in a type: exact in float32 and wider."""
+    return None if dtype in (jnp.bfloat16, jnp.float16) else jax.lax.Precision.HIGHEST

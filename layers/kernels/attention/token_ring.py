@@ -10,7 +10,6 @@ the other way. With fewer heads of keys than of queries, a ring of keys and valu
 distance, which needs links between all; the steps are unrolled, so that compiling takes as long as there are devices.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 from layers.kernels.attention.options import Places
 from layers.kernels.attention.passes import Rows
 from layers.kernels.attention.pieces import merged
-from layers.kernels.attention.ring import Plan, device, indices, shifted
+from layers.kernels.attention.ring import device, indices, shifted
 from layers.kernels.attention.visits import (
     Arrays,
     added,
@@ -30,8 +29,8 @@ from layers.kernels.attention.visits import (
     of_no_keys,
     rows_of,
     with_bias_of,
+    with_gradient,
 )
-from layers.kernels.promotion import promoting
 
 
 class Visitor(NamedTuple):
@@ -43,23 +42,6 @@ class Visitor(NamedTuple):
     rows: Rows | None
 
 
-def attend(plan: Plan, q, k, v, arrays: Arrays, at: Places | None):
-    """Returns output, m and log l of this device's queries over the keys of all devices.
-
-    Args:
-      plan: what is static.
-      q, k, v: this device's tokens, in the order of the plan.
-      arrays: the bias with all rows and this device's columns.
-      at: places of this device's tokens; None if the place of a token is its index and there are no segments.
-    """
-    return _attend(plan, q, k, v, arrays, at)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q, k, v, arrays, at):
-    return _forward(plan, q, k, v, arrays, at)[0]
-
-
 def _forward(plan, q, k, v, arrays, at):
     visiting, results = _visitor(q, at), of_no_keys(q, v)
     for step in range(plan.hops + 1):
@@ -68,7 +50,7 @@ def _forward(plan, q, k, v, arrays, at):
         found = attended(plan.options, visiting.q, k, v, here, places)
         results = merged(results, shifted(found, step) if step else found)
         visiting = coming
-    return results, (q, k, v, arrays, at, results)
+    return results
 
 
 def _backward(plan, residuals, cotangents):
@@ -91,7 +73,7 @@ def _backward(plan, residuals, cotangents):
     return in_types_of(dq, q), dk, dv, in_types_of(found, kept), None
 
 
-_attend.defvjp(promoting(_forward), promoting(_backward))
+attend = with_gradient(_forward, _backward)
 
 
 def _visitor(q, at):

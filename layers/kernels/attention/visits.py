@@ -2,17 +2,20 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.attention import passes, xla
+from layers.kernels import kept
+from layers.kernels.attention import passes, tiles, xla
 from layers.kernels.attention.options import Logits, Options, Places, Tokens
 from layers.kernels.attention.passes import Rows
 from layers.kernels.attention.pieces import Results
+from layers.kernels.attention.schedule import one_block
 from layers.kernels.checks import accumulation_dtype
-from layers.kernels.promotion import joint_dtype
+from layers.kernels.promotion import joint_dtype, promoting
 
 
 class Arrays(NamedTuple):
@@ -22,6 +25,28 @@ class Arrays(NamedTuple):
     slopes: Any = None
     prefix_lengths: Any = None
     block_indices: Any = None
+
+
+def with_gradient(
+    forward: Callable[..., Results], backward: Callable[..., tuple[Any, ...]]
+) -> Callable[..., Results]:
+    """Returns `attend(plan, q, k, v, arrays, at)`: the results of this device's queries over the keys of all devices.
+
+    `plan` is static; q, k and v are this device's tokens, in the order of the plan; `arrays` is an `Arrays`; `at` are the places
+    of this device's tokens, None if the place of a token is its index and there are no segments.
+
+    Args:
+      forward: `attend` without gradients.
+      backward: (plan, (q, k, v, arrays, at, results), gradients of the results) -> gradients of q, k, v, arrays and at.
+    """
+
+    def kept_forward(plan, q, k, v, arrays, at):
+        results = kept.named(forward(plan, q, k, v, arrays, at))
+        return results, (q, k, v, arrays, at, results)
+
+    attend = jax.custom_vjp(forward, nondiff_argnums=(0,))
+    attend.defvjp(promoting(kept_forward), promoting(backward))
+    return attend
 
 
 def split_options(options: Options) -> tuple[Options, Arrays]:
@@ -40,6 +65,13 @@ def attended(static: Options, q, k, v, arrays: Arrays, at: Places) -> Results:
     """Returns the results over these keys alone."""
     parts = _cut(static, q, k, v, arrays, at)
     return Results(*(parts.of_rows(x, q.shape[1]) for x in passes.forward(*parts)))
+
+
+def scores(static: Options, q, k, arrays: Arrays, at: Places) -> jax.Array:
+    """Returns the logits (b, g, r, t, s) over these keys, -inf where hidden; r queries of a head share one of g heads of keys."""
+    parts = _cut(static, q, k, k, arrays, at, one_block(q.shape[1], k.shape[1]))
+    step = jax.tree.map(lambda x: x[0], parts.steps)
+    return tiles.logits(parts.q, tiles.columns(parts.k, step), parts.context, step, parts.rules)[0][:, :, 0]
 
 
 def of_no_keys(q, v) -> Results:
@@ -109,7 +141,7 @@ def in_types_of(gradients: Any, arrays: Any) -> Any:
     return jax.tree.map(lambda x, of: x.astype(of.dtype), gradients, arrays)
 
 
-def _cut(static, q, k, v, arrays, at):
+def _cut(static, q, k, v, arrays, at, plan=None):
     options = Options(
         static.causal,
         dataclasses.replace(
@@ -119,6 +151,6 @@ def _cut(static, q, k, v, arrays, at):
         tokens=Tokens(q_positions=at.q_positions, kv_positions=at.kv_positions),
         scale=static.scale,
     )
-    parts = xla.cut(q, k, v, options, at)
+    parts = xla.cut(q, k, v, options, at, plan=plan)
     # A visit may turn out to be wholly hidden, and then costs nothing.
     return parts._replace(rules=parts.rules._replace(uncertain=True))

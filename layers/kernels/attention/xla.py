@@ -24,6 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from layers.kernels import kept
 from layers.kernels.attention import passes, tiles
 from layers.kernels.attention.global_tokens import with_global_tokens
 from layers.kernels.attention.options import Places, places
@@ -118,13 +119,13 @@ class Cut(NamedTuple):
         return x[:, :, : bias.shape[2], : bias.shape[3]]
 
 
-def cut(q, k, v, o, at, aside=None) -> Cut:
-    """Returns the arguments in the blocks of their schedule.
+def cut(q, k, v, o, at, aside=None, plan: Schedule | None = None) -> Cut:
+    """Returns the arguments in the blocks of a schedule, their own if `plan` is None.
 
     `at` are the places of queries and keys, and `aside` (b|1, h|1, s) are keys that are left out.
     """
     (b, t, h, width), (s, g) = q.shape, k.shape[1:3]
-    plan = schedule(q, k, o, at)
+    plan = plan or schedule(q, k, o, at)
     dtype = joint_dtype(q, k, v)
     groups = h if plan.steps.blocks.shape[2] > 1 else g
     q_length, kv_length = plan.q_blocks * plan.q_block, plan.kv_blocks * plan.kv_block
@@ -147,7 +148,7 @@ def cut(q, k, v, o, at, aside=None) -> Cut:
         list_size=o.mask.list_size,
         logit_cap=o.logits.logit_cap,
         scale=width**-0.5 if o.scale is None else o.scale,
-        precision=None if dtype in (jnp.bfloat16, jnp.float16) else jax.lax.Precision.HIGHEST,
+        precision=tiles.precision_of(dtype),
         uncertain=plan.uncertain,
     )
     return Cut(rules, queries, keys(k), keys(v), context, plan.steps)
@@ -211,7 +212,7 @@ def _attend(rules, q, k, v, context, steps):
 
 
 def _forward(rules, q, k, v, context, steps):
-    results = passes.forward(rules, q, k, v, context, steps)
+    results = kept.named(passes.forward(rules, q, k, v, context, steps))
     return results, (q, k, v, context, steps, results)
 
 

@@ -80,8 +80,8 @@ def gated_linear_attention(
       initial_state: S_0, zero if None; it belongs to the first real token.
       segment_ids: (b, t). 0 is padding, which leaves the state as it is and has zero outputs; a change of id resets the
         state (see `layers.kernels.segments`).
-      impl: "gpu" (bfloat16; with a decay per key channel by name only, with no bonus and not normalised), "tpu" (at most one decay per
-        head and step, with no bonus and not normalised),
+      impl: "gpu" (bfloat16; with a decay per key channel not normalised, and heads of at most 512), "tpu" (at most one decay per head
+        and step, with no bonus and not normalised),
         "xla", "reference", or None for the best.
 
     Returns:

@@ -74,18 +74,18 @@ def _sums(rng, batch):
 _BATCH, _TIME, _WIDTH = 8, 4096, 128
 
 
-def _benchmark(name, decays, *, bonus=False, batch=_BATCH, time=_TIME, heads=16):
-    """A benchmark with heads of 128 in bfloat16, and `decays` numbers of log-decay per token and head."""
+def _benchmark(name, decays, *, bonus=False, batch=_BATCH, time=_TIME, heads=16, keys=_WIDTH, values=_WIDTH):
+    """A benchmark in bfloat16, with `decays` numbers of log-decay per token and head: 0, 1 or `keys`."""
     numbers = batch * time * heads
 
     def draw(rng, batch, time, narrow):
-        count = heads // narrow
-        tokens = _tokens(rng, batch, time, q=count, k=count, v=count, keys=_WIDTH, values=_WIDTH)
-        shape = {0: None, 1: (batch, time, count), _WIDTH: (batch, time, count, _WIDTH)}[decays]
+        count = max(1, heads // narrow)
+        tokens = _tokens(rng, batch, time, q=count, k=count, v=count, keys=keys, values=values)
+        shape = {0: None, 1: (batch, time, count), keys: (batch, time, count, keys)}[decays]
         if shape is not None:
             tokens["log_decay"] = -0.1 * rng.random(shape)
         if bonus:
-            tokens["bonus"] = rng.standard_normal((count, _WIDTH))
+            tokens["bonus"] = rng.standard_normal((count, keys))
         return tokens
 
     return Benchmark(
@@ -94,11 +94,11 @@ def _benchmark(name, decays, *, bonus=False, batch=_BATCH, time=_TIME, heads=16)
         time,
         draw,
         "bfloat16",
-        forward_bytes=2 * numbers * (4 * _WIDTH + decays),
-        backward_bytes=2 * numbers * (7 * _WIDTH + 2 * decays),
+        forward_bytes=2 * numbers * (2 * keys + 2 * values + decays),
+        backward_bytes=2 * numbers * (4 * keys + 3 * values + 2 * decays),
         # Chunks of 64: scores and their use, states and their use; twice that, and the scores again, for the backward pass.
-        forward_flops=numbers * (4 * 64 * _WIDTH + 4 * _WIDTH**2),
-        backward_flops=numbers * (10 * 64 * _WIDTH + 10 * _WIDTH**2),
+        forward_flops=numbers * (2 * 64 * (keys + values) + 4 * keys * values),
+        backward_flops=numbers * (5 * 64 * (keys + values) + 10 * keys * values),
     )
 
 
@@ -142,7 +142,9 @@ SUITE = Suite(
         _benchmark("no decay", 0),
         _benchmark("scalar decay", 1),
         _benchmark("scalar decay on one row", 1, batch=1, time=32768, heads=8),
+        _benchmark("scalar decay, 6 heads of 128 and 256", 1, heads=6, values=256),
         _benchmark("channel decay", _WIDTH),
+        _benchmark("channel decay, 4 heads of 96 and 192", 96, heads=4, keys=96, values=192),
         _benchmark("channel decay, bonus", _WIDTH, bonus=True),
         _MAMBA2,
     ),

@@ -174,7 +174,7 @@ def test_names_are_separated_by_commas():
         (
             S5,
             "model.remat=ful",
-            "config.model.remat='ful'; expected one of none, full, dots; did you mean 'full'?",
+            "config.model.remat='ful'; expected one of none, full, dots, attention; did you mean 'full'?",
         ),
         (S5, "model.mixers=s5", "config.model.mixers='s5'; expected a dict"),
         (ATTENTION, "data.bucket_bounds=a,b", "config.data.bucket_bounds='a,b'; expected an integer or none"),

@@ -3,13 +3,18 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.config.loading import MeshConfig
 from experiments.parallel.mesh import Devices
+from experiments.parallel.over_time import without_form
 from experiments.training import experiment
+from layers import mixers
 from layers.sharding_rules import ShardingRules
+from tests.layers.mixers.table import MIXERS as TABLE
+from tests.layers.mixers.test_partitioned import WITHOUT
 
 STEPS = 3
 MESHES = {
@@ -126,3 +131,51 @@ def test_a_length_that_the_axis_does_not_divide_is_named():
         ValueError, match="a training batch of 18 tokens .* sequence=8; use 16 or 24, .*bucket_bounds"
     ):
         experiment.build(options).check_devices(on(MESHES["sequence 8"]))
+
+
+def with_mixer(mixer, **options):
+    config_ = config("mamba2")
+    return config_ | dict(model=config_["model"] | dict(pattern=(mixer,), mixers={mixer: options}, depth=1))
+
+
+@pytest.mark.parametrize(
+    "mixer, options, reason",
+    [
+        ("lstm", {}, "LSTM has no form over time for mesh.sequence=8: it calls no primitive"),
+        ("slstm", {"heads": 2}, "SLSTM has no form over time .* a loop runs along whole rows"),
+        (
+            "gss",
+            {"ssm_width": 6, "state_size": 4},
+            "GSS has no form over time .* long_conv takes whole rows here",
+        ),
+    ],
+)
+def test_a_mixer_without_a_form_over_time_is_named_before_anything_is_computed(mixer, options, reason):
+    plan = experiment.build(with_mixer(mixer, **options))
+    with pytest.raises(
+        ValueError, match=f"stack/blocks/0/mixer: {reason}.*; use .*mesh.otherwise='partitioned'"
+    ):
+        plan.check_devices(on(MESHES["sequence 8"]))
+    plan.check_devices(on(MeshConfig(sequence=8, otherwise="partitioned")))
+
+
+def test_attention_may_be_left_to_the_compiler_by_its_method():
+    plan = experiment.build(config("attention"))
+    plan.check_devices(on(MeshConfig(sequence=8, method="partitioned")))
+    with pytest.raises(
+        ValueError, match="q has 4 heads, .* 8 devices .*; use a multiple of 8, or method='ring'"
+    ):
+        plan.check_devices(on(MeshConfig(sequence=8, method="ulysses")))
+
+
+@pytest.mark.slow
+def test_which_mixers_have_a_form_over_time():
+    """All but those whose results by the compiler are compared in tests/layers/mixers/test_partitioned.py."""
+    devices = on(MeshConfig(sequence=4), 4)
+
+    def has_form(name):
+        made, kind = mixers.MIXERS[TABLE[name][0]]
+        config = made(width=8, dtype=jnp.float32, **TABLE[name][1])
+        return without_form(devices, kind, config, 2, 24) is None
+
+    assert {name for name in TABLE if not has_form(name)} == set(WITHOUT)

@@ -1,4 +1,4 @@
-"""The Hopper kernels of `gated_linear_attention` with a decay per key channel: interpreted, lowered, and on a GPU.
+"""The Triton kernels of `gated_linear_attention` with a decay per key channel: interpreted, lowered, and on a GPU.
 
 The interpreter fills memory with NaN beforehand, also the outputs. On a GPU, `poisoned` does.
 """
@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels import mosaic_gpu
+from layers.kernels import pallas_triton
 from layers.kernels.gated_linear_attention import gated_linear_attention, gpu
 from layers.kernels.gated_linear_attention.cases import SUITE
-from layers.kernels.gated_linear_attention.gpu import channel_levels, channels
-from layers.kernels.gated_linear_attention.gpu.channel_kernels import Settings
+from layers.kernels.gated_linear_attention.gpu import channel_tiles, channels
 from layers.kernels.segments import Segments
 from tests.layers.kernels import test_primitives as shared
 from tests.layers.kernels.test_gated_linear_attention_gpu import arguments_of as scalar_arguments
@@ -21,7 +20,8 @@ from tests.layers.kernels.test_gated_linear_attention_gpu import ids_of
 from tests.layers.kernels.test_linear_recurrence_gpu import over_one_device, poisoned
 
 TOLERANCE = shared.TOLERANCE["bfloat16"]
-CASE = next(case for case in SUITE.cases if case.name == "channel")
+CASES = {case.name: case for case in SUITE.cases}
+CASE = CASES["channel"]
 
 
 def arguments_of(rng, shape, heads, widths, *, strong=0.03):
@@ -49,15 +49,26 @@ def check(arguments, **options):
 )
 def test_interpreted(heads, widths, time):
     """Odd lengths and widths, and shared heads."""
-    with mosaic_gpu.interpreted():
+    with pallas_triton.interpreted():
         check(arguments_of(np.random.default_rng(0), (1, time), heads, widths))
 
 
 @pytest.mark.slow
 def test_interpreted_with_segments():
     rng = np.random.default_rng(1)
-    with mosaic_gpu.interpreted():
+    with pallas_triton.interpreted():
         check(arguments_of(rng, (1, 130), (1, 1, 1), (64, 64)), segment_ids=ids_of(rng, (1, 130)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])
+def test_interpreted_with_a_bonus(segments):
+    case = CASES["channel_bonus"]
+    ids = {"segment_ids": ids_of(np.random.default_rng(1), (2, 130))} if segments else {}
+    arguments = shared.cast(shared.draw(case, 2, 130), "bfloat16")
+    with pallas_triton.interpreted():
+        got, want, _ = shared.beside_reference(SUITE, case, "gpu", arguments, **ids)
+    shared.close(got, want, TOLERANCE, "outputs and gradients")
 
 
 @pytest.mark.slow
@@ -72,30 +83,10 @@ def test_interpreted_at_the_limits_of_decay():
         o, final = gated_linear_attention(**arguments, impl="gpu")
         return o.astype(jnp.float32).sum() + final.sum(), (o, final)
 
-    with mosaic_gpu.interpreted():
+    with pallas_triton.interpreted():
         gradients, got = jax.jit(jax.grad(loss, has_aux=True))(arguments)
     shared.close(got, want, TOLERANCE, "outputs")
     assert all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in jax.tree.leaves(gradients))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fenced", [True, False])
-def test_races(monkeypatch, capsys, fenced):
-    """Buffers are used again only after all lanes and copies are done with them; without fences that shows."""
-    if not fenced:
-        monkeypatch.setattr(mosaic_gpu.plgpu, "commit_smem", lambda: None)
-    arguments = arguments_of(np.random.default_rng(3), (1, 190), (1, 1, 1), (128, 64))
-
-    def loss(arguments):
-        o, final = gpu.gated_linear_attention(
-            *(arguments[name] for name in ("q", "k", "v", "log_decay")),
-            *(None, 1.0, False, arguments["initial_state"], None, 0),
-        )
-        return o.astype(jnp.float32).sum() + final.sum()
-
-    with mosaic_gpu.interpreted(detect_races=True):
-        jax.block_until_ready(jax.jit(jax.grad(loss))(arguments))
-    assert ("RACE DETECTED" in capsys.readouterr().out) != fenced
 
 
 @pytest.mark.slow
@@ -119,8 +110,9 @@ def test_lowers_for_a_gpu(heads, widths, segments):
         output, pullback = jax.vjp(run, arguments)
         return output, pullback(output)
 
-    text = jax.jit(both).trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@mosaic_gpu_v2") == 4
+    with jax.sharding.use_abstract_mesh(pallas_triton.hopper_mesh()):
+        text = jax.jit(both).trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__gpu$xla.gpu.triton") == 8
 
 
 @pytest.mark.slow
@@ -131,7 +123,7 @@ def test_probe_lowers():
 @pytest.mark.slow
 def test_explicit_mesh():
     """Rows and heads are shared out as those of v are."""
-    mesh = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2)
+    mesh = pallas_triton.hopper_mesh(data=4, model=2)
     spec = P("data", None, "model", None)
 
     def array(dtype):
@@ -143,30 +135,36 @@ def test_explicit_mesh():
         return o.astype(jnp.float32).sum() + final.sum()
 
     inputs = [array(jnp.bfloat16)] * 3 + [array(jnp.float32)]
-    with jax.set_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(*inputs)
         result = traced.lower(lowering_platforms=("cuda",))
         assert "tensor<2x24x4x64xbf16>" in result.as_text()
-        assert [v.sharding.spec for v in result.out_info] == [spec] * 4
+        assert [aval.sharding.spec for aval in traced.jaxpr.out_avals] == [spec] * 4
 
 
 def test_segments_in_chunks():
-    """Steps read and write the states of the segments that pass the borders of chunks."""
-    number = jnp.asarray([[1] * 60 + [2] * 70 + [0] * 14], jnp.int32)
-    rows = np.asarray(channel_levels.vectors(number, 3))[0]
-    reads, writes, keeps = (rows[:, i] for i in (2, 3, 4))
-    assert reads.sum(1).tolist() == [60, 64, 2]
-    assert writes.sum(1).tolist() == [4, 64, 2]
-    assert keeps[:, 0].tolist() == [0, 1, 1]
-    assert (rows[2, 0, 2:] == -1).all()
-    assert (rows[2, 1, 2:] == -2).all()
+    """States that enter and leave chunks belong to the segments that pass their borders, through padding too."""
+    number = jnp.asarray([[1] * 60 + [2] * 70 + [0] * 14, [0] * 130 + [1] * 14], jnp.int32)
+    numbers = channel_tiles.numbers(number)
+    assert numbers.entering.tolist() == [[1, 2, 2], [1, 1, 1]]
+    assert numbers.leaving.tolist() == [[2, 2, 2], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("level", range(channel_tiles.LEVELS))
+def test_levels(level):
+    """Every pair of different steps is split at one level, the later step in the second block."""
+    i, j = np.indices((channel_tiles.CHUNK,) * 2)
+    pairs = np.asarray(channel_tiles.pairs(level))
+    assert (pairs == (np.floor(np.log2(np.maximum(i ^ j, 0.5))) == level)).all()
+    later = np.broadcast_to(np.asarray(channel_tiles.second(level)), pairs.shape)
+    assert (later[pairs] == (i > j)[pairs]).all()
 
 
 def test_refusals():
     arguments = arguments_of(np.random.default_rng(4), (1, 5), (2, 2, 2), (4, 4))
-    wide = arguments | {"v": jnp.zeros((1, 5, 2, 320), jnp.bfloat16), "initial_state": None}
+    wide = arguments | {"v": jnp.zeros((1, 5, 2, 520), jnp.bfloat16), "initial_state": None}
     for given, reason in (
-        (wide, "v has heads of 320; expected at most 256"),
+        (wide, "v has heads of 520; expected at most 512"),
         (arguments, "needs a Hopper GPU; JAX computes on cpu"),
     ):
         with pytest.raises(ValueError, match=f"impl='gpu' .* {reason}"):
@@ -176,11 +174,13 @@ def test_refusals():
 @pytest.mark.gpu
 @pytest.mark.parametrize("time", [1, 2, 37, 130, 1200])
 @pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])
-def test_shared_case(time, segments):
+@pytest.mark.parametrize("name", ["channel", "channel_bonus"])
+def test_shared_case(name, time, segments):
     poisoned(2**26)
-    arguments = shared.cast(shared.draw(CASE, 2, time), "bfloat16")
-    ids = ids_of(np.random.default_rng(time), (2, time), 0.05)
-    check(arguments, **({"segment_ids": ids} if segments else {}))
+    arguments = shared.cast(shared.draw(CASES[name], 2, time), "bfloat16")
+    ids = {"segment_ids": ids_of(np.random.default_rng(time), (2, time), 0.05)} if segments else {}
+    got, want, _ = shared.beside_reference(SUITE, CASES[name], "gpu", arguments, **ids)
+    shared.close(got, want, TOLERANCE, "outputs and gradients")
 
 
 SHAPES = {
@@ -190,6 +190,8 @@ SHAPES = {
     "wide values": ((2, 400), (2, 2, 2), (96, 192)),
     "widest values": ((9, 129), (8, 8, 8), (64, 256)),
     "odd widths": ((2, 129), (3, 3, 3), (96, 40)),
+    "GLA at a width of 2048": ((2, 200), (2, 2, 2), (256, 512)),
+    "narrow heads": ((4, 2100), (16, 16, 16), (64, 64)),
     "one row": ((1, 8200), (2, 2, 2), (128, 128)),
 }
 
@@ -207,17 +209,8 @@ def test_on_gpu(shape, segments):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("workers, turns, stages", [(1, 1, 1), (2, 3, 2), (3, 1, 2)])
-def test_layouts_on_gpu(monkeypatch, workers, turns, stages):
-    monkeypatch.setattr(channels, "SETTINGS", Settings(workers, turns, stages))
-    rng = np.random.default_rng()
-    ids = ids_of(rng, (8, 2100), 0.002)
-    check(arguments_of(rng, (8, 2100), (16, 16, 16), (64, 64)), segment_ids=ids)
-
-
-@pytest.mark.gpu
 def test_repeats_exactly_on_gpu():
-    """Two hundred calls give the same numbers: no kernel depends on the order in which warpgroups and copies run."""
+    """Two hundred calls give the same numbers: no kernel depends on the order in which programs run."""
     rng = np.random.default_rng()
     arguments = arguments_of(rng, (8, 1024), (16, 16, 16), (128, 128))
 

@@ -11,10 +11,14 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels.attention import Logits, Mask, attention, attention_with_lse, ring
+from experiments.benchmark.collectives import bytes_sent
+from layers.kernels import all_scan, kept
+from layers.kernels.attention import Logits, Mask, attention, attention_with_lse, ring, score_ring
+from layers.kernels.attention.options import Options, Places
+from layers.kernels.attention.visits import Arrays
 from layers.kernels.delta_rule import delta_rule, dplr_delta_rule
 from layers.kernels.gated_linear_attention import gated_linear_attention
-from layers.kernels.linear_recurrence import linear_recurrence
+from layers.kernels.linear_recurrence import Piece, compose, linear_recurrence
 from layers.kernels.long_conv import long_conv
 from layers.kernels.segments import Segments
 from layers.kernels.selective_scan import selective_scan
@@ -342,7 +346,7 @@ def test_heads_that_cannot_be_exchanged_are_named():
         ),
     ):
         function(*arguments)
-    with pytest.raises(ValueError, match="method='star'; expected 'all_gather', .* or 'token_ring'"):
+    with pytest.raises(ValueError, match="method='star'; expected 'all_gather', .* or 'partitioned'"):
         attention_by("star").__enter__()
 
 
@@ -415,15 +419,16 @@ def test_all_kinds_of_rows(name, rows, sizes):
 
 
 FOUR = {"sequence": 4}
-VISITS = "ring", "zigzag", "token_ring"
+VISITS = "ring", "zigzag", "token_ring", "score_ring"
 # A part of keys, of values and of queries, and of the output and the two parts of its log-sum-exp, in the default tests.
 K, V, Q, OUTPUT, LSE = "f32[2,8,2,3]", "f32[2,8,2,5]", "f32[2,8,4,3]", "f32[2,8,4,5]", "f32[2,8,4]"
 HALVES = {whole: whole.replace("[2,8,", "[2,4,") for whole in (K, V, Q, OUTPUT, LSE)}
-# Keys and values go forward three times, and backward with their gradients, which come home. In zig-zag order each half of
+# Keys and values go forward three times, in one ring or in two, and backward with their gradients, which come home. In zig-zag order each half of
 # everything is exchanged, and so are outputs and all gradients. Queries go three times forward and three times backward, and
 # what is found for them returns; backward the gradient of the output and three numbers per query travel with them.
 SENT = {
     "ring": {K: 10, V: 10},
+    "score_ring": {K: 10, V: 10},
     "zigzag": {K: 10, V: 10} | {HALVES[K]: 4, HALVES[V]: 4, HALVES[Q]: 4, HALVES[OUTPUT]: 4},
     "token_ring": {Q: 9, OUTPUT: 6, LSE: 15} | {HALVES[K]: 4, HALVES[V]: 4, HALVES[Q]: 4, HALVES[OUTPUT]: 4},
 }
@@ -439,6 +444,24 @@ def test_attention_by_visits(method):
         shape: n for (shape, kind), n in found.items() if kind == "collective-permute" and "s32" not in shape
     }
     assert sent == SENT[method]
+    # Whole rows of scores: four parts of keys, and two queries for each of two heads of keys.
+    assert ("f32[4,2,2,2,8,8]" in text) == (method == "score_ring")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name != "score_ring")) for name in VISITS]
+)
+def test_a_number_that_is_not_finite_reaches_only_those_who_see_it(method):
+    """In packed rows: a value in one segment, a key in another and a query in a third."""
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, TIME, 2, 4)).astype(np.float32)
+    v[0, 3, 0, 1] = k[0, 13, 1, 2] = q[1, 8, 0, 0] = np.nan
+    q, k, v = map(jnp.asarray, (q, k, v))
+    segments = Segments.of(jnp.asarray(AT_END, jnp.int32), padding="end")
+    want = attention(q, k, v, causal=True, segment_ids=segments, impl="reference")
+    with jax.set_mesh(mesh_of(**FOUR)), attention_by(method):
+        got = jax.jit(functools.partial(attention, causal=True))(q, k, v, segment_ids=segments)
+    assert 0 < np.isnan(want).sum() < want.size / 4
+    np.testing.assert_allclose(got, want, atol=2e-5)  # NaN where the reference has NaN
 
 
 @pytest.mark.slow
@@ -456,11 +479,129 @@ def test_attention_by_visits_of_all_kinds(method, name, rows, sizes):
         check(name, rows, False, sizes)
 
 
-@pytest.mark.slow
-def test_many_hops_are_a_loop(monkeypatch):
-    monkeypatch.setattr(ring, "MOST_UNROLLED", 0)
-    with attention_by("ring"):
-        check("softmax_attention", "whole", False, CUBE)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "ring")) for name in (*VISITS, "ulysses")],
+)
+def test_a_layer_that_is_recomputed_keeps_the_results_of_attention(method):
+    """What visits is not sent again, which it is if nothing is kept; only exchanges of order, or of time for heads, are."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, TIME, 4, 4)), jnp.float32)
+
+    def layer(x):
+        return jnp.tanh(attention(jnp.sin(x), jnp.cos(x), x, causal=True))
+
+    def sent(run):
+        with jax.set_mesh(mesh_of(**FOUR)), attention_by(method):
+            cut = jax.NamedSharding(mesh_of(**FOUR), P(None, "sequence"))
+            grad = jax.jit(jax.grad(lambda x: jnp.square(run(x)).sum()), in_shardings=cut, out_shardings=cut)
+            compiled = grad.lower(x).compile()
+            return bytes_sent(compiled.as_text()).total(), compiled(x)
+
+    without, gradient = sent(layer)
+    keeping, again = sent(jax.checkpoint(layer, policy=kept.policy))
+    computing, _ = sent(jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable))
+    np.testing.assert_allclose(again, gradient, atol=2e-5)
+    part = x.nbytes // 4
+    exchanged = {"ulysses": 4 * part * 3 // 4, "zigzag": 4 * part, "token_ring": 4 * part}.get(method, 0)
+    assert keeping - without == exchanged
+    assert method == "ulysses" or computing > keeping
+
+
+MANY = 10  # devices; more than a ring runs without a loop
+
+
+def parts(x, count=MANY):
+    """The parts of time (b, t, ...) that devices hold, (count, b, t / count, ...)."""
+    return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
+
+
+def on_many(function, *arrays):
+    """`function` on every device's part, all on one device: what they exchange is the axis of a map."""
+    results = jax.vmap(function, axis_name="sequence")(*map(parts, arrays))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), results)
+
+
+@pytest.mark.parametrize(
+    "module, order",
+    [(ring, "contiguous"), (ring, "zigzag"), (score_ring, "contiguous")],
+    ids=["ring", "zigzag", "score_ring"],
+)
+def test_many_hops_are_a_loop(module, order):
+    """Ten devices, packed rows with padding, a window with sink tokens: outputs and gradients of one device."""
+    assert MANY - 1 > ring.MOST_UNROLLED
+    rng = np.random.default_rng(0)
+    q, k, v, weights = (jnp.asarray(normal(rng, 2, 40, h, 4), jnp.float32) for h in (4, 2, 2, 4))
+    segments = Segments.of(jnp.asarray(np.repeat([[1, 2, 0], [3, 3, 4]], [17, 14, 9], axis=1), jnp.int32))
+    mask = Mask(window=21, sink_tokens=2)
+    plan = ring.Plan(Options(causal=True, mask=mask), order, MANY - 1)
+
+    def local(q, k, v, weights, positions, ids):
+        def output(q, k, v):
+            places = Places(positions, positions, ids, ids)
+            if order == "zigzag":
+                q, k, v, places = jax.tree.map(ring.to_zigzag, (q, k, v, places))
+            found = module.attend(plan, q, k, v, Arrays(), places).output
+            return ring.from_zigzag(found) if order == "zigzag" else found
+
+        found, pull = jax.vjp(output, q, k, v)
+        return found, pull(weights)
+
+    got = jax.jit(functools.partial(on_many, local))(q, k, v, weights, segments.positions, segments.ids)
+    alone = functools.partial(attention, causal=True, mask=mask, segment_ids=segments)
+    want, pull = jax.vjp(alone, q, k, v)
+    compare(got, (want, pull(weights)))
+
+
+def permuted_on_one_device(permute):
+    """`jax.lax.ppermute` for a map, which takes permutations only: devices to which nobody sends receive zeros."""
+
+    def run(x, axis, pairs):
+        senders, receivers = ([pair[side] for pair in pairs] for side in (0, 1))
+        everyone = range(jax.lax.axis_size(axis))
+        rest = zip(sorted(set(everyone) - set(senders)), sorted(set(everyone) - set(receivers)), strict=True)
+        received = jnp.isin(jax.lax.axis_index(axis), jnp.asarray(receivers))
+        return jnp.where(received, permute(x, axis, [*pairs, *rest]), 0)
+
+    return run
+
+
+@pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_many_rounds_of_states_are_a_loop(reverse, monkeypatch):
+    """Ten devices, whose states are cut into nine blocks: h = a h + x from device to device, and where one forgets."""
+    assert 9 + MANY - 2 > all_scan.MOST_UNROLLED
+    monkeypatch.setattr(jax.lax, "ppermute", permuted_on_one_device(jax.lax.ppermute))
+    rng = np.random.default_rng(0)
+    a, x, initial = rng.uniform(0.5, 1, (MANY, 2, 9)), normal(rng, MANY, 2, 9), normal(rng, 2, 9)
+    forgets = rng.random((MANY, 2)) < 0.2
+    want, state = np.empty_like(x), initial
+    for n in reversed(range(MANY)) if reverse else range(MANY):
+        want[n] = state
+        state = np.where(forgets[n][:, None], 0, a[n] * state) + x[n]
+
+    def local(a, x, forgets):
+        start = jnp.asarray(initial, jnp.float32)
+        return all_scan.all_scan(Piece(a, x), compose, start, forgets, elementwise=True, reverse=reverse)
+
+    run = jax.jit(jax.vmap(local, axis_name="sequence"))
+    got = run(jnp.asarray(a, jnp.float32), jnp.asarray(x, jnp.float32), jnp.asarray(forgets))
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", ["ring", pytest.param("score_ring", marks=pytest.mark.slow)])
+def test_a_loop_sends_what_its_hops_send(method, monkeypatch):
+    """The compiled programs of eight devices, of which none runs here: a loop of XLA's CPU client may hang."""
+    q = jnp.ones((1, TIME, 2, 4))
+    loss = jax.grad(lambda q, k, v: jnp.square(attention(q, k, v, causal=True)).sum(), argnums=(0, 1, 2))
+
+    def sent(most):
+        monkeypatch.setattr(ring, "MOST_UNROLLED", most)
+        with jax.set_mesh(mesh_of(**EIGHT)), attention_by(method):
+            text = jax.jit(lambda *given: loss(*given)).lower(q, q, q).compile().as_text()
+        return bytes_sent(text), text.count(" while(")
+
+    (unrolled, without), (looped, loops) = sent(8), sent(2)
+    assert looped["collective-permute"] == unrolled["collective-permute"] > 0
+    assert loops > without
 
 
 def test_zigzag_order_deals_out_causal_work():

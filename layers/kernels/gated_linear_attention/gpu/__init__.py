@@ -1,8 +1,8 @@
 """`gated_linear_attention` on Hopper GPUs.
 
 kernels.py and backward.py hold the kernels for at most one decay per head and step, grouped.py those for many heads that
-share queries and keys, channels.py those for a decay per key channel. wide.py makes the calls that the first two take of wide
-heads, of sums of weights and of a bonus.
+share queries and keys, channels.py those for a decay per key channel, with or without a bonus. wide.py makes the calls that the
+first two take of wide heads, of sums of weights and of a bonus.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels import devices, head_parts, mosaic_gpu, partition
+from layers.kernels import devices, head_parts, mosaic_gpu, pallas_triton, partition
 from layers.kernels.gated_linear_attention.gpu import backward as backward_kernels
 from layers.kernels.gated_linear_attention.gpu import (
     channels,
@@ -56,15 +56,12 @@ class Call(NamedTuple):
 def unsupported_reason(q, k, v, log_decay, bonus, normalize, initial_state, **_: Any) -> str | None:
     """Why these kernels cannot take a call, or None."""
     per_channel = log_decay is not None and log_decay.ndim == 4
-    if per_channel and (normalize or bonus is not None):
-        option = "normalize=True" if normalize else "a bonus"
-        return f"{option} with a decay per key channel is not implemented; use impl='xla'"
+    if per_channel and normalize:
+        return "normalize=True with a decay per key channel is not implemented; use impl='xla'"
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.dtype != jnp.bfloat16:
             return f"{name} has dtype {x.dtype}, which matrix units would round; expected bfloat16"
-    most = {"k": WIDEST if per_channel else MOST_KEYS} | (
-        {"v": channels.WIDEST_VALUES} if per_channel else {}
-    )
+    most = dict.fromkeys("kv", channels.WIDEST) if per_channel else {"k": MOST_KEYS}
     for name, widest in most.items():
         width = {"k": k, "v": v}[name].shape[3]
         if width > widest:
@@ -76,7 +73,7 @@ def unsupported_reason(q, k, v, log_decay, bonus, normalize, initial_state, **_:
         return f"v is sharded {jax.typeof(v).sharding.spec}; expected whole rows, time not sharded"
     if q.shape[0] > mosaic_gpu.MAX_GRID:
         return f"q has {q.shape[0]} rows; expected at most {mosaic_gpu.MAX_GRID}"
-    return mosaic_gpu.refusal(channels.probe if per_channel else _probe)
+    return pallas_triton.refusal(channels.probe) if per_channel else mosaic_gpu.refusal(_probe)
 
 
 def passed_over_reason(q, k, v, log_decay=None, **_: Any) -> str | None:
@@ -86,11 +83,13 @@ def passed_over_reason(q, k, v, log_decay=None, **_: Any) -> str | None:
     """
     if devices.backend() != "gpu":
         return devices.hopper_refusal()
-    if log_decay is not None and log_decay.ndim == 4:
-        return "kernels for a decay per key channel are taken by name; give impl='gpu'"
     if q.shape[1] < CHUNK:
         return f"q has {q.shape[1]} tokens; a chunk has {CHUNK}"
     fewest = FEWEST_IF_LONG if q.shape[1] >= LONG else FEWEST
+    if log_decay is not None and log_decay.ndim == 4:
+        fewest = channels.FEWEST
+        if q.shape[1] < LONG:
+            return f"q has {q.shape[1]} tokens; with a decay per key channel the kernels are timed from {LONG} on"
     heads = q.shape[0] * max(x.shape[2] for x in (q, k, v))
     if heads < fewest:
         return f"batch x heads is {heads}; from {fewest} on they fill the GPU"
@@ -113,12 +112,11 @@ def gated_linear_attention(
     *,
     forward: Settings | None = None,
     backward: Settings | None = None,
-    channel: channels.Settings | None = None,
 ):
     """Returns outputs and the final state; the public function and `unsupported_reason` have checked the arguments.
 
     Args:
-      forward, backward, channel: layouts of the kernels that replace the tuned ones, the last with a decay per key channel.
+      forward, backward: layouts of the kernels that replace the tuned ones, without a decay per key channel.
     """
     batch, _, _, keys = q.shape
     own = 1 if log_decay is None else log_decay.shape[0 if log_decay.ndim == 1 else 2]
@@ -126,10 +124,7 @@ def gated_linear_attention(
     heads, width = max(*(x.shape[2] for x in (q, k, v)), own), v.shape[3] + int(normalize)
     state = jnp.zeros((batch, heads, keys, width), jnp.float32) if initial_state is None else initial_state
     per_channel = log_decay is not None and log_decay.ndim == 4
-    if per_channel:
-        call = channels.Call(scale, channel or channels.SETTINGS)
-    else:
-        call = Call(1.0 if normalize else scale, heads, SPAN, forward or FORWARD, backward or BACKWARD)
+    call = Call(1.0 if normalize else scale, heads, SPAN, forward or FORWARD, backward or BACKWARD)
     rows, split = _sharding(q, k, v, heads)
 
     def head_axis(x, axis):
@@ -153,7 +148,7 @@ def gated_linear_attention(
         given = jax.tree.map(lambda x: vary_as(x, *leaves), given)
         local = dict(zip(arrays, given, strict=True))
         if per_channel:
-            return _by_channel(call, **local)
+            return _by_channel(scale, **local)
         return wide.attend(functools.partial(_padded, call), call.scale, smallest, **local)
 
     out_specs = P(rows, None, split, None), P(rows, split, None, None)
@@ -181,17 +176,14 @@ def _padded(call, q, k, v, g, number, state):
     return o[:, :time, :, :width], final[:, :, :keys, :width]
 
 
-def _by_channel(call, q, k, v, g, state, segments=None):
-    """As `_padded`, with a decay per key channel, g (b or 1, t or 1, h or 1, k)."""
-    time, keys, width = q.shape[1], q.shape[3], v.shape[3]
+def _by_channel(scale, q, k, v, g, state, bonus=None, segments=None):
+    """As `_padded`, with a decay per key channel, g (b or 1, t or 1, h or 1, k); nothing is padded."""
     q, k, v = (select_real(x, segments) for x in (q, k, v))
-    g = select_real(jnp.broadcast_to(g, (*q.shape[:2], state.shape[1], keys)), segments)
-    pads = ((0, 0), (0, -time % 8), (0, 0))
-    q, k, v, g = (_pad(x, (*pads, (0, -x.shape[3] % PART))) for x in (q, k, v, g))
-    state = _pad(state, ((0, 0), (0, 0), (0, -keys % PART), (0, -width % PART)))
-    number = _pad(segments.numbers, pads[:2]) if segments is not None and segments.packed else None
-    o, final = channels.attend(q, k, v, g, number, state, call)
-    return o[:, :time, :, :width], final[:, :, :keys, :width]
+    g = select_real(jnp.broadcast_to(g, (*q.shape[:2], state.shape[1], q.shape[3])), segments)
+    number = segments.numbers if segments is not None and segments.packed else None
+    if bonus is not None:
+        bonus = jnp.broadcast_to(bonus, (state.shape[1], q.shape[3]))
+    return channels.attend(q, k, v, g, bonus, number, state, scale)
 
 
 def _pad(x, pads):

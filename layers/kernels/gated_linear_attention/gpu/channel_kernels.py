@@ -1,201 +1,193 @@
-"""The Mosaic GPU kernel of `gated_linear_attention` with a decay per key channel that prepares chunks for the walk.
+"""The Triton kernels of `gated_linear_attention` with a decay per key channel: scores, walks through chunks, and outputs.
 
 In chunks of 64 steps, entered by the state S, with b the decay from the start of the chunk and w that to its end,
 
     o = (scale q b) S + P v,    S' = a S + (k w)^T v,    P_ij = scale sum_d q_id k_jd decay_d(j -> i).
 
-`prepare` computes P, the reading queries scale q b, the writing keys k w and a, the decay over the chunk, for all chunks at
-once. channel_walk.py carries S through the chunks.
+With a bonus, b ends one step earlier.
 
-At 8 x 4096 tokens and 16 heads of 128 in bfloat16 with float32 decay, it moves 0.9 GB, 0.3 ms at 3.0 TB/s. The chunks take
-65536 exponentials each, 0.15 ms of the special function units.
+`scores` computes P of all chunks at once, `walk` the states that enter the chunks, one after the other, and `outputs` the
+outputs of all chunks. The backward pass walks from the last chunk with the roles of q b and k w exchanged,
+
+    dv = (k w) R + P^T do,    R of the chunk before = a R + (scale q b)^T do,
+
+with R the gradient of the state that leaves a chunk.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.gated_linear_attention.gpu import channel_levels as levels
-from layers.kernels.gated_linear_attention.gpu.channel_levels import KEEPS, READS, SQUARE, WRITES
-from layers.kernels.gated_linear_attention.gpu.kernels import CHUNK, PART, shared_head, together
-from layers.kernels.mosaic_gpu import (
-    along,
-    exp2,
-    in_registers,
-    indices,
-    launch,
-    matrices,
-    pl,
-    plgpu,
-    product,
-    spread,
-)
+from layers.kernels.gated_linear_attention.gpu import channel_tiles as tiles
+from layers.kernels.gated_linear_attention.gpu.channel_tiles import CHUNK, LEVELS, PART, Numbers
+from layers.kernels.pallas_triton import launch, pl, pltriton
 
-ROWS = 8  # rows of `keep`, the smallest tile that a copy takes; the last holds the decay over the chunk
-PROCESSORS = 132  # of an H100
+NAMES = ("steps", "entering", "leaving")
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How the kernels are laid out.
-
-    Attributes:
-      workers: warpgroups per program of `prepare`, each at its own chunk.
-      turns: chunks that a warpgroup of `prepare` takes in turn, at most.
-      stages: chunks of inputs of `walk` in shared memory, in flight or in use.
-    """
-
-    workers: int = 3
-    turns: int = 4
-    stages: int = 2
-
-
-def prepare(
-    q: jax.Array,
-    k: jax.Array,
-    g: jax.Array,
-    vectors: jax.Array | None,
-    scale: float,
-    settings: Settings,
-) -> dict[str, jax.Array]:
-    """Returns what the walks need of queries, keys and decays.
+def scores(
+    q: jax.Array, k: jax.Array, sums: jax.Array, bonus: jax.Array | None, numbers: Numbers, scale: float
+) -> jax.Array:
+    """Returns P, (b, n * c, h, c), bfloat16.
 
     Args:
-      q, k: (b, t, heads, k), bfloat16, t a multiple of 8, widths of 64.
-      g: (b, t, h, k), log-decay, float32.
-      vectors: see `channel_levels.vectors`.
-
-    Returns:
-      reading, writing: (b, t, h, k), bfloat16, decayed queries and keys.
-      weights: (b, h, n * c, c), bfloat16, P.
-      keep: (b, h, n, ROWS, k), float32, the decay over the chunk in the last row.
+      q, k: (b, t, heads, k), bfloat16.
+      sums: (b, t, h, k), of log-decay, see `channel_tiles.sums`.
+      bonus: (h, k), float32, or None.
     """
-    batch, time, heads, keys = g.shape
-    chunks, parts = pl.cdiv(time, CHUNK), keys // PART
-    workers = min(settings.workers, chunks)
-    turns = max(1, min(settings.turns, batch * heads * chunks // (workers * 4 * PROCESSORS)))
-    share = workers * turns
-    inputs = {"q": q, "k": k, "g": g}
-    scratch = {
-        **{f"{name}_tile": matrices((workers, *SQUARE), jnp.bfloat16) for name in ("q", "k")},
-        **{f"{name}_tile": matrices((workers, *SQUARE), jnp.bfloat16) for name in ("high", "low", "x")},
-        "g_tile": matrices((workers, *SQUARE), jnp.float32),
-        "arrived": plgpu.Barrier(num_arrivals=3 + (vectors is not None), num_barriers=workers),
-        "done": plgpu.Barrier(num_arrivals=workers),
-    }
-    if vectors is not None:
-        inputs["vectors"] = vectors
-        scratch["vector_tile"] = plgpu.SMEM((workers, *vectors.shape[2:]), jnp.float32)
+    batch, time, heads, keys = sums.shape
+    chunks = pl.cdiv(time, CHUNK)
 
-    def body(
-        *,
-        q,
-        k,
-        g,
-        reading,
-        writing,
-        weights,
-        keep,
-        arrived,
-        done,
-        vectors=None,
-        vector_tile=None,
-        **tiles,
-    ):
-        row, head, span, here = (jax.lax.axis_index(x) for x in ("row", "head", "span", "warpgroup"))
-        names = ("q", "k", "g", "high", "low", "x")
-        q_tile, k_tile, g_tile, high, low, x_tile = (tiles[f"{name}_tile"].at[here] for name in names)
-        numbers = None if vectors is None else vector_tile.at[here]
+    def body(*, q, k, sums, bonus, weights, **segments):
+        chunk, at = pl.program_id(0), pl.program_id(1)
+        row, head, numbers = at // heads, at % heads, Numbers(**segments)
+        step = jnp.arange(CHUNK)
+        total = jnp.zeros((CHUNK, CHUNK), jnp.float32)
+        for lane in range(0, keys, PART):
+            queries, keys_, decay = (
+                tiles.load(x, row, chunk * CHUNK, tiles.shared(x, head, heads), lane).astype(jnp.float32)
+                for x in (q, k, sums)
+            )
+            before, own = decay, queries * keys_
+            if bonus is not None:
+                before = tiles.sums_before(sums, row, chunk, head, lane)
+                own = own * tiles.bonus_of(bonus, head, lane)
+            total = total + jnp.where(step[:, None] == step[None], own.sum(1)[:, None], 0.0)
+            for level in range(LEVELS):
+                taken = jnp.where(tiles.second(level), queries, keys_)
+                taken = taken * tiles.level_decay(sums, before, decay, level, row, chunk, head, lane)
+                total = total + jnp.where(tiles.pairs(level), tiles.product(taken, taken.T), 0.0)
+        total = jnp.where(tiles.joined(numbers, row, chunk), scale * total, 0.0)
+        tiles.store(weights, total, row, chunk * CHUNK, head, 0)
 
-        def bring(chunk, part):
-            steps, lanes = pl.ds(chunk * CHUNK, CHUNK), pl.ds(part * PART, PART)
-            for source, target in ((q, q_tile), (k, k_tile), (g, g_tile)):
-                at = shared_head(head, heads, source.shape[2])
-                plgpu.copy_gmem_to_smem(source.at[row, steps, at, lanes], target, arrived.at[here])
-            if vectors is not None:
-                plgpu.copy_gmem_to_smem(vectors.at[row, chunk], numbers, arrived.at[here])
-
-        def of_part(chunk, part, scores):
-            """Adds the scores of a part of the keys, and sends the decayed queries and keys."""
-            plgpu.barrier_wait(arrived.at[here])
-            levels.split(g_tile, high, low)
-            plgpu.commit_smem()
-            own = product(q_tile, k_tile.T)
-            scores = scores + jnp.where(indices(SQUARE, 0) == indices(SQUARE, 1), own, 0.0)
-
-            def join(level, scores):
-                decay = exp2(levels.level_sums(level, high, low))
-                taken = jnp.where(levels.second(level), read(q_tile), read(k_tile))
-                x_tile[...] = (taken * decay).astype(jnp.bfloat16)
-                plgpu.commit_smem()
-                joined = product(x_tile, x_tile.T)
-                return scores + jnp.where(levels.pairs(level), joined, 0.0)
-
-            scores = levels.accumulated(join, scores)
-            before = exp2(levels.sums_before(high, low))
-            passing = before
-            if vectors is not None:
-                flags = spread(along(numbers.at[KEEPS], 0), 0, SQUARE)
-                passing = jnp.where(flags > 0.0, before, 0.0)
-            g_tile[...] = passing
-            q_tile[...] = levels.only(numbers, READS, scale * read(q_tile) * before).astype(q.dtype)
-            after = exp2(levels.sums_after(high, low))
-            k_tile[...] = levels.only(numbers, WRITES, read(k_tile) * after).astype(k.dtype)
-            plgpu.commit_smem()
-            steps, lanes = pl.ds(chunk * CHUNK, CHUNK), pl.ds(part * PART, PART)
-            plgpu.copy_smem_to_gmem(q_tile, reading.at[row, steps, head, lanes])
-            plgpu.copy_smem_to_gmem(k_tile, writing.at[row, steps, head, lanes])
-            last = g_tile.at[pl.ds(CHUNK - ROWS, ROWS)]
-            plgpu.copy_smem_to_gmem(last, keep.at[row, head, chunk, :, lanes])
-            return scores
-
-        def of_chunk(chunk):
-            def add(part, scores):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                bring(chunk, part)
-                return of_part(chunk, part, scores)
-
-            scores = plgpu.layout_cast(jnp.zeros(SQUARE, jnp.float32), plgpu.Layout.WGMMA)
-            scores = jax.lax.fori_loop(0, parts, add, scores)
-            x_tile[...] = levels.same(numbers, lower(scale * scores)).astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(x_tile, weights.at[row, head, pl.ds(chunk * CHUNK, CHUNK)])
-
-        start = span * share + here
-
-        @pl.loop(0, turns)
-        def _(turn):
-            chunk = start + turn * workers
-            pl.when(chunk < chunks)(lambda: of_chunk(chunk))
-
-        plgpu.wait_smem_to_gmem(0)
-        together(done)
-
-    decayed = jax.ShapeDtypeStruct((batch, time, heads, keys), q.dtype)
     return launch(
         body,
-        name="gated_linear_attention_channels_prepare",
-        grid={"row": batch, "head": heads, "span": pl.cdiv(chunks, share)},
-        inputs=inputs,
+        name="channel_scores",
+        grid=(chunks, batch * heads),
+        inputs={"q": q, "k": k, "sums": sums, "bonus": bonus} | numbers._asdict(),
+        outputs={"weights": jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads, CHUNK), jnp.bfloat16)},
+        warps=8,
+    )["weights"]
+
+
+def decayed(
+    x: Any, sums: Any, numbers: Numbers, at: tuple[Any, Any, Any], lane: Any, scale: float | None, early: bool
+) -> tuple[jax.Array, jax.Array]:
+    """A tile of reading queries scale q b, or of writing keys k w if `scale` is None, and the sums over the chunk.
+
+    With `early` queries read the state before the step.
+    """
+    row, chunk, head = at
+    where = row, chunk * CHUNK
+    tile = tiles.load(x, *where, tiles.shared(x, head, sums.shape[2]), lane).astype(jnp.float32)
+    decay, total = tiles.load(sums, *where, head, lane), tiles.last(sums, row, chunk, head, lane)
+    if scale is None:
+        return tiles.only(tiles.writing(numbers, row, chunk), tile * jnp.exp2(total[None] - decay)), total
+    if early:
+        decay = tiles.sums_before(sums, row, chunk, head, lane)
+    return tiles.only(tiles.reading(numbers, row, chunk), scale * tile * jnp.exp2(decay)), total
+
+
+def walk(
+    x: jax.Array,
+    values: jax.Array,
+    sums: jax.Array,
+    numbers: Numbers,
+    state: jax.Array,
+    scale: float | None = None,
+    early: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the states before every chunk of the walk, (b, h, n, k, v), bfloat16, and the last, (b, h, k, v), float32.
+
+    Args:
+      x: (b, t, heads, k), the keys; the queries for the walk from the last chunk to the first.
+      values: (b, t, heads, v), the values, or the gradients of the outputs.
+      state: (b, h, k, v), float32, the state before the first chunk of the walk.
+      scale: that of the queries; None for the walk with keys.
+      early: whether queries read the state before the step.
+    """
+    batch, time, heads, keys = sums.shape
+    width, chunks = values.shape[3], pl.cdiv(time, CHUNK)
+
+    def body(*, x, values, sums, state, states, final, **segments):
+        lane, column, at = pl.program_id(0) * PART, pl.program_id(1) * PART, pl.program_id(2)
+        row, head, numbers = at // heads, at % heads, Numbers(**segments)
+        window = pl.ds(lane, PART), pl.ds(column, PART)
+        inside = (lane + jnp.arange(PART) < keys)[:, None] & (column + jnp.arange(PART) < width)[None]
+
+        def step(turn, carried):
+            chunk = turn if scale is None else chunks - 1 - turn
+            pltriton.store(states.at[row, head, chunk, *window], carried.astype(jnp.bfloat16), mask=inside)
+            tile, total = decayed(x, sums, numbers, (row, chunk, head), lane, scale, early)
+            added = tiles.load(values, row, chunk * CHUNK, tiles.shared(values, head, heads), column)
+            passed = carried * tiles.kept(numbers, total, row, chunk)[:, None]
+            return passed + tiles.product(tile.T, added)
+
+        carried = pltriton.load(state.at[row, head, *window], mask=inside, other=0)
+        carried = jax.lax.fori_loop(0, chunks, step, carried)
+        pltriton.store(final.at[row, head, *window], carried, mask=inside)
+
+    results = launch(
+        body,
+        name="channel_walk",
+        grid=(pl.cdiv(keys, PART), pl.cdiv(width, PART), batch * heads),
+        inputs={"x": x, "values": values, "sums": sums, "state": state} | numbers._asdict(),
         outputs={
-            "reading": decayed,
-            "writing": decayed,
-            "weights": jax.ShapeDtypeStruct((batch, heads, chunks * CHUNK, CHUNK), jnp.bfloat16),
-            "keep": jax.ShapeDtypeStruct((batch, heads, chunks, ROWS, keys), jnp.float32),
+            "states": jax.ShapeDtypeStruct((batch, heads, chunks, keys, width), jnp.bfloat16),
+            "final": jax.ShapeDtypeStruct((batch, heads, keys, width), jnp.float32),
         },
-        scratch=scratch,
-        barriers=True,
-        warpgroups=workers,
     )
+    return results["states"], results["final"]
 
 
-def lower(x: jax.Array) -> jax.Array:
-    """The entries (c, c) of pairs of a step and one that is not later, 0 elsewhere."""
-    return jnp.where(indices(SQUARE, 0) >= indices(SQUARE, 1), x, 0.0)
+def outputs(
+    x: jax.Array,
+    values: jax.Array,
+    sums: jax.Array,
+    numbers: Numbers,
+    weights: jax.Array,
+    states: jax.Array,
+    scale: float | None = None,
+    early: bool = False,
+) -> jax.Array:
+    """Returns the outputs (b, t, h, v), or with keys and `scale` None the gradients of the values, bfloat16.
+
+    Args:
+      x, values, scale, early: as for the walk of the other direction: queries with values, keys with gradients of outputs.
+      weights: what `scores` returns.
+      states: (b, h, n, k, v), before every chunk of the walk in this direction.
+    """
+    batch, time, heads, keys = sums.shape
+    width = values.shape[3]
+    columns = 128 if width % 128 == 0 else PART
+
+    def body(*, x, values, sums, weights, states, out, **segments):
+        column, chunk, at = pl.program_id(0) * columns, pl.program_id(1), pl.program_id(2)
+        row, head, numbers = at // heads, at % heads, Numbers(**segments)
+        of_chunk = tiles.load(weights, row, chunk * CHUNK, head, 0)
+        own = tiles.load(values, row, chunk * CHUNK, tiles.shared(values, head, heads), column, columns)
+        total = tiles.product(of_chunk.T if scale is None else of_chunk, own)
+        for lane in range(0, keys, PART):
+            tile, _ = decayed(x, sums, numbers, (row, chunk, head), lane, scale, early)
+            total = total + tiles.product(tile, state_tile(states, row, head, chunk, lane, column, columns))
+        tiles.store(out, total, row, chunk * CHUNK, head, column)
+
+    return launch(
+        body,
+        name="channel_outputs",
+        grid=(pl.cdiv(width, columns), pl.cdiv(time, CHUNK), batch * heads),
+        inputs={"x": x, "values": values, "sums": sums, "weights": weights, "states": states}
+        | numbers._asdict(),
+        outputs={"out": jax.ShapeDtypeStruct((batch, time, heads, width), values.dtype)},
+    )["out"]
 
 
-def read(ref: Any) -> jax.Array:
-    """A tile of shared memory in float32 registers."""
-    return in_registers(ref).astype(jnp.float32)
+def state_tile(
+    states: Any, row: Any, head: Any, chunk: Any, lane: Any, column: Any, columns: int
+) -> jax.Array:
+    """A tile (part, columns) of the state of a chunk, with 0 outside."""
+    keys, width = states.shape[3:]
+    view = states.at[row, head, chunk, tiles.span(lane, PART), tiles.span(column, columns)]
+    inside = (lane + jnp.arange(PART) < keys)[:, None] & (column + jnp.arange(columns) < width)[None]
+    return pltriton.load(view, mask=inside, other=0)
