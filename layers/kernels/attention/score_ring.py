@@ -13,8 +13,9 @@ authors keep the scores for it.
 import jax.numpy as jnp
 
 from layers.kernels.attention import ring
+from layers.kernels.attention.pieces import Results
 from layers.kernels.attention.tiles import precision_of, product_of
-from layers.kernels.attention.visits import Results, scores, with_gradient
+from layers.kernels.attention.visits import scores, with_gradient
 from layers.kernels.checks import accumulation_dtype
 from layers.kernels.promotion import joint_dtype
 

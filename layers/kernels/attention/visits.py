@@ -151,6 +151,6 @@ def _cut(static, q, k, v, arrays, at, plan=None):
         tokens=Tokens(q_positions=at.q_positions, kv_positions=at.kv_positions),
         scale=static.scale,
     )
-    parts = xla.cut(q, k, v, options, at, plan)
+    parts = xla.cut(q, k, v, options, at, plan=plan)
     # A visit may turn out to be wholly hidden, and then costs nothing.
     return parts._replace(rules=parts.rules._replace(uncertain=True))

@@ -119,8 +119,8 @@ class Cut(NamedTuple):
         return x[:, :, : bias.shape[2], : bias.shape[3]]
 
 
-def cut(q, k, v, o, at, plan: Schedule | None = None, aside=None) -> Cut:
-    """Returns the arguments in the blocks of a schedule, their own if None.
+def cut(q, k, v, o, at, aside=None, plan: Schedule | None = None) -> Cut:
+    """Returns the arguments in the blocks of a schedule, their own if `plan` is None.
 
     `at` are the places of queries and keys, and `aside` (b|1, h|1, s) are keys that are left out.
     """

@@ -24,6 +24,19 @@ WITHOUT = (
     "lightweight_conv",
     "dynamic_conv",
     "gss",
+    *(
+        "bigbird",
+        "etc",
+        "informer",
+        "longformer",
+        "longt5",
+        "longt5-local",
+        "luna",
+        "luna-carried",
+        "moba",
+        "nystromformer",
+        "shifted_sparse",
+    ),
 )
 IDS = np.repeat([[1, 2, 0], [1, 1, 3]], [7, 11, 6], axis=1)
 
