@@ -105,10 +105,12 @@ def section(name: str, facts: Mapping[str, Any]) -> str:
     """Returns the section of a mixer."""
     config, mixer = MIXERS[name]
     calls = facts["calls"]
-    primitives = list(dict.fromkeys(primitive for primitive, _, _ in calls["cpu"]))
+    primitives = list(dict.fromkeys(documented(primitive) for primitive, _, _ in calls["cpu"]))
     used = ", ".join(f"[`{one}`](../concepts/primitives.md#{one})" for one in primitives)
     taken = {
-        backend.upper(): list(dict.fromkeys(p for p, i, _ in calls[backend] if i in kernels(p, backend)))
+        backend.upper(): list(
+            dict.fromkeys(documented(p) for p, i, _ in calls[backend] if i in kernels(p, backend))
+        )
         for backend in ("gpu", "tpu")
     }
     support = "; ".join(

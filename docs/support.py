@@ -83,9 +83,14 @@ def table(names: Iterable[str] = MIXERS, *, stored: pathlib.Path | None = None) 
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def documented(primitive: str) -> str:
+    """Returns the primitive that the pages describe; `attention_with_lse` is `attention` with one more result."""
+    return primitive.removesuffix("_with_lse")
+
+
 def kernels(primitive: str, backend: str) -> tuple[str, ...]:
     """Returns the implementations of a primitive that are kernels written for one kind of device."""
-    suite = SUITES[primitive]
+    suite = SUITES[documented(primitive)]
     return {"cpu": (), "gpu": tuple(suite.gpu_implementations), "tpu": tuple(suite.tpu_implementations)}[
         backend
     ]
