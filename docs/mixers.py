@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from docs.support import DTYPE, LENGTH, WIDTH, family, kernels
+from docs.support import DTYPE, LENGTH, WIDTH, documented, family, kernels
 from layers.mixers import MIXERS
 
 EQUATIONS = pathlib.Path(__file__).parent / "equations"
