@@ -163,7 +163,9 @@ def test_levels(level):
 def test_refusals():
     arguments = arguments_of(np.random.default_rng(4), (1, 5), (2, 2, 2), (4, 4))
     wide = arguments | {"v": jnp.zeros((1, 5, 2, 520), jnp.bfloat16), "initial_state": None}
+    many = arguments_of(np.random.default_rng(4), (2**15, 1), (2, 2, 2), (4, 4)) | {"initial_state": None}
     for given, reason in (
+        (many, "q has 65536 rows times heads; expected at most 65535"),
         (wide, "v has heads of 520; expected at most 512"),
         (arguments, "needs a Hopper GPU; JAX computes on cpu"),
     ):

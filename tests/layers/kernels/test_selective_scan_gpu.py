@@ -82,7 +82,9 @@ def test_refusals():
         for key, value in arguments_of(np.random.default_rng(2), 1, 3, 4, 40).items()
     }
     narrow = arguments_of(np.random.default_rng(2), 1, 3, 8, 4, groups=2)
+    many = arguments_of(np.random.default_rng(2), 2**16, 1, 1, 1)
     for given, reason in (
+        (many, "x has 65536 rows; expected at most 65535"),
         (arguments, "a has 40 states per channel; expected at most 32"),
         (narrow, "b has 2 groups of 4 channels; expected multiples of 32"),
         (

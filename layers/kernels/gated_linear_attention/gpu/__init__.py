@@ -71,8 +71,13 @@ def unsupported_reason(q, k, v, log_decay, bonus, normalize, initial_state, **_:
             return f"{name} has dtype {x.dtype}; expected float32 or narrower"
     if any(jax.typeof(x).sharding.spec[1] is not None for x in (q, k, v)):
         return f"v is sharded {jax.typeof(v).sharding.spec}; expected whole rows, time not sharded"
-    if q.shape[0] > mosaic_gpu.MAX_GRID:
-        return f"q has {q.shape[0]} rows; expected at most {mosaic_gpu.MAX_GRID}"
+    counts = {"rows": q.shape[0]}
+    if per_channel:
+        heads = max(x.shape[2] for x in (q, k, v, log_decay))
+        counts = {"rows times heads": q.shape[0] * heads, "chunks": -(-q.shape[1] // CHUNK)}
+    for what, count in counts.items():
+        if count > mosaic_gpu.MAX_GRID:
+            return f"q has {count} {what}; expected at most {mosaic_gpu.MAX_GRID}"
     return pallas_triton.refusal(channels.probe) if per_channel else mosaic_gpu.refusal(_probe)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from layers.kernels import pallas_triton, partition
-from layers.kernels.mosaic_gpu import lowered_once
+from layers.kernels.mosaic_gpu import MAX_GRID, lowered_once
 from layers.kernels.promotion import promoting
 from layers.kernels.segments import reset_mask, select_real
 from layers.kernels.selective_scan.gpu import kernels
@@ -28,6 +28,8 @@ def unsupported_reason(x, dt, a, b, c, initial_state, **_: Any) -> str | None:
             return f"{name} has dtype {v.dtype}; expected float32 or bfloat16"
     if a.shape[1] > WIDEST:
         return f"a has {a.shape[1]} states per channel; expected at most {WIDEST}"
+    if x.shape[0] > MAX_GRID:
+        return f"x has {x.shape[0]} rows; expected at most {MAX_GRID}"
     channels, groups = x.shape[2], b.shape[2]
     if groups > 1 and (channels // groups) % LANES:
         return f"b has {groups} groups of {channels // groups} channels; expected multiples of {LANES}"
