@@ -117,6 +117,15 @@ class Devices:
                     f"use a multiple of {parts}, or another mesh.tensor"
                 )
 
+    def check_experts(self, declarations: Mapping[str, Any]) -> None:
+        """Raises ValueError where the axis expert would only repeat the work: no parameter of the model has experts."""
+        parts = self.mesh.shape["expert"]
+        if parts > 1 and not any("expert" in d.axes for d in declarations.values()):
+            raise ValueError(
+                f"mesh.expert={parts} divides the experts of a mixture, and the model has none; use mesh.expert=1, or a "
+                "channel mixer with experts, such as 'moe'"
+            )
+
     def shardings(self, declarations: Mapping[str, Any]) -> dict[str, NamedSharding]:
         """Returns the shardings of the arrays of `Declaration`s, by the same names."""
         return {

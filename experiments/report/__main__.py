@@ -49,7 +49,7 @@ def document(runs: Sequence[Run], lra: Mapping[str, Mapping[str, Any]]) -> str:
     finished = sum(run.results is not None for run in runs)
     parts += [
         "## Runs",
-        f"{len(runs)} runs, {finished} finished. Test metrics are those of the best checkpoint of validation.",
+        f"{len(runs)} run{'s' * (len(runs) != 1)}, {finished} finished. Test metrics are those of the best checkpoint of validation.",
         tables.markdown(tables.run_rows(runs)),
         "![Speed](speed.png)",
         "## Validation by epoch",

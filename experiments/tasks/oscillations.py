@@ -60,7 +60,8 @@ class IrregularOscillations(Task):
         if gaps not in GAPS:
             raise ValueError(f"task.gaps={gaps!r} is unknown; choose from {', '.join(GAPS)}")
         self._counts = dict(train=train, validation=validation, test=test)
-        for name, value in dict(length=length, **self._counts).items():
+        check_integer("task.length", length, least=2)
+        for name, value in self._counts.items():
             check_integer(f"task.{name}", value, least=1)
         check_integer("task.seed", seed, least=0)
         self.input_size = 2 if gaps == "feature" else 1

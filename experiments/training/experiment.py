@@ -134,11 +134,12 @@ class Experiment:
         return self.task.baselines(split)
 
     def check_devices(self, devices: Devices) -> None:
-        """Raises ValueError unless the devices divide the batches, in rows and time, the heads, and what mixers do with time."""
+        """Raises ValueError unless the devices divide the batches, in rows and time, the heads, experts, and mixers over time."""
         devices.check_rows("train.batch_size", self.train.batch_size, self.train.accumulate)
         devices.check_rows("train.eval_batch_size", self.eval_batch_size)
         for name, (_, options) in self.model.mixers.items():
             devices.check_heads(name, options)
+        devices.check_experts(self.model.parameters)
         if devices.mesh.shape["sequence"] > 1:
             for batch in self.example_train_batches():
                 devices.check_time("a training batch", _tokens(batch["inputs"]))

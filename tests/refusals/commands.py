@@ -122,6 +122,11 @@ FIELDS = [
     ),
     ("--config=MQAR --config.mesh.sequence=3", "sequence=3 takes 3 devices or a multiple, and there are 8"),
     ("--config=MQAR --config.mesh.tensor=3", "mesh: tensor=3"),
+    (
+        "--config=MQAR --config.mesh.expert=8",
+        "mesh.expert=8 divides the experts of a mixture, and the model has none",
+    ),
+    ("--config=oscillations --config.task.length=1", "task.length=1; expected at least 2"),
     # Text and its rows.
     ("--config=MODELS:source=enwiki", "source='enwiki' is unknown; available: stdlib, enwik8"),
     ("--config=MODELS:source=enwik8", "source='enwik8' needs official_dir (task.official_dir in configs)"),
@@ -322,6 +327,10 @@ COMMANDS = [
     ("evaluate --workdir=FILES/cut_run", "config.json, line 2"),
     ("evaluate --workdir=FILES/run --num_devices=two", "invalid int value: 'two'"),
     ("compare --config=MQAR --workdir=TMP/both --mixers=s5,gla,s5", "names s5 twice"),
+    (
+        "train --config=MQAR --workdir=TMP/run --config.mesh.expert=8",
+        "mesh.expert=8 divides the experts of a mixture, and the model has none",
+    ),
     ("train --config=MQAR --workdir=TMP/run --num_devices=3", "train.batch_size=64 cannot be divided over 3"),
     ("evaluate", "--workdir"),
     ("evaluate --workdir=TMP", "holds no run: there is no config.json"),
