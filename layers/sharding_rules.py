@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from layers.parameters import Axes
 
@@ -41,7 +41,7 @@ class ShardingRules:
     )
     smallest: int = SMALLEST
 
-    def spec(self, axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    def spec(self, axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
         """Returns the partition of an array with these logical axes over `mesh`.
 
         An axis whose size is not divisible by its mesh axis is not sharded. If fsdp shards none of the named axes, it
