@@ -81,8 +81,11 @@ def refusal(probe: Callable[[], Any]) -> str | None:
     Args:
       probe: lowers a small example for platform "cuda"; a module-level function, called once.
     """
-    if MISSING is not None:
-        return MISSING
+    return MISSING or refusal_of_device(probe)
+
+
+def refusal_of_device(probe: Callable[[], Any]) -> str | None:
+    """`refusal` for kernels that do not need Mosaic GPU."""
     if _interpreted.get():
         return None
     return devices.hopper_refusal() or _probe_refusal(probe)

@@ -39,7 +39,7 @@ def refusal(probe: Callable[[], Any]) -> str | None:
     Args:
       probe: lowers a small example for platform "cuda"; a module-level function, called once.
     """
-    return MISSING or mosaic_gpu.refusal(probe)
+    return MISSING or mosaic_gpu.refusal_of_device(probe)
 
 
 def launch(

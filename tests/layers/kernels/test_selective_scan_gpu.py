@@ -58,6 +58,15 @@ def test_interpreted_groups():
 
 
 @pytest.mark.slow
+def test_interpreted_small_steps():
+    """Steps of a millionth keep their digits through softplus, whose sum 1 + exp would round them away."""
+    arguments = arguments_of(np.random.default_rng(3), 1, 9, 32, 2)
+    small = {"dt": np.full((1, 9, 32), -14.0), "initial_state": np.zeros((1, 32, 2)), "skip": np.zeros(32)}
+    with pallas_triton.interpreted():
+        check(CASES["mamba"], arguments | small, "float32")
+
+
+@pytest.mark.slow
 def test_lowers_for_a_gpu_by_shards():
     """Rows and channels are shared out as those of x are."""
     mesh = pallas_triton.hopper_mesh(data=4, model=2)

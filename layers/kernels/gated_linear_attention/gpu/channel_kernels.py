@@ -23,8 +23,6 @@ from layers.kernels.gated_linear_attention.gpu import channel_tiles as tiles
 from layers.kernels.gated_linear_attention.gpu.channel_tiles import CHUNK, LEVELS, PART, Numbers
 from layers.kernels.pallas_triton import launch, pl, pltriton
 
-NAMES = ("steps", "entering", "leaving")
-
 
 def scores(
     q: jax.Array, k: jax.Array, sums: jax.Array, bonus: jax.Array | None, numbers: Numbers, scale: float

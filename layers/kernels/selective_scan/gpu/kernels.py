@@ -12,8 +12,8 @@ computed again, into registers, and the adjoint recurrence runs back through the
 
 Sums over channels leave once per program.
 
-At 8 x 4096 tokens and 4096 channels of 16 states the exponentials alone take 0.6 ms of the special function units per pass
-through time; forward there is one such pass, backward there are two.
+At 8 x 4096 tokens and 4096 channels of 16 states an H100, which computes 16 exponentials per cycle and processor, needs 0.6 ms for
+those of one pass through time; forward there is one such pass, backward there are two.
 """
 
 import math
