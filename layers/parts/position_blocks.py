@@ -4,7 +4,18 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.sizes import in_chunks
-from layers.typing import Array, Int
+from layers.segments import Segments
+from layers.typing import Array, Float, Int
+
+
+def numbers_and_positions(
+    x: Float[Array, "b t d"], segments: Segments | None
+) -> tuple[Int[Array, "b t"], Int[Array, "b t"]]:
+    """Returns the number of the segment of each token, 0 for padding, and its position there; whole rows are segment 1."""
+    if segments is not None:
+        return segments.numbers, segments.positions
+    index = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
+    return jnp.ones_like(index), index
 
 
 def block_index(numbers: Int[Array, "b s"], places: Int[Array, "b s"]) -> Int[Array, "b s"]:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixer import Mixer
-from layers.options import ActivationDtype, checked_dataclass
-from layers.parameters import linear
+from layers.options import ActivationDtype, Count, checked_dataclass
+from layers.parameters import Constant, linear
 from layers.parts.each_segment import mix_each_segment
 from layers.parts.heads import join_heads, split_heads
 from layers.segments import Segments
@@ -44,7 +44,8 @@ class WholeAttention(Mixer):
 
     A mixer sets `projections`, names of the linear maps of x to the heads that `attend` takes, and defines
 
-        attend(config, weights, heads, lengths)    outputs (b, t, h, k) of sequences that end at their lengths (b)
+        attend(config, weights, heads, lengths)    static; outputs (b, t, h, k) of sequences that end at their lengths (b), where
+                                                   what stands at `lengths` and beyond is zero and is seen by nobody
         weights()                                  what `attend` reads besides, floating arrays; none by default
     """
 
@@ -70,11 +71,6 @@ class WholeAttention(Mixer):
         """Returns floating arrays that `attend` reads."""
         return ()
 
-    @staticmethod
-    def attend(config: Any, weights: Any, heads: Sequence[Heads], lengths: Int[Array, "b"], /) -> Heads:
-        """Returns the outputs per head. What stands at `lengths` and beyond is zero and is seen by nobody."""
-        raise NotImplementedError
-
     def mix(
         self, x: Float[Array, "b t d"], carried: None, segments: Segments | None
     ) -> tuple[Float[Array, "b t d"], None]:
@@ -85,6 +81,28 @@ class WholeAttention(Mixer):
         y = mix_each_segment(run, self.weights(), jnp.concatenate(features, axis=-1), segment_ids=segments)
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None] if segments is None else segments.positions
         return self.finish(y, positions), None
+
+
+@checked_dataclass
+class DrawnAttentionConfig(WholeAttentionConfig):
+    """Options of every mixer that is a `DrawnAttention`.
+
+    Attributes:
+      layer: index of the layer, from 0; layers draw differently, and the same in training and evaluation.
+    """
+
+    layer: Count = 0
+
+
+class DrawnAttention(WholeAttention):
+    """Base class of `WholeAttention` with random choices, which `attend` draws from the seed that its weights are: `layer`."""
+
+    def __init__(self, config: DrawnAttentionConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        self.seed = Constant(jnp.asarray(config.layer, jnp.float32))
+
+    def weights(self):
+        return self.seed[...]
 
 
 def map_of(linear: nnx.Linear) -> tuple[Array, Array | None]:

@@ -2,31 +2,27 @@
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from layers.kernels.attention import Mask, Tokens, attention
 from layers.options import Count, checked_dataclass
-from layers.parameters import Constant
-from layers.parts.whole_attention import WholeAttention, WholeAttentionConfig
+from layers.parts.whole_attention import DrawnAttention, DrawnAttentionConfig
 from layers.typing import Array, Int
 
 
 @checked_dataclass
-class BigBirdConfig(WholeAttentionConfig):
-    """Options of `BigBird`, and those of `WholeAttentionConfig`.
+class BigBirdConfig(DrawnAttentionConfig):
+    """Options of `BigBird`, and those of `DrawnAttentionConfig`.
 
     Attributes:
       block: tokens in a block.
       random_blocks: random blocks that a block sees, besides the first, the last, its own and its two neighbours.
-      layer: index of the layer, from 0; layers draw different random blocks, the same in training and evaluation.
     """
 
     block: int = 64
     random_blocks: Count = 3
-    layer: Count = 0
 
 
-class BigBird(WholeAttention):
+class BigBird(DrawnAttention):
     """BigBird, internal construction: window, global and random blocks (Zaheer et al. 2020, arXiv:2007.14062).
 
         y_i = W_o softmax_j(q_i . k_j / sqrt(head_dim)) v_j,   j in the blocks {0, n-1, I-1, I, I+1} or r random others
@@ -35,13 +31,6 @@ class BigBird(WholeAttention):
     `layer`, uniformly without replacement, so that a model evaluates what it was trained with; a sequence keeps its draw
     whatever stands behind it. Linear in t, and packed rows cost one pass per segment; not causal.
     """
-
-    def __init__(self, config: BigBirdConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, rngs=rngs)
-        self.seed = Constant(jnp.asarray(config.layer, jnp.float32))
-
-    def weights(self):
-        return self.seed[...]
 
     @staticmethod
     def attend(config, weights, heads, lengths):

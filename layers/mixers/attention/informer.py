@@ -4,29 +4,25 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from layers.kernels.attention import Tokens, attention
-from layers.options import Count, checked_dataclass
-from layers.parameters import Constant
+from layers.options import checked_dataclass
 from layers.parts.each_segment import is_within
-from layers.parts.whole_attention import WholeAttention, WholeAttentionConfig
+from layers.parts.whole_attention import DrawnAttention, DrawnAttentionConfig
 
 
 @checked_dataclass
-class InformerConfig(WholeAttentionConfig):
-    """Options of `Informer`, and those of `WholeAttentionConfig`.
+class InformerConfig(DrawnAttentionConfig):
+    """Options of `Informer`, and those of `DrawnAttentionConfig`.
 
     Attributes:
       factor: c; ceil(c ln t) queries are active, and as many keys sampled per query, t at most.
-      layer: index of the layer, from 0; layers sample different keys, the same in training and evaluation.
     """
 
     factor: int = 5
-    layer: Count = 0
 
 
-class Informer(WholeAttention):
+class Informer(DrawnAttention):
     """Informer: ProbSparse self-attention of the encoder (Zhou et al. 2021, arXiv:2012.07436).
 
         M_i = max_{j in S_i} q_i . k_j - sum_{j in S_i} q_i . k_j / t,   S_i: min(t, ceil(c ln t)) keys drawn with replacement
@@ -37,13 +33,6 @@ class Informer(WholeAttention):
     position and the layer alone, so that outputs are a function of the input. The choice has no gradient. t ln t products;
     packed rows cost one pass per segment; not causal.
     """
-
-    def __init__(self, config: InformerConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, rngs=rngs)
-        self.seed = Constant(jnp.asarray(config.layer, jnp.float32))
-
-    def weights(self):
-        return self.seed[...]
 
     @staticmethod
     def attend(config, weights, heads, lengths):

@@ -8,7 +8,7 @@ from layers.mixer import Visit
 from layers.mixers.attention.attention import Attention, AttentionConfig, refuse_options
 from layers.options import checked_dataclass
 from layers.parts.cache import Cache, extend
-from layers.parts.position_blocks import block_index, some_at_a_time
+from layers.parts.position_blocks import block_index, numbers_and_positions, some_at_a_time
 from layers.segments import Segments
 from layers.typing import Array, Float
 
@@ -53,10 +53,8 @@ class Landmark(Attention):
         visit: Visit | None,
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         if visit is None:
-            index = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
-            positions = index if segments is None else segments.positions
-            here = jnp.ones_like(index) if segments is None else segments.numbers, positions
-            q, k, v = self.project(x, positions, segments)
+            here = numbers_and_positions(x, segments)
+            q, k, v = self.project(x, here[1], segments)
             return self.finish(self._attend(q, k, v, here, here), x), None
         q, k, v = self.project(x, visit.positions, segments)
         carried, seen, beyond = extend(carried, (k, v), visit)
@@ -105,9 +103,9 @@ def _bias(q, k, here, there, size, scale):
     total = joined(
         jax.ops.segment_sum, jnp.where(each(landmark), 0, jnp.exp(jnp.where(each(landmark), 0, a - top)))
     )
-    door = joined(jax.ops.segment_sum, jnp.where(each(landmark), a, 0))
+    of_landmark = joined(jax.ops.segment_sum, jnp.where(each(landmark), a, 0))
     spoiled = joined(jax.ops.segment_max, (landmark & ~fit).astype(jnp.int32)) > 0
-    bias = door - top - jnp.log(jnp.where(total > 0, total, 1))
+    bias = of_landmark - top - jnp.log(jnp.where(total > 0, total, 1))
     bias = jnp.moveaxis(jnp.where(each(spoiled), jnp.nan, bias).reshape(b, s, h, t), (1, 2), (3, 1))
     earlier = (numbers[:, None] == q_numbers[..., None]) & (
         places[:, None] < (q_positions // size)[..., None]

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.attention import Mask, Tokens, attention
+from layers.kernels.attention import Logits, Mask, Tokens, attention
 from layers.mixer import Visit
 from layers.mixers.attention.attention import Attention, AttentionConfig, refuse_options
 from layers.options import checked_dataclass
 from layers.parts.cache import Cache, extend
-from layers.parts.position_blocks import block_index, some_at_a_time
+from layers.parts.position_blocks import block_index, numbers_and_positions, some_at_a_time
 from layers.segments import Segments
 from layers.typing import Array, Float
 
@@ -57,21 +57,16 @@ class MoBA(Attention):
             mask = Mask(block_indices=self._lists(q, k), block_size=self.config.block, query_block_size=1)
             return self.finish(attention(q, k, v, mask=mask, logits=self.logits(), **options), x), None
         if visit is None:
-            q, k, v = self.project(x, segments.positions, segments)
-            here = there = segments.numbers, segments.positions
+            here = there = numbers_and_positions(x, segments)
+            q, k, v = self.project(x, here[1], segments)
             beyond = jnp.zeros(x.shape[:2], bool)
         else:
             q, k, v = self.project(x, visit.positions, segments)
             carried, seen, beyond = extend(carried, (k, v), visit)
-            (k, v), here, there = (
-                seen.entries,
-                (visit.numbers, visit.positions),
-                (seen.numbers, seen.positions),
-            )
+            k, v = seen.entries
+            here, there = (visit.numbers, visit.positions), (seen.numbers, seen.positions)
         o = self._masked(q, k, v, here, there, options)
-        return self.finish(
-            jnp.where(beyond[..., None, None], jnp.nan, o), x
-        ), carried if visit is not None else None
+        return self.finish(jnp.where(beyond[..., None, None], jnp.nan, o), x), carried
 
     def _lists(self, q, k):
         """The blocks that every query of whole rows sees, (b, h, t, top_k): its own, and -1 where there are too few."""
@@ -101,10 +96,9 @@ class MoBA(Attention):
             chosen = _best(q, means, earlier[:, None], config.top_k - 1)
             seen = (chosen[..., None, :] == index[:, None, None, :, None]).any(-1)
             seen |= (positions // config.block)[:, None, None] == own[:, None, :, None]
-            logits = self.logits()
             return attention(
                 *(q, k, v),
-                logits=type(logits)(bias=jnp.where(seen, 0.0, -jnp.inf), logit_cap=logits.logit_cap),
+                logits=Logits(bias=jnp.where(seen, 0.0, -jnp.inf), logit_cap=config.logit_cap),
                 segment_ids=q_numbers,
                 tokens=Tokens(numbers, q_positions, positions),
                 **options,

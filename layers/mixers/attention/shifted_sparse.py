@@ -7,6 +7,7 @@ from layers.mixer import Visit
 from layers.mixers.attention.attention import Attention, AttentionConfig, refuse_options
 from layers.options import Count, checked_dataclass
 from layers.parts.cache import Cache, empty_cache, extend
+from layers.parts.position_blocks import numbers_and_positions
 from layers.segments import Segments
 from layers.typing import Array, Float
 
@@ -70,12 +71,9 @@ class ShiftedSparse(Attention):
         visit: Visit | None,
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         if visit is None:
-            index = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
-            positions = index if segments is None else segments.positions
-            numbers = jnp.ones_like(index) if segments is None else segments.numbers
-            q, k, v = self.project(x, positions, segments)
-            o = self._attend(q, k, v, (numbers, positions), (numbers, positions), segments)
-            return self.finish(o, x), None
+            here = numbers_and_positions(x, segments)
+            q, k, v = self.project(x, here[1], segments)
+            return self.finish(self._attend(q, k, v, here, here, segments), x), None
         q, k, v = self.project(x, visit.positions, segments)
         rule = {"window": self.config.group, "sinks": self.config.group_sinks}
         carried, seen, _ = extend(carried, (k, v), visit, **rule)
