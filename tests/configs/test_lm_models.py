@@ -15,6 +15,7 @@ from experiments.training import experiment
 from experiments.training.optimizers import OptimizerConfig
 from layers.mixers import MIXERS
 from seqmodels import build_model
+from tests.layers.mixers.table import NOT_CAUSAL
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 MODELS = runpy.run_path(str(CONFIGS / "lm" / "models.py"))
@@ -66,25 +67,9 @@ def test_models_of_bytes_are_known_without_data(monkeypatch):
 
 def test_every_causal_mixer_fits_the_model_of_the_standard_library():
     get_config = runpy.run_path(str(CONFIGS / "lm" / "stdlib.py"))["get_config"]
-    refused = {
-        "bidirectional",
-        "bigbird",
-        "etc",
-        "fnet",
-        "hypermixer",
-        "informer",
-        "linformer",
-        "longformer",
-        "longt5",
-        "luna",
-        "nystromformer",
-        "parallel",
-        "reformer",
-        "tuned_state",
-    }
     for name in MIXERS:
         config = to_plain(get_config(f"mixer={name},depth=1"))
-        if name in refused:
+        if name in NOT_CAUSAL:
             with pytest.raises(ValueError, match="is not causal|needs the option"):
                 experiment.model_without_data(config)
         else:

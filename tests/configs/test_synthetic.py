@@ -15,6 +15,7 @@ from experiments.training.experiment import model_without_data
 from experiments.training.optimizers import OptimizerConfig, assign_groups
 from layers.mixers import MIXERS
 from layers.parameters import group_of
+from tests.layers.mixers.table import NOT_CAUSAL
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "configs" / "synthetic"
 MAD = (
@@ -37,22 +38,6 @@ SCALES = [
     *(f"algorithms:task={task}" for task in ("copy", "parity", "running_parity", "sorting", "addition")),
     *(f"algorithms:task={task},scale=paper" for task in ("copy", "parity", "sorting", "addition")),
 ]  # fmt: skip
-NOT_CAUSAL = {
-    "bidirectional",
-    "bigbird",
-    "etc",
-    "fnet",
-    "hypermixer",
-    "informer",
-    "linformer",
-    "longformer",
-    "longt5",
-    "luna",
-    "nystromformer",
-    "parallel",
-    "reformer",
-    "tuned_state",
-}
 
 
 @functools.cache

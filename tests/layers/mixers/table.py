@@ -143,6 +143,24 @@ MIXERS = {
 # Mixers whose derivative with respect to later inputs is zero but for the rounding of Fourier transforms.
 BY_FOURIER_TRANSFORM = {"dss", "gss", "h3", "hyena", "liquid_s4", "mega", "s4", "s4d", "sgconv"}
 
+# Mixers that a causal model cannot have by their name alone: they see later tokens, or need options.
+NOT_CAUSAL = {
+    "bidirectional",
+    "bigbird",
+    "etc",
+    "fnet",
+    "hypermixer",
+    "informer",
+    "linformer",
+    "longformer",
+    "longt5",
+    "luna",
+    "nystromformer",
+    "parallel",
+    "reformer",
+    "tuned_state",
+}
+
 # Mixers that choose tokens by numbers of their own, so that rounding may change what a token sees.
 CHOOSES = {"informer", "moba", "reformer"}
 
