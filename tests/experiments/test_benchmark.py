@@ -46,6 +46,12 @@ def test_resized_benchmarks_draw_what_they_count(name):
         assert longer.forward_flops == pytest.approx(growth * small.forward_flops, rel=1e-3)
 
 
+@pytest.mark.parametrize("case", SUITES["gated_linear_attention"].benchmarks, ids=lambda case: case.name)
+def test_heads_are_fewer_in_proportion(case):
+    whole, narrow = (case.resized(1, 8, n).draw(np.random.default_rng(0), 1, 8) for n in (1, 8))
+    assert whole["v"].shape[2] == 8 * narrow["v"].shape[2]
+
+
 def test_counted_bytes_are_inputs_and_outputs():
     case = benchmark("linear_recurrence").resized(2, 16, 8)
     arrays = calls.draw(case, "float32")
