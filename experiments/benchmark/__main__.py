@@ -65,6 +65,7 @@ from experiments.data.text.sources import read_documents
 from experiments.parallel.mesh import Devices
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.runs.sessions import git_revision, versions
+from layers.kernels import dispatch
 from layers.kernels.suites import SUITES
 
 STUDIES = ("kernels", "scaling", "steps", "decode", "parallel", "long_rows", "tune")
@@ -73,7 +74,7 @@ MODELS = ("steps", "decode")  # studies of whole models
 READS = {
     "kernels": {"peers", "dtype", "batch", "time", "narrower", "workers", "patience"},
     "scaling": {"dtype", "narrower", "workers", "lengths"},
-    "steps": {"batch", "time", "rows", "num_devices", "size", "unrolled"},
+    "steps": {"batch", "time", "rows", "num_devices", "size", "unrolled", "prefer"},
     "decode": {"batch", "lengths", "size"},
     "parallel": {
         "batch",
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if study == "long_rows":
         return _long_rows(values)
     _share_memory(1 if study in (*MODELS, "parallel", "tune") else values.workers or kernels.Options.workers)
-    options = _options(values)
+    options, preferred = _options(values), _preferred(values.prefer) or {}
     chosen = [] if study in (*MODELS, "parallel", "tune") else list(kernels.selected(options.only))
     out = values.out
     device = Devices.first(1).describe()
@@ -150,17 +151,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             count = values.num_devices or 1
             record["rounds"], record["device"] = rounds, Devices.first(count).describe()
             print(record["device"], flush=True)
-            steps.run(
-                values.only,
-                values.rows or steps.ROWS,
-                count,
-                values.size,
-                shape,
-                values.unrolled,
-                rounds,
-                lambda row: add(row, steps.line(row)),
-                say,
-            )
+            with dispatch.preferred(preferred):
+                steps.run(
+                    values.only,
+                    values.rows or steps.ROWS,
+                    count,
+                    values.size,
+                    shape,
+                    values.unrolled,
+                    rounds,
+                    lambda row: add(row, steps.line(row)),
+                    say,
+                )
         elif study == "decode":
             rounds = values.rounds or 5
             record["rounds"] = rounds
@@ -378,7 +380,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--prefer",
         type=names,
-        help="implementations that are taken wherever they can be, such as delta_rule/gpu, for `long_rows`",
+        help="implementations that are taken wherever they can be, such as delta_rule/gpu, for `steps` and `long_rows`",
     )
     parser.add_argument(
         "--links",
