@@ -43,6 +43,7 @@ class Gradients(NamedTuple):
 
 def forward(rules, q, k, v, context, steps):
     """Returns the output (b, g, blocks, r, block, v), and m and log l of the log-sum-exp (b, g, blocks, r, block)."""
+    q, context, steps = _tied(q, context, steps)
     dtype = accumulation_dtype(q)
     rows = q.shape[:-1]
     # Values that a single query does not see are selected away; many queries see different ones of a block.
@@ -100,6 +101,7 @@ def rows_of(output, top, log_total, doutput, dlse) -> Rows:
 
 def backward(rules, q, k, v, context, steps, rows: Rows) -> Gradients:
     """Returns what the logits of these blocks give to the gradients of a softmax with these rows."""
+    q, context, steps = _tied(q, context, steps)
     dtype = rows.top.dtype
     off = rows.top == -jnp.inf
     dslopes = None if context.slopes is None else jnp.zeros_like(q, dtype, shape=(q.shape[1], q.shape[3]))
@@ -149,6 +151,15 @@ def backward(rules, q, k, v, context, steps, rows: Rows) -> Gradients:
     if dslopes is not None:
         dslopes = dslopes.reshape(context.slopes.shape)
     return Gradients(dq, dk, dv, dbias, dslopes)
+
+
+def _tied(q, context, steps):
+    """The arguments, of which none is known before the queries are.
+
+    The derivative of a scan over layers computes once, and keeps, what is the same in every layer. Masks that follow from places
+    alone would be kept for all steps, t x s numbers in all.
+    """
+    return jax.lax.optimization_barrier((q, context, steps))
 
 
 def _finite(x):
