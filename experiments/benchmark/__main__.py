@@ -89,7 +89,7 @@ READS = {
         "packing",
         "links",
     },
-    "long_rows": {"time", "num_devices", "size", "remat", "prefer", "patience"},
+    "long_rows": {"time", "num_devices", "size", "remat", "prefer", "patience", "workers"},
     "tune": {"batch", "time", "narrower"},
 }
 PATIENCE = 300.0  # seconds for a case of `long_rows`
@@ -244,7 +244,10 @@ def _long_rows(values: Any) -> int:
 
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
     measure = functools.partial(long_rows.measure, setting)
-    rows = alone.run(measure, long_rows.chosen(values.only), values.patience or PATIENCE, add)
+    patience, workers = values.patience or PATIENCE, values.workers or 1
+    if workers > 1:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    rows = alone.run(measure, long_rows.chosen(values.only), patience, add, workers)
     return 1 if any("failed" in row for row in rows) else 0
 
 

@@ -1,6 +1,6 @@
 """The study `long_rows`: rows so long that several devices share one, in training and in prefill, beside one device.
 
-Each case runs in a process of its own (`alone`). With T tokens, 262,144 if `--time` does not say otherwise, they are
+Each case runs in a process of its own (`alone`), of which several compile beside each other if `--workers` says so. With T tokens, 262,144 if `--time` does not say otherwise, they are
 
     links                             what sends, gathers and exchanges between the devices take (`links`)
     train/MODEL/one, /METHOD          a training step on one row: T / 2 tokens on one device, T cut over all. MODEL is a Gated
@@ -114,7 +114,8 @@ def measure(setting: Setting, case: str) -> dict[str, Any]:
 def _links(setting):
     devices = jax.devices()[: setting.count]
     sizes = LINK_BYTES_ON_CPU if setting.on_cpu else LINK_BYTES
-    return links.measure(devices, sizes, setting.rounds)
+    with alone.turn():
+        return links.measure(devices, sizes, setting.rounds)
 
 
 def _train(setting, model, how):
@@ -136,7 +137,8 @@ def _prefill(setting, dtype):
     small = dtype == "float32"
     config = _config(setting, DELTA, length, "none", size="tiny" if small else None) | dict(dtype=dtype)
     with jax.default_matmul_precision("highest" if small else "default"):
-        return parallel_row.compare(length, length // CHUNKS, jax.devices()[: setting.count], config)
+        devices = jax.devices()[: setting.count]
+        return parallel_row.compare(length, length // CHUNKS, devices, config, alone.turn)
 
 
 def _config(setting, model, length, remat, size=None):
@@ -177,7 +179,8 @@ def _step(setting, name, length, how, remat) -> dict[str, Any]:
         needed_bytes=peak_bytes(step),
     )
     try:
-        seconds, sums = _steps(step, state, batch, setting.rounds)
+        with alone.turn():
+            seconds, sums = _steps(step, state, batch, setting.rounds)
     except jax.errors.JaxRuntimeError as error:
         if not alone.lacks_memory(error):
             raise

@@ -1,7 +1,8 @@
 """One long row read twice: in chunks by one device that carries the state, and at once by devices that each hold a part."""
 
 import time as clock
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -35,17 +36,23 @@ def check(length: int, chunk: int, devices: Sequence[jax.Device]) -> None:
 
 
 def compare(
-    length: int, chunk: int, devices: Sequence[jax.Device], config: Mapping[str, Any] = MODEL
+    length: int,
+    chunk: int,
+    devices: Sequence[jax.Device],
+    config: Mapping[str, Any] = MODEL,
+    turn: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Any]:
     """Returns how far the outputs of the two ways lie apart, relative to the largest, and the seconds of each.
 
-    Outputs are the vectors of all tokens before the output matrix, and the logits of the last token.
+    Outputs are the vectors of all tokens before the output matrix, and the logits of the last token. Each way is timed the
+    second time.
 
     Args:
       length: tokens of the row.
       chunk: tokens that one device, the first, reads at once.
       devices: those that the row is cut over.
       config: the section `model`, of a language model.
+      turn: context in which programs run.
 
     Raises:
       ValueError: chunks do not divide the row, or devices do not.
@@ -61,25 +68,28 @@ def compare(
         return (outputs.x, outputs._replace(x=outputs.x[:, -1:]).logits), state
 
     pieces = [jnp.asarray(tokens[:, first : first + chunk]) for first in range(0, length, chunk)]
-    state, found = model.init_state(1), []
+    initial = model.init_state(1)
     with jax.set_mesh(_mesh(devices[:1])):
-        compiled = read.lower(parameters, pieces[0], state).compile()
-        start = clock.perf_counter()
-        for piece in pieces:
-            (vectors, last), state = compiled(parameters, piece, state)
-            found.append(vectors)
-        jax.block_until_ready(found)
-        chunked_seconds = clock.perf_counter() - start
+        compiled = read.lower(parameters, pieces[0], initial).compile()
+
+        def in_chunks(compiled=compiled, parameters=parameters):
+            state, found = initial, []
+            for piece in pieces:
+                (vectors, last), state = compiled(parameters, piece, state)
+                found.append(vectors)
+            return found, last
+
+        with turn():
+            (found, last), chunked_seconds = _timed(in_chunks)
     chunked = np.concatenate([np.asarray(vectors, np.float32) for vectors in found], axis=1), np.asarray(last)
-    del found, vectors, state
+    del found
     mesh = _mesh(devices)
     with jax.set_mesh(mesh):
         cut = jax.device_put(tokens, NamedSharding(mesh, P(None, "sequence")))
         parameters = jax.device_put(parameters, NamedSharding(mesh, P()))
         compiled = read.lower(parameters, cut, None).compile()
-        start = clock.perf_counter()
-        (vectors, last), _ = jax.block_until_ready(compiled(parameters, cut, None))
-        divided_seconds = clock.perf_counter() - start
+        with turn():
+            ((vectors, last), _), divided_seconds = _timed(lambda: compiled(parameters, cut, None))
     parts = {shard.data.shape[1] for shard in vectors.addressable_shards}
     divided = np.asarray(vectors, np.float32), np.asarray(last)
     differences = [
@@ -97,6 +107,13 @@ def compare(
         chunked_seconds=chunked_seconds,
         divided_seconds=divided_seconds,
     )
+
+
+def _timed(run):
+    """What `run` returns, and the seconds of its second call."""
+    jax.block_until_ready(run())
+    start = clock.perf_counter()
+    return jax.block_until_ready(run()), clock.perf_counter() - start
 
 
 def _mesh(devices):

@@ -47,6 +47,8 @@ class Implementation:
       passed_over_reason: given the same arguments, why `impl=None` does not choose it for a supported call, or None.
       backend: the only kind of device that runs it, or None for all.
       forward_mode: whether `jax.jvp` goes through; if not, it raises a TypeError that says what works.
+      across: `run` for one of the devices that divide time, if its passes carry states over the cuts themselves. It takes
+        `crossing` and `cut` too (see `sequence_parallel`), and returns the state after the tokens of this device.
     """
 
     run: Callable[..., Any]
@@ -54,6 +56,7 @@ class Implementation:
     passed_over_reason: Callable[..., str | None] = _no_reason
     backend: devices.Backend | None = None
     forward_mode: bool = False
+    across: Callable[..., Any] | None = None
 
     def symbols(self, arguments: Mapping[str, Any]) -> str | None:
         """Why kernels for one device cannot take sizes that `jax.export` gives as symbols, or None."""
@@ -96,6 +99,12 @@ def noted() -> Iterator[list[tuple[str, str]]]:
     """Context that gives a list of (primitive, implementation), one entry per call dispatched inside."""
     with _collected(_taken) as taken:
         yield taken
+
+
+def note(primitive: str, implementation: str) -> None:
+    """Adds an entry to the lists that `noted` gives."""
+    if (taken := _taken.get()) is not None:
+        taken.append((primitive, implementation))
 
 
 @contextlib.contextmanager
@@ -176,29 +185,58 @@ def dispatch(
         if impl is not None:
             _named(primitive, implementations, impl)
         with _collected(_over_time):  # what a device does with its part is its own
-            return over_time(functools.partial(dispatch, primitive, implementations, impl), impl, arguments)
+            return over_time(Local(primitive, implementations, impl), impl, arguments)
+    return _run(primitive, *_chosen(primitive, implementations, impl, arguments), arguments)
+
+
+class Local(NamedTuple):
+    """A primitive on the tokens of one device of those that divide time; called like `dispatch`, with the arguments alone."""
+
+    primitive: str
+    implementations: Mapping[str, Implementation]
+    impl: str | None
+
+    def __call__(self, **arguments: Any) -> Any:
+        return dispatch(*self, **arguments)
+
+    def across(self, arguments: Mapping[str, Any], **cut: Any) -> Any | None:
+        """Returns what `Implementation.across` does, or None if the implementation that is taken has no such form."""
+        name, chosen, passed_over = _chosen(*self, arguments)
+        if chosen.across is None:
+            return None
+        chosen = dataclasses.replace(chosen, run=functools.partial(chosen.across, **cut))
+        return _run(self.primitive, name, chosen, passed_over, arguments)
+
+
+def _chosen(
+    primitive: str,
+    implementations: Mapping[str, Implementation],
+    impl: str | None,
+    arguments: Mapping[str, Any],
+) -> tuple[str, Implementation, Mapping[str, str]]:
+    """The name of the implementation that runs, itself, and the reasons against those before it."""
     if impl is not None:
         candidate = _named(primitive, implementations, impl)
         if (reason := candidate.refusal(arguments)) is not None:
             raise ValueError(f"impl={impl!r} of {primitive} cannot take this call: {reason}")
     if any(getattr(x, "size", 1) == 0 for name, x in arguments.items() if name != "initial_state"):
-        return _run(primitive, "reference", implementations["reference"], arguments)
+        return "reference", implementations["reference"], {}
     if impl is not None:
-        return _run(primitive, impl, candidate, arguments)
+        return impl, candidate, {}
     passed_over: dict[str, str] = {}
     choices = _preferred.get() or {}
     wanted = choices if isinstance(choices, str) else choices.get(primitive)
     if wanted is not None:
         candidate = _named(primitive, implementations, wanted)
         if (reason := candidate.refusal(arguments)) is None:
-            return _run(primitive, wanted, candidate, arguments)
+            return wanted, candidate, {}
         _pass_over(primitive, wanted, candidate, reason, passed_over)
     for name, candidate in implementations.items():
         reason = candidate.refusal_by_default(arguments)
         if reason is None:
-            return _run(primitive, name, candidate, arguments, passed_over)
+            return name, candidate, passed_over
         _pass_over(primitive, name, candidate, reason, passed_over)
-    return _run(primitive, "reference", implementations["reference"], arguments, passed_over)
+    return "reference", implementations["reference"], passed_over
 
 
 def _named(primitive: str, implementations: Mapping[str, Implementation], impl: str) -> Implementation:
@@ -230,13 +268,12 @@ def _run(
     primitive: str,
     name: str,
     implementation: Implementation,
+    passed_over: Mapping[str, str],
     arguments: Mapping[str, Any],
-    passed_over: Mapping[str, str] | None = None,
 ) -> Any:
-    if (taken := _taken.get()) is not None:
-        taken.append((primitive, name))
+    note(primitive, name)
     if (choices := _choices.get()) is not None:
-        skipped = tuple((other, why) for other, why in (passed_over or {}).items() if other != name)
+        skipped = tuple((other, why) for other, why in passed_over.items() if other != name)
         choices.append(Choice(primitive, _summary(arguments), name, skipped))
     if not implementation.forward_mode:
         message = no_forward_mode(f"impl={name!r} of {primitive}", REFERENCE)

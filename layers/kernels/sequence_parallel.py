@@ -9,14 +9,15 @@ piece (T, U): S -> T S + U. Every device summarises its tokens, all devices gath
 gives the state before each part, from which the device runs its own tokens: LASP-2 (Sun et al. 2025, arXiv:2502.07563), with
 decays and transitions. The bytes that are gathered do not depend on t. Or states flow from device to device in blocks
 (`all_scan`), which moves less where there are many devices. A device reads its tokens twice, once for the piece and once for
-the outputs, or runs both at once where outputs are linear in the state.
+the outputs, runs both at once where outputs are linear in the state, or has kernels whose passes carry the states over the
+cuts themselves.
 """
 
 import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,65 @@ def attention_method() -> AttentionMethod:
     return _method.get()
 
 
+class Cut(NamedTuple):
+    """What segments say of the cut in time before the tokens of a device; None of rows that are whole.
+
+    Attributes:
+      begins: (b,), whether these tokens begin another segment.
+      resets: (b,), whether one begins among them.
+    """
+
+    begins: jax.Array | None = None
+    resets: jax.Array | None = None
+
+    @classmethod
+    def of(cls, part: Segments | None, begins: jax.Array | None) -> "Cut":
+        """The cut of what `part_of_segments` returns."""
+        return cls() if begins is None else cls(begins, part.starts.any(1))
+
+    @property
+    def forgets(self) -> jax.Array | None:
+        """(b,), whether no state from before these tokens reaches their end."""
+        return None if self.begins is None else self.begins | self.resets
+
+    @property
+    def backward(self) -> "Cut":
+        """The cut after these tokens, as gradients of states cross it."""
+        if self.begins is None:
+            return self
+        pairs = [(i + 1, i) for i in range(jax.lax.axis_size(SEQUENCE_AXIS) - 1)]
+        return self._replace(begins=jax.lax.ppermute(self.begins, SEQUENCE_AXIS, pairs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossing:
+    """How states cross the cuts of divided time.
+
+    Attributes:
+      compose, elementwise: as in `Recurrence`.
+      method: what devices send.
+    """
+
+    compose: Callable[[Any, Any], Any]
+    elementwise: bool = False
+    method: StateMethod = "all_gather"
+
+    def before(self, piece: Any, cut: Cut, initial: jax.Array | None, reverse: bool = False) -> jax.Array:
+        """Returns the state before this device's tokens.
+
+        Args:
+          piece: the effect of this device's tokens, a NamedTuple with the transition and the state.
+          cut: the cut before them.
+          initial: the state before all tokens, zero if None.
+          reverse: whether the last device's tokens are run first.
+        """
+        if self.method == "all_gather":
+            return across(piece, self.compose, cut, initial, reverse)[0]
+        piece, state = _entering(piece, cut, initial)
+        own = all_scan(piece, self.compose, state, cut.forgets, elementwise=self.elementwise, reverse=reverse)
+        return own if cut.begins is None else _where(cut.begins, 0, own)
+
+
 @dataclasses.dataclass(frozen=True)
 class Recurrence:
     """The form over time of a primitive with a state.
@@ -103,20 +163,26 @@ class Recurrence:
         given = {name: arguments.pop(name) for name in self.axes if arguments.get(name) is not None}
         entries = entries_of(self.axes, given)
         rows = P(entries["b"], entries["t"])
+        crossing = Crossing(self.compose, self.elementwise, _states.get())
 
         def local(given, tokens):
             given, tokens = vary_alike((given, tokens))
             part, begins = part_of_segments(segments, tokens, reverse)
             everything = dict.fromkeys(self.axes) | arguments | given
-            initial = given.get("initial_state")
+            initial, cut = given.get("initial_state"), Cut.of(part, begins)
+            if (
+                results := run.across(everything | {"segments": part}, crossing=crossing, cut=cut)
+            ) is not None:
+                out, final = results
+                return out, of_last(final, reverse)
             if self.at_once is not None:
                 piece, outputs = self.at_once(run, everything, part)
-                own = self._before(piece, part, begins, initial, reverse)
+                own = crossing.before(piece, cut, initial, reverse)
                 carried = own if part is None else _where(part.starts.any(1), 0, own)
                 final = self.compose(piece._replace(state=carried), piece).state
                 return outputs(own), of_last(final, reverse)
             piece = self.summarize(everything, part, impl)
-            own = self._before(piece, part, begins, initial, reverse)
+            own = crossing.before(piece, cut, initial, reverse)
             out, final = run(**everything | {"initial_state": own}, segments=part)
             return out, of_last(final, reverse)
 
@@ -124,14 +190,6 @@ class Recurrence:
         tokens = tokens_of(segments, reverse)
         results = spec(self.outputs, entries), spec(self.state, entries)
         return partition.over_shards(local, (given, tokens), (specs, rows), results)
-
-    def _before(self, piece, part, begins, initial, reverse):
-        """The state before this device's tokens, by the method in force."""
-        if _states.get() == "all_gather":
-            return across(piece, self.compose, part, begins, initial, reverse)[0]
-        piece, state, forgets = _entering(piece, part, begins, initial)
-        own = all_scan(piece, self.compose, state, forgets, elementwise=self.elementwise, reverse=reverse)
-        return own if begins is None else _where(begins, 0, own)
 
 
 def parts_of_time(length: int | None) -> int:
@@ -205,8 +263,7 @@ def part_of_segments(
 def across(
     piece: Any,
     compose: Callable[[Any, Any], Any],
-    part: Segments | None,
-    begins: jax.Array | None,
+    cut: Cut,
     initial: jax.Array | None,
     reverse: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -215,12 +272,12 @@ def across(
     Args:
       piece: the effect of this device's tokens, (transition, state).
       compose: the composition of two pieces.
-      part, begins: as `part_of_segments` gives them.
+      cut: the cut before them.
       initial: the state before all tokens, zero if None.
       reverse: whether the last device's tokens are run first.
     """
-    piece, state, forgets = _entering(piece, part, begins, initial)
-    pieces, every = kept.named(jax.lax.all_gather((piece, forgets), SEQUENCE_AXIS))
+    piece, state = _entering(piece, cut, initial)
+    pieces, every = kept.named(jax.lax.all_gather((piece, cut.forgets), SEQUENCE_AXIS))
     index, count = jax.lax.axis_index(SEQUENCE_AXIS), jax.lax.axis_size(SEQUENCE_AXIS)
     if reverse:
         index = count - 1 - index
@@ -237,18 +294,17 @@ def across(
         pieces, every = jax.tree.map(lambda v: v[::-1], (pieces, every))
     inputs = jnp.arange(count), pieces, every
     (state, own), _ = jax.lax.scan(step, (state, jnp.zeros_like(state)), inputs)
-    return own if begins is None else _where(begins, 0, own), state
+    return own if cut.begins is None else _where(cut.begins, 0, own), state
 
 
-def _entering(piece, part, begins, initial):
-    """The piece without what its tokens forget, the state before all tokens, and whether (b) they forget what was before."""
+def _entering(piece, cut, initial):
+    """The piece without what its tokens forget, and the state before all tokens."""
     state = jnp.zeros_like(piece.state) if initial is None else initial
     state = state.astype(joint_dtype(state.dtype, piece.state.dtype))
-    if begins is None:
-        return piece, state, None
+    if cut.forgets is None:
+        return piece, state
     # A choice, not a product: what is forgotten may not be finite.
-    forgets = begins | part.starts.any(1)
-    return type(piece)(_where(forgets, 0, piece[0]), piece.state), state, forgets
+    return type(piece)(_where(cut.forgets, 0, piece[0]), piece.state), state
 
 
 def of_last(x: jax.Array, reverse: bool = False) -> jax.Array:
@@ -256,6 +312,11 @@ def of_last(x: jax.Array, reverse: bool = False) -> jax.Array:
     index = jax.lax.axis_index(SEQUENCE_AXIS)
     last = 0 if reverse else jax.lax.axis_size(SEQUENCE_AXIS) - 1
     return jax.lax.psum(jnp.where(index == last, x, 0), SEQUENCE_AXIS)
+
+
+def of_first(x: jax.Array) -> jax.Array:
+    """Returns what the device with the first tokens holds there, and zeros elsewhere."""
+    return jnp.where(jax.lax.axis_index(SEQUENCE_AXIS) == 0, x, 0)
 
 
 def _where(flags, value, x):

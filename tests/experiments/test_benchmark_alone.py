@@ -1,7 +1,9 @@
 """Measurements in processes of their own: one that fails is a row like the others."""
 
+import itertools
 import os
 import time
+from pathlib import Path
 
 from experiments.benchmark import alone
 
@@ -33,3 +35,23 @@ def test_what_fails_in_its_own_process_is_a_row():
     assert rows[3]["failed"] == "ValueError: no"
     (row,) = alone.run(measure, ("waits",), 2, reported.append)
     assert row["failed"] == "no result within 2 s"
+
+
+def in_turn(name):
+    """Returns when this process had its turn, which it has only once all have begun."""
+    begun = Path(os.environ["BEGUN"])
+    (begun / name).touch()
+    while len(list(begun.iterdir())) < 3:
+        time.sleep(0.01)
+    with alone.turn():
+        start = time.time()
+        time.sleep(0.05)
+        return {"start": start, "end": time.time()}
+
+
+def test_workers_prepare_together_and_measure_in_turn(tmp_path, monkeypatch):
+    monkeypatch.setenv("BEGUN", str(tmp_path))
+    rows = alone.run(in_turn, ("first", "second", "third"), 60, lambda row: None, workers=3)
+    assert [row["case"] for row in rows] == ["first", "second", "third"]
+    turns = sorted((row["start"], row["end"]) for row in rows)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(turns))

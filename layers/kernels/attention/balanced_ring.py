@@ -40,11 +40,11 @@ def takes(options: Options, q, k) -> bool:
 
 
 def _forward(plan, q, k, v, arrays, at):
-    results = attended(plan.options, q, k, v, arrays, _places(at, q.shape[1], 0))
+    results = attended(plan, q, k, v, arrays, _places(at, q.shape[1], 0))
     nothing = of_no_keys(q, v)
     for step in _rounds():
         (queries, keys, places), helps = _round(step, q, (k, v), at)
-        found = attended(plan.options, queries, *keys, arrays, places)
+        found = attended(plan, queries, *keys, arrays, places)
         results = merged(results, _chosen(helps, nothing, found))
         if _helping(step):
             helped = device() >= jax.lax.axis_size(SEQUENCE_AXIS) - step
@@ -55,14 +55,14 @@ def _forward(plan, q, k, v, arrays, at):
 def _backward(plan, residuals, cotangents):
     q, k, v, arrays, at, results = residuals
     doutput, _, dlse = cotangents
-    rows = rows_of(q, k, v, results, doutput, dlse)
+    rows = rows_of(plan, q, k, v, results, doutput, dlse)
     # What was sent in the forward pass is not kept: without a barrier XLA takes both for one.
     q, k, v, at, rows = jax.lax.optimization_barrier((q, k, v, at, rows))
-    found = gradients(plan.options, q, k, v, arrays, _places(at, q.shape[1], 0), rows)
+    found = gradients(plan, q, k, v, arrays, _places(at, q.shape[1], 0), rows)
     dq, dkeys, slopes = found.q, (found.k, found.v), found.slopes
     for step in _rounds():
         ((queries, their), keys, places), helps = _round(step, (q, rows), (k, v), at)
-        found = gradients(plan.options, queries, *keys, arrays, places, their)
+        found = gradients(plan, queries, *keys, arrays, places, their)
         slopes = None if slopes is None else slopes + found.slopes
         of_keys = found.k, found.v
         back = _returned(of_keys, step, False)

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from layers.kernels import devices, kept
 from layers.kernels.attention import xla
 from layers.kernels.attention.options import Options
+from layers.kernels.partition import SEQUENCE_AXIS
 from layers.kernels.segments import Segments, select_real
+from layers.kernels.sequence_parallel import parts_of_time
 
 TAKEN = "causal, window, scale and segment_ids whose padding ends the rows"
 # The kernels keep a log-sum-exp per row for every segment that a row may hold.
@@ -64,10 +66,29 @@ def _batches_as_rows(function):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static, q, k, v, lengths, starts):
-    return _forward(static, q, k, v, lengths, starts)[0]
+    return forward(static, q, k, v, lengths, starts)[0]
 
 
-def _forward(static, q, k, v, lengths, starts):
+def _kept_forward(static, q, k, v, lengths, starts):
+    output, lse = kept.named(forward(static, q, k, v, lengths, starts))
+    return output, (q, k, v, lengths, starts, lse, output)
+
+
+def _backward(static, residuals, gradient):
+    return *backward(static, *residuals, gradient), None, None
+
+
+_attend.defvjp(_kept_forward, _backward)
+
+
+def forward(static, q, k, v, lengths, starts):
+    """Returns the output (b, t, h, v), and the log-sum-exp of the logits (b, h, t).
+
+    Args:
+      static: scale, whether the mask is causal by index, and its window or None.
+      q, k, v: as `attention` takes them; t and s may differ without a mask.
+      lengths, starts: what `_where` returns.
+    """
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     scale, causal, window = static
@@ -90,11 +111,14 @@ def _forward(static, q, k, v, lengths, starts):
             )
         )
 
-    output, lse = kept.named(run(q, k, v, lengths, starts))
-    return output, (q, k, v, lengths, starts, lse, output)
+    return run(q, k, v, lengths, starts)
 
 
-def _backward(static, kept, gradient):
+def backward(static, q, k, v, lengths, starts, lse, output, gradient):
+    """Returns the gradients of q, k and v.
+
+    With the output and the log-sum-exp of a softmax over more keys, they are the part that these keys have in its gradients.
+    """
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     scale, causal, window = static
@@ -110,10 +134,7 @@ def _backward(static, kept, gradient):
             scale, seed, dropout, bias, kind, layout, window, True, False, residuals, gradient
         )[:3]
 
-    return *run(*kept, gradient), None, None
-
-
-_attend.defvjp(_forward, _backward)
+    return run(q, k, v, lengths, starts, lse, output, gradient)
 
 
 def _mask_type(causal, lengths):
@@ -126,6 +147,13 @@ def _mask_type(causal, lengths):
 
 def refuses(q, k, v, options) -> str | None:
     """Why cuDNN cannot take this call, or None."""
+    if parts_of_time(q.shape[1]) > 1:
+        return f"the mesh divides time over {SEQUENCE_AXIS!r}; the kernels need whole rows"
+    return refuses_on_device(q, k, v, options)
+
+
+def refuses_on_device(q, k, v, options) -> str | None:
+    """Why cuDNN cannot take this call where a device holds whole rows, or None."""
     reason = _unknown_option(options)
     if reason is not None:
         return reason

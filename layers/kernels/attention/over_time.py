@@ -19,6 +19,8 @@ keys and values that are too few for the devices are repeated.
 "token_ring": queries and results travel while keys and values stay (`token_ring`), in zig-zag order where that deals causal
 work out evenly and 2 P divides the length.
 
+Visits run on cuDNN's kernels where these can (`fused_visits`), and in plain JAX elsewhere.
+
 "partitioned": the compiler partitions what one device would do, and may gather whole rows.
 """
 
@@ -31,9 +33,10 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import partition
-from layers.kernels.attention import balanced_ring, ring, score_ring, token_ring, xla
+from layers.kernels.attention import balanced_ring, fused_visits, ring, score_ring, token_ring, xla
 from layers.kernels.attention.options import Logits, Mask, Options, Places, Tokens, places
 from layers.kernels.attention.visits import Arrays, split_options
+from layers.kernels.dispatch import note
 from layers.kernels.forward_mode import no_forward_mode, reverse_mode_only
 from layers.kernels.partition import HEAD_AXES, SEQUENCE_AXIS
 from layers.kernels.sequence_parallel import (
@@ -128,12 +131,12 @@ class Attention:
         if method in ("all_gather", "ulysses"):
             function = _gathered if method == "all_gather" else _exchanged
             return function(run, **arguments, outputs=self.outputs)
-        if impl not in (None, "xla"):
+        if impl not in (None, "xla", "cudnn"):
             raise ValueError(
                 f"impl={impl!r} of attention takes whole rows of keys, which method={method!r} does not have; use "
                 "impl='xla', or method='ulysses'"
             )
-        return _visited(method, **arguments, outputs=self.outputs)
+        return _visited(method, impl, **arguments, outputs=self.outputs)
 
 
 OVER_TIME = Attention(("b t h v",))
@@ -209,10 +212,12 @@ def _check_heads(heads, parts, tensor):
         )
 
 
-def _visited(method, q, k, v, options, outputs):
+def _visited(method, impl, q, k, v, options, outputs):
     """Attention by visits of keys or of queries."""
     static, arrays = split_options(options)
     plan = ring.Plan(static, *_order(method, q, k, options))
+    plan = plan._replace(fused=_fused(method, impl, plan, q, k, v, options, outputs))
+    note("attention", "cudnn" if plan.fused else "xla")
     module = RINGED.get(method, ring)
     if module is balanced_ring and (
         plan.hops < parts_of_time(q.shape[1]) - 1 or not balanced_ring.takes(options, q, k)
@@ -239,6 +244,25 @@ def _visited(method, q, k, v, options, outputs):
     specs = {name: spec_of(axes, name, x, entries) for name, x in given.items()}
     results = tuple(spec(letters, entries) for letters in outputs)
     return partition.over_shards(local, (given,), (specs,), results)
+
+
+def _fused(method, impl, plan, q, k, v, options, outputs):
+    """Whether cuDNN takes the visits.
+
+    Raises:
+      ValueError: it is asked for by name, and cannot.
+    """
+    if impl == "xla":
+        return False
+    if method == "score_ring":
+        reason = "it keeps scores, which they do not return"
+    elif len(outputs) > 1:
+        reason = "they give no gradient to the log-sum-exp"
+    else:
+        reason = fused_visits.refusal(q, k, v, options, plan.order, parts_of_time(q.shape[1]))
+    if impl == "cudnn" and reason is not None:
+        raise ValueError(f"impl='cudnn' of attention cannot take the visits of method={method!r}: {reason}")
+    return reason is None
 
 
 def _given_places(options):

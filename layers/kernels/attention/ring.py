@@ -52,11 +52,13 @@ class Plan(NamedTuple):
       options: without arrays.
       order: which tokens a device holds.
       hops: how many devices further keys are sent.
+      fused: whether visits are `fused_visits`.
     """
 
     options: Options
     order: Order
     hops: int
+    fused: bool = False
 
 
 def shifted(tree: Any, by: int = 1) -> Any:
@@ -125,7 +127,7 @@ def once_round(plan: Plan, visiting: Any, visit: Callable[[Any, Any, Any], Any],
 def _forward(plan, q, k, v, arrays, at):
     def visit(visiting, step, results):
         here, there = seen(plan, q, visiting, arrays, at, step)
-        return merged(results, attended(plan.options, q, *visiting[:2], here, there))
+        return merged(results, attended(plan, q, *visiting[:2], here, there))
 
     return once_round(plan, visitor(k, v, at), visit, of_no_keys(q, v))
 
@@ -134,13 +136,13 @@ def backward(plan: Plan, residuals, cotangents):
     """Returns the gradients, as `with_gradient` takes them, from the results alone, whichever way these were computed."""
     q, k, v, arrays, at, results = residuals
     doutput, _, dlse = cotangents
-    rows = rows_of(q, k, v, results, doutput, dlse)
+    rows = rows_of(plan, q, k, v, results, doutput, dlse)
     # What visited in the forward pass is not kept: without a barrier XLA takes both rounds for one.
     k, v, at, rows = jax.lax.optimization_barrier((k, v, at, rows))
 
     def visit(visiting, step, sums):
         here, there = seen(plan, q, visiting, arrays, at, step)
-        found = gradients(plan.options, q, *visiting[:2], here, there, rows)
+        found = gradients(plan, q, *visiting[:2], here, there, rows)
         sums = added(sums, found.q, found, 3, indices(plan.order, device(-step), k.shape[1]))
         return (found.k, found.v), sums
 
@@ -150,7 +152,7 @@ def backward(plan: Plan, residuals, cotangents):
         own, sums = visit(visiting, step, sums)
         return coming, _sum(arrived, own), sums
 
-    start = visitor(k, v, at), None, no_gradients(q, arrays, rows.top.dtype)
+    start = visitor(k, v, at), None, no_gradients(q, arrays, results.top.dtype)
     visiting, travelling, sums = _repeated(hop, start, plan.hops)
     own, sums = visit(visiting, plan.hops, sums)
     travelling = _sum(shifted(travelling), own)

@@ -47,7 +47,7 @@ def _forward(plan, q, k, v, arrays, at):
     for step in range(plan.hops + 1):
         coming = shifted(visiting, -1) if step < plan.hops else None
         here, places = _seen(plan, visiting, k, arrays, at, step)
-        found = attended(plan.options, visiting.q, k, v, here, places)
+        found = attended(plan, visiting.q, k, v, here, places)
         results = merged(results, shifted(found, step) if step else found)
         visiting = coming
     return results
@@ -56,7 +56,7 @@ def _forward(plan, q, k, v, arrays, at):
 def _backward(plan, residuals, cotangents):
     q, k, v, arrays, at, results = residuals
     doutput, _, dlse = cotangents
-    visiting = _visitor(q, at)._replace(rows=rows_of(q, k, v, results, doutput, dlse))
+    visiting = _visitor(q, at)._replace(rows=rows_of(plan, q, k, v, results, doutput, dlse))
     # What visited in the forward pass is not kept: without a barrier XLA takes both rounds for one.
     visiting = jax.lax.optimization_barrier(visiting)
     sums = no_gradients((k, v), arrays, results.top.dtype)
@@ -64,7 +64,7 @@ def _backward(plan, residuals, cotangents):
     for step in range(plan.hops + 1):
         coming = shifted(visiting, -1) if step < plan.hops else None
         here, places = _seen(plan, visiting, k, arrays, at, step)
-        found = gradients(plan.options, visiting.q, k, v, here, places, visiting.rows)
+        found = gradients(plan, visiting.q, k, v, here, places, visiting.rows)
         sums = added(sums, (found.k, found.v), found, 2, indices(plan.order, device(step), q.shape[1]))
         dq = dq + (shifted(found.q, step) if step else found.q)
         visiting = coming

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import kept
-from layers.kernels.attention import passes, tiles, xla
+from layers.kernels.attention import fused_visits, passes, tiles, xla
 from layers.kernels.attention.options import Logits, Options, Places, Tokens
 from layers.kernels.attention.passes import Rows
 from layers.kernels.attention.pieces import Results
@@ -61,9 +61,11 @@ def split_options(options: Options) -> tuple[Options, Arrays]:
     return static, Arrays(logits.bias, logits.slopes, mask.prefix_lengths, mask.block_indices)
 
 
-def attended(static: Options, q, k, v, arrays: Arrays, at: Places) -> Results:
+def attended(plan: Any, q, k, v, arrays: Arrays, at: Places) -> Results:
     """Returns the results over these keys alone."""
-    parts = _cut(static, q, k, v, arrays, at)
+    if plan.fused:
+        return fused_visits.attended(plan, q, k, v, at)
+    parts = _cut(plan.options, q, k, v, arrays, at)
     return Results(*(parts.of_rows(x, q.shape[1]) for x in passes.forward(*parts)))
 
 
@@ -84,14 +86,20 @@ def of_no_keys(q, v) -> Results:
     )
 
 
-def rows_of(q, k, v, results: Results, doutput, dlse) -> Rows:
-    """Returns `passes.rows_of` for gradients of the output and of the log-sum-exp."""
+def rows_of(plan: Any, q, k, v, results: Results, doutput, dlse) -> Rows | fused_visits.FusedRows:
+    """Returns what `gradients` needs, for gradients of the output and of the log-sum-exp."""
+    if plan.fused:
+        return fused_visits.rows_of(q, results, doutput)
     return passes.rows_of(*results, doutput.astype(joint_dtype(q, k, v)), dlse)
 
 
-def gradients(static: Options, q, k, v, arrays: Arrays, at: Places, rows: Rows) -> passes.Gradients:
+def gradients(
+    plan: Any, q, k, v, arrays: Arrays, at: Places, rows: Rows | fused_visits.FusedRows
+) -> passes.Gradients:
     """Returns what these keys give to the gradients of a softmax with these rows, in the type of sums."""
-    parts = _cut(static, q, k, v, arrays, at)
+    if plan.fused:
+        return passes.Gradients(*fused_visits.gradients(plan, q, k, v, at, rows), None, None)
+    parts = _cut(plan.options, q, k, v, arrays, at)
     blocked = Rows(*(parts.rows(x, fill) for x, fill in zip(rows, (-jnp.inf, 0, 0, 0), strict=True)))
     found = passes.backward(*parts, blocked)
     t, s = q.shape[1], k.shape[1]

@@ -1,13 +1,12 @@
 """The delta rule with no, scalar or per-channel decay, and the diagonal-plus-low-rank rule: DeltaNet, KDA, RWKV-7."""
 
 import dataclasses
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from layers.kernels import checks
 from layers.kernels.delta_rule import gpu, reference, xla
+from layers.kernels.delta_rule.piece import Piece, compose
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.isolation import isolated
 from layers.kernels.mixed_precision import operand_dtype, product
@@ -23,7 +22,9 @@ SERIES = "q", "k", "v", "beta", "log_decay"
 READERS = ("q",)
 DPLR_SERIES = "q", "k", "v", "a", "b", "log_decay"
 DELTA_RULE = {
-    "gpu": Implementation(gpu.delta_rule, gpu.unsupported_reason, gpu.passed_over_reason, "gpu"),
+    "gpu": Implementation(
+        gpu.delta_rule, gpu.unsupported_reason, gpu.passed_over_reason, "gpu", across=gpu.delta_rule_across
+    ),
     "xla": Implementation(isolated(xla.delta_rule, *SERIES, readers=READERS)),
     "reference": Implementation(
         isolated(reference.delta_rule, *SERIES, readers=READERS),
@@ -201,13 +202,6 @@ def _checked(name, implementations, impl, sizes, inputs, options, initial_state,
     return o.astype(v.dtype), final
 
 
-class Piece(NamedTuple):
-    """The effect of consecutive tokens on the state: S -> transition S + state."""
-
-    transition: jax.Array
-    state: jax.Array
-
-
 def summarize(
     k: Float[Array, "b t g k"],
     v: Float[Array, "b t h v"],
@@ -261,16 +255,6 @@ def _with_probe(k, v):
 def _piece(final):
     key_dim = final.shape[-2]
     return Piece(final[..., -key_dim:], final[..., :-key_dim])
-
-
-def compose(first: Piece, second: Piece) -> Piece:
-    """Returns the effect of `first` followed by `second`. Associative; the identity is Piece(I, 0)."""
-
-    def product(a, b):
-        return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-    state = product(second.transition, first.state) + second.state
-    return Piece(product(second.transition, first.transition), state)
 
 
 def _at_once(run, arguments, segments):

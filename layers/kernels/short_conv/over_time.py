@@ -14,6 +14,7 @@ from layers.kernels import partition
 from layers.kernels.partition import SEQUENCE_AXIS
 from layers.kernels.sequence_parallel import (
     Arguments,
+    Cut,
     Recurrence,
     across,
     entries_of,
@@ -53,7 +54,7 @@ class Convolution(Recurrence):
             if not beside or part is not None:
                 # The last real inputs of a row may lie on any device.
                 piece = self.summarize(everything, part, impl)
-                gathered, after = across(piece, self.compose, part, begins, initial)
+                gathered, after = across(piece, self.compose, Cut.of(part, begins), initial)
                 own = own if beside else gathered
             y, final = run(**everything | {"initial_state": own}, segments=part)
             return y, of_last(final if part is None else after)

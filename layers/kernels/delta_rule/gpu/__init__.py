@@ -1,7 +1,7 @@
 """`delta_rule` without decay or with one decay per head on Hopper GPUs.
 
 The kernels and what bounds them are in forward.py, backward.py and gradients.py, the walk that the first two share is in
-chain.py, and pieces.py cuts time into pieces for them. Wide values are several heads for all but `prepare`, see `head_parts`.
+chain.py, and pieces.py cuts time into pieces for them, which over_time.py joins over devices. Wide values are several heads for all but `prepare`, see `head_parts`.
 """
 
 import dataclasses
@@ -16,10 +16,12 @@ from layers.kernels import devices, head_parts, mosaic_gpu, partition
 from layers.kernels.delta_rule.gpu import backward as backward_kernel
 from layers.kernels.delta_rule.gpu import forward as forward_kernels
 from layers.kernels.delta_rule.gpu import gradients as gradient_kernel
+from layers.kernels.delta_rule.gpu import over_time
 from layers.kernels.delta_rule.gpu import pieces as time_pieces
 from layers.kernels.delta_rule.gpu.tiles import BLOCK, CHUNK
 from layers.kernels.promotion import promoting
 from layers.kernels.segments import select_real
+from layers.kernels.sequence_parallel import of_first
 from layers.kernels.shard_map_types import vary_as
 
 # Shortest calls and smallest batch x heads for which `impl=None` takes these kernels; the second value applies from LONG
@@ -128,7 +130,32 @@ def delta_rule(
     )
 
 
-def _local(scale, normalize_qk, settings, q, k, v, beta, log_decay, initial_state, segments):
+def delta_rule_across(
+    q, k, v, beta, log_decay, scale, normalize_qk, initial_state, segments, crossing, cut, settings=None
+):
+    """Returns the outputs on one of the devices that divide time, and the state after its tokens.
+
+    Args:
+      crossing, cut: how states cross the cuts, and what is known of the one before these tokens.
+    """
+    given = q, k, v, beta, log_decay, initial_state, segments
+    return _local(scale, normalize_qk, settings or SETTINGS, *given, cut=cut, crossing=crossing)
+
+
+def _local(
+    scale,
+    normalize_qk,
+    settings,
+    q,
+    k,
+    v,
+    beta,
+    log_decay,
+    initial_state,
+    segments,
+    cut=None,
+    crossing=None,
+):
     """Runs the rule on one device: masks, norms, decays and parts of wide values here, the rest in kernels."""
     batch, time, heads, value_dim = v.shape
     key_dim, chunks = k.shape[-1], -(-time // CHUNK)
@@ -153,7 +180,7 @@ def _local(scale, normalize_qk, settings, q, k, v, beta, log_decay, initial_stat
     vectors = time_pieces.vectors_as_rows(token_vectors(beta, log_decay, segments), pieces)
     q, k, vectors, state = (vary_as(x, v, q, k, beta) for x in (q, k, vectors, state))
     q, k, v = (time_pieces.as_rows(x, pieces) for x in (q, k, vary_as(v, q)))
-    o, final = _rule(q, k, v, vectors, state, scale, settings)
+    o, final = _rule(q, k, v, vectors, state, cut, scale, settings, crossing)
     o = head_parts.join(o.reshape(batch, -1, *o.shape[2:])[:, :time], parts, value_dim)
     return o, head_parts.join_state(jnp.swapaxes(final, 2, 3)[:, :, :key_dim], parts, value_dim)
 
@@ -198,37 +225,44 @@ def token_vectors(beta, log_decay, segments):
     return jnp.stack(rows, axis=3)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _rule(q, k, v, vectors, state, scale, settings):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _rule(q, k, v, vectors, state, cut, scale, settings, crossing):
     """Outputs and the final state, transposed as `state` is. Except in `state`, rows are pieces of rows, in order.
 
-    Heads are those of v and `state`; q, k and `vectors` may have fewer.
+    Heads are those of v and `state`; q, k and `vectors` may have fewer. `crossing` is None where time is not divided, and then
+    `cut` is, too; otherwise `state` is the one before all tokens, and the final state that of this device.
     """
-    return _run(q, k, v, vectors, state, scale, settings, keeping=False)[0]
+    return _run(q, k, v, vectors, state, cut, scale, settings, crossing, keeping=False)[0]
 
 
-@mosaic_gpu.lowered_once("scale", "settings", "keeping")
-def _run(q, k, v, vectors, state, scale, settings, *, keeping):
+@mosaic_gpu.lowered_once("scale", "settings", "crossing", "keeping")
+def _run(q, k, v, vectors, state, cut, scale, settings, crossing, *, keeping):
     """What `_rule` returns; with `keeping`, also the states that enter pieces, their transitions, and facts about chunks."""
     inverse = forward_kernels.prepare(k, vectors, settings.refinements, settings.workers)
-    entering, passages = time_pieces.entering(k, v, vectors, inverse, state, settings.states)
+    given = k, v, vectors, inverse, state, settings.states
+    if crossing is None:
+        entering, passages = time_pieces.entering(*given)
+    else:
+        entering, passages = over_time.entering(*given, cut, crossing)
     stages = settings.forward_keeping if keeping else settings.forward
     results = forward_kernels.forward(k, v, vectors, inverse, entering, scale, stages, q=q, keeping=keeping)
     made = {"inverse": inverse} | ({"states": results["states"]} if keeping else {})
     return (results["o"], time_pieces.last(results["final"], state)), (entering, passages, made)
 
 
-def _forward(q, k, v, vectors, state, scale, settings):
-    results, (*kept, made) = _run(q, k, v, vectors, state, scale, settings, keeping=settings.keep)
-    return results, (q, k, v, vectors, *kept, made)
+def _forward(q, k, v, vectors, state, cut, scale, settings, crossing):
+    results, (*kept, made) = _run(
+        q, k, v, vectors, state, cut, scale, settings, crossing, keeping=settings.keep
+    )
+    return results, (q, k, v, vectors, cut, *kept, made)
 
 
-@mosaic_gpu.lowered_once("scale", "settings")
-def gradients(scale, settings, residuals, cotangents):
+@mosaic_gpu.lowered_once("scale", "settings", "crossing")
+def gradients(scale, settings, crossing, residuals, cotangents):
     """The backward pass, from the inputs and the gradients of outputs and of the final state."""
     # The barrier keeps the compiler from storing what the forward pass computed instead of recomputing it.
     residuals, (do, dfinal) = jax.lax.optimization_barrier((residuals, cotangents))
-    q, k, v, vectors, entering, passages, made = residuals
+    q, k, v, vectors, cut, entering, passages, made = residuals
     if "states" not in made:
         walked = forward_kernels.forward(
             k, v, vectors, made["inverse"], entering, scale, settings.states, q=None, keeping=True
@@ -236,12 +270,19 @@ def gradients(scale, settings, residuals, cotangents):
         made = made | {"states": walked["states"]}
     # One kernel after the other: the interpreter cannot run two at once.
     made, do = jax.lax.optimization_barrier((made, do))
-    dleaving = time_pieces.leaving(q, k, do, vectors, made, passages, dfinal, scale, settings.backward)
+    given = q, k, do, vectors, made, passages, dfinal, scale, settings.backward
+    if crossing is None:
+        dleaving = time_pieces.leaving(*given)
+    else:
+        dleaving = over_time.leaving(*given, cut, crossing)
     chain = backward_kernel.chain(q, k, do, vectors, made, dleaving, scale, settings.backward)
     local = gradient_kernel.chunk_gradients(q, k, v, do, vectors, made, chain, scale, settings.turns)
     dq, dk = (_over_group(local[name], q) for name in ("dq", "dk"))
     dvectors = gradient_kernel.vector_gradients(local["dvectors"], vectors, k.shape[-1])
-    return dq, dk, chain["dv"], dvectors, time_pieces.first(chain["dstate"], dfinal)
+    dstate = time_pieces.first(chain["dstate"], dfinal)
+    if crossing is not None:
+        dstate = of_first(dstate)
+    return dq, dk, chain["dv"], dvectors, dstate, None
 
 
 _rule.defvjp(promoting(_forward), promoting(gradients))

@@ -20,6 +20,7 @@ after it.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,18 +74,30 @@ def _by_piece(x: jax.Array, batch: int) -> jax.Array:
     return x.reshape(batch, -1, *x.shape[1:])
 
 
-def entering(
-    k: jax.Array, v: jax.Array, vectors: jax.Array, inverse: jax.Array, state: jax.Array, stages: int
-) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the states that enter pieces, (b * pieces, h, v, k), and M, transposed alike; M is None for one piece.
+class Walked(NamedTuple):
+    """The effect of pieces on a state (h, v, k), S -> S passage + added: both (b * pieces, h, ., k), float32."""
+
+    passages: jax.Array
+    added: jax.Array
+
+
+class Composed(NamedTuple):
+    """The effect of all pieces of a row before a piece, S -> S through + added, in order; pieces are rows."""
+
+    through: jax.Array
+    added: jax.Array
+
+
+def walked(
+    k: jax.Array, v: jax.Array, vectors: jax.Array, inverse: jax.Array, like: jax.Array, stages: int
+) -> Walked:
+    """Returns the effect of pieces.
 
     Args:
       k, v, vectors, inverse, stages: see `gpu_forward.forward`; pieces are their rows.
-      state: (b, h, v, k), float32, the state that enters the first piece.
+      like: an array of the shape of the state, (b, h, v, k).
     """
-    (batch, heads, value_dim, key_dim), rows = state.shape, k.shape[0]
-    if rows == batch:
-        return state, None
+    (_, heads, value_dim, key_dim), rows = like.shape, k.shape[0]
 
     def walk(v, state):
         state = vary_as(jnp.broadcast_to(state, (rows, heads, *state.shape)), k)
@@ -93,14 +106,82 @@ def entering(
     added = walk(v, jnp.zeros((value_dim, key_dim), jnp.float32))
     # One after the other: the interpreter cannot run two kernels at once.
     added, k = jax.lax.optimization_barrier((added, k))
-    passages = walk(None, jnp.eye(key_dim, dtype=jnp.float32))
+    return Walked(walk(None, jnp.eye(key_dim, dtype=jnp.float32)), added)
 
-    def step(state, piece):
-        passage, added = piece
-        return jnp.matmul(state, passage, precision=jax.lax.Precision.HIGHEST) + added, state
 
-    _, states = jax.lax.scan(step, state, (_in_order(passages, batch), _in_order(added, batch)), unroll=8)
+def entering(
+    k: jax.Array, v: jax.Array, vectors: jax.Array, inverse: jax.Array, state: jax.Array, stages: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the states that enter pieces, (b * pieces, h, v, k), and the passages; None for one piece.
+
+    Args:
+      k, v, vectors, inverse, stages: see `walked`.
+      state: (b, h, v, k), float32, the state that enters the first piece.
+    """
+    batch = state.shape[0]
+    if k.shape[0] == batch:
+        return state, None
+    passages, added = walked(k, v, vectors, inverse, state, stages)
+    _, states = jax.lax.scan(_step, state, (_in_order(passages, batch), _in_order(added, batch)), unroll=8)
     return _as_rows_again(states), passages
+
+
+def _step(state, piece):
+    """The state after a piece, and the one before it."""
+    passage, added = piece
+    return _product(state, passage) + added, state
+
+
+def _product(state, passage):
+    return jnp.matmul(state, passage, precision=jax.lax.Precision.HIGHEST)
+
+
+def composed(
+    passages: jax.Array, added: jax.Array, batch: int, *, reverse: bool = False
+) -> tuple[Composed, Composed]:
+    """Returns the effect of the pieces before each piece, and that of all pieces of a row, (b, h, ., k).
+
+    Args:
+      passages, added: of pieces, as in `Walked`.
+      reverse: whether "before" a piece are those after it: gradients of states go that way.
+    """
+
+    def step(so_far, piece):
+        passage, added = piece
+        through, before = so_far
+        return (_product(through, passage), _product(before, passage) + added), so_far
+
+    pieces = _in_order(passages, batch), _in_order(added, batch)
+    identity = jnp.broadcast_to(jnp.eye(passages.shape[-1], dtype=passages.dtype), pieces[0].shape[1:])
+    start = vary_as(identity, passages, added), jnp.zeros_like(pieces[1][0])
+    whole, befores = jax.lax.scan(step, start, pieces, reverse=reverse, unroll=8)
+    return Composed(*map(_as_rows_again, befores)), Composed(*whole)
+
+
+def applied(effect: Composed, state: jax.Array) -> jax.Array:
+    """Returns the states that pieces see, (b * pieces, h, v, k), where `state` (b, h, v, k) is before them all."""
+    pieces = effect.through.shape[0] // state.shape[0]
+    return _product(jnp.repeat(state, pieces, axis=0), effect.through) + effect.added
+
+
+def asked(
+    q: jax.Array,
+    k: jax.Array,
+    do: jax.Array,
+    vectors: jax.Array,
+    made: dict[str, jax.Array],
+    like: jax.Array,
+    scale: float,
+    stages: int,
+) -> jax.Array:
+    """Returns the gradients that the outputs of pieces give to the states that enter them, (b * pieces, h, v, k).
+
+    Args:
+      q, k, do, vectors, made, scale, stages: see `gpu_backward.chain`; pieces are their rows.
+      like: an array of the shape of the state, (b, h, v, k).
+    """
+    nothing = vary_as(jnp.zeros((q.shape[0], *like.shape[1:]), jnp.float32), do)
+    return gpu_backward.chain(q, k, do, vectors, made, nothing, scale, stages, keeping=False)["dstate"]
 
 
 def leaving(
@@ -117,23 +198,16 @@ def leaving(
     """Returns the gradients of the states that leave pieces, (b * pieces, h, v, k).
 
     Args:
-      q, k, do, vectors, made, scale, stages: see `gpu_backward.chain`; pieces are their rows.
+      q, k, do, vectors, made, scale, stages: see `asked`.
       passages: what `entering` returned.
       dfinal: (b, h, v, k), float32, the gradient of the state that leaves the last piece.
     """
     if passages is None:
         return dfinal
     batch = dfinal.shape[0]
-    nothing = vary_as(jnp.zeros((q.shape[0], *dfinal.shape[1:]), jnp.float32), do)
-    asked = gpu_backward.chain(q, k, do, vectors, made, nothing, scale, stages, keeping=False)["dstate"]
-
-    def step(gradient, piece):
-        passage, asked = piece
-        through = jnp.matmul(gradient, passage.mT, precision=jax.lax.Precision.HIGHEST)
-        return through + asked, gradient
-
-    pieces = _in_order(passages, batch), _in_order(asked, batch)
-    _, gradients = jax.lax.scan(step, dfinal, pieces, reverse=True, unroll=8)
+    own = asked(q, k, do, vectors, made, dfinal, scale, stages)
+    pieces = _in_order(passages.mT, batch), _in_order(own, batch)
+    _, gradients = jax.lax.scan(_step, dfinal, pieces, reverse=True, unroll=8)
     return _as_rows_again(gradients)
 
 
