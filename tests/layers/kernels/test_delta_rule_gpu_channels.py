@@ -170,10 +170,10 @@ def traced(rule, arguments, segment_ids=None):
 @pytest.mark.parametrize(
     "rule, sizes, segments, kernels",
     [
-        ("kda", {"groups": 2, "heads": 2, "key_dim": 128, "value_dim": 128}, True, 10),
-        ("kda", {"groups": 1, "heads": 4, "key_dim": 96, "value_dim": 192}, False, 10),
-        ("rwkv7", {"heads": 2}, True, 18),
-        ("rwkv7", {"heads": 2, "key_dim": 128, "value_dim": 256}, False, 18),
+        ("kda", {"groups": 2, "heads": 2, "key_dim": 128, "value_dim": 128}, True, 6),
+        ("kda", {"groups": 1, "heads": 4, "key_dim": 96, "value_dim": 192}, False, 6),
+        ("rwkv7", {"heads": 2}, True, 10),
+        ("rwkv7", {"heads": 2, "key_dim": 128, "value_dim": 256}, False, 10),
     ],
     ids=str,
 )

@@ -1,11 +1,7 @@
 """The delta rules on Hopper GPUs with a decay per key channel: both passes on one device.
 
-channel_kernels.py has the equations of a chunk. Gradients of q, e, w, k and of the decay are those of scores and of products with
-states, each as `gated_linear_attention` computes them (its channel_gradients.py):
-
-    dP = scale do z^T,    dN = -dx z^T,    dM = dx v^T,    dQ = scale do v^T,
-
-with Q the scores of q and k.
+channel_kernels.py has the equations of a chunk, channel_gradients.py those of its gradients. `dplr_delta_rule` treats the columns w
+and k alike, one after the other.
 """
 
 import functools
@@ -14,9 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import mosaic_gpu, pallas_triton
-from layers.kernels.delta_rule.gpu import channel_kernels
-from layers.kernels.gated_linear_attention.gpu import channel_gradients, channel_tiles
-from layers.kernels.gated_linear_attention.gpu import channel_kernels as linear_kernels
+from layers.kernels.delta_rule.gpu import channel_gradients, channel_kernels
+from layers.kernels.gated_linear_attention.gpu import channel_tiles
 from layers.kernels.gated_linear_attention.gpu.channel_tiles import PART
 from layers.kernels.gated_linear_attention.gpu.channels import summed
 from layers.kernels.promotion import promoting
@@ -70,21 +65,18 @@ def rule(q, e, w, k, v, g, number, state, scale):
 
 @mosaic_gpu.lowered_once("scale")
 def forward(q, e, w, k, v, g, number, state, scale):
-    """Returns the results, and what the backward pass needs of them: sums, inverses, scores, z and states."""
-    general = k is not None
+    """Returns the results, and what the backward pass needs of them: sums, prepared arrays, z and states."""
     numbers, sums = channel_tiles.numbers(number), channel_tiles.sums(g)
-    inverse = channel_kernels.inverses(e, w, sums, numbers, general)
-    weights = linear_kernels.scores(q, w, sums, None, numbers, scale)
-    x, crossing, read = v, None, None
+    general = k is not None
+    prepared = channel_kernels.prepare(q, e, w, sums, numbers, scale, general, inverted=True)
+    x, more, others, written = v, None, [], None
     if general:
-        crossing = linear_kernels.scores(e, k, sums, None, numbers, -1.0, early=True, strict=True)
-        read = linear_kernels.scores(q, k, sums, None, numbers, scale)
-        x = linear_kernels.outputs(None, v, sums, numbers, crossing, None, 1.0)
-    written = (k, v) if general else None
-    states, z, final = channel_kernels.walk(e, w, x, sums, inverse, numbers, state, written)
-    others = (read, v) if general else None
-    o = linear_kernels.outputs(q, z, sums, numbers, weights, states, scale, others=others)
-    return (o, final), (sums, inverse, weights, crossing, read, z, states)
+        more = channel_kernels.prepare(q, e, k, sums, numbers, scale, general, inverted=False)
+        x = channel_kernels.outputs([(more.of_erasers, v)], None)
+        others, written = [(more.of_queries, v)], (more.columns, v)
+    states, z, final = channel_kernels.walk(prepared, x, sums, numbers, state, written)
+    o = channel_kernels.outputs([(prepared.of_queries, z), *others], (prepared.queries, states))
+    return (o, final), (sums, prepared, more, z, states)
 
 
 def _forward(q, e, w, k, v, g, number, state, scale):
@@ -95,48 +87,33 @@ def _forward(q, e, w, k, v, g, number, state, scale):
 @mosaic_gpu.lowered_once("scale")
 def gradients(scale, residuals, cotangents):
     """The backward pass, from what `forward` keeps and the gradients of outputs and the final state."""
-    q, e, w, k, v, number, sums, inverse, weights, crossing, read, z, states = residuals
+    q, e, w, k, v, number, sums, prepared, more, z, states = residuals
     do, dfinal = cotangents
-    heads, general = sums.shape[2], k is not None
     numbers = channel_tiles.numbers(number)
-    dstates, dx, dstate = channel_kernels.walk_back(
-        q, e, w, do, sums, inverse, weights, numbers, dfinal, scale, general
-    )
+    dstates, dx, dstate = channel_kernels.walk_back(prepared, do, sums, numbers, dfinal)
 
-    def pairs(rows, columns, of_rows, of_columns, states, dstates, factor, **kinds):
-        """The gradients of the scores of two arrays, and of what they read from states and write to them."""
-        dscores = channel_gradients.score_gradients(of_rows, of_columns, heads, numbers, factor)
+    def of_pairs(columns, values, states):
         return channel_gradients.gradients(
-            rows, columns, of_columns, of_rows, sums, None, numbers, dscores, states, dstates, factor, **kinds
+            q, e, columns, values, do, dx, sums, numbers, states, dstates, scale, k is not None
         )
 
-    erasing = {"early": general, "strict": True}
-    found = [
-        pairs(q, w, do, z, states, dstates, scale),
-        pairs(e, w, dx, z, states, None, -1.0, **erasing),
-    ]
-    dv, dk = dx, None
-    if general:
-        found += [pairs(q, k, do, v, None, dstates, scale), pairs(e, k, dx, v, None, None, -1.0, **erasing)]
-        dk = _sum(found[2]["dk"], found[3]["dk"])
-        others = crossing, dx
-        dv = linear_kernels.outputs(k, do, sums, numbers, read, dstates, others=others)
-    dq, de = (_sum(*(x["dq"] for x in found[i::2])) for i in (0, 1))
-    dg = functools.reduce(jnp.add, (x["dg"] for x in found))
-    dw = _sum(found[0]["dk"], found[1]["dk"])
-    return summed(dq, q.shape[2]), summed(de, e.shape[2]), dw, dk, dv, dg, None, dstate
+    found = of_pairs(w, z, states)
+    dw, dk, dv = found["dw"], None, dx
+    if k is not None:
+        other = of_pairs(k, v, None)
+        dk, found = other["dw"], {name: _sum(x, other[name]) for name, x in found.items()}
+        pairs = [(more.of_queries, do), (more.of_erasers, dx)]
+        dv = channel_kernels.outputs(pairs, (more.columns, dstates), transposed=True)
+    dq, de = (summed(found[name], x.shape[2]) for name, x in (("dq", q), ("de", e)))
+    return dq, de, dw, dk, dv, found["dg"], None, dstate
 
 
 rule.defvjp(promoting(_forward), promoting(gradients))
 
 
-def _sum(first, *others):
-    """The sum of arrays in float32, in their type."""
-    if not others:
-        return first
-    return functools.reduce(
-        jnp.add, (x.astype(jnp.float32) for x in others), first.astype(jnp.float32)
-    ).astype(first.dtype)
+def _sum(a, b):
+    """a + b in float32, in their type."""
+    return (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(a.dtype)
 
 
 def probe() -> None:

@@ -53,17 +53,15 @@ def score_gradients(do: jax.Array, v: jax.Array, heads: int, numbers: Numbers, s
 def gradients(
     q: jax.Array,
     k: jax.Array,
-    v: jax.Array | None,
-    do: jax.Array | None,
+    v: jax.Array,
+    do: jax.Array,
     sums: jax.Array,
     bonus: jax.Array | None,
     numbers: Numbers,
     dscores: jax.Array,
-    states: jax.Array | None,
-    dstates: jax.Array | None,
+    states: jax.Array,
+    dstates: jax.Array,
     scale: float,
-    early: bool = False,
-    strict: bool = False,
 ) -> dict[str, jax.Array]:
     """Returns dq and dk, (b, t, h, k), bfloat16, dg, (b, t, h, k), and, with a bonus, its terms dbonus, (b, n, h, k), float32.
 
@@ -72,14 +70,10 @@ def gradients(
       sums: (b, t, h, k), of log-decay.
       bonus: (h, k), float32, or None.
       dscores: what `score_gradients` returns.
-      states, dstates: (b, h, n, k, v), bfloat16: the states that enter chunks, and the gradients of those that leave them. None
-        for queries that read no state, and for keys that write none; do and v are then not read.
-      scale, early, strict: as for `channel_kernels.scores`.
+      states, dstates: (b, h, n, k, v), bfloat16: the states that enter chunks, and the gradients of those that leave them.
     """
     batch, time, heads, keys = sums.shape
-    early = early or bonus is not None
-    reads, writes = states is not None, dstates is not None
-    width = (states if reads else dstates).shape[4] if reads or writes else 0
+    width = v.shape[3]
 
     def body(*, q, k, v, do, sums, bonus, dscores, states, dstates, dq, dk, dg, dbonus=None, **segments):
         lane, chunk, at = pl.program_id(0) * PART, pl.program_id(1), pl.program_id(2)
@@ -91,24 +85,17 @@ def gradients(
         def tile(x, lane):
             return tiles.load(x, row, first, tiles.shared(x, head, heads), lane)
 
-        def at_state(x, column):
-            return state_tile(x, row, head, chunk, lane, column, PART)
-
         dqueries = dkeys = jnp.zeros((CHUNK, PART), jnp.float32)
         passed = jnp.zeros((PART,), jnp.float32)
         for column in range(0, width, PART):
-            state = at_state(states, column) if reads else None
-            dstate = at_state(dstates, column) if writes else None
-            if reads:
-                dqueries = dqueries + tiles.product(tile(do, column), state.T)
-            if writes:
-                dkeys = dkeys + tiles.product(tile(v, column), dstate.T)
-            if reads and writes:
-                passed = passed + (state.astype(jnp.float32) * dstate.astype(jnp.float32)).sum(1)
+            state, dstate = (state_tile(x, row, head, chunk, lane, column, PART) for x in (states, dstates))
+            dqueries = dqueries + tiles.product(tile(do, column), state.T)
+            dkeys = dkeys + tiles.product(tile(v, column), dstate.T)
+            passed = passed + (state.astype(jnp.float32) * dstate.astype(jnp.float32)).sum(1)
 
         queries, keys_, decay = (tile(x, lane).astype(jnp.float32) for x in (q, k, sums))
         total = tiles.last(sums, place)
-        before = tiles.sums_before(sums, place) if early else decay
+        before = decay if bonus is None else tiles.sums_before(sums, place)
         after = jnp.exp2(total[None] - decay)
         dqueries = tiles.only(tiles.reading(numbers, row, chunk), scale * dqueries * jnp.exp2(before))
         dkeys = tiles.only(tiles.writing(numbers, row, chunk), dkeys * after)
@@ -116,10 +103,9 @@ def gradients(
         dlog = jnp.cumsum(written, axis=0) - written + (passed * tiles.kept(numbers, total, row, chunk))[None]
 
         lower = tiles.load(dscores, row, first, head, 0).astype(jnp.float32)
-        if not strict:
-            diagonal = jnp.where(own, lower, 0.0).sum(1)[:, None]
-            weight = 1.0 if bonus is None else tiles.bonus_of(bonus, head, lane)
-            dqueries, dkeys = dqueries + diagonal * weight * keys_, dkeys + diagonal * weight * queries
+        diagonal = jnp.where(own, lower, 0.0).sum(1)[:, None]
+        weight = 1.0 if bonus is None else tiles.bonus_of(bonus, head, lane)
+        dqueries, dkeys = dqueries + diagonal * weight * keys_, dkeys + diagonal * weight * queries
         if bonus is not None:
             of_chunk = (diagonal * queries * keys_).sum(0)
             inside = lane + jnp.arange(PART) < keys
@@ -138,7 +124,7 @@ def gradients(
         # From every step to the end, and for queries whose sums end earlier from after it: all but what lies before.
         gathered = ddecay + dwritten
         dlog = dlog + gathered.sum(0)[None] - (jnp.cumsum(gathered, axis=0) - gathered)
-        if early:
+        if bonus is not None:
             dlog = dlog - ddecay
         for ref, x in ((dq, dqueries), (dk, dkeys), (dg, dlog)):
             tiles.store(ref, x, row, first, head, lane)

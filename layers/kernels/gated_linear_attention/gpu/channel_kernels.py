@@ -4,8 +4,7 @@ In chunks of 64 steps, entered by the state S, with b the decay from the start o
 
     o = (scale q b) S + P v,    S' = a S + (k w)^T v,    P_ij = scale sum_d q_id k_jd decay_d(j -> i).
 
-With a bonus, b ends one step earlier. The delta rule (layers/kernels/delta_rule/gpu/channels.py) reads `early` without a bonus,
-and takes `strict` scores, which are 0 for a step against itself.
+With a bonus, b ends one step earlier.
 
 `scores` computes P of all chunks at once, `walk` the states that enter the chunks, one after the other, and `outputs` the
 outputs of all chunks. The backward pass walks from the last chunk with the roles of q b and k w exchanged,
@@ -26,14 +25,7 @@ from layers.kernels.pallas_triton import launch, pl, pltriton
 
 
 def scores(
-    q: jax.Array,
-    k: jax.Array,
-    sums: jax.Array,
-    bonus: jax.Array | None,
-    numbers: Numbers,
-    scale: float,
-    early: bool = False,
-    strict: bool = False,
+    q: jax.Array, k: jax.Array, sums: jax.Array, bonus: jax.Array | None, numbers: Numbers, scale: float
 ) -> jax.Array:
     """Returns P, (b, n * c, h, c), bfloat16.
 
@@ -41,16 +33,30 @@ def scores(
       q, k: (b, t, heads, k), bfloat16.
       sums: (b, t, h, k), of log-decay, see `channel_tiles.sums`.
       bonus: (h, k), float32, or None.
-      early: whether queries read before the decay of their step, as they do with a bonus.
-      strict: whether scores of a step against itself are left out.
     """
-    batch, time, heads, _ = sums.shape
+    batch, time, heads, keys = sums.shape
     chunks = pl.cdiv(time, CHUNK)
 
     def body(*, q, k, sums, bonus, weights, **segments):
         chunk, at = pl.program_id(0), pl.program_id(1)
         row, head, numbers = at // heads, at % heads, Numbers(**segments)
-        total = all_pairs(q, k, sums, bonus, (row, chunk, head), early or bonus is not None, strict)
+        step = jnp.arange(CHUNK)
+        total = jnp.zeros((CHUNK, CHUNK), jnp.float32)
+        for lane in range(0, keys, PART):
+            place = tiles.Place(row, chunk, head, lane)
+            queries, keys_, decay = (
+                tiles.load(x, row, chunk * CHUNK, tiles.shared(x, head, heads), lane).astype(jnp.float32)
+                for x in (q, k, sums)
+            )
+            before, own = decay, queries * keys_
+            if bonus is not None:
+                before = tiles.sums_before(sums, place)
+                own = own * tiles.bonus_of(bonus, head, lane)
+            total = total + jnp.where(step[:, None] == step[None], own.sum(1)[:, None], 0.0)
+            for level in range(LEVELS):
+                taken = jnp.where(tiles.second(level), queries, keys_)
+                taken = taken * tiles.level_decay(sums, before, decay, level, place)
+                total = total + jnp.where(tiles.pairs(level), tiles.product(taken, taken.T), 0.0)
         total = jnp.where(tiles.joined(numbers, row, chunk), scale * total, 0.0)
         tiles.store(weights, total, row, chunk * CHUNK, head, 0)
 
@@ -62,32 +68,6 @@ def scores(
         outputs={"weights": jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads, CHUNK), jnp.bfloat16)},
         warps=8,
     )["weights"]
-
-
-def all_pairs(
-    q: Any, k: Any, sums: Any, bonus: Any, at: tuple[Any, Any, Any], early: bool, strict: bool
-) -> jax.Array:
-    """The scores of a chunk without factor, (c, c); those that `channel_tiles.joined` leaves out are arbitrary."""
-    row, chunk, head = at
-    heads, keys = sums.shape[2:]
-    step = jnp.arange(CHUNK)
-    total = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-    for lane in range(0, keys, PART):
-        place = tiles.Place(row, chunk, head, lane)
-        queries, keys_, decay = (
-            tiles.load(x, row, chunk * CHUNK, tiles.shared(x, head, heads), lane).astype(jnp.float32)
-            for x in (q, k, sums)
-        )
-        own = None if strict else queries * keys_
-        before = tiles.sums_before(sums, place) if early else decay
-        if own is not None:
-            own = own if bonus is None else own * tiles.bonus_of(bonus, head, lane)
-            total = total + jnp.where(step[:, None] == step[None], own.sum(1)[:, None], 0.0)
-        for level in range(LEVELS):
-            taken = jnp.where(tiles.second(level), queries, keys_)
-            taken = taken * tiles.level_decay(sums, before, decay, level, place)
-            total = total + jnp.where(tiles.pairs(level), tiles.product(taken, taken.T), 0.0)
-    return total
 
 
 def decayed(
@@ -161,42 +141,33 @@ def walk(
 
 
 def outputs(
-    x: jax.Array | None,
+    x: jax.Array,
     values: jax.Array,
     sums: jax.Array,
     numbers: Numbers,
     weights: jax.Array,
-    states: jax.Array | None,
+    states: jax.Array,
     scale: float | None = None,
     early: bool = False,
-    others: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Returns the outputs (b, t, h, v), or with keys and `scale` None the gradients of the values, bfloat16.
 
     Args:
       x, values, scale, early: as for the walk of the other direction: queries with values, keys with gradients of outputs.
       weights: what `scores` returns.
-      states: (b, h, n, k, v), before every chunk of the walk in this direction; None, as x, to read none.
-      others: more weights and their values, or None.
+      states: (b, h, n, k, v), before every chunk of the walk in this direction.
     """
     batch, time, heads, keys = sums.shape
     width = values.shape[3]
     columns = 128 if width % 128 == 0 else PART
-    more_weights, more_values = others or (None, None)
 
-    def body(*, x, values, sums, weights, states, more_weights, more_values, out, **segments):
+    def body(*, x, values, sums, weights, states, out, **segments):
         column, chunk, at = pl.program_id(0) * columns, pl.program_id(1), pl.program_id(2)
         row, head, numbers = at // heads, at % heads, Numbers(**segments)
-
-        def weighted(weights, values):
-            of_chunk = tiles.load(weights, row, chunk * CHUNK, head, 0)
-            own = tiles.load(values, row, chunk * CHUNK, tiles.shared(values, head, heads), column, columns)
-            return tiles.product(of_chunk.T if scale is None else of_chunk, own)
-
-        total = weighted(weights, values)
-        if more_weights is not None:
-            total = total + weighted(more_weights, more_values)
-        for lane in range(0, 0 if states is None else keys, PART):
+        of_chunk = tiles.load(weights, row, chunk * CHUNK, head, 0)
+        own = tiles.load(values, row, chunk * CHUNK, tiles.shared(values, head, heads), column, columns)
+        total = tiles.product(of_chunk.T if scale is None else of_chunk, own)
+        for lane in range(0, keys, PART):
             tile, _ = decayed(x, sums, numbers, tiles.Place(row, chunk, head, lane), scale, early)
             total = total + tiles.product(tile, state_tile(states, row, head, chunk, lane, column, columns))
         tiles.store(out, total, row, chunk * CHUNK, head, column)
@@ -205,15 +176,7 @@ def outputs(
         body,
         name="channel_outputs",
         grid=(pl.cdiv(width, columns), pl.cdiv(time, CHUNK), batch * heads),
-        inputs={
-            "x": x,
-            "values": values,
-            "sums": sums,
-            "weights": weights,
-            "states": states,
-            "more_weights": more_weights,
-            "more_values": more_values,
-        }
+        inputs={"x": x, "values": values, "sums": sums, "weights": weights, "states": states}
         | numbers._asdict(),
         outputs={"out": jax.ShapeDtypeStruct((batch, time, heads, width), values.dtype)},
     )["out"]

@@ -115,19 +115,21 @@ def last(sums: Any, place: Place) -> jax.Array:
     return pltriton.load(sums.at[row, step, head, span(lane, PART)], mask=inside, other=0)
 
 
-def second(level: int) -> jax.Array:
+def second(level: int | jax.Array) -> jax.Array:
     """Which steps (c, 1) lie in second blocks."""
     return (jnp.arange(CHUNK)[:, None] & (1 << level)) != 0
 
 
-def pairs(level: int) -> jax.Array:
+def pairs(level: int | jax.Array) -> jax.Array:
     """The pairs of steps (c, c) that are split at a level, each in both orders."""
     step = jnp.arange(CHUNK)
     apart = step[:, None] ^ step[None]
     return (apart >= 1 << level) & (apart < 2 << level)
 
 
-def level_decay(sums: Any, of_queries: jax.Array, of_keys: jax.Array, level: int, place: Place) -> jax.Array:
+def level_decay(
+    sums: Any, of_queries: jax.Array, of_keys: jax.Array, level: int | jax.Array, place: Place
+) -> jax.Array:
     """The factors (c, part) between steps and the borders of their blocks, from the sums of the chunk."""
     step = jnp.arange(CHUNK)
     border = ((step >> (level + 1)) << (level + 1)) + ((1 << level) - 1)
