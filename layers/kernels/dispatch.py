@@ -48,7 +48,8 @@ class Implementation:
       backend: the only kind of device that runs it, or None for all.
       forward_mode: whether `jax.jvp` goes through; if not, it raises a TypeError that says what works.
       across: `run` for one of the devices that divide time, if its passes carry states over the cuts themselves. It takes
-        `crossing` and `cut` too (see `sequence_parallel`), and returns the state after the tokens of this device.
+        `crossing` and `cut` too (see `sequence_parallel`), and returns the state after the tokens of this device, or None in
+        place of all results for calls whose passes do not.
     """
 
     run: Callable[..., Any]
@@ -200,7 +201,7 @@ class Local(NamedTuple):
         return dispatch(*self, **arguments)
 
     def across(self, arguments: Mapping[str, Any], **cut: Any) -> Any | None:
-        """Returns what `Implementation.across` does, or None if the implementation that is taken has no such form."""
+        """Returns what `Implementation.across` of the implementation that is taken does; None if it has no such form."""
         name, chosen, passed_over = _chosen(*self, arguments)
         if chosen.across is None:
             return None

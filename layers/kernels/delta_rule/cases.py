@@ -138,6 +138,7 @@ SUITE = Suite(
 DPLR_SUITE = Suite(
     function=dplr_delta_rule,
     implementations=("xla",),
+    gpu_implementations=("gpu",),
     time_arguments=("q", "k", "v", "a", "b", "log_decay"),
     cases=(
         Case("rwkv7", _rwkv7, {"scale": 1.0}, state=_state),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.kernels.delta_rule import delta_rule
+from layers.kernels.delta_rule import delta_rule, dplr_delta_rule
 from layers.kernels.gated_linear_attention import gated_linear_attention
 from layers.kernels.linear_recurrence import linear_recurrence
 from layers.kernels.segments import Segments
@@ -71,10 +71,35 @@ def gated_delta_rule():
     return delta_rule, attention(True) | {"beta": jnp.asarray(beta, jnp.float32)}, 2e-2
 
 
+def by_channel(arguments):
+    """The arguments with a decay per key channel."""
+    return arguments | {"log_decay": arguments["log_decay"][..., None] * jnp.linspace(0.0, 2.0, WIDTH)}
+
+
+def channel_delta_rule():
+    function, arguments, tolerance = gated_delta_rule()
+    return function, by_channel(arguments), tolerance
+
+
+def general_delta_rule():
+    arguments = by_channel(attention(True))
+    rate = jnp.asarray(np.random.default_rng(1).uniform(0.1, 0.9, (BATCH, TIME, HEADS, 1)), jnp.bfloat16)
+    return dplr_delta_rule, arguments | {"a": -arguments["k"], "b": rate * arguments["k"]}, 2e-2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "call",
-    [recurrence, convolution, scalar_decay, shared_keys, shared_keys_of_many, gated_delta_rule],
+    [
+        recurrence,
+        convolution,
+        scalar_decay,
+        shared_keys,
+        shared_keys_of_many,
+        gated_delta_rule,
+        channel_delta_rule,
+        general_delta_rule,
+    ],
     ids=lambda call: call.__name__,
 )
 @pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])

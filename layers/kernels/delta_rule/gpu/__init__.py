@@ -1,7 +1,9 @@
-"""`delta_rule` without decay or with one decay per head on Hopper GPUs.
+"""`delta_rule` and `dplr_delta_rule` on Hopper GPUs.
 
-The kernels and what bounds them are in forward.py, backward.py and gradients.py, the walk that the first two share is in
-chain.py, and pieces.py cuts time into pieces for them, which over_time.py joins over devices. Wide values are several heads for all but `prepare`, see `head_parts`.
+With no decay or one per head, the kernels and what bounds them are in forward.py, backward.py and gradients.py, the walk that the
+first two share is in chain.py, and pieces.py cuts time into pieces for them, which over_time.py joins over devices. Wide values
+are several heads for all but `prepare`, see `head_parts`. channels.py holds the kernels for a decay per key channel, which
+`dplr_delta_rule` takes for every decay.
 """
 
 import dataclasses
@@ -12,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels import devices, head_parts, mosaic_gpu, partition
+from layers.kernels import devices, head_parts, mosaic_gpu, pallas_triton, partition
 from layers.kernels.delta_rule.gpu import backward as backward_kernel
+from layers.kernels.delta_rule.gpu import channels, over_time
 from layers.kernels.delta_rule.gpu import forward as forward_kernels
 from layers.kernels.delta_rule.gpu import gradients as gradient_kernel
-from layers.kernels.delta_rule.gpu import over_time
 from layers.kernels.delta_rule.gpu import pieces as time_pieces
 from layers.kernels.delta_rule.gpu.tiles import BLOCK, CHUNK
+from layers.kernels.dispatch import by_name_only
 from layers.kernels.promotion import promoting
 from layers.kernels.segments import select_real
 from layers.kernels.sequence_parallel import of_first
@@ -68,31 +71,58 @@ SETTINGS = Settings()
 
 
 def unsupported_reason(q, k, v, beta, log_decay, initial_state, **_: Any) -> str | None:
-    """Why these kernels cannot take a call, or None."""
-    for name, array in {"beta": beta, "log_decay": log_decay, "initial_state": initial_state}.items():
-        if array is not None and array.dtype == jnp.float64:
-            return f"{name} has dtype float64; expected float32 or narrower"
-    for name, array in {"q": q, "k": k, "v": v}.items():
-        if array.dtype != jnp.bfloat16:
-            return f"{name} has dtype {array.dtype}; expected bfloat16, as matrix units take it"
-    if k.shape[-1] > WIDEST:
-        return f"k has {k.shape[-1]} features a head; expected at most {WIDEST}, since the rule mixes them"
+    """Why these kernels cannot take a call of `delta_rule`, or None."""
+    numbers = {"beta": beta, "log_decay": log_decay, "initial_state": initial_state}
+    reason = _refused({"q": q, "k": k, "v": v}, numbers)
+    if reason is not None:
+        return reason
     if log_decay is not None and log_decay.ndim == 4:
-        return f"log_decay has shape {log_decay.shape}; expected one decay a head, (b, t, h), or None"
-    if jax.typeof(v).sharding.spec[1] is not None:
-        return f"v is sharded {jax.typeof(v).sharding.spec}; expected whole rows, time not sharded"
+        return _refused_by_channel(v)
     parts = v.shape[2] * head_parts.value_parts(v.shape[3]).count
     if max(v.shape[0], parts) > mosaic_gpu.MAX_GRID:
         return f"v has {v.shape[0]} rows of {parts} parts of heads; expected at most {mosaic_gpu.MAX_GRID} of either"
     return mosaic_gpu.refusal(_probe)
 
 
-def passed_over_reason(v, **_: Any) -> str | None:
+def dplr_unsupported_reason(q, k, v, a, b, log_decay, initial_state, **_: Any) -> str | None:
+    """Why these kernels cannot take a call of `dplr_delta_rule`, or None."""
+    numbers = {"log_decay": log_decay, "initial_state": initial_state}
+    return _refused({"q": q, "k": k, "v": v, "a": a, "b": b}, numbers) or _refused_by_channel(v)
+
+
+def _refused(wide: dict[str, jax.Array], numbers: dict[str, jax.Array | None]) -> str | None:
+    """Why no kernel takes arrays (b, t, heads, width), k and v among them, and the other arguments, or None."""
+    k, v = wide["k"], wide["v"]
+    for name, array in numbers.items():
+        if array is not None and array.dtype == jnp.float64:
+            return f"{name} has dtype float64; expected float32 or narrower"
+    for name, array in wide.items():
+        if array.dtype != jnp.bfloat16:
+            return f"{name} has dtype {array.dtype}; expected bfloat16, as matrix units take it"
+    if k.shape[-1] > WIDEST:
+        return f"k has {k.shape[-1]} features a head; expected at most {WIDEST}, since the rule mixes them"
+    if jax.typeof(v).sharding.spec[1] is not None:
+        return f"v is sharded {jax.typeof(v).sharding.spec}; expected whole rows, time not sharded"
+    return None
+
+
+def _refused_by_channel(v: jax.Array) -> str | None:
+    """Why the kernels for a decay per key channel cannot take values of this shape, or run here, or None."""
+    counts = {"rows times heads": v.shape[0] * v.shape[2], "chunks": -(-v.shape[1] // CHUNK)}
+    for what, count in counts.items():
+        if count > mosaic_gpu.MAX_GRID:
+            return f"v has {count} {what}; expected at most {mosaic_gpu.MAX_GRID}"
+    return pallas_triton.refusal(channels.probe)
+
+
+def passed_over_reason(v, log_decay=None, **_: Any) -> str | None:
     """Why `impl=None` does not take these kernels, or None. Short calls and those with few heads are left to XLA."""
     batch, time, heads, _ = v.shape
     fewest = FEWEST_IF_LONG if time >= LONG else FEWEST
     if devices.backend() != "gpu":
         return devices.hopper_refusal()
+    if log_decay is not None and log_decay.ndim == 4:
+        return by_name_only()
     if time < SHORTEST:
         return f"v has {time} tokens; the kernels are timed from {SHORTEST} on"
     if batch * heads < fewest:
@@ -115,17 +145,34 @@ def delta_rule(
     """Returns outputs and the final state; the public function has checked the arguments.
 
     Args:
-      settings: layouts that replace the tuned ones.
+      settings: layouts that replace the tuned ones, without a decay per key channel.
     """
     rows, _, across, _ = partition.spec_of(v, heads=2)
     if k.shape[2] != v.shape[2] and k.shape[2] % partition.parts(across):
         across = None
     wide, vector = P(rows, None, across, None), P(rows, None, across)
     state = P(rows, across, None, None)
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    local = functools.partial(_local, scale, normalize_qk, settings or SETTINGS)
+    if per_channel:
+        local = functools.partial(channels.delta_rule, scale, _normalized if normalize_qk else None)
     return partition.over_shards(
-        functools.partial(_local, scale, normalize_qk, settings or SETTINGS),
+        local,
         (q, k, v, beta, log_decay, initial_state, segments),
-        (wide, wide, wide, vector, vector, state, P(rows, None)),
+        (wide, wide, wide, vector, wide if per_channel else vector, state, P(rows, None)),
+        (wide, state),
+    )
+
+
+def dplr_delta_rule(q, k, v, a, b, log_decay, scale, initial_state, segments):
+    """Returns outputs and the final state of the general rule; the public function has checked the arguments."""
+    rows, _, across, _ = partition.spec_of(v, heads=2)
+    wide, state = P(rows, None, across, None), P(rows, across, None, None)
+    decay = P(*wide[: None if log_decay is None else log_decay.ndim])
+    return partition.over_shards(
+        functools.partial(channels.dplr_delta_rule, scale),
+        (q, k, v, a, b, log_decay, initial_state, segments),
+        (wide, wide, wide, wide, wide, decay, state, P(rows, None)),
         (wide, state),
     )
 
@@ -133,11 +180,13 @@ def delta_rule(
 def delta_rule_across(
     q, k, v, beta, log_decay, scale, normalize_qk, initial_state, segments, crossing, cut, settings=None
 ):
-    """Returns the outputs on one of the devices that divide time, and the state after its tokens.
+    """Returns the outputs on one of the devices that divide time, and the state after its tokens; None for a decay per channel.
 
     Args:
       crossing, cut: how states cross the cuts, and what is known of the one before these tokens.
     """
+    if log_decay is not None and log_decay.ndim == 4:
+        return None
     given = q, k, v, beta, log_decay, initial_state, segments
     return _local(scale, normalize_qk, settings or SETTINGS, *given, cut=cut, crossing=crossing)
 

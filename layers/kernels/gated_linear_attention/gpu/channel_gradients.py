@@ -78,6 +78,7 @@ def gradients(
     def body(*, q, k, v, do, sums, bonus, dscores, states, dstates, dq, dk, dg, dbonus=None, **segments):
         lane, chunk, at = pl.program_id(0) * PART, pl.program_id(1), pl.program_id(2)
         row, head, numbers = at // heads, at % heads, Numbers(**segments)
+        place = tiles.Place(row, chunk, head, lane)
         first, step = chunk * CHUNK, jnp.arange(CHUNK)
         own = step[:, None] == step[None]
 
@@ -93,8 +94,8 @@ def gradients(
             passed = passed + (state.astype(jnp.float32) * dstate.astype(jnp.float32)).sum(1)
 
         queries, keys_, decay = (tile(x, lane).astype(jnp.float32) for x in (q, k, sums))
-        total = tiles.last(sums, row, chunk, head, lane)
-        before = decay if bonus is None else tiles.sums_before(sums, row, chunk, head, lane)
+        total = tiles.last(sums, place)
+        before = decay if bonus is None else tiles.sums_before(sums, place)
         after = jnp.exp2(total[None] - decay)
         dqueries = tiles.only(tiles.reading(numbers, row, chunk), scale * dqueries * jnp.exp2(before))
         dkeys = tiles.only(tiles.writing(numbers, row, chunk), dkeys * after)
@@ -111,7 +112,7 @@ def gradients(
             pltriton.store(dbonus.at[row, chunk, head, tiles.span(lane, PART)], of_chunk, mask=inside)
         crossing, dwritten = lower + lower.T, jnp.zeros((CHUNK, PART), jnp.float32)
         for level in range(LEVELS):
-            factor = tiles.level_decay(sums, before, decay, level, row, chunk, head, lane)
+            factor = tiles.level_decay(sums, before, decay, level, place)
             later = tiles.second(level)
             taken = (jnp.where(later, queries, keys_) * factor).astype(jnp.bfloat16)
             crossed = tiles.product(jnp.where(tiles.pairs(level), crossing, 0.0), taken)

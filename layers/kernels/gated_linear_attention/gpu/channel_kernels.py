@@ -43,18 +43,19 @@ def scores(
         step = jnp.arange(CHUNK)
         total = jnp.zeros((CHUNK, CHUNK), jnp.float32)
         for lane in range(0, keys, PART):
+            place = tiles.Place(row, chunk, head, lane)
             queries, keys_, decay = (
                 tiles.load(x, row, chunk * CHUNK, tiles.shared(x, head, heads), lane).astype(jnp.float32)
                 for x in (q, k, sums)
             )
             before, own = decay, queries * keys_
             if bonus is not None:
-                before = tiles.sums_before(sums, row, chunk, head, lane)
+                before = tiles.sums_before(sums, place)
                 own = own * tiles.bonus_of(bonus, head, lane)
             total = total + jnp.where(step[:, None] == step[None], own.sum(1)[:, None], 0.0)
             for level in range(LEVELS):
                 taken = jnp.where(tiles.second(level), queries, keys_)
-                taken = taken * tiles.level_decay(sums, before, decay, level, row, chunk, head, lane)
+                taken = taken * tiles.level_decay(sums, before, decay, level, place)
                 total = total + jnp.where(tiles.pairs(level), tiles.product(taken, taken.T), 0.0)
         total = jnp.where(tiles.joined(numbers, row, chunk), scale * total, 0.0)
         tiles.store(weights, total, row, chunk * CHUNK, head, 0)
@@ -70,20 +71,20 @@ def scores(
 
 
 def decayed(
-    x: Any, sums: Any, numbers: Numbers, at: tuple[Any, Any, Any], lane: Any, scale: float | None, early: bool
+    x: Any, sums: Any, numbers: Numbers, place: tiles.Place, scale: float | None, early: bool
 ) -> tuple[jax.Array, jax.Array]:
     """A tile of reading queries scale q b, or of writing keys k w if `scale` is None, and the sums over the chunk.
 
     With `early` queries read the state before the step.
     """
-    row, chunk, head = at
+    row, chunk, head, lane = place
     where = row, chunk * CHUNK
     tile = tiles.load(x, *where, tiles.shared(x, head, sums.shape[2]), lane).astype(jnp.float32)
-    decay, total = tiles.load(sums, *where, head, lane), tiles.last(sums, row, chunk, head, lane)
+    decay, total = tiles.load(sums, *where, head, lane), tiles.last(sums, place)
     if scale is None:
         return tiles.only(tiles.writing(numbers, row, chunk), tile * jnp.exp2(total[None] - decay)), total
     if early:
-        decay = tiles.sums_before(sums, row, chunk, head, lane)
+        decay = tiles.sums_before(sums, place)
     return tiles.only(tiles.reading(numbers, row, chunk), scale * tile * jnp.exp2(decay)), total
 
 
@@ -117,7 +118,7 @@ def walk(
         def step(turn, carried):
             chunk = turn if scale is None else chunks - 1 - turn
             pltriton.store(states.at[row, head, chunk, *window], carried.astype(jnp.bfloat16), mask=inside)
-            tile, total = decayed(x, sums, numbers, (row, chunk, head), lane, scale, early)
+            tile, total = decayed(x, sums, numbers, tiles.Place(row, chunk, head, lane), scale, early)
             added = tiles.load(values, row, chunk * CHUNK, tiles.shared(values, head, heads), column)
             passed = carried * tiles.kept(numbers, total, row, chunk)[:, None]
             return passed + tiles.product(tile.T, added)
@@ -167,7 +168,7 @@ def outputs(
         own = tiles.load(values, row, chunk * CHUNK, tiles.shared(values, head, heads), column, columns)
         total = tiles.product(of_chunk.T if scale is None else of_chunk, own)
         for lane in range(0, keys, PART):
-            tile, _ = decayed(x, sums, numbers, (row, chunk, head), lane, scale, early)
+            tile, _ = decayed(x, sums, numbers, tiles.Place(row, chunk, head, lane), scale, early)
             total = total + tiles.product(tile, state_tile(states, row, head, chunk, lane, column, columns))
         tiles.store(out, total, row, chunk * CHUNK, head, column)
 

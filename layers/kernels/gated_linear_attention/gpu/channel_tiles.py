@@ -28,6 +28,15 @@ LEVELS = CHUNK.bit_length() - 1
 LOWEST = -100.0
 
 
+class Place(NamedTuple):
+    """The tile of a chunk: its row, chunk and head, and its first feature."""
+
+    row: Any
+    chunk: Any
+    head: Any
+    lane: Any
+
+
 class Numbers(NamedTuple):
     """The segments of a call: number per step (b, t), and those of the states that enter and leave chunks (b, n), int32."""
 
@@ -98,19 +107,20 @@ def shared(ref: Any, head: Any, heads: int) -> Any:
     return head // (heads // ref.shape[2])
 
 
-def last(sums: Any, row: Any, chunk: Any, head: Any, lane: Any) -> jax.Array:
+def last(sums: Any, place: Place) -> jax.Array:
     """The sums over a whole chunk, (part,)."""
+    row, chunk, head, lane = place
     step = jnp.minimum((chunk + 1) * CHUNK, sums.shape[1]) - 1
     inside = lane + jnp.arange(PART) < sums.shape[3]
     return pltriton.load(sums.at[row, step, head, span(lane, PART)], mask=inside, other=0)
 
 
-def second(level: int) -> jax.Array:
+def second(level: int | jax.Array) -> jax.Array:
     """Which steps (c, 1) lie in second blocks."""
     return (jnp.arange(CHUNK)[:, None] & (1 << level)) != 0
 
 
-def pairs(level: int) -> jax.Array:
+def pairs(level: int | jax.Array) -> jax.Array:
     """The pairs of steps (c, c) that are split at a level, each in both orders."""
     step = jnp.arange(CHUNK)
     apart = step[:, None] ^ step[None]
@@ -118,30 +128,24 @@ def pairs(level: int) -> jax.Array:
 
 
 def level_decay(
-    sums: Any,
-    of_queries: jax.Array,
-    of_keys: jax.Array,
-    level: int,
-    row: Any,
-    chunk: Any,
-    head: Any,
-    lane: Any,
+    sums: Any, of_queries: jax.Array, of_keys: jax.Array, level: int | jax.Array, place: Place
 ) -> jax.Array:
     """The factors (c, part) between steps and the borders of their blocks, from the sums of the chunk."""
     step = jnp.arange(CHUNK)
     border = ((step >> (level + 1)) << (level + 1)) + ((1 << level) - 1)
     tile = jnp.where(second(level), of_queries, of_keys)
-    return jnp.exp2(-jnp.abs(tile - _rows(sums, border, None, row, chunk, head, lane)))
+    return jnp.exp2(-jnp.abs(tile - _rows(sums, border, None, place)))
 
 
-def sums_before(sums: Any, row: Any, chunk: Any, head: Any, lane: Any) -> jax.Array:
+def sums_before(sums: Any, place: Place) -> jax.Array:
     """The sums from the start of a chunk up to the step before every step, (c, part)."""
     step = jnp.arange(CHUNK)
-    return _rows(sums, jnp.maximum(step - 1, 0), (step > 0)[:, None], row, chunk, head, lane)
+    return _rows(sums, jnp.maximum(step - 1, 0), (step > 0)[:, None], place)
 
 
-def _rows(sums, step, inside, row, chunk, head, lane) -> jax.Array:
+def _rows(sums: Any, step: jax.Array, inside: jax.Array | None, place: Place) -> jax.Array:
     """The sums of some steps (c,) of a chunk; 0 where a flag (c, 1) of `inside` is not set."""
+    row, chunk, head, lane = place
     lanes = lane + jnp.arange(PART)
     step = jnp.minimum(chunk * CHUNK + step, sums.shape[1] - 1)
     within = (lanes < sums.shape[3])[None]
