@@ -1,10 +1,11 @@
 """The study `long_rows`: rows so long that several devices share one, in training and in prefill, beside one device.
 
-Each case runs in a process of its own (`alone`), of which several compile beside each other if `--workers` says so. With T tokens, 262,144 if `--time` does not say otherwise, they are
+Each case runs in a process of its own (`alone`), of which `--workers` compile beside each other. With T tokens, 262,144 if
+`--time` does not say otherwise, they are
 
     links                             what sends, gathers and exchanges between the devices take (`links`)
-    train/MODEL/one, /METHOD          a training step on one row: T / 2 tokens on one device, T cut over all. MODEL is a Gated
-                                      DeltaNet, METHOD all_gather or all_scan, or a 3:1 hybrid, METHOD ulysses, zigzag or
+    train/MODEL/one, /whole, /METHOD  a training step on one row: T / 2 tokens and T on one device, T cut over all. MODEL is a
+                                      Gated DeltaNet, METHOD all_gather or all_scan, or a 3:1 hybrid, METHOD ulysses, zigzag or
                                       balanced_ring
     transformer/one, /METHOD          a training step of a Transformer on T / 2 tokens, by every method of attention
     memory/one/LENGTH, /all/LENGTH    the Gated DeltaNet on 2 T and 4 T tokens, with a backward pass that recomputes blocks
@@ -36,6 +37,7 @@ CHUNKS = 16  # that one device reads a row in
 SECONDS = 15.0  # of the measured steps of a case
 LINK_BYTES = tuple(4**n for n in range(6, 15, 2))
 LINK_BYTES_ON_CPU = tuple(4**n for n in range(6, 9))
+ALONE = "one", "whole"  # on one device: T / 2 tokens, T
 DELTA, HYBRID = "gated_deltanet", "gated_deltanet_3_1"
 TRAINED = {DELTA: ("all_gather", "all_scan"), HYBRID: ("ulysses", "zigzag", "balanced_ring")}
 
@@ -72,7 +74,7 @@ class Setting(NamedTuple):
 
 def cases() -> tuple[str, ...]:
     """Returns the names of all cases, each after those that it is compared with."""
-    trained = [f"train/{model}/{how}" for model, by in TRAINED.items() for how in ("one", *by)]
+    trained = [f"train/{model}/{how}" for model, by in TRAINED.items() for how in (*ALONE, *by)]
     attending = [f"transformer/{how}" for how in ("one", *get_args(AttentionMethod))]
     memory = [f"memory/{where}/{times}T" for times in (2, 4) for where in ("one", "all")]
     return ("links", *trained, "prefill/float32", "prefill/bfloat16", *attending, *memory)
@@ -150,7 +152,7 @@ def _config(setting, model, length, remat, size=None):
 
 def _devices(setting, how) -> Devices:
     """One device, or all with time cut over them by a method of attention or of states."""
-    if how == "one":
+    if how in ALONE:
         return Devices.first(1, MeshConfig())
     by = {"method": how} if how in get_args(AttentionMethod) else {"states": how}
     count = setting.count or len(jax.devices())
@@ -206,8 +208,14 @@ def _steps(step, state, batch, rounds):
 
 
 def compared(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the row with its tokens per second by those of one device, if that is among the rows before it."""
-    one = next((r for r in rows if r["case"] == f"{row['case'].rpartition('/')[0]}/one"), {})
-    if "tokens_per_second" not in one or "tokens_per_second" not in row:
+    """Returns the row with its tokens per second by those of the cases on one device that are among the rows before it.
+
+    A row of T tokens through attention takes twice as many operations per token as one of T / 2.
+    """
+    kind, _, how = row["case"].rpartition("/")
+    if how in ALONE or "tokens_per_second" not in row:
         return dict(row)
-    return row | dict(times_one_device=row["tokens_per_second"] / one["tokens_per_second"])
+    alone = {r["case"]: r["tokens_per_second"] for r in rows if "tokens_per_second" in r}
+    names = {"one": "times_one_device", "whole": "times_one_device_whole"}
+    found = {label: alone.get(f"{kind}/{how}") for how, label in names.items()}
+    return row | {label: row["tokens_per_second"] / speed for label, speed in found.items() if speed}
