@@ -151,7 +151,7 @@ class MoE(nnx.Module):
         x = select_masked(x, mask)
         tokens = x.reshape(-1, config.width)
         logits = jnp.matmul(
-            tokens.astype(jnp.float32), self.router.kernel[...], precision=jax.lax.Precision.HIGHEST
+            tokens.astype(jnp.float32), self.router.matrix, precision=jax.lax.Precision.HIGHEST
         )
         if config.bias:
             logits = logits + self.router.bias[...][None]

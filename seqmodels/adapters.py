@@ -1,0 +1,124 @@
+"""Low-rank adapters in a model: which of its linear maps have one, and their sum with the matrices.
+
+    seqmodels.adapt(model, LoraConfig(rank=8, targets=("query", "value")), rngs=nnx.Rngs(0))
+    seqmodels.merge_adapters(model)
+"""
+
+import re
+from collections.abc import Sequence
+
+from flax import nnx
+
+from layers.adapters import new_adapter
+from layers.options import Positive, checked_dataclass, suggestion
+from layers.parameters import Linear
+from seqmodels.names import names_of
+
+ALL = "all-linear"
+
+
+@checked_dataclass(section="lora")
+class LoraConfig:
+    """Options of the adapters of a model.
+
+    Attributes:
+      rank: r, the rank of each ("r" with peft).
+      alpha: numerator of the scale alpha / r ("lora_alpha").
+      rslora: whether the scale is alpha / sqrt(r).
+      targets: which linear maps have one ("target_modules"): last parts of their names by layer, such as ("query", "value"); a
+        regular expression for whole names, such as "stack/blocks/[01]/mixer/.*"; or "all-linear", all but the head.
+    """
+
+    rank: int = 8
+    alpha: Positive = 8.0
+    rslora: bool = False
+    targets: str | tuple[str, ...] = ALL
+
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, str):
+            try:
+                re.compile(self.targets)
+            except re.error as error:
+                raise ValueError(f"lora.targets={self.targets!r} is no regular expression: {error}") from None
+        if not self.targets:
+            raise ValueError(f"lora.targets={self.targets!r}; expected at least one name")
+
+
+def linear_maps(model: nnx.Module) -> dict[tuple[str, ...], Linear]:
+    """Returns the linear maps of a model by their names by layer; stacked ones have several names."""
+    found = {}
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            names = names_of((*path, "kernel"), module.kernel).names
+            found[tuple(name.removesuffix("kernel").removesuffix("/") for name in names)] = module
+    return found
+
+
+def adapt(model: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> tuple[str, ...]:
+    """Gives linear maps of a model new adapters, and returns their names. The outputs of the model do not change.
+
+    Raises:
+      ValueError: a target names no linear map, or some of several stacked layers only; or the rank is larger than a matrix.
+    """
+    maps = linear_maps(model)
+    _check_targets(config.targets, [name for names in maps for name in names])
+    adapted: list[str] = []
+    for names, module in maps.items():
+        chosen = [name for name in names if is_target(name, config.targets)]
+        if not chosen:
+            continue
+        if len(chosen) < len(names):
+            left = next(name for name in names if name not in chosen)
+            raise ValueError(
+                f"lora.targets={config.targets!r} fits {chosen[0]} and not {left}, which are stacked; set scan=False in the config "
+                "of the model"
+            )
+        try:
+            module.adapter = new_adapter(
+                module, config.rank, alpha=config.alpha, stabilized=config.rslora, rngs=rngs
+            )
+        except ValueError as error:
+            raise ValueError(f"lora: {names[0]}: {error}") from None
+        adapted += names
+    return tuple(adapted)
+
+
+def is_target(name: str, targets: str | Sequence[str]) -> bool:
+    """Returns whether the targets (see `LoraConfig`) have the linear map of a name."""
+    if targets == ALL:
+        return name.split("/")[0] != "head"
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(f"/{name}".endswith(f"/{target}") for target in targets)
+
+
+def _check_targets(targets: str | Sequence[str], names: list[str]) -> None:
+    last = sorted({name.split("/")[-1] for name in names})
+    for target in [targets] if isinstance(targets, str) else targets:
+        if any(is_target(name, targets if isinstance(targets, str) else (target,)) for name in names):
+            continue
+        near = suggestion(target, last) or suggestion(target, names)
+        raise ValueError(
+            f"lora.targets={targets!r}: {target!r} fits no linear map{near}; the model's are called {', '.join(last)}"
+        )
+
+
+def has_adapters(model: nnx.Module) -> bool:
+    """Returns whether a linear map of the model has an adapter."""
+    return any(module.adapter is not None for module in linear_maps(model).values())
+
+
+def merge_adapters(model: nnx.Module) -> None:
+    """Adds all adapters of a model to its matrices, in their type, and removes them."""
+    for module in linear_maps(model).values():
+        if module.adapter is not None:
+            module.kernel.set_value(module.matrix.astype(module.kernel.dtype))
+            module.adapter = nnx.data(None)
+
+
+def without_adapters(model: nnx.Module) -> nnx.Module:
+    """Returns the model without its adapters; the arrays are shared."""
+    bare = nnx.merge(*nnx.split(model))
+    for module in linear_maps(bare).values():
+        module.adapter = nnx.data(None)
+    return bare
