@@ -14,6 +14,16 @@ from layers.typing import Array, Float
 GROUP = "lora"
 
 
+def scale_of(alpha: float, rank: int, stabilized: bool) -> float:
+    """Returns the scale s of an adapter; see `LowRank`."""
+    return alpha / (math.sqrt(rank) if stabilized else rank)
+
+
+def alpha_of(scale: float, rank: int, stabilized: bool) -> float:
+    """Returns the alpha of an adapter of the scale, without what rounding adds; the inverse of `scale_of`."""
+    return float(f"{scale * (math.sqrt(rank) if stabilized else rank):.12g}")
+
+
 class LowRank(nnx.Module):
     """What a linear map W (inputs, outputs) gains: the matrix s A B of the rank r.
 
@@ -41,7 +51,7 @@ class LowRank(nnx.Module):
     @property
     def scale(self) -> float:
         """Factor s."""
-        return self.alpha / (math.sqrt(self.rank) if self.stabilized else self.rank)
+        return scale_of(self.alpha, self.rank, self.stabilized)
 
     @property
     def product(self) -> Float[Array, "*layers inputs outputs"]:

@@ -26,7 +26,8 @@ class LoraConfig:
       alpha: numerator of the scale alpha / r ("lora_alpha").
       rslora: whether the scale is alpha / sqrt(r).
       targets: which linear maps have one ("target_modules"): last parts of their names by layer, such as ("query", "value"); a
-        regular expression for whole names, such as "stack/blocks/[01]/mixer/.*"; or "all-linear", all but the head.
+        regular expression for whole names, such as "stack/blocks/[01]/mixer/.*"; or "all-linear", all but the head and those with
+        fewer inputs or outputs than the rank.
     """
 
     rank: int = 8
@@ -65,7 +66,7 @@ def adapt(model: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> tuple[str
     adapted: list[str] = []
     for names, module in maps.items():
         chosen = [name for name in names if is_target(name, config.targets)]
-        if not chosen:
+        if not chosen or (config.targets == ALL and config.rank > min(module.kernel.shape[-2:])):
             continue
         if len(chosen) < len(names):
             left = next(name for name in names if name not in chosen)
@@ -80,6 +81,9 @@ def adapt(model: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> tuple[str
         except ValueError as error:
             raise ValueError(f"lora: {names[0]}: {error}") from None
         adapted += names
+    if not adapted:
+        largest = max(min(module.kernel.shape[-2:]) for module in maps.values())
+        raise ValueError(f"lora.rank={config.rank} is above {largest}, the largest rank of a matrix of the model")
     return tuple(adapted)
 
 

@@ -46,6 +46,20 @@ def read_json(file: Path) -> dict[str, Any]:
     return made
 
 
+def new_folder(folder: str | os.PathLike, names: Iterable[str]) -> Path:
+    """Returns the path of a folder that is to be written.
+
+    Raises:
+      ValueError: it is a file, or holds one of the names.
+    """
+    path = Path(folder).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"folder={str(path)!r} is a file; expected a folder")
+    if held := [name for name in names if (path / name).exists()]:
+        raise ValueError(f"folder={str(path)!r} holds {held[0]} already; expected another or an empty folder")
+    return path
+
+
 class Tensors:
     """The tensors of a checkpoint by name, of which only the headers are read until one is asked for.
 
