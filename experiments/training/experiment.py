@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from experiments.config import loading as config_loading
 from experiments.config.loading import DataConfig, MeshConfig, TrainConfig
@@ -24,9 +25,10 @@ from experiments.tasks import TASKS, make_task
 from experiments.tasks.task import Task
 from experiments.training.model import SplitModel
 from experiments.training.optimizers import Optimizer, OptimizerConfig
+from experiments.training.published import read_arrays
 from experiments.training.step import StepFunctions, metric_names_of
 from layers.registry import suggestion
-from seqmodels import build_model
+from seqmodels import adapt, build_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Experiment:
         devices.check_rows("train.eval_batch_size", self.eval_batch_size)
         for name, (_, options) in self.model.mixers.items():
             devices.check_heads(name, options)
-        devices.check_experts(self.model.parameters)
+        devices.check_experts(self.model.parameters | self.model.statistics)
         if devices.mesh.shape["sequence"] > 1:
             for batch in self.example_train_batches():
                 devices.check_time("a training batch", _tokens(batch["inputs"]))
@@ -201,6 +203,7 @@ class Experiment:
             metric_names=self.metric_names,
             devices=devices,
             accumulate=self.train.accumulate,
+            frozen=lambda: read_arrays(self.config, devices)[0],
         )
 
 
@@ -229,8 +232,15 @@ def build(config: Mapping[str, Any]) -> Experiment:
         except ValueError as error:
             raise ValueError(f"split {name!r}: {error}") from None
     values = with_sizes(config, sizes_of(task))
+
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        made = build_model(values, rngs=rngs)
+        if train.adapters is not None:
+            adapt(made, train.adapters, rngs=rngs)
+        return made
+
     model = SplitModel(
-        lambda rngs: build_model(values, rngs=rngs),
+        make,
         padding=task.padding,
         packed=task.packed,
         unprojected=task.unprojected,
