@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         model = read(args.source, args.checkpoint, args.param_dtype, args.adapter)
         if args.adapter_only and not has_adapters(model):
-            raise ArgumentError(f"--adapter_only: IN={args.source} has no adapters; expected a run with train.lora")
+            raise ArgumentError(
+                f"--adapter_only: IN={args.source} has no adapters; expected a run with train.lora"
+            )
         if args.adapter_only:
             base = RunDirectory(args.source).config()["train"].get("pretrained")
             save_adapter(model, args.target, base=base, architecture=args.architecture)
@@ -57,7 +59,9 @@ def parser() -> Parser:
         "--adapter", type=path, help="folder of a low-rank adapter (peft's format), merged into a checkpoint"
     )
     made.add_argument(
-        "--adapter_only", action="store_true", help="of a run with train.lora: write its adapters alone (peft's format)"
+        "--adapter_only",
+        action="store_true",
+        help="of a run with train.lora: write its adapters alone (peft's format)",
     )
     made.add_argument("--checkpoint", default="best", help="of a run: best (the default), last, or a step")
     made.add_argument(

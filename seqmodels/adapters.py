@@ -1,7 +1,7 @@
 """Low-rank adapters in a model: which of its linear maps have one, and their sum with the matrices.
 
-    seqmodels.adapt(model, LoraConfig(rank=8, targets=("query", "value")), rngs=nnx.Rngs(0))
-    seqmodels.merge_adapters(model)
+seqmodels.adapt(model, LoraConfig(rank=8, targets=("query", "value")), rngs=nnx.Rngs(0))
+seqmodels.merge_adapters(model)
 """
 
 import re
@@ -25,9 +25,9 @@ class LoraConfig:
       rank: r, the rank of each ("r" with peft).
       alpha: numerator of the scale alpha / r ("lora_alpha").
       rslora: whether the scale is alpha / sqrt(r).
-      targets: which linear maps have one ("target_modules"): last parts of their names by layer, such as ("query", "value"); a
-        regular expression for whole names, such as "stack/blocks/[01]/mixer/.*"; or "all-linear", all but the head and those with
-        fewer inputs or outputs than the rank.
+      targets: which linear maps have one ("target_modules"): last parts of their names by layer, such as ("query", "value"),
+        regular expressions for whole names, such as "stack/blocks/[01]/mixer/.*", or "all-linear", all but the head and those
+        with fewer inputs or outputs than the rank.
     """
 
     rank: int = 8
@@ -36,13 +36,20 @@ class LoraConfig:
     targets: str | tuple[str, ...] = ALL
 
     def __post_init__(self) -> None:
-        if isinstance(self.targets, str):
-            try:
-                re.compile(self.targets)
-            except re.error as error:
-                raise ValueError(f"lora.targets={self.targets!r} is no regular expression: {error}") from None
         if not self.targets:
             raise ValueError(f"lora.targets={self.targets!r}; expected at least one name")
+        for target in self.each_target:
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise ValueError(
+                    f"lora.targets={self.targets!r}: {target!r} is no regular expression: {error}"
+                ) from None
+
+    @property
+    def each_target(self) -> tuple[str, ...]:
+        """The targets, also if there is one."""
+        return (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
 
 
 def linear_maps(model: nnx.Module) -> dict[tuple[str, ...], Linear]:
@@ -62,11 +69,13 @@ def adapt(model: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> tuple[str
       ValueError: a target names no linear map, or some of several stacked layers only; or the rank is larger than a matrix.
     """
     maps = linear_maps(model)
-    _check_targets(config.targets, [name for names in maps for name in names])
+    _check_targets(config, [name for names in maps for name in names])
     adapted: list[str] = []
     for names, module in maps.items():
-        chosen = [name for name in names if is_target(name, config.targets)]
-        if not chosen or (config.targets == ALL and config.rank > min(module.kernel.shape[-2:])):
+        small = config.rank > min(module.kernel.shape[-2:])
+        targets = [target for target in config.each_target if not (small and target == ALL)]
+        chosen = [name for name in names if any(is_target(name, target) for target in targets)]
+        if not chosen:
             continue
         if len(chosen) < len(names):
             left = next(name for name in names if name not in chosen)
@@ -83,28 +92,27 @@ def adapt(model: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> tuple[str
         adapted += names
     if not adapted:
         largest = max(min(module.kernel.shape[-2:]) for module in maps.values())
-        raise ValueError(f"lora.rank={config.rank} is above {largest}, the largest rank of a matrix of the model")
+        raise ValueError(
+            f"lora.rank={config.rank} is above {largest}, the largest rank of a matrix of the model"
+        )
     return tuple(adapted)
 
 
-def is_target(name: str, targets: str | Sequence[str]) -> bool:
-    """Returns whether the targets (see `LoraConfig`) have the linear map of a name."""
-    if targets == ALL:
+def is_target(name: str, target: str) -> bool:
+    """Returns whether a target (see `LoraConfig`) has the linear map of a name."""
+    if target == ALL:
         return name.split("/")[0] != "head"
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(f"/{name}".endswith(f"/{target}") for target in targets)
+    return f"/{name}".endswith(f"/{target}") or re.fullmatch(target, name) is not None
 
 
-def _check_targets(targets: str | Sequence[str], names: list[str]) -> None:
+def _check_targets(config: LoraConfig, names: Sequence[str]) -> None:
     last = sorted({name.split("/")[-1] for name in names})
-    for target in [targets] if isinstance(targets, str) else targets:
-        if any(is_target(name, targets if isinstance(targets, str) else (target,)) for name in names):
-            continue
-        near = suggestion(target, last) or suggestion(target, names)
-        raise ValueError(
-            f"lora.targets={targets!r}: {target!r} fits no linear map{near}; the model's are called {', '.join(last)}"
-        )
+    for target in config.each_target:
+        if not any(is_target(name, target) for name in names):
+            near = suggestion(target, last) or suggestion(target, names)
+            raise ValueError(
+                f"lora.targets={config.targets!r}: {target!r} fits no linear map{near}; the model's are called {', '.join(last)}"
+            )
 
 
 def has_adapters(model: nnx.Module) -> bool:

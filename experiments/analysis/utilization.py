@@ -88,7 +88,9 @@ def training_flops(model: SplitModel, loss: Callable[..., Any], batch: Mapping[s
     # Matrices that adapters are trained beside have no gradient.
     passes = 2 if model.frozen else 3
     with devices.as_on("cpu"), dispatch.explained():
-        return passes * count_flops(forward, shapes(model.parameters), shapes(model.statistics), abstract).matrix
+        return (
+            passes * count_flops(forward, shapes(model.parameters), shapes(model.statistics), abstract).matrix
+        )
 
 
 def peak_memory(device: jax.Device) -> int | None:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from layers.kernels.sequence_parallel import AttentionMethod, StateMethod
 from layers.options import Count, Positive, checked_dataclass
 from layers.registry import make_config, suggestion
-from seqmodels.adapters import LoraConfig
 
 SECTIONS = ("seed", "task", "model", "optimizer", "train", "data", "mesh")
 OPTIONAL_SECTIONS = ("data", "mesh")
@@ -82,15 +81,10 @@ class TrainConfig:
             raise ValueError(
                 f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size}"
             )
-        if self.adapters is not None and self.pretrained is None:
+        if self.lora is not None and self.pretrained is None:
             raise ValueError(
                 f"train.lora={dict(self.lora)} without train.pretrained; expected the folder of a published checkpoint too"
             )
-
-    @property
-    def adapters(self) -> LoraConfig | None:
-        """The options of adapters, or None."""
-        return None if self.lora is None else make_config("train.lora", LoraConfig, self.lora)
 
 
 @checked_dataclass(section="data")

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from experiments.config import loading as config_loading
 from experiments.config.loading import DataConfig, MeshConfig, TrainConfig
@@ -14,9 +13,9 @@ from experiments.config.models import (
     check_kind,
     check_model,
     check_positions,
+    model_maker,
     sizes_of,
     sizes_without_data,
-    with_sizes,
 )
 from experiments.data import bucketing, pipeline
 from experiments.parallel.mesh import Devices
@@ -28,7 +27,6 @@ from experiments.training.optimizers import Optimizer, OptimizerConfig
 from experiments.training.published import read_arrays
 from experiments.training.step import StepFunctions, metric_names_of
 from layers.registry import suggestion
-from seqmodels import adapt, build_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,16 +229,8 @@ def build(config: Mapping[str, Any]) -> Experiment:
             bucketing.check_bucket_bounds(split.lengths, data.bucket_bounds)
         except ValueError as error:
             raise ValueError(f"split {name!r}: {error}") from None
-    values = with_sizes(config, sizes_of(task))
-
-    def make(rngs: nnx.Rngs) -> nnx.Module:
-        made = build_model(values, rngs=rngs)
-        if train.adapters is not None:
-            adapt(made, train.adapters, rngs=rngs)
-        return made
-
     model = SplitModel(
-        make,
+        model_maker(config, sizes_of(task)),
         padding=task.padding,
         packed=task.packed,
         unprojected=task.unprojected,

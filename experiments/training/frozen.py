@@ -28,7 +28,9 @@ def fingerprint(arrays: Mapping[str, tuple[Declaration, Array]]) -> Array:
 
 
 def _weighted_bits(array: Array) -> Array:
-    wide = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
+    wide = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(
+        jnp.uint32
+    )
     place, stride = jnp.zeros(array.shape, jnp.uint32), 1
     for axis in reversed(range(array.ndim)):
         place += jnp.uint32(stride % 2**32) * jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)

@@ -140,7 +140,9 @@ class SplitModel:
     def describe(self) -> str:
         """Returns the numbers of parameters in words."""
         beside = sum(self.statistics[path].size for path in self.frozen)
-        return f"{self.num_parameters:,} parameters" + (f" of adapters beside {beside:,} others" if beside else "")
+        return f"{self.num_parameters:,} parameters" + (
+            f" of adapters beside {beside:,} others" if beside else ""
+        )
 
     def initialise(self, key: jax.Array) -> tuple[Arrays, Arrays]:
         """Returns parameters and statistics before training; a pure function, to be run under `jax.jit`."""

@@ -161,7 +161,9 @@ class StateLayout:
         return state._replace(statistics={n: a for n, a in state.statistics.items() if n not in frozen})
 
     def _with_frozen(self, state: TrainState, frozen: Arrays) -> TrainState:
-        placed = {name: jax.device_put(array, self.shardings.statistics[name]) for name, array in frozen.items()}
+        placed = {
+            name: jax.device_put(array, self.shardings.statistics[name]) for name, array in frozen.items()
+        }
         return state._replace(statistics=state.statistics | placed)
 
     def _fingerprint(self, frozen: Arrays) -> Array:

@@ -72,7 +72,9 @@ def save_adapter(
     stabilized, *others = {module.adapter.stabilized for module in maps.values()}
     if others:
         raise ValueError("some adapters of the model are rank-stabilized and some are not; expected one kind")
-    own = {name: factors for names, module in maps.items() for name, factors in _by_layer(names, module.adapter)}
+    own = {
+        name: factors for names, module in maps.items() for name, factors in _by_layer(names, module.adapter)
+    }
     made, turned = _theirs(own, table)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -156,7 +158,8 @@ def _ours(adapter: Adapter, table: Table) -> dict[str, Factors]:
         a, blocks, scale = _side_by_side(given, [shape[1 if is_turned else 0] for shape in shapes])
         parts = pair.load(*(block if is_turned else block.T for block in blocks))
         found |= {
-            name.removesuffix(KERNEL): _trimmed(Factors(a, b, scale)) for name, b in zip(pair.ours, parts, strict=True)
+            name.removesuffix(KERNEL): _trimmed(Factors(a, b, scale))
+            for name, b in zip(pair.ours, parts, strict=True)
         }
     return found
 
@@ -172,7 +175,9 @@ def _matrices(table: Table) -> Iterator[tuple[Pair, list[int], bool]]:
         shapes = [table.shapes[name] for name in pair.theirs]
         if not all(name.endswith(KERNEL) for name in pair.ours) or any(len(shape) != 2 for shape in shapes):
             continue
-        sizes = [part.shape[-1] for part in pair.load(*(np.broadcast_to(np.float32(0), shape) for shape in shapes))]
+        sizes = [
+            part.shape[-1] for part in pair.load(*(np.broadcast_to(np.float32(0), shape) for shape in shapes))
+        ]
         # Rows of a number that is none of outputs show where they go.
         rows = 1 + sum(sizes)
         first, *_ = pair.save(*(np.broadcast_to(np.float32(0), (rows, size)) for size in sizes))
@@ -230,9 +235,7 @@ def _options(made: Mapping[str, Factors], stabilized: bool) -> dict[str, Any]:
     """Returns the options of adapter_config.json that follow from the factors."""
     ranks = {module: len(factors.b) for module, factors in made.items()}
     alphas = {module: alpha_of(factors.scale, ranks[module], stabilized) for module, factors in made.items()}
-    (rank, _), (alpha, _) = (
-        collections.Counter(each.values()).most_common(1)[0] for each in (ranks, alphas)
-    )
+    (rank, _), (alpha, _) = (collections.Counter(each.values()).most_common(1)[0] for each in (ranks, alphas))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -79,7 +79,10 @@ class Adapter:
             options.only(name, None, [], {})
         options.take("r")
         self._alpha, self._alphas = options.take("lora_alpha"), options.take("alpha_pattern", None) or {}
-        self.stabilized, self._turned = options.take("use_rslora", False), options.take("fan_in_fan_out", False)
+        self.stabilized, self._turned = (
+            options.take("use_rslora", False),
+            options.take("fan_in_fan_out", False),
+        )
         options.check_all_read()
         self._tensors, self._of = tensors, folder
         ends = {name: next((end for end in FACTORS if name.endswith(end)), None) for name in tensors.names}
@@ -121,4 +124,4 @@ class Adapter:
         """Returns A (r, inputs), B (outputs, r) and alpha of a module."""
         a, b = (self._tensors.read(PREFIX + module + end).astype(np.float32) for end in FACTORS)
         patterns = (value for key, value in self._alphas.items() if re.match(rf"(.*\.)?({key})$", module))
-        return a, b, next(patterns, self._alpha)
+        return a, b, float(next(patterns, self._alpha))
