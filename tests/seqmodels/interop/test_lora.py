@@ -83,7 +83,6 @@ def test_what_peft_wrote_is_written_again(tmp_path):
     )
     for name in (
         "peft_type",
-        "task_type",
         "bias",
         "r",
         "lora_alpha",
