@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from layers.kernels import devices
 from layers.kernels.attention import xla
 from layers.kernels.attention.options import Logits, Mask, Options, Places, Tokens, places
 from layers.kernels.checks import accumulation_dtype
@@ -128,6 +129,8 @@ def unsupported(*, options: Options, **_: Any) -> str | None:
 def passed_over(*, q, k, **_: Any) -> str | None:
     """Why `impl=None` leaves a call to others, or None."""
     t, s = q.shape[1], k.shape[1]
+    if devices.backend() != "gpu":
+        return f"matrix products are faster on {devices.backend()}"
     if known(t) and known(s) and t <= QUERIES and s >= KEYS:
         return None
     return f"it is for at most {QUERIES} queries over at least {KEYS} keys, and these are {t} and {s}"
