@@ -86,7 +86,9 @@ def chosen(only: Sequence[str]) -> list[str]:
 
     for name in only:
         if not any(within(case, name) for case in CASES):
-            raise ValueError(f"only={name!r} is no case{suggestion(name, CASES)}; expected {', '.join(CASES)}")
+            raise ValueError(
+                f"only={name!r} is no case{suggestion(name, CASES)}; expected {', '.join(CASES)}"
+            )
     wanted = {case for case in CASES if not only or any(within(case, name) for name in only)}
     wanted |= {f"write/{_model(case)}" for case in wanted}
     return [case for case in CASES if case in wanted]
@@ -119,7 +121,7 @@ def measure(setting: Setting, case: str) -> dict[str, Any]:
             return dict(left_out=f"{' and '.join(missing)} cannot be imported")
         return transformers_decode.measure(folder, **_lengths(setting))
     with dispatch.preferred({"attention": how[0]} if how else {}):
-        row = {"write": _write, "load": _load, "decode": _decode, "long": _long}[kind](setting, model, folder)
+        row = {"write": _write, "load": _load, "decode": _decode, "long": _long}[kind](setting, folder)
     return dict(device=jax.devices()[0].device_kind) | row
 
 
@@ -135,9 +137,9 @@ def _lengths(setting: Setting) -> dict[str, Any]:
     return dict(batches=BATCHES, context=CONTEXT, block=BLOCK, blocks=BLOCKS)
 
 
-def _write(setting: Setting, model: str, folder: Path) -> dict[str, Any]:
+def _write(setting: Setting, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
-    parameters = random_checkpoints.write(folder, setting.config(model))
+    parameters = random_checkpoints.write(folder, setting.config(folder.name))
     return dict(parameters=parameters, bytes=_bytes(folder), seconds=time.perf_counter() - start)
 
 
@@ -149,7 +151,7 @@ def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in _files(folder))
 
 
-def _load(setting: Setting, model: str, folder: Path) -> dict[str, Any]:
+def _load(setting: Setting, folder: Path) -> dict[str, Any]:
     jax.block_until_ready(jax.device_put(np.zeros(1)))  # so that the device is ready
     calls = {"read": lambda: _read(folder), "load": lambda: jax.block_until_ready(_arrays(_opened(folder)))}
     seconds: dict[str, list[float]] = {}
@@ -162,7 +164,9 @@ def _load(setting: Setting, model: str, folder: Path) -> dict[str, Any]:
                 call()
                 seconds.setdefault(f"{where}_{name}", []).append(time.perf_counter() - start)
     medians = {name: statistics.median(each) for name, each in seconds.items()}
-    ratios = {f"{where}_ratio": medians[f"{where}_load"] / medians[f"{where}_read"] for where in ("cold", "warm")}
+    ratios = {
+        f"{where}_ratio": medians[f"{where}_load"] / medians[f"{where}_read"] for where in ("cold", "warm")
+    }
     return dict(bytes=_bytes(folder), seconds=seconds) | ratios
 
 
@@ -192,7 +196,7 @@ def _let_go(folder: Path) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _decode(setting: Setting, model: str, folder: Path) -> dict[str, Any]:
+def _decode(setting: Setting, folder: Path) -> dict[str, Any]:
     lengths = _lengths(setting)
     opened = _opened(folder)
     with dispatch.noted() as taken:
@@ -200,22 +204,21 @@ def _decode(setting: Setting, model: str, folder: Path) -> dict[str, Any]:
     return dict(context=lengths["context"], steps=steps, implementations=sorted(set(map("/".join, taken))))
 
 
-def _long(setting: Setting, model: str, folder: Path) -> dict[str, Any]:
+def _long(setting: Setting, folder: Path) -> dict[str, Any]:
     opened, lengths = _opened(folder), _lengths(setting)
     contexts = LONG_ON_CPU if setting.on_cpu else LONG
     return dict(steps=[_continued(opened, 1, context, lengths) for context in contexts])
 
 
-def _continued(
-    model: LanguageModel, batch: int, context: int, lengths: dict[str, Any]
-) -> dict[str, Any]:
+def _continued(model: LanguageModel, batch: int, context: int, lengths: dict[str, Any]) -> dict[str, Any]:
     """Returns the rate of greedy tokens after a random context, and what is in memory."""
     size, vocabulary = lengths["block"], model.config.input.vocab_size
-    prompts = np.random.default_rng(0).integers(0, vocabulary, (batch, context))
+    # The last token is read by the first step, so that pieces of the context are whole.
+    prompts = np.random.default_rng(0).integers(0, vocabulary, (batch, context + 1))
     blocks = stream(
         model, prompts, max_new_tokens=lengths["blocks"] * size, temperature=0, block=size, chunk=CHUNK
     )
-    first, seconds = _timed(blocks)
+    _, seconds = _timed(blocks)
     tokens, total = 0, 0.0
     for _ in range(lengths["blocks"] - 1):
         block, spent = _timed(blocks)
@@ -260,4 +263,6 @@ def line(row: dict[str, Any]) -> str:
         for step in row["steps"]
     ]
     ratios = row.get("ours_over_theirs", {})
-    return "\n".join([*lines, *(f"{case} batch {b}: ours is {r:.2f} times as fast" for b, r in ratios.items())])
+    return "\n".join(
+        [*lines, *(f"{case} batch {b}: ours is {r:.2f} times as fast" for b, r in ratios.items())]
+    )

@@ -5,15 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-WARM_UP = 8  # steps before those that are timed, in which the forward is compiled and recorded
 
-
-def measure(
-    folder: Path, *, batches: Sequence[int], context: int, block: int, blocks: int
-) -> dict[str, Any]:
+def measure(folder: Path, *, batches: Sequence[int], context: int, block: int, blocks: int) -> dict[str, Any]:
     """Returns the rate of greedy tokens after a random context for each number of rows.
 
-    The cache has room for `block` times `blocks` new tokens, of which all blocks but the first are timed.
+    The cache has room for `blocks` blocks of new tokens, of which all but the first are timed, in a second run.
     """
     import torch
     import transformers
@@ -21,7 +17,7 @@ def measure(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
     mode = {"mode": "reduce-overhead"} if device == "cuda" else {}
-    forward = torch.compile(model.forward, fullgraph=True, **mode)
+    forward = torch.compile(model.forward, fullgraph=True, dynamic=False, **mode)
     steps = [
         _continued(torch, transformers, model, forward, batch, context, block, blocks) for batch in batches
     ]
@@ -36,30 +32,34 @@ def measure(
 
 
 def _continued(torch, transformers, model, forward, batch, context, block, blocks) -> dict[str, Any]:
-    new = block * blocks
     prompts = torch.randint(model.config.vocab_size, (batch, context), device=model.device)
-    cache = transformers.StaticCache(config=model.config, max_cache_len=context + new)
-    start = time.perf_counter()
-    with torch.no_grad():
+    cache = transformers.StaticCache(config=model.config, max_cache_len=context + block * blocks)
+
+    def step(token, place):
+        # What a recorded step returns is overwritten by the next.
+        logits = forward(
+            token, position_ids=place.expand(batch, 1), past_key_values=cache, use_cache=True
+        ).logits
+        return logits[:, -1:].argmax(-1).clone(), place + 1
+
+    def run() -> tuple[float, float]:
+        """Returns the seconds until the end of the first block, and those of the others."""
+        start = time.perf_counter()
         logits = model(prompts, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        token = logits[:, -1:].argmax(-1)
-        place = torch.tensor([[context]], device=model.device)
+        token, place = logits[:, -1:].argmax(-1), torch.tensor([[context]], device=model.device)
+        seconds = []
+        for steps in (block, (blocks - 1) * block):
+            for _ in range(steps):
+                token, place = step(token, place)
+            token.sum().item()
+            seconds.append(time.perf_counter() - start)
+        return seconds[0], seconds[1] - seconds[0]
 
-        def step(token, place):
-            # What a recorded step returns is overwritten by the next.
-            logits = forward(
-                token, position_ids=place.expand(batch, 1), past_key_values=cache, use_cache=True
-            ).logits
-            return logits[:, -1:].argmax(-1).clone(), place + 1
-
-        for _ in range(max(WARM_UP, block)):
-            token, place = step(token, place)
-        token.sum().item()
-        first, start = time.perf_counter() - start, time.perf_counter()
-        for _ in range((blocks - 1) * block - max(0, WARM_UP - block)):
-            token, place = step(token, place)
-        token.sum().item()
-    seconds, count = time.perf_counter() - start, (blocks - 1) * block - max(0, WARM_UP - block)
+    with torch.no_grad():
+        run()  # in which the forward is compiled and recorded
+        cache.reset()
+        first, seconds = run()
+    count = (blocks - 1) * block
     peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None
     return dict(
         batch=batch,

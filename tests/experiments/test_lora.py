@@ -81,16 +81,14 @@ def test_adapters_alone_are_trained(stepped):
 
 def test_the_start_is_the_checkpoint(stepped):
     plan, _, start, _, (batches, *_) = stepped
-    model = plan.model.module(
-        stepped[1].layout.packing.cut(start.parameters), {n: a for n, a in start.statistics.items()}
-    )
+    model = plan.model.module(stepped[1].layout.packing.cut(start.parameters), start.statistics)
     base = load_pretrained(CHECKPOINT, param_dtype="bfloat16")[0]
     run = jax.jit(lambda model, ids: model(ids)[0])
     np.testing.assert_array_equal(run(model, batches[0]["inputs"]), run(base, batches[0]["inputs"]))
 
 
 def test_a_resumed_run_is_the_same(stepped, folder, tmp_path):
-    plan, functions, _, (half, whole), (batches, *_) = stepped
+    _, functions, _, (half, whole), (batches, *_) = stepped
     state = functions.layout.from_stored(half)
     for batch in batches[2:]:
         state, _ = functions.train(state, batch)
@@ -123,9 +121,8 @@ def test_commands(folder, tmp_path, capsys):
     assert convert.main([str(CHECKPOINT), str(tmp_path / "again"), f"--adapter={tmp_path}/adapter"]) == 0
     assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in ("merged", "again")}) == 1
     options = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (options["r"], options["lora_alpha"]) == (2, 6) and options["base_model_name_or_path"] == str(
-        CHECKPOINT
-    )
+    assert (options["r"], options["lora_alpha"]) == (2, 6)
+    assert options["base_model_name_or_path"] == str(CHECKPOINT)
     assert load_adapter(load_pretrained(CHECKPOINT)[0], tmp_path / "adapter").stack is not None
     capsys.readouterr()
     assert evaluate.main([f"--workdir={run}", one]) == 0
@@ -133,7 +130,8 @@ def test_commands(folder, tmp_path, capsys):
     given = [f"--pretrained={CHECKPOINT}", fields[-2], one]
     assert evaluate.main([*given, f"--adapter={tmp_path}/adapter"]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert made["loss"] == pytest.approx(loss, rel=1e-5) and made["adapter"] == f"{tmp_path}/adapter"
+    assert made["loss"] == pytest.approx(loss, rel=1e-5)
+    assert made["adapter"] == f"{tmp_path}/adapter"
     assert evaluate.main(given) == 0
     assert json.loads(capsys.readouterr().out)["loss"] > loss
 

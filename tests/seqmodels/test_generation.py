@@ -206,7 +206,9 @@ def test_a_model_on_a_device_compiles_each_loop_once():
     model = nnx.merge(graph, jax.device_put(variables, jax.devices()[1]))
     before = generation._read._cache_size(), generation.decode._cache_size()
     prompt = [list(range(1, 10))]  # two whole chunks of four tokens, and the one that the first step reads
-    new = seqmodels.generate(model, prompt, max_new_tokens=6, block=2, chunk=4, stop=[[12, 12]], temperature=0)
+    new = seqmodels.generate(
+        model, prompt, max_new_tokens=6, block=2, chunk=4, stop=[[12, 12]], temperature=0
+    )
     assert generation._read._cache_size() - before[0] == 1
     assert generation.decode._cache_size() - before[1] == 1
     assert new.tokens.shape == (1, 6)

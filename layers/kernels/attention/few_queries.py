@@ -38,7 +38,9 @@ def attention(q, k, v, options: Options):
     """Returns output (b, t, h, v) and log-sum-exp in two parts, as `xla.attention` does."""
     o = options
     scale = q.shape[-1] ** -0.5 if o.scale is None else o.scale
-    rules = Rules(o.causal, Mask(o.mask.window, o.mask.dilation, o.mask.sink_tokens), o.logits.logit_cap, scale)
+    rules = Rules(
+        o.causal, Mask(o.mask.window, o.mask.dilation, o.mask.sink_tokens), o.logits.logit_cap, scale
+    )
     results = _attend(rules, q, k, v, places(q, k, o), o.logits.slopes)
     return xla.with_sink(*results, o.logits.sink_logits)
 
@@ -46,7 +48,7 @@ def attention(q, k, v, options: Options):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(rules: Rules, q, k, v, at: Places, slopes):
     """Returns the output, and the parts m and log l of the log-sum-exp."""
-    (b, t, h, width), (s, g) = q.shape, k.shape[1:3]
+    (b, t, h, width), g = q.shape, k.shape[2]
     dtype = accumulation_dtype(q, k, v)
     q = q.astype(dtype).reshape(b, 1, t, g, h // g, width)
     products = rules.scale * jnp.sum(q * k.astype(dtype)[:, :, None, :, None], axis=-1)
@@ -101,7 +103,9 @@ def _backward(rules, residuals, cotangents):
 
     def again(q, k, v, slopes):
         logits = Logits(slopes=slopes, logit_cap=rules.logit_cap)
-        return xla.attention(q, k, v, Options(rules.causal, rules.mask, logits, at.q_segments, tokens, rules.scale))
+        return xla.attention(
+            q, k, v, Options(rules.causal, rules.mask, logits, at.q_segments, tokens, rules.scale)
+        )
 
     doutput, _, dlog_total = cotangents
     _, pull = jax.vjp(again, q, k, v, slopes)

@@ -12,14 +12,19 @@ B, S, H, G, KEY, VALUE = 2, 150, 4, 2, 5, 3
 RNG = np.random.default_rng(0)
 # Unused slots, the segment of the queries, and one before it.
 KV_SEGMENTS = np.repeat([[1, 2, 0], [2, 1, 0]], [40, 90, 20], axis=1).astype(np.int32)
-KV_POSITIONS = np.concatenate([np.arange(40), np.arange(90), np.zeros(20)])[None].repeat(B, 0).astype(np.int32)
+KV_POSITIONS = (
+    np.concatenate([np.arange(40), np.arange(90), np.zeros(20)])[None].repeat(B, 0).astype(np.int32)
+)
 SLOPES = jnp.asarray([1.0, 0.5, 0.25, 0.1])
 CASES = {
     "causal": (1, {"causal": True}),
     "several": (3, {"causal": True, "logits": Logits(logit_cap=2.0), "scale": 0.7}),
     "window": (3, {"causal": True, "mask": Mask(window=9, sink_tokens=2), "logits": Logits(slopes=SLOPES)}),
     "dilated": (2, {"causal": True, "mask": Mask(window=5, dilation=3)}),
-    "both_sides": (2, {"mask": Mask(window=6), "logits": Logits(sink_logits=jnp.asarray([0.3, -1.0, 0.0, 2.0]))}),
+    "both_sides": (
+        2,
+        {"mask": Mask(window=6), "logits": Logits(sink_logits=jnp.asarray([0.3, -1.0, 0.0, 2.0]))},
+    ),
 }
 
 
@@ -78,21 +83,27 @@ def test_outputs_and_gradients(name):
 def test_what_is_hidden_reaches_nothing_and_what_is_seen_spoils(value):
     options = CASES["several"][1] | where(3)
     arrays = drawn(3)
-    hidden = {key: np.where((KV_SEGMENTS == np.array([[2], [1]]))[..., None, None], arrays[key], value) for key in "kv"}
+    hidden = {
+        key: np.where((np.array([[2], [1]]) == KV_SEGMENTS)[..., None, None], arrays[key], value)
+        for key in "kv"
+    }
     run_one = jax.jit(lambda arrays: attention(**arrays, **options, impl="few_queries"))
     spoiled = run_one(arrays | {key: jnp.asarray(x, jnp.float32) for key, x in hidden.items()})
     np.testing.assert_array_equal(spoiled, run_one(arrays))
     for key in "kv":
         seen = {key: arrays[key].at[0, 128, 1, 0].set(value)}  # position 88, which the last two queries see
         output = np.isfinite(run_one(arrays | seen))
-        assert output[1].all() and output[0, 0].all() and output[0, :, :2].all()
+        assert output[1].all()
+        assert output[0, 0].all()
+        assert output[0, :, :2].all()
         assert not output[0, 1:, 2:].any()
 
 
 def test_a_row_that_sees_nothing_is_zero():
     options = {"segment_ids": jnp.zeros((B, 1), jnp.int32), "tokens": where(1)["tokens"]}
     piece = attention_with_lse(**drawn(1), **options, impl="few_queries")
-    assert not piece.output.any() and np.all(piece.lse == -np.inf)
+    assert not piece.output.any()
+    assert np.all(piece.lse == -np.inf)
 
 
 def test_steps_over_a_cache_take_it():
