@@ -4,8 +4,8 @@
     python -m experiments.evaluate --pretrained=checkpoints/Qwen3-0.6B --config=configs/lm/models.py:source=wikitext103
 
 --pretrained takes a folder with config.json and safetensors (see `seqmodels.load_pretrained`), which needs --config: its task, with
-the tokenizer.json of the folder if there is one, its batches and the options of training of its model, such as dtype. Nothing
-is written.
+the tokenizer.json of the folder if there is one, its batches and the options of training of its model, such as dtype. --adapter
+adds a low-rank adapter in the format of peft to its matrices. Nothing is written.
 
 Prints the metrics as JSON and writes them to evaluation-SPLIT-STEP.json in the work directory, if it can be written to.
 Nothing is written elsewhere: data that the config generates and that are not on disk yet are generated in a temporary folder.
@@ -61,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if (args.workdir is None) == (args.pretrained is None):
             raise ArgumentError("expected one of --workdir and --pretrained")
+        if args.adapter is not None and args.pretrained is None:
+            raise ArgumentError(
+                f"--adapter={args.adapter} needs --pretrained, the checkpoint that it belongs to"
+            )
         if (args.config is None) != (args.pretrained is None) or (overrides and args.config is None):
             raise ArgumentError(
                 "--pretrained needs --config, which has the task; --workdir has its own config"
@@ -89,6 +93,9 @@ def parser() -> Parser:
     made.add_argument("--workdir", type=path, help="directory of the run")
     made.add_argument(
         "--pretrained", help="folder of a published checkpoint, or its identifier, in place of --workdir"
+    )
+    made.add_argument(
+        "--adapter", help="with --pretrained: folder of a low-rank adapter (peft's format), or its identifier"
     )
     made.add_argument(
         "--config",
@@ -126,16 +133,20 @@ def _published(args: argparse.Namespace, overrides: Overrides) -> Opened:
     task = config["task"]
     if task.get("name") == "language" and file.exists():
         task = task | {"tokenizer": str(file)}
-    config |= {"task": task, "train": config["train"] | {"pretrained": args.pretrained}}
+    config |= {"task": task, "train": config["train"] | {"pretrained": args.pretrained, "lora": None}}
     with cache.temporary_builds():
         plan = experiment.build(with_pretrained_model(config, replace=True))
         devices = Devices.first(args.num_devices, plan.mesh)
         functions = plan.step_functions(devices)
         plan.eval_batches(args.split)
-    state = initial_state(plan, functions.layout, devices)
-    return Opened(
-        plan, devices, state, Evaluator(plan, functions, devices), {"pretrained": str(args.pretrained)}
-    )
+    named = {"pretrained": str(args.pretrained)}
+    if args.adapter is not None:
+        named["adapter"] = args.adapter
+    try:
+        state = initial_state(plan, functions.layout, devices, args.adapter)
+    except ValueError as error:
+        raise ArgumentError(f"--adapter={args.adapter}: {error}" if args.adapter else str(error)) from None
+    return Opened(plan, devices, state, Evaluator(plan, functions, devices), named)
 
 
 if __name__ == "__main__":

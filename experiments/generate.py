@@ -4,6 +4,7 @@
     python -m experiments.generate --workdir=runs/stories --prompt=One --prompt=Two --temperature=0
     python -m experiments.generate --workdir=runs/code --prompt="def f(" --lookup=8
     python -m experiments.generate --pretrained=checkpoints/Qwen3-0.6B --prompt="Once upon a time"
+    python -m experiments.generate --pretrained=checkpoints/Qwen3-0.6B --adapter=checkpoints/poems --prompt="Once upon a time"
 
 Each prompt is printed with its continuation, one after another. A continuation ends at the token that ends a document, before a
 text of --stop, or after --max_new_tokens. Equal commands print equal texts; prompt number n samples with the seed plus n. With
@@ -12,7 +13,8 @@ tokens a call gave is printed on standard error. The run must be one of a langua
 logit is not finite.
 
 --pretrained takes a published checkpoint in place of a run: a folder with config.json, safetensors and tokenizer.json (see
-`seqmodels.load_pretrained`).
+`seqmodels.load_pretrained`). --adapter adds a low-rank adapter in the format of peft to its matrices. A run that trained adapters
+has them, and finds the checkpoint that they belong to.
 """
 
 import sys
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("prompt", "stop"):
         if "" in getattr(args, name):
             raise ArgumentError(f"--{name}= is empty; expected a text")
-    model, tokenizer = opened(args.workdir, args.pretrained, args.checkpoint)
+    model, tokenizer = opened(args.workdir, args.pretrained, args.checkpoint, args.adapter)
     prompts = [encode(tokenizer, prompt) for prompt in args.prompt]
     options = {name: getattr(args, name) for name in OPTIONS} | {"stop": [[tokenizer.end]], "block": BLOCK}
     try:
@@ -83,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def opened(workdir: Path | None, pretrained: Path | None, checkpoint: str) -> tuple[LanguageModel, Tokenizer]:
+def opened(
+    workdir: Path | None, pretrained: Path | None, checkpoint: str, adapter: Path | None = None
+) -> tuple[LanguageModel, Tokenizer]:
     """Returns the model and the tokenizer of a run or of a published checkpoint.
 
     Raises:
@@ -91,11 +95,13 @@ def opened(workdir: Path | None, pretrained: Path | None, checkpoint: str) -> tu
     """
     if (workdir is None) == (pretrained is None):
         raise ArgumentError("expected one of --workdir and --pretrained")
+    if adapter is not None and pretrained is None:
+        raise ArgumentError(f"--adapter={adapter} needs --pretrained, the checkpoint that it belongs to")
     if workdir is not None:
         trained = open_run(workdir, checkpoint)
         return trained.model, trained.plan.task.tokenizer
     try:
-        model, _ = load_pretrained(pretrained)
+        model, _ = load_pretrained(pretrained, adapter=adapter)
         tokenizer = make_tokenizer(pretrained / "tokenizer.json", texts=list)
     except (ValueError, ImportError) as error:
         raise ArgumentError(f"--pretrained={pretrained}: {error}") from None
@@ -125,6 +131,9 @@ def parser() -> Parser:
     made.add_argument("--workdir", type=path, help="directory of the run")
     made.add_argument(
         "--pretrained", type=path, help="folder of a published checkpoint, in place of --workdir"
+    )
+    made.add_argument(
+        "--adapter", type=path, help="with --pretrained: folder of a low-rank adapter (peft's format)"
     )
     made.add_argument(
         "--prompt", action="append", required=True, help="text to continue; may be given several times"

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan.check(devices)
         run.check(args.config, plan.extension_problem)
         if args.check:
-            print(f"{plan.model.num_parameters:,} parameters; nothing is refused")
+            print(f"{plan.model.describe()}; nothing is refused")
             return 0
         run = _open_run(args.workdir, plan)
         if hosts.is_main():
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     if hosts.is_main():
         print(
-            f"{plan.model.num_parameters:,} parameters on {devices.describe()}\n{plan.groups_table}",
+            f"{plan.model.describe()} on {devices.describe()}\n{plan.groups_table}",
             flush=True,
         )
     try:

@@ -112,6 +112,28 @@ def axes_of(variable: nnx.Variable) -> Axes:
     return variable.get_metadata().get("axes") or (None,) * variable.ndim
 
 
+class Linear(nnx.Linear):
+    """The map y = x W + b, to which an adapter may add s x A B (see `layers.adapters`).
+
+    Attributes:
+      adapter: the adapter, or None.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.adapter = nnx.data(None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = super().__call__(x)
+        return y if self.adapter is None else y + self.adapter(x, y.dtype)
+
+    @property
+    def matrix(self) -> jax.Array:
+        """The whole matrix W + s A B, for layers that take its parts or apply it in other places."""
+        kernel = self.kernel[...]
+        return kernel if self.adapter is None else kernel + self.adapter.product
+
+
 def linear(
     inputs: int,
     outputs: int,
@@ -122,13 +144,13 @@ def linear(
     init: Initializer = _lecun_normal,
     group: str = "default",
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> Linear:
     """Returns the map y = x W + b with float32 parameters, computed in `dtype`; b starts at zero and is not decayed.
 
     Args:
       axes: logical axes of inputs and outputs, see `parameter`.
     """
-    return nnx.Linear(
+    return Linear(
         inputs,
         outputs,
         use_bias=bias,

@@ -5,12 +5,13 @@ from seqmodels import neighbours  # before anything of `layers` is imported
 # isort: split
 import importlib.metadata
 
+from seqmodels.adapters import LoraConfig, adapt, merge_adapters
 from seqmodels.autoencoder import Autoencoder
 from seqmodels.building import build_model
 from seqmodels.classifier import Classifier
 from seqmodels.dual_encoder import DualEncoder
 from seqmodels.generation import Generation, generate, stream
-from seqmodels.interop import load_pretrained, save_pretrained
+from seqmodels.interop import load_adapter, load_pretrained, save_adapter, save_pretrained
 from seqmodels.language_model import LanguageModel
 
 __all__ = [
@@ -19,10 +20,15 @@ __all__ = [
     "DualEncoder",
     "Generation",
     "LanguageModel",
+    "LoraConfig",
     "__version__",
+    "adapt",
     "build_model",
     "generate",
+    "load_adapter",
     "load_pretrained",
+    "merge_adapters",
+    "save_adapter",
     "save_pretrained",
     "stream",
 ]

@@ -172,7 +172,9 @@ def _blocks(model, prompts, sampling, stops, key, max_new_tokens, chunk, size, d
         for row, prompt in enumerate(prompts):
             seen[row, prompt] = True
         rows = rows._replace(seen=jnp.asarray(seen))
-    history = None if draft is None else _history(prompts, max_new_tokens)
+    state, *others = rows
+    rows = Rows(state, *_beside(model, others))
+    history = None if draft is None else _beside(model, _history(prompts, max_new_tokens))
     for start in range(0, max_new_tokens, size):
         given = (sampling, stops, key, start, min(size, max_new_tokens - start))
         if draft is None:
@@ -222,9 +224,17 @@ def prefill(model: LanguageModel, prompts: Sequence[np.ndarray], max_new_tokens:
     return Rows(state, token, jnp.zeros(count, bool), None, None)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
+# The parameters are read by nobody, and kept: states lie where the model does, as those of later calls.
+@partial(jax.jit, static_argnums=(1, 2), keep_unused=True)
 def _initial(model, count, slots):
     return model.init_state(count, max_length=slots)
+
+
+@partial(jax.jit, keep_unused=True)
+def _beside(model, arrays):
+    """Returns arrays on the devices of the model, where steps leave theirs: the first block then runs what later ones run."""
+    del model
+    return jax.tree.map(jnp.copy, arrays)
 
 
 @partial(jax.jit, donate_argnums=(2,))

@@ -120,5 +120,5 @@ class LanguageModel(nnx.Module):
             x = self.norm(x, mask=None if segments is None else segments.real, training=key is not None)
         if self.config.logit_scale != 1:
             x = self.config.logit_scale * x
-        matrix = self.embedding.table[...] if self.head is None else self.head.kernel[...].T
+        matrix = self.embedding.table[...] if self.head is None else self.head.matrix.T
         return Unprojected(x, matrix, self.config.logit_cap), state

@@ -68,7 +68,7 @@ def peak_flops(kinds: Iterable[str]) -> float | None:
 def training_flops(model: SplitModel, loss: Callable[..., Any], batch: Mapping[str, Any]) -> float:
     """Returns the FLOPs of a training step on a batch: three times those of the forward pass's matrix products.
 
-    They are counted on the plain JAX form of the model, since kernels hide theirs; attention counts all pairs of
+    If only adapters are trained, it is twice those. They are counted on the plain JAX form of the model, since kernels hide theirs; attention counts all pairs of
     positions, as is usual.
 
     Args:
@@ -84,8 +84,12 @@ def training_flops(model: SplitModel, loss: Callable[..., Any], batch: Mapping[s
         return loss(model(parameters, statistics, batch, key=None)[0], batch)[0]
 
     abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()}
+    # Matrices that adapters are trained beside have no gradient.
+    passes = 2 if model.frozen else 3
     with devices.as_on("cpu"), dispatch.explained():
-        return 3 * count_flops(forward, shapes(model.parameters), shapes(model.statistics), abstract).matrix
+        return (
+            passes * count_flops(forward, shapes(model.parameters), shapes(model.statistics), abstract).matrix
+        )
 
 
 def peak_memory(device: jax.Device) -> int | None:

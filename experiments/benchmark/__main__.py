@@ -6,6 +6,7 @@
     python -m experiments.benchmark decode [--only=mamba2,attention] [--batch=8] [--lengths=1024,16384] [--out=FOLDER]
     python -m experiments.benchmark parallel [--only=attention,delta_rule/all_scan] [--num_devices=8] [--latency=1e-5] [--out=FOLDER]
     python -m experiments.benchmark long_rows [--only=links,train/gated_deltanet] [--num_devices=2] [--time=262144] [--out=FOLDER]
+    python -m experiments.benchmark pretrained [--only=load,decode/llama] [--size=1.5b] [--out=FOLDER]
     python -m experiments.benchmark tune [--only=linear_recurrence/real] [--out=FOLDER]
 
 `kernels` prints a table and writes kernels.json and kernels.png: milliseconds (median of interleaved measurements) of
@@ -17,7 +18,9 @@ inputs float32. On a GPU `--workers` processes compile and check in parallel, wh
 `decode` steps of their generation against batch and context. `parallel` counts what divided time sends between devices, beside
 the published formulas, times it on those that there are, and extends the formulas to 1,024 devices by a model of links
 (`experiments/benchmark/parallel.py`), in parallel.json and parallel.png; `--links` takes the links from what `long_rows` measured. `long_rows` trains and reads rows that
-devices share (`experiments/benchmark/long_rows.py`), prints a line of JSON per case and writes long_rows.json. `tune` checks and times layouts of the GPU kernels and writes
+devices share (`experiments/benchmark/long_rows.py`), prints a line of JSON per case and writes long_rows.json. `pretrained` writes random checkpoints
+in the format of transformers, loads them, and generates beside transformers where that can be imported
+(`experiments/benchmark/pretrained.py`); it writes pretrained.json. `tune` checks and times layouts of the GPU kernels and writes
 tune.json. Exit codes: 0 done; 1 one of
 our implementations failed or a process ended, the others are in the table; 2 an argument cannot be used.
 """
@@ -27,7 +30,9 @@ import functools
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,6 +47,7 @@ from experiments.benchmark import (
     parallel_packing,
     parallel_row,
     peers,
+    pretrained,
     report,
     scaling,
     steps,
@@ -68,7 +74,7 @@ from experiments.runs.sessions import git_revision, versions
 from layers.kernels import dispatch
 from layers.kernels.suites import SUITES
 
-STUDIES = ("kernels", "scaling", "steps", "decode", "parallel", "long_rows", "tune")
+STUDIES = ("kernels", "scaling", "steps", "decode", "parallel", "long_rows", "pretrained", "tune")
 MODELS = ("steps", "decode")  # studies of whole models
 # Options that a study reads, beside --only, --rounds and --out.
 READS = {
@@ -90,9 +96,10 @@ READS = {
         "links",
     },
     "long_rows": {"time", "num_devices", "size", "remat", "prefer", "patience", "workers"},
+    "pretrained": {"size", "patience"},
     "tune": {"batch", "time", "narrower"},
 }
-PATIENCE = 300.0  # seconds for a case of `long_rows`
+PATIENCE = 300.0  # seconds for a case of `long_rows` and of `pretrained`
 CHUNK = 65536  # tokens of a chunk of the row that `parallel` reads twice
 # Of the simulation of documents of different lengths: numbers of devices, and tokens that one holds.
 DEVICES, CAPACITY = (8, 16, 32, 64, 128, 256), 16384
@@ -108,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_read(values)
     if study == "long_rows":
         return _long_rows(values)
+    if study == "pretrained":
+        return _pretrained(values)
     _share_memory(1 if study in (*MODELS, "parallel", "tune") else values.workers or kernels.Options.workers)
     options, preferred = _options(values), _preferred(values.prefer) or {}
     chosen = [] if study in (*MODELS, "parallel", "tune") else list(kernels.selected(options.only))
@@ -201,6 +210,9 @@ def _check_read(values: Any) -> None:
         if getattr(values, name) not in (None, False):
             reading = ", ".join(f"--{other}" for other in sorted(READS[values.study]))
             raise ArgumentError(f"--{name} has no effect on {values.study}, which takes {reading}")
+    known = pretrained.SIZES if values.study == "pretrained" else tuple(models.SIZES)
+    if values.size is not None and values.size not in known:
+        raise ArgumentError(f"--size={values.size} is no size of {values.study}; expected {', '.join(known)}")
 
 
 def _share_memory(workers: int) -> None:
@@ -249,6 +261,25 @@ def _long_rows(values: Any) -> int:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     rows = alone.run(measure, long_rows.chosen(values.only), patience, add, workers)
     return 1 if any("failed" in row for row in rows) else 0
+
+
+def _pretrained(values: Any) -> int:
+    """Measures every case in a process of its own; this one leaves the device alone."""
+    found = versions() | {name: number for name, number in peers.versions().items() if name == "torch"}
+    record: dict[str, Any] = dict(
+        command=["experiments.benchmark", *sys.argv[1:]], versions=found, git=git_revision(), rows=[]
+    )
+
+    def add(row: dict[str, Any]) -> None:
+        record["rows"].append(pretrained.compared(row, record["rows"]))
+        print(pretrained.line(record["rows"][-1]), flush=True)
+        write_atomically(values.out / "pretrained.json", to_json_text(record))
+
+    values.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=values.out) as folder:
+        setting = pretrained.Setting(Path(folder), values.size, values.rounds or 3)
+        rows = pretrained.run(setting, values.only, values.patience or PATIENCE, add)
+    return 1 if any("failed" in row or "out_of_memory" in row for row in rows) else 0
 
 
 def _preferred(pairs: Sequence[str] | None) -> dict[str, str] | None:
@@ -364,8 +395,9 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--size",
-        choices=tuple(models.SIZES),
-        help="size of the models, for `steps`, `decode` and `long_rows` (default: 125m; tiny on a CPU)",
+        choices=tuple(dict.fromkeys((*models.SIZES, *pretrained.SIZES))),
+        help="size of the models, for `steps`, `decode` and `long_rows` (default: 125m; tiny on a CPU) and for `pretrained` "
+        "(default: 1.5b; tiny on a CPU)",
     )
     parser.add_argument(
         "--unrolled", action="store_true", help="compile layers one by one, not under a scan, for `steps`"

@@ -20,6 +20,7 @@ from layers.mixers import MIXERS
 from layers.norms import NORMS
 from layers.positions.position import POSITIONS
 from layers.registry import suggestion
+from seqmodels.adapters import LoraConfig
 from seqmodels.config import KINDS, InputConfig, StackConfig
 
 Place = tuple[str, ...]
@@ -100,7 +101,8 @@ def _opened(field: Field, value: Any, place: Place) -> dict[str, Any]:
         return dict(value)
     if _is_position(field):
         return {"name": field.default if value is None else value}
-    if value is None and (field.type is Any or typing.get_origin(field.type) is Mapping):
+    kinds = {field.type, *typing.get_args(field.type)}
+    if value is None and any(kind is Any or typing.get_origin(kind) is Mapping for kind in kinds):
         return {}
     raise FieldError(f"{'.'.join(['config', *place])} has no fields of its own")
 
@@ -119,6 +121,8 @@ def _fields(config: MAPPING, place: Place, field: Field, values: MAPPING) -> dic
             }
         case (section,) if section in SECTION_CLASSES:
             return fields_of(SECTION_CLASSES[section])
+        case ("train", "lora"):
+            return fields_of(LoraConfig)
         case ("task",):
             return _task_fields(values)
         case ("model",):

@@ -51,6 +51,8 @@ class TrainConfig:
       wandb: Weights & Biases project to report to, or None.
       pretrained: folder of a published checkpoint, or its identifier, whose language model is trained further; the section `model`
         then needs nothing but its options of training (see `experiments.config.pretrained`).
+      lora: options of adapters, such as rank (see `seqmodels.LoraConfig`), which are then trained in place of the parameters of
+        `pretrained`; None trains these. Checkpoints hold the adapters alone.
       protocol: name of the published protocol that the config follows, such as "s4", by which `experiments.report` keeps
         figures apart; it changes nothing.
     """
@@ -67,6 +69,7 @@ class TrainConfig:
     tensorboard: bool = True
     wandb: str | None = None
     pretrained: str | None = None
+    lora: Mapping[str, Any] | None = None
     protocol: str | None = None
 
     def __post_init__(self) -> None:
@@ -77,6 +80,10 @@ class TrainConfig:
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size}"
+            )
+        if self.lora is not None and self.pretrained is None:
+            raise ValueError(
+                f"train.lora={dict(self.lora)} without train.pretrained; expected the folder of a published checkpoint too"
             )
 
 

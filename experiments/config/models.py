@@ -1,13 +1,14 @@
 """The model of a config, checked before any data exist."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from experiments.tasks import TASKS, make_task
-from seqmodels import build_model
+from layers.registry import make_config
+from seqmodels import LoraConfig, adapt, build_model
 from seqmodels.config import KINDS
 
 CLASSIFIERS = ("classifier", "dual_encoder")
@@ -99,10 +100,28 @@ def abstract_model(config: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
     """Returns the model with shapes in place of arrays; nothing is allocated.
 
     Raises:
-      ValueError, TypeError: the section `model` is invalid.
+      ValueError, TypeError: the section `model` or `train.lora` is invalid.
     """
-    values = with_sizes(config, sizes)
-    return nnx.eval_shape(lambda: build_model(values, rngs=nnx.Rngs(config["seed"])))
+    make = model_maker(config, sizes)
+    return nnx.eval_shape(lambda: make(nnx.Rngs(config["seed"])))
+
+
+def model_maker(config: Mapping[str, Any], sizes: Mapping[str, int]) -> Callable[[nnx.Rngs], nnx.Module]:
+    """Returns the function that makes the model, with the adapters of `train.lora` if there are any.
+
+    Raises:
+      ValueError, TypeError: the section `model` or `train.lora` is invalid; the function raises too.
+    """
+    values, lora = with_sizes(config, sizes), config.get("train", {}).get("lora")
+    options = None if lora is None else make_config("train.lora", LoraConfig, lora)
+
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        model = build_model(values, rngs=rngs)
+        if options is not None:
+            adapt(model, options, rngs=rngs)
+        return model
+
+    return make
 
 
 def check_model(config: Mapping[str, Any]) -> None:

@@ -13,9 +13,9 @@ from experiments.config.models import (
     check_kind,
     check_model,
     check_positions,
+    model_maker,
     sizes_of,
     sizes_without_data,
-    with_sizes,
 )
 from experiments.data import bucketing, pipeline
 from experiments.parallel.mesh import Devices
@@ -24,9 +24,9 @@ from experiments.tasks import TASKS, make_task
 from experiments.tasks.task import Task
 from experiments.training.model import SplitModel
 from experiments.training.optimizers import Optimizer, OptimizerConfig
+from experiments.training.published import read_arrays
 from experiments.training.step import StepFunctions, metric_names_of
 from layers.registry import suggestion
-from seqmodels import build_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Experiment:
         devices.check_rows("train.eval_batch_size", self.eval_batch_size)
         for name, (_, options) in self.model.mixers.items():
             devices.check_heads(name, options)
-        devices.check_experts(self.model.parameters)
+        devices.check_experts(self.model.parameters | self.model.statistics)
         if devices.mesh.shape["sequence"] > 1:
             for batch in self.example_train_batches():
                 devices.check_time("a training batch", _tokens(batch["inputs"]))
@@ -201,6 +201,7 @@ class Experiment:
             metric_names=self.metric_names,
             devices=devices,
             accumulate=self.train.accumulate,
+            frozen=lambda: read_arrays(self.config, devices)[0],
         )
 
 
@@ -228,9 +229,8 @@ def build(config: Mapping[str, Any]) -> Experiment:
             bucketing.check_bucket_bounds(split.lengths, data.bucket_bounds)
         except ValueError as error:
             raise ValueError(f"split {name!r}: {error}") from None
-    values = with_sizes(config, sizes_of(task))
     model = SplitModel(
-        lambda rngs: build_model(values, rngs=rngs),
+        model_maker(config, sizes_of(task)),
         padding=task.padding,
         packed=task.packed,
         unprojected=task.unprojected,

@@ -110,15 +110,20 @@ def restore_newest(layout: StateLayout, checkpoints: Checkpoints) -> tuple[Train
     return restored
 
 
-def restore(layout: StateLayout, checkpoints: Checkpoints, step: int) -> tuple[TrainState, Note]:
+def restore(
+    layout: StateLayout, checkpoints: Checkpoints, step: int, beside: TrainState | None = None
+) -> tuple[TrainState, Note]:
     """Returns the state, on the devices of `layout`, and the note of a checkpoint.
+
+    Args:
+      beside: see `StateLayout.from_stored`.
 
     Raises:
       ValueError: if there is no such checkpoint, or it does not fit the model.
     """
     layout.check_stored(checkpoints.shapes(step))
     arrays, note = checkpoints.load(step, layout.abstract_stored)
-    return layout.from_stored(arrays), Note(**note)
+    return layout.from_stored(arrays, beside), Note(**note)
 
 
 class _Training:
@@ -271,7 +276,7 @@ class _Training:
         best = self._checkpoints.intact([*self._checkpoints.from_best, self._step])
         if best is None:
             raise CheckpointError(f"no checkpoint in {self._checkpoints.folder} is intact")
-        state, note = restore(self._layout, self._checkpoints, best)
+        state, note = restore(self._layout, self._checkpoints, best, self._state)
         test = None
         if TEST in self._experiment.task.splits:
             with elapsing(self._bar, "testing"):

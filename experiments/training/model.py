@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
+from layers.adapters import GROUP as LORA
 from layers.kernels.segments import Padding
 from layers.mixer import Mixer
 from layers.parameters import AuxiliaryLoss, Axes, Constant, axes_of, group_of
@@ -87,8 +88,9 @@ class SplitModel:
     """A model split into declarations and pure functions, without any array.
 
     Attributes:
-      parameters: declarations of the parameters by path.
-      statistics: declarations of running statistics, constants and auxiliary losses, which gradients do not change.
+      parameters: declarations of the parameters by path: of all, or of those of adapters if the model has any.
+      frozen: paths of all other parameters, which are among the statistics.
+      statistics: declarations of running statistics, constants, auxiliary losses and all else that gradients do not change.
       mixers: class and config of each mixer by its path.
     """
 
@@ -119,9 +121,12 @@ class SplitModel:
                 f"the model holds {', '.join(others)}; a model may hold nnx.Param, nnx.BatchStat and the kinds of "
                 "layers.parameters only, and constants as plain arrays or in its config"
             )
-        self.parameters, self.statistics = _declarations(parameters), _declarations(statistics)
-        if not self.parameters:
+        declared = _declarations(parameters)
+        if not declared:
             raise ValueError("the model has no parameters")
+        self.parameters = {path: d for path, d in declared.items() if d.group == LORA} or declared
+        self.frozen = tuple(path for path in declared if path not in self.parameters)
+        self.statistics = _declarations(statistics) | {path: declared[path] for path in self.frozen}
         self.mixers = _mixers(model)
         self._auxiliary = tuple(
             _path(path) for path, v in nnx.to_flat_state(statistics) if isinstance(v, AuxiliaryLoss)
@@ -129,12 +134,20 @@ class SplitModel:
 
     @property
     def num_parameters(self) -> int:
-        """Number of elements of all parameters."""
+        """Number of elements of all parameters that gradients change."""
         return sum(declaration.size for declaration in self.parameters.values())
+
+    def describe(self) -> str:
+        """Returns the numbers of parameters in words."""
+        beside = sum(self.statistics[path].size for path in self.frozen)
+        return f"{self.num_parameters:,} parameters" + (
+            f" of adapters beside {beside:,} others" if beside else ""
+        )
 
     def initialise(self, key: jax.Array) -> tuple[Arrays, Arrays]:
         """Returns parameters and statistics before training; a pure function, to be run under `jax.jit`."""
-        return arrays_of(self._make(nnx.Rngs(key)))
+        parameters, statistics = arrays_of(self._make(nnx.Rngs(key)))
+        return parameters, statistics | {path: parameters.pop(path) for path in self.frozen}
 
     @property
     def has_auxiliary_loss(self) -> bool:
@@ -147,7 +160,9 @@ class SplitModel:
 
     def module(self, parameters: Mapping[str, Array], statistics: Mapping[str, Array]) -> nnx.Module:
         """Returns the model with these arrays."""
-        return nnx.merge(self._graph, _nested(parameters), _nested(statistics))
+        frozen = {path: statistics[path] for path in self.frozen}
+        others = {path: array for path, array in statistics.items() if path not in frozen}
+        return nnx.merge(self._graph, _nested({**parameters, **frozen}), _nested(others))
 
     def __call__(
         self,
@@ -172,7 +187,8 @@ class SplitModel:
             call = model.unprojected
         output, _ = call(batch["inputs"], segment_ids=segments, key=key)
         new = nnx.to_flat_state(nnx.state(model, STATISTICS))
-        return output, {_path(path): variable[...] for path, variable in new}
+        frozen = {path: statistics[path] for path in self.frozen}
+        return output, frozen | {_path(path): variable[...] for path, variable in new}
 
 
 def arrays_of(model: nnx.Module) -> tuple[Arrays, Arrays]:

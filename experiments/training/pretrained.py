@@ -1,16 +1,25 @@
 """The state of training that starts from a published checkpoint."""
 
+import os
+
 from experiments.parallel.mesh import Devices
 from experiments.training.experiment import Experiment
-from experiments.training.model import arrays_of
+from experiments.training.published import read_arrays
 from experiments.training.state import StateLayout, TrainState
-from seqmodels.interop.loading import load_weights
 
 
-def initial_state(plan: Experiment, layout: StateLayout, devices: Devices) -> TrainState:
-    """Returns the state before the first step: of `train.pretrained` if it names a checkpoint, and else from the seed."""
-    seed, folder = plan.config["seed"], plan.train.pretrained
-    if folder is None:
+def initial_state(
+    plan: Experiment, layout: StateLayout, devices: Devices, adapter: str | os.PathLike | None = None
+) -> TrainState:
+    """Returns the state before the first step: of `train.pretrained` if it names a checkpoint, and else from the seed.
+
+    Args:
+      adapter: folder of a low-rank adapter that is added to the matrices of the checkpoint.
+    """
+    seed = plan.config["seed"]
+    if plan.train.pretrained is None:
         return layout.initial(seed)
-    model = load_weights(folder, dict(plan.config["model"]), mesh=devices.mesh, rules=devices.rules)
-    return layout.initial(seed, arrays_of(model))
+    parameters, statistics = read_arrays(plan.config, devices, adapter)
+    if frozen := plan.model.frozen:
+        return layout.initial(seed, ({}, statistics | {name: parameters[name] for name in frozen}))
+    return layout.initial(seed, (parameters, statistics))

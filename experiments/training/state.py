@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.parallel.mesh import Devices
+from experiments.training.frozen import fingerprint
 from experiments.training.model import Arrays, Declaration, SplitModel
 from experiments.training.optimizers import Optimizer
 from experiments.training.packing import Packing
@@ -22,6 +23,8 @@ from seqmodels.names import Names
 
 # Separates this key from those that initialize the parameters, which derive from the same seed.
 STEP_KEYS = 1
+# What checkpoints hold of frozen parameters.
+FINGERPRINT = "frozen/fingerprint"
 
 
 class TrainState(NamedTuple):
@@ -30,7 +33,8 @@ class TrainState(NamedTuple):
     Attributes:
       step: number of steps taken, int32.
       parameters: parameters by name, small ones packed into vectors (see `packing`).
-      statistics: running statistics of norms and other variables that gradients do not change, by name.
+      statistics: running statistics of norms and all else that gradients do not change, by name; with adapters also the
+        parameters beside them, which checkpoints do not hold.
       optimizer: state of the optax chain.
       average: exponential moving average of the parameters, or None.
       key: data of the base key; step n draws from fold_in(key, n).
@@ -58,9 +62,19 @@ class StateLayout:
       abstract: shapes, dtypes and shardings of the state.
     """
 
-    def __init__(self, model: SplitModel, optimizer: Optimizer, devices: Devices):
-        """Traces the first state; nothing is allocated."""
-        self._model, self._optimizer, self._devices = model, optimizer, devices
+    def __init__(
+        self,
+        model: SplitModel,
+        optimizer: Optimizer,
+        devices: Devices,
+        frozen: Callable[[], Arrays] | None = None,
+    ):
+        """Traces the first state; nothing is allocated.
+
+        Args:
+          frozen: function that reads the parameters `model.frozen`, if there are any and states are read from checkpoints.
+        """
+        self._model, self._optimizer, self._devices, self._read_frozen = model, optimizer, devices, frozen
         self.packing = Packing(model.parameters, optimizer, devices)
         self.transformation = optimizer.transformation(self.packing.declarations)
         self._declared = {**model.statistics, **self.packing.declarations}
@@ -85,18 +99,23 @@ class StateLayout:
 
         Args:
           seed: seed of the parameters and of later draws.
-          given: parameters and statistics to start from by their paths in the model; as initialized if None.
+          given: parameters and statistics to start from by their paths in the model; what they lack is as initialized.
         """
-        make = jax.jit(
-            lambda seed, given: self.make(jax.random.key(seed), given),
-            out_shardings=self.shardings,
-        )
+        make, shardings, frozen = self.make, self.shardings, {}
+        if given is not None and self._model.frozen:
+            # Passed beside the function, which would copy them.
+            frozen = {name: given[1][name] for name in self._model.frozen}
+            given = given[0], {name: array for name, array in given[1].items() if name not in frozen}
+            make, shardings = lambda *args: self._thawed(self.make(*args)), self._thawed(self.shardings)
+        run = jax.jit(lambda seed, given: make(jax.random.key(seed), given), out_shardings=shardings)
         with self._devices.active():
-            return make(np.uint32(seed), given)
+            return self._with_frozen(run(np.uint32(seed), given), frozen)
 
     def make(self, key: jax.Array, given: tuple[Arrays, Arrays] | None = None) -> TrainState:
         """Returns the initial state from the key of the seed, and from what is given (see `initial`). A pure function."""
-        parameters, statistics = self._model.initialise(key) if given is None else given
+        parameters, statistics = (
+            drawn | each for drawn, each in zip(self._model.initialise(key), given or ({}, {}), strict=True)
+        )
         parameters = self.packing.join(parameters)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -112,15 +131,43 @@ class StateLayout:
         with self._devices.active():
             return self._split(state)
 
-    def from_stored(self, stored: Mapping[str, Any]) -> TrainState:
+    def from_stored(self, stored: Mapping[str, Any], beside: TrainState | None = None) -> TrainState:
         """Returns the state, on the devices, from its stored form; the inverse of `to_stored`.
 
+        Args:
+          beside: a state whose frozen parameters the new one shares; they are read anew if None.
+
         Raises:
-          ValueError: if names or shapes of arrays differ from those of the state.
+          ValueError: if names or shapes of arrays differ from those of the state, or the frozen parameters are others.
         """
         self.check_stored({name: tuple(array.shape) for name, array in stored.items()})
+        arrays, frozen = dict(stored), {}
+        if self._model.frozen:
+            held = self._read_frozen() if beside is None else beside.statistics
+            frozen = {name: held[name] for name in self._model.frozen}
+            with self._devices.active():
+                found = int(jax.jit(self._fingerprint)(frozen))
+            if found != (expected := int(arrays.pop(FINGERPRINT))):
+                raise ValueError(
+                    f"the adapters of the checkpoint belong to other parameters: those of train.pretrained have the fingerprint "
+                    f"{found:08x}, expected {expected:08x}; restore the published checkpoint that they were trained beside"
+                )
         with self._devices.active():
-            return self._join(dict(stored))
+            return self._with_frozen(self._join(arrays), frozen)
+
+    def _thawed(self, state: TrainState) -> TrainState:
+        """Returns the state without frozen parameters."""
+        frozen = self._model.frozen
+        return state._replace(statistics={n: a for n, a in state.statistics.items() if n not in frozen})
+
+    def _with_frozen(self, state: TrainState, frozen: Arrays) -> TrainState:
+        placed = {
+            name: jax.device_put(array, self.shardings.statistics[name]) for name, array in frozen.items()
+        }
+        return state._replace(statistics=state.statistics | placed)
+
+    def _fingerprint(self, frozen: Arrays) -> Array:
+        return fingerprint({name: (self._model.statistics[name], array) for name, array in frozen.items()})
 
     @functools.cached_property
     def abstract_stored(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -154,28 +201,30 @@ class StateLayout:
     def _join(self) -> Callable[[dict[str, Array]], TrainState]:
         def join(stored):
             leaves = []
-            for prefix, declaration, _ in self._leaves(self.abstract):
+            for prefix, declaration, _ in self._leaves(self._thawed(self.abstract)):
                 under = {
                     name.removeprefix(prefix): array
                     for name, array in stored.items()
                     if name.startswith(prefix)
                 }
                 leaves.append(declaration.join(under))
-            return jax.tree.unflatten(jax.tree.structure(self.abstract), leaves)
+            return jax.tree.unflatten(jax.tree.structure(self._thawed(self.abstract)), leaves)
 
-        return jax.jit(join, out_shardings=self.shardings)
+        return jax.jit(join, out_shardings=self._thawed(self.shardings))
 
     def _by_layer(self, state: TrainState) -> dict[str, Array]:
         stored: dict[str, Array] = {}
-        for prefix, declaration, leaf in self._leaves(state):
+        for prefix, declaration, leaf in self._leaves(self._thawed(state)):
             parts = declaration.split(leaf)
             stored |= {f"{prefix}{name}": jnp.copy(array) for name, array in parts.items()}
+        if self._model.frozen:
+            stored[FINGERPRINT] = self._fingerprint({n: state.statistics[n] for n in self._model.frozen})
         return stored
 
     @functools.cached_property
     def _stored_shardings(self) -> dict[str, NamedSharding]:
         shardings = {}
-        for prefix, declaration, leaf in self._leaves(self.abstract):
+        for prefix, declaration, leaf in self._leaves(self._thawed(self.abstract)):
             spec = leaf.sharding.spec
             spec = PartitionSpec(*spec[1:]) if declaration.names.stacked else spec
             sharding = (
@@ -183,7 +232,7 @@ class StateLayout:
             )
             shapes = jax.eval_shape(declaration.split, leaf)
             shardings |= {f"{prefix}{name}": sharding for name in shapes}
-        return shardings
+        return shardings | ({FINGERPRINT: self._devices.replicated} if self._model.frozen else {})
 
     def _leaves(self, state: Any) -> Iterator[tuple[str, Declaration, Any]]:
         """Yields each array of the state with the prefix and the declaration of its names in a checkpoint."""

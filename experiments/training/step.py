@@ -64,6 +64,7 @@ class StepFunctions:
         metric_names: tuple[str, ...],
         devices: Devices,
         accumulate: int = 1,
+        frozen: Callable[[], Arrays] | None = None,
     ):
         """Creates the functions without compiling anything.
 
@@ -71,10 +72,11 @@ class StepFunctions:
           loss: loss of the task: outputs and batch to the mean loss and the sums "loss", "count" and others.
           metric_names: names of those sums.
           accumulate: number of micro-batches per step.
+          frozen: see `StateLayout`.
         """
         self._model, self._loss = model, loss
         self._optimizer, self._devices, self._accumulate = optimizer, devices, accumulate
-        self.layout = StateLayout(model, optimizer, devices)
+        self.layout = StateLayout(model, optimizer, devices, frozen)
         self.metric_names = metric_names
         self.train_metric_names = (*metric_names, *([AUXILIARY] if model.has_auxiliary_loss else []))
         shardings = (self.layout.shardings, devices.replicated)

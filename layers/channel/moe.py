@@ -1,6 +1,6 @@
 """Mixture of experts: a router chooses a few of many gated linear units for each token."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from flax import nnx
 
 from layers.channel.glu import GLU, MLPConfig
 from layers.dropout import dropout
+from layers.kernels.sizes import known
 from layers.options import ActivationDtype, Count, Fraction, NonNegative, Positive, checked_dataclass
 from layers.parameters import NO_DECAY, AuxiliaryLoss, linear, parameter
 from layers.segments import select_masked
@@ -17,6 +18,8 @@ from layers.typing import Array, Bool, Float, Int, Key
 _lecun_normal = nnx.initializers.lecun_normal(batch_axis=(0,))
 
 
+# The most tokens for which, outside training, every expert is run: products with so few cost what the matrices take to read.
+FEW = 64
 SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 
 
@@ -41,8 +44,10 @@ class MoEConfig:
         DeepSeek-V3 uses 0.001.
       balance: coefficient of the load-balancing loss.
       z_loss: coefficient of the loss that keeps the router's logits small; sigmoid routers have none in the papers.
-      compute: "grouped" runs each expert on its own tokens, "dense" runs every expert on all tokens; the outputs are the
-        same. None takes "dense" if a token takes half of the experts or more, else "grouped".
+      compute: "grouped" runs each expert on its own tokens, "dense" runs every expert on all tokens, "picked" reads the
+        matrices of each token's experts anew; the outputs are the same. None takes "dense" if a token takes half of the
+        experts or more, else "grouped"; outside training, where few tokens cost what is read of the matrices, "picked" if
+        they take half of all experts at most, and else "dense" for up to 64 tokens.
       bias: whether the router and the experts have biases (gpt-oss).
       gain: a in the experts' activation x sigmoid(a x); 1 is silu. gpt-oss has 1.702.
       clamp: bound of gates from above and of inputs on both sides before they are multiplied; None for none. gpt-oss has 7.
@@ -65,7 +70,7 @@ class MoEConfig:
     bias_rate: NonNegative = 0.0
     balance: NonNegative = 0.01
     z_loss: NonNegative = 0.001
-    compute: Literal["grouped", "dense"] | None = None
+    compute: Literal["grouped", "dense", "picked"] | None = None
     multiple_of: int = 8
     bias: bool = False
     gain: Positive = 1.0
@@ -151,7 +156,7 @@ class MoE(nnx.Module):
         x = select_masked(x, mask)
         tokens = x.reshape(-1, config.width)
         logits = jnp.matmul(
-            tokens.astype(jnp.float32), self.router.kernel[...], precision=jax.lax.Precision.HIGHEST
+            tokens.astype(jnp.float32), self.router.matrix, precision=jax.lax.Precision.HIGHEST
         )
         if config.bias:
             logits = logits + self.router.bias[...][None]
@@ -163,8 +168,9 @@ class MoE(nnx.Module):
         if key is not None:
             real = jnp.ones(len(tokens), bool) if mask is None else mask.reshape(-1)
             self._balance(logits, scores, chosen, real)
-        compute = config.compute or ("dense" if 2 * config.top_k >= config.experts else "grouped")
-        run = self._dense if compute == "dense" else self._grouped
+        run = {"dense": self._dense, "grouped": self._grouped, "picked": self._picked}[
+            self._compute(len(tokens), training=key is not None)
+        ]
         y = run(tokens.astype(config.dtype), config.scale * weights, chosen, keys[0]).reshape(x.shape)
         if self.shared is None:
             return y
@@ -172,6 +178,16 @@ class MoE(nnx.Module):
         if self.shared_gate is not None:
             shared = jax.nn.sigmoid(self.shared_gate(x)) * shared
         return y + shared
+
+    def _compute(self, tokens: Any, *, training: bool) -> str:
+        """Returns how the experts of so many tokens are run."""
+        config = self.config
+        if config.compute is not None:
+            return config.compute
+        few = known(tokens) and not training
+        if few and 2 * tokens * config.top_k <= config.experts:
+            return "picked"
+        return "dense" if 2 * config.top_k >= config.experts or (few and tokens <= FEW) else "grouped"
 
     def _choose(self, scores: Float[Array, "n e"]) -> Int[Array, "n k"]:
         """Returns the experts per token: the best by score and bias within the best groups."""
@@ -238,6 +254,20 @@ class MoE(nnx.Module):
         if biases is not None:
             y = y + biases[2][:, None]
         return jnp.einsum("end,en->nd", y, every).astype(x.dtype)
+
+    def _picked(self, x, weights, chosen, key):
+        """Multiplies every token by the matrices of its experts."""
+        gate, up, down = (matrix.at[chosen].get(mode="promise_in_bounds") for matrix in self._matrices())
+        gates, inputs = jnp.einsum("nd,nkdh->nkh", x, gate), jnp.einsum("nd,nkdh->nkh", x, up)
+        biases = self._biases()
+        if biases is not None:
+            biases = tuple(bias[chosen] for bias in biases)
+            gates, inputs = gates + biases[0], inputs + biases[1]
+        h = dropout(self._hidden(gates, inputs), self.config.dropout, key)
+        y = jnp.einsum("nkh,nkhd->nkd", h, down, preferred_element_type=jnp.float32)
+        if biases is not None:
+            y = y + biases[2]
+        return jnp.einsum("nkd,nk->nd", y, weights).astype(x.dtype)
 
     def _grouped(self, x, weights, chosen, key):
         """Sorts tokens by expert into blocks of rows, each multiplied by the matrices of one expert.

@@ -2,20 +2,19 @@
 
 from collections.abc import Sequence
 
-from flax import nnx
-
+from layers.parameters import Linear
 from layers.typing import Array, Float
 
 
 def project(
-    linear: nnx.Linear, x: Float[Array, "... d"], sizes: Sequence[int]
+    linear: Linear, x: Float[Array, "... d"], sizes: Sequence[int]
 ) -> tuple[Float[Array, "... n"], ...]:
     """Returns the outputs x W + b of a linear map in consecutive parts of these sizes, which sum to all outputs.
 
     Each part is a product of its own with a slice of W. A kernel that takes one part then reads the array as it is written, while
     a slice of all outputs would be copied for it.
     """
-    kernel, dtype = linear.kernel[...], linear.dtype
+    kernel, dtype = linear.matrix, linear.dtype
     parts, start = [], 0
     for size in sizes:
         columns = slice(start, start + size)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from layers.mixer import Mixer
 from layers.options import ActivationDtype, Count, checked_dataclass
-from layers.parameters import Constant, linear
+from layers.parameters import Constant, Linear, linear
 from layers.parts.each_segment import mix_each_segment
 from layers.parts.heads import join_heads, split_heads
 from layers.segments import Segments
@@ -105,9 +105,9 @@ class DrawnAttention(WholeAttention):
         return self.seed[...]
 
 
-def map_of(linear: nnx.Linear) -> tuple[Array, Array | None]:
+def map_of(linear: Linear) -> tuple[Array, Array | None]:
     """Returns the kernel and the bias of a linear map, which `attend` may read as weights and apply by `mapped`."""
-    return linear.kernel[...], None if linear.bias is None else linear.bias[...]
+    return linear.matrix, None if linear.bias is None else linear.bias[...]
 
 
 def mapped(x: Float[Array, "b t d"], kernel: Array, bias: Array | None) -> Float[Array, "b t f"]:

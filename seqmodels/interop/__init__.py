@@ -7,7 +7,8 @@ A family (`seqmodels.interop.families`) is a table of pairs of names and a funct
 and nothing is fetched.
 """
 
+from seqmodels.interop.adapters import load_adapter, save_adapter
 from seqmodels.interop.loading import load_pretrained
 from seqmodels.interop.saving import save_pretrained
 
-__all__ = ["load_pretrained", "save_pretrained"]
+__all__ = ["load_adapter", "load_pretrained", "save_adapter", "save_pretrained"]

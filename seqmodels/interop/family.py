@@ -147,7 +147,7 @@ def merged(theirs: tuple[str, ...], ours: str, sizes: tuple[int, ...]) -> Pair:
     return Pair(
         tuple(f"{name}.weight" for name in theirs),
         (f"{ours}/kernel",),
-        lambda *x: (np.concatenate([each.T for each in x], axis=-1),),
+        lambda *x: (np.concatenate(x).T,),
         lambda x: tuple(part.T for part in np.split(x, ends, axis=-1)),
     )
 
@@ -174,6 +174,4 @@ def stacked(theirs: tuple[str, ...], ours: str, *, transpose: bool = False) -> P
     def turned(x):
         return np.swapaxes(x, -1, -2) if transpose else x
 
-    return Pair(
-        theirs, (ours,), lambda *x: (np.stack([turned(each) for each in x]),), lambda x: tuple(map(turned, x))
-    )
+    return Pair(theirs, (ours,), lambda *x: (turned(np.stack(x)),), lambda x: tuple(map(turned, x)))

@@ -8,10 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
+# CPUs take memory that begins at a multiple of this many bytes as it is, without a copy.
+ALIGNMENT = 64
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": jnp.dtype(jnp.bfloat16)}
 
 
 def library() -> Any:
@@ -46,6 +50,20 @@ def read_json(file: Path) -> dict[str, Any]:
     return made
 
 
+def new_folder(folder: str | os.PathLike, names: Iterable[str]) -> Path:
+    """Returns the path of a folder that is to be written.
+
+    Raises:
+      ValueError: it is a file, or holds one of the names.
+    """
+    path = Path(folder).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"folder={str(path)!r} is a file; expected a folder")
+    if held := [name for name in names if (path / name).exists()]:
+        raise ValueError(f"folder={str(path)!r} holds {held[0]} already; expected another or an empty folder")
+    return path
+
+
 class Tensors:
     """The tensors of a checkpoint by name, of which only the headers are read until one is asked for.
 
@@ -54,10 +72,11 @@ class Tensors:
     """
 
     def __init__(self, shards: Iterable[Path], stack: contextlib.ExitStack):
-        self._files = {}
+        self._files, self._places = {}, {}
         for file in shards:
             opened = stack.enter_context(_opened(file))
             self._files |= dict.fromkeys(opened.keys(), opened)
+            self._places |= _places(file)
 
     @property
     def names(self) -> set[str]:
@@ -73,8 +92,18 @@ class Tensors:
         return math.prod(self.shape(name))
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a tensor."""
-        return self._files[name].get_tensor(name)
+        """Returns a tensor. Several threads may read at once."""
+        if name not in self._places:
+            return self._files[name].get_tensor(name)
+        file, start, dtype = self._places[name]
+        array = aligned(self.shape(name), dtype)
+        waiting = memoryview(array.reshape(-1).view(np.uint8))
+        # Unlike `get_tensor`, this lets other threads run.
+        with file.open("rb", buffering=0) as opened:
+            opened.seek(start)
+            while waiting:
+                waiting = waiting[opened.readinto(waiting) :]
+        return array
 
 
 @contextlib.contextmanager
@@ -103,6 +132,26 @@ def _shards(folder: Path) -> list[Path]:
     if missing := [name for name in names if not (folder / name).exists()]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names")
     return [folder / name for name in names]
+
+
+def _places(file: Path) -> dict[str, tuple[Path, int, np.dtype]]:
+    """Returns file, first byte and type of the tensors of a whole file in safetensors' format."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    return {
+        name: (file, 8 + size + entry["data_offsets"][0], DTYPES[entry["dtype"]])
+        for name, entry in header.items()
+        if name != "__metadata__" and entry["dtype"] in DTYPES
+    }
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an array whose memory a CPU takes as it is."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _opened(file: Path) -> Any:

@@ -1,5 +1,6 @@
 """Models from published checkpoints, read a tensor at a time."""
 
+import concurrent.futures
 import contextlib
 import os
 import re
@@ -24,9 +25,11 @@ from seqmodels.interop.options import Options
 from seqmodels.interop.placing import Parts, default_sharding, sharding_of
 from seqmodels.interop.tensors import STORED, Table, check_tensors, make_table
 from seqmodels.language_model import LanguageModel
-from seqmodels.names import names_of
+from seqmodels.names import Names, names_of
 
 OTHERS = nnx.Not(nnx.Any(*STORED))
+# Tensors that are read at once.
+READERS = 8
 
 
 def load_pretrained(
@@ -41,7 +44,7 @@ def load_pretrained(
 ) -> tuple[LanguageModel, dict[str, Any]]:
     """Returns the model of a checkpoint in the format of transformers, and its config.
 
-    Beside the model, memory holds a tensor at a time, and the largest variables are read first.
+    Beside the model, memory holds a few tensors at a time, and the largest variables are read first.
 
     Args:
       folder: folder with config.json, and model.safetensors or shards with model.safetensors.index.json; or an identifier
@@ -197,11 +200,18 @@ def _fill(
         for path, variable in nnx.to_flat_state(stored)
     ]
     # What is read at once stands in memory twice: the largest come first, beside little else.
-    for names, variable, sharding in sorted(placed, key=lambda each: each[1].size / len(each[0].names))[::-1]:
+    placed.sort(key=lambda each: -each[1].size / len(each[0].names))
+
+    def made(each: tuple[Names, nnx.Variable, Sharding]) -> jax.Array:
+        names, variable, sharding = each
         parts = Parts(variable.shape, variable.dtype, sharding)
         for number, name in enumerate(names.names):
             parts.write(source.read(name), number if names.stacked else None)
-        variable.set_value(parts.array())
+        return parts.array()
+
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        for (_, variable, _), array in zip(placed, pool.map(made, placed), strict=True):
+            variable.set_value(array)
     nnx.update(model, stored)
     if nnx.to_flat_state(rest):
         where: Sharding = default_sharding(mesh)

@@ -4,12 +4,12 @@ An adapter of the rank r adds s B A to a matrix, with A (r, inputs), B (outputs,
 it is rank-stabilized (Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732).
 """
 
-import math
 import re
 from pathlib import Path
 
 import numpy as np
 
+from layers.adapters import scale_of
 from layers.options import suggestion
 from seqmodels.interop import files
 from seqmodels.interop.options import Options
@@ -59,6 +59,10 @@ OTHERS = (
 class Adapter:
     """What an adapter adds to the tensors of a checkpoint.
 
+    Attributes:
+      modules: names of the modules that it adapts, without ".weight".
+      stabilized: whether scales are alpha / sqrt(r).
+
     Raises:
       ValueError: the folder has no adapter, one of another kind, or factors that do not fit together.
     """
@@ -75,7 +79,10 @@ class Adapter:
             options.only(name, None, [], {})
         options.take("r")
         self._alpha, self._alphas = options.take("lora_alpha"), options.take("alpha_pattern", None) or {}
-        self._rooted, self._turned = options.take("use_rslora", False), options.take("fan_in_fan_out", False)
+        self.stabilized, self._turned = (
+            options.take("use_rslora", False),
+            options.take("fan_in_fan_out", False),
+        )
         options.check_all_read()
         self._tensors, self._of = tensors, folder
         ends = {name: next((end for end in FACTORS if name.endswith(end)), None) for name in tensors.names}
@@ -84,14 +91,14 @@ class Adapter:
                 raise ValueError(
                     f"{folder} has the tensor {name}, which is not supported; expected {PREFIX}NAME with {' or '.join(FACTORS)}"
                 )
-        self._modules = {name.removeprefix(PREFIX).removesuffix(end) for name, end in ends.items()}
-        for module in self._modules:
+        self.modules = {name.removeprefix(PREFIX).removesuffix(end) for name, end in ends.items()}
+        for module in self.modules:
             if missing := [end for end in FACTORS if PREFIX + module + end not in tensors.names]:
                 raise ValueError(f"{folder} lacks the tensor {PREFIX}{module}{missing[0]}")
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raises ValueError unless all factors belong to tensors of a checkpoint and have their sizes."""
-        for module in sorted(self._modules):
+        for module in sorted(self.modules):
             name = f"{module}.weight"
             if name not in shapes:
                 raise ValueError(
@@ -107,10 +114,14 @@ class Adapter:
     def add(self, name: str, tensor: np.ndarray) -> np.ndarray:
         """Returns a tensor of the checkpoint with what is added to it."""
         module = name.removesuffix(".weight")
-        if module not in self._modules or module == name:
+        if module not in self.modules or module == name:
             return tensor
+        a, b, alpha = self.factors(module)
+        product = scale_of(alpha, len(a), self.stabilized) * (b @ a)
+        return (tensor + (product.T if self._turned else product)).astype(tensor.dtype)
+
+    def factors(self, module: str) -> tuple[np.ndarray, np.ndarray, float]:
+        """Returns A (r, inputs), B (outputs, r) and alpha of a module."""
         a, b = (self._tensors.read(PREFIX + module + end).astype(np.float32) for end in FACTORS)
         patterns = (value for key, value in self._alphas.items() if re.match(rf"(.*\.)?({key})$", module))
-        alpha, rank = next(patterns, self._alpha), len(a)
-        product = alpha / (math.sqrt(rank) if self._rooted else rank) * (b @ a)
-        return (tensor + (product.T if self._turned else product)).astype(tensor.dtype)
+        return a, b, float(next(patterns, self._alpha))

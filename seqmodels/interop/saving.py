@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from layers.registry import choose
+from seqmodels.adapters import has_adapters
 from seqmodels.block import Block
 from seqmodels.config import parse
 from seqmodels.interop import files
@@ -76,13 +76,11 @@ def save_pretrained(
         raise ValueError(
             f"model is a {type(model).__name__}; only language models have a format of transformers"
         )
-    folder = Path(folder).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder={str(folder)!r} is a file; expected a folder")
-    if held := [name for name in (files.CONFIG, files.WHOLE, files.INDEX) if (folder / name).exists()]:
+    if has_adapters(model):
         raise ValueError(
-            f"folder={str(folder)!r} holds {held[0]} already; expected another or an empty folder"
+            "the model has adapters; expected one after seqmodels.merge_adapters, or seqmodels.save_adapter for them alone"
         )
+    folder = files.new_folder(folder, (files.CONFIG, files.WHOLE, files.INDEX))
     family, theirs, table = express(model, architecture)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_tensors(folder, _tensors(model, table), shard_size=shard_size)

@@ -1,4 +1,4 @@
-"""The mixture of experts: what its two computations share, its auxiliary loss, and special cases."""
+"""The mixture of experts: what its computations share, its auxiliary loss, and special cases."""
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +40,25 @@ def gradients(model, x):
         {"shared": 2, "shared_gate": True, "scores": "sigmoid", "scale": 2.5},
         {"top_k": 1, "normalize": False},
         {"top_k": 5, "normalize": False},
+        {"bias": True, "gain": 1.702, "clamp": 7.0, "offset": 1.0},
     ],
 )
-def test_grouped_equals_dense_with_all_gradients(options):
-    one, other = (gradients(make(compute=compute, **options), X) for compute in ("grouped", "dense"))
-    assert np.abs(one[1]).max() > 1e-2
-    for got, want in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        assert np.abs(want).max() > 1e-3
-        np.testing.assert_allclose(got, want, atol=1e-5)
+def test_all_computations_agree_with_all_gradients(options):
+    dense, *others = (gradients(make(compute=each, **options), X) for each in ("dense", "grouped", "picked"))
+    assert np.abs(dense[1]).max() > 1e-2
+    for other in others:
+        for got, want in zip(jax.tree.leaves(other), jax.tree.leaves(dense), strict=True):
+            assert np.abs(want).max() > 1e-3
+            np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_what_runs_depends_on_the_number_of_tokens():
+    model = make(experts=16)
+    chosen = [(tokens, model._compute(tokens, training=False)) for tokens in (1, 4, 5, 64, 65)]
+    assert chosen == [(1, "picked"), (4, "picked"), (5, "dense"), (64, "dense"), (65, "grouped")]
+    assert model._compute(1, training=True) == "grouped"
+    assert make(experts=3)._compute(1, training=True) == "dense"
+    assert make(compute="grouped")._compute(1, training=False) == "grouped"
 
 
 def glu(x, gate, up, down):
@@ -104,7 +115,7 @@ def test_any_number_of_tokens(tokens):
     np.testing.assert_allclose(model(x), other(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("compute", ["grouped", "dense"])
+@pytest.mark.parametrize("compute", ["grouped", "dense", "picked"])
 def test_equal_experts_are_one_dense_layer(compute):
     model = make(compute=compute, hidden=8)
     dense = GLU(MLPConfig(WIDTH, hidden=8), rngs=nnx.Rngs(2))

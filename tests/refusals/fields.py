@@ -69,6 +69,12 @@ FIELDS = [
     ("--config=SHORT --config.train.steps=0", "train.steps=0; expected"),
     ("--config=SHORT --config.train.epochs=1 --config.train.steps=1", "set one of the two"),
     ("--config=SHORT --config.train.pretrained=TMP/none", "none': folder="),
+    (
+        "--config=SHORT --config.train.lora.rnk=8",
+        "config.train.lora has no field 'rnk'; did you mean 'rank'?",
+    ),
+    ("--config=SHORT --config.train.lora.rank=eight", "config.train.lora.rank='eight'; expected an integer"),
+    ("--config=SHORT --config.train.lora.rank=8", "without train.pretrained"),
     ("--config=SHORT --config.train.epochs=none --config.train.steps=none", "set one of the two"),
     ("--config=SHORT --config.train.accumulate=7", "train.accumulate=7 does not divide train.batch_size"),
     ("--config=SHORT --config.train.eval_every=0", "train.eval_every=0.0; expected a number above 0"),

@@ -108,6 +108,12 @@ CONFIGS = [
     (train(batch_size=2.0), TypeError, "train.batch_size=2.0; expected an integer"),
     (train(batch_size="8"), TypeError, "train.batch_size='8'; expected an integer"),
     (train(batch_size=True), TypeError, "train.batch_size=True; expected an integer"),
+    (
+        train(lora={"rank": 4}),
+        ValueError,
+        "without train.pretrained; expected the folder of a published checkpoint too",
+    ),
+    (train(lora=8), TypeError, "train.lora=8; expected"),
     (train(steps=-3), ValueError, "train.steps=-3; expected"),
     (train(tensorboard="yes"), TypeError, "train.tensorboard='yes'; expected True or False"),
     (train(eval_every="1"), TypeError, "train.eval_every='1'; expected a number"),

@@ -198,3 +198,17 @@ def test_published_hybrids_generate_what_full_passes_predict(name):
     model = made(small)
     new = seqmodels.generate(model, PROMPTS, max_new_tokens=4, temperature=0, chunk=16, block=4)
     check_against_full_passes(model, PROMPTS, new, width=16)
+
+
+def test_a_model_on_a_device_compiles_each_loop_once():
+    """Parameters that are put on a device, as those of checkpoints are, take part in what compiled programs depend on."""
+    graph, variables = nnx.split(small())
+    model = nnx.merge(graph, jax.device_put(variables, jax.devices()[1]))
+    before = generation._read._cache_size(), generation.decode._cache_size()
+    prompt = [list(range(1, 10))]  # two whole chunks of four tokens, and the one that the first step reads
+    new = seqmodels.generate(
+        model, prompt, max_new_tokens=6, block=2, chunk=4, stop=[[12, 12]], temperature=0
+    )
+    assert generation._read._cache_size() - before[0] == 1
+    assert generation.decode._cache_size() - before[1] == 1
+    assert new.tokens.shape == (1, 6)

@@ -152,7 +152,7 @@ class MLA(Mixer):
         scale *= config.position.gain**2 if isinstance(config.position, Rotary) else 1
         options = {"causal": True, "scale": scale, "segment_ids": segment_ids, "tokens": tokens}
         to_key, to_value = jnp.split(
-            self.expand.kernel[...].astype(config.dtype).reshape(config.latent, config.heads, -1),
+            self.expand.matrix.astype(config.dtype).reshape(config.latent, config.heads, -1),
             [config.head_dim],
             axis=2,
         )

@@ -138,7 +138,7 @@ class WERSA(Mixer):
 
     def _gates(self) -> tuple[Array, ...]:
         layers = (self.inner, self.outer)
-        return *(v[...] for layer in layers for v in (layer.kernel, layer.bias)), self.scales[...]
+        return *(v for layer in layers for v in (layer.matrix, layer.bias[...])), self.scales[...]
 
     def _filter_causally(self, qk, past, total, segments):
         """Returns filtered queries and keys, and what the next call needs: past inputs and the sum of queries."""

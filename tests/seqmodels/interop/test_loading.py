@@ -52,8 +52,8 @@ def test_memory_holds_little_beside_the_model(larger):
     finally:
         tracemalloc.stop()
     size = sum(array.nbytes for array in arrays(model))
-    # A CPU's arrays are the memory that was written: what is held shows that it counts.
-    assert 0.9 * size < held
+    # A CPU's arrays are the memory that was written, but for those that it transposes: what is held shows that it counts.
+    assert 0.8 * size < held
     assert peak < 1.2 * size
 
 

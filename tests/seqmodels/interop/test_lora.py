@@ -7,10 +7,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from experiments import convert
-from seqmodels import load_pretrained, save_pretrained
+from seqmodels import (
+    LoraConfig,
+    adapt,
+    load_adapter,
+    load_pretrained,
+    merge_adapters,
+    save_adapter,
+    save_pretrained,
+)
+from seqmodels.adapters import linear_maps
+from seqmodels.names import by_layer
 
 BASE, ADAPTER = (Path(__file__).parent / name for name in ("data/llama", "adapter"))
 DOWN = "layers.1.mlp.down_proj"
@@ -42,12 +53,91 @@ def test_factors_are_added_to_matrices(tmp_path):
     assert all(np.array_equal(again[name], after[name]) for name in after)
 
 
-@pytest.mark.slow
-def test_logits():
-    model, _ = load_pretrained(BASE, adapter=ADAPTER)
+def test_logits_beside_and_merged(tmp_path):
     want = load_file(ADAPTER / "expected.safetensors")
-    got = jax.jit(lambda ids: model(ids)[0])(want["tokens"])
-    assert np.linalg.norm(got - want["logits"]) <= 1e-4 * np.linalg.norm(want["logits"])
+    beside = load_adapter(load_pretrained(BASE)[0], ADAPTER)
+    merged, _ = load_pretrained(BASE, adapter=ADAPTER)
+    run = jax.jit(lambda model, ids: model(ids)[0])
+    for model in (beside, merged):
+        got = run(model, want["tokens"])
+        assert np.linalg.norm(got - want["logits"]) <= 1e-4 * np.linalg.norm(want["logits"])
+    merge_adapters(beside)
+    again, whole = by_layer(beside), by_layer(merged)
+    for name in whole:
+        np.testing.assert_allclose(again[name], whole[name], atol=1e-6, err_msg=name)
+
+
+def test_what_peft_wrote_is_written_again(tmp_path):
+    model = load_adapter(load_pretrained(BASE)[0], ADAPTER)
+    with pytest.raises(
+        ValueError, match="the model has adapters; expected one after seqmodels.merge_adapters"
+    ):
+        save_pretrained(model, tmp_path / "whole")
+    save_adapter(model, tmp_path / "out", base=str(BASE))
+    got, want = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out", ADAPTER))
+    assert got.keys() == want.keys()
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+    made, theirs = (
+        json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path / "out", ADAPTER)
+    )
+    for name in (
+        "peft_type",
+        "bias",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "fan_in_fan_out",
+        "rank_pattern",
+    ):
+        assert made[name] == theirs[name], name
+    assert made["alpha_pattern"] == {f"model.layers.{layer}.mlp.down_proj": 3 for layer in (0, 1)}
+    assert {name.split(".")[-1] for name in made["target_modules"]} == {"q_proj", "down_proj"}
+    with pytest.raises(ValueError, match="holds adapter_config.json already"):
+        save_adapter(model, tmp_path / "out")
+    merge_adapters(model)
+    with pytest.raises(ValueError, match="the model has no adapters"):
+        save_adapter(model, tmp_path / "none")
+
+
+# One matrix of theirs for each of ours, several of ours in one of theirs (transposed in gpt2), several of theirs in one of ours.
+FAMILIES = ("llama", "gpt_neox", "gpt2", "phi3", "kimi_linear", "qwen3_next")
+
+
+@pytest.mark.parametrize("stabilized", [False, True])
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name != "gpt_neox")) for name in FAMILIES]
+)
+def test_adapters_of_families(family, stabilized, tmp_path):
+    base = BASE.parent / family
+    model, _ = load_pretrained(base)
+    config = LoraConfig(rank=2, alpha=3.0, rslora=stabilized, targets=("all-linear",))
+    assert adapt(model, config, rngs=nnx.Rngs(0))
+    for number, module in enumerate(linear_maps(model).values()):
+        if module.adapter is not None:
+            drawn = 0.1 * jax.random.normal(jax.random.key(number), module.adapter.b.shape)
+            module.adapter.b.set_value(drawn)
+    save_adapter(model, tmp_path / "one", base=str(base))
+    (architecture,) = json.loads((base / "config.json").read_text())["architectures"]
+    again = load_adapter(load_pretrained(base)[0], tmp_path / "one", architecture=architecture)
+    save_adapter(again, tmp_path / "two", base=str(base))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    merged = by_layer(load_pretrained(base, adapter=tmp_path / "one")[0])
+    merge_adapters(model)
+    for name, array in by_layer(model).items():
+        np.testing.assert_allclose(merged[name], array, atol=1e-6, err_msg=name)
+
+
+def test_an_adapter_of_another_checkpoint(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"has factors of the shapes \(2, 16\) and \(16, 2\) for .* of shape \("
+    ):
+        load_adapter(load_pretrained(BASE.parent / "mistral")[0], ADAPTER)
+    with pytest.raises(
+        ValueError, match=r"adapts model.layers.0.mlp.down_proj.weight.* which the checkpoint does not have"
+    ):
+        load_adapter(load_pretrained(BASE.parent / "gpt2")[0], ADAPTER)
 
 
 @pytest.mark.parametrize(
