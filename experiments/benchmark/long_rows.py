@@ -23,11 +23,13 @@ from typing import Any, NamedTuple, get_args
 import jax
 import numpy as np
 
+from experiments.analysis.utilization import training_flops
 from experiments.benchmark import alone, links, models, parallel_row
 from experiments.benchmark.steps import random_batch, step_functions
 from experiments.benchmark.timing import peak_bytes
 from experiments.config.loading import MeshConfig
 from experiments.parallel.mesh import Devices
+from experiments.tasks import tokens as token_task
 from layers.kernels import dispatch
 from layers.kernels.sequence_parallel import AttentionMethod
 from layers.registry import suggestion
@@ -176,6 +178,7 @@ def _step(setting, name, length, how, remat) -> dict[str, Any]:
         devices=len(devices),
         remat=remat,
         parameters=model.num_parameters,
+        flops=training_flops(model, token_task.cross_entropy, arrays),
         implementations=sorted({"/".join(one) for one in taken}),
         compile_seconds=time.perf_counter() - start,
         needed_bytes=peak_bytes(step),
@@ -208,14 +211,22 @@ def _steps(step, state, batch, rounds):
 
 
 def compared(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the row with its tokens per second by those of the cases on one device that are among the rows before it.
+    """Returns the row with its speed by that of the cases on one device that are among the rows before it.
 
-    A row of T tokens through attention takes twice as many operations per token as one of T / 2.
+    A row of T tokens through attention takes more operations per token than one of T / 2, so operations per second (those of
+    `training_flops`) are compared beside tokens per second.
     """
     kind, _, how = row["case"].rpartition("/")
     if how in ALONE or "tokens_per_second" not in row:
         return dict(row)
-    alone = {r["case"]: r["tokens_per_second"] for r in rows if "tokens_per_second" in r}
-    names = {"one": "times_one_device", "whole": "times_one_device_whole"}
-    found = {label: alone.get(f"{kind}/{how}") for how, label in names.items()}
-    return row | {label: row["tokens_per_second"] / speed for label, speed in found.items() if speed}
+    alone = {r["case"]: r for r in rows if "tokens_per_second" in r}
+    found = {}
+    for name, label in (("one", "times_one_device"), ("whole", "times_one_device_whole")):
+        if one := alone.get(f"{kind}/{name}"):
+            found[label] = row["tokens_per_second"] / one["tokens_per_second"]
+            found[f"operations_{label}"] = found[label] * _per_token(row) / _per_token(one)
+    return dict(row) | found
+
+
+def _per_token(row):
+    return row["flops"] / row["time"]

@@ -17,6 +17,7 @@ def test_cases_are_chosen_by_how_their_names_begin():
     assert found == [
         "links",
         "train/gated_deltanet/one",
+        "train/gated_deltanet/whole",
         "train/gated_deltanet/all_gather",
         "train/gated_deltanet/all_scan",
     ]
@@ -25,10 +26,14 @@ def test_cases_are_chosen_by_how_their_names_begin():
 
 
 def test_a_row_is_compared_with_that_of_one_device():
-    one = {"case": "transformer/one", "tokens_per_second": 10.0}
-    two = {"case": "transformer/ring", "tokens_per_second": 15.0}
-    assert long_rows.compared(two, [one]) == two | {"times_one_device": 1.5}
+    one = {"case": "transformer/one", "tokens_per_second": 10.0, "flops": 80, "time": 8}
+    two = {"case": "transformer/ring", "tokens_per_second": 15.0, "flops": 320, "time": 16}
+    ratios = {"times_one_device": 1.5, "operations_times_one_device": 3.0}
+    assert long_rows.compared(two, [one]) == two | ratios
     assert long_rows.compared(two, []) == two
+    whole = two | {"case": "transformer/whole", "tokens_per_second": 5.0}
+    ratios |= {"times_one_device_whole": 3.0, "operations_times_one_device_whole": 3.0}
+    assert long_rows.compared(two, [one, whole]) == two | ratios
     full = {"case": "transformer/one", "out_of_memory": "9 bytes"}
     assert long_rows.compared(two, [full]) == two
 

@@ -4,7 +4,7 @@ import pytest
 
 from experiments import describe
 
-MATRIX = "gated_linear_attention", "delta_rule", "linear_recurrence"
+MATRIX = "gated_linear_attention", "delta_rule", "linear_recurrence", "selective_scan"
 QWEN3_NEXT = dict(heads=16, value_heads=32, key_dim=128, value_dim=128)
 TAKEN = [
     *((width, name, {}) for width in (768, 2048) for name in ("retnet", "lightning_attention", "mamba2")),
@@ -17,6 +17,7 @@ TAKEN = [
     *((width, "hgrn", {}) for width in (768, 2048)),
     (768, "hgrn", dict(state="real")),
     *((width, name, {}) for width in (768, 2048) for name in ("gla", "hgrn2", "rwkv6")),
+    (768, "mamba", {}),
 ]
 # Key heads are width / 4 or 3/4 of it by default, and 256 as Gated DeltaNet was published.
 LEFT = [

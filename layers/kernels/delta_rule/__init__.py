@@ -33,9 +33,7 @@ DELTA_RULE = {
     ),
 }
 DPLR_DELTA_RULE = {
-    "gpu": Implementation(
-        gpu.dplr_delta_rule, gpu.dplr_unsupported_reason, gpu.dplr_passed_over_reason, "gpu"
-    ),
+    "gpu": Implementation(gpu.dplr_delta_rule, gpu.dplr_unsupported_reason, by_name_only, "gpu"),
     "xla": Implementation(isolated(xla.dplr_delta_rule, *DPLR_SERIES, readers=READERS)),
     "reference": Implementation(
         isolated(reference.dplr_delta_rule, *DPLR_SERIES, readers=READERS),
@@ -83,7 +81,7 @@ def delta_rule(
       segment_ids: 0 is padding, which leaves the state as it is and outputs zero; a change of id resets the state
         (see `layers.kernels.segments`).
       impl: "gpu", "xla", "reference", or None for the best. "gpu", for Hopper, takes bfloat16 values, and bfloat16 queries
-        and keys of at most 128 features per head.
+        and keys of at most 128 features per head. With a decay per key channel it is taken by name only.
 
     Returns:
       o: (b, t, h, v) in the type of v.

@@ -17,7 +17,7 @@ __all__ = ["Piece", "compose", "selective_scan", "summarize"]
 
 SERIES, READERS = ("x", "dt", "b", "c", "gate"), ("c", "gate")
 IMPLEMENTATIONS = {
-    "gpu": Implementation(gpu.selective_scan, gpu.unsupported_reason, by_name_only, "gpu"),
+    "gpu": Implementation(gpu.selective_scan, gpu.unsupported_reason, gpu.passed_over_reason, "gpu"),
     "xla": Implementation(isolated(xla.selective_scan, *SERIES, readers=READERS)),
     "reference": Implementation(
         isolated(reference.selective_scan, *SERIES, readers=READERS),
@@ -66,7 +66,7 @@ def selective_scan(
       initial_state: h_0, zero if None. It belongs to the segment of the first real token.
       segment_ids: 0 is padding, which leaves the state as it is and gives the output 0; a change of id resets the
         state (see `layers.kernels.segments`).
-      impl: "gpu" (by name only; at most 32 states per channel), "xla", "reference", or None for the best.
+      impl: "gpu" (for Hopper; at most 32 states per channel), "xla", "reference", or None for the best.
 
     Returns:
       y: (b, t, d), in the type of x.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels import pallas_triton
+from layers.kernels import devices, pallas_triton
 from layers.kernels.selective_scan import gpu, selective_scan
 from layers.kernels.selective_scan.cases import SUITE
 from tests.layers.kernels import test_primitives as shared
@@ -105,6 +105,17 @@ def test_refusals():
         given = {key: x if x is None else jnp.asarray(x, jnp.float32) for key, x in given.items()}
         with pytest.raises(ValueError, match=f"impl='gpu' .* {reason}"):
             selective_scan(**given, dt_softplus=True, impl="gpu")
+
+
+def test_short_calls_and_few_channels_are_left_to_xla():
+    with devices.as_on("gpu"):
+        for shape, reason in (
+            ((8, 256, 1024), None),
+            ((8, 255, 1024), "x has 255 tokens; the kernels are timed from 256 on"),
+            ((7, 256, 1024), "batch x channels is 7168; from 8192 on they fill the GPU"),
+        ):
+            x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+            assert gpu.passed_over_reason(x=x) == reason
 
 
 @pytest.mark.gpu

@@ -39,7 +39,7 @@ class Layout(NamedTuple):
 
 
 # Two narrow programs fit into a processor's shared memory if they read no more than two arrays of keys.
-NARROW, WIDE = Layout(64, 4), Layout(128, 8)
+NARROW, WIDE = Layout(64, 8), Layout(128, 4)
 
 
 class Prepared(NamedTuple):

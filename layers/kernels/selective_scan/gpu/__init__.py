@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels import pallas_triton, partition
+from layers.kernels import devices, pallas_triton, partition
 from layers.kernels.mosaic_gpu import MAX_GRID, lowered_once
 from layers.kernels.promotion import promoting
 from layers.kernels.segments import reset_mask, select_real
@@ -19,6 +19,8 @@ from layers.kernels.selective_scan.gpu.kernels import LANES, PADDING, START
 from layers.kernels.shard_map_types import vary_as
 
 WIDEST = 32  # states per channel, which a lane keeps in registers for some steps at once
+# Fewest tokens of a row, and rows times channels, for which `impl=None` takes these kernels, whose programs walk whole rows.
+SHORTEST, FEWEST = 256, 8192
 
 
 def unsupported_reason(x, dt, a, b, c, initial_state, **_: Any) -> str | None:
@@ -36,6 +38,18 @@ def unsupported_reason(x, dt, a, b, c, initial_state, **_: Any) -> str | None:
     if any(jax.typeof(v).sharding.spec[1] is not None for v in (x, dt, b, c)):
         return f"x is sharded {jax.typeof(x).sharding.spec}; expected whole rows, time not sharded"
     return pallas_triton.refusal(_probe)
+
+
+def passed_over_reason(x, **_: Any) -> str | None:
+    """Why `impl=None` does not take these kernels, or None. Short calls and those with few channels are left to XLA."""
+    if devices.backend() != "gpu":
+        return devices.hopper_refusal()
+    if x.shape[1] < SHORTEST:
+        return f"x has {x.shape[1]} tokens; the kernels are timed from {SHORTEST} on"
+    channels = x.shape[0] * x.shape[2]
+    if channels < FEWEST:
+        return f"batch x channels is {channels}; from {FEWEST} on they fill the GPU"
+    return partition.passed_over_reason(x)
 
 
 def selective_scan(x, dt, a, b, c, skip, gate, dt_bias, dt_softplus, initial_state, segments):
