@@ -310,10 +310,11 @@ def _parallel(values: Any, record: dict[str, Any]) -> int:
     )
     record |= dict(rounds=values.rounds or 3, device=f"{len(devices)} x {devices[0].device_kind}")
     record["model"] = dict(sizes=dataclasses.asdict(large), assumptions=dataclasses.asdict(links))
-    print(f"{record['device']}{', emulated' if on_cpu else ''}\n{parallel.HEADER}", flush=True)
     rows: list[dict[str, Any]] = []
 
     def add(row: dict[str, Any]) -> None:
+        if not rows:
+            print(f"{record['device']}{', emulated' if on_cpu else ''}\n{parallel.HEADER}", flush=True)
         print(parallel.line(row), flush=True)
         rows.append(row)
 
