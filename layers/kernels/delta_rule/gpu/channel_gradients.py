@@ -50,25 +50,27 @@ def gradients(
     """
     batch, time, heads, keys = sums.shape
     width, reads = dstates.shape[4], states is not None
+    # A loop of one turn would be none to the compiler, which would load everything at once and spill.
+    columns = PART if width > PART else PART // 2
 
     def body(*, q, e, w, values, do, dx, sums, states, dstates, dq, de, dw, dg, **segments):
         lane, chunk, at = pl.program_id(0) * PART, pl.program_id(1), pl.program_id(2)
         row, head, numbers = at // heads, at % heads, Numbers(**segments)
         place, first, step = Place(row, chunk, head, lane), chunk * CHUNK, jnp.arange(CHUNK)
 
-        def tile(x, lane):
-            return tiles.load(x, row, first, tiles.shared(x, head, heads), lane)
+        def tile(x, lane, lanes=PART):
+            return tiles.load(x, row, first, tiles.shared(x, head, heads), lane, lanes)
 
         def of_values(turn, found):
             drows, derased, dwritten, dread, dlower, passed = found
-            column = turn * PART
-            of_outputs, of_x, made = tile(do, column), tile(dx, column), tile(values, column)
+            column = turn * columns
+            of_outputs, of_x, made = (tile(x, column, columns) for x in (do, dx, values))
             dread = dread + tiles.product(of_outputs, made.T)
             dlower = dlower + tiles.product(of_x, made.T)
-            dstate = state_tile(dstates, row, head, chunk, lane, column, PART)
+            dstate = state_tile(dstates, row, head, chunk, lane, column, columns)
             dwritten = dwritten + tiles.product(made, dstate.T)
             if reads:
-                state = state_tile(states, row, head, chunk, lane, column, PART)
+                state = state_tile(states, row, head, chunk, lane, column, columns)
                 drows = drows + tiles.product(of_outputs, state.T)
                 derased = derased - tiles.product(of_x, state.T)
                 passed = passed + (state.astype(jnp.float32) * dstate.astype(jnp.float32)).sum(1)
@@ -76,7 +78,7 @@ def gradients(
 
         wide, square = jnp.zeros((CHUNK, PART), jnp.float32), jnp.zeros((CHUNK, CHUNK), jnp.float32)
         found = wide, wide, wide, square, square, jnp.zeros((PART,), jnp.float32)
-        found = jax.lax.fori_loop(0, pl.cdiv(width, PART), of_values, found)
+        found = jax.lax.fori_loop(0, pl.cdiv(width, columns), of_values, found)
         drows, derased, dwritten, dread, dlower, passed = found
 
         rows, erased, written, decay = (tile(x, lane) for x in (q, e, w, sums))
