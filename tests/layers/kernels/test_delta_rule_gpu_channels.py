@@ -39,11 +39,11 @@ def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def arguments_of(rng, rule, batch, time, *, groups=1, heads=1, key_dim=64, value_dim=64, strong=0.03):
+def arguments_of(rng, rule, batch, time, *, groups=1, heads=1, key_dim=64, value_dim=64, strong=0.01):
     """Random arguments in bfloat16 with an initial state; keys of norm 1, and some log-decays of -20."""
     grouped = (batch, time, groups if rule == "kda" else heads, key_dim)
     wide = (batch, time, heads, key_dim)
-    decay = np.where(rng.random(wide) < strong, -20.0, -rng.exponential(0.1, wide))
+    decay = np.where(rng.random(wide) < strong, -20.0, -rng.exponential(0.02, wide))
     arguments = {
         "q": rng.standard_normal(grouped),
         "k": unit(rng.standard_normal(grouped)),
@@ -146,8 +146,9 @@ def test_interpreted_general_rule_with_other_decays(decay):
     log_decay = arguments.pop("log_decay")
     if decay == "head":
         arguments["log_decay"] = log_decay[..., 0]
+    # The gradient of one decay for all channels is a sum of terms that cancel.
     with pallas_triton.interpreted():
-        check("rwkv7", arguments)
+        check("rwkv7", arguments, tolerance=1.5 * TOLERANCE)
 
 
 def traced(rule, arguments, segment_ids=None):

@@ -16,7 +16,7 @@ less those of columns from its step on.
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.delta_rule.gpu.channel_kernels import factors
+from layers.kernels.delta_rule.gpu.channel_scores import factors, split_at
 from layers.kernels.gated_linear_attention.gpu import channel_tiles as tiles
 from layers.kernels.gated_linear_attention.gpu.channel_kernels import state_tile
 from layers.kernels.gated_linear_attention.gpu.channel_tiles import CHUNK, LEVELS, PART, Numbers, Place
@@ -50,25 +50,27 @@ def gradients(
     """
     batch, time, heads, keys = sums.shape
     width, reads = dstates.shape[4], states is not None
+    # A loop of one turn would be none to the compiler, which would load everything at once and spill.
+    columns = PART if width > PART else PART // 2
 
     def body(*, q, e, w, values, do, dx, sums, states, dstates, dq, de, dw, dg, **segments):
         lane, chunk, at = pl.program_id(0) * PART, pl.program_id(1), pl.program_id(2)
         row, head, numbers = at // heads, at % heads, Numbers(**segments)
         place, first, step = Place(row, chunk, head, lane), chunk * CHUNK, jnp.arange(CHUNK)
 
-        def tile(x, lane):
-            return tiles.load(x, row, first, tiles.shared(x, head, heads), lane)
+        def tile(x, lane, lanes=PART):
+            return tiles.load(x, row, first, tiles.shared(x, head, heads), lane, lanes)
 
         def of_values(turn, found):
             drows, derased, dwritten, dread, dlower, passed = found
-            column = turn * PART
-            of_outputs, of_x, made = tile(do, column), tile(dx, column), tile(values, column)
+            column = turn * columns
+            of_outputs, of_x, made = (tile(x, column, columns) for x in (do, dx, values))
             dread = dread + tiles.product(of_outputs, made.T)
             dlower = dlower + tiles.product(of_x, made.T)
-            dstate = state_tile(dstates, row, head, chunk, lane, column, PART)
+            dstate = state_tile(dstates, row, head, chunk, lane, column, columns)
             dwritten = dwritten + tiles.product(made, dstate.T)
             if reads:
-                state = state_tile(states, row, head, chunk, lane, column, PART)
+                state = state_tile(states, row, head, chunk, lane, column, columns)
                 drows = drows + tiles.product(of_outputs, state.T)
                 derased = derased - tiles.product(of_x, state.T)
                 passed = passed + (state.astype(jnp.float32) * dstate.astype(jnp.float32)).sum(1)
@@ -76,7 +78,7 @@ def gradients(
 
         wide, square = jnp.zeros((CHUNK, PART), jnp.float32), jnp.zeros((CHUNK, CHUNK), jnp.float32)
         found = wide, wide, wide, square, square, jnp.zeros((PART,), jnp.float32)
-        found = jax.lax.fori_loop(0, pl.cdiv(width, PART), of_values, found)
+        found = jax.lax.fori_loop(0, pl.cdiv(width, columns), of_values, found)
         drows, derased, dwritten, dread, dlower, passed = found
 
         rows, erased, written, decay = (tile(x, lane) for x in (q, e, w, sums))
@@ -86,10 +88,11 @@ def gradients(
         drows = tiles.only(reading, scale * drows * jnp.exp2(decay))
         derased = tiles.only(reading, derased * jnp.exp2(before))
         dwritten = tiles.only(tiles.writing(numbers, row, chunk), dwritten * jnp.exp2(total[None] - decay))
+        # What a step writes decays from after it to the end of the chunk: the whole, less what is written from the step on.
         leaving = dwritten * written
-        dlog = jnp.cumsum(leaving, axis=0) - leaving + (passed * tiles.kept(numbers, total, row, chunk))[None]
+        passed = passed * tiles.kept(numbers, total, row, chunk) + leaving.sum(0)
         # Exponents of rows from their step on, and of rows that read before the decay of their step.
-        exponents, exponents_before = drows * rows, derased * erased
+        exponents, exponents_before = drows * rows - leaving, derased * erased
         if not early:
             exponents, exponents_before = exponents + exponents_before, None
 
@@ -97,26 +100,30 @@ def gradients(
         dread, dlower = jnp.where(linked, scale * dread, 0.0), jnp.where(linked, -dlower, 0.0)
         diagonal = jnp.where(step[:, None] == step[None], dread, 0.0).sum(1)[:, None]
         drows, dwritten = drows + diagonal * written, dwritten + diagonal * rows
-        crossings = tuple((x + x.T).astype(jnp.bfloat16) for x in (dread, dlower))
+        crossings = [x.astype(jnp.bfloat16) for x in (dread, dlower)]
+        crossings = [x + x.T for x in crossings]
+
+        split = split_at()
 
         def crossed(level, found):
             drows, derased, dwritten, exponents, exponents_before = found
-            later, split = tiles.second(level), tiles.pairs(level)
-            results = []
-            for x, factor, crossing in zip(
-                (rows, erased), factors(sums, decay, before, level, place, early), crossings, strict=True
-            ):
-                taken = (jnp.where(later, x, written) * factor).astype(jnp.bfloat16)
-                dtaken = tiles.product(jnp.where(split, crossing, 0), taken)
-                results.append((dtaken * factor, taken.astype(jnp.float32) * dtaken))
-            (of_rows, from_rows), (of_erased, from_erased) = results
-            drows = drows + jnp.where(later, of_rows, 0.0)
-            derased = derased + jnp.where(later, of_erased, 0.0)
-            dwritten = dwritten + jnp.where(later, 0.0, of_rows + of_erased)
+            later, mine = tiles.second(level), split == level
+            of_rows, of_erased = factors(sums, decay, before, level, place, early)
+            taken = [
+                (jnp.where(later, x, written) * factor).astype(jnp.bfloat16)
+                for x, factor in ((rows, of_rows), (erased, of_erased))
+            ]
+            dtaken = [tiles.product(jnp.where(mine, x, 0), y) for x, y in zip(crossings, taken, strict=True)]
+            drows = drows + dtaken[0] * jnp.where(later, of_rows, 0.0)
+            derased = derased + dtaken[1] * jnp.where(later, of_erased, 0.0)
+            # In first blocks both factors are the same.
+            dwritten = dwritten + (dtaken[0] + dtaken[1]) * jnp.where(later, 0.0, of_rows)
+            from_rows, from_erased = (x.astype(jnp.float32) * y for x, y in zip(taken, dtaken, strict=True))
+            sign = jnp.where(later, 1.0, -1.0)
             if not early:
-                exponents = exponents + jnp.where(later, 1.0, -1.0) * (from_rows + from_erased)
+                exponents = exponents + sign * (from_rows + from_erased)
             else:
-                exponents = exponents + jnp.where(later, from_rows, -from_rows - from_erased)
+                exponents = exponents + sign * (from_rows + jnp.where(later, 0.0, from_erased))
                 exponents_before = exponents_before + jnp.where(later, from_erased, 0.0)
             return drows, derased, dwritten, exponents, exponents_before
 
@@ -125,7 +132,7 @@ def gradients(
         drows, derased, dwritten, exponents, exponents_before = found
         # From every step to the end, and for rows that read before the decay from after it: all but what lies before.
         gathered = exponents + exponents_before if early else exponents
-        dlog = dlog + gathered.sum(0)[None] - (jnp.cumsum(gathered, axis=0) - gathered)
+        dlog = (passed + gathered.sum(0))[None] - (jnp.cumsum(gathered, axis=0) - gathered)
         if early:
             dlog = dlog - exponents_before
         for ref, x in ((dq, drows), (de, derased), (dw, dwritten), (dg, dlog)):

@@ -1,4 +1,4 @@
-"""The Triton kernels of the delta rules with a decay per key channel: chunks by themselves, walks through them, and outputs.
+"""The Triton kernels of the delta rules with a decay per key channel: walks through chunks in both directions, and outputs.
 
 Both rules read the state along e and write along w. In chunks of 64 steps, entered by the state S, with b the decay from the
 start of the chunk, and a and r those over the chunk and to its end,
@@ -9,14 +9,14 @@ start of the chunk, and a and r those over the chunk and to its end,
 with P the scores of q and w. `delta_rule` has e = k, w = beta k and x = v, and no terms with k. `dplr_delta_rule` has e = -a, w = b
 and x = M v, with Q and -M the scores of q and e against k; there e reads the state before the decay of its step.
 
-`prepare` computes scores, inverses and the decayed arrays of all chunks at once, `walk` the states that enter the chunks and z,
+channel_scores.py computes scores, inverses and the decayed arrays of all chunks at once, `walk` the states that enter the chunks and z,
 one chunk after the other, and `outputs` the outputs of all chunks. The backward pass walks from the last chunk. With R the gradient
 of the state that leaves a chunk,
 
     dx = T^T (P^T do + (w r) R),    R of the chunk before = a R + (scale q b)^T do - (e b)^T dx.
 
-channel_tiles.py of `gated_linear_attention` says how decays enter products. A program of a walk holds all keys and a part of the
-values, since the rule mixes keys. It is bound by its chain of products, three forward and four backward.
+A program of a walk holds all keys and a part of the values, since the rule mixes keys. Its products form a chain, three per chunk
+forward and four backward.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +25,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from layers.kernels.delta_rule.gpu.channel_scores import Prepared
 from layers.kernels.gated_linear_attention.gpu import channel_tiles as tiles
 from layers.kernels.gated_linear_attention.gpu.channel_kernels import state_tile
-from layers.kernels.gated_linear_attention.gpu.channel_tiles import CHUNK, LEVELS, PART, Numbers, Place
+from layers.kernels.gated_linear_attention.gpu.channel_tiles import CHUNK, PART, Numbers, Place
 from layers.kernels.pallas_triton import launch, pl, pltriton
 
 
@@ -40,112 +41,6 @@ class Layout(NamedTuple):
 
 # Two narrow programs fit into a processor's shared memory if they read no more than two arrays of keys.
 NARROW, WIDE = Layout(64, 8), Layout(128, 4)
-
-
-class Prepared(NamedTuple):
-    """What `prepare` returns of columns w: scores of every chunk (b, n * c, h, c), and decayed arrays (b, t, h, k), bfloat16."""
-
-    of_queries: jax.Array
-    of_erasers: jax.Array
-    queries: jax.Array
-    erasers: jax.Array
-    columns: jax.Array
-
-
-def prepare(
-    q: jax.Array,
-    e: jax.Array,
-    w: jax.Array,
-    sums: jax.Array,
-    numbers: Numbers,
-    scale: float,
-    early: bool,
-    inverted: bool,
-) -> Prepared:
-    """Returns `Prepared`: P, T, scale q b, e b and w r; without `inverted`, -N in place of T.
-
-    Blocks of 2^l steps are joined level by level, T <- T - T C T with C the entries of N that join two of them (triangular.py), by
-    products of numbers rounded to TensorFloat-32.
-
-    Args:
-      q, e, w: (b, t, heads, k), bfloat16.
-      sums: (b, t, h, k), of log-decay, see `channel_tiles.sums`.
-      early: whether e reads the state before the decay of its step.
-    """
-    batch, time, heads, keys = sums.shape
-    chunks = pl.cdiv(time, CHUNK)
-
-    def body(*, q, e, w, sums, of_queries, of_erasers, queries, erasers, columns, **segments):
-        chunk, at = pl.program_id(0), pl.program_id(1)
-        row, head, numbers = at // heads, at % heads, Numbers(**segments)
-        first, step = chunk * CHUNK, jnp.arange(CHUNK)
-        own = step[:, None] == step[None]
-        reading, writing = tiles.reading(numbers, row, chunk), tiles.writing(numbers, row, chunk)
-        read = lower = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-        diagonal = jnp.zeros((CHUNK,), jnp.float32)
-        for lane in range(0, keys, PART):
-            place = Place(row, chunk, head, lane)
-            rows, erased, written, decay = (
-                tiles.load(x, row, first, tiles.shared(x, head, heads), lane) for x in (q, e, w, sums)
-            )
-            before = tiles.sums_before(sums, place) if early else decay
-            total = tiles.last(sums, place)[None]
-            for made, flags, x in (
-                (queries, reading, scale * (rows * jnp.exp2(decay))),
-                (erasers, reading, erased * jnp.exp2(before)),
-                (columns, writing, written * jnp.exp2(total - decay)),
-            ):
-                tiles.store(made, tiles.only(flags, x), row, first, head, lane)
-            diagonal = diagonal + (rows.astype(jnp.float32) * written.astype(jnp.float32)).sum(1)
-
-            def joined(level, found, place=place, arrays=(rows, erased, written, decay, before)):
-                rows, erased, written, decay, before = arrays
-                of_rows, of_erased = factors(sums, decay, before, level, place, early)
-                return tuple(
-                    total + jnp.where(tiles.pairs(level), _with_itself(x, written, factor, level), 0.0)
-                    for total, x, factor in zip(found, (rows, erased), (of_rows, of_erased), strict=True)
-                )
-
-            read, lower = jax.lax.fori_loop(0, LEVELS, joined, (read, lower))
-        read = scale * (read + jnp.where(own, diagonal[:, None], 0.0))
-        linked = tiles.joined(numbers, row, chunk)
-        tiles.store(of_queries, jnp.where(linked, read, 0.0), row, first, head, 0)
-        lower = jnp.where(linked, lower, 0.0)
-        tiles.store(of_erasers, _inverse(lower) if inverted else -lower, row, first, head, 0)
-
-    square = jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads, CHUNK), jnp.bfloat16)
-    wide = jax.ShapeDtypeStruct(sums.shape, jnp.bfloat16)
-    results = launch(
-        body,
-        name="delta_prepare",
-        grid=(chunks, batch * heads),
-        inputs={"q": q, "e": e, "w": w, "sums": sums} | numbers._asdict(),
-        outputs=Prepared(square, square, wide, wide, wide)._asdict(),
-        warps=8,
-    )
-    return Prepared(**results)
-
-
-def factors(sums, decay, before, level, place, early):
-    """The factors (c, part) of a level for queries and for what erases; see `channel_tiles.level_decay`."""
-    of_rows = tiles.level_decay(sums, decay, decay, level, place)
-    return of_rows, tiles.level_decay(sums, before, decay, level, place) if early else of_rows
-
-
-def _with_itself(rows, columns, factor, level):
-    """X X^T for a level's tile X of decayed rows in second blocks and columns in first blocks."""
-    taken = jnp.where(tiles.second(level), rows, columns) * factor
-    return tiles.product(taken, taken.T)
-
-
-def _inverse(lower):
-    """(I + lower)^-1."""
-    step = jnp.arange(CHUNK)
-    found = jnp.where(step[:, None] == step[None], 1.0, 0.0) - jnp.where(tiles.pairs(0), lower, 0.0)
-    for level in range(1, LEVELS):
-        joining = jnp.where(tiles.pairs(level), lower, 0.0)
-        found = found - jnp.dot(jnp.dot(found, joining), found)
-    return found
 
 
 def _walk(

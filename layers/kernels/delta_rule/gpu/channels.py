@@ -1,7 +1,7 @@
 """The delta rules on Hopper GPUs with a decay per key channel: both passes on one device.
 
-channel_kernels.py has the equations of a chunk, channel_gradients.py those of its gradients. `dplr_delta_rule` treats the columns w
-and k alike, one after the other.
+channel_kernels.py has the equations of a chunk, channel_scores.py the kernel that comes first, and channel_gradients.py the gradients.
+`dplr_delta_rule` treats the columns w and k alike, one after the other.
 """
 
 import functools
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import mosaic_gpu, pallas_triton
-from layers.kernels.delta_rule.gpu import channel_gradients, channel_kernels
+from layers.kernels.delta_rule.gpu import channel_gradients, channel_kernels, channel_scores
 from layers.kernels.gated_linear_attention.gpu import channel_tiles
 from layers.kernels.gated_linear_attention.gpu.channel_tiles import PART
 from layers.kernels.gated_linear_attention.gpu.channels import summed
@@ -68,10 +68,10 @@ def forward(q, e, w, k, v, g, number, state, scale):
     """Returns the results, and what the backward pass needs of them: sums, prepared arrays, z and states."""
     numbers, sums = channel_tiles.numbers(number), channel_tiles.sums(g)
     general = k is not None
-    prepared = channel_kernels.prepare(q, e, w, sums, numbers, scale, general, inverted=True)
+    prepared = channel_scores.prepare(q, e, w, sums, numbers, scale, general, inverted=True)
     x, more, others, written = v, None, [], None
     if general:
-        more = channel_kernels.prepare(q, e, k, sums, numbers, scale, general, inverted=False)
+        more = channel_scores.prepare(q, e, k, sums, numbers, scale, general, inverted=False)
         x = channel_kernels.outputs([(more.of_erasers, v)], None)
         others, written = [(more.of_queries, v)], (more.columns, v)
     states, z, final = channel_kernels.walk(prepared, x, sums, numbers, state, written)

@@ -131,10 +131,19 @@ def level_decay(
     sums: Any, of_queries: jax.Array, of_keys: jax.Array, level: int | jax.Array, place: Place
 ) -> jax.Array:
     """The factors (c, part) between steps and the borders of their blocks, from the sums of the chunk."""
-    step = jnp.arange(CHUNK)
-    border = ((step >> (level + 1)) << (level + 1)) + ((1 << level) - 1)
+    step = _border_steps(level)
     tile = jnp.where(second(level), of_queries, of_keys)
-    return jnp.exp2(-jnp.abs(tile - _rows(sums, border, None, place)))
+    return jnp.exp2(-jnp.abs(tile - _rows(sums, step, None, place)))
+
+
+def borders(sums: Any, level: int | jax.Array, place: Place) -> jax.Array:
+    """The sums at the borders of the blocks in which the steps of a chunk lie, (c, part)."""
+    return _rows(sums, _border_steps(level), None, place)
+
+
+def _border_steps(level: int | jax.Array) -> jax.Array:
+    step = jnp.arange(CHUNK)
+    return ((step >> (level + 1)) << (level + 1)) + ((1 << level) - 1)
 
 
 def sums_before(sums: Any, place: Place) -> jax.Array:
