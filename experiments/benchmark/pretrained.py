@@ -31,8 +31,7 @@ from experiments.runs.files import to_json_text, write_atomically
 from experiments.runs.sessions import git_revision, versions
 from layers.kernels import dispatch
 from layers.registry import suggestion
-from seqmodels import LanguageModel, stream
-from seqmodels.interop.loading import load_config, load_weights
+from seqmodels import LanguageModel, load_pretrained, stream
 
 CASES = (
     "write/llama",
@@ -199,8 +198,7 @@ def _load(setting: Setting, folder: Path) -> dict[str, Any]:
 
 def _opened(folder: Path) -> LanguageModel:
     """Returns the model in bfloat16, with layers one by one, as generation runs them."""
-    more = {"dtype": "bfloat16", "param_dtype": "bfloat16", "scan": False}
-    return load_weights(folder, load_config(folder) | more)
+    return load_pretrained(folder, dtype="bfloat16", param_dtype="bfloat16", scan=False)[0]
 
 
 def _arrays(model: LanguageModel) -> list[jax.Array]:
