@@ -101,7 +101,7 @@ def opened(
         trained = open_run(workdir, checkpoint)
         return trained.model, trained.plan.task.tokenizer
     try:
-        model, _ = load_pretrained(pretrained, adapter=adapter)
+        model, _ = load_pretrained(pretrained, adapter=adapter, scan=False)
         tokenizer = make_tokenizer(pretrained / "tokenizer.json", texts=list)
     except (ValueError, ImportError) as error:
         raise ArgumentError(f"--pretrained={pretrained}: {error}") from None

@@ -30,9 +30,7 @@ import functools
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -99,7 +97,7 @@ READS = {
     "pretrained": {"size", "patience"},
     "tune": {"batch", "time", "narrower"},
 }
-PATIENCE = 300.0  # seconds for a case of `long_rows` and of `pretrained`
+PATIENCE = 300.0  # seconds for a case of `long_rows`
 CHUNK = 65536  # tokens of a chunk of the row that `parallel` reads twice
 # Of the simulation of documents of different lengths: numbers of devices, and tokens that one holds.
 DEVICES, CAPACITY = (8, 16, 32, 64, 128, 256), 16384
@@ -116,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if study == "long_rows":
         return _long_rows(values)
     if study == "pretrained":
-        return _pretrained(values)
+        return pretrained.study(values.out, values.size, values.only, values.rounds, values.patience)
     _share_memory(1 if study in (*MODELS, "parallel", "tune") else values.workers or kernels.Options.workers)
     options, preferred = _options(values), _preferred(values.prefer) or {}
     chosen = [] if study in (*MODELS, "parallel", "tune") else list(kernels.selected(options.only))
@@ -261,25 +259,6 @@ def _long_rows(values: Any) -> int:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     rows = alone.run(measure, long_rows.chosen(values.only), patience, add, workers)
     return 1 if any("failed" in row for row in rows) else 0
-
-
-def _pretrained(values: Any) -> int:
-    """Measures every case in a process of its own; this one leaves the device alone."""
-    found = versions() | {name: number for name, number in peers.versions().items() if name == "torch"}
-    record: dict[str, Any] = dict(
-        command=["experiments.benchmark", *sys.argv[1:]], versions=found, git=git_revision(), rows=[]
-    )
-
-    def add(row: dict[str, Any]) -> None:
-        record["rows"].append(pretrained.compared(row, record["rows"]))
-        print(pretrained.line(record["rows"][-1]), flush=True)
-        write_atomically(values.out / "pretrained.json", to_json_text(record))
-
-    values.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=values.out) as folder:
-        setting = pretrained.Setting(Path(folder), values.size, values.rounds or 3)
-        rows = pretrained.run(setting, values.only, values.patience or PATIENCE, add)
-    return 1 if any("failed" in row or "out_of_memory" in row for row in rows) else 0
 
 
 def _preferred(pairs: Sequence[str] | None) -> dict[str, str] | None:

@@ -16,8 +16,10 @@ import functools
 import importlib.util
 import os
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +27,11 @@ import jax
 import numpy as np
 
 from experiments.benchmark import alone, random_checkpoints, transformers_decode
+from experiments.runs.files import to_json_text, write_atomically
+from experiments.runs.sessions import git_revision, versions
 from layers.kernels import dispatch
 from layers.registry import suggestion
-from seqmodels import LanguageModel, stream
-from seqmodels.interop.loading import load_config, load_weights
+from seqmodels import LanguageModel, load_pretrained, stream
 
 CASES = (
     "write/llama",
@@ -49,6 +52,8 @@ BLOCK, BLOCKS = 64, 4  # tokens of a block, and blocks, the first of which is no
 BLOCK_ON_CPU = 4
 CHUNK = 2048  # tokens that a prompt is read in
 PIECE = 1 << 24  # bytes of a read
+PATIENCE = 300.0  # seconds for a case
+ROUNDS = 3
 
 
 class Setting(NamedTuple):
@@ -62,7 +67,7 @@ class Setting(NamedTuple):
 
     folder: Path
     size: str | None = None
-    rounds: int = 3
+    rounds: int = ROUNDS
 
     @property
     def on_cpu(self) -> bool:
@@ -94,11 +99,30 @@ def chosen(only: Sequence[str]) -> list[str]:
     return [case for case in CASES if case in wanted]
 
 
-def run(
-    setting: Setting, only: Sequence[str], seconds: float, report: Callable[[dict[str, Any]], None]
-) -> list[dict[str, Any]]:
-    """Returns a row for each case; see `alone.run`."""
-    return alone.run(functools.partial(measure, setting), chosen(only), seconds, report)
+def study(out: Path, size: str | None, only: Sequence[str], rounds: int | None, seconds: float | None) -> int:
+    """Measures every case in a process of its own, writes pretrained.json and returns the exit code.
+
+    Args:
+      out: folder of the results, where the checkpoints are too while they are needed.
+      size, rounds: see `Setting`; the usual ones if None.
+      only: see `chosen`.
+      seconds: the longest that a case may take; `PATIENCE` if None.
+    """
+    names = chosen(only)
+    record: dict[str, Any] = dict(
+        command=["experiments.benchmark", *sys.argv[1:]], versions=versions(), git=git_revision(), rows=[]
+    )
+
+    def add(row: dict[str, Any]) -> None:
+        record["rows"].append(compared(row, record["rows"]))
+        print(line(record["rows"][-1]), flush=True)
+        write_atomically(out / "pretrained.json", to_json_text(record))
+
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        measured = functools.partial(measure, Setting(Path(folder), size, rounds or ROUNDS))
+        rows = alone.run(measured, names, seconds or PATIENCE, add)
+    return 1 if any("failed" in row or "out_of_memory" in row for row in rows) else 0
 
 
 def compared(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -119,6 +143,8 @@ def measure(setting: Setting, case: str) -> dict[str, Any]:
     if model == "transformers":
         if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
             return dict(left_out=f"{' and '.join(missing)} cannot be imported")
+        # JAX only says which device there is, and leaves its memory alone.
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         return transformers_decode.measure(folder, **_lengths(setting))
     with dispatch.preferred({"attention": how[0]} if how else {}):
         row = {"write": _write, "load": _load, "decode": _decode, "long": _long}[kind](setting, folder)
@@ -172,8 +198,7 @@ def _load(setting: Setting, folder: Path) -> dict[str, Any]:
 
 def _opened(folder: Path) -> LanguageModel:
     """Returns the model in bfloat16, with layers one by one, as generation runs them."""
-    more = {"dtype": "bfloat16", "param_dtype": "bfloat16", "scan": False}
-    return load_weights(folder, load_config(folder) | more)
+    return load_pretrained(folder, dtype="bfloat16", param_dtype="bfloat16", scan=False)[0]
 
 
 def _arrays(model: LanguageModel) -> list[jax.Array]:

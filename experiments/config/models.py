@@ -1,6 +1,6 @@
 """The model of a config, checked before any data exist."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -102,26 +102,24 @@ def abstract_model(config: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
     Raises:
       ValueError, TypeError: the section `model` or `train.lora` is invalid.
     """
-    make = model_maker(config, sizes)
-    return nnx.eval_shape(lambda: make(nnx.Rngs(config["seed"])))
+    values = with_sizes(config, sizes)
+
+    def make() -> Any:
+        rngs = nnx.Rngs(config["seed"])
+        return adapted(build_model(values, rngs=rngs), config, rngs=rngs)
+
+    return nnx.eval_shape(make)
 
 
-def model_maker(config: Mapping[str, Any], sizes: Mapping[str, int]) -> Callable[[nnx.Rngs], nnx.Module]:
-    """Returns the function that makes the model, with the adapters of `train.lora` if there are any.
+def adapted(model: Any, config: Mapping[str, Any], *, rngs: nnx.Rngs) -> Any:
+    """Returns the model, with the adapters of `train.lora` if there are any.
 
     Raises:
-      ValueError, TypeError: the section `model` or `train.lora` is invalid; the function raises too.
+      ValueError, TypeError: `train.lora` is invalid.
     """
-    values, lora = with_sizes(config, sizes), config.get("train", {}).get("lora")
-    options = None if lora is None else make_config("train.lora", LoraConfig, lora)
-
-    def make(rngs: nnx.Rngs) -> nnx.Module:
-        model = build_model(values, rngs=rngs)
-        if options is not None:
-            adapt(model, options, rngs=rngs)
-        return model
-
-    return make
+    if (lora := config.get("train", {}).get("lora")) is not None:
+        adapt(model, make_config("train.lora", LoraConfig, lora), rngs=rngs)
+    return model
 
 
 def check_model(config: Mapping[str, Any]) -> None:

@@ -10,12 +10,13 @@ from experiments.config import loading as config_loading
 from experiments.config.loading import DataConfig, MeshConfig, TrainConfig
 from experiments.config.models import (
     abstract_model,
+    adapted,
     check_kind,
     check_model,
     check_positions,
-    model_maker,
     sizes_of,
     sizes_without_data,
+    with_sizes,
 )
 from experiments.data import bucketing, pipeline
 from experiments.parallel.mesh import Devices
@@ -27,6 +28,7 @@ from experiments.training.optimizers import Optimizer, OptimizerConfig
 from experiments.training.published import read_arrays
 from experiments.training.step import StepFunctions, metric_names_of
 from layers.registry import suggestion
+from seqmodels import build_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,8 +231,9 @@ def build(config: Mapping[str, Any]) -> Experiment:
             bucketing.check_bucket_bounds(split.lengths, data.bucket_bounds)
         except ValueError as error:
             raise ValueError(f"split {name!r}: {error}") from None
+    values = with_sizes(config, sizes_of(task))
     model = SplitModel(
-        model_maker(config, sizes_of(task)),
+        lambda rngs: adapted(build_model(values, rngs=rngs), config, rngs=rngs),
         padding=task.padding,
         packed=task.packed,
         unprojected=task.unprojected,

@@ -158,8 +158,7 @@ def _ours(adapter: Adapter, table: Table) -> dict[str, Factors]:
         a, blocks, scale = _side_by_side(given, [shape[1 if is_turned else 0] for shape in shapes])
         parts = pair.load(*(block if is_turned else block.T for block in blocks))
         found |= {
-            name.removesuffix(KERNEL): _trimmed(Factors(a, b, scale))
-            for name, b in zip(pair.ours, parts, strict=True)
+            name.removesuffix(KERNEL): Factors(a, b, scale) for name, b in zip(pair.ours, parts, strict=True)
         }
     return found
 
@@ -210,12 +209,6 @@ def _side_by_side(
 def _rescaled(factors: Factors, scale: float) -> np.ndarray:
     """Returns B of factors that have another scale."""
     return factors.b if factors.scale == scale else np.float32(factors.scale / scale) * factors.b
-
-
-def _trimmed(factors: Factors) -> Factors:
-    """Returns the factors without ranks that only other matrices of the same tensor have; all if none is left."""
-    kept = factors.b.any(axis=-1)
-    return Factors(factors.a[:, kept], factors.b[kept], factors.scale) if kept.any() else factors
 
 
 def _stacked(given: Sequence[Factors | None], module: Linear) -> Factors:

@@ -39,6 +39,7 @@ def load_pretrained(
     param_dtype: str = "float32",
     max_length: int | None = None,
     adapter: str | os.PathLike | None = None,
+    scan: bool = True,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
 ) -> tuple[LanguageModel, dict[str, Any]]:
@@ -54,6 +55,8 @@ def load_pretrained(
       max_length: number of tokens that rows will have, for positions that depend on it ("dynamic", "longrope"): those beyond
         the length of training change the angles of all. By default rows are within the length of training.
       adapter: folder of a low-rank adapter in the format of peft, which is merged into the matrices.
+      scan: whether equal layers are stacked, which whole passes compile once; generation runs layers one by one, and copies
+        stacked ones.
       mesh: devices that the parameters are divided over, part by part as they are read; the default device if None.
       rules: which axis of the mesh divides which axis of parameters; `ShardingRules()` if None.
 
@@ -65,6 +68,7 @@ def load_pretrained(
       ValueError: the architecture or an option is not supported, or the files do not fit together; names what is wrong.
     """
     config = load_config(folder, max_length=max_length) | {"dtype": dtype, "param_dtype": param_dtype}
+    config |= {} if scan else {"scan": False}
     return load_weights(folder, config, adapter=adapter, mesh=mesh, rules=rules), config
 
 
