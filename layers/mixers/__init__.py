@@ -51,6 +51,7 @@ from layers.mixers.recurrence.lru import LRU, LRUConfig
 from layers.mixers.recurrence.lstm import LSTM, LSTMConfig
 from layers.mixers.recurrence.rg_lru import RGLRU, RGLRUConfig
 from layers.mixers.recurrence.rwkv4 import RWKV4, RWKV4Config
+from layers.mixers.recurrence.rwkv_channel import RWKVChannel, RWKVChannelConfig
 from layers.mixers.recurrence.slstm import SLSTM, SLSTMConfig
 from layers.mixers.state_space.dss import DSS, DSSConfig
 from layers.mixers.state_space.gss import GSS, GSSConfig
@@ -124,6 +125,7 @@ MIXERS = {
     "rwkv4": (RWKV4Config, RWKV4),
     "rwkv6": (RWKV6Config, RWKV6),
     "rwkv7": (RWKV7Config, RWKV7),
+    "rwkv_channel": (RWKVChannelConfig, RWKVChannel),
     "s4": (S4Config, S4),
     "s4d": (S4DConfig, S4D),
     "s5": (S5Config, S5),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,8 @@ class Family:
       constants: variables within a layer that have one value in every model of the family and no tensor.
       unread: pattern of names of tensors that hold nothing to read, such as masks.
       base: prefix of all names but the head's, which some checkpoints leave out.
+      numbers: function from the config of the stack to the numbers of their layers that hold the mixer and the channel mixer of
+        each layer of ours; by default both are the number of ours.
     """
 
     architecture: str
@@ -67,16 +69,20 @@ class Family:
     constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
     unread: str = r"(?!)"
     base: str = "model."
+    numbers: Callable[[StackConfig], Sequence[tuple[int, int]]] = lambda stack: [
+        (layer, layer) for layer in range(stack.depth)
+    ]
 
     def pairs(self, stack: StackConfig) -> Pairs:
         """Returns all pairs of a model, with full names."""
         found, parts = list(self.outer), self.parts(stack)
-        for layer in range(stack.depth):
+        for layer, (mixer_number, channel_number) in enumerate(self.numbers(stack)):
             channel = stack.channel_of(layer)
-            kinds = ["", stack.mixer_of(layer)[0], *([] if channel is None else [channel[0]])]
-            for kind in kinds:
+            kinds = [("", mixer_number), (stack.mixer_of(layer)[0], mixer_number)]
+            kinds += [] if channel is None else [(channel[0], channel_number)]
+            for kind, number in kinds:
                 found += (
-                    pair.within(self.layer.format(layer), f"{BLOCK}/{layer}") for pair in parts.get(kind, ())
+                    pair.within(self.layer.format(number), f"{BLOCK}/{layer}") for pair in parts.get(kind, ())
                 )
         return tuple(found)
 

@@ -12,6 +12,7 @@ from seqmodels.interop.families import (
     granite,
     jamba,
     kimi_linear,
+    lfm2,
     llama,
     mamba,
     mamba2,
@@ -21,6 +22,7 @@ from seqmodels.interop.families import (
     phi3,
     qwen3_next,
     recurrent_gemma,
+    rwkv,
 )
 
 FAMILIES = {
@@ -47,6 +49,8 @@ FAMILIES = {
         mamba2.MAMBA2,
         mamba.FALCON_MAMBA,
         recurrent_gemma.RECURRENT_GEMMA,
+        lfm2.LFM2,
+        rwkv.RWKV4,
         jamba.JAMBA,
         bamba.BAMBA,
         granite.GRANITE,

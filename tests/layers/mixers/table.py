@@ -58,6 +58,7 @@ MIXERS = {
     "dss": ("dss", {"state_size": 4, "max_length": 32}),
     "dss-exp": ("dss", {"state_size": 4, "kernel": "exp"}),
     "rwkv4": ("rwkv4", {"zero_init": False, "layer": 1, "depth": 2}),
+    "rwkv_channel": ("rwkv_channel", {"version": 4, "zero_init": False, "layer": 1, "depth": 2}),
     "lstm": ("lstm", {"state_size": 6}),
     "linear_attention": ("linear_attention", {"heads": 2}),
     "linear_attention-bidirectional": ("linear_attention", {"heads": 2, "causal": False}),
@@ -166,6 +167,7 @@ CHOOSES = {"informer", "moba", "reformer"}
 
 # Mixers whose part of the suite is slow. By default their own tests compare two calls, with a state, with the equation.
 LIGHT = {
+    "rwkv_channel",
     *("hgrn2", "rwkv6", "mlstm", "slstm", "based", "linoss", "mamba3", "gated_short_conv"),
     *("gated_deltaproduct", "gated_deltanet2", "comba", "tuned_state", "parallel"),
     *("forgetting_attention", "differential_attention", "longformer", "bigbird", "longt5"),
