@@ -62,6 +62,19 @@ class Block(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t d"], Any]:
         """Returns the output of the layer and the mixer's state. A key means training."""
+        x, state, _ = self.sharing(x, state, None, segment_ids=segment_ids, key=key)
+        return x, state
+
+    def sharing(
+        self,
+        x: Float[Array, "b t d"],
+        state: Any,
+        values: Float[Array, "b t d"] | None,
+        *,
+        segment_ids: SegmentIds = None,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Any, Float[Array, "b t d"] | None]:
+        """Returns the output of the layer, the mixer's state and the values for later layers; see `Mixer.sharing`."""
         segments = Segments.of(segment_ids)
         mask = None if segments is None else segments.real
         norms = {"mask": mask, "training": key is not None}
@@ -78,7 +91,7 @@ class Block(nnx.Module):
             return (y if output_norm is None else output_norm(y, **norms)), out
 
         def mix(u):
-            y, out = self.mixer(u, state, segment_ids=segments)
+            y, *out = self.mixer.sharing(u, state, values, segment_ids=segments)
             if self.config.residual == "joint":
                 return self.channel(y, mask=mask, key=keys[0]), out
             return dropout(y, self.config.dropout, keys[0]), out
@@ -86,13 +99,13 @@ class Block(nnx.Module):
         def channel(u):
             return dropout(self.channel(u, mask=mask, key=keys[1]), self.config.dropout, keys[2]), None
 
-        mixed, new_state = branch(mix, x, self.mixer_norm, self.mixer_output_norm)
+        mixed, out = branch(mix, x, self.mixer_norm, self.mixer_output_norm)
         if self.channel is None or self.config.residual == "joint":
-            return add(x, mixed, self.mixer_norm), new_state
+            return add(x, mixed, self.mixer_norm), *out
         if self.config.residual == "separate":
             x = add(x, mixed, self.mixer_norm)
         channel_norm = self.mixer_norm if self.config.shared_norm else self.channel_norm
         y, _ = branch(channel, x, channel_norm, self.channel_output_norm)
         if self.config.residual == "parallel":
             y = mixed + y
-        return add(x, y, self.channel_norm), new_state
+        return add(x, y, self.channel_norm), *out

@@ -222,6 +222,22 @@ FAMILIES = {
         "GatedDeltaNetConfig",
         FLA | {"num_heads": 2, "num_v_heads": 4, "head_dim": 4, "expand_v": 2.0},
     ),
+    "rwkv6": (
+        "RWKV6Config",
+        FLA | {"num_heads": 2, "expand_k": 1.0, "proj_low_rank_dim": 3, "gate_low_rank_dim": 2},
+    ),
+    "rwkv7": (
+        "RWKV7Config",
+        FLA
+        | {
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+            "decay_low_rank_dim": 3,
+            "gate_low_rank_dim": 5,
+            "a_low_rank_dim": 2,
+            "v_low_rank_dim": 4,
+        },
+    ),
     "kda": ("KDAConfig", FLA | {"num_heads": 2, "head_dim": 8}),
     "olmo2": ("Olmo2Config", DECODER | {"rope_parameters": ROPE}),
     "phi3": ("Phi3Config", DECODER | {"rope_parameters": ROPE, "pad_token_id": 0}),
@@ -326,6 +342,7 @@ def make(folder, name):
         in_torch(patch)
         silu = torch.nn.functional.silu
         patch.setitem(fla.layers.gla.ACT2FN, "swish", silu)
+        patch.setitem(fla.layers.gla.ACT2FN, "sqrelu", lambda x: torch.relu(x).square())
         patch.setattr(fla.modules.mlp, "swiglu", lambda gate, y: silu(gate) * y)
         config = getattr(fla.models, kind)(**options)
     else:

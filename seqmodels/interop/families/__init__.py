@@ -23,6 +23,7 @@ from seqmodels.interop.families import (
     qwen3_next,
     recurrent_gemma,
     rwkv,
+    rwkv_fla,
 )
 
 FAMILIES = {
@@ -61,5 +62,7 @@ FAMILIES = {
         flash_linear_attention.DELTA_NET,
         flash_linear_attention.GATED_DELTANET,
         flash_linear_attention.KDA,
+        rwkv_fla.RWKV6,
+        rwkv_fla.RWKV7,
     )
 }
