@@ -18,7 +18,8 @@ from seqmodels.config import StackConfig
 class Block(nnx.Module):
     """A layer of a stack.
 
-    Separate residuals, pre-norm (post-norm normalizes the sums instead, and "output" and "both" the outputs of branches):
+    Separate residuals, pre-norm (post-norm normalizes the sums instead, "output" and "both" the outputs of branches, and "stream"
+    x itself before each branch):
 
         x = x + dropout(mixer(norm(x)))
         x = x + dropout(channel(norm(x)))
@@ -79,15 +80,18 @@ class Block(nnx.Module):
         mask = None if segments is None else segments.real
         norms = {"mask": mask, "training": key is not None}
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        post = self.config.norm_position == "post"
+        post, stream = (self.config.norm_position == position for position in ("post", "stream"))
         scale, branch_scale = self.config.residual_scale, self.config.branch_scale
 
         def add(x, y, norm):
             total = (x if scale == 1 else scale * x) + (y if branch_scale == 1 else branch_scale * y)
             return norm(total, **norms) if post else total
 
+        def before(x, norm):
+            return norm(x, **norms) if stream else x
+
         def branch(f, x, norm, output_norm):
-            y, out = f(x if post or norm is None else norm(x, **norms))
+            y, out = f(x if post or stream or norm is None else norm(x, **norms))
             return (y if output_norm is None else output_norm(y, **norms)), out
 
         def mix(u):
@@ -99,11 +103,12 @@ class Block(nnx.Module):
         def channel(u):
             return dropout(self.channel(u, mask=mask, key=keys[1]), self.config.dropout, keys[2]), None
 
+        x = before(x, self.mixer_norm)
         mixed, out = branch(mix, x, self.mixer_norm, self.mixer_output_norm)
         if self.channel is None or self.config.residual == "joint":
             return add(x, mixed, self.mixer_norm), *out
         if self.config.residual == "separate":
-            x = add(x, mixed, self.mixer_norm)
+            x = before(add(x, mixed, self.mixer_norm), self.channel_norm)
         channel_norm = self.mixer_norm if self.config.shared_norm else self.channel_norm
         y, _ = branch(channel, x, channel_norm, self.channel_output_norm)
         if self.config.residual == "parallel":

@@ -12,6 +12,7 @@ tokens continue; where positions depend on the number of tokens, also longer (1,
 """
 
 import copy
+import re
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from safetensors.numpy import save_file
 
 VOCAB, WIDTH, TOKENS, PROMPT, NEW, LONGER = 40, 16, 24, 8, 32, 72
 TIE = 2e-3
+DERIVED = re.compile(r"self_attn\.(slope_rate|(query|key|diagonal)_decay)$")
 torch.set_num_threads(1)
 
 COMMON = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "max_position_embeddings": 64}
@@ -138,6 +140,41 @@ FAMILIES = {
         "BambaConfig",
         DECODER | MAMBA2 | {"num_hidden_layers": 3, "attn_layer_indices": [1], "rope_parameters": ROPE},
     ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        DECODER
+        | {
+            "head_dim": 8,
+            "layers_block_type": ["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"],
+            "num_hidden_layers": 5,
+            "mamba_num_heads": 6,
+            "mamba_head_dim": 4,
+            "ssm_state_size": 4,
+            "n_groups": 2,
+            "chunk_size": 8,
+            "time_step_min": 1e-9,
+        },
+    ),
+    "falcon_h1": (
+        "FalconH1Config",
+        DECODER
+        | MAMBA2
+        | {
+            "mamba_d_ssm": 24,
+            "mamba_n_heads": 3,
+            "mamba_n_groups": 1,
+            "rope_parameters": ROPE,
+            "embedding_multiplier": 3.0,
+            "lm_head_multiplier": 0.7,
+            "mlp_multipliers": [0.8, 1.3],
+            "key_multiplier": 1.4,
+            "attention_in_multiplier": 0.9,
+            "attention_out_multiplier": 1.2,
+            "ssm_in_multiplier": 1.1,
+            "ssm_out_multiplier": 0.6,
+            "ssm_multipliers": [0.7, 1.3, 0.9, 1.2, 1.5],
+        },
+    ),
     "granite": ("GraniteConfig", DECODER | GRANITE | {"rope_parameters": ROPE}),
     "granite_moe_hybrid": (
         "GraniteMoeHybridConfig",
@@ -171,6 +208,25 @@ FAMILIES = {
     "rwkv4": (
         "RwkvConfig",
         COMMON | {"attention_hidden_size": 16, "intermediate_size": 24, "rescale_every": 0},
+    ),
+    "minimax": (
+        "MiniMaxConfig",
+        DECODER
+        | {
+            "head_dim": 8,
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 12,
+            "block_size": 5,
+            "rope_parameters": ROPE,
+            **{
+                f"{part}_{factor}_factor": value
+                for part in ("full_attn", "linear_attn", "mlp")
+                for factor, value in (("alpha", 1.7), ("beta", 0.8))
+            },
+        },
     ),
     "gpt_oss": (
         "GptOssConfig",
@@ -367,7 +423,9 @@ def make(folder, name):
             break
     else:
         raise SystemExit(f"{name}: no seed gives a varied continuation without near ties")
-    model.save_pretrained(folder / name)
+    # Buffers that follow from the config are saved by some models.
+    tensors = {each: value for each, value in model.state_dict().items() if not DERIVED.search(each)}
+    model.save_pretrained(folder / name, state_dict=tensors)
     (folder / name / "generation_config.json").unlink(missing_ok=True)
     expected = {
         "tokens": rows.astype(np.int32),

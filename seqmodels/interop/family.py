@@ -102,6 +102,15 @@ def transposed(theirs: str, ours: str) -> Pair:
     return Pair((theirs,), (ours,), lambda x: (x.T,), lambda x: (x.T,))
 
 
+def moved(pairs: Pairs, before: str, after: str) -> Pairs:
+    """Returns pairs in which our names begin with another prefix."""
+
+    def name(ours: str) -> str:
+        return after + ours.removeprefix(before)
+
+    return tuple(dataclasses.replace(pair, ours=tuple(map(name, pair.ours))) for pair in pairs)
+
+
 def linear(theirs: str, ours: str) -> Pairs:
     """Returns the pairs of a linear map and its bias."""
     return transposed(f"{theirs}.weight", f"{ours}/kernel"), same(f"{theirs}.bias", f"{ours}/bias")

@@ -58,9 +58,18 @@ def test_residuals_and_places_of_norms(residual, position):
     np.testing.assert_allclose(block(x)[0], x + mixed + branch(block.channel, seen, *norms[2:]), atol=1e-5)
 
 
-def test_parallel_branches_cannot_normalize_sums():
-    with pytest.raises(ValueError, match="norm_position='post' needs 'separate'"):
-        make(residual="parallel", norm_position="post")
+@pytest.mark.parametrize("position", ["post", "stream"])
+def test_parallel_branches_cannot_normalize_sums(position):
+    with pytest.raises(ValueError, match=f"norm_position='{position}' needs 'separate'"):
+        make(residual="parallel", norm_position=position)
+
+
+def test_a_stream_of_normalized_values():
+    block = scramble(make(norm_position="stream", residual_scale=2.0, branch_scale=0.5).stack.blocks[0])
+    x = jnp.asarray(X)
+    seen = block.mixer_norm(x)
+    seen = block.channel_norm(2 * seen + 0.5 * block.mixer(seen)[0])
+    np.testing.assert_allclose(block(x)[0], 2 * seen + 0.5 * block.channel(seen), atol=1e-5)
 
 
 def test_branches_and_logits_have_factors():
