@@ -207,6 +207,13 @@ MIXER_OPTIONS = [
         ValueError,
         "scales={'s4': 2.0} names s4; branches has gla, s5",
     ),
+    (
+        mixer("parallel", branches={"gla": {}, "s5": {}}, input_scales={"s4": 2.0}),
+        ValueError,
+        "input_scales={'s4': 2.0} names s4; branches has gla, s5",
+    ),
+    (mixer("mamba2", head_dim=3, inner=10), ValueError, "head_dim=3 does not divide inner = 10"),
+    (mixer("mamba2", head_dim=4, norm="middle"), ValueError, "norm='middle'; expected"),
     (named("mixer", MIXERS, "mamba4"), ValueError, "unknown mixer 'mamba4'; did you mean 'mamba"),
     (named("mixer", MIXERS, "mamba", d_state=16), ValueError, "mixer 'mamba' has no option 'd_state'"),
     (named("mixer", MIXERS, "attention", n_heads=2), ValueError, "did you mean 'heads'?"),
@@ -214,6 +221,7 @@ MIXER_OPTIONS = [
     (named("mixer", MIXERS, "bidirectional"), ValueError, "mixer 'bidirectional' needs the option inner"),
 ]
 OTHER_OPTIONS = [
+    (channel("mlp", gate_scale=2.0), ValueError, "gate_scale=2.0 of an mlp, which has no gate"),
     (channel("moe", experts=4, top_k=5), ValueError, "top_k=5; expected 1 to experts=4"),
     (channel("moe", experts=4, top_k=1), ValueError, "top_k=1 with normalize=True"),
     (channel("moe", experts=4, shared=-1), ValueError, "shared=-1; expected"),

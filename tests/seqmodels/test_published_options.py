@@ -117,6 +117,18 @@ def test_experts_with_biases_and_bounds(compute):
     np.testing.assert_allclose(moe(jnp.asarray(X)), want, atol=1e-5)
 
 
+def test_units_and_keys_have_factors():
+    x, swish = jnp.asarray(X), {"hidden": 5, "scale": 0.5, "gate_scale": 1.5}
+    unit = make_channel_mixer("swiglu", swish, given={"width": 8}, rngs=nnx.Rngs(0))
+    gate = 1.5 * np.asarray(unit.gate(x))
+    want = 0.5 * np.asarray(unit.down(jnp.asarray(gate / (1 + np.exp(-gate)) * np.asarray(unit.up(x)))))
+    np.testing.assert_allclose(unit(x), want, atol=1e-5)
+    options = {"heads": 2, "key_scale": 1.5, "bias": True}
+    attention = scramble(make_mixer("attention", options, given={"width": 8}, rngs=nnx.Rngs(0)))
+    _, scaled, _ = attention.heads(x)
+    np.testing.assert_allclose(scaled, 1.5 * attention.key(x).reshape(2, 6, 2, 4), atol=1e-6)
+
+
 def test_embeddings_are_scaled_then_normalized():
     plain, scaled = make().embedding, make(embedding_scale=3.0).embedding
     np.testing.assert_allclose(scaled(IDS)[0], 3 * plain(IDS)[0], rtol=1e-6)

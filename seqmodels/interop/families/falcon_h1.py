@@ -56,8 +56,9 @@ def read(options: Options) -> dict[str, Any]:
         }
         for name, place in (("input_scales", "in"), ("scales", "out"))
     }
+    embedding = float(options.take("embedding_multiplier", 1.0))
     return sizes | {
-        "embedding_scale": float(options.take("embedding_multiplier", 1.0)),
+        "embedding_scale": None if embedding == 1 else embedding,
         "logit_scale": float(options.take("lm_head_multiplier", 1.0)),
         "pattern": ("parallel",),
         "mixers": {"parallel": {"branches": branches, **scales}},
