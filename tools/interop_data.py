@@ -312,6 +312,20 @@ FAMILIES = {
             "rope_parameters": ROPE,
         },
     ),
+    "xlstm": (
+        "xLSTMConfig",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": WIDTH,
+            "num_hidden_layers": 2,
+            "num_heads": 2,
+            "ffn_proj_factor": 1.5,
+            "ffn_round_up_to_multiple_of": 8,
+            "autocast_kernel_dtype": "float32",
+            "gate_soft_cap": 2.0,
+            "output_logit_soft_cap": 3.0,
+        },
+    ),
     "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": WIDTH, "n_layer": 2, "n_head": 2}),
     "mpt": (
         "MptConfig",

@@ -45,6 +45,7 @@ from layers.mixers.linear_attention.mlstm import MLSTM, MLSTMConfig
 from layers.mixers.linear_attention.performer import Performer, PerformerConfig
 from layers.mixers.linear_attention.retnet import RetNet, RetNetConfig
 from layers.mixers.linear_attention.rwkv6 import RWKV6, RWKV6Config
+from layers.mixers.linear_attention.xlstm7b import XLSTM7B, XLSTM7BConfig
 from layers.mixers.parallel import Parallel, ParallelConfig
 from layers.mixers.recurrence.hgrn import HGRN, HGRNConfig
 from layers.mixers.recurrence.lru import LRU, LRUConfig
@@ -135,6 +136,7 @@ MIXERS = {
     "slstm": (SLSTMConfig, SLSTM),
     "tuned_state": (TunedStateConfig, TunedState),
     "wersa": (WERSAConfig, WERSA),
+    "xlstm7b": (XLSTM7BConfig, XLSTM7B),
 }
 
 

@@ -151,6 +151,8 @@ MIXER_OPTIONS = [
     (mixer("hgrn", norm="group_norm"), ValueError, "norm='group_norm'; expected"),
     (mixer("hgrn", layer=2, depth=2), ValueError, "layer=2, depth=2; expected 0 <= layer < depth"),
     (mixer("rwkv4", layer=3, depth=2), ValueError, "layer=3, depth=2; expected 0 <= layer < depth"),
+    (mixer("xlstm7b", heads=3), ValueError, "heads=3"),
+    (mixer("xlstm7b", heads=2, gate_cap=0.0), ValueError, "gate_cap=0.0; expected"),
     (mixer("rwkv_channel", version=5), ValueError, "version=5; expected"),
     (mixer("rwkv_channel", layer=2, depth=2), ValueError, "layer=2, depth=2; expected 0 <= layer < depth"),
     (mixer("lstm", state_size=0), ValueError, "state_size=0; expected"),

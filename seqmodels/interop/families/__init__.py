@@ -27,6 +27,7 @@ from seqmodels.interop.families import (
     recurrent_gemma,
     rwkv,
     rwkv_fla,
+    xlstm,
 )
 
 FAMILIES = {
@@ -55,6 +56,7 @@ FAMILIES = {
         recurrent_gemma.RECURRENT_GEMMA,
         lfm2.LFM2,
         rwkv.RWKV4,
+        xlstm.XLSTM,
         jamba.JAMBA,
         bamba.BAMBA,
         nemotron_h.NEMOTRON_H,

@@ -96,6 +96,7 @@ MIXERS = {
     ),
     "mlstm": ("mlstm", {"heads": 2}),
     "slstm": ("slstm", {"heads": 2}),
+    "xlstm7b": ("xlstm7b", {"heads": 2, "key_dim": 3}),
     "based": ("based", {"heads": 2, "feature_dim": 3}),
     "gated_deltaproduct": (
         "gated_deltaproduct",
@@ -167,7 +168,7 @@ CHOOSES = {"informer", "moba", "reformer"}
 
 # Mixers whose part of the suite is slow. By default their own tests compare two calls, with a state, with the equation.
 LIGHT = {
-    "rwkv_channel",
+    *("rwkv_channel", "xlstm7b"),
     *("hgrn2", "rwkv6", "mlstm", "slstm", "based", "linoss", "mamba3", "gated_short_conv"),
     *("gated_deltaproduct", "gated_deltanet2", "comba", "tuned_state", "parallel"),
     *("forgetting_attention", "differential_attention", "longformer", "bigbird", "longt5"),

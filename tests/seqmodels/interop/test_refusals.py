@@ -207,7 +207,7 @@ def build(**options):
 
 def test_mixers_side_by_side(tmp_path):
     """What is left out of a config is as its default; a part that another kind of layer has is named."""
-    branches = {"mamba2": {"head_dim": 8, "norm": "none"}, "attention": {"heads": 2}}
+    branches = {"mamba2": {"head_dim": 8, "norm": "none", "epsilon": 1e-6}, "attention": {"heads": 2}}
     model = build(pattern=("parallel",), mixers={"parallel": {"branches": branches}}, tie_embeddings=False)
     save_pretrained(model, tmp_path / "out")
     again, _ = load_pretrained(tmp_path / "out")
