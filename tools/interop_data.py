@@ -278,6 +278,19 @@ FAMILIES = {
         "GatedDeltaNetConfig",
         FLA | {"num_heads": 2, "num_v_heads": 4, "head_dim": 4, "expand_v": 2.0},
     ),
+    "retnet": ("RetNetConfig", FLA | {"num_heads": 2, "num_kv_heads": 1, "expand_v": 2.0}),
+    "gated_deltaproduct": (
+        "GatedDeltaProductConfig",
+        FLA
+        | {
+            "num_heads": 2,
+            "head_dim": 4,
+            "num_householder": 2,
+            "use_forget_gate": True,
+            "allow_neg_eigval": True,
+        },
+    ),
+    "comba": ("CombaConfig", FLA | {"num_heads": 2, "head_dim": 4, "correction_factor": 0.5}),
     "rwkv6": (
         "RWKV6Config",
         FLA | {"num_heads": 2, "expand_k": 1.0, "proj_low_rank_dim": 3, "gate_low_rank_dim": 2},

@@ -55,6 +55,7 @@ class Family:
       constants: variables within a layer that have one value in every model of the family and no tensor.
       unread: pattern of names of tensors that hold nothing to read, such as masks.
       base: prefix of all names but the head's, which some checkpoints leave out.
+      aliases: patterns of other names that some checkpoints have, and what to put in their place.
       numbers: function from the config of the stack to the numbers of their layers that hold the mixer and the channel mixer of
         each layer of ours; by default both are the number of ours.
     """
@@ -69,6 +70,7 @@ class Family:
     constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
     unread: str = r"(?!)"
     base: str = "model."
+    aliases: Sequence[tuple[str, str]] = ()
     numbers: Callable[[StackConfig], Sequence[tuple[int, int]]] = lambda stack: [
         (layer, layer) for layer in range(stack.depth)
     ]
@@ -85,6 +87,12 @@ class Family:
                     pair.within(self.layer.format(number), f"{BLOCK}/{layer}") for pair in parts.get(kind, ())
                 )
         return tuple(found)
+
+    def known_as(self, name: str) -> str:
+        """Returns the name in the pairs of a tensor that may have another one."""
+        for pattern, known in self.aliases:
+            name = re.sub(pattern, known, name)
+        return name
 
     def constant(self, name: str) -> float | None:
         """Returns the value of a variable that has no tensor; None if it has one."""

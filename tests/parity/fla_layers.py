@@ -4,12 +4,23 @@ import math
 
 import torch
 import torch.nn.functional as F
-from fla.layers import delta_net, gated_deltanet, gla, kda, multiscale_retention, rwkv6, rwkv7
+from fla.layers import (
+    comba,
+    delta_net,
+    gated_deltanet,
+    gated_deltaproduct,
+    gla,
+    kda,
+    multiscale_retention,
+    rwkv6,
+    rwkv7,
+)
 from fla.models.rwkv6 import modeling_rwkv6
 from fla.models.rwkv7 import modeling_rwkv7
 from fla.modules import FusedRMSNormGated, GroupNorm, RMSNorm, ShortConvolution
 from fla.modules.rotary import RotaryEmbedding, rotary_embedding_ref
 from fla.modules.token_shift import token_shift_ref
+from fla.ops.comba.naive import naive_recurrent_comba
 from fla.ops.delta_rule.naive import delta_rule_recurrence
 from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
 from fla.ops.generalized_delta_rule.dplr.naive import dplr_recurrence
@@ -47,7 +58,9 @@ def convolution(self, x, **_):
 
 def rotation(self, q, k, **_):
     self._update_cos_sin_cache(q.shape[1], device=q.device, dtype=q.dtype)
-    turned = (rotary_embedding_ref(x, self._cos_cached, self._sin_cached) for x in (q, k))
+    # What is cached may be longer, after an earlier call.
+    cos, sin = (cached[: q.shape[1]] for cached in (self._cos_cached, self._sin_cached))
+    turned = (rotary_embedding_ref(x, cos, sin) for x in (q, k))
     return tuple(turned)
 
 
@@ -88,6 +101,16 @@ def in_torch(monkeypatch):
         o, memory = delta_rule_recurrence(q, k, v, beta)
         return o.transpose(1, 2), memory
 
+    def run_product(a):
+        options = {"output_final_state": True}
+        decay = torch.zeros_like(a["beta"]) if a["g"] is None else a["g"]
+        return naive_recurrent_gated_delta_rule(l2(a["q"]), l2(a["k"]), a["v"], a["beta"], decay, **options)
+
+    def run_comba(a):
+        a = {**a, **{name: l2(a[name]) for name in "qkp"}}
+        own = {name: a[name] for name in ("q", "k", "v", "p", "beta", "g")}
+        return naive_recurrent_comba(**own, output_final_state=True)
+
     def strength(a):
         return torch.sigmoid(a["beta"]) * (2 if a["allow_neg_eigval"] else 1)
 
@@ -123,6 +146,8 @@ def in_torch(monkeypatch):
     replace(gla, "chunk_gla fused_recurrent_gla", run_gla)
     replace(delta_net, "chunk_delta_rule fused_recurrent_delta_rule", run_delta)
     replace(gated_deltanet, "chunk_gated_delta_rule fused_recurrent_gated_delta_rule", run_gated_delta)
+    replace(gated_deltaproduct, "fused_recurrent_gated_delta_rule", run_product)
+    replace(comba, "chunk_comba fused_recurrent_comba", run_comba)
     replace(kda, "chunk_kda fused_recurrent_kda", run_kda)
     replace(multiscale_retention, "chunk_retention fused_recurrent_retention", run_retention)
     replace(rwkv6, "chunk_rwkv6 fused_recurrent_rwkv6", run_rwkv6)

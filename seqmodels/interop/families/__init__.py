@@ -3,6 +3,7 @@
 from seqmodels.interop.families import (
     bamba,
     bloom,
+    delta_product,
     falcon,
     falcon_h1,
     flash_linear_attention,
@@ -25,6 +26,7 @@ from seqmodels.interop.families import (
     phi3,
     qwen3_next,
     recurrent_gemma,
+    retnet,
     rwkv,
     rwkv_fla,
     xlstm,
@@ -70,6 +72,9 @@ FAMILIES = {
         flash_linear_attention.DELTA_NET,
         flash_linear_attention.GATED_DELTANET,
         flash_linear_attention.KDA,
+        delta_product.GATED_DELTAPRODUCT,
+        delta_product.COMBA,
+        retnet.RETNET,
         rwkv_fla.RWKV6,
         rwkv_fla.RWKV7,
     )

@@ -96,6 +96,12 @@ def test_configs(folder, options, words):
         ("nemotron_h", {"layers_block_type": None, "hybrid_override_pattern": "M-M*", "num_hidden_layers": 5},
          ["the kinds of num_hidden_layers=5 layers"]),
         ("nemotron_h", {"num_nextn_predict_layers": 1}, ["num_nextn_predict_layers=1"]),
+        ("xlstm", {"weight_mode": "fused"}, ["weight_mode='fused'", "'single'"]),
+        ("xlstm", {"qk_dim_factor": 0.45}, ["qk_dim_factor=0.45", "num_heads=2 divides"]),
+        ("xlstm", {"ffn_round_up_to_multiple_of": 64}, ["ffn.proj_up_gate.weight of shape (24, 16)", "asks for (64, 16)"]),
+        ("retnet", {"use_output_gate": False}, ["use_output_gate=False", "expected True"]),
+        ("comba", {"use_inner_decay": False}, ["use_inner_decay=False", "expected True"]),
+        ("gated_deltaproduct", {"num_householder": 3}, ["k_proj.weight of shape (16, 16)", "asks for (24, 16)"]),
         ("falcon_h1", {"mamba_n_heads": 4}, ["mamba_n_heads=4", "mamba_d_ssm / mamba_d_head = 3"]),
         ("falcon_h1", {"projectors_bias": True}, ["projectors_bias=True", "mamba_proj_bias=False"]),
         ("falcon_h1", {"mamba_rms_norm": True}, ["lacks the tensors model.layers.0.mamba.norm.weight"]),
@@ -198,6 +204,23 @@ def test_names_without_the_first_part(folder):
     got, _ = load_pretrained(folder)
     np.testing.assert_array_equal(got.norm.scale[...], want.norm.scale[...])
     np.testing.assert_array_equal(got.head.kernel[...], want.head.kernel[...])
+
+
+def test_another_name_of_a_norm(tmp_path):
+    """The norm of GLA is called otherwise where it is computed together with the gate."""
+
+    def fused(tensors):
+        for name in list(tensors):
+            tensors[name.replace("g_norm", "g_norm_swish_gate")] = tensors.pop(name)
+
+    made = shutil.copytree(DATA / "gla", tmp_path / "gla")
+    want, _ = load_pretrained(made)
+    change_tensors(made, fused)
+    got, _ = load_pretrained(made)
+    ours, theirs = (model.stack.stacked[0].mixer.norm.scale[...] for model in (got, want))
+    np.testing.assert_array_equal(ours, theirs)
+    save_pretrained(got, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["fuse_norm"] is False
 
 
 def build(**options):
