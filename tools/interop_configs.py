@@ -131,6 +131,27 @@ FAMILIES = {
             "time_step_min": 1e-9,
         },
     ),
+    "nemotron_h_moe": (
+        "NemotronHConfig",
+        DECODER
+        | {
+            "head_dim": 8,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+            "num_hidden_layers": 4,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 4,
+            "ssm_state_size": 4,
+            "n_groups": 2,
+            "chunk_size": 8,
+            "time_step_min": 1e-9,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "moe_shared_expert_intermediate_size": 16,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
     "falcon_h1": (
         "FalconH1Config",
         DECODER

@@ -224,6 +224,17 @@ MIXER_OPTIONS = [
 ]
 OTHER_OPTIONS = [
     (channel("mlp", gate_scale=2.0), ValueError, "gate_scale=2.0 of an mlp, which has no gate"),
+    (
+        channel("moe", gated=False, gain=1.7),
+        ValueError,
+        "gain=1.7 with gated=False and activation=None; it is",
+    ),
+    (
+        channel("moe", activation="relu2", clamp=7.0),
+        ValueError,
+        "clamp=7.0 with gated=True and activation='relu2'",
+    ),
+    (channel("moe", activation="relu3"), ValueError, "unknown activation 'relu3'; did you mean 'relu"),
     (channel("moe", experts=4, top_k=5), ValueError, "top_k=5; expected 1 to experts=4"),
     (channel("moe", experts=4, top_k=1), ValueError, "top_k=1 with normalize=True"),
     (channel("moe", experts=4, shared=-1), ValueError, "shared=-1; expected"),

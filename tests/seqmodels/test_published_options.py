@@ -129,6 +129,25 @@ def test_units_and_keys_have_factors():
     np.testing.assert_allclose(scaled, 1.5 * attention.key(x).reshape(2, 6, 2, 4), atol=1e-6)
 
 
+@pytest.mark.parametrize("compute", [pytest.param("dense", marks=pytest.mark.slow), "grouped"])
+def test_experts_without_gates(compute):
+    options = {"experts": 4, "top_k": 2, "hidden": 5, "shared": 1, "compute": compute, "bias": True}
+    options |= {"gated": False, "activation": "relu2"}
+    moe = scramble(make_channel_mixer("moe", options, given={"width": 8}, rngs=nnx.Rngs(0)))
+    names = ("up", "down", "up_bias", "down_bias")
+    own = {name: np.asarray(getattr(moe, name)[...]) for name in names}
+    logits = X @ np.asarray(moe.router.kernel[...]) + np.asarray(moe.router.bias[...])
+    shared = np.maximum(X @ np.asarray(moe.shared.up.kernel[...]), 0) ** 2
+    want = shared @ np.asarray(moe.shared.down.kernel[...])
+    for place in np.ndindex(2, 6):
+        best = np.argsort(-logits[place])[:2]
+        weights = np.exp(logits[place][best])
+        for expert, weight in zip(best, weights / weights.sum(), strict=True):
+            hidden = np.maximum(X[place] @ own["up"][expert] + own["up_bias"][expert], 0) ** 2
+            want[place] += weight * (hidden @ own["down"][expert] + own["down_bias"][expert])
+    np.testing.assert_allclose(jax.jit(moe)(jnp.asarray(X)), want, atol=1e-5)
+
+
 def test_embeddings_are_scaled_then_normalized():
     plain, scaled = make().embedding, make(embedding_scale=3.0).embedding
     np.testing.assert_allclose(scaled(IDS)[0], 3 * plain(IDS)[0], rtol=1e-6)

@@ -1,15 +1,17 @@
-"""Nemotron-H: Mamba-2 and attention without positions, with multilayer perceptrons after some of them."""
+"""Nemotron-H: Mamba-2 and attention without positions, with perceptrons or experts without gates after some of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from layers.channel.moe import MoE
 from seqmodels.config import StackConfig
 from seqmodels.interop.families.llama import layer_of, mixers_of, read_heads, shortest, write_heads
 from seqmodels.interop.families.mamba2 import mixer, read_limits, write_limits
-from seqmodels.interop.family import Family, linear, norm, same, transposed
+from seqmodels.interop.families.mixtral import experts
+from seqmodels.interop.family import Family, Pairs, linear, norm, same, transposed
 from seqmodels.interop.options import THEIR_ACTIVATIONS, Options
 
-# Each layer of theirs is a mixer or a perceptron; a layer of ours is a mixer, and a perceptron if one follows.
+# Each layer of theirs is a mixer or a channel mixer; a layer of ours is a mixer, and a channel mixer if one follows.
 LETTERS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 KINDS = {
     "mamba": "mamba2",
@@ -18,33 +20,35 @@ KINDS = {
     "full_attention": "attention",
 }
 THEIRS = {"mamba2": "linear_attention", "attention": "full_attention"}
-# Initial values, which code runs, and experts, which a model without layers of them does not have.
+# Initial values, and which code runs.
 WITHOUT_EFFECT = (
     "chunk_size",
     "expand",
     "mamba_ssm_cache_dtype",
-    "moe_intermediate_size",
-    "moe_latent_size",
-    "moe_shared_expert_intermediate_size",
     "moe_shared_expert_overlap",
     "mtp_layers_block_type",
-    "n_group",
-    "n_routed_experts",
     "n_shared_experts",
-    "norm_topk_prob",
-    "num_experts_per_tok",
     "num_logits_to_keep",
     "rescale_prenorm_residual",
     "residual_in_fp32",
-    "routed_scaling_factor",
     "time_step_floor",
     "time_step_max",
     "time_step_min",
     "time_step_rank",
-    "topk_group",
     "use_mamba_kernels",
 )
-PARTS = {
+EXPERTS = (
+    "moe_intermediate_size",
+    "moe_latent_size",
+    "moe_shared_expert_intermediate_size",
+    "n_group",
+    "n_routed_experts",
+    "norm_topk_prob",
+    "num_experts_per_tok",
+    "routed_scaling_factor",
+    "topk_group",
+)
+PARTS: Mapping[str, Pairs] = {
     "mamba2": (*norm("norm", "mixer_norm"), *mixer("mixer")),
     "attention": (
         *norm("norm", "mixer_norm"),
@@ -86,23 +90,57 @@ def read(options: Options) -> dict[str, Any]:
         "attention": read_heads(options) | {"position": "none"},
     }
     options.only("mamba_proj_bias", mixers["mamba2"]["bias"])
-    channel = {
-        "hidden": options.take("intermediate_size"),
-        "activation": options.activation("mlp_hidden_act", "relu2"),
-        "bias": options.take("mlp_bias", False),
-    }
-    made = {
+    activation, bias = options.activation("mlp_hidden_act", "relu2"), options.take("mlp_bias", False)
+    options.ignore("intermediate_size", *EXPERTS)
+    channels = {}
+    if any("mlp" in each for each in pattern):
+        channels["mlp"] = {
+            "hidden": options.take("intermediate_size"),
+            "activation": activation,
+            "bias": bias,
+        }
+    if any("moe" in each for each in pattern):
+        channels["moe"] = _read_experts(options, activation, bias)
+    return {
         "vocab_size": options.take("vocab_size"),
         "width": options.take("hidden_size"),
         "depth": len(pattern),
         "pattern": shortest(pattern),
         "mixers": {name: own for name, own in mixers.items() if any(name in each for each in pattern)},
         "channel": "none",
+        "channels": channels,
         "norm": "rms_norm",
         "norm_options": {"epsilon": epsilon},
         "tie_embeddings": options.take("tie_word_embeddings", False),
     }
-    return made | {"channels": {"mlp": channel}} if any("mlp" in each for each in pattern) else made
+
+
+def _read_experts(options: Options, activation: str, bias: bool) -> dict[str, Any]:
+    hidden, shared = (
+        options.take("moe_intermediate_size"),
+        options.take("moe_shared_expert_intermediate_size"),
+    )
+    if shared % hidden:
+        options.refuse("moe_shared_expert_intermediate_size", shared, f"a multiple of {hidden}")
+    if bias:
+        options.refuse("mlp_bias", bias, "False with experts")
+    options.only("moe_latent_size", None)
+    return {
+        "experts": options.take("n_routed_experts", 8),
+        "top_k": options.take("num_experts_per_tok", 2),
+        "hidden": hidden,
+        "shared": shared // hidden,
+        "gated": False,
+        "activation": activation,
+        "scores": "sigmoid",
+        "normalize": options.take("norm_topk_prob", True),
+        "scale": float(options.take("routed_scaling_factor", 1.0)),
+        "groups": options.take("n_group", 1),
+        "top_groups": options.take("topk_group", 1),
+        "bias_rate": 0.001,
+        "balance": 0.0,
+        "z_loss": 0.0,
+    }
 
 
 def _pattern(options: Options) -> list[str]:
@@ -116,15 +154,17 @@ def _pattern(options: Options) -> list[str]:
     for place, kind in enumerate(kinds):
         if kind in KINDS:
             entries.append(KINDS[kind])
-        elif kind == "mlp" and place and kinds[place - 1] in KINDS:
-            entries[-1] += "+mlp"
+        elif kind in ("mlp", "moe") and place and kinds[place - 1] in KINDS:
+            entries[-1] += f"+{kind}"
         else:
-            options.refuse("layers_block_type", kind, f"{' or '.join(KINDS)}, or mlp after one of them")
+            options.refuse(
+                "layers_block_type", kind, f"{' or '.join(KINDS)}, or mlp or moe after one of them"
+            )
     return entries
 
 
 def numbers(stack: StackConfig) -> Sequence[tuple[int, int]]:
-    """Returns the numbers of their layers that hold the mixer and the perceptron of each of ours."""
+    """Returns the numbers of their layers that hold the mixer and the channel mixer of each of ours."""
     found, start = [], 0
     for layer in range(stack.depth):
         found.append((start, start + 1))
@@ -136,9 +176,12 @@ def write(model: Any) -> dict[str, Any]:
     """Returns their options."""
     config, (names, mixers) = model.config, mixers_of(model)
     layers = [layer_of(model, layer) for layer in range(config.stack.depth)]
-    kinds = []
+    kinds, channels = [], {}
     for name, block in zip(names, layers, strict=True):
-        kinds += [THEIRS[name]] if block.channel is None else [THEIRS[name], "mlp"]
+        kinds += [THEIRS[name]]
+        if block.channel is not None:
+            channels.setdefault("moe" if isinstance(block.channel, MoE) else "mlp", block.channel)
+            kinds += ["moe" if isinstance(block.channel, MoE) else "mlp"]
     made = {
         "vocab_size": config.input.vocab_size,
         "hidden_size": config.stack.width,
@@ -161,12 +204,40 @@ def write(model: Any) -> dict[str, Any]:
         "time_step_min": own.dt_limit[0] or 1e-9,
     }
     made |= write_heads(mixers["attention"])
-    channel = next(block.channel for block in layers if block.channel is not None)
-    return made | {
-        "intermediate_size": channel.up.kernel.shape[-1],
-        "mlp_hidden_act": THEIR_ACTIVATIONS[channel.config.activation or "gelu"],
-        "mlp_bias": channel.config.bias,
+    for channel in channels.values():
+        made["mlp_hidden_act"] = THEIR_ACTIVATIONS[channel.config.activation or "gelu"]
+        made["mlp_bias"] = channel.config.bias
+    if "mlp" in channels:
+        made["intermediate_size"] = channels["mlp"].up.kernel.shape[-1]
+    return made | _write_experts(channels["moe"]) if "moe" in channels else made
+
+
+def _write_experts(experts: MoE) -> dict[str, Any]:
+    own, hidden = experts.config, experts.up.shape[-1]
+    return {
+        "n_routed_experts": own.experts,
+        "num_experts_per_tok": own.top_k,
+        "moe_intermediate_size": hidden,
+        "moe_shared_expert_intermediate_size": own.shared * hidden,
+        "norm_topk_prob": own.normalize,
+        "routed_scaling_factor": own.scale,
+        "n_group": own.groups,
+        "topk_group": own.top_groups,
     }
+
+
+def _parts(stack: StackConfig) -> Mapping[str, Pairs]:
+    if "moe" not in stack.channels:
+        return PARTS
+    names, count = (None, "up_proj", "down_proj"), stack.channels["moe"]["experts"]
+    moe = (
+        *norm("norm", "channel_norm"),
+        *experts("mixer.gate", "mixer.experts.{}", names, count),
+        same("mixer.gate.e_score_correction_bias", "channel/bias"),
+        *linear("mixer.shared_experts.up_proj", "channel/shared/up"),
+        *linear("mixer.shared_experts.down_proj", "channel/shared/down"),
+    )
+    return {**PARTS, "moe": moe}
 
 
 NEMOTRON_H = Family(
@@ -180,7 +251,7 @@ NEMOTRON_H = Family(
         transposed("lm_head.weight", "head/kernel"),
     ),
     layer="backbone.layers.{}.",
-    parts=lambda _: PARTS,
+    parts=_parts,
     base="backbone.",
     numbers=numbers,
 )
