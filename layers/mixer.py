@@ -168,6 +168,10 @@ class Mixer(nnx.Module):
         y, carried, values = self._mix(x, carried, segments, *more)
         return y, MixerState(carried, here.place), values
 
+    def alone(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Returns outputs along time of the mixer without its model: x stands for values of an earlier layer that it reads."""
+        return self.sharing(x, None, x if self.takes_values else None)[0]
+
     def _mix(self, x: jax.Array, carried: Any, segments: Any, values: Any, *rest: Any) -> tuple[Any, ...]:
         """Returns outputs, what to carry and shared values; explains what fails for sizes that are symbols of `jax.export`."""
         if self.shares_values:

@@ -66,6 +66,10 @@ class Block(nnx.Module):
         x, state, _ = self.sharing(x, state, None, segment_ids=segment_ids, key=key)
         return x, state
 
+    def alone(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Returns the output of the layer without its model; see `Mixer.alone`."""
+        return self.sharing(x, None, x if self.mixer.takes_values else None)[0]
+
     def sharing(
         self,
         x: Float[Array, "b t d"],
