@@ -31,9 +31,10 @@ PARTS = {
 
 def read(options: Options) -> dict[str, Any]:
     """Returns our config."""
-    options.ignore(
-        "mamba_chunk_size", "mamba_expand", "num_logits_to_keep", "time_step_rank", "mamba_use_mlp"
-    )
+    options.ignore("mamba_chunk_size", "mamba_expand", "mlp_expansion_factor", "num_logits_to_keep")
+    options.ignore("time_step_floor", "time_step_max", "time_step_min", "time_step_rank")
+    options.only("mamba_use_mlp", True)
+    options.only("attn_layer_indices", None)
     options.only("hidden_act", "silu")  # of Mamba-2 too
     sizes = read_sizes(options)
     gate, down = options.take("mlp_multipliers", None) or (1.0, 1.0)

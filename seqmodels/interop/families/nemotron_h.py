@@ -26,6 +26,7 @@ WITHOUT_EFFECT = (
     "expand",
     "mamba_ssm_cache_dtype",
     "moe_shared_expert_overlap",
+    "mtp_hybrid_override_pattern",
     "mtp_layers_block_type",
     "n_shared_experts",
     "num_logits_to_keep",
@@ -87,8 +88,10 @@ def read(options: Options) -> dict[str, Any]:
             "dt_limit": read_limits(options),
             "epsilon": epsilon,
         },
-        "attention": read_heads(options) | {"position": "none"},
+        "attention": _read_attention(options),
     }
+    for name in ("norm_eps", "rms_norm_eps"):
+        options.only(name, epsilon)
     options.only("mamba_proj_bias", mixers["mamba2"]["bias"])
     activation, bias = options.activation("mlp_hidden_act", "relu2"), options.take("mlp_bias", False)
     options.ignore("intermediate_size", *EXPERTS)
@@ -113,6 +116,13 @@ def read(options: Options) -> dict[str, Any]:
         "norm_options": {"epsilon": epsilon},
         "tie_embeddings": options.take("tie_word_embeddings", False),
     }
+
+
+def _read_attention(options: Options) -> dict[str, Any]:
+    heads, named = read_heads(options), options.take("attention_head_dim", None)
+    if named is not None and options.take("head_dim", named) != named:
+        options.refuse("attention_head_dim", named, f"head_dim={heads['head_dim']}")
+    return heads | {"head_dim": named or heads["head_dim"], "position": "none"}
 
 
 def _read_experts(options: Options, activation: str, bias: bool) -> dict[str, Any]:

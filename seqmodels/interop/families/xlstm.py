@@ -9,9 +9,12 @@ from seqmodels.interop.options import Options
 
 # Which code runs, in which precision and in what pieces.
 WITHOUT_EFFECT = (
+    "add_embedding_dropout",
+    "add_forward_backend_padding",
     "autocast_kernel_dtype",
     "chunk_size",
     "chunkwise_kernel",
+    "igate_bias_init_range",
     "inference_state_dtype",
     "max_inference_chunksize",
     "mode",
@@ -40,6 +43,7 @@ def read(options: Options) -> dict[str, Any]:
         if size % heads:
             options.refuse(name, options.take(name, default), f"one that num_heads={heads} divides")
         own[ours] = size // heads
+    options.only("head_dim", own["value_dim"])
     multiple = options.take("ffn_round_up_to_multiple_of", 64)
     hidden = int((width * options.take("ffn_proj_factor", 2.667) + multiple - 1) // multiple * multiple)
     return {
