@@ -33,6 +33,7 @@ from experiments.runs.files import to_json_text
 from experiments.training import experiment
 from layers.kernels import devices, dispatch
 from seqmodels import DualEncoder
+from seqmodels.block import Block
 
 PREFIXES = ("", "k", "M", "G", "T", "P")
 LENGTHS = (1024, 4096, 16384, 65536)
@@ -100,7 +101,9 @@ def implementations(config: Mapping[str, Any], length: int, batch: int, backend:
     for layer in range(stack.config.depth):
         graph, variables = nnx.split(stack.blocks[layer])
         with devices.as_on(backend), dispatch.explained() as choices:
-            jax.eval_shape(lambda variables, x, graph=graph: nnx.merge(graph, variables)(x)[0], variables, x)
+            jax.eval_shape(
+                lambda variables, x, graph=graph: nnx.merge(graph, variables).alone(x), variables, x
+            )
         calls = [
             choice._asdict() | {"passed_over": [list(one) for one in choice.passed_over]}
             for choice in choices
@@ -209,8 +212,13 @@ def _layer(stack: Any, layer: int, length: int) -> dict[str, Any]:
 def _flops(module: nnx.Module, inputs: jax.ShapeDtypeStruct) -> Flops | str:
     """Returns the operations of one call, or the reason why the module refuses it."""
     graph, variables = nnx.split(module)
+
+    def run(variables: nnx.State, x: jax.Array) -> jax.Array:
+        merged = nnx.merge(graph, variables)
+        return merged.alone(x) if isinstance(merged, Block) else merged(x)[0]
+
     try:
-        return count_flops(lambda variables, x: nnx.merge(graph, variables)(x)[0], variables, inputs)
+        return count_flops(run, variables, inputs)
     except ValueError as error:
         return str(error)
 

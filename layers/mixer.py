@@ -11,6 +11,7 @@ of y_t by x_s is zero for s > t, or sets `causal = False` and refuses a state.
 A mixer writes `mix`, its equation, and `initial`, what it carries before the first token. The base class does the rest.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -63,12 +64,18 @@ class Mixer(nnx.Module):
         cleared where a segment begins, and `mix(x, carried, segments, visit)` gets a `Visit`, None if `carried` is None.
       isolates_tokens: True for a causal mixer in whose equation itself a token meets later ones, in steps or sums of its own:
         then no number that is not finite reaches `mix` (see `layers.kernels.isolation`, which primitives do by themselves).
+      shares_values: True for a mixer whose values later layers may read, as in RWKV-7. It also defines `mix_sharing(x, carried,
+        segments, values)`, which returns the outputs, what to carry, and the values for later layers (b, t, d); `values` are
+        those of earlier ones or None.
+      takes_values: whether it needs the values of an earlier layer.
     """
 
     causal: bool = True
     takes_intervals: bool = False
     keeps_segments: bool = False
     isolates_tokens: bool = False
+    shares_values: bool = False
+    takes_values: bool = False
 
     def initial(self, batch_size: int, max_length: int | None) -> Any:
         """Returns what is carried before the first token; `max_length` bounds the tokens that a cache must hold."""
@@ -115,31 +122,64 @@ class Mixer(nnx.Module):
             belongs to another batch size or mixer, or its parts to different lengths of cache, or a size of x is a symbol
             of `jax.export` where the mixer needs a number.
         """
+        y, state, _ = self.sharing(x, state, None, segment_ids=segment_ids)
+        return y, state
+
+    def sharing(
+        self,
+        x: Float[Array, "b t d"],
+        state: MixerState | None,
+        values: Float[Array, "b t d"] | None,
+        *,
+        segment_ids: SegmentIds = None,
+    ) -> tuple[Float[Array, "b t d"], MixerState | None, Float[Array, "b t d"] | None]:
+        """Returns what `__call__` returns, and the values that later layers read.
+
+        Args:
+          values: values of the first layer that shares them, for the same tokens; None if there is none before this one.
+
+        Returns:
+          The outputs, the next state, and the values: those given, or the mixer's own if it is the first to share them.
+
+        Raises:
+          ValueError, TypeError: as for `__call__`, or the mixer needs the values of an earlier layer.
+        """
         self._check(x, segment_ids)
         segments = Segments.of(segment_ids)
         # Whatever stands at padding, products with weights must not meet it: 0 x NaN is NaN, in gradients too.
         x = select_real(x, segments)
-        more = (None,) if self.keeps_segments else ()
+        more = (values, None) if self.keeps_segments else (values,)
         if state is None:
             ends = segments is not None and segments.padding == "end" and not segments.packed
             if self.causal and ends and segments.intervals is None:
                 # Padding behind a row's only segment comes after all of its tokens, which do not see it.
-                return select_real(self._mix(x, None, None, *more)[0], segments), None
-            return self._mix(x, None, segments, *more)[0], None
+                y, _, values = self._mix(x, None, None, *more)
+                return select_real(y, segments), None, values
+            y, _, values = self._mix(x, None, segments, *more)
+            return y, None, values
         self._require_causal("a state was given")
         self._check_state(state, x.shape[0])
         here = visit(state.place, segments, x.shape[1])
         carried = state.carried
         if self.keeps_segments:
-            more = (here,)
+            more = (values, here)
         elif segments is not None:
             carried = keep_where(here.continues, carried, self.initial(x.shape[0], None))
-        y, carried = self._mix(x, carried, segments, *more)
-        return y, MixerState(carried, here.place)
+        y, carried, values = self._mix(x, carried, segments, *more)
+        return y, MixerState(carried, here.place), values
 
-    def _mix(self, x: jax.Array, *rest: Any) -> tuple[jax.Array, Any]:
-        """Runs `mix`; explains what fails where sizes of x are symbols, as under `jax.export`."""
+    def alone(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Returns outputs along time of the mixer without its model: x stands for values of an earlier layer that it reads."""
+        return self.sharing(x, None, x if self.takes_values else None)[0]
+
+    def _mix(self, x: jax.Array, carried: Any, segments: Any, values: Any, *rest: Any) -> tuple[Any, ...]:
+        """Returns outputs, what to carry and shared values; explains what fails for sizes that are symbols of `jax.export`."""
+        if self.shares_values:
+            return self._run(self.mix_sharing, x, carried, segments, values)
         mix = isolated_tokens(self.mix) if self.isolates_tokens and self.causal else self.mix
+        return *self._run(mix, x, carried, segments, *rest), values
+
+    def _run(self, mix: Callable[..., Any], x: jax.Array, *rest: Any) -> Any:
         if jnp.dtype(self.config.dtype) != jnp.float32:
             mix = promoting(mix)  # activations meet parameters and states in float32
         if all(isinstance(size, int) for size in x.shape):

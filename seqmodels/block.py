@@ -18,7 +18,8 @@ from seqmodels.config import StackConfig
 class Block(nnx.Module):
     """A layer of a stack.
 
-    Separate residuals, pre-norm (post-norm normalizes the sums instead, and "output" and "both" the outputs of branches):
+    Separate residuals, pre-norm (post-norm normalizes the sums instead, "output" and "both" the outputs of branches, and "stream"
+    x itself before each branch):
 
         x = x + dropout(mixer(norm(x)))
         x = x + dropout(channel(norm(x)))
@@ -62,23 +63,43 @@ class Block(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t d"], Any]:
         """Returns the output of the layer and the mixer's state. A key means training."""
+        x, state, _ = self.sharing(x, state, None, segment_ids=segment_ids, key=key)
+        return x, state
+
+    def alone(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Returns the output of the layer without its model; see `Mixer.alone`."""
+        return self.sharing(x, None, x if self.mixer.takes_values else None)[0]
+
+    def sharing(
+        self,
+        x: Float[Array, "b t d"],
+        state: Any,
+        values: Float[Array, "b t d"] | None,
+        *,
+        segment_ids: SegmentIds = None,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Any, Float[Array, "b t d"] | None]:
+        """Returns the output of the layer, the mixer's state and the values for later layers; see `Mixer.sharing`."""
         segments = Segments.of(segment_ids)
         mask = None if segments is None else segments.real
         norms = {"mask": mask, "training": key is not None}
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        post = self.config.norm_position == "post"
+        post, stream = (self.config.norm_position == position for position in ("post", "stream"))
         scale, branch_scale = self.config.residual_scale, self.config.branch_scale
 
         def add(x, y, norm):
             total = (x if scale == 1 else scale * x) + (y if branch_scale == 1 else branch_scale * y)
             return norm(total, **norms) if post else total
 
+        def before(x, norm):
+            return norm(x, **norms) if stream else x
+
         def branch(f, x, norm, output_norm):
-            y, out = f(x if post or norm is None else norm(x, **norms))
+            y, out = f(x if post or stream or norm is None else norm(x, **norms))
             return (y if output_norm is None else output_norm(y, **norms)), out
 
         def mix(u):
-            y, out = self.mixer(u, state, segment_ids=segments)
+            y, *out = self.mixer.sharing(u, state, values, segment_ids=segments)
             if self.config.residual == "joint":
                 return self.channel(y, mask=mask, key=keys[0]), out
             return dropout(y, self.config.dropout, keys[0]), out
@@ -86,13 +107,14 @@ class Block(nnx.Module):
         def channel(u):
             return dropout(self.channel(u, mask=mask, key=keys[1]), self.config.dropout, keys[2]), None
 
-        mixed, new_state = branch(mix, x, self.mixer_norm, self.mixer_output_norm)
+        x = before(x, self.mixer_norm)
+        mixed, out = branch(mix, x, self.mixer_norm, self.mixer_output_norm)
         if self.channel is None or self.config.residual == "joint":
-            return add(x, mixed, self.mixer_norm), new_state
+            return add(x, mixed, self.mixer_norm), *out
         if self.config.residual == "separate":
-            x = add(x, mixed, self.mixer_norm)
+            x = before(add(x, mixed, self.mixer_norm), self.channel_norm)
         channel_norm = self.mixer_norm if self.config.shared_norm else self.channel_norm
         y, _ = branch(channel, x, channel_norm, self.channel_output_norm)
         if self.config.residual == "parallel":
             y = mixed + y
-        return add(x, y, self.channel_norm), new_state
+        return add(x, y, self.channel_norm), *out

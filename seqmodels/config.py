@@ -33,7 +33,8 @@ class StackConfig:
       shared_norm: whether the branches of "parallel" share one norm of their input (Falcon, GPT-J).
       norm, norm_options: name of the norm and its options.
       norm_position: "pre" normalizes the input of each branch, "post" the sum, "output" the output of each branch (OLMo 2),
-        and "both" its input and its output (Gemma 2).
+        "both" its input and its output (Gemma 2), and "stream" x itself before each branch, so that what the branch is added to
+        is normalized too (MiniMax).
       residual_scale: factor on x before a branch is added; DeepNorm (Wang et al. 2022, arXiv:2203.00555) uses (2
         depth)^(1/4) with norm_position="post".
       branch_scale: factor on the output of each branch before it is added (Granite).
@@ -59,7 +60,7 @@ class StackConfig:
     shared_norm: bool = False
     norm: str = "rms_norm"
     norm_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    norm_position: Literal["pre", "post", "output", "both"] = "pre"
+    norm_position: Literal["pre", "post", "output", "both", "stream"] = "pre"
     residual_scale: Positive = 1.0
     branch_scale: Positive = 1.0
     dropout: Fraction = 0.0
@@ -89,9 +90,9 @@ class StackConfig:
                 f"shared_norm=True with residual={self.residual!r} and norm_position={self.norm_position!r}; only branches "
                 "side by side, residual='parallel', with norms before them can share one"
             )
-        if self.residual == "parallel" and self.norm_position == "post":
+        if self.residual == "parallel" and self.norm_position in ("post", "stream"):
             raise ValueError(
-                "residual='parallel' adds both branches at once; norm_position='post' needs 'separate'"
+                f"residual='parallel' adds both branches at once; norm_position={self.norm_position!r} needs 'separate'"
             )
 
     def _check_defaults(self) -> None:

@@ -86,7 +86,7 @@ class Stack(nnx.Module):
 
     With `scan`, the variables of whole repeats of the pattern are created stacked: `stacked[i]` is one block whose
     variables have a leading axis of repeats, for layers i, i + p, i + 2 p, ... They run under `jax.lax.scan`, which
-    compiles the pattern once. `blocks` holds the remaining layers separately.
+    compiles the pattern once. `blocks` holds the remaining layers separately, which are all if some read values of an earlier one.
 
     The metadata `layers` of each variable lists the layers that it belongs to, so that checkpoints name it by layer and
     do not depend on `scan`.
@@ -96,7 +96,9 @@ class Stack(nnx.Module):
         self.config = config
         blocks = [Block(config, layer, rngs=rngs) for layer in range(config.depth)]
         period = len(config.pattern)
-        repeats = config.depth // period if config.scan else 0
+        # What passes from one layer to another is not the same before and after each repeat.
+        alike = not any(block.mixer.takes_values for block in blocks)
+        repeats = config.depth // period if config.scan and alike else 0
         self.repeats = repeats if repeats > 1 else 0
         scanned = self.repeats * period
         for layer, block in enumerate(blocks[scanned:], start=scanned):
@@ -152,7 +154,7 @@ class Stack(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t d"], tuple[Any, ...] | None]:
         """Returns the output of all layers and their states. A key means training."""
-        config, segments = self.config, Segments.of(segment_ids)
+        config, segments, values = self.config, Segments.of(segment_ids), None
         keys = None if key is None else jax.random.split(key, config.depth)
         # Padding holds zeros from here on, whatever the embedding made of it.
         x = divide_batch(select_real(x, segments))
@@ -162,13 +164,14 @@ class Stack(nnx.Module):
             states = []
             for layer in range(config.depth):
                 layer_key = None if keys is None else keys[layer]
-                x, new = self.block(layer)(x, state[layer], segment_ids=segments, key=layer_key)
+                run = self.block(layer).sharing
+                x, new, values = run(x, state[layer], values, segment_ids=segments, key=layer_key)
                 states.append(new)
             return x, tuple(states)
         if self.repeats:
             x = self._scan(x, segments, keys)
         for number, layer in enumerate(range(self.repeats * len(self.stacked), config.depth)):
-            x = self._one(x, segments, keys, number, layer)
+            x, values = self._one(x, values, segments, keys, number, layer)
         return x, None
 
     def _check_state(self, state: Any) -> None:
@@ -181,16 +184,15 @@ class Stack(nnx.Module):
         if len(state) != depth:
             raise ValueError(f"state of a stack has {len(state)} layers; expected {depth}, one per layer")
 
-    def _one(self, x, segments, keys, number, layer):
+    def _one(self, x, values, segments, keys, number, layer):
         """Runs one layer outside the scan."""
         graph, params, rest = nnx.split(self.blocks[number], nnx.Param, ...)
         run = self._rematerialised(_run_blocks)
-        x, (rest,) = run(
-            x, ((params, rest),), segments, None if keys is None else keys[layer : layer + 1], (graph,)
-        )
+        keys = None if keys is None else keys[layer : layer + 1]
+        x, values, (rest,) = run(x, values, ((params, rest),), segments, keys, (graph,))
         if keys is not None:
             nnx.update(self.blocks[number], rest)
-        return x
+        return x, values
 
     def _scan(self, x, segments, keys):
         """Runs all whole repeats of the pattern under one scan."""
@@ -205,11 +207,12 @@ class Stack(nnx.Module):
         elif _uses_complex(x, variables, segments, keys, graphs):
             run = _run_blocks  # jax.checkpoint cannot save complex arrays
         else:
-            run = jax.checkpoint(_run_blocks, policy=_all_but_cheap, static_argnums=(4,), prevent_cse=False)
+            run = jax.checkpoint(_run_blocks, policy=_all_but_cheap, static_argnums=(5,), prevent_cse=False)
 
         def body(x, layers):
             variables, keys = layers
-            return run(x, variables, segments, keys, graphs)
+            x, _, rests = run(x, None, variables, segments, keys, graphs)
+            return x, rests
 
         x, rests = jax.lax.scan(body, x, (variables, keys))
         # Only training changes statistics; writing them back otherwise makes inference impure.
@@ -222,7 +225,7 @@ class Stack(nnx.Module):
         """Returns `run` with the checkpoint policy of the config."""
         if self.config.remat == "none":
             return run
-        return jax.checkpoint(run, policy=_POLICIES[self.config.remat], static_argnums=(4,))
+        return jax.checkpoint(run, policy=_POLICIES[self.config.remat], static_argnums=(5,))
 
 
 def _stack(blocks: list[Block], place: int, period: int) -> Block:
@@ -251,9 +254,9 @@ def _uses_complex(x, variables, segments, keys, graphs) -> bool:
     def one(tree):
         return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), tree)
 
-    traced = jax.make_jaxpr(lambda x, variables, keys: _run_blocks(x, variables, segments, keys, graphs))(
-        jax.ShapeDtypeStruct(x.shape, x.dtype), one(variables), one(keys)
-    )
+    traced = jax.make_jaxpr(
+        lambda x, variables, keys: _run_blocks(x, None, variables, segments, keys, graphs)
+    )(jax.ShapeDtypeStruct(x.shape, x.dtype), one(variables), one(keys))
     return _holds_complex(traced.jaxpr)
 
 
@@ -269,12 +272,13 @@ def _holds_complex(jaxpr: Any) -> bool:
     return False
 
 
-def _run_blocks(x, variables, segments, keys, graphs):
-    """Runs blocks given as pairs (params, rest); returns x and the rests, which norms may have updated."""
+def _run_blocks(x, values, variables, segments, keys, graphs):
+    """Runs blocks given as pairs (params, rest); returns x, shared values and the rests, which norms may have updated."""
     rests = []
     for place, (graph, (params, rest)) in enumerate(zip(graphs, variables, strict=True)):
         block = nnx.merge(graph, params, rest)
-        x, _ = block(x, segment_ids=segments, key=None if keys is None else keys[place])
+        key = None if keys is None else keys[place]
+        x, _, values = block.sharing(x, None, values, segment_ids=segments, key=key)
         x = divide_batch(x)
         rests.append(nnx.split(block, nnx.Param, ...)[2])
-    return x, tuple(rests)
+    return x, values, tuple(rests)

@@ -33,16 +33,18 @@ class _Shift(nnx.Variable):
 
 
 class _Shifted(nnx.Module):
-    """A module that maps activations, with shifted inputs or outputs."""
+    """A stack with shifted inputs, or a block with shifted outputs."""
 
-    def __init__(self, inner: nnx.Module, shape: tuple[int, ...], dtype: jnp.dtype, *, inputs: bool = False):
-        self.inner, self.inputs = inner, inputs
+    def __init__(self, inner: nnx.Module, shape: tuple[int, ...], dtype: jnp.dtype):
+        self.inner = inner
         self.shift = _Shift(jnp.zeros(shape, dtype))
 
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> tuple[Array, Any]:
-        shift = self.shift[...]
-        y, state = self.inner(x + shift if self.inputs else x, *args, **kwargs)
-        return y if self.inputs else y + shift, state
+        return self.inner(x + self.shift[...], *args, **kwargs)
+
+    def sharing(self, x: Array, *args: Any, **kwargs: Any) -> tuple[Array, Any, Any]:
+        y, *rest = self.inner.sharing(x, *args, **kwargs)
+        return y + self.shift[...], *rest
 
 
 def scales(values: Mapping[str, Any], *, batch: int, length: int, seed: int) -> list[Scale]:
@@ -68,7 +70,7 @@ def scales(values: Mapping[str, Any], *, batch: int, length: int, seed: int) -> 
     shape, dtype = (math.prod(rows), length, config.width), jnp.dtype(config.dtype)
     places = ("embedding", *(f"layer {layer}" for layer in range(config.depth)))
     model.stack.blocks = nnx.List(_Shifted(block, shape, dtype) for block in model.stack.blocks)
-    model.stack = _Shifted(model.stack, shape, dtype, inputs=True)
+    model.stack = _Shifted(model.stack, shape, dtype)
     graph, shifts, rest = nnx.split(model, _Shift, ...)
 
     def loss(logits):
@@ -97,9 +99,10 @@ def _activations(model: nnx.Module, inputs: Array, key: Array) -> list[Array]:
     @jax.jit
     def outputs(variables):
         merged = nnx.merge(graph, variables, copy=True)
-        found = [merged.embedding(inputs)[0]]
+        found, values = [merged.embedding(inputs)[0]], None
         for block in merged.stack.blocks:
-            found.append(block(found[-1], key=key)[0])
+            x, _, values = block.sharing(found[-1], None, values, key=key)
+            found.append(x)
         return found
 
     return outputs(variables)

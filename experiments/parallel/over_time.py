@@ -51,7 +51,7 @@ def without_form(devices: Devices, kind: type[Mixer], config: Any, rows: int, to
     graph, variables = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
     x = jax.ShapeDtypeStruct((rows, tokens, config.width), config.dtype)
     with devices.active(), dispatch.over_time_noted() as calls, dispatch.explained():
-        program = jax.make_jaxpr(lambda variables, x: nnx.merge(graph, variables)(x)[0])(variables, x)
+        program = jax.make_jaxpr(lambda variables, x: nnx.merge(graph, variables).alone(x))(variables, x)
     if devices.method == "partitioned" and any(primitive in ATTENTION for primitive, _ in calls):
         return None
     if whole := [primitive for primitive, divided in calls if not divided]:

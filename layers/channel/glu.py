@@ -36,7 +36,8 @@ class MLPConfig:
 
     `hidden` is the inner width: by default 4 width for `MLP`, and for `GLU`, which has three matrices instead of two,
     8/3 width rounded up to a multiple of `multiple_of`. `activation` names one of `ACTIVATIONS`; "gelu" is the approximation
-    by tanh and "gelu_erf" the exact function.
+    by tanh and "gelu_erf" the exact function. `scale` is a factor on the output and `gate_scale` one on the gate of `GLU` before
+    its activation (Falcon-H1).
     """
 
     width: int
@@ -44,14 +45,24 @@ class MLPConfig:
     activation: str | None = None
     multiple_of: int = 8
     bias: bool = False
+    scale: float = 1.0
+    gate_scale: float = 1.0
     dropout: Fraction = 0.0
     dtype: ActivationDtype = jnp.float32
 
+    def scaled(self, y: jax.Array) -> jax.Array:
+        """Returns an output times its factor."""
+        return y if self.scale == 1 else self.scale * y
+
 
 class MLP(nnx.Module):
-    """y = W2 f(W1 x), with f = gelu by default."""
+    """y = s W2 f(W1 x), with f = gelu by default."""
 
     def __init__(self, config: MLPConfig, *, rngs: nnx.Rngs):
+        if config.gate_scale != 1:
+            raise ValueError(
+                f"gate_scale={config.gate_scale} of an mlp, which has no gate; swiglu and geglu have one"
+            )
         self.config = config
         self.activation = choose("activation", ACTIVATIONS, config.activation or "gelu")
         hidden = config.hidden or 4 * config.width
@@ -68,11 +79,11 @@ class MLP(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """Maps each token; dropout acts on the hidden features."""
         x = select_masked(x, mask)
-        return self.down(dropout(self.activation(self.up(x)), self.config.dropout, key))
+        return self.config.scaled(self.down(dropout(self.activation(self.up(x)), self.config.dropout, key)))
 
 
 class GLU(nnx.Module):
-    """y = W2 (f(Wg x) * W1 x): SwiGLU with f = silu, GEGLU with gelu (Shazeer 2020, arXiv:2002.05202)."""
+    """y = s W2 (f(s_g Wg x) * W1 x): SwiGLU with f = silu, GEGLU with gelu (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: MLPConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -91,8 +102,9 @@ class GLU(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t d"]:
         """Maps each token; dropout acts on the hidden features."""
-        x = select_masked(x, mask)
-        return self.down(dropout(self.activation(self.gate(x)) * self.up(x), self.config.dropout, key))
+        config, x = self.config, select_masked(x, mask)
+        gate = self.gate(x) if config.gate_scale == 1 else config.gate_scale * self.gate(x)
+        return config.scaled(self.down(dropout(self.activation(gate) * self.up(x), config.dropout, key)))
 
 
 class GEGLU(GLU):

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.channel.glu import GLU, MLPConfig
+from layers.channel.glu import ACTIVATIONS, GLU, MLP, MLPConfig
 from layers.dropout import dropout
 from layers.kernels.sizes import known
 from layers.options import ActivationDtype, Count, Fraction, NonNegative, Positive, checked_dataclass
 from layers.parameters import NO_DECAY, AuxiliaryLoss, linear, parameter
+from layers.registry import choose
 from layers.segments import select_masked
 from layers.typing import Array, Bool, Float, Int, Key
 
@@ -49,6 +50,8 @@ class MoEConfig:
         experts or more, else "grouped"; outside training, where few tokens cost what is read of the matrices, "picked" if
         they take half of all experts at most, and else "dense" for up to 64 tokens.
       bias: whether the router and the experts have biases (gpt-oss).
+      gated: whether experts are gated linear units; otherwise they are perceptrons of one layer inside (Nemotron-H).
+      activation: of gates, or of what is inside perceptrons: one of `layers.channel.glu.ACTIVATIONS`; silu if None.
       gain: a in the experts' activation x sigmoid(a x); 1 is silu. gpt-oss has 1.702.
       clamp: bound of gates from above and of inputs on both sides before they are multiplied; None for none. gpt-oss has 7.
       offset: number added to inputs before they are multiplied by gates; gpt-oss has 1.
@@ -73,6 +76,8 @@ class MoEConfig:
     compute: Literal["grouped", "dense", "picked"] | None = None
     multiple_of: int = 8
     bias: bool = False
+    gated: bool = True
+    activation: str | None = None
     gain: Positive = 1.0
     clamp: Positive | None = None
     offset: float = 0.0
@@ -86,6 +91,12 @@ class MoEConfig:
             raise ValueError(
                 "top_k=1 with normalize=True gives every expert the weight 1 and the router no gradient; "
                 "set normalize=False"
+            )
+        shaped = {"gain": self.gain != 1, "clamp": self.clamp is not None, "offset": self.offset != 0}
+        if (changed := [name for name in shaped if shaped[name]]) and (not self.gated or self.activation):
+            raise ValueError(
+                f"{changed[0]}={getattr(self, changed[0])} with gated={self.gated} and activation={self.activation!r}; "
+                "it is an option of gates by silu"
             )
         if self.shared_gate and not self.shared:
             raise ValueError("shared_gate=True needs shared experts; set shared to 1 or more")
@@ -106,9 +117,10 @@ class MoE(nnx.Module):
         y = sum_{e in T} w_e GLU_e(x) + g GLU_shared(x),       w_e = scale p_e, or scale p_e / sum_T p
         auxiliary = balance E sum_e f_e P_e + z_loss mean logsumexp(W x)^2
 
-    with GLU_e(x) = D_e (silu(G_e x) * U_e x), with biases and another product as configured, and g = 1 or sigmoid(w . x). f_e is the fraction of the choices of all
-    real tokens that fall on e and P_e their mean score, scores per token adding up to 1: the sum is 1 / E when both are
-    uniform (Fedus et al. 2022, arXiv:2101.03961); the last term is from Zoph et al. 2022, arXiv:2202.08906.
+    with GLU_e(x) = D_e (silu(G_e x) * U_e x), or D_e f(U_e x) without gates, with biases and another product as configured,
+    and g = 1 or sigmoid(w . x). f_e is the fraction of the choices of all real tokens that fall on e and P_e their mean
+    score, scores per token adding up to 1: the sum is 1 / E when both are uniform (Fedus et al. 2022, arXiv:2101.03961); the
+    last term is from Zoph et al. 2022, arXiv:2202.08906.
 
     A call with a key moves b_e by bias_rate sign(1/E - f_e) after the choice: underloaded experts are chosen more often,
     and gradients are unaffected (Wang et al. 2024, arXiv:2408.15664). Sigmoids, this bias and groups are the router of
@@ -117,17 +129,20 @@ class MoE(nnx.Module):
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.activation = choose("activation", ACTIVATIONS, config.activation or "silu")
         d, multiple = config.width, config.multiple_of
         hidden = config.hidden or -(-(8 * d) // (3 * multiple)) * multiple
         self.router = linear(d, config.experts, axes=("embed", "expert"), bias=config.bias, rngs=rngs)
         wide, back = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
-        self.gate = parameter(rngs, _lecun_normal, (config.experts, d, hidden), axes=wide)
+        self.gate = (
+            parameter(rngs, _lecun_normal, (config.experts, d, hidden), axes=wide) if config.gated else None
+        )
         self.up = parameter(rngs, _lecun_normal, (config.experts, d, hidden), axes=wide)
         self.down = parameter(rngs, _lecun_normal, (config.experts, hidden, d), axes=back)
-        self.gate_bias, self.up_bias = (self._bias(hidden, "mlp", rngs) for _ in range(2))
+        self.gate_bias = self._bias(hidden, "mlp", rngs) if config.gated else None
+        self.up_bias = self._bias(hidden, "mlp", rngs)
         self.down_bias = self._bias(d, "embed", rngs)
-        inner = {"dropout": config.dropout, "dtype": config.dtype}
-        self.shared = GLU(MLPConfig(d, config.shared * hidden, **inner), rngs=rngs) if config.shared else None
+        self.shared = self._shared(config.shared * hidden, rngs) if config.shared else None
         self.shared_gate = (
             linear(d, 1, axes=("embed", None), bias=False, dtype=config.dtype, rngs=rngs)
             if config.shared_gate
@@ -135,6 +150,14 @@ class MoE(nnx.Module):
         )
         self.bias = nnx.BatchStat(jnp.zeros(config.experts, jnp.float32)) if config.bias_rate else None
         self.auxiliary = AuxiliaryLoss(jnp.zeros((), jnp.float32))
+
+    def _shared(self, hidden: int, rngs: nnx.Rngs) -> GLU | MLP:
+        """Returns the experts that every token takes."""
+        config = self.config
+        own = MLPConfig(
+            *(config.width, hidden, config.activation or "silu"), dropout=config.dropout, dtype=config.dtype
+        )
+        return (GLU if config.gated else MLP)(own, rngs=rngs)
 
     def _bias(self, size: int, axis: str, rngs: nnx.Rngs) -> nnx.Param | None:
         """Returns a bias per expert, if there are any."""
@@ -222,30 +245,33 @@ class MoE(nnx.Module):
         if self.bias is not None:
             self.bias[...] += config.bias_rate * jnp.sign(counts.sum() - config.experts * counts)
 
-    def _matrices(self) -> tuple[Array, Array, Array]:
-        return tuple(v[...].astype(self.config.dtype) for v in (self.gate, self.up, self.down))
+    def _matrices(self) -> tuple[Array | None, Array, Array]:
+        return self._typed(self.gate, self.up, self.down)
 
-    def _biases(self) -> tuple[Array, Array, Array] | None:
-        if not self.config.bias:
-            return None
-        return tuple(v[...].astype(self.config.dtype) for v in (self.gate_bias, self.up_bias, self.down_bias))
+    def _biases(self) -> tuple[Array | None, Array, Array] | None:
+        return self._typed(self.gate_bias, self.up_bias, self.down_bias) if self.config.bias else None
 
-    def _hidden(self, gate: Array, up: Array) -> Array:
-        """Returns the product of gates and inputs."""
+    def _typed(self, *variables: nnx.Param | None) -> tuple[Array | None, ...]:
+        return tuple(None if v is None else v[...].astype(self.config.dtype) for v in variables)
+
+    def _hidden(self, gate: Array | None, up: Array) -> Array:
+        """Returns the product of gates and inputs, or the activated inputs."""
         config = self.config
+        if gate is None:
+            return self.activation(up)
         if config.clamp is not None:
             gate, up = jnp.minimum(gate, config.clamp), jnp.clip(up, -config.clamp, config.clamp)
-        gate = jax.nn.silu(gate) if config.gain == 1 else gate * jax.nn.sigmoid(config.gain * gate)
+        gate = self.activation(gate) if config.gain == 1 else gate * jax.nn.sigmoid(config.gain * gate)
         return gate * (up + config.offset if config.offset else up)
 
     def _dense(self, x, weights, chosen, key):
         """Runs every expert on every token, with weight zero where it was not chosen."""
         gate, up, down = self._matrices()
-        gates, inputs = jnp.einsum("nd,edh->enh", x, gate), jnp.einsum("nd,edh->enh", x, up)
         biases = self._biases()
+        inner = [None if matrix is None else jnp.einsum("nd,edh->enh", x, matrix) for matrix in (gate, up)]
         if biases is not None:
-            gates, inputs = gates + biases[0][:, None], inputs + biases[1][:, None]
-        h = self._hidden(gates, inputs)
+            inner = [None if y is None else y + bias[:, None] for y, bias in zip(inner, biases, strict=False)]
+        h = self._hidden(*inner)
         h = dropout(h, self.config.dropout, key)
         every = jnp.einsum(
             "nk,nke->en", weights, jax.nn.one_hot(chosen, self.config.experts, dtype=jnp.float32)
@@ -287,13 +313,17 @@ class MoE(nnx.Module):
         owner = jnp.searchsorted(jnp.cumsum(filled), jnp.arange(count) * size, side="right")
         # A product picks the matrices, so that their gradient is a product too: summed in float32, in a fixed order.
         pick = jax.nn.one_hot(owner, experts, dtype=x.dtype)
-        gate, up, down = (jnp.einsum("ne,eij->nij", pick, matrix) for matrix in self._matrices())
-        gates, inputs = jnp.einsum("nbd,ndh->nbh", blocks, gate), jnp.einsum("nbd,ndh->nbh", blocks, up)
+        gate, up, down = (
+            None if matrix is None else jnp.einsum("ne,eij->nij", pick, matrix) for matrix in self._matrices()
+        )
+        inner = [
+            None if matrix is None else jnp.einsum("nbd,ndh->nbh", blocks, matrix) for matrix in (gate, up)
+        ]
         biases = self._biases()
         if biases is not None:
-            biases = tuple((pick @ bias)[:, None] for bias in biases)
-            gates, inputs = gates + biases[0], inputs + biases[1]
-        h = self._hidden(gates, inputs)
+            biases = tuple(None if bias is None else (pick @ bias)[:, None] for bias in biases)
+            inner = [None if y is None else y + bias for y, bias in zip(inner, biases, strict=False)]
+        h = self._hidden(*inner)
         h = dropout(h, self.config.dropout, key)
         y = jnp.einsum("nbh,nhd->nbd", h, down, preferred_element_type=jnp.float32)
         if biases is not None:

@@ -45,12 +45,14 @@ from layers.mixers.linear_attention.mlstm import MLSTM, MLSTMConfig
 from layers.mixers.linear_attention.performer import Performer, PerformerConfig
 from layers.mixers.linear_attention.retnet import RetNet, RetNetConfig
 from layers.mixers.linear_attention.rwkv6 import RWKV6, RWKV6Config
+from layers.mixers.linear_attention.xlstm7b import XLSTM7B, XLSTM7BConfig
 from layers.mixers.parallel import Parallel, ParallelConfig
 from layers.mixers.recurrence.hgrn import HGRN, HGRNConfig
 from layers.mixers.recurrence.lru import LRU, LRUConfig
 from layers.mixers.recurrence.lstm import LSTM, LSTMConfig
 from layers.mixers.recurrence.rg_lru import RGLRU, RGLRUConfig
 from layers.mixers.recurrence.rwkv4 import RWKV4, RWKV4Config
+from layers.mixers.recurrence.rwkv_channel import RWKVChannel, RWKVChannelConfig
 from layers.mixers.recurrence.slstm import SLSTM, SLSTMConfig
 from layers.mixers.state_space.dss import DSS, DSSConfig
 from layers.mixers.state_space.gss import GSS, GSSConfig
@@ -124,6 +126,7 @@ MIXERS = {
     "rwkv4": (RWKV4Config, RWKV4),
     "rwkv6": (RWKV6Config, RWKV6),
     "rwkv7": (RWKV7Config, RWKV7),
+    "rwkv_channel": (RWKVChannelConfig, RWKVChannel),
     "s4": (S4Config, S4),
     "s4d": (S4DConfig, S4D),
     "s5": (S5Config, S5),
@@ -133,6 +136,7 @@ MIXERS = {
     "slstm": (SLSTMConfig, SLSTM),
     "tuned_state": (TunedStateConfig, TunedState),
     "wersa": (WERSAConfig, WERSA),
+    "xlstm7b": (XLSTM7BConfig, XLSTM7B),
 }
 
 

@@ -22,6 +22,7 @@ class ParallelConfig:
       width: d, number of input and output features.
       branches: options of the mixers by their names, two or more, all causal or none.
       scales: factors of the outputs by name; 1 for those left out.
+      input_scales: factors of the input by name; 1 for those left out.
       layer, depth: index of the layer and number of layers of the model, passed to the mixers.
       dtype: dtype of the activations.
     """
@@ -29,6 +30,7 @@ class ParallelConfig:
     width: int
     branches: Mapping[str, Mapping[str, Any]]
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    input_scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
     layer: Count = 0
     depth: int = 1
     dtype: ActivationDtype = jnp.float32
@@ -39,17 +41,18 @@ class ParallelConfig:
                 f"branches={dict(self.branches)}; expected the options of two mixers or more by name, such as "
                 "{'mamba2': {}, 'attention': {'heads': 8}}"
             )
-        unknown = set(self.scales) - set(self.branches)
-        if unknown:
-            raise ValueError(
-                f"scales={dict(self.scales)} names {', '.join(sorted(unknown))}; branches has {', '.join(self.branches)}"
-            )
+        for name in ("scales", "input_scales"):
+            given = dict(getattr(self, name))
+            if unknown := set(given) - set(self.branches):
+                raise ValueError(
+                    f"{name}={given} names {', '.join(sorted(unknown))}; branches has {', '.join(self.branches)}"
+                )
 
 
 class Parallel(Mixer):
     """Mixers side by side, such as the state space and the attention of Falcon-H1 (Zuo et al. 2025, arXiv:2507.22448).
 
-        y = sum_i s_i F_i(x)
+        y = sum_i s_i F_i(r_i x)
 
     Each mixer has its own projections, and is a part of this one by its name. A state is that of every mixer.
     """
@@ -83,7 +86,9 @@ class Parallel(Mixer):
         total, after = None, {}
         for name in self.config.branches:
             state = None if carried is None else carried[name]
-            y, after[name] = getattr(self, name)(x, state, segment_ids=segments)
+            scale = self.config.input_scales.get(name, 1.0)
+            u = x if scale == 1 else x * jnp.asarray(scale, x.dtype)
+            y, after[name] = getattr(self, name)(u, state, segment_ids=segments)
             y = y * jnp.asarray(self.config.scales.get(name, 1.0), y.dtype)
             total = y if total is None else total + y
         return total, after

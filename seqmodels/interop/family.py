@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,9 @@ class Family:
       constants: variables within a layer that have one value in every model of the family and no tensor.
       unread: pattern of names of tensors that hold nothing to read, such as masks.
       base: prefix of all names but the head's, which some checkpoints leave out.
+      aliases: patterns of other names that some checkpoints have, and what to put in their place.
+      numbers: function from the config of the stack to the numbers of their layers that hold the mixer and the channel mixer of
+        each layer of ours; by default both are the number of ours.
     """
 
     architecture: str
@@ -67,18 +70,29 @@ class Family:
     constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
     unread: str = r"(?!)"
     base: str = "model."
+    aliases: Sequence[tuple[str, str]] = ()
+    numbers: Callable[[StackConfig], Sequence[tuple[int, int]]] = lambda stack: [
+        (layer, layer) for layer in range(stack.depth)
+    ]
 
     def pairs(self, stack: StackConfig) -> Pairs:
         """Returns all pairs of a model, with full names."""
         found, parts = list(self.outer), self.parts(stack)
-        for layer in range(stack.depth):
+        for layer, (mixer_number, channel_number) in enumerate(self.numbers(stack)):
             channel = stack.channel_of(layer)
-            kinds = ["", stack.mixer_of(layer)[0], *([] if channel is None else [channel[0]])]
-            for kind in kinds:
+            kinds = [("", mixer_number), (stack.mixer_of(layer)[0], mixer_number)]
+            kinds += [] if channel is None else [(channel[0], channel_number)]
+            for kind, number in kinds:
                 found += (
-                    pair.within(self.layer.format(layer), f"{BLOCK}/{layer}") for pair in parts.get(kind, ())
+                    pair.within(self.layer.format(number), f"{BLOCK}/{layer}") for pair in parts.get(kind, ())
                 )
         return tuple(found)
+
+    def known_as(self, name: str) -> str:
+        """Returns the name in the pairs of a tensor that may have another one."""
+        for pattern, known in self.aliases:
+            name = re.sub(pattern, known, name)
+        return name
 
     def constant(self, name: str) -> float | None:
         """Returns the value of a variable that has no tensor; None if it has one."""
@@ -94,6 +108,15 @@ def same(theirs: str, ours: str) -> Pair:
 def transposed(theirs: str, ours: str) -> Pair:
     """Returns a pair of matrices, each the other's transpose."""
     return Pair((theirs,), (ours,), lambda x: (x.T,), lambda x: (x.T,))
+
+
+def moved(pairs: Pairs, before: str, after: str) -> Pairs:
+    """Returns pairs in which our names begin with another prefix."""
+
+    def name(ours: str) -> str:
+        return after + ours.removeprefix(before)
+
+    return tuple(dataclasses.replace(pair, ours=tuple(map(name, pair.ours))) for pair in pairs)
 
 
 def linear(theirs: str, ours: str) -> Pairs:

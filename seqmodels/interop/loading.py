@@ -162,7 +162,8 @@ class _Source:
     def __init__(self, folder: Path, tensors: files.Tensors, family: Family, table: Table):
         self._tensors, self._table = tensors, table
         unread = re.compile(family.unread)
-        names = {name for name in tensors.names if not unread.search(name)}
+        named = {family.known_as(name): name for name in tensors.names if not unread.search(name)}
+        names = named.keys()
         # Some checkpoints are of the model without its head, whose names lack the first part.
         bare = not any(name.startswith(family.base) for name in names)
         self._name = {family.base + name if bare else name: name for name in names}
@@ -173,6 +174,7 @@ class _Source:
                 for name, own in self._name.items()
                 if name in table.shapes or own not in table.shapes
             }
+        self._name = {name: named[own] for name, own in self._name.items()}
         found = {name: tensors.shape(own) for name, own in self._name.items()}
         check_tensors(table.shapes, found, of=str(folder))
         self._adapter: Adapter | None = None

@@ -98,6 +98,14 @@ class Options:
                 self.refuse(name, value, f"an integer of at least {least}")
         return value
 
+    def flag(self, name: str, default: bool) -> bool:
+        """Returns an option that is true or false, also where its name is like that of a number."""
+        self._used.add(name)
+        value = self._values.get(name, default)
+        if not isinstance(value, bool):
+            self.refuse(name, value, "true or false")
+        return value
+
     def only(self, name: str, *expected: Any) -> None:
         """Raises ValueError unless an option is left out or has one of the values that are supported."""
         value = self.take(name, expected[0])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from layers.mixers.parallel import Parallel
 from layers.registry import choose
 from seqmodels.adapters import has_adapters
 from seqmodels.block import Block
@@ -41,6 +42,8 @@ _OF_TRAINING |= {"zero_init", "balance", "z_loss", "compute", "embedding_stddev"
 # Sizes that shapes of parameters tell, whose defaults depend on others.
 _OF_SHAPES = {
     "hidden",
+    "inner",
+    "expand",
     "head_dim",
     "kv_heads",
     "dt_rank",
@@ -162,9 +165,27 @@ def _block(where: str, ours: Block, theirs: Block) -> list[str]:
         pair = getattr(ours, name), getattr(theirs, name)
         found += _compare(where + name, *(type(each).__name__ for each in pair))
         if pair[0] is not None and not found:
-            found += _options(f"{where}{name}.", *(each.config for each in pair))
+            found += _part(f"{where}{name}.", *pair)
     activations = [getattr(block.channel, "activation", None) for block in (ours, theirs)]
     return found + ([f"{where}another activation"] if activations[0] is not activations[1] else [])
+
+
+def _part(where: str, ours: Any, theirs: Any) -> list[str]:
+    """The lines for two mixers, channel mixers or norms of one kind, and for mixers inside them."""
+    if not isinstance(ours, Parallel):
+        return _options(where, ours.config, theirs.config)
+    found = _compare(f"{where}branches", list(ours.config.branches), list(theirs.config.branches))
+    if found:
+        return found
+    for name in ours.config.branches:
+        pair = getattr(ours, name), getattr(theirs, name)
+        found += _compare(where + name, *(type(each).__name__ for each in pair)) or _part(
+            f"{where}{name}.", *pair
+        )
+        for scales in ("scales", "input_scales"):
+            values = (getattr(each.config, scales).get(name, 1.0) for each in (ours, theirs))
+            found += _compare(f"{where}{scales}.{name}", *values)
+    return found
 
 
 def _options(where: str, ours: Any, theirs: Any) -> list[str]:

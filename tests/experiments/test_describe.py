@@ -172,3 +172,13 @@ def test_the_command():
     assert [row["length"] for row in record["lengths"]] == [64]
     assert f"{record['parameters']:,} parameters" in describe.table(record)
     assert run(path, "--lengths=many").returncode == 2
+
+
+def test_a_layer_that_reads_values_of_the_first_one_is_described_by_itself():
+    sizes = dict(mixer="rwkv7", head_dim=4, decay_rank=2, rate_rank=2, gate_rank=2)
+    later = sizes | dict(value_residual=True, value_rank=2)
+    given = config(pattern=("first", "later"), mixers={"first": sizes, "later": later}, pooling="last")
+    first, second = describe.describe(given, [16])["layers"]
+    assert second["flops_per_token"] > first["flops_per_token"] > 0
+    rows = describe.implementations(given, length=16, batch=2, backend="cpu")
+    assert [call["primitive"] for call in rows[1]["calls"]] == ["short_conv", "dplr_delta_rule"]

@@ -4,10 +4,23 @@ import math
 
 import torch
 import torch.nn.functional as F
-from fla.layers import delta_net, gated_deltanet, gla, kda, multiscale_retention, rwkv7
-from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
+from fla.layers import (
+    comba,
+    delta_net,
+    gated_deltanet,
+    gated_deltaproduct,
+    gla,
+    kda,
+    multiscale_retention,
+    rwkv6,
+    rwkv7,
+)
+from fla.models.rwkv6 import modeling_rwkv6
+from fla.models.rwkv7 import modeling_rwkv7
+from fla.modules import FusedRMSNormGated, GroupNorm, RMSNorm, ShortConvolution
 from fla.modules.rotary import RotaryEmbedding, rotary_embedding_ref
 from fla.modules.token_shift import token_shift_ref
+from fla.ops.comba.naive import naive_recurrent_comba
 from fla.ops.delta_rule.naive import delta_rule_recurrence
 from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
 from fla.ops.generalized_delta_rule.dplr.naive import dplr_recurrence
@@ -15,6 +28,7 @@ from fla.ops.gla.naive import naive_recurrent_gla
 from fla.ops.kda.gate import naive_kda_gate
 from fla.ops.kda.naive import naive_recurrent_kda
 from fla.ops.retention.naive import naive_retention
+from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
 from fla.ops.rwkv7.gate_output_correction import gate_output_correction_ref
 
 
@@ -28,6 +42,11 @@ def gated_rms(self, x, gate):
     return rms(x, self.weight, self.eps) * activation(gate)
 
 
+def group_norm(self, x):
+    rows = x.reshape(-1, x.shape[-1])
+    return F.group_norm(rows, self.num_groups, self.weight, self.bias, self.eps).reshape(x.shape)
+
+
 def filtered(x, weight, bias=None, **_):
     y = F.conv1d(F.pad(x.mT, (weight.shape[-1] - 1, 0)), weight, bias, groups=x.shape[-1])
     return F.silu(y.mT)
@@ -39,7 +58,9 @@ def convolution(self, x, **_):
 
 def rotation(self, q, k, **_):
     self._update_cos_sin_cache(q.shape[1], device=q.device, dtype=q.dtype)
-    turned = (rotary_embedding_ref(x, self._cos_cached, self._sin_cached) for x in (q, k))
+    # What is cached may be longer, after an earlier call.
+    cos, sin = (cached[: q.shape[1]] for cached in (self._cos_cached, self._sin_cached))
+    turned = (rotary_embedding_ref(x, cos, sin) for x in (q, k))
     return tuple(turned)
 
 
@@ -52,6 +73,7 @@ def in_torch(monkeypatch):
     for module, function in (
         (FusedRMSNormGated, gated_rms),
         (RMSNorm, lambda self, x: rms(x, self.weight, self.eps)),
+        (GroupNorm, group_norm),
         (ShortConvolution, convolution),
         (RotaryEmbedding, rotation),
     ):
@@ -79,6 +101,16 @@ def in_torch(monkeypatch):
         o, memory = delta_rule_recurrence(q, k, v, beta)
         return o.transpose(1, 2), memory
 
+    def run_product(a):
+        options = {"output_final_state": True}
+        decay = torch.zeros_like(a["beta"]) if a["g"] is None else a["g"]
+        return naive_recurrent_gated_delta_rule(l2(a["q"]), l2(a["k"]), a["v"], a["beta"], decay, **options)
+
+    def run_comba(a):
+        a = {**a, **{name: l2(a[name]) for name in "qkp"}}
+        own = {name: a[name] for name in ("q", "k", "v", "p", "beta", "g")}
+        return naive_recurrent_comba(**own, output_final_state=True)
+
     def strength(a):
         return torch.sigmoid(a["beta"]) * (2 if a["allow_neg_eigval"] else 1)
 
@@ -97,7 +129,14 @@ def in_torch(monkeypatch):
     def run_retention(a):
         return naive_retention(*by_head(a, "q", "k", "v")).transpose(1, 2), None
 
+    def run_rwkv6(a):
+        options = {"scale": a["scale"], "output_final_state": True}
+        o, memory = naive_recurrent_rwkv6(*by_head(a, "r", "k", "v", "w"), a["u"], **options)
+        return o.transpose(1, 2), memory
+
     def run_rwkv7(a):
+        if "kk" in a:  # one token or a few without gradients
+            a = {**a, "a": -a["kk"], "b": a["kk"] * a["a"]}
         # The naive operation scales queries, RWKV-7 does not.
         scale = math.sqrt(a["r"].shape[-1])
         a = {**a, "r": scale * a["r"]}
@@ -107,15 +146,21 @@ def in_torch(monkeypatch):
     replace(gla, "chunk_gla fused_recurrent_gla", run_gla)
     replace(delta_net, "chunk_delta_rule fused_recurrent_delta_rule", run_delta)
     replace(gated_deltanet, "chunk_gated_delta_rule fused_recurrent_gated_delta_rule", run_gated_delta)
+    replace(gated_deltaproduct, "fused_recurrent_gated_delta_rule", run_product)
+    replace(comba, "chunk_comba fused_recurrent_comba", run_comba)
     replace(kda, "chunk_kda fused_recurrent_kda", run_kda)
     replace(multiscale_retention, "chunk_retention fused_recurrent_retention", run_retention)
-    replace(rwkv7, "chunk_rwkv7", run_rwkv7)
+    replace(rwkv6, "chunk_rwkv6 fused_recurrent_rwkv6", run_rwkv6)
+    replace(rwkv7, "chunk_rwkv7 fused_mul_recurrent_rwkv7", run_rwkv7)
     monkeypatch.setattr(
         gated_deltanet,
         "causal_conv1d",
         lambda x, weight, bias, **_: (filtered(x, weight[:, None], bias), None),
     )
-    monkeypatch.setattr(rwkv7, "token_shift", lambda x, *_, **__: (token_shift_ref(x), None))
+    for module in (rwkv6, modeling_rwkv6):
+        monkeypatch.setattr(module, "token_shift", lambda x, *_, **__: token_shift_ref(x))
+    for module in (rwkv7, modeling_rwkv7):
+        monkeypatch.setattr(module, "token_shift", lambda x, *_, **__: (token_shift_ref(x), None))
     monkeypatch.setattr(
         rwkv7, "fused_addcmul_rwkv7", lambda x, delta, *weights: [x + delta * w for w in weights]
     )

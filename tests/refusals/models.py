@@ -151,6 +151,10 @@ MIXER_OPTIONS = [
     (mixer("hgrn", norm="group_norm"), ValueError, "norm='group_norm'; expected"),
     (mixer("hgrn", layer=2, depth=2), ValueError, "layer=2, depth=2; expected 0 <= layer < depth"),
     (mixer("rwkv4", layer=3, depth=2), ValueError, "layer=3, depth=2; expected 0 <= layer < depth"),
+    (mixer("xlstm7b", heads=3), ValueError, "heads=3"),
+    (mixer("xlstm7b", heads=2, gate_cap=0.0), ValueError, "gate_cap=0.0; expected"),
+    (mixer("rwkv_channel", version=5), ValueError, "version=5; expected"),
+    (mixer("rwkv_channel", layer=2, depth=2), ValueError, "layer=2, depth=2; expected 0 <= layer < depth"),
     (mixer("lstm", state_size=0), ValueError, "state_size=0; expected"),
     (mixer("hyena", order=1), ValueError, "order=1; expected"),
     (mixer("hyena", filter_features=4), ValueError, "filter_features=4; expected"),
@@ -205,6 +209,13 @@ MIXER_OPTIONS = [
         ValueError,
         "scales={'s4': 2.0} names s4; branches has gla, s5",
     ),
+    (
+        mixer("parallel", branches={"gla": {}, "s5": {}}, input_scales={"s4": 2.0}),
+        ValueError,
+        "input_scales={'s4': 2.0} names s4; branches has gla, s5",
+    ),
+    (mixer("mamba2", head_dim=3, inner=10), ValueError, "head_dim=3 does not divide inner = 10"),
+    (mixer("mamba2", head_dim=4, norm="middle"), ValueError, "norm='middle'; expected"),
     (named("mixer", MIXERS, "mamba4"), ValueError, "unknown mixer 'mamba4'; did you mean 'mamba"),
     (named("mixer", MIXERS, "mamba", d_state=16), ValueError, "mixer 'mamba' has no option 'd_state'"),
     (named("mixer", MIXERS, "attention", n_heads=2), ValueError, "did you mean 'heads'?"),
@@ -212,6 +223,18 @@ MIXER_OPTIONS = [
     (named("mixer", MIXERS, "bidirectional"), ValueError, "mixer 'bidirectional' needs the option inner"),
 ]
 OTHER_OPTIONS = [
+    (channel("mlp", gate_scale=2.0), ValueError, "gate_scale=2.0 of an mlp, which has no gate"),
+    (
+        channel("moe", gated=False, gain=1.7),
+        ValueError,
+        "gain=1.7 with gated=False and activation=None; it is",
+    ),
+    (
+        channel("moe", activation="relu2", clamp=7.0),
+        ValueError,
+        "clamp=7.0 with gated=True and activation='relu2'",
+    ),
+    (channel("moe", activation="relu3"), ValueError, "unknown activation 'relu3'; did you mean 'relu"),
     (channel("moe", experts=4, top_k=5), ValueError, "top_k=5; expected 1 to experts=4"),
     (channel("moe", experts=4, top_k=1), ValueError, "top_k=1 with normalize=True"),
     (channel("moe", experts=4, shared=-1), ValueError, "shared=-1; expected"),

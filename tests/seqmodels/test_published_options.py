@@ -58,9 +58,18 @@ def test_residuals_and_places_of_norms(residual, position):
     np.testing.assert_allclose(block(x)[0], x + mixed + branch(block.channel, seen, *norms[2:]), atol=1e-5)
 
 
-def test_parallel_branches_cannot_normalize_sums():
-    with pytest.raises(ValueError, match="norm_position='post' needs 'separate'"):
-        make(residual="parallel", norm_position="post")
+@pytest.mark.parametrize("position", ["post", "stream"])
+def test_parallel_branches_cannot_normalize_sums(position):
+    with pytest.raises(ValueError, match=f"norm_position='{position}' needs 'separate'"):
+        make(residual="parallel", norm_position=position)
+
+
+def test_a_stream_of_normalized_values():
+    block = scramble(make(norm_position="stream", residual_scale=2.0, branch_scale=0.5).stack.blocks[0])
+    x = jnp.asarray(X)
+    seen = block.mixer_norm(x)
+    seen = block.channel_norm(2 * seen + 0.5 * block.mixer(seen)[0])
+    np.testing.assert_allclose(block(x)[0], 2 * seen + 0.5 * block.channel(seen), atol=1e-5)
 
 
 def test_branches_and_logits_have_factors():
@@ -106,6 +115,37 @@ def test_experts_with_biases_and_bounds(compute):
             hidden = gate / (1 + np.exp(-1.7 * gate)) * (up + 1)
             want[place] += weight * (hidden @ own["down"][expert] + own["down_bias"][expert])
     np.testing.assert_allclose(moe(jnp.asarray(X)), want, atol=1e-5)
+
+
+def test_units_and_keys_have_factors():
+    x, swish = jnp.asarray(X), {"hidden": 5, "scale": 0.5, "gate_scale": 1.5}
+    unit = make_channel_mixer("swiglu", swish, given={"width": 8}, rngs=nnx.Rngs(0))
+    gate = 1.5 * np.asarray(unit.gate(x))
+    want = 0.5 * np.asarray(unit.down(jnp.asarray(gate / (1 + np.exp(-gate)) * np.asarray(unit.up(x)))))
+    np.testing.assert_allclose(unit(x), want, atol=1e-5)
+    options = {"heads": 2, "key_scale": 1.5, "bias": True}
+    attention = scramble(make_mixer("attention", options, given={"width": 8}, rngs=nnx.Rngs(0)))
+    _, scaled, _ = attention.heads(x)
+    np.testing.assert_allclose(scaled, 1.5 * attention.key(x).reshape(2, 6, 2, 4), atol=1e-6)
+
+
+@pytest.mark.parametrize("compute", [pytest.param("dense", marks=pytest.mark.slow), "grouped"])
+def test_experts_without_gates(compute):
+    options = {"experts": 4, "top_k": 2, "hidden": 5, "shared": 1, "compute": compute, "bias": True}
+    options |= {"gated": False, "activation": "relu2"}
+    moe = scramble(make_channel_mixer("moe", options, given={"width": 8}, rngs=nnx.Rngs(0)))
+    names = ("up", "down", "up_bias", "down_bias")
+    own = {name: np.asarray(getattr(moe, name)[...]) for name in names}
+    logits = X @ np.asarray(moe.router.kernel[...]) + np.asarray(moe.router.bias[...])
+    shared = np.maximum(X @ np.asarray(moe.shared.up.kernel[...]), 0) ** 2
+    want = shared @ np.asarray(moe.shared.down.kernel[...])
+    for place in np.ndindex(2, 6):
+        best = np.argsort(-logits[place])[:2]
+        weights = np.exp(logits[place][best])
+        for expert, weight in zip(best, weights / weights.sum(), strict=True):
+            hidden = np.maximum(X[place] @ own["up"][expert] + own["up_bias"][expert], 0) ** 2
+            want[place] += weight * (hidden @ own["down"][expert] + own["down_bias"][expert])
+    np.testing.assert_allclose(jax.jit(moe)(jnp.asarray(X)), want, atol=1e-5)
 
 
 def test_embeddings_are_scaled_then_normalized():

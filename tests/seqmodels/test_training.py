@@ -24,6 +24,8 @@ from tests.layers.mixers.table import MIXERS as TABLE
 LINES = {name: entry for entry, (name, _) in reversed(TABLE.items())}
 # Mixers whose initial values depend on the layer.
 PLACED = [name for name in sorted(LINES) if "layer" in {f.name for f in dataclasses.fields(MIXERS[name][0])}]
+# Layers that it takes to see a segment of six tokens, for mixers that see fewer at once.
+DEPTHS = {"rwkv_channel": 4}
 STEPS, LEARNING_RATE = 80, 0.03
 CLASSIFIER = {"kind": "classifier", "num_classes": 2}
 IDS = np.tile(np.array([0, 3, 3, 0, 3, 3, 3, 3, 2, 2, 2, 2, 2, 2, 0, 0], np.int32), (8, 1))
@@ -63,7 +65,8 @@ def model_of(entry, **options):
     name, mixer = TABLE[entry]
     # Where a layer stands it learns from the model.
     mixer = {key: value for key, value in mixer.items() if key not in ("layer", "depth")}
-    config = {"width": 8, "depth": 2, "pattern": (entry,), "mixers": {entry: {"mixer": name, **mixer}}}
+    depth = DEPTHS.get(name, 2)
+    config = {"width": 8, "depth": depth, "pattern": (entry,), "mixers": {entry: {"mixer": name, **mixer}}}
     return build_model(config | {"vocab_size": 8, **options}, rngs=nnx.Rngs(0))
 
 
@@ -112,7 +115,9 @@ def test_a_scan_may_run_all_layers_as_it_runs_the_first(name):
         )
         return str(traced), [np.asarray(constant) for constant in traced.consts]
 
-    (first, constants), (second, others) = (computation(block.mixer) for block in model.stack.blocks)
+    (first, constants), (second, others) = (
+        computation(block.mixer) for block in list(model.stack.blocks)[:2]
+    )
     assert first == second
     jax.tree.map(np.testing.assert_array_equal, constants, others)
 

@@ -42,6 +42,7 @@ class AttentionConfig:
       position: "rope", "none", "alibi", "t5" or "fire", or a mapping with that "name" and the options of `Rotary`,
         `T5Bias` or `Fire` in `layers.positions`.
       scale: factor on the logits; 1 / sqrt(head_dim) if None. T5 uses 1.
+      key_scale: factor on the keys, after their norm if there is one (Falcon-H1).
       logit_cap: bound of the scaled logits, applied by tanh (Gemma 2); None for none.
       qk_norm: whether RMSNorm normalizes the features of each query and key head before the rotation.
       norm_heads: "each" for norms over the features of one head, which share a scale, or "all" for one norm over those of
@@ -64,6 +65,7 @@ class AttentionConfig:
     sink_logits: bool = False
     position: str | Mapping[str, Any] | PositionConfig = "rope"
     scale: float | None = None
+    key_scale: float = 1.0
     logit_cap: Positive | None = None
     qk_norm: bool = False
     norm_heads: Literal["each", "all"] = "each"
@@ -224,7 +226,7 @@ class Attention(Mixer):
         k, v = (split_heads(y, config.groups) for y in (k, v))
         if config.qk_norm and config.norm_heads == "each":
             q, k = self.query_norm(q), self.key_norm(k)
-        return q, k, v
+        return q, k if config.key_scale == 1 else config.key_scale * k, v
 
     def finish(self, o: Float[Array, "b t h k"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Returns the mixer's output, given the heads' outputs and the mixer's input."""

@@ -30,6 +30,10 @@ class RWKV7Config:
       head_dim: K, features per head; divides the width.
       decay_rank, rate_rank, gate_rank: ranks of the maps that compute w, a and g. If None, 2.5, 2.5 and 5 times the root
         of the width, rounded to a multiple of 32, at least 32.
+      value_residual: whether values are mixed with those of the first RWKV-7 layer of the stack, as in all but that layer of the
+        authors' models.
+      value_rank: rank of the map that computes the share of the first layer's values; if None, 1.7 times the root of the
+        width, rounded likewise.
       zero_init: whether the output matrix and the first factors of those maps start at zero, as in the authors' training;
         otherwise normal with variance 1 / inputs.
       epsilon: epsilon of the norm per head, for each of its features.
@@ -43,6 +47,8 @@ class RWKV7Config:
     decay_rank: int | None = None
     rate_rank: int | None = None
     gate_rank: int | None = None
+    value_residual: bool = False
+    value_rank: int | None = None
     zero_init: bool = True
     epsilon: NonNegative = 1e-5
     layer: Count = 0
@@ -63,9 +69,10 @@ class RWKV7Config:
         return self.width // self.head_dim
 
     @property
-    def ranks(self) -> tuple[int, int, int]:
-        """Ranks of the maps that compute w, a and g."""
-        given = zip((self.decay_rank, self.rate_rank, self.gate_rank), (2.5, 2.5, 5.0), strict=True)
+    def ranks(self) -> tuple[int, int, int, int]:
+        """Ranks of the maps that compute w, a, g and the share of the first layer's values."""
+        ranks = (self.decay_rank, self.rate_rank, self.gate_rank, self.value_rank)
+        given = zip(ranks, (2.5, 2.5, 5.0, 1.7), strict=True)
         return tuple(
             max(32, 32 * round(factor * math.sqrt(self.width) / 32)) if rank is None else rank
             for rank, factor in given
@@ -90,10 +97,14 @@ class RWKV7(Mixer):
         S_t = (Diag(w_t) - (a_t * kappa_t) kappa_t^T) S_{t-1} + k~_t v_t^T,   o_t = S_t^T r_t
         y = W_o (g * (GroupNorm(o) + (r . (r_k * k~)) v))                   norm and product per head
 
-    The authors' later layers mix their values with those of the first layer. A mixer sees only its own input: here every
-    layer is like their first one, without that value residual. The initial values are theirs and depend on the layer and
-    the number of layers.
+    With `value_residual`, the values are mixed with those of the first layer, v^1, before they are written:
+
+        v <- v + sigmoid(n_0 + x_v N_1 N_2) * (v^1 - v)
+
+    The initial values are the authors' and depend on the layer and the number of layers.
     """
+
+    shares_values = True
 
     def __init__(self, config: RWKV7Config, *, rngs: nnx.Rngs):
         self.config = config
@@ -107,12 +118,16 @@ class RWKV7(Mixer):
         first = nnx.initializers.zeros_init() if config.zero_init else nnx.initializers.lecun_normal()
         self.output = linear(width, width, init=first, **options | {"axes": ("heads", "embed")})
         low_rank = {"init": (first, _orthogonal), "dtype": config.dtype, "rngs": rngs, **NO_DECAY}
-        decay_rank, rate_rank, gate_rank = config.ranks
+        decay_rank, rate_rank, gate_rank, value_rank = config.ranks
         self.decay = LowRank(width, decay_rank, width, activation=jnp.tanh, **low_rank)
         self.rate = LowRank(width, rate_rank, width, **low_rank)
         self.gate = LowRank(width, gate_rank, width, activation=jax.nn.sigmoid, bias=False, **low_rank)
         self.decay.outer.bias[...] = jnp.asarray(values["decay"], jnp.float32)
         self.rate.outer.bias[...] = jnp.asarray(values["rate"], jnp.float32)
+        self.takes_values = config.value_residual
+        self.share = LowRank(width, value_rank, width, **low_rank) if config.value_residual else None
+        if self.share is not None:
+            self.share.outer.bias[...] = jnp.asarray(values["share"], jnp.float32)
         self.removal = _declared(values["removal"], "heads")
         self.replacement = _declared(np.full(width, 1.02), "heads")
         self.bonus = _declared(np.full((heads, config.head_dim), -0.04), "heads", None)
@@ -129,13 +144,33 @@ class RWKV7(Mixer):
     def mix(
         self, x: Float[Array, "b t d"], carried: RWKV7Carry | None, segments: Segments | None
     ) -> tuple[Float[Array, "b t d"], RWKV7Carry]:
+        y, carried, _ = self.mix_sharing(x, carried, segments, None)
+        return y, carried
+
+    def mix_sharing(
+        self,
+        x: Float[Array, "b t d"],
+        carried: RWKV7Carry | None,
+        segments: Segments | None,
+        values: Float[Array, "b t d"] | None,
+    ) -> tuple[Float[Array, "b t d"], RWKV7Carry, Float[Array, "b t d"]]:
+        """Returns the outputs, what to carry, and the values of the first layer: those given, or its own."""
         config = self.config
+        if self.takes_values and values is None:
+            raise ValueError(
+                "value_residual=True reads the values of an earlier layer, and there is none; in the pattern, let a mixer 'rwkv7' "
+                "that has value_residual=False come first, and none with it stand inside another mixer"
+            )
         token, memory = (None, None) if carried is None else carried
         x = x.astype(config.dtype)
         before, token = token_shift(x, token, segment_ids=segments)
         mixed = x[None] + self.mixing[...].astype(config.dtype)[:, None, None] * (before - x)[None]
         stream = dict(zip(STREAMS, mixed, strict=True))
         r, v = self.receptance(stream["r"]), self.value(stream["v"])
+        values = v if values is None else values
+        if self.share is not None:
+            share = jax.nn.sigmoid(self.share(stream["v"]))
+            v = (v + share * (values - v)).astype(config.dtype)
         k = self.key(stream["k"]).astype(jnp.float32)
         log_decay = -math.exp(-0.5) * jax.nn.sigmoid(self.decay(stream["w"]))
         rate = jax.nn.sigmoid(self.rate(stream["a"]))
@@ -157,7 +192,7 @@ class RWKV7(Mixer):
         )
         own = (r.astype(jnp.float32) * k * self.bonus[...][None, None]).sum(-1, keepdims=True)
         y = (self.norm(o) + join_heads(own * v.astype(jnp.float32))) * self.gate(stream["g"])
-        return self.output(y.astype(config.dtype)), RWKV7Carry(token, memory)
+        return self.output(y.astype(config.dtype)), RWKV7Carry(token, memory), values
 
 
 def _declared(value: np.ndarray, *axes: str | None) -> nnx.Param:
@@ -189,5 +224,6 @@ def _initial_values(config: RWKV7Config) -> dict[str, np.ndarray]:
         "mixing": np.stack([1 - (channel / config.width) ** (powers[s] * early) for s in STREAMS]),
         "decay": -5.5 + 6 * place ** (1 + late**0.3) + 2.5 * zigzag,
         "rate": -0.19 + 0.3 * zigzag + 0.4 * (place - 0.5),
+        "share": 0.73 - 0.4 * (place - 0.5),
         "removal": 0.71 - 0.1 * (place - 0.5),
     }

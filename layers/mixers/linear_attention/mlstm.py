@@ -125,29 +125,49 @@ class MLSTM(Mixer):
         gates = jnp.concatenate([q, k, v], axis=-1).astype(config.dtype)
         gates = jnp.matmul(gates, self.gates[...].astype(config.dtype), preferred_element_type=jnp.float32)
         log_in, log_forget = jnp.split(gates + self.gate_bias[...][None, None], 2, axis=-1)
-        weight, log_decay, tops = relative_gates(log_in, jax.nn.log_sigmoid(log_forget), top, segments)
         q, k, v = (split_heads(part, config.heads) for part in (q, k, v))
-        with_ones = jnp.concatenate([v, jnp.ones((*v.shape[:3], 1), v.dtype)], axis=-1)
-        sums, memory = gated_linear_attention(
-            q,
-            (weight[..., None] * k).astype(config.dtype),
-            with_ones,
-            log_decay=log_decay,
-            initial_state=memory,
-            segment_ids=segments,
-        )
-        sums = sums.astype(jnp.float32)
-        least = jnp.exp(-jnp.maximum(tops, -80.0))
-        o = sums[..., :-1] / (jnp.maximum(jnp.abs(sums[..., -1:]), least[..., None]) + SMALL)
+        o, memory, top = recall(q, k, v, log_in, jax.nn.log_sigmoid(log_forget), memory, top, segments)
         y = (self.norm(o) + self.skip[...][None, None] * c) * jax.nn.silu(z.astype(jnp.float32))
-        last = jnp.concatenate([top[:, None], tops], axis=1)[:, -1]
-        return self.output(y.astype(config.dtype)), MLSTMCarry(inputs, memory, last)
+        return self.output(y.astype(config.dtype)), MLSTMCarry(inputs, memory, top)
 
     def _project(self, which: int, x: jax.Array) -> jax.Array:
         """Returns the queries, keys or values: each block of features mapped by its own matrix."""
         matrices = self.projections[which].astype(self.config.dtype)
         blocks = x.reshape(*x.shape[:2], *matrices.shape[:2])
         return jnp.einsum("btni,nij->btnj", blocks, matrices).reshape(x.shape)
+
+
+def recall(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    log_in: Float[Array, "b t h"],
+    log_forget: Float[Array, "b t h"],
+    memory: Float[Array, "b h k w"],
+    top: Float[Array, "b h"],
+    segments: Segments | None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k w"], Float[Array, "b h"]]:
+    """Returns what queries find in the matrix memory, over their normalizers, and the memory and its logarithm at the end.
+
+    Args:
+      q, k, v: queries, keys and values of each head.
+      log_in, log_forget: logarithms of the gates.
+      memory, top: as in `MLSTMCarry`.
+      segments: the memory is empty where a segment begins.
+    """
+    weight, log_decay, tops = relative_gates(log_in, log_forget, top, segments)
+    sums, memory = gated_linear_attention(
+        q,
+        (weight[..., None] * k).astype(k.dtype),
+        jnp.concatenate([v, jnp.ones((*v.shape[:3], 1), v.dtype)], axis=-1),
+        log_decay=log_decay,
+        initial_state=memory,
+        segment_ids=segments,
+    )
+    sums = sums.astype(jnp.float32)
+    least = jnp.exp(-jnp.maximum(tops, -80.0))
+    o = sums[..., :-1] / (jnp.maximum(jnp.abs(sums[..., -1:]), least[..., None]) + SMALL)
+    return o, memory, jnp.concatenate([top[:, None], tops], axis=1)[:, -1]
 
 
 def relative_gates(

@@ -1,10 +1,11 @@
 """Mamba-2: a gated state space with one decay per head and token (Dao and Gu 2024, arXiv:2405.21060)."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from layers.kernels.gated_linear_attention import gated_linear_attention
@@ -27,6 +28,7 @@ class Mamba2Config:
       width: d, number of input and output features.
       state_size: n, number of states per channel, the size of B and C.
       expand: number of channels of the state space as a multiple of width.
+      inner: e, number of channels of the state space; expand * width if None (Falcon-H1, Nemotron-H).
       head_dim: p, channels per head; they share a decay.
       groups: g, number of pairs of B and C; divides the heads. The norm is over the channels of a group.
       taps: w, number of inputs that the short convolution sees.
@@ -34,6 +36,8 @@ class Mamba2Config:
       dt_min, dt_max: range of the initial step sizes, log-uniform.
       dt_floor: lower bound of the initial step sizes.
       dt_limit: interval that step sizes are clipped to.
+      scales: factors on z, u, B, C and dt as they are projected (Falcon-H1).
+      norm: whether RMSNorm stands "after" the gate, "before" it, or nowhere, "none".
       conv_bias: whether the short convolution has a bias.
       bias: whether the outer projections have biases.
       epsilon: epsilon of the norm.
@@ -44,6 +48,7 @@ class Mamba2Config:
     width: int
     state_size: int = 128
     expand: int = 2
+    inner: int | None = None
     head_dim: int = 64
     groups: int = 1
     taps: int = 4
@@ -53,6 +58,8 @@ class Mamba2Config:
     dt_max: float = 0.1
     dt_floor: NonNegative = 1e-4
     dt_limit: tuple[Infinite, Infinite] = (0.0, math.inf)
+    scales: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
+    norm: Literal["after", "before", "none"] = "after"
     conv_bias: bool = True
     bias: bool = False
     epsilon: NonNegative = 1e-5
@@ -61,8 +68,9 @@ class Mamba2Config:
 
     def __post_init__(self) -> None:
         if self.channels % self.head_dim:
+            given = "expand * width" if self.inner is None else "inner"
             raise ValueError(
-                f"head_dim={self.head_dim} does not divide expand * width = {self.channels}; choose one that does"
+                f"head_dim={self.head_dim} does not divide {given} = {self.channels}; choose one that does"
             )
         if self.heads % self.groups:
             raise ValueError(f"groups={self.groups} does not divide the {self.heads} heads")
@@ -75,7 +83,7 @@ class Mamba2Config:
     @property
     def channels(self) -> int:
         """Number of channels of the state space."""
-        return self.expand * self.width
+        return self.expand * self.width if self.inner is None else self.inner
 
     @property
     def heads(self) -> int:
@@ -99,7 +107,8 @@ class Mamba2(Mixer):
         S_t  = exp(-dt_t exp(log_a)) S_{t-1} + B_t (dt_t u_t)^T          (n x p, per head)
         y    = W_out RMSNorm((S_t^T C_t + D u_t) silu(z))
 
-    Head i reads group i // (h / g) of B and C. The gate precedes the norm, which is over the e / g channels of a group.
+    Head i reads group i // (h / g) of B and C. The gate precedes the norm, which is over the e / g channels of a group, unless
+    `norm` says otherwise.
     """
 
     def __init__(self, config: Mamba2Config, *, rngs: nnx.Rngs):
@@ -116,7 +125,9 @@ class Mamba2(Mixer):
         self.dt_bias = parameter(rngs, steps, (heads,), **by_head)
         self.log_a = parameter(rngs, log_of_uniform(config.a_min, config.a_max), (heads,), **by_head)
         self.d = parameter(rngs, ones, (heads,), **by_head)
-        self.scale = parameter(rngs, ones, (channels,), axes=("inner",), **NO_DECAY)
+        self.scale = (
+            parameter(rngs, ones, (channels,), axes=("inner",), **NO_DECAY) if config.norm != "none" else None
+        )
         # Divided by the root of the number of layers that add to the residual.
         small = uniform_fan_in(config.depth**-0.5)
         self.output = linear(
@@ -135,7 +146,13 @@ class Mamba2(Mixer):
         inputs, s = (None, None) if carried is None else carried
         b, t = x.shape[:2]
         channels, shared = config.channels, config.groups * config.state_size
-        gate, mixed, dt = project(self.input, x, (channels, channels + 2 * shared, config.heads))
+        sizes = (channels, channels + 2 * shared, config.heads)
+        gate, mixed, dt = project(self.input, x, sizes)
+        if config.scales != (1.0,) * 5:
+            counts = np.array([channels, channels, shared, shared, config.heads])
+            factors = jnp.asarray(np.repeat(config.scales, counts), config.dtype)[None, None]
+            parts = jnp.split(factors, np.cumsum(sizes)[:-1], axis=-1)
+            gate, mixed, dt = (part * factor for part, factor in zip((gate, mixed, dt), parts, strict=True))
         mixed, inputs = self.convolution(mixed, inputs, segment_ids=segments)
         u, key, query = jnp.split(mixed, [channels, channels + shared], axis=-1)
         u = u.reshape(b, t, config.heads, config.head_dim)
@@ -152,11 +169,14 @@ class Mamba2(Mixer):
             segment_ids=segments,
         )
         y = y.astype(jnp.float32) + self.d[...][None, None, :, None] * u
-        y = self._norm(y.reshape(b, t, channels) * jax.nn.silu(gate.astype(jnp.float32)))
+        y, gate = y.reshape(b, t, channels), jax.nn.silu(gate.astype(jnp.float32))
+        y = self._norm(y) * gate if config.norm == "before" else self._norm(y * gate)
         return self.output(y), Mamba2Carry(inputs, s)
 
     def _norm(self, y: jax.Array) -> jax.Array:
-        """Divides the channels of each group by their root mean square, and scales them."""
+        """Divides the channels of each group by their root mean square, and scales them, if there is a norm."""
+        if self.scale is None:
+            return y
         groups = self.config.groups
         grouped = y.reshape(*y.shape[:2], groups, self.config.channels // groups)
         inverse = jax.lax.rsqrt(jnp.square(grouped).mean(-1, keepdims=True) + self.config.epsilon)

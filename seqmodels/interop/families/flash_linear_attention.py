@@ -75,15 +75,15 @@ def _write(model: Any, *, own: Callable[[Any, int], dict[str, Any]]) -> dict[str
     } | own(block.mixer.config, config.stack.width)
 
 
-def _sizes(options: Options, width: int, heads: int, keys: float) -> dict[str, int]:
-    """Returns the sizes of keys and values that two factors on the width give; `keys` is the default of the first."""
-    factors = options.take("expand_k", keys), options.take("expand_v", 1.0)
-    key, value = (int(width * factor) // heads for factor in factors)
+def sizes(options: Options, width: int, heads: int, keys: float, values: float = 1.0) -> dict[str, int]:
+    """Returns the sizes of keys and values that two factors on the width give, whose defaults are `keys` and `values`."""
+    both = options.take("expand_k", keys), options.take("expand_v", values)
+    key, value = (int(width * factor) // heads for factor in both)
     return {"heads": heads, "key_dim": key, "value_dim": value}
 
 
-def _factors(own: Any, width: int) -> dict[str, float]:
-    """Returns the options that `_sizes` reads."""
+def factors(own: Any, width: int) -> dict[str, float]:
+    """Returns the options that `sizes` reads."""
     key, value = own.sizes
     return {
         "expand_k": own.heads * key / width,
@@ -98,7 +98,7 @@ def _read_gla(options: Options, width: int) -> dict[str, Any]:
     for name in ("feature_map", "clamp_min"):
         options.only(name, None)
     heads, taps = options.take("num_heads", 4), options.take("conv_size", 4)
-    return _sizes(options, width, heads, 0.5) | {
+    return sizes(options, width, heads, 0.5) | {
         "kv_heads": options.take("num_kv_heads", None) or heads,
         "taps": taps if options.take("use_short_conv", False) else None,
         "gate_rank": GATE_RANK,
@@ -106,7 +106,8 @@ def _read_gla(options: Options, width: int) -> dict[str, Any]:
 
 
 def _write_gla(own: Any, width: int) -> dict[str, Any]:
-    made = _factors(own, width) | {"num_kv_heads": own.groups, "use_short_conv": own.taps is not None}
+    made = factors(own, width) | {"num_kv_heads": own.groups, "use_short_conv": own.taps is not None}
+    made["fuse_norm"] = False  # The norm has another name if it is computed with the gate.
     return made if own.taps is None else made | {"conv_size": own.taps}
 
 
@@ -115,7 +116,7 @@ def _read_delta_net(options: Options, width: int) -> dict[str, Any]:
         options.only(name, True)
     options.only("qk_norm", "l2")
     options.only("qk_activation", "silu")
-    return _sizes(options, width, options.take("num_heads", 4), 1.0) | {
+    return sizes(options, width, options.take("num_heads", 4), 1.0) | {
         "taps": options.take("conv_size", 4),
         "gate": options.take("use_gate", False),
         "negative_eigenvalues": options.take("allow_neg_eigval", False),
@@ -123,7 +124,7 @@ def _read_delta_net(options: Options, width: int) -> dict[str, Any]:
 
 
 def _write_delta_net(own: Any, width: int) -> dict[str, Any]:
-    return _factors(own, width) | {
+    return factors(own, width) | {
         "conv_size": own.taps,
         "use_gate": own.gate,
         "allow_neg_eigval": own.negative_eigenvalues,
@@ -168,7 +169,7 @@ def _read_kda(options: Options, _: int) -> dict[str, Any]:
     return _read_shared_keys(options) | {"head_dim": options.take("head_dim", 128)}
 
 
-def _memory(own: Mapping[str, Any], key: int, value: int) -> Pairs:
+def memory(own: Mapping[str, Any], key: int, value: int) -> Pairs:
     """Returns the pairs of the projections and convolutions of a delta rule."""
     sizes = (own["heads"] * key,) * 2 + (own.get("value_heads", own["heads"]) * value,)
     return (
@@ -195,12 +196,12 @@ def _gla(own: Mapping[str, Any]) -> Pairs:
 
 
 def _delta_net(own: Mapping[str, Any]) -> Pairs:
-    return _memory(own, own["key_dim"], own["value_dim"])
+    return memory(own, own["key_dim"], own["value_dim"])
 
 
 def _gated_deltanet(own: Mapping[str, Any]) -> Pairs:
     return (
-        *_memory(own, own["key_dim"], own["value_dim"]),
+        *memory(own, own["key_dim"], own["value_dim"]),
         *linear("attn.a_proj", "mixer/rate"),
         same("attn.A_log", "mixer/decay/log_rate"),
         same("attn.dt_bias", "mixer/decay/bias"),
@@ -210,7 +211,7 @@ def _gated_deltanet(own: Mapping[str, Any]) -> Pairs:
 def _kda(own: Mapping[str, Any]) -> Pairs:
     size, heads = own["head_dim"], own["value_heads"]
     return (
-        *_memory(own, size, size),
+        *memory(own, size, size),
         *linear("attn.f_proj.0", "mixer/rate/inner"),
         *linear("attn.f_proj.1", "mixer/rate/outer"),
         *linear("attn.g_proj.0", "mixer/gate/inner"),
@@ -220,7 +221,7 @@ def _kda(own: Mapping[str, Any]) -> Pairs:
     )
 
 
-def _family(
+def family(
     architecture: str,
     model_type: str,
     mixer: str,
@@ -228,6 +229,16 @@ def _family(
     write: Callable[[Any, int], dict[str, Any]],
     pairs: Callable[[Mapping[str, Any]], Pairs],
 ) -> Family:
+    """Returns a family of stacks of one mixer and gated linear units.
+
+    Args:
+      architecture, model_type: as in `Family`.
+      mixer: our name of the mixer.
+      read: function from their options and the width to the options of the mixer.
+      write: its inverse, from the config of the mixer and the width.
+      pairs: function from the options of the mixer to its pairs.
+    """
+
     def parts(stack: StackConfig) -> Mapping[str, Pairs]:
         return {
             "": (*norm("attn_norm", "mixer_norm"), *norm("mlp_norm", "channel_norm")),
@@ -247,14 +258,15 @@ def _family(
         ),
         layer="model.layers.{}.",
         parts=parts,
+        aliases=((r"\battn\.g_norm_swish_gate\.", "attn.g_norm."),),
     )
 
 
-GLA = _family("GLAForCausalLM", "gla", "gla", _read_gla, _write_gla, _gla)
-DELTA_NET = _family(
+GLA = family("GLAForCausalLM", "gla", "gla", _read_gla, _write_gla, _gla)
+DELTA_NET = family(
     "DeltaNetForCausalLM", "delta_net", "deltanet", _read_delta_net, _write_delta_net, _delta_net
 )
-GATED_DELTANET = _family(
+GATED_DELTANET = family(
     "GatedDeltaNetForCausalLM",
     "gated_deltanet",
     "gated_deltanet",
@@ -262,4 +274,4 @@ GATED_DELTANET = _family(
     _write_shared_keys,
     _gated_deltanet,
 )
-KDA = _family("KDAForCausalLM", "kda", "kda", _read_kda, _write_shared_keys, _kda)
+KDA = family("KDAForCausalLM", "kda", "kda", _read_kda, _write_shared_keys, _kda)

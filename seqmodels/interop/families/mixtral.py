@@ -22,13 +22,13 @@ from seqmodels.interop.options import Options
 from seqmodels.interop.rope import read_rope, write_rope
 
 
-def experts(router: str, expert: str, names: tuple[str, str, str], count: int) -> Pairs:
+def experts(router: str, expert: str, names: tuple[str | None, str, str], count: int) -> Pairs:
     """Returns the pairs of a router and of the matrices of all experts.
 
     Args:
       router: name of the router.
       expert: prefix of the names of an expert, with "{}" for its number.
-      names: names of its gate, its inputs and its outputs.
+      names: names of its gate, None if it has none, its inputs and its outputs.
       count: number of experts.
     """
     return (
@@ -40,6 +40,7 @@ def experts(router: str, expert: str, names: tuple[str, str, str], count: int) -
                 transpose=True,
             )
             for ours, theirs in zip(("gate", "up", "down"), names, strict=True)
+            if theirs is not None
         ),
     )
 

@@ -58,6 +58,7 @@ MIXERS = {
     "dss": ("dss", {"state_size": 4, "max_length": 32}),
     "dss-exp": ("dss", {"state_size": 4, "kernel": "exp"}),
     "rwkv4": ("rwkv4", {"zero_init": False, "layer": 1, "depth": 2}),
+    "rwkv_channel": ("rwkv_channel", {"version": 4, "zero_init": False, "layer": 1, "depth": 2}),
     "lstm": ("lstm", {"state_size": 6}),
     "linear_attention": ("linear_attention", {"heads": 2}),
     "linear_attention-bidirectional": ("linear_attention", {"heads": 2, "causal": False}),
@@ -95,6 +96,7 @@ MIXERS = {
     ),
     "mlstm": ("mlstm", {"heads": 2}),
     "slstm": ("slstm", {"heads": 2}),
+    "xlstm7b": ("xlstm7b", {"heads": 2, "key_dim": 3}),
     "based": ("based", {"heads": 2, "feature_dim": 3}),
     "gated_deltaproduct": (
         "gated_deltaproduct",
@@ -166,6 +168,7 @@ CHOOSES = {"informer", "moba", "reformer"}
 
 # Mixers whose part of the suite is slow. By default their own tests compare two calls, with a state, with the equation.
 LIGHT = {
+    *("rwkv_channel", "xlstm7b"),
     *("hgrn2", "rwkv6", "mlstm", "slstm", "based", "linoss", "mamba3", "gated_short_conv"),
     *("gated_deltaproduct", "gated_deltanet2", "comba", "tuned_state", "parallel"),
     *("forgetting_attention", "differential_attention", "longformer", "bigbird", "longt5"),

@@ -13,9 +13,10 @@ WIDTH, TIME = 8, 12
 @pytest.mark.slow
 def test_is_the_sum_of_its_mixers():
     branches = {"gla": {"heads": 2}, "attention": {"heads": 2}}
-    model, x = drawn("parallel", WIDTH, branches=branches, scales={"gla": 0.5}), tokens(TIME, WIDTH)
+    scales = {"scales": {"gla": 0.5}, "input_scales": {"attention": 2.0}}
+    model, x = drawn("parallel", WIDTH, branches=branches, **scales), tokens(TIME, WIDTH)
     got, state = in_two_calls(model, x)
-    np.testing.assert_allclose(got, 0.5 * model.gla(x)[0] + model.attention(x)[0], atol=1e-5)
+    np.testing.assert_allclose(got, 0.5 * model.gla(x)[0] + model.attention(2 * x)[0], atol=1e-5)
     assert set(state.carried) == set(branches)
     # Without what one branch gives, the other is left.
     model.attention.output.kernel[...] = 0 * model.attention.output.kernel[...]

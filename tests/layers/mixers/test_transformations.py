@@ -15,7 +15,7 @@ from tests.layers.mixers.test_contract import BATCH, TIME, WIDTH, build, every_m
 # Mixers that need the length as a number; any length of one exported function serves the others.
 NEED_A_LENGTH = {
     *("s4", "s4d", "dss", "gss", "h3", "liquid_s4", "sgconv", "hyena", "mega"),
-    *("rwkv4", "mlstm", "linformer"),
+    *("rwkv4", "mlstm", "xlstm7b", "linformer"),
     *("longformer", "bigbird", "longt5", "etc", "nystromformer", "luna-carried", "reformer", "informer"),
     *("moba", "landmark"),
 }

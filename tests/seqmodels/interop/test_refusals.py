@@ -76,6 +76,51 @@ def test_configs(folder, options, words):
     refused(folder, *words)
 
 
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("rwkv4", {"attention_hidden_size": 32}, ["attention_hidden_size=32", "expected hidden_size=16"]),
+        ("rwkv6", {"expand_k": 0.5}, ["expand_k=0.5", "expected 1.0"]),
+        ("rwkv6", {"num_heads": 3}, ["num_heads=3", "a divisor of hidden_size=16"]),
+        ("rwkv7", {"norm_first": False}, ["norm_first=False", "expected True"]),
+        ("rwkv7", {"value_dim": [16, 16, 32]}, ["value_dim=[16, 16, 32]"]),
+        ("rwkv7", {"num_heads": 4}, ["num_heads=4", "hidden_size / head_dim = 2"]),
+        ("lfm2", {"layer_types": ["conv"]}, ["layer_types=['conv']", "num_hidden_layers=2"]),
+        ("lfm2", {"block_use_swiglu": False}, ["block_use_swiglu=False"]),
+        ("lfm2", {"block_auto_adjust_ff_dim": 1}, ["block_auto_adjust_ff_dim=1", "true or false"]),
+        ("lfm2", {"block_auto_adjust_ff_dim": True}, ["w1.weight of shape (24, 16)", "asks for (256, 16)"]),
+        ("minimax", {"mlp_alpha_factor": 2}, ["mlp_alpha_factor=2", "full_attn_alpha_factor=1.7"]),
+        ("minimax", {"layer_types": ["full_attention"]}, ["layer_types=['full_attention']", "num_hidden_layers=3"]),
+        ("nemotron_h", {"layers_block_type": ["mlp"] * 5}, ["layers_block_type='mlp'", "or mlp or moe after one of them"]),
+        ("nemotron_h", {"layers_block_type": ["mamba", "rnn"], "num_hidden_layers": 2}, ["layers_block_type='rnn'"]),
+        ("nemotron_h", {"layers_block_type": None, "hybrid_override_pattern": "M-M*", "num_hidden_layers": 5},
+         ["the kinds of num_hidden_layers=5 layers"]),
+        ("nemotron_h", {"attention_head_dim": 4}, ["attention_head_dim=4", "head_dim=8"]),
+        ("nemotron_h", {"head_dim": "left out", "attention_head_dim": 6}, ["q_proj.weight of shape (32, 16)", "asks for (24, 16)"]),
+        ("nemotron_h", {"rms_norm_eps": 1e-6}, ["rms_norm_eps=1e-06", "expected 1e-05"]),
+        ("falcon_h1", {"attn_layer_indices": [0]}, ["attn_layer_indices=[0]"]),
+        ("xlstm", {"head_dim": 4}, ["head_dim=4", "expected 8"]),
+        ("nemotron_h_moe", {"moe_latent_size": 4}, ["moe_latent_size=4"]),
+        ("nemotron_h_moe", {"moe_shared_expert_intermediate_size": 12}, ["moe_shared_expert_intermediate_size=12", "a multiple of 8"]),
+        ("nemotron_h_moe", {"mlp_bias": True}, ["mlp_bias=True", "False with experts"]),
+        ("nemotron_h", {"num_nextn_predict_layers": 1}, ["num_nextn_predict_layers=1"]),
+        ("xlstm", {"weight_mode": "fused"}, ["weight_mode='fused'", "'single'"]),
+        ("xlstm", {"qk_dim_factor": 0.45}, ["qk_dim_factor=0.45", "num_heads=2 divides"]),
+        ("xlstm", {"ffn_round_up_to_multiple_of": 64}, ["ffn.proj_up_gate.weight of shape (24, 16)", "asks for (64, 16)"]),
+        ("retnet", {"use_output_gate": False}, ["use_output_gate=False", "expected True"]),
+        ("comba", {"use_inner_decay": False}, ["use_inner_decay=False", "expected True"]),
+        ("gated_deltaproduct", {"num_householder": 3}, ["k_proj.weight of shape (16, 16)", "asks for (24, 16)"]),
+        ("falcon_h1", {"mamba_n_heads": 4}, ["mamba_n_heads=4", "mamba_d_ssm / mamba_d_head = 3"]),
+        ("falcon_h1", {"projectors_bias": True}, ["projectors_bias=True", "mamba_proj_bias=False"]),
+        ("falcon_h1", {"mamba_rms_norm": True}, ["lacks the tensors model.layers.0.mamba.norm.weight"]),
+    ],
+)  # fmt: skip
+def test_configs_of_families(name, options, words, tmp_path):
+    made = shutil.copytree(DATA / name, tmp_path / name)
+    set_options(made, **options)
+    refused(made, *words)
+
+
 def test_tensors_and_files(folder):
     change_tensors(folder, lambda tensors: tensors.update(other=tensors.pop(QUERY)))
     refused(folder, f"lacks the tensor {QUERY}")
@@ -169,9 +214,40 @@ def test_names_without_the_first_part(folder):
     np.testing.assert_array_equal(got.head.kernel[...], want.head.kernel[...])
 
 
+def test_another_name_of_a_norm(tmp_path):
+    """The norm of GLA is called otherwise where it is computed together with the gate."""
+
+    def fused(tensors):
+        for name in list(tensors):
+            tensors[name.replace("g_norm", "g_norm_swish_gate")] = tensors.pop(name)
+
+    made = shutil.copytree(DATA / "gla", tmp_path / "gla")
+    want, _ = load_pretrained(made)
+    change_tensors(made, fused)
+    got, _ = load_pretrained(made)
+    ours, theirs = (model.stack.stacked[0].mixer.norm.scale[...] for model in (got, want))
+    np.testing.assert_array_equal(ours, theirs)
+    save_pretrained(got, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["fuse_norm"] is False
+
+
 def build(**options):
     sizes = {"vocab_size": 11, "width": 16, "depth": 2, "pattern": ("attention",)}
     return seqmodels.build_model({"kind": "language_model", **sizes, **options}, rngs=nnx.Rngs(0))
+
+
+def test_mixers_side_by_side(tmp_path):
+    """What is left out of a config is as its default; a part that another kind of layer has is named."""
+    branches = {"mamba2": {"head_dim": 8, "norm": "none", "epsilon": 1e-6}, "attention": {"heads": 2}}
+    model = build(pattern=("parallel",), mixers={"parallel": {"branches": branches}}, tie_embeddings=False)
+    save_pretrained(model, tmp_path / "out")
+    again, _ = load_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "falcon_h1"
+    np.testing.assert_array_equal(model.head.kernel[...], again.head.kernel[...])
+    branches["attention"]["qk_norm"] = True
+    model = build(pattern=("parallel",), mixers={"parallel": {"branches": branches}}, tie_embeddings=False)
+    with pytest.raises(ValueError, match="qk_norm=False and the model True"):
+        save_pretrained(model, tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_equals_the_equation(options):
 def test_starts_as_the_authors_code():
     width, size, layer, depth = 128, 64, 2, 6
     model = RWKV7(RWKV7Config(width=width, layer=layer, depth=depth), rngs=nnx.Rngs(0))
-    assert model.config.ranks == (32, 32, 64)
+    assert model.config.ranks == (32, 32, 64, 32)
     n = 100
     early, late = 1 - layer / depth, layer / (depth - 1)
     zigzag = ((n % size - 31.5) / 31.5) ** 2 * np.sign(n % size - 31.5)
