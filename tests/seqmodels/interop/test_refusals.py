@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import seqmodels
 from seqmodels import load_pretrained, save_pretrained
 from seqmodels.interop.families import FAMILIES
+from seqmodels.interop.saving import differences
 
 DATA = Path(__file__).parent / "data"
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -244,6 +245,9 @@ def test_mixers_side_by_side(tmp_path):
     again, _ = load_pretrained(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "falcon_h1"
     np.testing.assert_array_equal(model.head.kernel[...], again.head.kernel[...])
+    scaled = {"parallel": {"branches": branches, "scales": {"mamba2": 2.0}}}
+    other = build(pattern=("parallel",), mixers=scaled, tie_embeddings=False)
+    assert differences(model, other)[0] == "layer 0: mixer.scales.mamba2=2.0 and the model 1.0"
     branches["attention"]["qk_norm"] = True
     model = build(pattern=("parallel",), mixers={"parallel": {"branches": branches}}, tie_embeddings=False)
     with pytest.raises(ValueError, match="qk_norm=False and the model True"):
