@@ -14,7 +14,7 @@ from seqmodels.adapters import LoraConfig, adapt, linear_maps, merge_adapters, w
 from tests.layers.mixers.table import MIXERS
 
 # One mixer that calls its maps, and those that use their matrices in other places.
-BY_DEFAULT = {"attention", "mla", "mamba2", "luna", "wersa"}
+BY_DEFAULT = {"attention", "mla", "mamba2", "luna"}
 CHANNELS = {"moe": {"experts": 3, "hidden": 4, "shared": 1}, "swiglu": {"hidden": 6}}
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 12, 8)), jnp.float32)
 

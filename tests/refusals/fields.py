@@ -12,7 +12,7 @@ FIELDS = [
     ),
     ("--config=SHORT --config.model.n_layers=2", "config.model has no field 'n_layers'; fields:"),
     ("--config=SHORT --config.train.bach_size=2", "did you mean 'batch_size'?"),
-    ("--config=SHORT --config.train.lr=2", "config.train has no field 'lr'; fields:"),
+    ("--config=SHORT --config.train.rate=2", "config.train has no field 'rate'; fields:"),
     ("--config=SHORT --config.train.batch_size.x=2", "config.train.batch_size has no fields of its own"),
     ("--config=SHORT --config.optimizer.learning_rat=2", "did you mean 'learning_rate'?"),
     ("--config=SHORT --config.optimizer.warmup=2", "did you mean 'warmup_steps'?"),

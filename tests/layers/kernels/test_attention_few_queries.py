@@ -58,7 +58,7 @@ def run(impl, arrays, options):
     return jax.device_get((piece.output, piece.lse + piece.lost)), jax.device_get(gradients)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients(name):
     t, options = CASES[name]

@@ -104,7 +104,7 @@ def test_what_peft_wrote_is_written_again(tmp_path):
 FAMILIES = ("llama", "gpt_neox", "gpt2", "phi3", "kimi_linear", "qwen3_next")
 
 
-@pytest.mark.parametrize("stabilized", [False, True])
+@pytest.mark.parametrize("stabilized", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "family", [pytest.param(name, marks=[pytest.mark.slow] * (name != "gpt_neox")) for name in FAMILIES]
 )
