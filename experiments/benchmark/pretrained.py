@@ -8,7 +8,6 @@ Each case runs in a process of its own (`alone`). With the sizes of `random_chec
     decode/MODEL         greedy tokens of `seqmodels.generate` after a context, per second, in bfloat16
     decode/transformers  the same of the checkpoint `llama` by transformers: a static cache, and its forward compiled by
                          torch.compile(mode="reduce-overhead"); left out where torch or transformers cannot be imported
-    decode/llama/xla     the case decode/llama with attention in plain JAX
     long/mamba2          a recurrent model after contexts of up to 128k tokens: the bytes of its state and of all memory
 """
 
@@ -38,7 +37,6 @@ CASES = (
     "load/llama",
     "decode/llama",
     "decode/transformers",
-    "decode/llama/xla",
     "write/mamba2",
     "long/mamba2",
     "write/qwen3_next",
@@ -138,7 +136,7 @@ def compared(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, A
 
 def measure(setting: Setting, case: str) -> dict[str, Any]:
     """Returns what a case gives."""
-    kind, model, *how = case.split("/")
+    kind, model = case.split("/")
     folder = setting.folder / _model(case)
     if model == "transformers":
         if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
@@ -146,8 +144,7 @@ def measure(setting: Setting, case: str) -> dict[str, Any]:
         # JAX only says which device there is, and leaves its memory alone.
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         return transformers_decode.measure(folder, **_lengths(setting))
-    with dispatch.preferred({"attention": how[0]} if how else {}):
-        row = {"write": _write, "load": _load, "decode": _decode, "long": _long}[kind](setting, folder)
+    row = {"write": _write, "load": _load, "decode": _decode, "long": _long}[kind](setting, folder)
     return dict(device=jax.devices()[0].device_kind) | row
 
 

@@ -47,13 +47,13 @@ def test_the_command(tmp_path, capsys):
         f"--out={tmp_path}",
         "--size=tiny",
         "--rounds=1",
-        "--only=decode/llama/xla,long",
+        "--only=decode/llama,long",
     ]
     assert command.main(arguments) == 0
     record = json.loads((tmp_path / "pretrained.json").read_text())
     assert [row["case"] for row in record["rows"]] == [
         "write/llama",
-        "decode/llama/xla",
+        "decode/llama",
         "write/mamba2",
         "long/mamba2",
     ]
