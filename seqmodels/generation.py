@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layers.caches import CachePolicy, read_cache
 from layers.indices import check_indices
 from layers.typing import Array
-from seqmodels import speculative
+from seqmodels import caching, speculative
 from seqmodels.decoding import ANY, NOTHING, Generation, Rows, decode
 from seqmodels.language_model import LanguageModel
 from seqmodels.sampling import Number, make_sampling
@@ -45,6 +46,7 @@ def generate(
     block: int = 64,
     lookup: int | None = None,
     ngram: int | None = None,
+    cache: str | CachePolicy | None = None,
 ) -> Generation:
     """Returns the tokens with which the model continues each prompt.
 
@@ -67,6 +69,8 @@ def generate(
         without, from fewer calls where the text repeats itself. None for one token per call. Calls on several tokens round
         differently, which can decide between tokens of nearly equal probability. Rows wait for each other at the end of a block.
       ngram: number of last tokens by which a draft is looked up, 3 by default; needs `lookup`.
+      cache: policy of the caches of attention, such as "snapkv(budget=1024)" (see `layers.caches`). It acts after the
+        first new token, which the whole prompt gives, on layers whose cache grows with the text. Without `lookup`.
 
     Raises:
       ValueError, TypeError: an argument is invalid, or a row is longer than the model's table of positions.
@@ -88,6 +92,7 @@ def generate(
             block=block,
             lookup=lookup,
             ngram=ngram,
+            cache=cache,
         )
     )
     return Generation(
@@ -114,6 +119,7 @@ def stream(
     block: int = 16,
     lookup: int | None = None,
     ngram: int | None = None,
+    cache: str | CachePolicy | None = None,
 ) -> Iterator[Generation]:
     """Returns an iterator over the new tokens, `block` of each row at a time; see `generate`.
 
@@ -156,15 +162,25 @@ def stream(
         raise ValueError(
             f"ngram={ngram}; expected at most {read}, as no text here is longer when a draft is looked up"
         )
+    policy = None if cache is None else read_cache(cache)
+    if policy is not None:
+        caching.check(model, policy, longest, int(max_new_tokens))
+        if lookup is not None:
+            raise ValueError(
+                f"lookup={lookup} with cache={cache!r}: a draft that fails would have changed what is kept; expected one of them"
+            )
     stops = _aligned(stops) if stops else None
     key = jax.random.key(np.uint32(seed))
     draft = None if lookup is None else dict(most=int(lookup), ngram=int(counts["ngram"]))
-    return _blocks(model, prompts, sampling, stops, key, int(max_new_tokens), int(chunk), int(block), draft)
+    sizes = int(max_new_tokens), int(chunk), int(block)
+    return _blocks(model, prompts, sampling, stops, key, *sizes, draft, policy)
 
 
-def _blocks(model, prompts, sampling, stops, key, max_new_tokens, chunk, size, draft) -> Iterator[Generation]:
-    """Yields the new tokens, `size` of each row at a time."""
-    rows = prefill(model, prompts, max_new_tokens, chunk)
+def _blocks(
+    model, prompts, sampling, stops, key, max_new_tokens, chunk, size, draft, policy
+) -> Iterator[Generation]:
+    """Yields the new tokens, `size` of each row at a time; with a policy that compresses prompts, first one of each."""
+    rows = prefill(model, prompts, max_new_tokens, chunk, policy)
     if stops is not None:
         rows = rows._replace(recent=jnp.full((len(prompts), stops.shape[1]), NOTHING, jnp.int32))
     if sampling.repetition_penalty is not None:
@@ -173,10 +189,15 @@ def _blocks(model, prompts, sampling, stops, key, max_new_tokens, chunk, size, d
             seen[row, prompt] = True
         rows = rows._replace(seen=jnp.asarray(seen))
     history = None if draft is None else _history(prompts, max_new_tokens)
-    for start in range(0, max_new_tokens, size):
-        given = (sampling, stops, key, start, min(size, max_new_tokens - start))
+    compresses = policy is not None and policy.compresses
+    for start in [0, *range(1, max_new_tokens, size)] if compresses else range(0, max_new_tokens, size):
+        most = 1 if compresses and start == 0 else size
+        if compresses and start == 1:
+            options = dict(policy=policy, room=max_new_tokens - 1, call=1)
+            rows = rows._replace(state=caching.compress(model, rows.state, **options))
+        given = (sampling, stops, key, start, min(most, max_new_tokens - start))
         if draft is None:
-            rows, new = decode(model, rows, *given, size=size)
+            rows, new = decode(model, rows, *given, size=most)
         else:
             rows, history, new = speculative.decode(model, rows, history, *given, size=size, **draft)
         new = jax.tree.map(np.asarray, new)
@@ -203,10 +224,17 @@ def _slots(tokens: int) -> int:
     return -(-tokens // SLOTS) * SLOTS
 
 
-def prefill(model: LanguageModel, prompts: Sequence[np.ndarray], max_new_tokens: int, chunk: int) -> Rows:
+def prefill(
+    model: LanguageModel,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    chunk: int,
+    policy: CachePolicy | None = None,
+) -> Rows:
     """Returns the rows after all tokens of their prompts but the last, which the first step reads."""
     count, longest = len(prompts), max(map(len, prompts))
-    state = _initial(model, count, _slots(longest + max_new_tokens - 1))
+    compresses = policy is not None and policy.compresses
+    state = _initial(model, count, _slots(longest if compresses else longest + max_new_tokens - 1), policy)
     # Widths are powers of two up to `chunk`, so that few of them are compiled.
     width = min(chunk, 1 << max(0, longest - 2).bit_length())
     time = -(-(longest - 1) // width) * width
@@ -222,9 +250,11 @@ def prefill(model: LanguageModel, prompts: Sequence[np.ndarray], max_new_tokens:
     return Rows(state, token, jnp.zeros(count, bool), None, None)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _initial(model, count, slots):
-    return model.init_state(count, max_length=slots)
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _initial(model, count, slots, policy):
+    if policy is None:
+        return model.init_state(count, max_length=slots)
+    return caching.begin(model, policy, count, slots)
 
 
 @partial(jax.jit, donate_argnums=(2,))

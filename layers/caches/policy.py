@@ -1,0 +1,96 @@
+"""The interface of cache policies: what is kept of a prompt, what new tokens see of it, and what they evict.
+
+    state = policy.begin(cache, heads)             in place of an empty cache: the prompt is read into it
+    states = policy.compressed(prompts, ...)       at the end of the prompt, all layers at once
+    policy.adjusted(kept, view, q, bias)           what a call sees of the kept tokens
+    policy.evicted(kept, view, q, bias, visit)     what it evicts
+
+A policy is a frozen dataclass of its options. It writes `scores` alone if it keeps `budget` tokens of the prompt and evicts
+nothing later. Sizes are Python numbers: a budget is a number of slots, and empty ones are masked.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from layers.caches.kept import Kept, keep
+from layers.caches.prompt import Prompt
+from layers.caches.state import CacheState, View
+from layers.parts.cache import Cache
+from layers.segments import Visit
+from layers.typing import Array, Float
+
+
+class CachePolicy:
+    """Base class of policies.
+
+    Attributes:
+      observed: number of last queries of the prompt that `Prompt` holds.
+      compresses: whether something happens at the end of the prompt.
+    """
+
+    observed: int = 0
+    compresses: bool = True
+
+    def check(self, longest: int, total: int, layers: Sequence[int], groups: Sequence[int]) -> None:
+        """Raises ValueError if the policy cannot keep such rows.
+
+        Args:
+          longest: tokens of the longest prompt.
+          total: with the new ones.
+          layers: the layers whose caches it keeps.
+          groups: key/value heads of each.
+        """
+        budget = getattr(self, "budget", None)
+        if budget is not None and budget > total:
+            raise ValueError(
+                f"budget={budget} of the cache is more than the {total} tokens that the longest row has, so that nothing "
+                f"would be evicted; expected at most {total}, or cache='full'"
+            )
+
+    def begin(self, cache: Cache, heads: int) -> CacheState:
+        """Returns the state that a prompt is read into, from an empty cache of as many slots."""
+        return Prompt.empty(self, cache, heads)
+
+    def first_scores(self, rows: int, slots: int, heads: int) -> Any:
+        """Returns what `scored` starts from."""
+        return None
+
+    def scored(self, scores: Any, view: View, q: Array, cache: Cache, visit: Visit) -> Any:
+        """Returns what is gathered of the queries of a prompt with those of one more call; the cache has its tokens."""
+        return scores
+
+    def compressed(
+        self, prompts: Sequence[Prompt], views: Sequence[View], layers: Sequence[int], room: int, call: int
+    ) -> list[CacheState]:
+        """Returns what is kept of a prompt by each layer.
+
+        Args:
+          prompts, views, layers: per layer its prompt, how its queries weigh keys, and its number.
+          room: the most new tokens.
+          call: the most of them in one call.
+        """
+        return [
+            keep(prompt, self.scores(prompt, view), self.budget, room)
+            for prompt, view in zip(prompts, views, strict=True)
+        ]
+
+    def scores(self, prompt: Prompt, view: View) -> Float[Array, "b s g"]:
+        """Returns the scores by which tokens of a prompt are kept; inf for those that are kept in any case."""
+        raise NotImplementedError
+
+    def adjusted(
+        self, kept: Kept, view: View, q: Float[Array, "b t h k"], bias: Float[Array, "b h t n"]
+    ) -> Float[Array, "b h t n"]:
+        """Returns what is added to the logits, given what positions and segments add; -inf hides a token."""
+        return bias
+
+    def evicted(
+        self,
+        kept: Kept,
+        view: View,
+        q: Float[Array, "b t h k"],
+        bias: Float[Array, "b h t n"],
+        visit: Visit,
+    ) -> Kept:
+        """Returns what is kept after a call, given its queries and what was added to their logits."""
+        return kept

@@ -1,0 +1,72 @@
+"""Cache policies in whole models: in which layers they act, and where in generation.
+
+A policy replaces the state of every layer whose cache it may keep (`Attention.takes_cache_policy`). The prompt is read into what
+`CachePolicy.begin` makes, and becomes what `CachePolicy.compressed` makes after its last token. Other layers keep their states.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+
+from layers.caches import CachePolicy
+from layers.mixer import MixerState
+from seqmodels.language_model import LanguageModel, LanguageModelState
+
+
+def layers_of(model: LanguageModel) -> dict[int, Any]:
+    """Returns the mixers whose caches a policy keeps, by layer."""
+    found = {layer: model.stack.block(layer).mixer for layer in range(model.config.stack.depth)}
+    return {layer: mixer for layer, mixer in found.items() if getattr(mixer, "takes_cache_policy", False)}
+
+
+def check(model: LanguageModel, policy: CachePolicy, longest: int, new: int) -> None:
+    """Raises ValueError unless the policy can keep caches of the model.
+
+    Args:
+      longest: tokens of the longest prompt.
+      new: the most new tokens.
+    """
+    mixers, stack = layers_of(model), model.config.stack
+    if not mixers:
+        names = ", ".join(dict.fromkeys(stack.mixer_of(layer)[0] for layer in range(stack.depth)))
+        raise ValueError(
+            f"cache={type(policy).__name__} has nothing to act on: no layer ({names}) holds keys and values of all tokens; "
+            "expected a model with a mixer such as 'attention' without window, or cache=None"
+        )
+    groups = [mixer.config.groups for mixer in mixers.values()]
+    policy.check(longest, longest + new - 1, list(mixers), groups)
+
+
+def begin(model: LanguageModel, policy: CachePolicy, rows: int, slots: int) -> LanguageModelState:
+    """Returns the state before the first token, in which the policy holds the caches, with `slots` for the prompt."""
+    state, layers = model.init_state(rows, max_length=slots), {}
+    for layer, mixer in layers_of(model).items():
+        layers[layer] = policy.begin(state.layers[layer].carried, mixer.config.heads)
+    return _with(state, layers)
+
+
+@partial(jax.jit, static_argnames=("policy", "room", "call"))
+def compress(
+    model: LanguageModel, state: LanguageModelState, *, policy: CachePolicy, room: int, call: int
+) -> LanguageModelState:
+    """Returns the state after a prompt with what the policy keeps of it.
+
+    Args:
+      room: the most tokens that follow.
+      call: the most of them in one call.
+    """
+    mixers = layers_of(model)
+    prompts = [state.layers[layer].carried for layer in mixers]
+    views = [mixer.view() for mixer in mixers.values()]
+    kept = policy.compressed(prompts, views, list(mixers), room, call)
+    return _with(state, dict(zip(mixers, kept, strict=True)))
+
+
+def _with(state: LanguageModelState, carried: dict[int, Any]) -> LanguageModelState:
+    """Returns the state with what some layers carry replaced."""
+    layers = tuple(
+        MixerState(carried[layer], one.place) if layer in carried else one
+        for layer, one in enumerate(state.layers)
+    )
+    return state._replace(layers=layers)
