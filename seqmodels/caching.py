@@ -14,6 +14,10 @@ from layers.mixer import MixerState
 from seqmodels.language_model import LanguageModel, LanguageModelState
 
 
+# Slots of what is kept are a multiple of this where budgets differ.
+STEP = 16
+
+
 def layers_of(model: LanguageModel) -> dict[int, Any]:
     """Returns the mixers whose caches a policy keeps, by layer."""
     found = {layer: model.stack.block(layer).mixer for layer in range(model.config.stack.depth)}
@@ -34,19 +38,17 @@ def check(model: LanguageModel, policy: CachePolicy, longest: int, new: int) -> 
             f"cache={type(policy).__name__} has nothing to act on: no layer ({names}) holds keys and values of all tokens; "
             "expected a model with a mixer such as 'attention' without window, or cache=None"
         )
-    groups = [mixer.config.groups for mixer in mixers.values()]
-    policy.check(longest, longest + new - 1, list(mixers), groups)
+    policy.check(longest + new - 1, {layer: mixer.config for layer, mixer in mixers.items()})
 
 
 def begin(model: LanguageModel, policy: CachePolicy, rows: int, slots: int) -> LanguageModelState:
     """Returns the state before the first token, in which the policy holds the caches, with `slots` for the prompt."""
     state, layers = model.init_state(rows, max_length=slots), {}
-    for layer, mixer in layers_of(model).items():
-        layers[layer] = policy.begin(state.layers[layer].carried, mixer.config.heads)
+    for place, (layer, mixer) in enumerate(layers_of(model).items()):
+        layers[layer] = policy.begin(state.layers[layer].carried, mixer.config.heads, place)
     return _with(state, layers)
 
 
-@partial(jax.jit, static_argnames=("policy", "room", "call"))
 def compress(
     model: LanguageModel, state: LanguageModelState, *, policy: CachePolicy, room: int, call: int
 ) -> LanguageModelState:
@@ -56,11 +58,30 @@ def compress(
       room: the most tokens that follow.
       call: the most of them in one call.
     """
+    budgets = _budgets(model, state, policy)
+    # What is compiled depends on the largest budget of each layer.
+    counts = None if budgets is None else tuple(-(-int(one.max()) // STEP) * STEP for one in budgets)
+    return _compressed(model, state, policy, budgets, counts, room, call)
+
+
+@partial(jax.jit, static_argnums=(2,))
+def _budgets(model, state, policy):
+    prompts, views, _ = _read(model, state)
+    return policy.budgets(prompts, views)
+
+
+@partial(jax.jit, static_argnums=(2, 4, 5, 6))
+def _compressed(model, state, policy, budgets, counts, room, call):
+    prompts, views, layers = _read(model, state)
+    kept = policy.compressed(prompts, views, room=room, call=call, budgets=budgets, counts=counts)
+    return _with(state, dict(zip(layers, kept, strict=True)))
+
+
+def _read(model, state):
+    """Returns the prompts, the views and the numbers of the layers whose caches a policy keeps."""
     mixers = layers_of(model)
     prompts = [state.layers[layer].carried for layer in mixers]
-    views = [mixer.view() for mixer in mixers.values()]
-    kept = policy.compressed(prompts, views, list(mixers), room, call)
-    return _with(state, dict(zip(mixers, kept, strict=True)))
+    return prompts, [mixer.view() for mixer in mixers.values()], list(mixers)
 
 
 def _with(state: LanguageModelState, carried: dict[int, Any]) -> LanguageModelState:

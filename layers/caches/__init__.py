@@ -7,16 +7,28 @@ matter; recurrent layers, and those with a window, stay as they are.
 import ast
 from typing import Any
 
+from layers.caches.cake import Cake
+from layers.caches.duoattention import DuoAttention
 from layers.caches.full import Full
 from layers.caches.h2o import H2O
+from layers.caches.headkv import HeadKV
+from layers.caches.keyformer import Keyformer
+from layers.caches.kivi import KIVI
 from layers.caches.policy import CachePolicy
+from layers.caches.pyramidkv import PyramidKV
 from layers.caches.snapkv import SnapKV
 from layers.caches.streaming import Streaming
 from layers.registry import choose, make_config
 
 CACHES: dict[str, type[CachePolicy]] = {
+    "cake": Cake,
+    "duoattention": DuoAttention,
     "full": Full,
     "h2o": H2O,
+    "headkv": HeadKV,
+    "keyformer": Keyformer,
+    "kivi": KIVI,
+    "pyramidkv": PyramidKV,
     "snapkv": SnapKV,
     "streaming": Streaming,
 }

@@ -12,5 +12,5 @@ class Full(CachePolicy):
 
     compresses = False
 
-    def begin(self, cache: Cache, heads: int) -> CacheState | Cache:
+    def begin(self, cache: Cache, heads: int, place: int) -> CacheState | Cache:
         return cache

@@ -51,7 +51,7 @@ class H2O(CachePolicy):
         return scores + view.mass(q, cache, visit)
 
     def compressed(
-        self, prompts: Sequence[Prompt], views: Sequence[View], layers: Sequence[int], room: int, call: int
+        self, prompts: Sequence[Prompt], views: Sequence[View], *, room: int, call: int = 1, **_: Any
     ) -> list[CacheState]:
         found = []
         for prompt in prompts:

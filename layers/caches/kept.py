@@ -17,7 +17,7 @@ from layers.typing import Array, Bool, Float, Int
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "numbers", "positions", "extra"],
+    data_fields=["keys", "values", "numbers", "positions", "extra", "begun"],
     meta_fields=["policy"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Kept(CacheState):
       numbers: segment of each slot's token (b, n, g), 0 where the slot is empty.
       positions: position of the token in its segment.
       extra: what the policy keeps per slot, a dict of arrays (b, n, g), 0 for a new token.
+      begun: number of tokens of the prompt (b,).
       policy: the policy, which is asked at every call.
     """
 
@@ -37,6 +38,7 @@ class Kept(CacheState):
     numbers: Any
     positions: Any
     extra: dict[str, Any]
+    begun: Any
     policy: Any
 
     @property
@@ -47,9 +49,7 @@ class Kept(CacheState):
         keys, values = cache.entries
         empty = jnp.zeros(keys.shape[:3], jnp.int32)
         extra = {name: jnp.zeros(keys.shape[:3], x.dtype) for name, x in self.extra.items()}
-        return dataclasses.replace(
-            self, keys=keys, values=values, numbers=empty, positions=empty, extra=extra
-        )
+        return Kept(keys, values, empty, empty, extra, jnp.zeros(len(empty), jnp.int32), self.policy)
 
     def attend(
         self,
@@ -154,6 +154,7 @@ def keep(
         chosen(of_heads(prompt.cache.numbers)),
         chosen(of_heads(prompt.cache.positions)),
         {name: chosen(x) for name, x in (extra or {}).items()},
+        prompt.length,
         prompt.policy,
     )
 

@@ -1,7 +1,7 @@
 """The interface of cache policies: what is kept of a prompt, what new tokens see of it, and what they evict.
 
-    state = policy.begin(cache, heads)             in place of an empty cache: the prompt is read into it
-    states = policy.compressed(prompts, ...)       at the end of the prompt, all layers at once
+    state = policy.begin(cache, heads, place)      in place of an empty cache: the prompt is read into it
+    states = policy.compressed(prompts, views, ...)     at the end of the prompt, all layers at once
     policy.adjusted(kept, view, q, bias)           what a call sees of the kept tokens
     policy.evicted(kept, view, q, bias, visit)     what it evicts
 
@@ -9,7 +9,7 @@ A policy is a frozen dataclass of its options. It writes `scores` alone if it ke
 nothing later. Sizes are Python numbers: a budget is a number of slots, and empty ones are masked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layers.caches.kept import Kept, keep
@@ -17,7 +17,7 @@ from layers.caches.prompt import Prompt
 from layers.caches.state import CacheState, View
 from layers.parts.cache import Cache
 from layers.segments import Visit
-from layers.typing import Array, Float
+from layers.typing import Array, Float, Int
 
 
 class CachePolicy:
@@ -31,14 +31,12 @@ class CachePolicy:
     observed: int = 0
     compresses: bool = True
 
-    def check(self, longest: int, total: int, layers: Sequence[int], groups: Sequence[int]) -> None:
+    def check(self, total: int, layers: Mapping[int, Any]) -> None:
         """Raises ValueError if the policy cannot keep such rows.
 
         Args:
-          longest: tokens of the longest prompt.
-          total: with the new ones.
-          layers: the layers whose caches it keeps.
-          groups: key/value heads of each.
+          total: tokens of the longest row, prompt and new ones.
+          layers: configs of the layers of attention whose caches it keeps, by number.
         """
         budget = getattr(self, "budget", None)
         if budget is not None and budget > total:
@@ -47,8 +45,14 @@ class CachePolicy:
                 f"would be evicted; expected at most {total}, or cache='full'"
             )
 
-    def begin(self, cache: Cache, heads: int) -> CacheState:
-        """Returns the state that a prompt is read into, from an empty cache of as many slots."""
+    def begin(self, cache: Cache, heads: int, place: int) -> CacheState | Cache:
+        """Returns the state that a layer reads a prompt into.
+
+        Args:
+          cache: an empty cache of as many slots.
+          heads: query heads.
+          place: number of the layer among those with a cache.
+        """
         return Prompt.empty(self, cache, heads)
 
     def first_scores(self, rows: int, slots: int, heads: int) -> Any:
@@ -59,19 +63,39 @@ class CachePolicy:
         """Returns what is gathered of the queries of a prompt with those of one more call; the cache has its tokens."""
         return scores
 
+    def budgets(
+        self, prompts: Sequence[Prompt], views: Sequence[View]
+    ) -> list[Int[Array, "#b #g"]] | None:
+        """Returns how many tokens of a prompt each row and head keeps, per layer; None for `budget` everywhere.
+
+        Args:
+          prompts, views: of each layer with a cache its prompt, and how its queries weigh keys.
+        """
+        return None
+
     def compressed(
-        self, prompts: Sequence[Prompt], views: Sequence[View], layers: Sequence[int], room: int, call: int
+        self,
+        prompts: Sequence[Prompt],
+        views: Sequence[View],
+        *,
+        room: int,
+        call: int = 1,
+        budgets: Sequence[Int[Array, "#b #g"]] | None = None,
+        counts: Sequence[int] | None = None,
     ) -> list[CacheState]:
         """Returns what is kept of a prompt by each layer.
 
         Args:
-          prompts, views, layers: per layer its prompt, how its queries weigh keys, and its number.
+          prompts, views: as in `budgets`.
           room: the most new tokens.
           call: the most of them in one call.
+          budgets: what `budgets` returns, and `counts` at least the largest of each layer.
         """
+        budgets = [None] * len(prompts) if budgets is None else budgets
+        counts = [self.budget] * len(prompts) if counts is None else counts
         return [
-            keep(prompt, self.scores(prompt, view), self.budget, room)
-            for prompt, view in zip(prompts, views, strict=True)
+            keep(prompt, self.scores(prompt, view), count, room, budgets=one)
+            for prompt, view, count, one in zip(prompts, views, counts, budgets, strict=True)
         ]
 
     def scores(self, prompt: Prompt, view: View) -> Float[Array, "b s g"]:

@@ -52,7 +52,7 @@ class Streaming(CachePolicy):
         """Number of last tokens."""
         return self.budget - self.sinks
 
-    def begin(self, cache: Cache, heads: int) -> CacheState:
+    def begin(self, cache: Cache, heads: int, place: int) -> CacheState:
         return Stream(self.ring(cache), self)
 
     def ring(self, cache: Cache) -> Cache:

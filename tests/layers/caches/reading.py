@@ -52,7 +52,7 @@ def projected(row, position="rope"):
 def run(model, x, segment_ids, policy, calls=1):
     """Returns the outputs of the prompt and of each step, the state after the prompt, and what is held after each step."""
     empty = model.init_state(x.shape[0], max_length=PROMPT if policy.compresses else TIME)
-    state = MixerState(policy.begin(empty.carried, HEADS), empty.place)
+    state = MixerState(policy.begin(empty.carried, HEADS, 0), empty.place)
     size = -(-PROMPT // calls)
     read = []
     for start in range(0, PROMPT, size):
@@ -60,7 +60,7 @@ def run(model, x, segment_ids, policy, calls=1):
         y, state = model(x[:, piece], state, segment_ids=segment_ids[:, piece])
         read.append(y)
     if policy.compresses:
-        (kept,) = policy.compressed([state.carried], [model.view()], [0], STEPS, 1)
+        (kept,) = policy.compressed([state.carried], [model.view()], room=STEPS)
         state = MixerState(kept, state.place)
     first = state
 
