@@ -13,7 +13,6 @@ from layers.caches import CachePolicy
 from layers.mixer import MixerState
 from seqmodels.language_model import LanguageModel, LanguageModelState
 
-
 # Slots of what is kept are a multiple of this where budgets differ.
 STEP = 16
 

@@ -55,9 +55,10 @@ def _parsed(text: str) -> tuple[str, dict[str, Any]]:
         tree = ast.parse(text.strip(), mode="eval").body
         if isinstance(tree, ast.Name):
             return tree.id, {}
-        assert isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args
-        return tree.func.id, {keyword.arg: _value(keyword.value) for keyword in tree.keywords}
-    except (SyntaxError, ValueError, AssertionError):
+        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args:
+            return tree.func.id, {keyword.arg: _value(keyword.value) for keyword in tree.keywords}
+        raise SyntaxError
+    except (SyntaxError, ValueError):
         raise ValueError(
             f"cache={text!r}; expected a name with options, such as snapkv(budget=1024, window=32)"
         ) from None

@@ -35,9 +35,7 @@ class Cake(SnapKV):
     tau1: Positive = 1.0
     tau2: Positive = 1.0
 
-    def budgets(
-        self, prompts: Sequence[Prompt], views: Sequence[View]
-    ) -> list[Int[Array, "b 1"]]:
+    def budgets(self, prompts: Sequence[Prompt], views: Sequence[View]) -> list[Int[Array, "b 1"]]:
         found = []
         for prompt, view in zip(prompts, views, strict=True):
             a = self._before(prompt, view)

@@ -69,12 +69,19 @@ class DuoAttention(CachePolicy):
         streaming = tuple(g for g in range(cache.entries[0].shape[2]) if g not in everywhere)
         return TwoKinds(*self.empty(cache, everywhere, streaming), everywhere, streaming, self)
 
-    def empty(self, cache: Cache, everywhere: tuple[int, ...], streaming: tuple[int, ...]) -> tuple[Cache, Cache]:
+    def empty(
+        self, cache: Cache, everywhere: tuple[int, ...], streaming: tuple[int, ...]
+    ) -> tuple[Cache, Cache]:
         """Returns empty caches of the two kinds of heads, from an empty cache of all."""
         b, slots = cache.numbers.shape
         return tuple(
             empty_cache(
-                *("duoattention", b, tuple((len(heads), x.shape[3]) for x in cache.entries), cache.entries[0].dtype),
+                *(
+                    "duoattention",
+                    b,
+                    tuple((len(heads), x.shape[3]) for x in cache.entries),
+                    cache.entries[0].dtype,
+                ),
                 **options,
             )
             for heads, options in (

@@ -55,12 +55,11 @@ class H2O(CachePolicy):
     ) -> list[CacheState]:
         found = []
         for prompt in prompts:
-            mass = jnp.moveaxis(
-                by_group(jnp.moveaxis(prompt.scores, 2, 1), prompt.keys.shape[2]), 1, 2
-            )
+            mass = jnp.moveaxis(by_group(jnp.moveaxis(prompt.scores, 2, 1), prompt.keys.shape[2]), 1, 2)
             scores = _with_recent(mass, prompt.recent(self.last)[..., None])
-            # A slot is free again before the next call.
-            found.append(keep(prompt, scores, self.budget, min(room, call), extra={"mass": mass}))
+            # A slot beyond the budget is free again before the next call.
+            slots = min(room, call + max(0, self.budget - prompt.slots))
+            found.append(keep(prompt, scores, self.budget, slots, extra={"mass": mass}))
         return found
 
     def evicted(

@@ -54,9 +54,7 @@ class HeadKV(SnapKV):
         super().check(total, layers)
         check_heads("importance", self.importance, layers)
 
-    def budgets(
-        self, prompts: Sequence[Prompt], views: Sequence[View]
-    ) -> list[Int[Array, "1 g"]]:
+    def budgets(self, prompts: Sequence[Prompt], views: Sequence[View]) -> list[Int[Array, "1 g"]]:
         mean = self.budget - self.window
         shared = int(mean // self.beta)
         powers = [np.asarray(layer) ** self.temperature for layer in self.importance]

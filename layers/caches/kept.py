@@ -111,7 +111,7 @@ def best(
     ranked, index = jax.lax.top_k(jnp.moveaxis(scores, 1, 2), count)
     there = ranked > -jnp.inf
     if budgets is not None:
-        there &= jnp.arange(count) < budgets[..., None]
+        there &= jnp.arange(count)[None, None] < budgets[..., None]
     order = jnp.argsort(jnp.where(there, index, scores.shape[1]), axis=2, stable=True)
     index, there = (jnp.moveaxis(jnp.take_along_axis(x, order, axis=2), 2, 1) for x in (index, there))
     return index, there
@@ -166,8 +166,6 @@ def by_group(x: Float[Array, "b h *n"], groups: int) -> Float[Array, "b g *n"]:
 
 def kept_best(kept: Kept, scores: Float[Array, "b n g"], count: int) -> Kept:
     """Returns the state with at most `count` tokens per head, those of the largest scores."""
-    index, there = best(
-        jnp.where(kept.numbers != 0, scores, -jnp.inf), min(count, kept.slots)
-    )
+    index, there = best(jnp.where(kept.numbers != 0, scores, -jnp.inf), min(count, kept.slots))
     chosen = put(jnp.zeros(scores.shape, bool), jnp.where(there, index, kept.slots), True)
     return kept.only(chosen)

@@ -39,7 +39,8 @@ class Keyformer(H2O):
 
     def scored(self, scores: Any, view: View, q: Array, cache: Cache, visit: Visit) -> Any:
         numbers, positions = (
-            jnp.broadcast_to(x[..., None], cache.entries[0].shape[:3]) for x in (cache.numbers, cache.positions)
+            jnp.broadcast_to(x[..., None], cache.entries[0].shape[:3])
+            for x in (cache.numbers, cache.positions)
         )
         bias = view.bias(visit.numbers, visit.positions, numbers, positions)
         logits = self._noisy(view.products(q, cache.entries[0], bias), visit.positions, positions)
@@ -80,4 +81,4 @@ def gumbel(
         )
         return jax.vmap(jax.vmap(jax.vmap(jax.random.gumbel)))(pairs)
 
-    return jnp.stack([of_head(head) for head in range(heads)], axis=1)
+    return jnp.moveaxis(jax.vmap(of_head)(jnp.arange(heads)), 0, 1)

@@ -100,7 +100,7 @@ class Few(CacheState):
     @classmethod
     def of(cls, cache: Cache, room: int, policy: KIVI) -> "Few":
         """Returns the tokens of a cache, with slots for more."""
-        b, slots = cache.numbers.shape
+        slots = cache.numbers.shape[1]
         keep = policy.residual
         more = -(slots + room) % keep + room
 
@@ -110,9 +110,7 @@ class Few(CacheState):
         keys, values = map(padded, cache.entries)
         last = _last(cache.length, keep)[:, :, None, None]
         index = jnp.maximum(last, 0)
-        new = (
-            jnp.where(last >= 0, jnp.take_along_axis(x, index, axis=1), 0) for x in (keys, values)
-        )
+        new = (jnp.where(last >= 0, jnp.take_along_axis(x, index, axis=1), 0) for x in (keys, values))
         rounded = policy.rounded_keys(keys), policy.rounded_values(values)
         places = padded(cache.numbers), padded(cache.positions)
         return cls(*rounded, *new, *places, cache.length, policy)
@@ -172,7 +170,7 @@ class Few(CacheState):
         each = keep // policy.group
         whole = real & (ring == keep - 1)
         block = jnp.where(whole, self.length // keep * each, self.keys.codes.shape[1])
-        at = block[:, None] + jnp.arange(each)
+        at = block[:, None] + jnp.arange(each)[None]
         keys = jax.tree.map(
             lambda into, x: into.at[rows[:, None], at].set(x, mode="drop"),
             self.keys,
@@ -192,7 +190,7 @@ class Few(CacheState):
     def read(self) -> tuple[Float[Array, "b n g k"], Float[Array, "b n g v"]]:
         """Returns the keys and values of all slots."""
         policy, times = self.policy, self.slots // self.policy.residual
-        index, keep = jnp.arange(self.slots), self.policy.residual
+        index, keep = jnp.arange(self.slots)[None], self.policy.residual
         rounded_keys = index < (self.length // keep * keep)[:, None]
         rounded_values = index < (self.length - keep)[:, None]
         keys, values = (

@@ -86,9 +86,7 @@ class Prompt(CacheState):
         numbers, positions, queries = (
             jnp.take_along_axis(x, last.reshape(*last.shape, *(1,) * (x.ndim - 2)), axis=1) for x in joined
         )
-        return dataclasses.replace(
-            self, queries=queries, query_numbers=numbers, query_positions=positions
-        )
+        return dataclasses.replace(self, queries=queries, query_numbers=numbers, query_positions=positions)
 
     @property
     def keys(self) -> Float[Array, "b s g k"]:
@@ -118,7 +116,7 @@ class Prompt(CacheState):
     def observed(self, view: View) -> Float[Array, "b h w s"]:
         """Returns the weights of attention of the last queries, 0 where a query is not there.
 
-            p_ij = softmax_j(scale q_i . k_j),   j <= i
+        p_ij = softmax_j(scale q_i . k_j),   j <= i
         """
         numbers, positions = (
             jnp.broadcast_to(x[..., None], self.keys.shape[:3])

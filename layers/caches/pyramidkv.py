@@ -33,9 +33,7 @@ class PyramidKV(SnapKV):
         if self.beta < 1:
             raise ValueError(f"beta={self.beta} of the cache 'pyramidkv'; expected at least 1")
 
-    def budgets(
-        self, prompts: Sequence[Prompt], views: Sequence[View]
-    ) -> list[Int[Array, "b 1"]]:
+    def budgets(self, prompts: Sequence[Prompt], views: Sequence[View]) -> list[Int[Array, "b 1"]]:
         mean = self.budget - self.window
         before = prompts[0].length[:, None] - self.window
         most = 2 * mean - int(mean // self.beta)

@@ -25,7 +25,7 @@ class Rounded(NamedTuple):
 def round_to(x: Float[Array, "... n"], bits: int, axis: int) -> Rounded:
     """Returns numbers rounded to 2, 4 or 8 bits, with groups along an axis; halves go to even codes.
 
-        least = min x,   step = (max x - min x) / (2^bits - 1),   code = round((x - least) / step)
+    least = min x,   step = (max x - min x) / (2^bits - 1),   code = round((x - least) / step)
     """
     x = x.astype(jnp.float32)
     least, most = x.min(axis, keepdims=True), x.max(axis, keepdims=True)
@@ -43,13 +43,16 @@ def packed(codes: Integer[Array, "... n"], bits: int) -> Integer[Array, "... m"]
     """Returns codes of so many bits, 8 / bits of them in a byte, the first in the lowest bits."""
     each = 8 // bits
     parts = codes.reshape(*codes.shape[:-1], codes.shape[-1] // each, each)
-    shifts = jnp.arange(each, dtype=jnp.uint8) * bits
-    return (parts << shifts).sum(-1, dtype=jnp.uint8)
+    return (parts << _shifts(bits, parts.ndim)).sum(-1, dtype=jnp.uint8)
 
 
 def unpacked(codes: Integer[Array, "... m"], bits: int) -> Integer[Array, "... n"]:
     """Returns the codes that bytes hold."""
     each = 8 // bits
-    shifts = jnp.arange(each, dtype=jnp.uint8) * bits
-    parts = (codes[..., None] >> shifts) & jnp.uint8(2**bits - 1)
+    parts = (codes[..., None] >> _shifts(bits, codes.ndim + 1)) & jnp.uint8(2**bits - 1)
     return parts.reshape(*codes.shape[:-1], codes.shape[-1] * each)
+
+
+def _shifts(bits, rank):
+    """How far the codes in a byte are from its end, along the last of so many axes."""
+    return (jnp.arange(8 // bits, dtype=jnp.uint8) * bits).reshape((1,) * (rank - 1) + (-1,))

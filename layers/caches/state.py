@@ -49,7 +49,7 @@ class View:
         if (slopes := self.position.slopes) is not None:
             distance = jnp.abs(q_positions[..., None, None] - positions[:, None]).astype(jnp.float32)
             distance = jnp.repeat(jnp.moveaxis(distance, 3, 1), each, axis=1)
-            bias -= slopes[:, None, None] * distance
+            bias -= slopes[None, :, None, None] * distance
         if self.position.has_bias:
             found = jax.vmap(self.position.bias, (None, 2), 1)(q_positions, positions)  # b g h t n
             found = found.reshape(found.shape[0], groups, groups, each, *found.shape[3:])
@@ -105,7 +105,7 @@ def softmax(
     weights = jnp.exp(logits - top)
     total = weights.sum(-1, keepdims=True)
     if sink_logits is not None:
-        total += jnp.exp(sink_logits.astype(jnp.float32)[:, None, None] - top)
+        total += jnp.exp(sink_logits.astype(jnp.float32)[None, :, None, None] - top)
     return weights / jnp.where(total == 0, 1.0, total)
 
 

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from layers.caches.policy import CachePolicy
 from layers.caches.state import CacheState, View

@@ -3,6 +3,7 @@
 TMP stands for an empty folder, MQAR, SHORT, FULL and MODELS for configs, and FILES for the folder of `tests/refusals/files.py`.
 """
 
+from tests.refusals import caches
 from tests.refusals.fields import FIELDS
 
 TRAIN = "train --workdir=TMP/run"
@@ -253,4 +254,4 @@ COMMANDS = [
     ("trian", "there is no command 'trian'; did you mean 'train'?"),
     ("train.py", "there is no command 'train.py'"),
 ]
-ROWS = [(f"{TRAIN} {arguments}", *words) for arguments, *words in FIELDS] + COMMANDS
+ROWS = [(f"{TRAIN} {arguments}", *words) for arguments, *words in FIELDS] + COMMANDS + caches.COMMANDS

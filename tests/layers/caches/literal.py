@@ -74,3 +74,75 @@ def outputs(q, k, v, kept):
         found.append(p @ v[tokens, g])
         given.append(p)
     return np.stack(found), given
+
+
+def keyformer(policy, noise, q, k):
+    """The scores of the tokens of a prompt (g, t), with the noise (h, t, t)."""
+    t, each = len(q), q.shape[1] // k.shape[1]
+    found = np.zeros((q.shape[1], t))
+    for head in range(q.shape[1]):
+        for i in range(t):
+            found[head, : i + 1] += tempered(
+                q[i, head], k[: i + 1, head // each], noise[head, i, : i + 1], policy.tau
+            )
+    return by_group(found, k.shape[1])
+
+
+def tempered(q, k, noise, tau):
+    """Weights of one query over keys (s, k) with noise, at a temperature."""
+    powers = np.exp((k @ q / np.sqrt(len(q)) + noise) / tau)
+    return powers / powers.sum()
+
+
+def pyramid(budget, window, beta, layers, length):
+    """Tokens that the heads of each layer keep."""
+    mean = budget - window
+    least = int(mean // beta)
+    most = mean * 2 - least
+    if most >= length - window > mean:
+        most = length - window
+        least = mean * 2 - most
+    if length - window <= mean:
+        most = least = mean
+    step = (most - least) // (layers - 1)
+    return [most - layer * step + window for layer in range(layers)]
+
+
+def cake(budget, window, gamma, attention):
+    """Tokens that each layer keeps, and the scores before pooling (g, t - window), from weights (h, window, t - window)."""
+    preferred, scores = [], []
+    for a in attention:
+        entropy = -np.sum(a * np.log(a + 1e-10))
+        change = np.sum(np.var(a, axis=1, ddof=1))
+        preferred.append(entropy * change)
+        scores.append(a.mean(1) + gamma * a.var(1, ddof=1))
+    total, before = (budget - window) * len(attention), attention[0].shape[2]
+    wanted = [int(p / sum(preferred) * total) for p in preferred]
+    given = [min(n, before) for n in wanted]
+    below = [n < before for n in wanted]
+    spare = (sum(wanted) - sum(given)) // max(1, sum(below))
+    return [min(n + spare * free, before) + window for n, free in zip(given, below, strict=True)], scores
+
+
+def rounded(x, bits):
+    """Numbers of one group rounded between the smallest and the largest."""
+    least, most = x.min(), x.max()
+    step = (most - least) / (2**bits - 1)
+    return least + step * np.round((x - least) / step)
+
+
+def kivi(policy, k, v):
+    """Keys and values (t, g, k) as the cache reads them after its newest token."""
+    t, (k, v) = len(k), (k.copy(), v.copy())
+    for start in range(0, t // policy.residual * policy.residual, policy.group):
+        for g, channel in np.ndindex(k.shape[1:]):
+            k[start : start + policy.group, g, channel] = rounded(
+                k[start : start + policy.group, g, channel], policy.bits
+            )
+    for token in range(max(0, t - policy.residual)):
+        for g in range(v.shape[1]):
+            for start in range(0, v.shape[2], policy.group):
+                v[token, g, start : start + policy.group] = rounded(
+                    v[token, g, start : start + policy.group], policy.bits
+                )
+    return k, v

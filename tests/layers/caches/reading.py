@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from layers.caches import read_cache
 from layers.mixer import MixerState
 from layers.mixers.attention.attention import Attention, AttentionConfig
 
@@ -19,7 +20,8 @@ TIME = PROMPT + STEPS
 @functools.cache
 def layer(position="rope"):
     made = Attention(
-        AttentionConfig(width=WIDTH, heads=HEADS, kv_heads=GROUPS, head_dim=4, position=position), rngs=nnx.Rngs(0)
+        AttentionConfig(width=WIDTH, heads=HEADS, kv_heads=GROUPS, head_dim=4, position=position),
+        rngs=nnx.Rngs(0),
     )
     # Weights of attention that differ from token to token.
     made.query.kernel[...] = 4 * made.query.kernel[...]
@@ -70,6 +72,18 @@ def run(model, x, segment_ids, policy, calls=1):
 
     _, (outputs, after) = jax.lax.scan(step, state, jnp.moveaxis(x[:, PROMPT:], 1, 0))
     return jnp.concatenate(read, axis=1), jnp.moveaxis(outputs, 0, 1), first.carried, after
+
+
+@functools.partial(jax.jit, static_argnames=("policy",))
+def _read(model, x, segment_ids, policy):
+    empty = model.init_state(x.shape[0], max_length=PROMPT)
+    state = MixerState(policy.begin(empty.carried, HEADS, 0), empty.place)
+    return model(x[:, :PROMPT], state, segment_ids=segment_ids)[1].carried
+
+
+def read_prompt(text):
+    """The state after the prompt, before it is compressed."""
+    return _read(layer(), jnp.asarray(inputs()), jnp.asarray(ids()), read_cache(text))
 
 
 def held(carried):
