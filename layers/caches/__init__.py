@@ -14,10 +14,14 @@ from layers.caches.h2o import H2O
 from layers.caches.headkv import HeadKV
 from layers.caches.keyformer import Keyformer
 from layers.caches.kivi import KIVI
+from layers.caches.mikv import MiKV
 from layers.caches.policy import CachePolicy
 from layers.caches.pyramidkv import PyramidKV
 from layers.caches.snapkv import SnapKV
 from layers.caches.streaming import Streaming
+from layers.caches.think import ThinK
+from layers.caches.tokenselect import TokenSelect
+from layers.caches.zipcache import ZipCache
 from layers.registry import choose, make_config
 
 CACHES: dict[str, type[CachePolicy]] = {
@@ -28,9 +32,13 @@ CACHES: dict[str, type[CachePolicy]] = {
     "headkv": HeadKV,
     "keyformer": Keyformer,
     "kivi": KIVI,
+    "mikv": MiKV,
     "pyramidkv": PyramidKV,
     "snapkv": SnapKV,
     "streaming": Streaming,
+    "think": ThinK,
+    "tokenselect": TokenSelect,
+    "zipcache": ZipCache,
 }
 
 

@@ -44,8 +44,8 @@ class H2O(CachePolicy):
         """Number of last tokens that stay."""
         return self.budget // 2 if self.recent is None else self.recent
 
-    def first_scores(self, rows: int, slots: int, heads: int) -> Any:
-        return jnp.zeros((rows, slots, heads), jnp.float32)
+    def first_scores(self, cache: Cache, heads: int) -> Any:
+        return jnp.zeros((*cache.numbers.shape, heads), jnp.float32)
 
     def scored(self, scores: Any, view: View, q: Array, cache: Cache, visit: Visit) -> Any:
         return scores + view.mass(q, cache, visit)

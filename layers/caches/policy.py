@@ -55,8 +55,8 @@ class CachePolicy:
         """
         return Prompt.empty(self, cache, heads)
 
-    def first_scores(self, rows: int, slots: int, heads: int) -> Any:
-        """Returns what `scored` starts from."""
+    def first_scores(self, cache: Cache, heads: int) -> Any:
+        """Returns what `scored` starts from, given an empty cache and the number of query heads."""
         return None
 
     def scored(self, scores: Any, view: View, q: Array, cache: Cache, visit: Visit) -> Any:

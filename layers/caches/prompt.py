@@ -46,11 +46,10 @@ class Prompt(CacheState):
     @classmethod
     def empty(cls, policy: Any, cache: Cache, heads: int) -> "Prompt":
         """Returns the state before the first token, with the slots of an empty cache."""
-        b, slots = cache.numbers.shape
-        keys, count = cache.entries[0], policy.observed
+        b, keys, count = len(cache.numbers), cache.entries[0], policy.observed
         none = jnp.zeros((b, count), jnp.int32)
         queries = jnp.zeros((b, count, heads, keys.shape[3]), keys.dtype)
-        return cls(cache, queries, none, none, policy.first_scores(b, slots, heads), policy)
+        return cls(cache, queries, none, none, policy.first_scores(cache, heads), policy)
 
     def like(self, cache: Cache) -> "Prompt":
         return self.empty(self.policy, cache, self.queries.shape[2])

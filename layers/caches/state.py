@@ -57,14 +57,21 @@ class View:
             bias += found[:, own, own].reshape(bias.shape)
         return bias
 
-    def mass(self, q: Float[Array, "b t h k"], cache: Cache, visit: Visit) -> Float[Array, "b s h"]:
-        """Returns the attention that new tokens give each key of a cache that holds them: the sum of their weights."""
+    def mass(
+        self,
+        q: Float[Array, "b t h k"],
+        cache: Cache,
+        visit: Visit,
+        chosen: Bool[Array, "b t"] | None = None,
+    ) -> Float[Array, "b s h"]:
+        """Returns the sum of the weights that new tokens, or some `chosen` ones, give each key of a cache that holds them."""
+        chosen = visit.numbers != 0 if chosen is None else chosen
         logits = dataclasses.replace(self.logits, slopes=self.position.slopes)
         if self.position.has_bias:
             logits = dataclasses.replace(logits, bias=self.position.bias(visit.positions, cache.positions))
         return key_mass(
             *(q, cache.entries[0]),
-            query_weights=(visit.numbers != 0)[..., None].astype(jnp.float32),
+            query_weights=chosen[..., None].astype(jnp.float32),
             causal=True,
             logits=logits,
             segment_ids=visit.numbers,

@@ -146,3 +146,54 @@ def kivi(policy, k, v):
                     v[token, g, start : start + policy.group], policy.bits
                 )
     return k, v
+
+
+def joined(parts, scale):
+    """The output of one query over parts (query, keys, values), as one softmax."""
+    logits = np.concatenate([scale * keys @ query for query, keys, _ in parts])
+    powers = np.exp(logits - logits.max())
+    return powers / powers.sum() @ np.concatenate([values for *_, values in parts])
+
+
+def think(policy, q, k):
+    """The channels of keys that a key/value head keeps, from its queries (t, heads, k) and keys (t, k)."""
+    scores = []
+    for channel in range(k.shape[1]):
+        read = np.mean(q[-policy.window :, :, channel] ** 2)
+        scores.append(read * np.mean(k[:, channel] ** 2))
+    order = sorted(range(k.shape[1]), key=lambda channel: (-scores[channel], channel))
+    return sorted(order[: k.shape[1] - int(policy.ratio * k.shape[1])])
+
+
+def by_channel(x, bits):
+    """Numbers (n, channels) rounded by channel."""
+    return np.stack([rounded(column, bits) for column in x.T], axis=1)
+
+
+def by_token(x, bits):
+    """Numbers (n, channels) rounded by token."""
+    return np.stack([rounded(one, bits) for one in x])
+
+
+def saliency(q, k, probes):
+    """Attention that tokens receive from probes, divided by the probes that see them, (g, t)."""
+    p, t = causal(q, k), len(q)
+    found = np.zeros((q.shape[1], t))
+    for j in range(t):
+        found[:, j] = p[:, probes, j].sum(1) / sum(i >= j for i in probes)
+    return by_group(found, k.shape[1])
+
+
+def votes(policy, q, k):
+    """The tokens that the last query (h, k) reads of keys (t, g, k)."""
+    t, total = len(k), 0.0
+    for head in range(len(q)):
+        total = total + tempered(q[head], k[:, head // (len(q) // k.shape[1])], 0.0, 1.0)
+    middle = range(policy.sinks, max(policy.sinks, t - policy.recent))
+    return sorted(
+        {
+            *largest(total, policy.budget, middle),
+            *range(min(policy.sinks, t)),
+            *range(max(0, t - policy.recent), t),
+        }
+    )

@@ -98,6 +98,11 @@ def positions(numbers, positions, row):
     ]
 
 
+def output(o):
+    """The output of the layer, given what its heads read, (h, v)."""
+    return o.reshape(-1) @ np.asarray(layer().output.kernel[...], np.float64)
+
+
 @functools.cache
 def plain(position="rope"):
     """The outputs of attention without a policy."""

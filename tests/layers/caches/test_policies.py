@@ -17,15 +17,12 @@ from tests.layers.caches.reading import (
     STEPS,
     given,
     layer,
+    output,
     plain,
     positions,
     projected,
     read_prompt,
 )
-
-
-def output(o):
-    return o.reshape(-1) @ np.asarray(layer().output.kernel[...], np.float64)
 
 
 def check_steps(policy, found, first, evict=None):
