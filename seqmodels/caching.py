@@ -8,9 +8,11 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from layers.caches import CachePolicy
 from layers.mixer import MixerState
+from layers.typing import Array, Float
 from seqmodels.language_model import LanguageModel, LanguageModelState
 
 # Slots of what is kept are a multiple of this where budgets differ.
@@ -49,18 +51,25 @@ def begin(model: LanguageModel, policy: CachePolicy, rows: int, slots: int) -> L
 
 
 def compress(
-    model: LanguageModel, state: LanguageModelState, *, policy: CachePolicy, room: int, call: int
+    model: LanguageModel,
+    state: LanguageModelState,
+    *,
+    policy: CachePolicy,
+    room: int,
+    call: int,
+    surprise: Float[Array, "b s"] | None = None,
 ) -> LanguageModelState:
     """Returns the state after a prompt with what the policy keeps of it.
 
     Args:
       room: the most tokens that follow.
       call: the most of them in one call.
+      surprise: -log p of the tokens of the prompt, one per slot of a cache, if the policy needs it.
     """
     budgets = _budgets(model, state, policy)
     # What is compiled depends on the largest budget of each layer.
     counts = None if budgets is None else tuple(-(-int(one.max()) // STEP) * STEP for one in budgets)
-    return _compressed(model, state, policy, budgets, counts, room, call)
+    return _compressed(model, state, policy, budgets, counts, room, call, surprise)
 
 
 @partial(jax.jit, static_argnums=(2,))
@@ -70,9 +79,11 @@ def _budgets(model, state, policy):
 
 
 @partial(jax.jit, static_argnums=(2, 4, 5, 6))
-def _compressed(model, state, policy, budgets, counts, room, call):
+def _compressed(model, state, policy, budgets, counts, room, call, surprise):
     prompts, views, layers = _read(model, state)
-    kept = policy.compressed(prompts, views, room=room, call=call, budgets=budgets, counts=counts)
+    kept = policy.compressed(
+        prompts, views, room=room, call=call, budgets=budgets, counts=counts, surprise=surprise
+    )
     return _with(state, dict(zip(layers, kept, strict=True)))
 
 
@@ -81,6 +92,32 @@ def _read(model, state):
     mixers = layers_of(model)
     prompts = [state.layers[layer].carried for layer in mixers]
     return prompts, [mixer.view() for mixer in mixers.values()], list(mixers)
+
+
+@partial(jax.jit, static_argnames=("policy", "tokens", "rows", "slots"))
+def share(
+    model: LanguageModel,
+    state: LanguageModelState,
+    *,
+    policy: CachePolicy,
+    tokens: int,
+    rows: int,
+    slots: int,
+) -> LanguageModelState:
+    """Returns the state of rows that all begin with what one row has read.
+
+    Args:
+      state: of that row, after its `tokens` tokens.
+      slots: slots of each row for tokens of its own.
+    """
+    empty, carried = model.init_state(rows, max_length=slots), {}
+    for layer in layers_of(model):
+        carried[layer] = policy.shared(state.layers[layer].carried, tokens, empty.layers[layer].carried)
+    layers = tuple(
+        one._replace(carried=None) if layer in carried else one for layer, one in enumerate(state.layers)
+    )
+    state = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), state._replace(layers=layers))
+    return _with(state, carried)
 
 
 def _with(state: LanguageModelState, carried: dict[int, Any]) -> LanguageModelState:

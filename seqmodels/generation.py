@@ -16,7 +16,7 @@ import numpy as np
 
 from layers.caches import CachePolicy, read_cache
 from layers.indices import check_indices
-from layers.typing import Array
+from layers.typing import Array, Float
 from seqmodels import caching, speculative
 from seqmodels.decoding import ANY, NOTHING, Generation, Rows, decode
 from seqmodels.language_model import LanguageModel
@@ -180,7 +180,7 @@ def _blocks(
     model, prompts, sampling, stops, key, max_new_tokens, chunk, size, draft, policy
 ) -> Iterator[Generation]:
     """Yields the new tokens, `size` of each row at a time; with a policy that compresses prompts, first one of each."""
-    rows = prefill(model, prompts, max_new_tokens, chunk, policy)
+    rows, surprise = prefill(model, prompts, max_new_tokens, chunk, policy)
     if stops is not None:
         rows = rows._replace(recent=jnp.full((len(prompts), stops.shape[1]), NOTHING, jnp.int32))
     if sampling.repetition_penalty is not None:
@@ -193,7 +193,7 @@ def _blocks(
     for start in [0, *range(1, max_new_tokens, size)] if compresses else range(0, max_new_tokens, size):
         most = 1 if compresses and start == 0 else size
         if compresses and start == 1:
-            options = dict(policy=policy, room=max_new_tokens - 1, call=1)
+            options = dict(policy=policy, room=max_new_tokens - 1, call=1, surprise=surprise)
             rows = rows._replace(state=caching.compress(model, rows.state, **options))
         given = (sampling, stops, key, start, min(most, max_new_tokens - start))
         if draft is None:
@@ -230,24 +230,64 @@ def prefill(
     max_new_tokens: int,
     chunk: int,
     policy: CachePolicy | None = None,
-) -> Rows:
-    """Returns the rows after all tokens of their prompts but the last, which the first step reads."""
+) -> tuple[Rows, Float[Array, "b s"] | None]:
+    """Returns the rows after all tokens of their prompts but the last, which the first step reads.
+
+    The second result is -log p of each token of the prompts given those before it, with those of a row in order, as the slots of a
+    cache are; None unless the policy needs it.
+    """
     count, longest = len(prompts), max(map(len, prompts))
     compresses = policy is not None and policy.compresses
-    state = _initial(model, count, _slots(longest if compresses else longest + max_new_tokens - 1), policy)
+    slots = _slots(longest if compresses else longest + max_new_tokens - 1)
+    shared = _shared(prompts) if policy is not None and policy.shares else 0
+    if shared:
+        state = _initial(model, 1, slots, None)
+        state, _ = _read_all(model, state, [prompts[0][: shared + 1]], chunk)
+        state = caching.share(
+            model, state, policy=policy, tokens=shared, rows=count, slots=_slots(slots - shared)
+        )
+    else:
+        state = _initial(model, count, slots, None if policy is None or policy.shares else policy)
+    surprise = np.zeros((count, slots), np.float32) if policy is not None and policy.needs_surprise else None
+    state, losses = _read_all(
+        model, state, [prompt[shared:] for prompt in prompts], chunk, surprise is not None
+    )
+    for row, prompt in enumerate(prompts if surprise is not None else ()):
+        surprise[row, 1 : len(prompt)] = losses[row, losses.shape[1] + 1 - len(prompt) :]
+    token = jnp.asarray([prompt[-1] for prompt in prompts], jnp.int32)
+    rows = Rows(state, token, jnp.zeros(count, bool), None, None)
+    return rows, None if surprise is None else jnp.asarray(surprise)
+
+
+def _shared(prompts: Sequence[np.ndarray]) -> int:
+    """Returns the number of tokens that all prompts begin with, without the last token of any."""
+    shortest = min(map(len, prompts)) - 1
+    begun = np.stack([prompt[:shortest] for prompt in prompts])
+    return int(np.cumprod((begun == begun[:1]).all(0)).sum())
+
+
+def _read_all(model, state, prompts, chunk, losses=False):
+    """Returns the state after all tokens of the prompts but the last of each, and -log p of the tokens that follow each."""
+    count, longest = len(prompts), max(map(len, prompts))
     # Widths are powers of two up to `chunk`, so that few of them are compiled.
     width = min(chunk, 1 << max(0, longest - 2).bit_length())
     time = -(-(longest - 1) // width) * width
-    inputs, ids = np.zeros((2, count, time), np.int32)
+    inputs, ids, labels = np.zeros((3, count, time), np.int32)
     for row, prompt in enumerate(prompts):
         inputs[row, time + 1 - len(prompt) :] = prompt[:-1]
+        labels[row, time + 1 - len(prompt) :] = prompt[1:]
         ids[row, time + 1 - len(prompt) :] = 1
+    found = [np.zeros((count, 0), np.float32)]
     for start in range(0, time, width):
         piece = slice(start, start + width)
         # Without ids, mixers take their faster paths.
-        state = _read(model, inputs[:, piece], state, None if ids[:, piece].all() else ids[:, piece])
-    token = jnp.asarray([prompt[-1] for prompt in prompts], jnp.int32)
-    return Rows(state, token, jnp.zeros(count, bool), None, None)
+        given = inputs[:, piece], state, None if ids[:, piece].all() else ids[:, piece]
+        if losses:
+            state, loss = _read_with_losses(model, *given, labels[:, piece])
+            found.append(np.asarray(loss))
+        else:
+            state = _read(model, *given)
+    return state, np.concatenate(found, axis=1)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
@@ -261,6 +301,14 @@ def _initial(model, count, slots, policy):
 def _read(model, inputs, state, ids):
     """Returns the state after a chunk; its logits are not computed."""
     return model.unprojected(inputs, state, segment_ids=ids)[1]
+
+
+@partial(jax.jit, donate_argnums=(2,))
+def _read_with_losses(model, inputs, state, ids, labels):
+    """Returns the state after a chunk, and -log p of the token that follows each."""
+    logits, state = model(inputs, state, segment_ids=ids)
+    chosen = jnp.take_along_axis(logits, labels[..., None], axis=2)[..., 0]
+    return state, jax.nn.logsumexp(logits, axis=2) - chosen
 
 
 def _sequences(name: str, given: Any, vocab_size: int) -> list[np.ndarray]:

@@ -55,7 +55,9 @@ def losses_by_position(
     losses = []
     for start in [*range(0, prompt, chunk), *range(prompt, time, chunk)]:
         if start == prompt > 0:
-            state = caching.compress(model, state, policy=cache, room=time - start, call=chunk)
+            surprise = np.pad(np.concatenate(losses, axis=1), ((0, 0), (1, 0)))[:, :prompt]
+            options = dict(policy=cache, room=time - start, call=chunk, surprise=jnp.asarray(surprise))
+            state = caching.compress(model, state, **options)
         piece = slice(start, min(start + chunk, prompt if start < prompt else time))
         found, state = _losses(model, jnp.asarray(inputs[:, piece]), jnp.asarray(labels[:, piece]), state)
         losses.append(np.asarray(found))

@@ -103,7 +103,7 @@ def _model(config: Mapping[str, Any]) -> nnx.Module:
 
 def _measure(model: nnx.Module, batch: int, length: int, rounds: int) -> dict[str, Any]:
     tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, model.config.input.vocab_size)
-    rows = prefill(model, list(np.asarray(tokens)), STEPS, CHUNK)
+    rows, _ = prefill(model, list(np.asarray(tokens)), STEPS, CHUNK)
     timing = interleaved({"steps": lambda: _steps(model, rows.token, rows.state)}, rounds, SECONDS)["steps"]
     return dict(
         batch=batch,

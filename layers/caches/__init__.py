@@ -12,11 +12,14 @@ from layers.caches.duoattention import DuoAttention
 from layers.caches.full import Full
 from layers.caches.h2o import H2O
 from layers.caches.headkv import HeadKV
+from layers.caches.hydragen import Hydragen
 from layers.caches.keyformer import Keyformer
 from layers.caches.kivi import KIVI
+from layers.caches.kvmerger import KVMerger
 from layers.caches.mikv import MiKV
 from layers.caches.policy import CachePolicy
 from layers.caches.pyramidkv import PyramidKV
+from layers.caches.sirllm import SirLLM
 from layers.caches.snapkv import SnapKV
 from layers.caches.streaming import Streaming
 from layers.caches.think import ThinK
@@ -30,10 +33,13 @@ CACHES: dict[str, type[CachePolicy]] = {
     "full": Full,
     "h2o": H2O,
     "headkv": HeadKV,
+    "hydragen": Hydragen,
     "keyformer": Keyformer,
     "kivi": KIVI,
+    "kvmerger": KVMerger,
     "mikv": MiKV,
     "pyramidkv": PyramidKV,
+    "sirllm": SirLLM,
     "snapkv": SnapKV,
     "streaming": Streaming,
     "think": ThinK,

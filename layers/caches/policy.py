@@ -26,10 +26,14 @@ class CachePolicy:
     Attributes:
       observed: number of last queries of the prompt that `Prompt` holds.
       compresses: whether something happens at the end of the prompt.
+      needs_surprise: whether that takes the log-probabilities of the prompt's tokens.
+      shares: whether rows share what their prompts begin with (see `layers.caches.hydragen`).
     """
 
     observed: int = 0
     compresses: bool = True
+    needs_surprise: bool = False
+    shares: bool = False
 
     def check(self, total: int, layers: Mapping[int, Any]) -> None:
         """Raises ValueError if the policy cannot keep such rows.
@@ -80,6 +84,7 @@ class CachePolicy:
         call: int = 1,
         budgets: Sequence[Int[Array, "#b #g"]] | None = None,
         counts: Sequence[int] | None = None,
+        surprise: Float[Array, "b s"] | None = None,
     ) -> list[CacheState]:
         """Returns what is kept of a prompt by each layer.
 
@@ -88,6 +93,7 @@ class CachePolicy:
           room: the most new tokens.
           call: the most of them in one call.
           budgets: what `budgets` returns, and `counts` at least the largest of each layer.
+          surprise: -log p of each token of the prompt given those before it, where `needs_surprise`; 0 at the first.
         """
         budgets = [None] * len(prompts) if budgets is None else budgets
         counts = [self.budget] * len(prompts) if counts is None else counts

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,7 +12,7 @@ import seqmodels
 from experiments.analysis.positions import losses_by_position
 from layers.caches import read_cache
 from layers.mixer import MixerState
-from seqmodels import caching
+from seqmodels import caching, generation
 
 VOCAB = 13
 RNG = np.random.default_rng(0)
@@ -29,6 +30,12 @@ FULL = {
     "duoattention": "duoattention(gates=[[0.1, 0.9], [0.2, 0.4]], sinks=2, recent=13)",
     "kivi": "kivi(group=4, residual=16)",
     "full": "full",
+    "hydragen": "hydragen",
+    "kvmerger": "kvmerger(recent=11)",
+    "mikv": f"mikv(budget={TOTAL})",
+    "sirllm": f"sirllm(budget={TOTAL}, sinks=2, recent=4)",
+    "think": "think(recent=11)",
+    "tokenselect": f"tokenselect(budget={TOTAL}, sinks=1, recent=2)",
 }
 BY_DEFAULT = ("h2o",)
 
@@ -128,3 +135,24 @@ def test_losses_by_position(name):
     found = losses_by_position(hybrid(), tokens[:, :-1], tokens[:, 1:], chunk=4, cache=small)
     assert np.isfinite(found).all()
     assert np.abs(found - wanted).max() > 1e-3
+
+
+def test_rows_share_what_their_prompts_begin_with():
+    prompts = [[*PROMPTS[0][:6], *more] for more in ([1, 2, 3], [4], [5, 6, 7, 8])]
+    settings = dict(max_new_tokens=NEW, temperature=0, chunk=4, block=8)
+    wanted = seqmodels.generate(hybrid(), prompts, **settings)
+    found = seqmodels.generate(hybrid(), prompts, cache="hydragen", **settings)
+    assert found.tokens.tolist() == wanted.tokens.tolist()
+    np.testing.assert_allclose(found.log_probabilities, wanted.log_probabilities, atol=1e-5)
+    rows, _ = generation.prefill(hybrid(), list(map(np.asarray, prompts)), NEW, 4, read_cache("hydragen"))
+    assert rows.state.layers[0].carried.keys.shape == (1, 6, 2, 4)
+
+
+def test_the_surprise_of_prompts_is_that_of_whole_rows():
+    given = [np.asarray(prompt, np.int32) for prompt in PROMPTS[:2]]
+    _, found = generation.prefill(hybrid(), given, NEW, 4, read_cache("sirllm(budget=3, sinks=1, recent=1)"))
+    assert found[:, 0].tolist() == [0, 0]
+    for row, prompt in enumerate(given):
+        logits, _ = hybrid()(jnp.asarray(prompt)[None])
+        wanted = -jax.nn.log_softmax(logits[0, :-1])[np.arange(len(prompt) - 1), prompt[1:]]
+        np.testing.assert_allclose(found[row, 1 : len(prompt)], wanted, atol=1e-4)

@@ -197,3 +197,22 @@ def votes(policy, q, k):
             *range(max(0, t - policy.recent), t),
         }
     )
+
+
+def merged(policy, mass, k, v):
+    """The entries (k, v, size, pivot) that tokens with keys (t, k) and values (t, v) become."""
+    t, sets = len(k), []
+    for j in range(t):
+        cosine = k[j] @ k[j - 1] / np.linalg.norm(k[j]) / np.linalg.norm(k[j - 1])
+        if j > 0 and j < t - policy.recent and cosine > policy.threshold:
+            sets[-1].append(j)
+        else:
+            sets.append([j])
+    found = []
+    for one in sets:
+        pivot = max(one, key=lambda j: (mass[j], -j))
+        distance = np.linalg.norm(k[one] - k[pivot], axis=1)
+        sigma = distance.mean()
+        w = np.exp(-(distance**2) / (2 * sigma**2)) if sigma > 0 else np.ones(len(one))
+        found.append((w @ k[one] / w.sum(), w @ v[one] / w.sum(), len(one), pivot))
+    return found

@@ -9,10 +9,14 @@ from tests.layers.caches.reading import (
     GROUPS,
     HEADS,
     LENGTHS,
+    PROMPT,
     STEPS,
     given,
+    layer,
     output,
+    positions,
     projected,
+    read_prompt,
 )
 
 EACH = HEADS // GROUPS
@@ -99,3 +103,43 @@ def test_tokenselect():
             assert len(read) == 9
             o, _ = literal.outputs(q[now], k, v, [read] * GROUPS)
             np.testing.assert_allclose(outputs[row, step], output(o), atol=1e-5)
+
+
+def test_kvmerger():
+    policy = read_cache("kvmerger(threshold=-0.3, recent=3)")
+    prompt = read_prompt("kvmerger(threshold=-0.3, recent=3)")
+    (budgets,) = policy.budgets([prompt], [layer().view()])
+    _, outputs, kept, _ = given(policy, calls=2)
+    for row, length in enumerate(LENGTHS):
+        q, k, v = projected(row)
+        mass = literal.by_group(literal.causal(q[:length], k[:length]).sum(1), GROUPS)
+        entries = [literal.merged(policy, mass[g], k[:length, g], v[:length, g]) for g in range(GROUPS)]
+        assert [len(one) for one in entries] == budgets[row].tolist()
+        assert max(size for one in entries for *_, size, _ in one) > 2
+        pivots = [[pivot for *_, pivot in one] for one in entries]
+        assert positions(kept.numbers, kept.positions, row) == pivots
+        for step in range(STEPS):
+            now, o = length + step, np.zeros((HEADS, v.shape[2]))
+            for head in range(HEADS):
+                keys, values, sizes, _ = map(np.array, zip(*entries[head // EACH], strict=True))
+                g, new = head // EACH, slice(length, now + 1)
+                keys, values = np.concatenate([keys, k[new, g]]), np.concatenate([values, v[new, g]])
+                powers = np.exp(keys @ q[now, head] / np.sqrt(keys.shape[1]))
+                powers[: len(sizes)] *= sizes
+                o[head] = powers / powers.sum() @ values
+            np.testing.assert_allclose(outputs[row, step], output(o), atol=1e-5)
+
+
+def test_sirllm():
+    policy, prompt = (
+        read_cache("sirllm(budget=8, sinks=2, recent=3)"),
+        read_prompt("sirllm(budget=8, sinks=2, recent=3)"),
+    )
+    surprise = np.random.default_rng(0).normal(size=(2, PROMPT)).astype(np.float32)
+    (kept,) = policy.compressed([prompt], [layer().view()], room=1, surprise=jnp.asarray(surprise))
+    for row, length in enumerate(LENGTHS):
+        wanted = literal.largest(surprise[row], 3, range(2, length - 3))
+        assert (
+            positions(kept.numbers, kept.positions, row)
+            == [[0, 1, *wanted, *range(length - 3, length)]] * GROUPS
+        )
