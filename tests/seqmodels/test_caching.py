@@ -37,7 +37,6 @@ FULL = {
     "think": "think(recent=11)",
     "tokenselect": f"tokenselect(budget={TOTAL}, sinks=1, recent=2)",
 }
-BY_DEFAULT = ("h2o",)
 
 
 @functools.cache
@@ -70,9 +69,8 @@ def plain(**options):
     return generated(None, **options)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in FULL]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
 def test_a_budget_of_all_tokens_changes_nothing(name):
     found = generated(FULL[name])
     assert found.tokens.tolist() == plain().tokens.tolist()
@@ -137,6 +135,7 @@ def test_losses_by_position(name):
     assert np.abs(found - wanted).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_rows_share_what_their_prompts_begin_with():
     prompts = [[*PROMPTS[0][:6], *more] for more in ([1, 2, 3], [4], [5, 6, 7, 8])]
     settings = dict(max_new_tokens=NEW, temperature=0, chunk=4, block=8)
@@ -148,6 +147,7 @@ def test_rows_share_what_their_prompts_begin_with():
     assert rows.state.layers[0].carried.keys.shape == (1, 6, 2, 4)
 
 
+@pytest.mark.slow
 def test_the_surprise_of_prompts_is_that_of_whole_rows():
     given = [np.asarray(prompt, np.int32) for prompt in PROMPTS[:2]]
     _, found = generation.prefill(hybrid(), given, NEW, 4, read_cache("sirllm(budget=3, sinks=1, recent=1)"))

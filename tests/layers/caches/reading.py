@@ -18,9 +18,9 @@ TIME = PROMPT + STEPS
 
 
 @functools.cache
-def layer(position="rope"):
+def layer(**options):
     made = Attention(
-        AttentionConfig(width=WIDTH, heads=HEADS, kv_heads=GROUPS, head_dim=4, position=position),
+        AttentionConfig(width=WIDTH, heads=HEADS, kv_heads=GROUPS, head_dim=4, **options),
         rngs=nnx.Rngs(0),
     )
     # Weights of attention that differ from token to token.
@@ -43,10 +43,10 @@ def tokens(row):
     return inputs()[row, PROMPT - LENGTHS[row] :]
 
 
-def projected(row, position="rope"):
+def projected(row):
     """Queries, keys and values of the tokens of one row in float64."""
     x = jnp.asarray(tokens(row))[None]
-    made = layer(position).project(x, jnp.arange(x.shape[1])[None], None)
+    made = layer().project(x, jnp.arange(x.shape[1])[None], None)
     return [np.asarray(one[0], np.float64) for one in made]
 
 
@@ -104,10 +104,10 @@ def output(o):
 
 
 @functools.cache
-def plain(position="rope"):
+def plain():
     """The outputs of attention without a policy."""
     padded = np.concatenate([ids(), np.ones((2, STEPS), np.int32)], axis=1)
-    y, _ = layer(position)(jnp.asarray(inputs()), segment_ids=jnp.asarray(padded))
+    y, _ = layer()(jnp.asarray(inputs()), segment_ids=jnp.asarray(padded))
     return np.asarray(y)
 
 

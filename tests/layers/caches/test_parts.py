@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from layers.caches import read_cache
 from tests.layers.caches import literal
@@ -40,6 +41,7 @@ def check(policy, parts_of, atol=1e-5):
             np.testing.assert_allclose(outputs[row, step], output(o), atol=atol)
 
 
+@pytest.mark.slow
 def test_think():
     policy = read_cache("think(ratio=0.3, window=5, recent=3)")
 
@@ -55,6 +57,7 @@ def test_think():
     check(policy, parts_of)
 
 
+@pytest.mark.slow
 def test_zipcache():
     policy = read_cache("zipcache(salient=0.4, window=3, random=0.4, seed=2)")
 
@@ -76,6 +79,7 @@ def test_zipcache():
     check(policy, parts_of, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_mikv():
     policy = read_cache("mikv(budget=5, bits=2)")
 
@@ -105,6 +109,7 @@ def test_tokenselect():
             np.testing.assert_allclose(outputs[row, step], output(o), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_kvmerger():
     policy = read_cache("kvmerger(threshold=-0.3, recent=3)")
     prompt = read_prompt("kvmerger(threshold=-0.3, recent=3)")

@@ -16,6 +16,8 @@ from tests.layers.caches.reading import (
     PROMPT,
     STEPS,
     given,
+    ids,
+    inputs,
     layer,
     output,
     plain,
@@ -77,6 +79,7 @@ def test_h2o():
     check_steps(policy, given(policy), first, evict)
 
 
+@pytest.mark.slow
 def test_keyformer():
     policy = read_cache("keyformer(budget=7, recent=3, tau=0.8, growth=0.3, noise=0.7, seed=5)")
     first, noises = [], []
@@ -108,6 +111,7 @@ def test_keyformer():
             assert list(map(sorted, there)) == tokens
 
 
+@pytest.mark.slow
 def test_noise_of_keyformer_is_that_of_gumbel():
     places = jnp.tile(jnp.arange(64)[None, :, None], (2, 1, 2))
     noise = np.asarray(gumbel(0, places[..., 0], places, 4))
@@ -136,6 +140,7 @@ def test_kivi(bits):
             np.testing.assert_allclose(outputs[row, step], output(o), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_bits_are_packed_in_bytes():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 8)))
     for bits in (2, 4, 8):
@@ -160,6 +165,7 @@ def test_budgets_of_layers_and_heads():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -192,6 +198,7 @@ def test_budgets_choose_tokens(text):
         assert positions(kept.numbers, kept.positions, row) == wanted
 
 
+@pytest.mark.slow
 def test_cake_gives_layers_what_they_need(monkeypatch):
     """Three layers whose attention differs, one of which wants more than the prompt has."""
     rng, before = np.random.default_rng(0), PROMPT - 4
@@ -207,6 +214,18 @@ def test_cake_gives_layers_what_they_need(monkeypatch):
     assert 3 * 12 - 3 < sum(found) <= 3 * 12  # shares are rounded down
 
 
+@pytest.mark.slow
+def test_streaming_is_the_mixer_with_sinks():
+    """The mixer has a window of its own and reads all tokens without a state; distances are those inside the cache."""
+    windowed = layer(window=5, sink_tokens=2, sink_distance="cache")
+    padded = np.concatenate([ids(), np.ones((2, STEPS), np.int32)], axis=1)
+    wanted = np.asarray(windowed(jnp.asarray(inputs()), segment_ids=jnp.asarray(padded))[0])
+    y, outputs, *_ = given(read_cache("streaming(budget=7, sinks=2)"), calls=3)
+    np.testing.assert_allclose(np.concatenate([y, outputs], axis=1), wanted, atol=1e-5)
+    assert np.abs(wanted - plain()).max() > 1e-2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     ["streaming(budget=7, sinks=2, distance=true)", "duoattention(gates=[[0.2, 0.9]], sinks=2, recent=5)"],
