@@ -39,6 +39,12 @@ def check(model: LanguageModel, policy: CachePolicy, longest: int, new: int) -> 
             f"cache={type(policy).__name__} has nothing to act on: no layer ({names}) holds keys and values of all tokens; "
             "expected a model with a mixer such as 'attention' without window, or cache=None"
         )
+    other = [layer for layer in range(stack.depth) if layer not in mixers]
+    if policy.packs and other:
+        raise ValueError(
+            f"cache={type(policy).__name__} reads several prompts per row, and layer {other[0]} ({stack.mixer_of(other[0])[0]}) does not "
+            "tell their states apart; expected a model whose layers all hold keys and values of all tokens"
+        )
     policy.check(longest + new - 1, {layer: mixer.config for layer, mixer in mixers.items()})
 
 

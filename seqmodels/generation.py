@@ -17,7 +17,7 @@ import numpy as np
 from layers.caches import CachePolicy, read_cache
 from layers.indices import check_indices
 from layers.typing import Array, Float
-from seqmodels import caching, speculative
+from seqmodels import caching, prepacking, speculative
 from seqmodels.decoding import ANY, NOTHING, Generation, Rows, decode
 from seqmodels.language_model import LanguageModel
 from seqmodels.sampling import Number, make_sampling
@@ -28,6 +28,8 @@ Prompts = Array | np.ndarray | Sequence[Any]
 SLOTS = 128
 # Tokens that a draft is looked up by, unless said otherwise.
 NGRAM = 3
+# The policy of caches unless another is given.
+FULL = read_cache("full")
 
 
 def generate(
@@ -162,8 +164,8 @@ def stream(
         raise ValueError(
             f"ngram={ngram}; expected at most {read}, as no text here is longer when a draft is looked up"
         )
-    policy = None if cache is None else read_cache(cache)
-    if policy is not None:
+    policy = FULL if cache is None else read_cache(cache)
+    if cache is not None:
         caching.check(model, policy, longest, int(max_new_tokens))
         if lookup is not None:
             raise ValueError(
@@ -189,10 +191,10 @@ def _blocks(
             seen[row, prompt] = True
         rows = rows._replace(seen=jnp.asarray(seen))
     history = None if draft is None else _history(prompts, max_new_tokens)
-    compresses = policy is not None and policy.compresses
-    for start in [0, *range(1, max_new_tokens, size)] if compresses else range(0, max_new_tokens, size):
-        most = 1 if compresses and start == 0 else size
-        if compresses and start == 1:
+    first = 1 if policy.compresses else 0
+    for start in [*range(first), *range(first, max_new_tokens, size)]:
+        most = size if start >= first else 1
+        if start == first > 0:
             options = dict(policy=policy, room=max_new_tokens - 1, call=1, surprise=surprise)
             rows = rows._replace(state=caching.compress(model, rows.state, **options))
         given = (sampling, stops, key, start, min(most, max_new_tokens - start))
@@ -229,7 +231,7 @@ def prefill(
     prompts: Sequence[np.ndarray],
     max_new_tokens: int,
     chunk: int,
-    policy: CachePolicy | None = None,
+    policy: CachePolicy = FULL,
 ) -> tuple[Rows, Float[Array, "b s"] | None]:
     """Returns the rows after all tokens of their prompts but the last, which the first step reads.
 
@@ -237,21 +239,26 @@ def prefill(
     cache are; None unless the policy needs it.
     """
     count, longest = len(prompts), max(map(len, prompts))
-    compresses = policy is not None and policy.compresses
-    slots = _slots(longest if compresses else longest + max_new_tokens - 1)
-    shared = _shared(prompts) if policy is not None and policy.shares else 0
-    if shared:
-        state = _initial(model, 1, slots, None)
-        state, _ = _read_all(model, state, [prompts[0][: shared + 1]], chunk)
-        state = caching.share(
-            model, state, policy=policy, tokens=shared, rows=count, slots=_slots(slots - shared)
-        )
+    slots = _slots(longest if policy.compresses else longest + max_new_tokens - 1)
+    shared = _shared(prompts) if policy.shares else 0
+    given = [prompt[shared:] for prompt in prompts]
+    if policy.packs:
+        packed = prepacking.pack(prompts)
+        state = _initial(model, len(packed.inputs), _slots(packed.inputs.shape[1]), FULL)
+        state, _ = _read_all(model, state, packed.inputs, packed.ids, chunk)
+        state = prepacking.unpacked(state, packed.row, packed.start, packed.length, slots=slots)
+        given = [prompt[-1:] for prompt in prompts]
+    elif shared:
+        state = _initial(model, 1, slots, FULL)
+        state, _ = _read_all(model, state, *_side_by_side([prompts[0][: shared + 1]]), chunk)
+        options = dict(policy=policy, tokens=shared, rows=count)
+        state = caching.share(model, state, slots=_slots(slots - shared), **options)
     else:
-        state = _initial(model, count, slots, None if policy is None or policy.shares else policy)
-    surprise = np.zeros((count, slots), np.float32) if policy is not None and policy.needs_surprise else None
-    state, losses = _read_all(
-        model, state, [prompt[shared:] for prompt in prompts], chunk, surprise is not None
-    )
+        state = _initial(model, count, slots, policy)
+    surprise = np.zeros((count, slots), np.float32) if policy.needs_surprise else None
+    following = [np.append(prompt[1:], 0) for prompt in given]
+    labels = None if surprise is None else _side_by_side(following)[0]
+    state, losses = _read_all(model, state, *_side_by_side(given), chunk, labels)
     for row, prompt in enumerate(prompts if surprise is not None else ()):
         surprise[row, 1 : len(prompt)] = losses[row, losses.shape[1] + 1 - len(prompt) :]
     token = jnp.asarray([prompt[-1] for prompt in prompts], jnp.int32)
@@ -266,23 +273,30 @@ def _shared(prompts: Sequence[np.ndarray]) -> int:
     return int(np.cumprod((begun == begun[:1]).all(0)).sum())
 
 
-def _read_all(model, state, prompts, chunk, losses=False):
-    """Returns the state after all tokens of the prompts but the last of each, and -log p of the tokens that follow each."""
-    count, longest = len(prompts), max(map(len, prompts))
-    # Widths are powers of two up to `chunk`, so that few of them are compiled.
-    width = min(chunk, 1 << max(0, longest - 2).bit_length())
-    time = -(-(longest - 1) // width) * width
-    inputs, ids, labels = np.zeros((3, count, time), np.int32)
+def _side_by_side(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens (b, t) and segments of prompts without their last tokens, padded on the left."""
+    inputs, ids = np.zeros((2, len(prompts), max(map(len, prompts)) - 1), np.int32)
     for row, prompt in enumerate(prompts):
-        inputs[row, time + 1 - len(prompt) :] = prompt[:-1]
-        labels[row, time + 1 - len(prompt) :] = prompt[1:]
-        ids[row, time + 1 - len(prompt) :] = 1
-    found = [np.zeros((count, 0), np.float32)]
+        inputs[row, inputs.shape[1] + 1 - len(prompt) :] = prompt[:-1]
+        ids[row, inputs.shape[1] + 1 - len(prompt) :] = 1
+    return inputs, ids
+
+
+def _read_all(model, state, inputs, ids, chunk, labels=None):
+    """Returns the state after the tokens, and -log p of the labels, which follow them, if there are any."""
+    time = inputs.shape[1]
+    # Widths are powers of two up to `chunk`, so that few of them are compiled.
+    width = min(chunk, 1 << max(0, time - 1).bit_length())
+    more = -time % width
+    padding = (0, 0), (more, 0)
+    inputs, ids = np.pad(inputs, padding), np.pad(ids, padding)
+    labels = None if labels is None else np.pad(labels, padding)
+    found = [np.zeros((len(inputs), 0), np.float32)]
     for start in range(0, time, width):
         piece = slice(start, start + width)
         # Without ids, mixers take their faster paths.
         given = inputs[:, piece], state, None if ids[:, piece].all() else ids[:, piece]
-        if losses:
+        if labels is not None:
             state, loss = _read_with_losses(model, *given, labels[:, piece])
             found.append(np.asarray(loss))
         else:
@@ -292,8 +306,6 @@ def _read_all(model, state, prompts, chunk, losses=False):
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _initial(model, count, slots, policy):
-    if policy is None:
-        return model.init_state(count, max_length=slots)
     return caching.begin(model, policy, count, slots)
 
 

@@ -18,6 +18,7 @@ from layers.caches.kivi import KIVI
 from layers.caches.kvmerger import KVMerger
 from layers.caches.mikv import MiKV
 from layers.caches.policy import CachePolicy
+from layers.caches.prepacking import Prepacking
 from layers.caches.pyramidkv import PyramidKV
 from layers.caches.sirllm import SirLLM
 from layers.caches.snapkv import SnapKV
@@ -38,6 +39,7 @@ CACHES: dict[str, type[CachePolicy]] = {
     "kivi": KIVI,
     "kvmerger": KVMerger,
     "mikv": MiKV,
+    "prepacking": Prepacking,
     "pyramidkv": PyramidKV,
     "sirllm": SirLLM,
     "snapkv": SnapKV,

@@ -30,6 +30,9 @@ class Hydragen(CachePolicy):
     compresses = False
     shares = True
 
+    def begin(self, cache: Cache, heads: int, place: int) -> CacheState | Cache:
+        return cache
+
     def shared(self, cache: Cache, tokens: int, own: Cache) -> "Shared":
         """Returns the state of rows whose first `tokens` tokens are in a cache of one row; `own` is empty."""
         prefix = tuple(entry[:, :tokens] for entry in cache.entries)

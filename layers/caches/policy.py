@@ -28,12 +28,14 @@ class CachePolicy:
       compresses: whether something happens at the end of the prompt.
       needs_surprise: whether that takes the log-probabilities of the prompt's tokens.
       shares: whether rows share what their prompts begin with (see `layers.caches.hydragen`).
+      packs: whether prompts are read side by side (see `layers.caches.prepacking`).
     """
 
     observed: int = 0
     compresses: bool = True
     needs_surprise: bool = False
     shares: bool = False
+    packs: bool = False
 
     def check(self, total: int, layers: Mapping[int, Any]) -> None:
         """Raises ValueError if the policy cannot keep such rows.

@@ -79,6 +79,11 @@ ROWS = [
         "lookup=2 with cache='h2o(budget=4)': a draft that fails",
     ),
     (
+        continued("prepacking", depth=2, pattern=("attention", "gla")),
+        ValueError,
+        "cache=Prepacking reads several prompts per row, and layer 1 (gla) does not tell their states apart",
+    ),
+    (
         continued("kivi(group=3, residual=6)"),
         ValueError,
         "head_dim=4 of layer 0 does not fit the cache 'kivi'",

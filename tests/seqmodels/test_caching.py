@@ -12,7 +12,7 @@ import seqmodels
 from experiments.analysis.positions import losses_by_position
 from layers.caches import read_cache
 from layers.mixer import MixerState
-from seqmodels import caching, generation
+from seqmodels import caching, generation, prepacking
 
 VOCAB = 13
 RNG = np.random.default_rng(0)
@@ -55,6 +55,16 @@ def hybrid(**options):
         rngs=nnx.Rngs(0),
     )
     # Logits of an untrained model are nearly equal; these tell tokens apart.
+    model.head.kernel[...] = 8 * model.head.kernel[...]
+    return model
+
+
+@functools.cache
+def transformer():
+    config = dict(kind="language_model", vocab_size=VOCAB, width=16, channel="none", tie_embeddings=False)
+    stack = dict(depth=2, pattern=("attention",), mixers={"attention": dict(heads=4, kv_heads=2)})
+    learned = dict(absolute_positions="learned", max_positions=32)
+    model = seqmodels.build_model(config | stack | learned, rngs=nnx.Rngs(0))
     model.head.kernel[...] = 8 * model.head.kernel[...]
     return model
 
@@ -145,6 +155,19 @@ def test_rows_share_what_their_prompts_begin_with():
     np.testing.assert_allclose(found.log_probabilities, wanted.log_probabilities, atol=1e-5)
     rows, _ = generation.prefill(hybrid(), list(map(np.asarray, prompts)), NEW, 4, read_cache("hydragen"))
     assert rows.state.layers[0].carried.keys.shape == (1, 6, 2, 4)
+
+
+@pytest.mark.slow
+def test_prompts_are_read_side_by_side():
+    model = transformer()
+    prompts = [RNG.integers(0, VOCAB, length).tolist() for length in (9, 4, 1, 6, 3)]
+    packed = prepacking.pack([np.asarray(prompt) for prompt in prompts])
+    assert packed.ids.tolist() == [[1] * 8, [1] * 5 + [2] * 3, [1] * 2 + [0] * 6]
+    settings = dict(max_new_tokens=NEW, temperature=0, chunk=4, block=8)
+    wanted = seqmodels.generate(model, prompts, **settings)
+    found = seqmodels.generate(model, prompts, cache="prepacking", **settings)
+    assert found.tokens.tolist() == wanted.tokens.tolist()
+    np.testing.assert_allclose(found.log_probabilities, wanted.log_probabilities, atol=1e-5)
 
 
 @pytest.mark.slow

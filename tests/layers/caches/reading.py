@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from layers.caches import read_cache
+from layers.caches.kept import Kept
 from layers.mixer import MixerState
 from layers.mixers.attention.attention import Attention, AttentionConfig
 
@@ -88,7 +89,7 @@ def read_prompt(text):
 
 def held(carried):
     """What tells the tokens that are held, where that changes from token to token."""
-    return (carried.numbers, carried.positions) if hasattr(carried, "numbers") else ()
+    return (carried.numbers, carried.positions, carried.extra) if isinstance(carried, Kept) else ()
 
 
 def positions(numbers, positions, row):

@@ -96,6 +96,7 @@ def test_mikv():
     check(policy, parts_of, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_tokenselect():
     policy = read_cache("tokenselect(budget=3, sinks=2, recent=4)")
     _, outputs, *_ = given(policy)
