@@ -125,7 +125,7 @@ def merge(
     keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
     distance = jnp.sqrt(jnp.square(keys - keys[pivots][own]).sum(1))
     sizes = total(jnp.ones_like(index))
-    sigma = (total(distance) / jnp.maximum(sizes, 1))[own]
+    sigma = (total(distance) / jnp.maximum(sizes, 1).astype(jnp.float32))[own]
     w = jnp.exp(-jnp.square(distance / jnp.where(sigma > 0, sigma, 1.0)) / 2)
     weight = jnp.maximum(total(w), 1e-30)[:, None]
     return total(w[:, None] * keys) / weight, total(w[:, None] * values) / weight, sizes, pivots

@@ -100,7 +100,7 @@ class RoundedTokens:
         """Returns the tokens of `kept`, values rounded by token, and keys by token (key_axis=3) or by channel (1)."""
         # Empty slots repeat the first one, so that they change no step.
         there = (kept.numbers != 0)[..., None]
-        keys, values = (jnp.where(there, x, x[:, :1]) for x in (kept.keys, kept.values))
+        keys, values = (jnp.where(there, x, x[:, :1]).astype(jnp.float32) for x in (kept.keys, kept.values))
         return cls(
             round_to(keys * key_factors, bits, key_axis),
             round_to(values * value_factors, bits, 3),

@@ -76,7 +76,8 @@ class ZipCache(CachePolicy):
         sees = last[..., None] & (prompt.cache.positions[:, None] <= prompt.query_positions[..., None])
         weights = jnp.where(last[:, None, :, None], prompt.observed(view), 0.0).sum(2)
         total = jnp.moveaxis(mass, 2, 1) + weights
-        found = by_group(total / jnp.maximum(count + sees.sum(1), 1.0)[:, None], prompt.keys.shape[2])
+        count += sees.sum(1).astype(jnp.float32)
+        found = by_group(total / jnp.maximum(count, 1.0)[:, None], prompt.keys.shape[2])
         return jnp.moveaxis(found, 1, 2)
 
     def compressed(

@@ -63,7 +63,9 @@ def run(model, x, segment_ids, policy, calls=1):
         y, state = model(x[:, piece], state, segment_ids=segment_ids[:, piece])
         read.append(y)
     if policy.compresses:
-        (kept,) = policy.compressed([state.carried], [model.view()], room=STEPS)
+        (kept,) = policy.compressed(
+            [state.carried], [model.view()], room=STEPS, surprise=jnp.zeros(segment_ids.shape)
+        )
         state = MixerState(kept, state.place)
     first = state
 

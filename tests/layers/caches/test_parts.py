@@ -1,5 +1,7 @@
 """Policies that keep all tokens, some in fewer bits or channels, and those that choose what is read, against NumPy."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,6 +57,21 @@ def test_think():
         ]
 
     check(policy, parts_of)
+    # Channels of keys that differ much in size.
+    factors = np.array([1.0, 4.0, 0.2, 2.0])
+    prompt = read_prompt("think(ratio=0.5, window=5, recent=3)")
+    keys, values = prompt.cache.entries
+    cache = prompt.cache._replace(
+        entries=(keys * jnp.asarray(factors, jnp.float32)[None, None, None], values)
+    )
+    found = prompt.policy.channels(dataclasses.replace(prompt, cache=cache))
+    for row, length in enumerate(LENGTHS):
+        q, k = (x[:length] for x in projected(row)[:2])
+        wanted = [
+            literal.think(prompt.policy, q[:, g * EACH : (g + 1) * EACH], k[:, g] * factors)
+            for g in range(GROUPS)
+        ]
+        assert found[row].tolist() == wanted
 
 
 @pytest.mark.slow
@@ -98,14 +115,14 @@ def test_mikv():
 
 @pytest.mark.slow
 def test_tokenselect():
-    policy = read_cache("tokenselect(budget=3, sinks=2, recent=4)")
+    policy = read_cache("tokenselect(budget=4, sinks=2, recent=4)")
     _, outputs, *_ = given(policy)
     for row, length in enumerate(LENGTHS):
         q, k, v = projected(row)
         for step in range(STEPS):
             now = length + step
             read = literal.votes(policy, q[now], k[: now + 1])
-            assert len(read) == 9
+            assert len(read) == 10
             o, _ = literal.outputs(q[now], k, v, [read] * GROUPS)
             np.testing.assert_allclose(outputs[row, step], output(o), atol=1e-5)
 

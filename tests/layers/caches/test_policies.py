@@ -168,6 +168,14 @@ def test_budgets_of_layers_and_heads():
     ]
 
 
+def test_gates_choose_heads():
+    gates = "gates=[[0.1, 0.5], [0.5, 0.9]]"
+    half = read_cache(f"duoattention({gates}, sparsity=0.5)")
+    assert [half.retrieval(0), half.retrieval(1)] == [(1,), (0, 1)]
+    assert read_cache(f"duoattention({gates}, sparsity=0.0)").retrieval(0) == (0, 1)
+    assert read_cache(f"duoattention({gates}, sparsity=1.0)").retrieval(1) == ()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
@@ -192,10 +200,12 @@ def test_budgets_choose_tokens(text):
                 [4 + round(2 * 5 / 4), 4 + round(2 * 15 / 4)],
                 literal.by_group(before.sum(1), GROUPS),
             )
+        scores = [literal.pooled(head, policy.kernel, policy.pooling) for head in scores]
+        found = np.asarray(policy.scores(prompt, layer().view()))[row, : length - 4]
+        np.testing.assert_allclose(found, np.stack(scores, axis=1), rtol=1e-4)
         window = list(range(length - 4, length))
         wanted = [
-            literal.largest(literal.pooled(head, policy.kernel, policy.pooling), n - 4, range(length - 4))
-            + window
+            literal.largest(head, n - 4, range(length - 4)) + window
             for head, n in zip(scores, count, strict=True)
         ]
         assert positions(kept.numbers, kept.positions, row) == wanted
