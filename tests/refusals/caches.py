@@ -110,5 +110,6 @@ COMMANDS = [
         "long_context --workdir=FILES/run --positions=8 --cache=headkv",
         "--cache: importance=None of the cache",
     ),
+    ("benchmark steps --cache=full --out=TMP", "--cache has no effect on steps, which takes"),
     ("list cache", "invalid choice: 'cache'"),
 ]
