@@ -26,7 +26,7 @@ ROWS = [
     (read("snapkv(budget=8"), ValueError, "cache='snapkv(budget=8'; expected a name with options"),
     (read("snapkv(budget=8+1)"), ValueError, "cache='snapkv(budget=8+1)'; expected a name with options"),
     (read(8), TypeError, "cache is a int; expected a text such as 'snapkv(budget=1024)'"),
-    (read("snapkv(budget=0)"), ValueError, "budget=0; expected an integer of at least 1"),
+    (read("snapkv(budget=0)"), ValueError, "budget=0; expected at least 1"),
     (read("snapkv(budget=8, window=9)"), ValueError, "budget=8 of the cache with window=9"),
     (read("snapkv(kernel=4)"), ValueError, "kernel=4 of the cache; expected an odd number"),
     (read("snapkv(pooling=sum)"), ValueError, "pooling='sum'; expected 'mean' or 'max'"),
@@ -35,7 +35,7 @@ ROWS = [
     (read("streaming(budget=4, sinks=4)"), ValueError, "budget=4 of the cache 'streaming' with sinks=4"),
     (read("pyramidkv(beta=0.5)"), ValueError, "beta=0.5 of the cache 'pyramidkv'; expected at least 1"),
     (read("cake(window=1)"), ValueError, "window=1 of the cache 'cake'; a variance takes at least 2"),
-    (read("kivi(bits=3)"), ValueError, "bits=3; expected 2, 4 or 8"),
+    (read("kivi(bits=3)"), TypeError, "bits=3; expected 2, 4 or 8"),
     (
         read("kivi(residual=40)"),
         ValueError,

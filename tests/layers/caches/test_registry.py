@@ -20,6 +20,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", CACHES)
 def test_every_policy_takes_bfloat16(name):
     policy = read_cache(f"{name}({OPTIONS.get(name, '')})")
