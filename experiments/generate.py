@@ -5,6 +5,7 @@
     python -m experiments.generate --workdir=runs/code --prompt="def f(" --lookup=8
     python -m experiments.generate --pretrained=checkpoints/Qwen3-0.6B --prompt="Once upon a time"
     python -m experiments.generate --pretrained=checkpoints/Qwen3-0.6B --adapter=checkpoints/poems --prompt="Once upon a time"
+    python -m experiments.generate --workdir=runs/code --prompt="$(cat long.py)" --cache="snapkv(budget=1024)"
 
 Each prompt is printed with its continuation, one after another. A continuation ends at the token that ends a document, before a
 text of --stop, or after --max_new_tokens. Equal commands print equal texts; prompt number n samples with the seed plus n. With
@@ -28,6 +29,7 @@ from experiments.config.command_line import (
     EXIT_DIVERGED,
     ArgumentError,
     Parser,
+    cache_policy,
     path,
     positive_integer,
     reporting,
@@ -46,6 +48,7 @@ OPTIONS = (
     "repetition_penalty",
     "lookup",
     "ngram",
+    "cache",
 )
 # Tokens between two looks at the text; each prints what came since.
 BLOCK = 8
@@ -179,6 +182,12 @@ def parser() -> Parser:
     )
     made.add_argument(
         "--ngram", type=positive_integer, help="number of last tokens that --lookup looks for (default: 3)"
+    )
+    made.add_argument(
+        "--cache",
+        type=cache_policy,
+        metavar="NAME(KEY=VALUE,...)",
+        help="policy of the caches of attention, such as snapkv(budget=1024); `list caches` shows them",
     )
     made.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     return made

@@ -1,7 +1,8 @@
-"""Lists the mixers, tasks and configs to choose from, one per line, each with a description and its paper.
+"""Lists the mixers, tasks, policies of caches and configs to choose from, one per line, each with a description and its paper.
 
     python -m experiments.list
     python -m experiments.list mixers --json
+    python -m experiments.list caches
 
 The text comes from docstrings. Exit codes: 0 done; 2 there is no such list.
 """
@@ -17,6 +18,7 @@ from experiments.config.command_line import Parser, reporting
 from experiments.config.files import shipped
 from experiments.runs.files import to_json_text
 from experiments.tasks import TASKS
+from layers.caches import CACHES
 from layers.mixers import MIXERS
 
 # The form of a paper in a docstring: authors, a year, and usually an identifier.
@@ -62,6 +64,11 @@ def tasks() -> list[Entry]:
     ]
 
 
+def caches() -> list[Entry]:
+    """Returns all policies of the caches of attention."""
+    return [read(name, (policy.__doc__,)) for name, policy in sorted(CACHES.items())]
+
+
 def configs() -> list[Entry]:
     """Returns all configs, by the path that --config takes."""
     return [
@@ -70,14 +77,19 @@ def configs() -> list[Entry]:
     ]
 
 
-LISTS: dict[str, Callable[[], list[Entry]]] = {"mixers": mixers, "tasks": tasks, "configs": configs}
+LISTS: dict[str, Callable[[], list[Entry]]] = {
+    "mixers": mixers,
+    "tasks": tasks,
+    "caches": caches,
+    "configs": configs,
+}
 
 
 @reporting
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the lists and returns the exit code."""
     parser = Parser("experiments.list", __doc__)
-    parser.add_argument("what", nargs="?", choices=tuple(LISTS), help="all three if not given")
+    parser.add_argument("what", nargs="?", choices=tuple(LISTS), help="all of them if not given")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     chosen = {what: LISTS[what]() for what in ([args.what] if args.what else LISTS)}

@@ -6,7 +6,8 @@
 --positions reads rows of so many tokens of the test split, documents one after the other, with a carried state, and prints the
 loss by position: whether longer context helps, and what happens beyond the length of training. --tasks continues prompts that
 ask for a fact far back (`experiments.data.retrieval_prompts`), greedily, and prints the share of the answers that the
-continuations contain. Everything, with prompts, answers and continuations, goes to long-context-STEP.json in the work
+continuations contain. With --cache, a policy keeps the caches of attention: it acts after the prompt, or in the middle of the
+rows of --positions. Everything, with prompts, answers and continuations, goes to long-context-STEP.json in the work
 directory. Exit codes: 0 done; 2 the run or an argument cannot be used; 65 a logit is not finite.
 """
 
@@ -23,15 +24,17 @@ from experiments.config.command_line import (
     EXIT_DIVERGED,
     ArgumentError,
     Parser,
+    cache_policy,
     positive_integer,
     positive_integers,
     reporting,
 )
-from experiments.data import cache, retrieval_prompts
+from experiments.data import retrieval_prompts
 from experiments.data.text.rows import TRAINING
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.tasks import make_task
 from experiments.training.trained import open_run
+from layers.caches import CachePolicy
 from layers.registry import suggestion
 from seqmodels import LanguageModel, generate
 
@@ -60,18 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.check_data(plan.task.manifest, "restore that data, of which --positions takes the test split")
     trained = int(max(split.lengths.max() for split in plan.task.splits.values()))
     record: dict[str, Any] = dict(step=step, trained_length=trained)
+    if args.cache is not None:
+        record["cache"] = str(args.cache)
     try:
         if args.positions:
-            rows = positions(plan.config["task"], model, args.positions, args.rows, trained)
+            rows = positions(plan.config["task"], model, args.positions, args.rows, trained, args.cache)
             record["positions"] = rows
             print(positions_table(rows), flush=True)
         if args.tasks:
             record["retrieval"] = []
             for task in args.tasks:
                 for length in args.lengths:
-                    found = retrieve(
-                        model, plan.task.tokenizer, task, length, args.examples, args.seed, args.batch
-                    )
+                    given = (task, length, args.examples, args.seed, args.batch, args.cache)
+                    found = retrieve(model, plan.task.tokenizer, *given)
                     record["retrieval"].append(found)
                     print(f"{task:18} {length:8d} tokens  {found['score']:6.1%}", flush=True)
     except FloatingPointError as error:
@@ -112,6 +116,12 @@ def _parser() -> Parser:
     parser.add_argument(
         "--batch", type=positive_integer, help="prompts that are continued at once (default: 8)"
     )
+    parser.add_argument(
+        "--cache",
+        type=cache_policy,
+        metavar="NAME(KEY=VALUE,...)",
+        help="policy of the caches of attention, such as snapkv(budget=1024); `list caches` shows them",
+    )
     return parser
 
 
@@ -127,7 +137,12 @@ def _tasks(text: str) -> tuple[str, ...]:
 
 
 def positions(
-    task: Mapping[str, Any], model: LanguageModel, length: int, rows: int, trained: int
+    task: Mapping[str, Any],
+    model: LanguageModel,
+    length: int,
+    rows: int,
+    trained: int,
+    cache: CachePolicy | None = None,
 ) -> list[dict[str, Any]]:
     """Returns the loss by ranges of positions (see `positions.by_range`) in long rows of the test split.
 
@@ -136,6 +151,7 @@ def positions(
       length: number of tokens of a row.
       rows: largest number of rows.
       trained: length of the rows of training.
+      cache: policy of the caches of attention.
 
     Raises:
       ValueError: if the split has not enough text for a row, or the model has no positions for it.
@@ -151,11 +167,18 @@ def positions(
     with cache.temporary_builds():
         source = make_task(**options).splits[SPLIT]
     batch = source.gather(np.arange(len(source)), length)
-    return by_range(losses_by_position(model, batch["inputs"], batch["labels"]), trained=trained)
+    return by_range(losses_by_position(model, batch["inputs"], batch["labels"], cache=cache), trained=trained)
 
 
 def retrieve(
-    model: LanguageModel, tokenizer: Any, task: str, length: int, examples: int, seed: int, batch: int
+    model: LanguageModel,
+    tokenizer: Any,
+    task: str,
+    length: int,
+    examples: int,
+    seed: int,
+    batch: int,
+    cache: CachePolicy | None = None,
 ) -> dict[str, Any]:
     """Returns the score of a task of retrieval at one length, with all prompts, answers and continuations.
 
@@ -163,9 +186,10 @@ def retrieve(
       tokenizer: tokenizer of the run's task.
       examples: number of prompts.
       batch: number of prompts that are continued at once.
+      cache: policy of the caches of attention.
 
     Raises:
-      ValueError: if the length does not hold the task, or the model has no positions for it.
+      ValueError: if the length does not hold the task, or the model has no positions for it, or the policy cannot be used.
     """
 
     def tokens(text: str) -> int:
@@ -182,6 +206,7 @@ def retrieve(
             max_new_tokens=new,
             temperature=0.0,
             stop=[[tokenizer.end]],
+            cache=cache,
         )
         outputs += [
             tokenizer.decode(row[:count]) for row, count in zip(made.tokens, made.lengths, strict=True)

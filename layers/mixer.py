@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.caches.state import CacheState
 from layers.kernels.isolation import isolated_tokens
 from layers.kernels.promotion import promoting
 from layers.segments import (
@@ -220,27 +221,39 @@ class Mixer(nnx.Module):
                 "call it with state=None on the whole sequence"
             )
 
+    def _expected(self, carried: Any, batch_size: int) -> Any:
+        """Returns the shapes of what is carried for as many rows, with the max_length that `carried` was made with."""
+
+        def shapes(length):
+            return jax.eval_shape(lambda: self.initial(batch_size, length))
+
+        if isinstance(carried, CacheState):  # a policy's, in place of a cache
+            if not getattr(self, "takes_cache_policy", False):
+                return shapes(1)
+            return jax.eval_shape(lambda: carried.like(self.initial(batch_size, carried.slots)))
+        short, longer = shapes(1), shapes(2)
+        if jax.tree.structure(carried) != jax.tree.structure(short):
+            return short
+        # The first axis that grows with max_length tells which one the state was made with.
+        lengths = [
+            1 + (got - first) // (second - first)
+            for leaf, small, large in zip(*map(jax.tree.leaves, (carried, short, longer)), strict=True)
+            for got, first, second in zip(jnp.shape(leaf), small.shape, large.shape)
+            if first != second
+        ]
+        return shapes(max(1, lengths[0]) if lengths else 1)
+
     def _check_state(self, state: Any, batch_size: int) -> None:
         """Raises unless the state is one that `init_state` makes for `batch_size` rows, whatever its max_length."""
         name = type(self).__name__
         if not isinstance(state, MixerState):
             raise TypeError(f"state of {name} is a {type(state).__name__}; expected what init_state returns")
         check_place(name, state.place, batch_size)
-        short, longer = (jax.eval_shape(lambda n=n: self.initial(batch_size, n)) for n in (1, 2))
-        if jax.tree.structure(state.carried) != jax.tree.structure(short):
+        expected = self._expected(state.carried, batch_size)
+        if jax.tree.structure(state.carried) != jax.tree.structure(expected):
             raise ValueError(
                 f"state of {name} is that of another mixer; expected what its init_state returns"
             )
-        # The first axis that grows with max_length tells which one the state was made with.
-        leaves, *sizes = map(jax.tree.leaves, (state.carried, short, longer))
-        lengths = [
-            1 + (got - first) // (second - first)
-            for leaf, small, large in zip(leaves, *sizes, strict=True)
-            for got, first, second in zip(jnp.shape(leaf), small.shape, large.shape)
-            if first != second
-        ]
-        length = max(1, lengths[0]) if lengths else 1
-        expected = jax.eval_shape(lambda: self.initial(batch_size, length))
         for (path, leaf), want in zip(
             jax.tree.leaves_with_path(state.carried), jax.tree.leaves(expected), strict=True
         ):

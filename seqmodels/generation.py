@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layers.caches import CachePolicy, read_cache
 from layers.indices import check_indices
-from layers.typing import Array
-from seqmodels import speculative
+from layers.typing import Array, Float
+from seqmodels import caching, prepacking, speculative
 from seqmodels.decoding import ANY, NOTHING, Generation, Rows, decode
 from seqmodels.language_model import LanguageModel
 from seqmodels.sampling import Number, make_sampling
@@ -27,6 +28,8 @@ Prompts = Array | np.ndarray | Sequence[Any]
 SLOTS = 128
 # Tokens that a draft is looked up by, unless said otherwise.
 NGRAM = 3
+# The policy of caches unless another is given.
+FULL = read_cache("full")
 
 
 def generate(
@@ -45,6 +48,7 @@ def generate(
     block: int = 64,
     lookup: int | None = None,
     ngram: int | None = None,
+    cache: str | CachePolicy | None = None,
 ) -> Generation:
     """Returns the tokens with which the model continues each prompt.
 
@@ -67,6 +71,8 @@ def generate(
         without, from fewer calls where the text repeats itself. None for one token per call. Calls on several tokens round
         differently, which can decide between tokens of nearly equal probability. Rows wait for each other at the end of a block.
       ngram: number of last tokens by which a draft is looked up, 3 by default; needs `lookup`.
+      cache: policy of the caches of attention, such as "snapkv(budget=1024)" (see `layers.caches`). It acts after the
+        first new token, which the whole prompt gives, on layers whose cache grows with the text. Without `lookup`.
 
     Raises:
       ValueError, TypeError: an argument is invalid, or a row is longer than the model's table of positions.
@@ -88,6 +94,7 @@ def generate(
             block=block,
             lookup=lookup,
             ngram=ngram,
+            cache=cache,
         )
     )
     return Generation(
@@ -114,6 +121,7 @@ def stream(
     block: int = 16,
     lookup: int | None = None,
     ngram: int | None = None,
+    cache: str | CachePolicy | None = None,
 ) -> Iterator[Generation]:
     """Returns an iterator over the new tokens, `block` of each row at a time; see `generate`.
 
@@ -156,15 +164,25 @@ def stream(
         raise ValueError(
             f"ngram={ngram}; expected at most {read}, as no text here is longer when a draft is looked up"
         )
+    policy = FULL if cache is None else read_cache(cache)
+    if cache is not None:
+        caching.check(model, policy, longest, int(max_new_tokens))
+        if lookup is not None:
+            raise ValueError(
+                f"lookup={lookup} with cache={cache!r}: a draft that fails would have changed what is kept; expected one of them"
+            )
     stops = _aligned(stops) if stops else None
     key = jax.random.key(np.uint32(seed))
     draft = None if lookup is None else dict(most=int(lookup), ngram=int(counts["ngram"]))
-    return _blocks(model, prompts, sampling, stops, key, int(max_new_tokens), int(chunk), int(block), draft)
+    sizes = int(max_new_tokens), int(chunk), int(block)
+    return _blocks(model, prompts, sampling, stops, key, *sizes, draft, policy)
 
 
-def _blocks(model, prompts, sampling, stops, key, max_new_tokens, chunk, size, draft) -> Iterator[Generation]:
-    """Yields the new tokens, `size` of each row at a time."""
-    rows = prefill(model, prompts, max_new_tokens, chunk)
+def _blocks(
+    model, prompts, sampling, stops, key, max_new_tokens, chunk, size, draft, policy
+) -> Iterator[Generation]:
+    """Yields the new tokens, `size` of each row at a time; with a policy that compresses prompts, first one of each."""
+    rows, surprise = prefill(model, prompts, max_new_tokens, chunk, policy)
     if stops is not None:
         rows = rows._replace(recent=jnp.full((len(prompts), stops.shape[1]), NOTHING, jnp.int32))
     if sampling.repetition_penalty is not None:
@@ -175,10 +193,15 @@ def _blocks(model, prompts, sampling, stops, key, max_new_tokens, chunk, size, d
     state, *others = rows
     rows = Rows(state, *_beside(model, others))
     history = None if draft is None else _beside(model, _history(prompts, max_new_tokens))
-    for start in range(0, max_new_tokens, size):
-        given = (sampling, stops, key, start, min(size, max_new_tokens - start))
+    first = 1 if policy.compresses else 0
+    for start in [*range(first), *range(first, max_new_tokens, size)]:
+        most = size if start >= first else 1
+        if start == first > 0:
+            options = dict(policy=policy, room=max_new_tokens - 1, call=1, surprise=surprise)
+            rows = rows._replace(state=caching.compress(model, rows.state, **options))
+        given = (sampling, stops, key, start, min(most, max_new_tokens - start))
         if draft is None:
-            rows, new = decode(model, rows, *given, size=size)
+            rows, new = decode(model, rows, *given, size=most)
         else:
             rows, history, new = speculative.decode(model, rows, history, *given, size=size, **draft)
         new = jax.tree.map(np.asarray, new)
@@ -205,29 +228,88 @@ def _slots(tokens: int) -> int:
     return -(-tokens // SLOTS) * SLOTS
 
 
-def prefill(model: LanguageModel, prompts: Sequence[np.ndarray], max_new_tokens: int, chunk: int) -> Rows:
-    """Returns the rows after all tokens of their prompts but the last, which the first step reads."""
+def prefill(
+    model: LanguageModel,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    chunk: int,
+    policy: CachePolicy = FULL,
+) -> tuple[Rows, Float[Array, "b s"] | None]:
+    """Returns the rows after all tokens of their prompts but the last, which the first step reads.
+
+    The second result is -log p of each token of the prompts given those before it, with those of a row in order, as the slots of a
+    cache are; None unless the policy needs it.
+    """
     count, longest = len(prompts), max(map(len, prompts))
-    state = _initial(model, count, _slots(longest + max_new_tokens - 1))
-    # Widths are powers of two up to `chunk`, so that few of them are compiled.
-    width = min(chunk, 1 << max(0, longest - 2).bit_length())
-    time = -(-(longest - 1) // width) * width
-    inputs, ids = np.zeros((2, count, time), np.int32)
+    slots = _slots(longest if policy.compresses else longest + max_new_tokens - 1)
+    shared = _shared(prompts) if policy.shares else 0
+    given = [prompt[shared:] for prompt in prompts]
+    if policy.packs:
+        packed = prepacking.pack(prompts)
+        state = _initial(model, len(packed.inputs), _slots(packed.inputs.shape[1]), FULL)
+        state, _ = _read_all(model, state, packed.inputs, packed.ids, chunk)
+        state = prepacking.unpacked(state, packed.row, packed.start, packed.length, slots=slots)
+        given = [prompt[-1:] for prompt in prompts]
+    elif shared:
+        state = _initial(model, 1, slots, FULL)
+        state, _ = _read_all(model, state, *_side_by_side([prompts[0][: shared + 1]]), chunk)
+        options = dict(policy=policy, tokens=shared, rows=count)
+        state = caching.share(model, state, slots=_slots(slots - shared), **options)
+    else:
+        state = _initial(model, count, slots, policy)
+    surprise = np.zeros((count, slots), np.float32) if policy.needs_surprise else None
+    following = [np.append(prompt[1:], 0) for prompt in given]
+    labels = None if surprise is None else _side_by_side(following)[0]
+    state, losses = _read_all(model, state, *_side_by_side(given), chunk, labels)
+    for row, prompt in enumerate(prompts if surprise is not None else ()):
+        surprise[row, 1 : len(prompt)] = losses[row, losses.shape[1] + 1 - len(prompt) :]
+    token = jnp.asarray([prompt[-1] for prompt in prompts], jnp.int32)
+    rows = Rows(state, token, jnp.zeros(count, bool), None, None)
+    return rows, None if surprise is None else jnp.asarray(surprise)
+
+
+def _shared(prompts: Sequence[np.ndarray]) -> int:
+    """Returns the number of tokens that all prompts begin with, without the last token of any."""
+    shortest = min(map(len, prompts)) - 1
+    begun = np.stack([prompt[:shortest] for prompt in prompts])
+    return int(np.cumprod((begun == begun[:1]).all(0)).sum())
+
+
+def _side_by_side(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens (b, t) and segments of prompts without their last tokens, padded on the left."""
+    inputs, ids = np.zeros((2, len(prompts), max(map(len, prompts)) - 1), np.int32)
     for row, prompt in enumerate(prompts):
-        inputs[row, time + 1 - len(prompt) :] = prompt[:-1]
-        ids[row, time + 1 - len(prompt) :] = 1
+        inputs[row, inputs.shape[1] + 1 - len(prompt) :] = prompt[:-1]
+        ids[row, inputs.shape[1] + 1 - len(prompt) :] = 1
+    return inputs, ids
+
+
+def _read_all(model, state, inputs, ids, chunk, labels=None):
+    """Returns the state after the tokens, and -log p of the labels, which follow them, if there are any."""
+    time = inputs.shape[1]
+    # Widths are powers of two up to `chunk`, so that few of them are compiled.
+    width = min(chunk, 1 << max(0, time - 1).bit_length())
+    more = -time % width
+    padding = (0, 0), (more, 0)
+    inputs, ids = np.pad(inputs, padding), np.pad(ids, padding)
+    labels = None if labels is None else np.pad(labels, padding)
+    found = [np.zeros((len(inputs), 0), np.float32)]
     for start in range(0, time, width):
         piece = slice(start, start + width)
         # Without ids, mixers take their faster paths.
-        state = _read(model, inputs[:, piece], state, None if ids[:, piece].all() else ids[:, piece])
-    token = jnp.asarray([prompt[-1] for prompt in prompts], jnp.int32)
-    return Rows(state, token, jnp.zeros(count, bool), None, None)
+        given = inputs[:, piece], state, None if ids[:, piece].all() else ids[:, piece]
+        if labels is not None:
+            state, loss = _read_with_losses(model, *given, labels[:, piece])
+            found.append(np.asarray(loss))
+        else:
+            state = _read(model, *given)
+    return state, np.concatenate(found, axis=1)
 
 
 # The parameters are read by nobody, and kept: states lie where the model does, as those of later calls.
-@partial(jax.jit, static_argnums=(1, 2), keep_unused=True)
-def _initial(model, count, slots):
-    return model.init_state(count, max_length=slots)
+@partial(jax.jit, static_argnums=(1, 2, 3), keep_unused=True)
+def _initial(model, count, slots, policy):
+    return caching.begin(model, policy, count, slots)
 
 
 @partial(jax.jit, keep_unused=True)
@@ -241,6 +323,14 @@ def _beside(model, arrays):
 def _read(model, inputs, state, ids):
     """Returns the state after a chunk; its logits are not computed."""
     return model.unprojected(inputs, state, segment_ids=ids)[1]
+
+
+@partial(jax.jit, donate_argnums=(2,))
+def _read_with_losses(model, inputs, state, ids, labels):
+    """Returns the state after a chunk, and -log p of the token that follows each."""
+    logits, state = model(inputs, state, segment_ids=ids)
+    chosen = jnp.take_along_axis(logits, labels[..., None], axis=2)[..., 0]
+    return state, jax.nn.logsumexp(logits, axis=2) - chosen
 
 
 def _sequences(name: str, given: Any, vocab_size: int) -> list[np.ndarray]:

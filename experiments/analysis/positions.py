@@ -13,12 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from layers.caches import CachePolicy
 from layers.typing import Array, Float, Int
-from seqmodels import LanguageModel
+from seqmodels import LanguageModel, caching
 
 
 def losses_by_position(
-    model: LanguageModel, inputs: Int[Array, "n t"], labels: Int[Array, "n t"], *, chunk: int = 512
+    model: LanguageModel,
+    inputs: Int[Array, "n t"],
+    labels: Int[Array, "n t"],
+    *,
+    chunk: int = 512,
+    cache: CachePolicy | None = None,
 ) -> Float[np.ndarray, "n t"]:
     """Returns the cross-entropy in nats of each label, given all tokens of the row up to it.
 
@@ -27,9 +33,10 @@ def losses_by_position(
       inputs: tokens; rows have no padding.
       labels: next tokens; NaN stands where a label is negative.
       chunk: number of tokens per call; a last, shorter chunk is compiled by itself.
+      cache: policy of the caches of attention. One that compresses prompts takes the first half of the row for one.
 
     Raises:
-      ValueError: if shapes differ or a row is empty, or `chunk` is below 1.
+      ValueError: if shapes differ or a row is empty, or `chunk` is below 1, or the policy cannot be used.
     """
     if inputs.shape != labels.shape or inputs.ndim != 2 or not inputs.size:
         raise ValueError(
@@ -39,10 +46,19 @@ def losses_by_position(
         raise ValueError(f"chunk={chunk}; expected at least 1")
     rows, time = inputs.shape
     # Under jit each array of the state has memory of its own, which can be donated.
-    state = jax.jit(lambda: model.init_state(rows, max_length=time))()
+    prompt = time // 2 if cache is not None and cache.compresses else 0
+    if cache is None:
+        state = jax.jit(lambda: model.init_state(rows, max_length=time))()
+    else:
+        caching.check(model, cache, time, 1)
+        state = jax.jit(lambda: caching.begin(model, cache, rows, prompt or time))()
     losses = []
-    for start in range(0, time, chunk):
-        piece = slice(start, start + chunk)
+    for start in [*range(0, prompt, chunk), *range(prompt, time, chunk)]:
+        if start == prompt > 0:
+            surprise = np.pad(np.concatenate(losses, axis=1), ((0, 0), (1, 0)))[:, :prompt]
+            options = dict(policy=cache, room=time - start, call=chunk, surprise=jnp.asarray(surprise))
+            state = caching.compress(model, state, **options)
+        piece = slice(start, min(start + chunk, prompt if start < prompt else time))
         found, state = _losses(model, jnp.asarray(inputs[:, piece]), jnp.asarray(labels[:, piece]), state)
         losses.append(np.asarray(found))
     return np.concatenate(losses, axis=1)

@@ -3,7 +3,7 @@
     python -m experiments.benchmark kernels [--peers] [--only=delta_rule/KDA,linear_recurrence] [--out=FOLDER]
     python -m experiments.benchmark scaling [--lengths=2048,8192,32768,131072] [--out=FOLDER]
     python -m experiments.benchmark steps [--only=gated_deltanet,attention] [--rows=whole,packed] [--num_devices=2] [--size=1.3b]
-    python -m experiments.benchmark decode [--only=mamba2,attention] [--batch=8] [--lengths=1024,16384] [--out=FOLDER]
+    python -m experiments.benchmark decode [--only=mamba2,attention] [--batch=8] [--lengths=1024,16384] [--cache="snapkv(budget=1024)"] [--out=FOLDER]
     python -m experiments.benchmark parallel [--only=attention,delta_rule/all_scan] [--num_devices=8] [--latency=1e-5] [--out=FOLDER]
     python -m experiments.benchmark long_rows [--only=links,train/gated_deltanet] [--num_devices=2] [--time=262144] [--out=FOLDER]
     python -m experiments.benchmark pretrained [--only=load,decode/llama] [--size=1.5b] [--out=FOLDER]
@@ -57,6 +57,7 @@ from experiments.benchmark.timing import ceilings
 from experiments.config.command_line import (
     ArgumentError,
     Parser,
+    cache_policy,
     folder,
     names,
     path,
@@ -79,7 +80,7 @@ READS = {
     "kernels": {"peers", "dtype", "batch", "time", "narrower", "workers", "patience"},
     "scaling": {"dtype", "narrower", "workers", "lengths"},
     "steps": {"batch", "time", "rows", "num_devices", "size", "unrolled", "prefer"},
-    "decode": {"batch", "lengths", "size"},
+    "decode": {"batch", "lengths", "size", "cache"},
     "parallel": {
         "batch",
         "time",
@@ -183,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rounds,
                 lambda row: add(row, decode.line(row)),
                 say,
+                values.cache,
             )
             decode.draw(rows, out / "decode.png", device)
         else:
@@ -378,6 +380,12 @@ def _parser() -> Parser:
         choices=tuple(dict.fromkeys((*models.SIZES, *pretrained.SIZES))),
         help="size of the models, for `steps`, `decode` and `long_rows` (default: 125m; tiny on a CPU) and for `pretrained` "
         "(default: 1.5b; tiny on a CPU)",
+    )
+    parser.add_argument(
+        "--cache",
+        type=cache_policy,
+        metavar="NAME(KEY=VALUE,...)",
+        help="policy of the caches of attention, for `decode`; `list caches` shows them",
     )
     parser.add_argument(
         "--unrolled", action="store_true", help="compile layers one by one, not under a scan, for `steps`"

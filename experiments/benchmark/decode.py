@@ -21,8 +21,9 @@ from experiments.benchmark import models as language_models
 from experiments.benchmark.processes import Say
 from experiments.benchmark.report import COLOURS
 from experiments.benchmark.timing import interleaved
-from seqmodels import build_model
-from seqmodels.generation import prefill
+from layers.caches import CachePolicy
+from seqmodels import build_model, caching
+from seqmodels.generation import FULL, prefill
 
 BATCHES, LENGTHS = (1, 32), (1024, 4096, 16384, 65536)
 BATCHES_ON_CPU, LENGTHS_ON_CPU = (1, 4), (64, 256)
@@ -38,6 +39,7 @@ def run(
     rounds: int,
     report: Callable[[dict[str, Any]], None],
     say: Say,
+    cache: CachePolicy | None = None,
 ) -> list[dict[str, Any]]:
     """Returns the time of a step for each model, batch and context; `report` receives each row as it is known.
 
@@ -47,9 +49,10 @@ def run(
       batches: numbers of rows, in place of the defaults.
       lengths: tokens of context, in place of the defaults.
       rounds: measurements per step.
+      cache: policy of the caches of attention.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: an unknown name, or the policy cannot be used.
     """
     models, size = language_models.chosen(models), size or language_models.usual_size()
     on_cpu = jax.default_backend() == "cpu"
@@ -62,7 +65,8 @@ def run(
         for batch in batches:
             for length in lengths:
                 say(f"{name}, {batch} x {length}")
-                rows.append(dict(model=name, size=size) | _measure(model, batch, length, rounds))
+                named = dict(model=name, size=size) | ({} if cache is None else dict(cache=str(cache)))
+                rows.append(named | _measure(model, batch, length, rounds, cache))
                 report(rows[-1])
     return rows
 
@@ -101,17 +105,25 @@ def _model(config: Mapping[str, Any]) -> nnx.Module:
     return build_model(config, rngs=nnx.Rngs(0))
 
 
-def _measure(model: nnx.Module, batch: int, length: int, rounds: int) -> dict[str, Any]:
+def _measure(
+    model: nnx.Module, batch: int, length: int, rounds: int, cache: CachePolicy | None
+) -> dict[str, Any]:
     tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, model.config.input.vocab_size)
-    rows = prefill(model, list(np.asarray(tokens)), STEPS, CHUNK)
-    timing = interleaved({"steps": lambda: _steps(model, rows.token, rows.state)}, rounds, SECONDS)["steps"]
+    if cache is not None:
+        caching.check(model, cache, length, STEPS)
+    rows, surprise = prefill(model, list(np.asarray(tokens)), STEPS, CHUNK, FULL if cache is None else cache)
+    state = rows.state
+    if cache is not None and cache.compresses:
+        _, state = nnx.jit(lambda model: model(rows.token[:, None], state))(model)
+        state = caching.compress(model, state, policy=cache, room=STEPS, call=1, surprise=surprise)
+    timing = interleaved({"steps": lambda: _steps(model, rows.token, state)}, rounds, SECONDS)["steps"]
     return dict(
         batch=batch,
         context=length,
         milliseconds=timing.median / STEPS,
         quartiles_milliseconds=[timing.low / STEPS, timing.high / STEPS],
         tokens_per_second=1e3 * batch * STEPS / timing.median,
-        state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(rows.state)),
+        state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
     )
 
 

@@ -19,6 +19,7 @@ from experiments.config.files import find
 from experiments.config.loading import to_plain
 from experiments.config.pretrained import with_pretrained_model
 from experiments.data.cache import CorruptCacheError
+from layers.caches import CachePolicy, read_cache
 
 EXIT_REFUSED = 2  # the command, the config or the work directory is invalid; nothing was computed
 EXIT_DIVERGED = 65  # a loss or gradient norm is not finite; running again gives the same
@@ -173,6 +174,14 @@ def positive_number(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r}; expected a number above 0")
     return value
+
+
+def cache_policy(text: str) -> CachePolicy:
+    """Returns the policy of caches in the text, such as "snapkv(budget=1024)". A type of arguments."""
+    try:
+        return read_cache(text)
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def path(text: str) -> Path:

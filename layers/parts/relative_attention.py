@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from layers.kernels.attention import Logits, Tokens, attention
 from layers.kernels.sizes import in_chunks, known
-from layers.positions import Position
 from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Float
 
@@ -17,7 +16,7 @@ BLOCK = 128
 
 
 def relative_attention(
-    position: Position,
+    position: Any,
     q: Float[Array, "b t h k"],
     k: Float[Array, "b s g k"],
     v: Float[Array, "b s g v"],
@@ -29,7 +28,7 @@ def relative_attention(
 ) -> Float[Array, "b t h v"]:
     """Returns `layers.kernels.attention.attention` with the bias that `position` adds to the logits.
 
-    T5 and FIRE add a number per query and key. These are computed for a block of queries at a time, and recomputed in the
+    `position` is a `Position`, or what has its `slopes`, `has_bias` and `bias`. T5 and FIRE add a number per query and key. These are computed for a block of queries at a time, and recomputed in the
     backward pass. `tokens`, if given, has the positions and the segments of the keys.
     """
     b, t = q.shape[:2]

@@ -262,6 +262,19 @@ def test_steps_of_generation_are_timed_and_states_measured(model, tmp_path):
     assert (tmp_path / "decode.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_a_policy_of_caches_makes_states_smaller(tmp_path):
+    sizes = []
+    for more in ([], ["--cache=snapkv(budget=32, window=8)"]):
+        arguments = ["--only=attention", "--batch=2", "--lengths=96", "--rounds=1", *more]
+        assert main(["decode", *arguments, f"--out={tmp_path}"]) == 0
+        (row,) = json.loads((tmp_path / "decode.json").read_text())["rows"]
+        assert ("cache" in row) == bool(more)
+        sizes.append(row["state_bytes"])
+    # 32 tokens of the prompt and 32 new ones, in place of a cache of 128 slots.
+    assert sizes[1] < 0.6 * sizes[0]
+
+
 def test_unknown_models_of_steps_are_refused_with_the_nearest(tmp_path, capsys):
     assert main(["steps", "--only=attentoin", f"--out={tmp_path}"]) == 2
     assert "did you mean 'attention'" in capsys.readouterr().err

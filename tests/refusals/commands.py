@@ -3,6 +3,7 @@
 TMP stands for an empty folder, MQAR, SHORT, FULL and MODELS for configs, and FILES for the folder of `tests/refusals/files.py`.
 """
 
+from tests.refusals import caches
 from tests.refusals.fields import FIELDS
 
 TRAIN = "train --workdir=TMP/run"
@@ -187,7 +188,7 @@ COMMANDS = [
     ("benchmark kernels --patience=nan", "'nan'; expected a number above 0"),
     ("benchmark kernels --out=FILES/file/below", "is a file"),
     ("benchmark scaling --lengths=2k", "'2k'; expected an integer of at least 1"),
-    ("benchmark decode --time=64", "--time has no effect on decode, which takes --batch, --lengths"),
+    ("benchmark decode --time=64", "--time has no effect on decode, which takes --batch, --cache, --lengths"),
     (
         "benchmark scaling --batch=4",
         "--batch has no effect on scaling, which takes --dtype, --lengths, --narrower",
@@ -263,4 +264,4 @@ COMMANDS = [
     ("trian", "there is no command 'trian'; did you mean 'train'?"),
     ("train.py", "there is no command 'train.py'"),
 ]
-ROWS = [(f"{TRAIN} {arguments}", *words) for arguments, *words in FIELDS] + COMMANDS
+ROWS = [(f"{TRAIN} {arguments}", *words) for arguments, *words in FIELDS] + COMMANDS + caches.COMMANDS

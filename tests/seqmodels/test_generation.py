@@ -71,9 +71,9 @@ def test_a_hybrid_generates_what_full_passes_predict(pattern):
 
 def test_padding_on_the_left_enters_no_state():
     given = [np.asarray(prompt, np.int32) for prompt in PROMPTS]
-    padded = generation.prefill(small(), given, 6, 4)
+    padded, _ = generation.prefill(small(), given, 6, 4)
     for row, prompt in enumerate(given):
-        alone = generation.prefill(small(), [prompt], 6, 4)
+        alone, _ = generation.prefill(small(), [prompt], 6, 4)
         for with_others, own in zip(jax.tree.leaves(padded), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(with_others[row], own[0], atol=1e-6)
 

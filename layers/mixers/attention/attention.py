@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.caches.state import CacheState, View
 from layers.kernels.attention import Logits, Mask, Tokens
 from layers.mixer import Mixer, Visit
 from layers.norms import NormConfig, RMSNorm
@@ -178,10 +179,10 @@ class Attention(Mixer):
     def mix(
         self,
         x: Float[Array, "b t d"],
-        carried: Cache | None,
+        carried: Cache | CacheState | None,
         segments: Segments | None,
         visit: Visit | None,
-    ) -> tuple[Float[Array, "b t d"], Cache | None]:
+    ) -> tuple[Float[Array, "b t d"], Cache | CacheState | None]:
         config = self.config
         options = {
             "causal": config.causal,
@@ -196,11 +197,23 @@ class Attention(Mixer):
             o = attend(self.position, q, k, v, segment_ids=segments, **options)
             return self.finish(o, x), None
         q, k, v = self.project(x, visit.positions, segments)
+        if isinstance(carried, CacheState):
+            o, carried = carried.attend(self.view(), q, k, v, visit)
+            return self.finish(o, x), carried
         rule = {"window": config.window, "sinks": config.sink_tokens}
         carried, seen, beyond = extend(carried, (k, v), visit, **rule)
         tokens = Tokens(seen.numbers, visit.positions, seen.positions)
         o = attend(self.position, q, *seen.entries, segment_ids=visit.numbers, tokens=tokens, **options)
         return self.finish(jnp.where(beyond[..., None, None], jnp.nan, o), x), carried
+
+    @property
+    def takes_cache_policy(self) -> bool:
+        """Whether a policy of `layers.caches` may stand in place of the cache: one of all tokens, which `mix` here reads."""
+        return type(self).mix is Attention.mix and self.causal and self.config.window is None
+
+    def view(self) -> View:
+        """Returns how queries weigh keys, for a policy."""
+        return View(self.position, self.logits(), self.config.scale)
 
     def logits(self) -> Logits:
         """Returns what happens to the logits besides biases of positions."""

@@ -1,0 +1,88 @@
+"""Policies of the caches of attention: which keys and values are kept, merged or rounded, and which are read.
+
+`seqmodels.generate(..., cache="snapkv(budget=1024)")` uses one by name and options. Layers whose cache grows with the text are its
+matter; recurrent layers, and those with a window, stay as they are.
+"""
+
+import ast
+from typing import Any
+
+from layers.caches.cake import Cake
+from layers.caches.duoattention import DuoAttention
+from layers.caches.full import Full
+from layers.caches.h2o import H2O
+from layers.caches.headkv import HeadKV
+from layers.caches.hydragen import Hydragen
+from layers.caches.keyformer import Keyformer
+from layers.caches.kivi import KIVI
+from layers.caches.kvmerger import KVMerger
+from layers.caches.mikv import MiKV
+from layers.caches.policy import CachePolicy
+from layers.caches.prepacking import Prepacking
+from layers.caches.pyramidkv import PyramidKV
+from layers.caches.sirllm import SirLLM
+from layers.caches.snapkv import SnapKV
+from layers.caches.streaming import Streaming
+from layers.caches.think import ThinK
+from layers.caches.tokenselect import TokenSelect
+from layers.caches.zipcache import ZipCache
+from layers.registry import choose, make_config
+
+CACHES: dict[str, type[CachePolicy]] = {
+    "cake": Cake,
+    "duoattention": DuoAttention,
+    "full": Full,
+    "h2o": H2O,
+    "headkv": HeadKV,
+    "hydragen": Hydragen,
+    "keyformer": Keyformer,
+    "kivi": KIVI,
+    "kvmerger": KVMerger,
+    "mikv": MiKV,
+    "prepacking": Prepacking,
+    "pyramidkv": PyramidKV,
+    "sirllm": SirLLM,
+    "snapkv": SnapKV,
+    "streaming": Streaming,
+    "think": ThinK,
+    "tokenselect": TokenSelect,
+    "zipcache": ZipCache,
+}
+
+
+def read_cache(cache: Any) -> CachePolicy:
+    """Returns the policy that a text such as "snapkv" or "snapkv(budget=1024, pooling=max)" names.
+
+    Raises:
+      ValueError: the text is not of this form, there is no such policy or option, or a value is impossible.
+      TypeError: neither a text nor a policy is given, or a value is of another kind.
+    """
+    if isinstance(cache, CachePolicy):
+        return cache
+    if not isinstance(cache, str):
+        raise TypeError(f"cache is a {type(cache).__name__}; expected a text such as 'snapkv(budget=1024)'")
+    name, options = _parsed(cache)
+    return make_config(f"cache {name!r}", choose("cache", CACHES, name), options)
+
+
+def _parsed(text: str) -> tuple[str, dict[str, Any]]:
+    """Returns the name and the options in NAME(KEY=VALUE, ...)."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        if isinstance(tree, ast.Name):
+            return tree.id, {}
+        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args:
+            return tree.func.id, {keyword.arg: _value(keyword.value) for keyword in tree.keywords}
+        raise SyntaxError
+    except (SyntaxError, ValueError):
+        raise ValueError(
+            f"cache={text!r}; expected a name with options, such as snapkv(budget=1024, window=32)"
+        ) from None
+
+
+def _value(node: ast.expr) -> Any:
+    """Returns a literal, or a bare name as a text."""
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+
+
+__all__ = ["CACHES", "CachePolicy", "read_cache"]

@@ -1,0 +1,40 @@
+"""What all policies have in common: names, papers, types, and states that a mixer takes back."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import list as lists
+from layers.caches import CACHES, read_cache
+from tests.layers.caches.reading import PROMPT, STEPS, WIDTH, layer, run
+
+# What a policy cannot do without, and small sizes.
+OPTIONS = {
+    "cake": "budget=8, window=4",
+    "duoattention": "gates=[[0.2, 0.9]], sinks=2, recent=4",
+    "headkv": "importance=[[1, 3]], budget=8, window=4",
+    "kivi": "group=4, residual=8",
+    "pyramidkv": "budget=8, window=4",
+    "sirllm": "budget=8, sinks=2, recent=4",
+    "snapkv": "budget=8, window=4",
+}
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("name", CACHES)
+def test_every_policy_takes_bfloat16(name):
+    policy = read_cache(f"{name}({OPTIONS.get(name, '')})")
+    x = jax.ShapeDtypeStruct((2, PROMPT + STEPS, WIDTH), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((2, PROMPT), jnp.int32)
+    with jax.numpy_dtype_promotion("strict"):
+        y, outputs, *_ = jax.eval_shape(lambda x, ids: run(layer(dtype="bfloat16"), x, ids, policy), x, ids)
+    assert (y.shape, y.dtype) == ((2, PROMPT, WIDTH), jnp.bfloat16)
+    assert (outputs.shape, outputs.dtype) == ((2, STEPS, WIDTH), jnp.bfloat16)
+
+
+def test_every_policy_is_listed_with_its_paper():
+    entries = {entry.name: entry for entry in lists.caches()}
+    assert set(entries) == set(CACHES)
+    assert all("arXiv:" in entry.paper for entry in entries.values())
+    assert read_cache("snapkv").budget == 2048
+    assert read_cache(read_cache("h2o")) == CACHES["h2o"]()

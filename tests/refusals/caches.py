@@ -1,0 +1,115 @@
+"""Policies of caches that do not fit, by themselves or with a model."""
+
+import seqmodels
+from layers.caches import read_cache
+from tests.refusals.models import model
+
+LRU = dict(pattern=("lru",), mixer_defaults={})
+WINDOW = dict(mixers={"attention": dict(window=4)})
+
+
+def read(cache):
+    return lambda: read_cache(cache)
+
+
+def continued(cache, *, lookup=None, **changes):
+    """A call of `generate` on a prompt of five tokens, by a model of shapes alone."""
+    return lambda: seqmodels.stream(
+        model(**changes)(), [[1, 2, 3, 4, 5]], max_new_tokens=4, cache=cache, lookup=lookup
+    )
+
+
+ROWS = [
+    (read("snapvk"), ValueError, "unknown cache 'snapvk'; did you mean 'snapkv'?"),
+    (read("snapkv(budgets=8)"), ValueError, "cache 'snapkv' has no option 'budgets'; did you mean 'budget'?"),
+    (read("snapkv(8)"), ValueError, "cache='snapkv(8)'; expected a name with options, such as snapkv("),
+    (read("snapkv(budget=8"), ValueError, "cache='snapkv(budget=8'; expected a name with options"),
+    (read("snapkv(budget=8+1)"), ValueError, "cache='snapkv(budget=8+1)'; expected a name with options"),
+    (read(8), TypeError, "cache is a int; expected a text such as 'snapkv(budget=1024)'"),
+    (read("snapkv(budget=0)"), ValueError, "budget=0; expected at least 1"),
+    (read("snapkv(budget=8, window=9)"), ValueError, "budget=8 of the cache with window=9"),
+    (read("snapkv(kernel=4)"), ValueError, "kernel=4 of the cache; expected an odd number"),
+    (read("snapkv(pooling=sum)"), ValueError, "pooling='sum'; expected 'mean' or 'max'"),
+    (read("h2o(budget=4, recent=5)"), ValueError, "budget=4 of the cache with recent=5"),
+    (read("keyformer(tau=0.0)"), ValueError, "tau=0.0; expected a number above 0"),
+    (read("streaming(budget=4, sinks=4)"), ValueError, "budget=4 of the cache 'streaming' with sinks=4"),
+    (read("pyramidkv(beta=0.5)"), ValueError, "beta=0.5 of the cache 'pyramidkv'; expected at least 1"),
+    (read("cake(window=1)"), ValueError, "window=1 of the cache 'cake'; a variance takes at least 2"),
+    (read("kivi(bits=3)"), TypeError, "bits=3; expected 2, 4 or 8"),
+    (
+        read("kivi(residual=40)"),
+        ValueError,
+        "residual=40 of the cache 'kivi'; expected a multiple of group=32",
+    ),
+    (
+        read("headkv"),
+        ValueError,
+        "importance=None of the cache 'headkv', which needs the importance of every head",
+    ),
+    (
+        read("headkv(importance='none.json')"),
+        ValueError,
+        "importance='none.json' cannot be read: No such file",
+    ),
+    (read("headkv(importance='README.md')"), ValueError, "importance='README.md' is no JSON"),
+    (read("headkv(importance=[1, 2])"), TypeError, "importance=[1, 2]; expected a list per layer"),
+    (
+        read("headkv(importance=[[1, -2]])"),
+        ValueError,
+        "importance[0][1]=-2; expected a number of at least 0",
+    ),
+    (read("headkv(importance=[[0, 0]])"), ValueError, "importance of the cache 'headkv' is 0 for all heads"),
+    (read("headkv(importance=[[1]], beta=0.5)"), ValueError, "beta=0.5 of the cache 'headkv'"),
+    (read("duoattention"), ValueError, "gates=None of the cache 'duoattention', which needs a gate per head"),
+    (
+        read("duoattention(gates=[[2.0]])"),
+        ValueError,
+        "gates of the cache 'duoattention' hold a number above 1",
+    ),
+    (continued("snapkv", **LRU), ValueError, "cache=SnapKV has nothing to act on: no layer (lru) holds keys"),
+    (
+        continued("h2o", **WINDOW),
+        ValueError,
+        "cache=H2O has nothing to act on: no layer (attention) holds keys",
+    ),
+    (continued("h2o(budget=9)"), ValueError, "budget=9 of the cache is more than the 8 tokens"),
+    (
+        continued("h2o(budget=4)", lookup=2),
+        ValueError,
+        "lookup=2 with cache='h2o(budget=4)': a draft that fails",
+    ),
+    (
+        continued("prepacking", depth=2, pattern=("attention", "gla")),
+        ValueError,
+        "cache=Prepacking reads several prompts per row, and layer 1 (gla) does not tell their states apart",
+    ),
+    (
+        continued("kivi(group=3, residual=6)"),
+        ValueError,
+        "head_dim=4 of layer 0 does not fit the cache 'kivi'",
+    ),
+    (
+        continued("headkv(importance=[[1, 2], [3, 4]], budget=4, window=2)"),
+        ValueError,
+        "importance of the cache has 2 layers; expected 1, the layers 0 of the model",
+    ),
+    (
+        continued("duoattention(gates=[[0.5]])"),
+        ValueError,
+        "gates of the cache has 1 heads for layer 0; expected 2, its key/value heads",
+    ),
+]
+
+COMMANDS = [
+    (
+        "generate --workdir=FILES/run --prompt=a --cache=snapvk",
+        "--cache: unknown cache 'snapvk'; did you mean",
+    ),
+    ("generate --workdir=FILES/run --prompt=a --cache=", "cache=''; expected a name with options, such as"),
+    (
+        "long_context --workdir=FILES/run --positions=8 --cache=headkv",
+        "--cache: importance=None of the cache",
+    ),
+    ("benchmark steps --cache=full --out=TMP", "--cache has no effect on steps, which takes"),
+    ("list cache", "invalid choice: 'cache'"),
+]
