@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from layers.kernels.attention import (
     Logits,
@@ -68,6 +70,17 @@ def test_cudnn_takes_only_what_it_computes_as_defined(monkeypatch):
     assert "up to 128" in refusal({}, sizes=(256, 256), capability="8.0")
     assert "compute capability 8.0" in refusal({}, capability="7.5")
     assert "even lengths" in refusal({}, length=7)
+
+
+def test_cudnn_takes_whole_rows(monkeypatch):
+    mesh = jax.make_mesh((2,), ("sequence",), (AxisType.Auto,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        assert "the mesh divides time over 'sequence'" in cudnn_refusal(monkeypatch, {"causal": True})
+        whole = functools.partial(cudnn_refusal, monkeypatch, {"causal": True})
+        local = jax.shard_map(
+            lambda x: x + (whole() is None), in_specs=P("sequence"), out_specs=P("sequence")
+        )
+        assert local(jnp.zeros(2)).all()
 
 
 def test_cudnn_says_why_not():
