@@ -65,6 +65,7 @@ from layers.mixers.state_space.s4 import S4, S4Config
 from layers.mixers.state_space.s4d import S4D, S4DConfig
 from layers.mixers.state_space.s5 import S5, S5Config
 from layers.mixers.test_time.mesa_net import MesaNet, MesaNetConfig
+from layers.mixers.test_time.titans import Titans, TitansConfig
 from layers.mixers.test_time.ttt_linear import TTTLinear, TTTLinearConfig
 from layers.mixers.token_mixing.fnet import FNet, FNetConfig
 from layers.mixers.token_mixing.hypermixer import HyperMixer, HyperMixerConfig
@@ -136,6 +137,7 @@ MIXERS = {
     "sgconv": (SGConvConfig, SGConv),
     "shifted_sparse": (ShiftedSparseConfig, ShiftedSparse),
     "slstm": (SLSTMConfig, SLSTM),
+    "titans": (TitansConfig, Titans),
     "ttt_linear": (TTTLinearConfig, TTTLinear),
     "tuned_state": (TunedStateConfig, TunedState),
     "wersa": (WERSAConfig, WERSA),

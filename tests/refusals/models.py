@@ -184,6 +184,8 @@ MIXER_OPTIONS = [
     (mixer("ttt_linear", heads=3), ValueError, "heads=3 cannot share 1 x width=8 equally"),
     (mixer("ttt_linear", heads=2, head_dim=3), ValueError, "head_dim=3; rotary positions need an even"),
     (mixer("ttt_linear", heads=2, mini_batch=0), ValueError, "mini_batch=0; expected at least 1"),
+    (mixer("titans", heads=3), ValueError, "heads=3 cannot share 1 x width=8 equally"),
+    (mixer("titans", heads=2, chunk=0), ValueError, "chunk=0; expected at least 1"),
     (mixer("mesa_net", heads=3), ValueError, "heads=3 cannot share 1 x width=8 equally"),
     (mixer("mesa_net", heads=2, steps=0), ValueError, "steps=0; expected at least 1"),
     (mixer("mesa_net", heads=2, least=0.0), ValueError, "least=0.0; expected 0 < least < 1"),

@@ -11,7 +11,7 @@ from layers.kernels.gated_linear_attention import gated_linear_attention
 from layers.mixer import Mixer
 from layers.options import ActivationDtype, NonNegative, checked_dataclass
 from layers.parameters import NO_DECAY, linear, parameter
-from layers.parts.heads import HeadNorm, head_size, split_heads
+from layers.parts.heads import HeadNorm, head_size, split_heads, unit
 from layers.parts.short_convolution import ShortConvolution
 from layers.segments import Segments
 from layers.typing import Array, Float
@@ -107,7 +107,7 @@ class MesaNet(Mixer):
         config = self.config
         inputs, keys, values = (None, None, None) if carried is None else carried
         features, inputs = self.convolution(self.projection(x), inputs, segment_ids=segments)
-        q, k = (_unit(split_heads(part, config.heads)) for part in jnp.split(features, 2, axis=-1))
+        q, k = (unit(split_heads(part, config.heads)) for part in jnp.split(features, 2, axis=-1))
         v = split_heads(self.value(x), config.heads).astype(jnp.float32)
         strength = jax.nn.sigmoid(self.strength(x).astype(jnp.float32))
         log_decay = jax.nn.log_sigmoid(self.decay(x).astype(jnp.float32))
@@ -137,12 +137,6 @@ class MesaNet(Mixer):
         _, keys = attend(q, k, keys)
         y = self.norm(o, None if self.gate is None else self.gate(x))
         return self.output(y), MesaNetCarry(inputs, keys, values)
-
-
-def _unit(x):
-    """x of norm 1, float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
 
 
 def _conjugate_gradients(product, target, steps):

@@ -136,6 +136,7 @@ MIXERS = {
     "landmark": ("landmark", {"heads": 4, "kv_heads": 2, "block": 4}),
     "log_linear_mamba2": ("log_linear_mamba2", {"state_size": 4, "head_dim": 4, "groups": 2, "levels": 4}),
     "mesa_net": ("mesa_net", {"heads": 2, "steps": 8, "gate": True}),
+    "titans": ("titans", {"heads": 2, "chunk": 5}),
     "ttt_linear": ("ttt_linear", {"heads": 2, "mini_batch": 5}),
     "parallel": (
         "parallel",
@@ -173,5 +174,5 @@ LIGHT = {
     *("gated_deltaproduct", "gated_deltanet2", "comba", "tuned_state", "parallel"),
     *("forgetting_attention", "differential_attention", "longformer", "bigbird", "longt5"),
     *("etc", "nystromformer", "luna", "reformer", "informer", "shifted_sparse", "moba", "landmark"),
-    *("log_linear_mamba2", "ttt_linear", "mesa_net"),
+    *("log_linear_mamba2", "ttt_linear", "titans", "mesa_net"),
 }
