@@ -16,7 +16,8 @@ from tests.layers.mixers.literal import (
     wide,
 )
 
-WIDTH, TIME, LEVELS = 8, 22, 5
+# The first call ends where blocks of 2 and 4 tokens end, and within one of 8.
+WIDTH, TIME, LEVELS = 8, 24, 5
 OPTIONS = {"state_size": 3, "head_dim": 4, "groups": 2, "levels": LEVELS}
 
 
