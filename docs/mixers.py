@@ -17,6 +17,7 @@ FAMILIES = {
     "convolution": "Convolutions",
     "linear_attention": "Linear attention",
     "delta_rule": "Delta rules",
+    "test_time": "Test-time training",
     "attention": "Softmax attention",
     "token_mixing": "Token mixing",
     "wrappers": "Around a mixer",

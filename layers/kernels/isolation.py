@@ -83,7 +83,7 @@ def isolated_tokens(mix: Callable[..., Any]) -> Callable[..., Any]:
         y, after = mix(jnp.where(fit[..., None], x, 0), carried, segments)
         if segments is not None:
             reached &= segments.real
-        after = jax.tree.map(lambda leaf: jnp.where(_expanded(lost, leaf), jnp.nan, leaf), after)
+        after = jax.tree.map(lambda leaf: _lost_where(lost, leaf), after)
         return jnp.where(reached[..., None], jnp.nan, y), after
 
     return isolating
@@ -136,6 +136,13 @@ def times(gradient: jax.Array, factor: jax.Array) -> jax.Array:
     fit = jnp.isfinite(factor)
     unfit = jnp.where(gradient == 0, 0, jnp.full((), jnp.nan, gradient.dtype))
     return jnp.where(fit, gradient * jnp.where(fit, factor, 0), unfit)
+
+
+def _lost_where(lost, leaf):
+    """NaN in rows of a state that are lost; counts, which have none, stay."""
+    return (
+        jnp.where(_expanded(lost, leaf), jnp.nan, leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+    )
 
 
 def _expanded(flags, x):

@@ -59,12 +59,16 @@ from layers.mixers.state_space.gss import GSS, GSSConfig
 from layers.mixers.state_space.h3 import H3, H3Config
 from layers.mixers.state_space.linoss import LinOSS, LinOSSConfig
 from layers.mixers.state_space.liquid_s4 import LiquidS4, LiquidS4Config
+from layers.mixers.state_space.log_linear_mamba2 import LogLinearMamba2, LogLinearMamba2Config
 from layers.mixers.state_space.mamba import Mamba, MambaConfig
 from layers.mixers.state_space.mamba2 import Mamba2, Mamba2Config
 from layers.mixers.state_space.mamba3 import Mamba3, Mamba3Config
 from layers.mixers.state_space.s4 import S4, S4Config
 from layers.mixers.state_space.s4d import S4D, S4DConfig
 from layers.mixers.state_space.s5 import S5, S5Config
+from layers.mixers.test_time.mesa_net import MesaNet, MesaNetConfig
+from layers.mixers.test_time.titans import Titans, TitansConfig
+from layers.mixers.test_time.ttt_linear import TTTLinear, TTTLinearConfig
 from layers.mixers.token_mixing.fnet import FNet, FNetConfig
 from layers.mixers.token_mixing.hypermixer import HyperMixer, HyperMixerConfig
 from layers.mixers.token_mixing.wersa import WERSA, WERSAConfig
@@ -105,6 +109,7 @@ MIXERS = {
     "linformer": (LinformerConfig, Linformer),
     "linoss": (LinOSSConfig, LinOSS),
     "liquid_s4": (LiquidS4Config, LiquidS4),
+    "log_linear_mamba2": (LogLinearMamba2Config, LogLinearMamba2),
     "longformer": (LongformerConfig, Longformer),
     "longt5": (LongT5Config, LongT5),
     "lru": (LRUConfig, LRU),
@@ -114,6 +119,7 @@ MIXERS = {
     "mamba2": (Mamba2Config, Mamba2),
     "mamba3": (Mamba3Config, Mamba3),
     "mega": (MegaConfig, Mega),
+    "mesa_net": (MesaNetConfig, MesaNet),
     "mla": (MLAConfig, MLA),
     "mlstm": (MLSTMConfig, MLSTM),
     "moba": (MoBAConfig, MoBA),
@@ -134,6 +140,8 @@ MIXERS = {
     "sgconv": (SGConvConfig, SGConv),
     "shifted_sparse": (ShiftedSparseConfig, ShiftedSparse),
     "slstm": (SLSTMConfig, SLSTM),
+    "titans": (TitansConfig, Titans),
+    "ttt_linear": (TTTLinearConfig, TTTLinear),
     "tuned_state": (TunedStateConfig, TunedState),
     "wersa": (WERSAConfig, WERSA),
     "xlstm7b": (XLSTM7BConfig, XLSTM7B),

@@ -52,6 +52,12 @@ def join_heads(x: Float[Array, "b t h k"]) -> Float[Array, "b t d"]:
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
 
 
+def unit(x: Float[Array, "b t h k"]) -> Float[Array, "b t h k"]:
+    """Returns x / sqrt(sum x^2 + 1e-6) per head, float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
+
+
 class HeadNorm(nnx.Module):
     """Norm and gate after the heads: y = scale o / sqrt(mean(o^2) + epsilon) * activation(gate), float32 inside.
 

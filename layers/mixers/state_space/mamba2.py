@@ -1,7 +1,7 @@
 """Mamba-2: a gated state space with one decay per head and token (Dao and Gu 2024, arXiv:2405.21060)."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,10 +92,10 @@ class Mamba2Config:
 
 
 class Mamba2Carry(NamedTuple):
-    """What `Mamba2` carries: the last inputs of the short convolution, and the state S."""
+    """What `Mamba2` carries: the last inputs of the short convolution, and the state S (b, h, n, p) or that of a variant."""
 
     inputs: Float[Array, "b taps channels"]
-    s: Float[Array, "b h n p"]
+    s: Any
 
 
 class Mamba2(Mixer):
@@ -159,19 +159,18 @@ class Mamba2(Mixer):
         key, query = (v.reshape(b, t, config.groups, config.state_size) for v in (key, query))
         dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...][None, None])
         dt = jnp.clip(dt, *config.dt_limit)
-        y, s = gated_linear_attention(
-            query,
-            key,
-            (dt[..., None] * u).astype(config.dtype),
-            log_decay=-jnp.exp(self.log_a[...])[None, None] * dt,
-            scale=1.0,
-            initial_state=s,
-            segment_ids=segments,
-        )
+        value = (dt[..., None] * u).astype(config.dtype)
+        y, s = self._read(x, query, key, value, -jnp.exp(self.log_a[...])[None, None] * dt, s, segments)
         y = y.astype(jnp.float32) + self.d[...][None, None, :, None] * u
         y, gate = y.reshape(b, t, channels), jax.nn.silu(gate.astype(jnp.float32))
         y = self._norm(y) * gate if config.norm == "before" else self._norm(y * gate)
         return self.output(y), Mamba2Carry(inputs, s)
+
+    def _read(self, x, query, key, value, log_decay, s, segments):
+        """Returns what the queries read in the memory, and its state after the last token."""
+        return gated_linear_attention(
+            query, key, value, log_decay=log_decay, scale=1.0, initial_state=s, segment_ids=segments
+        )
 
     def _norm(self, y: jax.Array) -> jax.Array:
         """Divides the channels of each group by their root mean square, and scales them, if there is a norm."""

@@ -136,6 +136,10 @@ MIXERS = {
     "shifted_sparse": ("shifted_sparse", {"heads": 4, "kv_heads": 2, "group": 6, "group_sinks": 2}),
     "moba": ("moba", {"heads": 4, "kv_heads": 2, "block": 3, "top_k": 2}),
     "landmark": ("landmark", {"heads": 4, "kv_heads": 2, "block": 4}),
+    "log_linear_mamba2": ("log_linear_mamba2", {"state_size": 4, "head_dim": 4, "groups": 2, "levels": 4}),
+    "mesa_net": ("mesa_net", {"heads": 2, "steps": 8, "gate": True}),
+    "titans": ("titans", {"heads": 2, "chunk": 5}),
+    "ttt_linear": ("ttt_linear", {"heads": 2, "mini_batch": 5}),
     "parallel": (
         "parallel",
         {"branches": {"retnet": {"heads": 2}, "attention": {"heads": 2}}, "scales": {"retnet": 0.5}},
@@ -173,4 +177,5 @@ LIGHT = {
     *("gated_deltaproduct", "gated_deltanet2", "comba", "tuned_state", "parallel"),
     *("forgetting_attention", "differential_attention", "longformer", "bigbird", "longt5"),
     *("etc", "nystromformer", "luna", "reformer", "informer", "shifted_sparse", "moba", "landmark"),
+    *("log_linear_mamba2", "ttt_linear", "titans", "mesa_net"),
 }

@@ -1,0 +1,1 @@
+"""Memories that a step of gradient descent, or the solution of a regression, fits to the tokens so far."""
