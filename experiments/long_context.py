@@ -30,6 +30,7 @@ from experiments.config.command_line import (
     reporting,
 )
 from experiments.data import retrieval_prompts
+from experiments.data.cache import temporary_builds
 from experiments.data.text.rows import TRAINING
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.tasks import make_task
@@ -164,7 +165,7 @@ def positions(
     options = dict(task) | TRAINING | dict(length=length, packing="concatenate", reset=False)
     # Other splits may have less text than one long row.
     options |= {SPLIT: rows}
-    with cache.temporary_builds():
+    with temporary_builds():
         source = make_task(**options).splits[SPLIT]
     batch = source.gather(np.arange(len(source)), length)
     return by_range(losses_by_position(model, batch["inputs"], batch["labels"], cache=cache), trained=trained)

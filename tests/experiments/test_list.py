@@ -52,7 +52,7 @@ def test_the_command(capsys):
     assert listing.main(["tasks", "--json"]) == 0
     assert {entry["name"] for entry in json.loads(capsys.readouterr().out)} == set(TASKS)
     assert listing.main(["--json"]) == 0
-    assert list(json.loads(capsys.readouterr().out)) == ["mixers", "tasks", "configs"]
+    assert list(json.loads(capsys.readouterr().out)) == ["mixers", "tasks", "caches", "configs"]
     assert listing.main([]) == 0
     assert "configs:\nconfigs/" in capsys.readouterr().out
     with pytest.raises(SystemExit) as left:

@@ -160,7 +160,7 @@ DELTA_RULE = [
     (dplr(b=ones(2, 5, 1, 4)), ValueError, "b has shape (2, 5, 1, 4); expected (b, t, h, k)"),
     (dplr(b=ones(2, 5, 2, 4, dtype="int32")), TypeError, f"b has dtype int32; {REAL}"),
     (dplr(v=ones(2, 5, 1, 4)), ValueError, "v has shape (2, 5, 1, 4); expected (b, t, h, v)"),
-    (dplr(impl="gpu"), ValueError, "impl='gpu' is not an implementation of dplr_delta_rule"),
+    (dplr(impl="tpu"), ValueError, "impl='tpu' is not an implementation of dplr_delta_rule"),
 ]
 CONVOLUTIONS = [
     (convolution(x=WHOLE), TypeError, f"x has dtype int32; {FLOAT}"),
