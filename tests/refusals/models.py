@@ -153,7 +153,7 @@ MIXER_OPTIONS = [
     (mixer("rwkv4", layer=3, depth=2), ValueError, "layer=3, depth=2; expected 0 <= layer < depth"),
     (mixer("xlstm7b", heads=3), ValueError, "heads=3"),
     (mixer("xlstm7b", heads=2, gate_cap=0.0), ValueError, "gate_cap=0.0; expected"),
-    (mixer("rwkv_channel", version=5), ValueError, "version=5; expected"),
+    (mixer("rwkv_channel", version=5), TypeError, "version=5; expected"),
     (mixer("rwkv_channel", layer=2, depth=2), ValueError, "layer=2, depth=2; expected 0 <= layer < depth"),
     (mixer("lstm", state_size=0), ValueError, "state_size=0; expected"),
     (mixer("hyena", order=1), ValueError, "order=1; expected"),
@@ -232,7 +232,11 @@ MIXER_OPTIONS = [
     (named("mixer", MIXERS, "bidirectional"), ValueError, "mixer 'bidirectional' needs the option inner"),
 ]
 OTHER_OPTIONS = [
-    (channel("mlp", gate_scale=2.0), ValueError, "gate_scale=2.0 of an mlp, which has no gate"),
+    (
+        named("channel mixer", CHANNEL_MIXERS, "mlp", gate_scale=2.0),
+        ValueError,
+        "gate_scale=2.0 of an mlp, which has no gate",
+    ),
     (
         channel("moe", gated=False, gain=1.7),
         ValueError,
@@ -243,7 +247,11 @@ OTHER_OPTIONS = [
         ValueError,
         "clamp=7.0 with gated=True and activation='relu2'",
     ),
-    (channel("moe", activation="relu3"), ValueError, "unknown activation 'relu3'; did you mean 'relu"),
+    (
+        named("channel mixer", CHANNEL_MIXERS, "moe", activation="relu3"),
+        ValueError,
+        "unknown activation 'relu3'; did you mean 'relu",
+    ),
     (channel("moe", experts=4, top_k=5), ValueError, "top_k=5; expected 1 to experts=4"),
     (channel("moe", experts=4, top_k=1), ValueError, "top_k=1 with normalize=True"),
     (channel("moe", experts=4, shared=-1), ValueError, "shared=-1; expected"),
