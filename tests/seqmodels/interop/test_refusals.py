@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import seqmodels
 from seqmodels import load_pretrained, save_pretrained
 from seqmodels.interop.families import FAMILIES
+from seqmodels.interop.loading import shapes_of
 from seqmodels.interop.saving import differences
 
 DATA = Path(__file__).parent / "data"
@@ -280,6 +281,14 @@ def test_models_without_an_architecture(options, words, tmp_path):
         save_pretrained(build(**options), tmp_path / "out")
     assert words in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_shared_block_without_an_architecture(tmp_path):
+    config = load_pretrained(DATA / "zamba2")[1]
+    mixer = config["shared"]["mixer"] | {"logit_cap": 3.0}
+    model = shapes_of(config | {"shared": config["shared"] | {"mixer": mixer}})
+    with pytest.raises(ValueError, match=r"Zamba2ForCausalLM, has shared 0: mixer\.logit_cap=None"):
+        save_pretrained(model, tmp_path / "out")
 
 
 def test_folders_and_arguments_of_saving(folder, tmp_path, monkeypatch):
