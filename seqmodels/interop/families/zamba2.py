@@ -119,7 +119,8 @@ def _read_shared(options: Options, width: int, layers: tuple[int, ...], bias: bo
 def write(model: Any) -> dict[str, Any]:
     """Returns their options."""
     stack, own = model.config.stack, layer_of(model, 0).mixer.config
-    shared, block = stack.shared, model.stack.shared[0]
+    block, *_ = model.stack.shared  # none is a ValueError: the family does not express the model
+    shared = stack.shared
     attention, channel = block.mixer.config, block.channel
     made = write_sizes(model) | {
         "layers_block_type": [
