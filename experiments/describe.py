@@ -164,7 +164,7 @@ def describe(config: Mapping[str, Any], lengths: Sequence[int] = LENGTHS) -> dic
         )
         for i in range(stack.config.depth)
     ]
-    rest = total - _parameters(stack)
+    rest, shared = total - _parameters(stack), _parameters(stack.shared)
     return dict(
         kind=config["model"]["kind"],
         width=stack.config.width,
@@ -172,6 +172,7 @@ def describe(config: Mapping[str, Any], lengths: Sequence[int] = LENGTHS) -> dic
         causal=stack.causal,
         backend=jax.default_backend(),
         layers=layers,
+        **({"shared_blocks": dict(parameters=shared)} if stack.uses else {}),
         embedding_and_head=dict(parameters=rest),
         parameters=total,
         parameter_bytes=4 * total,
@@ -199,7 +200,10 @@ def _channel(config: Any, layer: int) -> str | None:
 
 
 def _layer(stack: Any, layer: int, length: int) -> dict[str, Any]:
-    """Returns parameters and operations per token of one layer, its norms and residual connections included."""
+    """Returns parameters and operations per token of one layer, its norms and residual connections included.
+
+    Shared blocks are counted apart: their parameters once, their operations in those of the whole model.
+    """
     block, config = stack.blocks[layer], stack.config
     x = jax.ShapeDtypeStruct((1, length, config.width), jnp.dtype(config.dtype))
     flops = _flops(block, x)
@@ -265,6 +269,8 @@ def table(record: Mapping[str, Any]) -> str:
         )
         for row in record["layers"]
     ]
+    if "shared_blocks" in record:
+        layers.append(("", "shared blocks", "", f"{record['shared_blocks']['parameters']:,}", ""))
     layers.append(("", "embedding, head", "", f"{record['embedding_and_head']['parameters']:,}", ""))
     layers.append(
         ("", "all", "", f"{record['parameters']:,}", _si(record["lengths"][0].get("flops_per_token")))

@@ -27,6 +27,9 @@ class Block(nnx.Module):
     Joint residual: x = x + channel(mixer(norm(x))). Parallel residual: x = x + mixer(norm(x)) + channel(norm(x)), where
     both norms may be one. Each x
     before a plus is multiplied by `residual_scale`, and each branch after one by `branch_scale`.
+
+    Attributes:
+      use: what this layer's use of a shared block has of its own (`seqmodels.shared.Use`), which the stack sets and runs; or None.
     """
 
     def __init__(self, config: StackConfig, layer: int, *, rngs: nnx.Rngs):
@@ -39,6 +42,7 @@ class Block(nnx.Module):
         after = config.norm_position in ("output", "both")
         self.mixer_norm = self._norm(rngs) if before else None
         self.mixer_output_norm = self._norm(rngs) if after else None
+        self.use: nnx.Module | None = nnx.data(None)
         channel = config.channel_of(layer)
         if channel is None:
             self.channel = self.channel_norm = self.channel_output_norm = None
@@ -78,8 +82,13 @@ class Block(nnx.Module):
         *,
         segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
+        beside: Float[Array, "b t d"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Any, Float[Array, "b t d"] | None]:
-        """Returns the output of the layer, the mixer's state and the values for later layers; see `Mixer.sharing`."""
+        """Returns the output of the layer, the mixer's state and the values for later layers; see `Mixer.sharing`.
+
+        Args:
+          beside: what the branch of the mixer reads in addition to x: x + mixer(norm(x + beside)).
+        """
         segments = Segments.of(segment_ids)
         mask = None if segments is None else segments.real
         norms = {"mask": mask, "training": key is not None}
@@ -108,7 +117,8 @@ class Block(nnx.Module):
             return dropout(self.channel(u, mask=mask, key=keys[1]), self.config.dropout, keys[2]), None
 
         x = before(x, self.mixer_norm)
-        mixed, out = branch(mix, x, self.mixer_norm, self.mixer_output_norm)
+        read = x if beside is None else x + beside
+        mixed, out = branch(mix, read, self.mixer_norm, self.mixer_output_norm)
         if self.channel is None or self.config.residual == "joint":
             return add(x, mixed, self.mixer_norm), *out
         if self.config.residual == "separate":

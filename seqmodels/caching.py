@@ -45,6 +45,11 @@ def check(model: LanguageModel, policy: CachePolicy, longest: int, new: int) -> 
             f"cache={type(policy).__name__} reads several prompts per row, and layer {other[0]} ({stack.mixer_of(other[0])[0]}) does not "
             "tell their states apart; expected a model whose layers all hold keys and values of all tokens"
         )
+    if policy.packs and stack.shared is not None:
+        raise ValueError(
+            f"cache={type(policy).__name__} reads several prompts per row, and shared blocks (shared.layers={stack.shared.layers}) do "
+            "not tell their states apart; expected a model with shared=None"
+        )
     policy.check(longest + new - 1, {layer: mixer.config for layer, mixer in mixers.items()})
 
 

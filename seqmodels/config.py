@@ -6,11 +6,45 @@ from typing import Annotated, Any, Literal
 
 from layers.channel import CHANNEL_MIXERS
 from layers.mixers import MIXERS
-from layers.options import Bound, DtypeNames, Fraction, NonNegative, Positive, checked_dataclass
+from layers.options import Bound, Count, DtypeNames, Fraction, NonNegative, Positive, checked_dataclass
 from layers.registry import make_config, suggestion
 
 # Options of mixers that a block fills in.
 SUPPLIED = {"width", "dtype", "layer", "depth"}
+
+
+@checked_dataclass(section="shared")
+class SharedConfig:
+    """Blocks whose parameters several layers share; see `seqmodels.shared`.
+
+    Attributes:
+      layers: numbers of the layers that use a block, in order.
+      blocks: number of blocks, which these layers use in turn.
+      mixer: options of the mixer, of twice the width of the model; a key "mixer" names it ("attention" if left out).
+      channel: options of the channel mixer; a key "channel" names it ("swiglu" if left out).
+      adapters: linear maps of the block, such as "mixer/query", to which each use adds a low-rank matrix of its own; those of
+        a name like "channel/gate+channel/up" share its first factor.
+      rank: rank of these matrices.
+    """
+
+    layers: tuple[Count, ...]
+    blocks: int = 1
+    mixer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    channel: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
+    rank: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise ValueError(f"shared.layers={self.layers}; expected numbers of layers in increasing order")
+        if self.blocks > len(self.layers):
+            raise ValueError(
+                f"shared.blocks={self.blocks} for {len(self.layers)} layers; expected at most one per layer"
+            )
+
+    def block_of(self, layer: int) -> int:
+        """Returns the number of the block that a layer uses."""
+        return self.layers.index(layer) % self.blocks
 
 
 @checked_dataclass
@@ -38,6 +72,8 @@ class StackConfig:
       residual_scale: factor on x before a branch is added; DeepNorm (Wang et al. 2022, arXiv:2203.00555) uses (2
         depth)^(1/4) with norm_position="post".
       branch_scale: factor on the output of each branch before it is added (Granite).
+      shared: options of blocks that several layers share (`SharedConfig`), whose output the mixers of these layers read beside
+        x: x + mixer(norm(x + shared(x, x_0))), with x_0 the input of the stack (Zamba2); None for none. Layers run without `scan`.
       dropout: dropout rate of branch outputs if separate; passed to the channel mixer if joint.
       scan: whether repeats of the pattern run under `jax.lax.scan`, which compiles them once.
       remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products), "attention" (all
@@ -63,6 +99,7 @@ class StackConfig:
     norm_position: Literal["pre", "post", "output", "both", "stream"] = "pre"
     residual_scale: Positive = 1.0
     branch_scale: Positive = 1.0
+    shared: Mapping[str, Any] | SharedConfig | None = None
     dropout: Fraction = 0.0
     scan: bool = True
     remat: Literal["none", "full", "dots", "attention"] = "none"
@@ -78,6 +115,7 @@ class StackConfig:
         used = {entry.partition("+")[0] for entry in self.pattern}
         _all_used("mixers", self.mixers, used)
         self._check_defaults()
+        self._check_shared()
         _all_used(
             "channels", self.channels, {entry.partition("+")[2] or self.channel for entry in self.pattern}
         )
@@ -94,6 +132,13 @@ class StackConfig:
             raise ValueError(
                 f"residual='parallel' adds both branches at once; norm_position={self.norm_position!r} needs 'separate'"
             )
+
+    def _check_shared(self) -> None:
+        """Makes `shared` a config, and raises unless its layers exist."""
+        if isinstance(self.shared, Mapping):
+            object.__setattr__(self, "shared", make_config("shared", SharedConfig, self.shared))
+        if self.shared is not None and self.shared.layers[-1] >= self.depth:
+            raise ValueError(f"shared.layers={self.shared.layers}; expected numbers below depth={self.depth}")
 
     def _check_defaults(self) -> None:
         """Raises unless each key of `mixer_defaults` is an option of some mixer that the model does not supply."""

@@ -15,6 +15,7 @@ from layers.sharding import divide_batch
 from layers.typing import Array, Float, Key
 from seqmodels.block import Block
 from seqmodels.config import StackConfig
+from seqmodels.shared import SharedBlock, Use
 
 # What the backward pass of a scan computes again rather than reads: one pass over memory gives many of these at once,
 # while a scan would write each result of each layer. Layers that are not scanned leave that choice to the compiler.
@@ -88,6 +89,10 @@ class Stack(nnx.Module):
     variables have a leading axis of repeats, for layers i, i + p, i + 2 p, ... They run under `jax.lax.scan`, which
     compiles the pattern once. `blocks` holds the remaining layers separately, which are all if some read values of an earlier one.
 
+    Layers of `config.shared` also read what a shared block makes of x and of the input of the stack. `shared` holds these blocks,
+    and each of the layers what its use has of its own, `use`. Then all layers run one by one, and the states of the uses follow
+    those of the layers.
+
     The metadata `layers` of each variable lists the layers that it belongs to, so that checkpoints name it by layer and
     do not depend on `scan`.
     """
@@ -95,9 +100,15 @@ class Stack(nnx.Module):
     def __init__(self, config: StackConfig, *, rngs: nnx.Rngs):
         self.config = config
         blocks = [Block(config, layer, rngs=rngs) for layer in range(config.depth)]
+        self.shared = nnx.List(
+            SharedBlock(config, rngs=rngs)
+            for _ in range(0 if config.shared is None else config.shared.blocks)
+        )
+        for layer in self.uses:
+            blocks[layer].use = Use(config, self.shared[config.shared.block_of(layer)], rngs=rngs)
         period = len(config.pattern)
         # What passes from one layer to another is not the same before and after each repeat.
-        alike = not any(block.mixer.takes_values for block in blocks)
+        alike = not any(block.mixer.takes_values or block.use is not None for block in blocks)
         repeats = config.depth // period if config.scan and alike else 0
         self.repeats = repeats if repeats > 1 else 0
         scanned = self.repeats * period
@@ -110,15 +121,22 @@ class Stack(nnx.Module):
         self.blocks = nnx.List(blocks[scanned:])
 
     @property
+    def uses(self) -> tuple[int, ...]:
+        """The layers that use a shared block."""
+        return () if self.config.shared is None else self.config.shared.layers
+
+    @property
     def causal(self) -> bool:
         """Whether no mixer lets an output depend on later inputs."""
         return all(mixer.causal for _, mixer in self.mixers())
 
     def mixers(self) -> Iterator[tuple[int, Mixer]]:
-        """Yields layers and their mixers; for stacked layers, the first of each place and the stacked mixer."""
+        """Yields layers and their mixers, also shared ones; for stacked layers, the first of each place and the stacked mixer."""
         for place, block in enumerate(self.stacked):
             yield place, block.mixer
         for layer, block in enumerate(self.blocks, start=self.repeats * len(self.stacked)):
+            yield layer, block.mixer
+        for layer, block in zip(self.uses, self.shared, strict=False):
             yield layer, block.mixer
 
     def block(self, layer: int) -> Block:
@@ -139,11 +157,13 @@ class Stack(nnx.Module):
         return [self.block(layer) for layer in range(self.config.depth)]
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> tuple[Any, ...]:
-        """Returns the initial state of each layer; `max_length` bounds the tokens that caches must hold."""
-        return tuple(
-            self.block(layer).mixer.init_state(batch_size, max_length=max_length)
-            for layer in range(self.config.depth)
-        )
+        """Returns the initial state of each layer, and of each use of a shared block.
+
+        `max_length` bounds the tokens that caches must hold.
+        """
+        mixers = [self.block(layer).mixer for layer in range(self.config.depth)]
+        mixers += [self.shared[self.config.shared.block_of(layer)].mixer for layer in self.uses]
+        return tuple(mixer.init_state(batch_size, max_length=max_length) for mixer in mixers)
 
     def __call__(
         self,
@@ -153,43 +173,60 @@ class Stack(nnx.Module):
         segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b t d"], tuple[Any, ...] | None]:
-        """Returns the output of all layers and their states. A key means training."""
+        """Returns the output of all layers and the states. A key means training."""
         config, segments, values = self.config, Segments.of(segment_ids), None
         keys = None if key is None else jax.random.split(key, config.depth)
         # Padding holds zeros from here on, whatever the embedding made of it.
-        x = divide_batch(select_real(x, segments))
+        entered = x = divide_batch(select_real(x, segments))
         if state is not None:
             self._check_state(state)
             # Runs layers one by one: a scan would copy the states of all layers.
-            states = []
+            states, uses = [], []
             for layer in range(config.depth):
-                layer_key = None if keys is None else keys[layer]
+                layer_key, beside = None if keys is None else keys[layer], None
+                if layer in self.uses:
+                    beside, new = self._use(layer, x, entered, state[config.depth + len(uses)], segments)
+                    uses.append(new)
                 run = self.block(layer).sharing
-                x, new, values = run(x, state[layer], values, segment_ids=segments, key=layer_key)
+                x, new, values = run(
+                    x, state[layer], values, segment_ids=segments, key=layer_key, beside=beside
+                )
                 states.append(new)
-            return x, tuple(states)
+            return x, (*states, *uses)
         if self.repeats:
             x = self._scan(x, segments, keys)
         for number, layer in enumerate(range(self.repeats * len(self.stacked), config.depth)):
-            x, values = self._one(x, values, segments, keys, number, layer)
+            beside = self._use(layer, x, entered, None, segments)[0] if layer in self.uses else None
+            x, values = self._one(x, values, segments, keys, number, layer, beside)
         return x, None
 
     def _check_state(self, state: Any) -> None:
-        """Raises unless there is one state per layer; each mixer checks its own."""
-        depth = self.config.depth
+        """Raises unless there is one state per layer and use of a shared block; each mixer checks its own."""
+        count = self.config.depth + len(self.uses)
         if not isinstance(state, tuple | list) or hasattr(state, "_fields"):
             raise TypeError(
                 f"state of a stack is a {type(state).__name__}; expected the tuple that its init_state returns"
             )
-        if len(state) != depth:
-            raise ValueError(f"state of a stack has {len(state)} layers; expected {depth}, one per layer")
+        if len(state) != count:
+            uses = " and use of a shared block" if self.uses else ""
+            raise ValueError(
+                f"state of a stack has {len(state)} layers; expected {count}, one per layer{uses}"
+            )
 
-    def _one(self, x, values, segments, keys, number, layer):
+    def _use(self, layer, x, entered, state, segments):
+        """Returns what the shared block of a layer gives to its mixer, and the state of the use."""
+        block = self.shared[self.config.shared.block_of(layer)]
+        graph, params = nnx.split((block, self.block(layer).use))
+        run = _run_use if state is not None else self._rematerialised(_run_use)
+        beside, state = run(x, entered, params, segments, state, graph)
+        return divide_batch(beside), state
+
+    def _one(self, x, values, segments, keys, number, layer, beside):
         """Runs one layer outside the scan."""
         graph, params, rest = nnx.split(self.blocks[number], nnx.Param, ...)
         run = self._rematerialised(_run_blocks)
         keys = None if keys is None else keys[layer : layer + 1]
-        x, values, (rest,) = run(x, values, ((params, rest),), segments, keys, (graph,))
+        x, values, (rest,) = run(x, values, ((params, rest),), segments, keys, (graph,), beside)
         if keys is not None:
             nnx.update(self.blocks[number], rest)
         return x, values
@@ -272,13 +309,19 @@ def _holds_complex(jaxpr: Any) -> bool:
     return False
 
 
-def _run_blocks(x, values, variables, segments, keys, graphs):
+def _run_use(x, entered, params, segments, state, graph):
+    """Runs a shared block and a use of it."""
+    block, use = nnx.merge(graph, params)
+    return use(block, x, entered, state, segment_ids=segments)
+
+
+def _run_blocks(x, values, variables, segments, keys, graphs, beside=None):
     """Runs blocks given as pairs (params, rest); returns x, shared values and the rests, which norms may have updated."""
     rests = []
     for place, (graph, (params, rest)) in enumerate(zip(graphs, variables, strict=True)):
         block = nnx.merge(graph, params, rest)
         key = None if keys is None else keys[place]
-        x, _, values = block.sharing(x, None, values, segment_ids=segments, key=key)
+        x, _, values = block.sharing(x, None, values, segment_ids=segments, key=key, beside=beside)
         x = divide_batch(x)
         rests.append(nnx.split(block, nnx.Param, ...)[2])
     return x, values, tuple(rests)

@@ -172,6 +172,26 @@ FAMILIES = {
             "ssm_multipliers": [0.7, 1.3, 0.9, 1.2, 1.5],
         },
     ),
+    "zamba2": (
+        "Zamba2Config",
+        DECODER
+        | {
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 4,
+            "intermediate_size": 12,
+            "layers_block_type": ["hybrid", "hybrid", "linear_attention", "hybrid"],
+            "n_mamba_heads": 4,
+            "mamba_ngroups": 2,
+            "mamba_d_state": 4,
+            "chunk_size": 8,
+            "time_step_min": 0.1,
+            "num_mem_blocks": 2,
+            "adapter_rank": 2,
+            "use_shared_attention_adapter": True,
+            "use_mem_rope": True,
+            "rope_parameters": ROPE,
+        },
+    ),
     "granite": ("GraniteConfig", DECODER | GRANITE | {"rope_parameters": ROPE}),
     "granite_moe_hybrid": (
         "GraniteMoeHybridConfig",

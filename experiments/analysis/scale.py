@@ -57,8 +57,15 @@ def scales(values: Mapping[str, Any], *, batch: int, length: int, seed: int) -> 
       values: the section `model` with its sizes, for `build_model`.
       batch, length: number of rows and of tokens per row.
       seed: seed of parameters, inputs and labels.
+
+    Raises:
+      ValueError: layers of the model share blocks.
     """
     model = build_model({**values, "scan": False, "dropout": 0.0}, rngs=nnx.Rngs(seed))
+    if model.stack.uses:
+        raise ValueError(
+            f"shared.layers={model.stack.uses} read shared blocks, which scales by layer leave out; expected shared=None"
+        )
     keys = jax.random.split(jax.random.key(seed), 3)
     input_config, config = model.config.input, model.stack.config
     rows = (batch, 2) if isinstance(model, DualEncoder) else (batch,)

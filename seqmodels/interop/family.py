@@ -53,6 +53,7 @@ class Family:
       parts: function from the config of the stack to pairs within a layer, by the names of its mixer and channel mixer; ""
         holds for all layers. Pairs for variables that a model lacks, such as biases, stand for nothing.
       constants: variables within a layer that have one value in every model of the family and no tensor.
+      more: function from the config of the stack to further pairs, with full names, where they depend on it.
       unread: pattern of names of tensors that hold nothing to read, such as masks.
       base: prefix of all names but the head's, which some checkpoints leave out.
       aliases: patterns of other names that some checkpoints have, and what to put in their place.
@@ -68,6 +69,7 @@ class Family:
     layer: str
     parts: Callable[[StackConfig], Mapping[str, Pairs]]
     constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    more: Callable[[StackConfig], Pairs] = lambda _: ()
     unread: str = r"(?!)"
     base: str = "model."
     aliases: Sequence[tuple[str, str]] = ()
@@ -77,7 +79,7 @@ class Family:
 
     def pairs(self, stack: StackConfig) -> Pairs:
         """Returns all pairs of a model, with full names."""
-        found, parts = list(self.outer), self.parts(stack)
+        found, parts = [*self.outer, *self.more(stack)], self.parts(stack)
         for layer, (mixer_number, channel_number) in enumerate(self.numbers(stack)):
             channel = stack.channel_of(layer)
             kinds = [("", mixer_number), (stack.mixer_of(layer)[0], mixer_number)]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,6 +24,15 @@ from seqmodels.names import names_of
 from seqmodels.stack import Stack
 
 SHARD = 5_000_000_000
+# Parts of the block of a layer.
+_PARTS = (
+    "mixer",
+    "channel",
+    "mixer_norm",
+    "mixer_output_norm",
+    "channel_norm",
+    "channel_output_norm",
+)
 # Options of training and initial values, which a published config does not have.
 _OF_TRAINING = {
     "dtype",
@@ -146,22 +155,17 @@ def differences(model: LanguageModel, twin: LanguageModel) -> list[str]:
         found += _options("norm.", model.norm.config, twin.norm.config)
     for layer, (ours, theirs) in enumerate(zip(_blocks(model.stack), _blocks(twin.stack), strict=True)):
         found += _block(f"layer {layer}: ", ours, theirs)
+    for number, pair in enumerate(zip(model.stack.shared, twin.stack.shared, strict=False)):
+        found += _block(f"shared {number}: ", *pair, parts=("mixer", "channel", "mixer_norm", "channel_norm"))
     own, other = _shapes(model), _shapes(twin)
     found += [f"no {name} {list(own[name])}" for name in own if own[name] != other.get(name)]
     found += [f"a further {name}" for name in other if name not in own]
     return found
 
 
-def _block(where: str, ours: Block, theirs: Block) -> list[str]:
+def _block(where: str, ours: Any, theirs: Any, *, parts: Sequence[str] = _PARTS) -> list[str]:
     found = []
-    for name in (
-        "mixer",
-        "channel",
-        "mixer_norm",
-        "mixer_output_norm",
-        "channel_norm",
-        "channel_output_norm",
-    ):
+    for name in parts:
         pair = getattr(ours, name), getattr(theirs, name)
         found += _compare(where + name, *(type(each).__name__ for each in pair))
         if pair[0] is not None and not found:

@@ -79,6 +79,11 @@ ROWS = [
         "lookup=2 with cache='h2o(budget=4)': a draft that fails",
     ),
     (
+        continued("prepacking", shared=dict(layers=(0,))),
+        ValueError,
+        "shared blocks (shared.layers=(0,)) do not tell their states apart",
+    ),
+    (
         continued("prepacking", depth=2, pattern=("attention", "gla")),
         ValueError,
         "cache=Prepacking reads several prompts per row, and layer 1 (gla) does not tell their states apart",

@@ -188,6 +188,7 @@ COMMANDS = [
     ("benchmark kernels --patience=nan", "'nan'; expected a number above 0"),
     ("benchmark kernels --out=FILES/file/below", "is a file"),
     ("benchmark scaling --lengths=2k", "'2k'; expected an integer of at least 1"),
+    ("benchmark steps --prefer=delta_rule", "--prefer=delta_rule; expected primitive/implementation"),
     ("benchmark decode --time=64", "--time has no effect on decode, which takes --batch, --cache, --lengths"),
     (
         "benchmark scaling --batch=4",

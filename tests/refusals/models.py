@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments.analysis.scale import scales
 from layers.channel import CHANNEL_MIXERS
 from layers.mixers import MIXERS
 from layers.norms import NORMS
@@ -25,16 +26,18 @@ def named(kind, registry, name, **options):
     return lambda: build(kind, registry, name, options, given=dict(width=8), rngs=nnx.Rngs(0))
 
 
+MODEL = dict(
+    kind="language_model",
+    vocab_size=9,
+    width=8,
+    depth=1,
+    pattern=("attention",),
+    mixer_defaults=dict(heads=2),
+)
+
+
 def model(**changes):
-    config = dict(
-        kind="language_model",
-        vocab_size=9,
-        width=8,
-        depth=1,
-        pattern=("attention",),
-        mixer_defaults=dict(heads=2),
-    )
-    values = {name: value for name, value in (config | changes).items() if value is not ...}
+    values = {name: value for name, value in (MODEL | changes).items() if value is not ...}
     return lambda: nnx.eval_shape(lambda: build_model(values, rngs=nnx.Rngs(0)))
 
 
@@ -307,6 +310,41 @@ MODELS = [
     (model(dropout=1.0), ValueError, "dropout=1.0; expected"),
     (model(dropout=-0.5), ValueError, "dropout=-0.5; expected"),
     (model(residual_scale=0.0), ValueError, "residual_scale=0.0; expected"),
+    (
+        lambda: scales(MODEL | dict(shared=dict(layers=(0,))), batch=1, length=2, seed=0),
+        ValueError,
+        "shared.layers=(0,) read shared blocks, which scales by layer leave out",
+    ),
+    (model(shared={}), ValueError, "shared needs the option layers"),
+    (model(shared=dict(layer=(0,))), ValueError, "did you mean 'layers'?"),
+    (model(shared=dict(layers=(1, 0))), ValueError, "shared.layers=(1, 0); expected numbers of layers in"),
+    (model(shared=dict(layers=(0, 9))), ValueError, "shared.layers=(0, 9); expected numbers below depth="),
+    (model(shared=dict(layers=(0,), blocks=2)), ValueError, "shared.blocks=2 for 1 layers; expected at most"),
+    (
+        model(shared=dict(layers=(0,), adapters=("mixer/querry",))),
+        ValueError,
+        "'mixer/querry', which is no linear map of the block; it has channel/down",
+    ),
+    (
+        model(shared=dict(layers=(0,), adapters=("mixer/query+channel/up",))),
+        ValueError,
+        "whose maps have [8, 16] inputs; expected one number",
+    ),
+    (
+        model(shared=dict(layers=(0,), adapters=("mixer/query",), rank=17)),
+        ValueError,
+        "shared.rank=17 for mixer/query",
+    ),
+    (
+        model(shared=dict(layers=(0,), channel=dict(channel="moe"))),
+        ValueError,
+        "shared.channel='moe' keep statistics or losses",
+    ),
+    (
+        model(shared=dict(layers=(0,), mixer=dict(output_projection=False, head_dim=4))),
+        ValueError,
+        "output_projection=False with 8 heads of 4; expected the width 16",
+    ),
     (model(dtype="float64"), ValueError, "dtype='float64'; "),
     (model(param_dtype="float16"), ValueError, "param_dtype='float16'; "),
     (model(vocab_size=...), ValueError, "set vocab_size for tokens or input_size for vectors"),

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -52,6 +53,8 @@ class AttentionConfig:
       norm_unit_offset: whether their factor is 1 + scale (Gemma 3).
       bias: whether the projections have biases.
       output_bias: whether the output projection has one; as `bias` if None.
+      output_projection: whether there is an output projection; without it, the outputs of the heads are given side by side, for
+        whoever maps them to another width. Then heads * head_dim must be the width.
       dtype: dtype of the activations and of the cache.
     """
 
@@ -74,6 +77,7 @@ class AttentionConfig:
     norm_unit_offset: bool = False
     bias: bool = False
     output_bias: bool | None = None
+    output_projection: bool = True
     dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
@@ -83,6 +87,10 @@ class AttentionConfig:
                 "choose heads that do, or set head_dim to give heads a size of their own"
             )
         _ = self.groups
+        if not self.output_projection and self.heads * self.size != self.width:
+            raise ValueError(
+                f"output_projection=False with {self.heads} heads of {self.size}; expected the width {self.width} together"
+            )
         if self.sink_tokens and self.window is None:
             raise ValueError(
                 f"sink_tokens={self.sink_tokens} with window={self.window}; expected 0 without window"
@@ -146,7 +154,11 @@ class Attention(Mixer):
         options |= {"axes": ("heads", "embed")}
         if config.output_bias is not None:
             options["bias"] = config.output_bias
-        self.output = linear(config.heads * config.size, config.width, **options)
+        self.output = (
+            linear(config.heads * config.size, config.width, **options)
+            if config.output_projection
+            else jax.nn.identity
+        )
         self.query_norm = self._norm(config.heads, rngs) if config.qk_norm else None
         self.key_norm = self._norm(config.groups, rngs) if config.qk_norm else None
         self.position = Position(

@@ -30,6 +30,7 @@ from seqmodels.interop.families import (
     rwkv,
     rwkv_fla,
     xlstm,
+    zamba2,
 )
 
 FAMILIES = {
@@ -63,6 +64,7 @@ FAMILIES = {
         bamba.BAMBA,
         nemotron_h.NEMOTRON_H,
         falcon_h1.FALCON_H1,
+        zamba2.ZAMBA2,
         granite.GRANITE,
         granite.GRANITE_HYBRID,
         minimax.MINIMAX,

@@ -109,7 +109,7 @@ def alone(model):
 
 
 # By default each mesh and each axis of parameters once.
-BY_DEFAULT = {("s5", "data 8"), ("s5", "tensor 2 x fsdp 4"), ("hybrid", "fsdp 8")}
+BY_DEFAULT = {("s5", "tensor 2 x fsdp 4"), ("hybrid", "fsdp 8")}
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,10 @@ def value_and_gradients(run, q, k, v):
     "count, causal",
     [(4, True), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((2, True), (4, False), (5, True)))],
 )
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("ring", "token_ring"))) for name in METHODS],
+)
 def test_equals_one_device(plain, method, count, causal):
     arguments = drawn(8 * count)
     run = functools.partial(attention, causal=causal)

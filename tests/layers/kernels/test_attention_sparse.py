@@ -126,7 +126,7 @@ def literal(name, arguments):
     return weights, np.einsum("bhij,bjhv->bihv", weights, v)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @combinations
 def test_outputs_gradients_and_key_mass(name, small_blocks):  # noqa: F811
     """Outputs and masses against pairs in float64; gradients against those of the dense reference."""

@@ -11,6 +11,7 @@ from layers.kernels.sequence_parallel import attention_by
 HEADS, TIME, FEATURES = 2, 2048, 16
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("method", [None, "all_gather", "ring", "zigzag", "balanced_ring", "token_ring"])
 @pytest.mark.parametrize("remat", [False, True])
 def test_no_array_of_the_derivative_holds_all_logits(method, remat):

@@ -66,13 +66,14 @@ def on_one_device(arguments, segment_ids, method, pieces):
     return found | {"o": whole(o), "final_state": final[-1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "segment_ids, method, pieces, decay",
     [
         (None, "all_scan", 1, True),
-        pytest.param(IDS, "all_gather", 2, True, marks=pytest.mark.slow),
-        pytest.param(IDS, "all_scan", 1, False, marks=pytest.mark.slow),
-        pytest.param(None, "all_gather", 2, False, marks=pytest.mark.slow),
+        (IDS, "all_gather", 2, True),
+        (IDS, "all_scan", 1, False),
+        (None, "all_gather", 2, False),
     ],
 )
 def test_interpreted(segment_ids, method, pieces, decay, monkeypatch):

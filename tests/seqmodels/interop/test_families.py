@@ -24,7 +24,7 @@ FOLDERS = sorted(folder.name for folder in DATA.iterdir())
 # whose pairs are of each kind.
 FULL, STEPS, CONTINUED = ("llama", "qwen3_next"), ("recurrent_gemma",), ("llama",)
 KEPT = ("llama", "gpt2", "qwen3_next", "gpt_oss", "kimi_linear", "granite_moe_hybrid", "falcon")
-KEPT += ("rwkv7", "nemotron_h")
+KEPT += ("rwkv7", "nemotron_h", "zamba2")
 TOLERANCE = 1e-4
 
 

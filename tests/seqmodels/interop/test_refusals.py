@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import seqmodels
 from seqmodels import load_pretrained, save_pretrained
 from seqmodels.interop.families import FAMILIES
+from seqmodels.interop.loading import shapes_of
 from seqmodels.interop.saving import differences
 
 DATA = Path(__file__).parent / "data"
@@ -111,6 +112,15 @@ def test_configs(folder, options, words):
         ("retnet", {"use_output_gate": False}, ["use_output_gate=False", "expected True"]),
         ("comba", {"use_inner_decay": False}, ["use_inner_decay=False", "expected True"]),
         ("gated_deltaproduct", {"num_householder": 3}, ["k_proj.weight of shape (16, 16)", "asks for (24, 16)"]),
+        ("zamba2", {"layers_block_type": ["hybrid"]}, ["layers_block_type=['hybrid']", "num_hidden_layers=4"]),
+        ("zamba2", {"layers_block_type": ["mamba"] * 4}, ["a hybrid layer"]),
+        ("zamba2", {"num_mem_blocks": 4}, ["num_mem_blocks=4", "1 to 3"]),
+        ("zamba2", {"n_mamba_heads": 5}, ["n_mamba_heads=5", "hidden_size = 32"]),
+        ("zamba2", {"num_attention_heads": 5}, ["num_attention_heads=5", "hidden_size = 32"]),
+        ("zamba2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_type='dynamic'"]),
+        ("zamba2", {"use_mem_rope": 1}, ["use_mem_rope=1", "true or false"]),
+        ("zamba2", {"use_shared_attention_adapter": False}, ["linear_k_adapter_list.0.0.weight"]),
+        ("zamba2", {"time_step_limit": [0.0, 1.0]}, ["time_step_limit=[0.0, 1.0]"]),
         ("falcon_h1", {"mamba_n_heads": 4}, ["mamba_n_heads=4", "mamba_d_ssm / mamba_d_head = 3"]),
         ("falcon_h1", {"projectors_bias": True}, ["projectors_bias=True", "mamba_proj_bias=False"]),
         ("falcon_h1", {"mamba_rms_norm": True}, ["lacks the tensors model.layers.0.mamba.norm.weight"]),
@@ -271,6 +281,14 @@ def test_models_without_an_architecture(options, words, tmp_path):
         save_pretrained(build(**options), tmp_path / "out")
     assert words in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_shared_block_without_an_architecture(tmp_path):
+    config = load_pretrained(DATA / "zamba2")[1]
+    mixer = config["shared"]["mixer"] | {"logit_cap": 3.0}
+    model = shapes_of(config | {"shared": config["shared"] | {"mixer": mixer}})
+    with pytest.raises(ValueError, match=r"Zamba2ForCausalLM, has shared 0: mixer\.logit_cap=None"):
+        save_pretrained(model, tmp_path / "out")
 
 
 def test_folders_and_arguments_of_saving(folder, tmp_path, monkeypatch):

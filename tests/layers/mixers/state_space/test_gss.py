@@ -38,9 +38,8 @@ def literal(model, x):
 
 
 @pytest.mark.sample(2)
-@pytest.mark.parametrize(
-    "options", [pytest.param({}, marks=pytest.mark.slow), {"gate_width": 3, "ssm_width": 6}]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"gate_width": 3, "ssm_width": 6}])
 def test_equals_the_equation(options):
     model, x = make(**options), jax.random.normal(jax.random.key(0), (2, TIME, WIDTH))
     want = literal(model, x)
