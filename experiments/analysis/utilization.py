@@ -68,8 +68,8 @@ def peak_flops(kinds: Iterable[str]) -> float | None:
 def training_flops(model: SplitModel, loss: Callable[..., Any], batch: Mapping[str, Any]) -> float:
     """Returns the FLOPs of a training step on a batch: three times those of the forward pass's matrix products.
 
-    If only adapters are trained, it is twice those. They are counted on the plain JAX form of the model, since kernels hide theirs; attention counts all pairs of
-    positions, as is usual.
+    If only adapters are trained, it is twice those. They are counted on the plain JAX form of the model, since kernels hide
+    theirs; attention counts all pairs of positions, as is usual.
 
     Args:
       model: model of the step.

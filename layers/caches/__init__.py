@@ -72,11 +72,13 @@ def _parsed(text: str) -> tuple[str, dict[str, Any]]:
         if isinstance(tree, ast.Name):
             return tree.id, {}
         if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args:
-            return tree.func.id, {keyword.arg: _value(keyword.value) for keyword in tree.keywords}
+            options = {keyword.arg: _value(keyword.value) for keyword in tree.keywords}
+            if None not in options and len(options) == len(tree.keywords):
+                return tree.func.id, options
         raise SyntaxError
     except (SyntaxError, ValueError):
         raise ValueError(
-            f"cache={text!r}; expected a name with options, such as snapkv(budget=1024, window=32)"
+            f"cache={text!r}; expected a name with options, each once, such as snapkv(budget=1024, window=32)"
         ) from None
 
 

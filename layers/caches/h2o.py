@@ -55,7 +55,7 @@ class H2O(CachePolicy):
     ) -> list[CacheState]:
         found = []
         for prompt in prompts:
-            mass = jnp.moveaxis(by_group(jnp.moveaxis(prompt.scores, 2, 1), prompt.keys.shape[2]), 1, 2)
+            mass = by_group(prompt.scores, prompt.keys.shape[2], axis=2)
             scores = _with_recent(mass, prompt.recent(self.last)[..., None])
             # A slot beyond the budget is free again before the next call.
             slots = min(room, call + max(0, self.budget - prompt.slots))

@@ -159,9 +159,9 @@ def keep(
     )
 
 
-def by_group(x: Float[Array, "b h *n"], groups: int) -> Float[Array, "b g *n"]:
-    """Returns the mean over the query heads of each key/value head."""
-    return x.reshape(x.shape[0], groups, -1, *x.shape[2:]).mean(2)
+def by_group(x: Array, groups: int, axis: int = 1) -> Array:
+    """Returns the mean over the query heads of each key/value head; `axis` is that of the heads."""
+    return x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :]).mean(axis + 1)
 
 
 def kept_best(kept: Kept, scores: Float[Array, "b n g"], count: int) -> Kept:

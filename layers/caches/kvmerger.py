@@ -76,7 +76,7 @@ class KVMerger(CachePolicy):
 
     def _merged(self, prompt, count, room):
         """Returns the entries of a prompt, and slots for new tokens."""
-        mass = jnp.moveaxis(by_group(jnp.moveaxis(prompt.scores, 2, 1), prompt.keys.shape[2]), 1, 2)
+        mass = by_group(prompt.scores, prompt.keys.shape[2], axis=2)
         per_head = jax.vmap(jax.vmap(merge, (1, 1, 1, 1, None), 1), (0, 0, 0, 0, None))
         keys, values, sizes, pivots = per_head(prompt.keys, prompt.values, mass, self.sets(prompt), count)
         positions = jnp.take_along_axis(prompt.cache.positions[..., None], jnp.maximum(pivots, 0), axis=1)

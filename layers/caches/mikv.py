@@ -54,7 +54,7 @@ class MiKV(CachePolicy):
         found = []
         for prompt in prompts:
             groups, (mass, top) = prompt.keys.shape[2], prompt.scores
-            s = jnp.moveaxis(by_group(jnp.moveaxis(mass, 2, 1), groups), 1, 2)
+            s = by_group(mass, groups, axis=2)
             kept = keep(prompt, s, self.budget, room)
             rest = keep(
                 prompt, -s, prompt.slots, 0, budgets=jnp.maximum(prompt.length - self.budget, 0)[:, None]

@@ -106,7 +106,10 @@ class CachePolicy:
 
     def scores(self, prompt: Prompt, view: View) -> Float[Array, "b s g"]:
         """Returns the scores by which tokens of a prompt are kept; inf for those that are kept in any case."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"the cache policy {type(self).__name__} writes neither `scores` nor `compressed`; expected one of them, or "
+            "compresses=False"
+        )
 
     def adjusted(
         self, kept: Kept, view: View, q: Float[Array, "b t h k"], bias: Float[Array, "b h t n"]

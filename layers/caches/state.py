@@ -1,5 +1,6 @@
 """What stands in place of a cache of attention when a policy keeps it, and how its queries weigh keys."""
 
+import abc
 import dataclasses
 from typing import Any
 
@@ -116,18 +117,19 @@ def softmax(
     return weights / jnp.where(total == 0, 1.0, total)
 
 
-class CacheState:
+class CacheState(abc.ABC):
     """Base class of states that a policy puts in place of a `layers.parts.cache.Cache`: registered dataclasses."""
 
     @property
+    @abc.abstractmethod
     def slots(self) -> int:
         """The number that `like` takes the size from."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def like(self, cache: Cache) -> "CacheState":
         """Returns an empty state of this kind for as many slots and rows as an empty cache has."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def attend(
         self,
         view: View,
@@ -137,7 +139,6 @@ class CacheState:
         visit: Visit,
     ) -> tuple[Float[Array, "b t h v"], "CacheState"]:
         """Returns the outputs of new tokens, NaN where there was no slot for one, and the state with them."""
-        raise NotImplementedError
 
 
 def free_slots(

@@ -28,8 +28,9 @@ def relative_attention(
 ) -> Float[Array, "b t h v"]:
     """Returns `layers.kernels.attention.attention` with the bias that `position` adds to the logits.
 
-    `position` is a `Position`, or what has its `slopes`, `has_bias` and `bias`. T5 and FIRE add a number per query and key. These are computed for a block of queries at a time, and recomputed in the
-    backward pass. `tokens`, if given, has the positions and the segments of the keys.
+    `position` is a `Position`, or what has its `slopes`, `has_bias` and `bias`. T5 and FIRE add a number per query and key. These
+    are computed for a block of queries at a time, and recomputed in the backward pass. `tokens`, if given, has the positions and
+    the segments of the keys.
     """
     b, t = q.shape[:2]
     if not position.has_bias or q.size == 0:

@@ -22,8 +22,14 @@ def continued(cache, *, lookup=None, **changes):
 ROWS = [
     (read("snapvk"), ValueError, "unknown cache 'snapvk'; did you mean 'snapkv'?"),
     (read("snapkv(budgets=8)"), ValueError, "cache 'snapkv' has no option 'budgets'; did you mean 'budget'?"),
-    (read("snapkv(8)"), ValueError, "cache='snapkv(8)'; expected a name with options, such as snapkv("),
+    (
+        read("snapkv(8)"),
+        ValueError,
+        "cache='snapkv(8)'; expected a name with options, each once, such as snapkv(",
+    ),
     (read("snapkv(budget=8"), ValueError, "cache='snapkv(budget=8'; expected a name with options"),
+    (read("snapkv(budget=8, budget=9)"), ValueError, "expected a name with options, each once, such as"),
+    (read("snapkv(**{'budget': 8})"), ValueError, "expected a name with options, each once, such as"),
     (read("snapkv(budget=8+1)"), ValueError, "cache='snapkv(budget=8+1)'; expected a name with options"),
     (read(8), TypeError, "cache is a int; expected a text such as 'snapkv(budget=1024)'"),
     (read("snapkv(budget=0)"), ValueError, "budget=0; expected at least 1"),
@@ -110,7 +116,7 @@ COMMANDS = [
         "generate --workdir=FILES/run --prompt=a --cache=snapvk",
         "--cache: unknown cache 'snapvk'; did you mean",
     ),
-    ("generate --workdir=FILES/run --prompt=a --cache=", "cache=''; expected a name with options, such as"),
+    ("generate --workdir=FILES/run --prompt=a --cache=", "cache=''; expected a name with options, each once, such as"),
     (
         "long_context --workdir=FILES/run --positions=8 --cache=headkv",
         "--cache: importance=None of the cache",
