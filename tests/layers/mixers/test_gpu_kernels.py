@@ -53,11 +53,7 @@ def test_mixers_take_kernels(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MIXERS)
 def test_kernels_are_as_exact_as_xla_on_gpu(monkeypatch, name):
-    """Both round activations to bfloat16, which sums of gradients over tokens amplify: float32 says by how much.
-
-    Kernels round states and their gradients, too. That of a normalised key's bias is a rest of terms that cancel, and off by up to
-    4.3e-2 where XLA's is off by 1.3e-2.
-    """
+    """Both round activations to bfloat16, which sums of gradients over tokens amplify: float32 says by how much."""
     run, variables = both_passes(name)
     x, weights = np.random.default_rng().standard_normal((2, *SHAPES[name]))
     x, weights = jnp.asarray(x, jnp.bfloat16), jnp.asarray(weights, jnp.float32)
@@ -72,7 +68,7 @@ def test_kernels_are_as_exact_as_xla_on_gpu(monkeypatch, name):
     found = (lowered.compile()(variables, x, weights) for lowered in (kernels, plain))
     for path, want, one, other in zip(*_leaves(wanted, *found), strict=True):
         ours, theirs = (np.linalg.norm(v - want) / max(np.linalg.norm(want), 1e-30) for v in (one, other))
-        assert ours <= 3 * theirs + 1e-2, f"{path}: relative error {ours:.1e}, of XLA {theirs:.1e}"
+        assert ours <= 1.5 * theirs + 1e-2, f"{path}: relative error {ours:.1e}, of XLA {theirs:.1e}"
 
 
 def _leaves(*trees):
