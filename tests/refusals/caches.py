@@ -116,7 +116,10 @@ COMMANDS = [
         "generate --workdir=FILES/run --prompt=a --cache=snapvk",
         "--cache: unknown cache 'snapvk'; did you mean",
     ),
-    ("generate --workdir=FILES/run --prompt=a --cache=", "cache=''; expected a name with options, each once, such as"),
+    (
+        "generate --workdir=FILES/run --prompt=a --cache=",
+        "cache=''; expected a name with options, each once, such as",
+    ),
     (
         "long_context --workdir=FILES/run --positions=8 --cache=headkv",
         "--cache: importance=None of the cache",

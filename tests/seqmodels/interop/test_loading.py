@@ -52,8 +52,8 @@ def test_memory_holds_little_beside_the_model(larger):
     finally:
         tracemalloc.stop()
     size = sum(array.nbytes for array in arrays(model))
-    # A CPU's arrays are the memory that was written, but for those that it transposes: what is held shows that it counts.
-    assert 0.8 * size < held
+    # A CPU's arrays are the memory that was written, which is traced; that of the head, which JAX transposes, is not.
+    assert size - model.head.kernel.nbytes < held
     assert peak < 1.2 * size
 
 
