@@ -115,7 +115,11 @@ def express(model: LanguageModel, architecture: str | None = None) -> tuple[Fami
             twin = shapes_of(config)
         except (KeyError, AttributeError, ValueError, TypeError) as error:
             if architecture is not None:
-                raise ValueError(f"{name} cannot express the model: {error!r}") from error
+                why = f" ({error})" if isinstance(error, ValueError) else ""
+                raise ValueError(
+                    f"{name} cannot express the model, whose layers are {', '.join(model.config.stack.pattern)}{why}; expected an "
+                    "architecture with such layers, or architecture=None for the first that expresses it"
+                ) from error
             continue  # a mixer or channel mixer of another kind
         reasons[name] = differences(model, twin)
         if not reasons[name]:

@@ -299,6 +299,10 @@ def test_folders_and_arguments_of_saving(folder, tmp_path, monkeypatch):
         save_pretrained(model, folder / "config.json")
     with pytest.raises(ValueError, match="did you mean 'MistralForCausalLM'"):
         save_pretrained(model, tmp_path / "out", architecture="MistralForCausaLM")
+    with pytest.raises(
+        ValueError, match="cannot express the model, whose layers are attention; expected an arch"
+    ):
+        save_pretrained(model, tmp_path / "out", architecture="NemotronHForCausalLM")
     with pytest.raises(ValueError, match="model is a NoneType"):
         save_pretrained(None, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "safetensors", None)
