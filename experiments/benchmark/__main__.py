@@ -256,11 +256,12 @@ def _long_rows(values: Any) -> int:
 
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
     measure = functools.partial(long_rows.measure, setting)
-    patience, workers = values.patience or PATIENCE, values.workers or 1
-    if workers > 1:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    rows = alone.run(measure, long_rows.chosen(values.only), patience, add, workers)
-    return 1 if any("failed" in row for row in rows) else 0
+    patience, preallocate = values.patience or PATIENCE, os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE")
+    for group, workers in long_rows.grouped(long_rows.chosen(values.only), values.workers or 1):
+        # Processes inherit it. One pool of all memory leaves no gaps between what a large step allocates.
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = preallocate or ("false" if workers > 1 else "true")
+        alone.run(measure, group, patience, add, workers)
+    return 1 if any("failed" in row for row in record["rows"]) else 0
 
 
 def _preferred(pairs: Sequence[str] | None) -> dict[str, str] | None:

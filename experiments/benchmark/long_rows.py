@@ -12,7 +12,8 @@ Each case runs in a process of its own (`alone`), of which `--workers` compile b
     prefill/float32, /bfloat16        4 T tokens read in chunks by one device that carries the state, and cut over all: a small
                                       Gated DeltaNet in float32, and the one of `--size` (`parallel_row`)
 
-Steps are those of the study `steps`, with layers under a scan but on a CPU. A device without memory for a step is a result.
+Steps are those of the study `steps`, with layers under a scan but on a CPU. A device without memory for a step is a result. Cases
+of `memory` run one after the other, whatever `--workers` is.
 """
 
 import statistics
@@ -184,6 +185,9 @@ def _step(setting, name, length, how, remat) -> dict[str, Any]:
         compile_seconds=compile_seconds,
         needed_bytes=peak_bytes(step),
     )
+    lacking = lacks(row["needed_bytes"], device_memory())
+    if lacking:
+        return row | dict(out_of_memory=lacking)
     try:
         with alone.turn():
             seconds, sums = _steps(step, state, batch, setting.rounds)
@@ -197,6 +201,29 @@ def _step(setting, name, length, how, remat) -> dict[str, Any]:
         step_seconds=seconds,
         tokens_per_second=length / statistics.median(seconds),
     )
+
+
+def device_memory() -> Mapping[str, int] | None:
+    """Returns what the first device says of its memory; None if it says nothing, as a CPU does."""
+    return jax.devices()[0].memory_stats()
+
+
+def lacks(needed: int, stats: Mapping[str, int] | None) -> str | None:
+    """Returns why a device has too little memory for a program, or None if it may have enough.
+
+    A program that is started without it can end on one device while the others wait for that one.
+    """
+    limit = (stats or {}).get("bytes_limit")
+    if limit is None or needed <= limit:
+        return None
+    return f"the program needs {needed:,} bytes, and a device gives {limit:,}"
+
+
+def grouped(cases: Sequence[str], workers: int) -> list[tuple[list[str], int]]:
+    """Returns the cases in groups, each with how many run beside each other: those of `memory` have the devices to themselves."""
+    memory = [case for case in cases if case.startswith("memory/")]
+    shared = [case for case in cases if case not in memory]
+    return [(group, count) for group, count in ((shared, workers), (memory, 1)) if group]
 
 
 def _steps(step, state, batch, rounds):

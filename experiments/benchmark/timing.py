@@ -28,9 +28,10 @@ class Ceilings(NamedTuple):
 
 
 def peak_bytes(compiled: Any) -> int:
-    """Returns the memory that a compiled function needs at once: arguments, results and temporaries."""
+    """Returns the memory that a compiled function needs at once: arguments, results that do not overwrite them, and temporaries."""
     sizes = compiled.memory_analysis()
-    return sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
 
 
 def interleaved(

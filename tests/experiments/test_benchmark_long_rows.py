@@ -38,6 +38,36 @@ def test_a_row_is_compared_with_that_of_one_device():
     assert long_rows.compared(two, [full]) == two
 
 
+def test_cases_of_memory_have_the_devices_to_themselves():
+    memory = ["memory/one/4T", "memory/all/4T"]
+    assert long_rows.grouped(["links", *memory], 3) == [(["links"], 3), (memory, 1)]
+    assert long_rows.grouped(memory, 3) == [(memory, 1)]
+
+
+def test_a_program_lacks_what_it_needs_beyond_the_memory_of_a_device():
+    assert long_rows.lacks(10, {"bytes_limit": 10}) is None
+    assert long_rows.lacks(10, None) is None and long_rows.lacks(10, {}) is None
+    expected = "the program needs 11,000 bytes, and a device gives 10,000"
+    assert long_rows.lacks(11_000, {"bytes_limit": 10_000}) == expected
+
+
+@pytest.mark.slow
+def test_a_program_without_memory_is_not_started(monkeypatch):
+    """One that ends on one device leaves the others waiting."""
+    monkeypatch.setattr(long_rows, "device_memory", lambda: {"bytes_limit": 1000})
+    monkeypatch.setattr(long_rows, "_steps", lambda *_: pytest.fail("the step was started"))
+    row = long_rows.measure(TINY, "memory/all/2T")
+    assert row["needed_bytes"] > 1000
+    assert (
+        row["out_of_memory"] == f"the program needs {row['needed_bytes']:,} bytes, and a device gives 1,000"
+    )
+
+
+def test_what_is_donated_counts_once():
+    step = jax.jit(lambda x: x + 1, donate_argnums=0).lower(jax.numpy.zeros(1024)).compile()
+    assert timing.peak_bytes(step) == 4096
+
+
 def test_links_are_a_line_through_what_was_timed(monkeypatch, tmp_path):
     """A chain of n operations takes n (2 us + bytes / 1 GB/s) and 1 ms to start."""
 
