@@ -30,8 +30,9 @@ tokenizer.json is the tokenizer, and `size` then says only the learning rate, th
 Options: `size=`, `mixer=`, `pretrained=`, `source=`, `tokenizer=` (bytes, characters, or bpe:32768), `length=` and `rule=` (adamw or muon). Learning
 rates are customary ones, not swept.
 
-Sources are stdlib, enwik8, text8, wikitext103, pg19, lm1b, wiki40b and tiny_shakespeare, each with its usual tokens; all but the
-first need `--config.task.official_dir`, an archive or, for the last four, the folder of tensorflow-datasets. Other texts:
+Sources are stdlib, enwik8, text8, wikitext103, rfc, pg19, lm1b, wiki40b and tiny_shakespeare, each with its usual tokens; all but the
+first need `--config.task.official_dir`, an archive or, for the last four, the folder of tensorflow-datasets; for rfc, that of the
+texts in Debian's packages doc-rfc-*, /usr/share/doc/RFC, some of which are not UTF-8 and need `--config.task.invalid=replace`. Other texts:
 `--config.task.source=PATH`. Published perplexities of WikiText-103 and PG-19 are per word: 2 ** (bits_per_byte * bytes / words),
 with the bytes and words of the test split, a line's end counted as a word in WikiText-103.
 """
@@ -53,6 +54,7 @@ SOURCES = {
     "enwik8": ("enwik8", "bytes", "concatenate"),
     "text8": ("text8", "characters", "concatenate"),
     "wikitext103": ("wikitext103", "bpe:32768", "best_fit"),
+    "rfc": ("rfc", "bpe:32768", "best_fit"),
     "pg19": ("tfds:pg19", "bpe:32768", "best_fit"),
     "lm1b": ("tfds:lm1b", "bpe:32768", "best_fit"),
     "wiki40b": ("tfds:wiki40b/en", "bpe:32768", "best_fit"),

@@ -1,4 +1,4 @@
-"""enwik8, text8 and WikiText-103 from their official archives, with the splits of the published results.
+"""enwik8, text8 and WikiText-103 from their official archives, with the splits of the published results, and the RFCs.
 
 enwik8 and text8 (Mahoney 2006, mattmahoney.net/dc/text.html) are 10^8 bytes of Wikipedia: as it is, and with 27 characters. The
 first 90 million bytes are "train", the next 5 million "validation", the last 5 million "test", one document each. A cut
@@ -6,6 +6,8 @@ that would fall into a character of UTF-8 moves to its beginning, by at most 3 b
 
 WikiText-103 (Merity et al. 2016, arXiv:1609.07843) is files wiki.train, wiki.valid and wiki.test, of tokens (words, rare ones as
 <unk>) or raw. A document is an article: it begins at a heading of the first level, " = Title = ", between empty lines.
+
+The RFCs, a folder of texts, have no published splits; see `rfc`.
 """
 
 import itertools
@@ -19,9 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from experiments.data.cache import expand
+from experiments.data.text import rfc
 from experiments.data.text.documents import SPLITS, Documents, decoded
 
-CORPORA = ("enwik8", "text8", "wikitext103")
+CORPORA = ("enwik8", "text8", "wikitext103", "rfc")
 SIZE, CUTS = 100_000_000, (90_000_000, 95_000_000)  # bytes of enwik8 and text8
 WIKITEXT = tuple(zip(SPLITS, ("wiki.train", "wiki.valid", "wiki.test"), strict=True))
 FORMS = (".tokens", ".raw")
@@ -34,7 +37,7 @@ def read(corpus: str, official_dir: str | os.PathLike | None, invalid: str) -> D
     Args:
       corpus: one of `CORPORA`.
       official_dir: the archive (enwik8.zip, text8.zip, wikitext-103-v1.zip, wikitext-103-raw-v1.zip), the file that it
-        holds, or the folder of either.
+        holds, or the folder of either; the folder of the RFCs.
       invalid: see `sources.read_documents`.
 
     Raises:
@@ -50,6 +53,8 @@ def read(corpus: str, official_dir: str | os.PathLike | None, invalid: str) -> D
         raise ValueError(
             f"official_dir={str(path)!r} does not exist; expected the archive or folder of {corpus}"
         )
+    if corpus == "rfc":
+        return rfc.read(path, invalid)
     if corpus == "wikitext103":
         return _wikitext(path, invalid)
     names = (corpus, f"{corpus}.zip")

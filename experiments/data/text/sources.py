@@ -41,7 +41,7 @@ def read_documents(
       source: "stdlib", the *.py files of the running Python's standard library without tests, IDLE, lib2to3, tables of
         encodings and generated documentation; or the path of a text file, of a file of JSON lines with the field "text",
         of a parquet file with the column "text", or of a folder with such files at any depth. Published corpora are
-        "enwik8", "text8" and "wikitext103" (see `official`), and "tfds:NAME" or "tfds:NAME/CONFIG", such as tfds:pg19 (see
+        "enwik8", "text8", "wikitext103" and "rfc" (see `official`), and "tfds:NAME" or "tfds:NAME/CONFIG", such as tfds:pg19 (see
         `tensorflow_datasets`).
       invalid: "error" refuses bytes that are not UTF-8, and "replace" puts U+FFFD in their place.
       official_dir: where the files of a published corpus are; other sources take none.

@@ -1,10 +1,12 @@
 """Published corpora in the form of their official files, made small, and what is refused."""
 
+import gzip
 import zipfile
 
 import pytest
 
 from experiments.data.text import official
+from experiments.data.text.documents import by_hash
 from experiments.data.text.sources import read_documents
 
 ARTICLES = {
@@ -100,6 +102,41 @@ def test_malformed_files_are_refused_by_name(tmp_path, small):
     refused("wikitext103", tmp_path, r"wiki\.train\.raw has no heading of an article")
     (tmp_path / "wiki.train.tokens").write_text(" = A = \n")
     refused("wikitext103", tmp_path, "has files of tokens and raw ones")
+
+
+def test_an_rfc_is_read_once_by_its_number(tmp_path):
+    """Links, older texts and other forms of an RFC do not count twice, and splits follow from numbers."""
+    for folder in ("standard", "old", "links"):
+        (tmp_path / folder).mkdir()
+    texts = {f"rfc{number}": f"RFC {number}\n" for number in range(1, 61)}
+    for name, text in texts.items():
+        (tmp_path / "standard" / f"{name}.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "links" / "rfc1.txt.gz").symlink_to("../standard/rfc1.txt.gz")
+    (tmp_path / "old" / "rfc61.txt").write_text("RFC 61\n")
+    for other in ("rfc62.html.gz", "rfc-index.txt.gz", "rfc007.txt"):
+        (tmp_path / "standard" / other).write_bytes(b"no text")
+    found = read_documents("rfc", official_dir=tmp_path)
+    texts["rfc61"] = "RFC 61\n"
+    assert found == by_hash(texts.items())
+    assert all(found.values())
+    assert sum(map(len, found.values())) == 61
+
+
+def test_malformed_rfcs_are_refused_by_name(tmp_path):
+    def refused(message, path=tmp_path, **options):
+        with pytest.raises(ValueError, match=message):
+            read_documents("rfc", official_dir=path, **options)
+
+    refused("has no file rfcN.txt or rfcN.txt.gz at any depth")
+    path = tmp_path / "rfc7.txt.gz"
+    refused("rfc7.txt.gz' does not exist", path)
+    path.write_bytes(gzip.compress(b"a\xff"))
+    refused("is no folder; expected one with rfc1.txt.gz", path)
+    refused(r"rfc7.txt.gz is not UTF-8 at byte 1 \(0xff\)")
+    refused("has 1 documents, none of them in the split", invalid="replace")
+    for damaged in (b"no gzip", path.read_bytes()[:-9], path.read_bytes()[:12] + b"\xff" * 9):
+        path.write_bytes(damaged)
+        refused("rfc7.txt.gz cannot be read")
 
 
 @pytest.mark.parametrize("flag, offsets, value", [("encrypted", (6, 8), 1), ("compression", (8, 10), 98)])
