@@ -14,8 +14,9 @@ the forward pass and of both passes, the ratio to the floor, the ratio to what `
 against the float64 reference. The floor is the larger of the fewest bytes over the bandwidth of a copy and the
 arithmetic over the rate of the unit that does it, both measured at the start. On a CPU the sizes are smaller and the
 inputs float32. On a GPU `--workers` processes compile and check in parallel, which takes longer than timing;
-`--patience` bounds it. `steps` times whole training steps of language models (`experiments/benchmark/steps.py`), and
-`decode` steps of their generation against batch and context. `parallel` counts what divided time sends between devices, beside
+`--patience` bounds it. `steps` times whole training steps of language models (`experiments/benchmark/steps.py`), with `--workers`
+in processes that compile beside each other and measure in turn, and `decode` steps of their generation against batch and
+context. `parallel` counts what divided time sends between devices, beside
 the published formulas, times it on those that there are, and extends the formulas to 1,024 devices by a model of links
 (`experiments/benchmark/parallel.py`), in parallel.json and parallel.png; `--links` takes the links from what `long_rows` measured. `long_rows` trains and reads rows that
 devices share (`experiments/benchmark/long_rows.py`), prints a line of JSON per case and writes long_rows.json. `pretrained` writes random checkpoints
@@ -70,7 +71,6 @@ from experiments.data.text.sources import read_documents
 from experiments.parallel.mesh import Devices
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.runs.sessions import git_revision, versions
-from layers.kernels import dispatch
 from layers.kernels.suites import SUITES
 
 STUDIES = ("kernels", "scaling", "steps", "decode", "parallel", "long_rows", "pretrained", "tune")
@@ -79,7 +79,7 @@ MODELS = ("steps", "decode")  # studies of whole models
 READS = {
     "kernels": {"peers", "dtype", "batch", "time", "narrower", "workers", "patience"},
     "scaling": {"dtype", "narrower", "workers", "lengths"},
-    "steps": {"batch", "time", "rows", "num_devices", "size", "unrolled", "prefer"},
+    "steps": {"batch", "time", "rows", "num_devices", "size", "unrolled", "prefer", "workers", "patience"},
     "decode": {"batch", "lengths", "size", "cache"},
     "parallel": {
         "batch",
@@ -98,7 +98,7 @@ READS = {
     "pretrained": {"size", "patience"},
     "tune": {"batch", "time", "narrower"},
 }
-PATIENCE = 300.0  # seconds for a case of `long_rows`
+PATIENCE = 300.0  # seconds for a case of `long_rows` and, with --workers, of `steps`
 CHUNK = 65536  # tokens of a chunk of the row that `parallel` reads twice
 # Of the simulation of documents of different lengths: numbers of devices, and tokens that one holds.
 DEVICES, CAPACITY = (8, 16, 32, 64, 128, 256), 16384
@@ -155,22 +155,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{device}; {_describe(limits)}\n{report.HEADER}", flush=True)
             rows[:] = kernels.run(options, limits, lambda row: add(row, report.line(row)), say)
         elif study == "steps":
-            shape, rounds = (values.batch, values.time), values.rounds or 5
-            count = values.num_devices or 1
-            record["rounds"], record["device"] = rounds, Devices.first(count).describe()
+            setting = steps.Setting(
+                values.size,
+                values.batch,
+                values.time,
+                values.num_devices or 1,
+                values.unrolled,
+                values.rounds or 5,
+                preferred,
+            )
+            named = steps.cases(setting, values.only, values.rows or steps.ROWS)
+            record["rounds"], record["device"] = setting.rounds, Devices.first(setting.count).describe()
             print(record["device"], flush=True)
-            with dispatch.preferred(preferred):
-                steps.run(
-                    values.only,
-                    values.rows or steps.ROWS,
-                    count,
-                    values.size,
-                    shape,
-                    values.unrolled,
-                    rounds,
-                    lambda row: add(row, steps.line(row)),
-                    say,
-                )
+            patience = values.patience or PATIENCE
+            steps.run(setting, named, lambda row: add(row, steps.line(row)), say, values.workers, patience)
+            problems += [steps.line(row) for row in rows if "failed" in row]
         elif study == "decode":
             rounds = values.rounds or 5
             record["rounds"] = rounds
@@ -210,6 +209,8 @@ def _check_read(values: Any) -> None:
         if getattr(values, name) not in (None, False):
             reading = ", ".join(f"--{other}" for other in sorted(READS[values.study]))
             raise ArgumentError(f"--{name} has no effect on {values.study}, which takes {reading}")
+    if values.study == "steps" and values.patience is not None and values.workers is None:
+        raise ArgumentError("--patience has no effect on steps without --workers")
     known = pretrained.SIZES if values.study == "pretrained" else tuple(models.SIZES)
     if values.size is not None and values.size not in known:
         raise ArgumentError(f"--size={values.size} is no size of {values.study}; expected {', '.join(known)}")

@@ -4,14 +4,16 @@ A step is that of training (`experiments.training.step`): embedding, layers, cro
 the optimizer, AdamW. Models are those of `experiments.benchmark.models`, and tokens are random.
 """
 
+import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.analysis.utilization import peak_flops, training_flops
-from experiments.benchmark import models
+from experiments.benchmark import alone, models
 from experiments.benchmark.processes import Say
 from experiments.benchmark.timing import interleaved
 from experiments.config.loading import MeshConfig
@@ -29,54 +31,96 @@ DOCUMENTS = 4  # per packed row
 SECONDS = 0.5  # of a measurement
 
 
-def run(
-    names: Sequence[str],
-    rows: Sequence[str],
-    count: int,
-    size: str | None,
-    shape: tuple[int | None, int | None],
-    unrolled: bool,
-    rounds: int,
-    report: Callable[[dict[str, Any]], None],
-    say: Say,
-) -> list[dict[str, Any]]:
-    """Returns the time of a step for each model and kind of rows; `report` receives each row as it is known.
+class Setting(NamedTuple):
+    """How steps are measured.
+
+    Attributes:
+      size: a size in `models.SIZES`; the usual one if None.
+      batch, time: rows per device and tokens per row; those of the size if None.
+      count: number of devices, which divide the batch.
+      unrolled: whether layers are compiled one by one instead of under `jax.lax.scan`.
+      rounds: measurements per step.
+      prefer: implementations of primitives that are taken wherever they can be, by primitive.
+    """
+
+    size: str | None = None
+    batch: int | None = None
+    time: int | None = None
+    count: int = 1
+    unrolled: bool = False
+    rounds: int = 5
+    prefer: Mapping[str, str] = {}
+
+    @property
+    def shape(self) -> tuple[str, int, int]:
+        """Size, rows per device and tokens per row."""
+        size = self.size or models.usual_size()
+        rows, length = models.SIZES[size][2:4]
+        return size, self.batch or rows, self.time or length
+
+
+def cases(setting: Setting, names: Sequence[str], rows: Sequence[str]) -> list[str]:
+    """Returns what is measured, "MODEL/ROWS".
 
     Args:
       names: models; the usual ones if empty.
       rows: "whole" (no segment ids), "ones" (one segment per row) or "packed" (four documents per row).
-      count: number of devices, which divide the batch.
-      size: a size in `models.SIZES`; the usual one if None.
-      shape: rows per device and tokens per row, in place of those of the size.
-      unrolled: whether layers are compiled one by one instead of under `jax.lax.scan`.
-      rounds: measurements per step.
 
     Raises:
       ValueError: unknown names, more devices than there are, or rows too short to be packed.
     """
-    names, size = models.chosen(names), size or models.usual_size()
     for kind in rows:
         if kind not in ROWS:
             raise ValueError(f"{kind!r} is unknown{suggestion(kind, ROWS)}; choose from {', '.join(ROWS)}")
-    batch, length = (given or usual for given, usual in zip(shape, models.SIZES[size][2:4], strict=True))
+    _, _, length = setting.shape
     if "packed" in rows and length < DOCUMENTS:
         raise ValueError(
             f"time={length} with rows=packed; expected at least {DOCUMENTS} tokens, one per document"
         )
-    devices = Devices.first(count, MeshConfig())
-    found = []
-    for name in names:
-        config = models.config(name, size, length) | dict(scan=not unrolled)
-        for kind in rows:
-            say(f"{name}, {kind} rows")
-            measured = _measure(config, kind, devices, batch, length, rounds)
-            found.append(dict(model=name, size=size, unrolled=unrolled) | measured)
-            report(found[-1])
-    return found
+    Devices.first(setting.count, MeshConfig())
+    return [f"{name}/{kind}" for name in models.chosen(names) for kind in rows]
+
+
+def run(
+    setting: Setting,
+    chosen: Sequence[str],
+    report: Callable[[dict[str, Any]], None],
+    say: Say,
+    workers: int | None = None,
+    patience: float = math.inf,
+) -> list[dict[str, Any]]:
+    """Returns the time of a step for each of `cases`; `report` receives each row as it is known.
+
+    Args:
+      workers: processes that compile beside each other and measure in turn (see `alone`), where a step that fails is a row; None
+        measures in this process.
+      patience: seconds for a step after the one before it, with `workers`.
+    """
+    if workers is not None:
+        return alone.run(functools.partial(measure, setting), chosen, patience, report, workers)
+    rows = []
+    for case in chosen:
+        say(case)
+        rows.append(dict(case=case) | measure(setting, case))
+        report(rows[-1])
+    return rows
+
+
+def measure(setting: Setting, case: str) -> dict[str, Any]:
+    """Returns the time of a step and what it needs."""
+    name, kind = case.split("/")
+    size, batch, length = setting.shape
+    config = models.config(name, size, length) | dict(scan=not setting.unrolled)
+    devices = Devices.first(setting.count, MeshConfig())
+    with dispatch.preferred(setting.prefer):
+        measured = _measure(config, kind, devices, batch, length, setting.rounds)
+    return dict(model=name, size=size, unrolled=setting.unrolled) | measured
 
 
 def line(row: Mapping[str, Any]) -> str:
     """Returns a row of the table."""
+    if wrong := row.get("failed") or row.get("out_of_memory"):
+        return f"{row['case']:36}  {wrong}"
     label = f"{row['model']} {row['size']}, {row['rows']} rows"
     share = f"{row['utilization']:5.1%}" if row["utilization"] else ""
     return (
@@ -124,7 +168,8 @@ def _measure(config, kind, devices, batch, length, rounds) -> dict[str, Any]:
         state, metrics = step(state, given)
         return metrics
 
-    timing = interleaved({"step": take}, rounds, SECONDS)["step"]
+    with alone.turn():
+        timing = interleaved({"step": take}, rounds, SECONDS)["step"]
     peak = peak_flops(device.device_kind for device in devices.mesh.devices.flat)
     flops = training_flops(model, tokens.cross_entropy, arrays)
     return dict(

@@ -246,6 +246,19 @@ def test_steps_are_timed_on_packed_rows(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_step_that_fails_in_a_process_of_its_own_is_a_row(tmp_path, capsys):
+    arguments = ["steps", "--only=attention", "--rows=whole", "--workers=1", "--rounds=1"]
+    assert main([*arguments, "--patience=0.01", f"--out={tmp_path}"]) == 1
+    rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    assert [row["failed"] for row in rows] == ["no result within 0.01 s"]
+    assert "attention/whole" in capsys.readouterr().out
+    assert main([*arguments, f"--out={tmp_path}"]) == 0
+    rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == ["attention/whole"]
+    assert rows[0]["tokens_per_second"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["attention", pytest.param("mamba2", marks=pytest.mark.slow)])
 def test_steps_of_generation_are_timed_and_states_measured(model, tmp_path):
     arguments = [f"--only={model}", "--batch=2", "--lengths=96,160", "--rounds=1"]

@@ -46,7 +46,8 @@ def test_cases_of_memory_have_the_devices_to_themselves():
 
 def test_a_program_lacks_what_it_needs_beyond_the_memory_of_a_device():
     assert long_rows.lacks(10, {"bytes_limit": 10}) is None
-    assert long_rows.lacks(10, None) is None and long_rows.lacks(10, {}) is None
+    assert long_rows.lacks(10, None) is None
+    assert long_rows.lacks(10, {}) is None
     expected = "the program needs 11,000 bytes, and a device gives 10,000"
     assert long_rows.lacks(11_000, {"bytes_limit": 10_000}) == expected
 

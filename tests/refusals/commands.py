@@ -204,6 +204,7 @@ COMMANDS = [
     ("benchmark parallel --chunk=50", "--chunk has no effect without --row"),
     ("benchmark steps --only=attentoin", "did you mean 'attention'?"),
     ("benchmark steps --rows=whol", "did you mean 'whole'?"),
+    ("benchmark steps --patience=9", "--patience has no effect on steps without --workers"),
     ("benchmark steps --rows=packed --time=2", "time=2 with rows=packed; expected at least 4 tokens"),
     ("benchmark steps --num_devices=99", "num_devices=99"),
     ("benchmark pretrained --only=decode/lama", "only='decode/lama' is no case; did you mean 'decode/llama'"),
