@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.typing import Array, Bool, Float, Int, Key
+from seqmodels.common_state import lean, whole
 from seqmodels.language_model import LanguageModel, LanguageModelState
 from seqmodels.sampling import Sampling, choose
 
@@ -84,21 +85,22 @@ def decode(
     Args:
       start: number of new tokens before this call.
     """
-    keys = keys_of_rows(key, rows.token.shape[0])
+    keys, stack = keys_of_rows(key, rows.token.shape[0]), model.config.stack
 
     def step(carry):
         rows, new = carry
-        logits, state = model(rows.token[:, None], rows.state)
-        rows, new = append(
-            rows._replace(state=state), new, logits[:, 0], sampling, stops, keys, start, ~rows.stopped
-        )
+        logits, state = model(rows.token[:, None], whole(stack, rows.state))
+        rows = rows._replace(state=lean(stack, state))
+        rows, new = append(rows, new, logits[:, 0], sampling, stops, keys, start, ~rows.stopped)
         return rows, new._replace(calls=new.calls + 1)
 
     def goes_on(carry):
         rows, new = carry
         return (new.calls < steps) & ~rows.stopped.all()
 
-    return jax.lax.while_loop(goes_on, step, (rows, empty(len(rows.token), size)))
+    rows = rows._replace(state=lean(stack, rows.state))
+    rows, new = jax.lax.while_loop(goes_on, step, (rows, empty(len(rows.token), size)))
+    return rows._replace(state=whole(stack, rows.state)), new
 
 
 def append(
