@@ -1,9 +1,11 @@
 """Files of a published checkpoint: config.json, model.safetensors or shards with an index; read and written tensor by tensor."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,52 @@ class Tensors:
             while waiting:
                 waiting = waiting[opened.readinto(waiting) :]
         return array
+
+
+class Parted:
+    """Tensors of which some hold several, by the names of these; as `Tensors` otherwise."""
+
+    def __init__(self, tensors: Tensors, joined: Mapping[str, Mapping[str, int]]):
+        self._tensors = tensors
+        self._rows: dict[str, tuple[str, slice]] = {}
+        for name in tensors.names:
+            self._rows |= _rows(name, joined)
+        whole = {name for name, _ in self._rows.values()}
+        self.names = (tensors.names - whole) | self._rows.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor; rows that a joined one lacks are missing."""
+        if name not in self._rows:
+            return self._tensors.shape(name)
+        whole, rows = self._rows[name]
+        count, *rest = self._tensors.shape(whole)
+        return len(range(count)[rows]), *rest
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor."""
+        if name not in self._rows:
+            return self._tensors.read(name)
+        whole, rows = self._rows[name]
+        return self._tensors.read(whole)[rows]
+
+
+def parted(tensors: Tensors, joined: Mapping[str, Mapping[str, int]]) -> Tensors | Parted:
+    """Returns the tensors, with the parts of those that hold several (see `Family.joined`)."""
+    return Parted(tensors, joined) if joined else tensors
+
+
+def _rows(name: str, joined: Mapping[str, Mapping[str, int]]) -> dict[str, tuple[str, slice]]:
+    """Returns the names of the parts of a tensor, with its own and the rows of each; the last goes to the end."""
+    for pattern, parts in joined.items():
+        if not re.search(pattern, name):
+            continue
+        ends = list(itertools.accumulate(parts.values()))
+        starts = [0, *ends[:-1]]
+        return {
+            re.sub(pattern, part, name): (name, slice(start, None if end == ends[-1] else end))
+            for part, start, end in zip(parts, starts, ends, strict=True)
+        }
+    return {}
 
 
 @contextlib.contextmanager

@@ -93,7 +93,10 @@ def load_weights(
     family = family_of(files.read_json(folder / files.CONFIG), folder / files.CONFIG)
     table = make_table(family, parse(config).stack, model)
     with contextlib.ExitStack() as stack:
-        source = _Source(folder, stack.enter_context(files.opened_tensors(folder)), family, table)
+        tensors = files.parted(
+            stack.enter_context(files.opened_tensors(folder)), family.joined(parse(config).stack)
+        )
+        source = _Source(folder, tensors, family, table)
         if adapter is not None:
             place = folder_of(adapter, CONFIG)
             source.adapt(Adapter(place, stack.enter_context(files.opened_tensors(place, WEIGHTS))))
@@ -159,7 +162,7 @@ def check_vocabulary(folder: Path, vocab_size: int) -> None:
 class _Source:
     """Arrays for the variables of a model, from the tensors of a checkpoint whose names and shapes it checks first."""
 
-    def __init__(self, folder: Path, tensors: files.Tensors, family: Family, table: Table):
+    def __init__(self, folder: Path, tensors: files.Tensors | files.Parted, family: Family, table: Table):
         self._tensors, self._table = tensors, table
         unread = re.compile(family.unread)
         named = {family.known_as(name): name for name in tensors.names if not unread.search(name)}

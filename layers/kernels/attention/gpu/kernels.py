@@ -59,10 +59,10 @@ def attention(
         outputs=dict(
             output=jax.ShapeDtypeStruct((b, 1, h, width), f32),
             highest=jax.ShapeDtypeStruct((b, 1, h), f32),
-            sum=jax.ShapeDtypeStruct((b, 1, h), f32),
+            weight=jax.ShapeDtypeStruct((b, 1, h), f32),
         ),
     )
-    return joined["output"], joined["highest"], joined["sum"]
+    return joined["output"], joined["highest"], joined["weight"]
 
 
 def parts(programs: int, keys: int) -> int:
@@ -112,7 +112,7 @@ def _part(size: int, scale: float, cap: float | None, *, q, k, v, seen, o, top, 
     pltriton.store(o.at[row, heads, part, values], acc, mask=head[:, None] & v_in[None])
 
 
-def _join(*, o, top, total, output, highest, sum) -> None:
+def _join(*, o, top, total, output, highest, weight) -> None:
     """One head of a row."""
     head, row = pl.program_id(0), pl.program_id(1)
     values, v_in = _features(o.shape[3])
@@ -128,7 +128,7 @@ def _join(*, o, top, total, output, highest, sum) -> None:
     joined = (weights[:, None] * parts_).sum(0) / jnp.where(l_all == 0, 1.0, l_all)
     pltriton.store(output.at[row, ZERO, head, values], joined, mask=v_in)
     highest[row, ZERO, head] = m_all
-    sum[row, ZERO, head] = l_all
+    weight[row, ZERO, head] = l_all
 
 
 def _features(size: int) -> tuple[Any, jax.Array]:
