@@ -1,6 +1,6 @@
 """The compiled loop of generation: one token of each row per call of the model."""
 
-from functools import partial
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,16 @@ from seqmodels.sampling import Sampling, choose
 ANY = -1
 # Stands before the first token of the output, and fits no token of a stop sequence.
 NOTHING = -2
+# On a GPU, steps of one row are short beside the launches of their kernels. The whole loop is one CUDA graph, its condition included,
+# unless it holds what no graph can, such as sorting; by default the host waits for the condition of each step and launches the next.
+# The pass that is left out turns products with one row into rounded products and sums, which write matrices of that size.
+GPU_OPTIONS = (
+    (
+        "xla_gpu_enable_command_buffer",
+        "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    ),
+    ("xla_disable_hlo_passes", "dot-strength-reduction"),
+)
 
 
 class Generation(NamedTuple):
@@ -68,7 +78,6 @@ def keys_of_rows(key: Key[Array, ""], count: int) -> Key[Array, "b"]:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
 
-@partial(jax.jit, static_argnames=("size",), donate_argnums=(1,))
 def decode(
     model: LanguageModel,
     rows: Rows,
@@ -85,6 +94,21 @@ def decode(
     Args:
       start: number of new tokens before this call.
     """
+    return _compiled(options())(model, rows, sampling, stops, key, start, steps, size=size)
+
+
+def options() -> tuple[tuple[str, str], ...]:
+    """Returns the options with which the loop of `decode` is compiled on the default device."""
+    return GPU_OPTIONS if jax.default_backend() == "gpu" else ()
+
+
+@functools.cache
+def _compiled(options: tuple[tuple[str, str], ...]) -> Any:
+    arguments = dict(static_argnames=("size",), donate_argnums=(1,))
+    return jax.jit(_decode, **arguments, compiler_options=dict(options) or None)
+
+
+def _decode(model, rows, sampling, stops, key, start, steps, *, size):
     keys, stack = keys_of_rows(key, rows.token.shape[0]), model.config.stack
 
     def step(carry):
