@@ -17,7 +17,7 @@ from layers.typing import Array, Float
 __all__ = ["Logits", "Mask", "Piece", "Tokens", "attention", "attention_with_lse", "compose", "key_mass"]
 
 IMPLEMENTATIONS = {
-    "triton": Implementation(gpu.attention, gpu.unsupported_reason, gpu.passed_over_reason, backend="gpu"),
+    "gpu": Implementation(gpu.attention, gpu.unsupported_reason, gpu.passed_over_reason, backend="gpu"),
     "cudnn": Implementation(cudnn.attention, cudnn.refuses, backend="gpu"),
     "xla": Implementation(xla.attention),
     "reference": Implementation(reference.attention, passed_over_reason=by_name_only, forward_mode=True),
@@ -71,7 +71,7 @@ def attention(
         queries and keys alike (t = s).
       tokens: segments and positions of the keys, and positions of the queries, if these are not the same tokens.
       scale: factor of the logits, 1 / sqrt(k) if None.
-      impl: "triton", "xla", "cudnn", "reference", or None for the best.
+      impl: "gpu", "xla", "cudnn", "reference", or None for the best.
 
     Returns:
       The outputs (b, t, h, v), in the type of v.

@@ -49,7 +49,7 @@ def passed_over_reason(q: Any, k: Any, **_: Any) -> str | None:
     if devices.backend() != "gpu":
         return devices.hopper_refusal()
     if q.shape[1] != 1 or k.shape[1] < SHORTEST:
-        return f"q has {q.shape[1]} tokens and k has {k.shape[1]}; it takes one query and at least {SHORTEST} keys"
+        return f"it is for one query per row and at least {SHORTEST} keys"
     return partition.passed_over_reason(q)
 
 
