@@ -11,6 +11,9 @@ from seqmodels.interop.families.flash_linear_attention import family
 from seqmodels.interop.family import BLOCK, Pair, Pairs, linear, same
 from seqmodels.interop.options import Options
 
+# Of the norms of heads, whatever norm_eps is.
+EPSILON = 1e-5
+
 
 def _read(options: Options, width: int) -> dict[str, Any]:
     options.only("use_short_conv", False)
@@ -24,6 +27,7 @@ def _read(options: Options, width: int) -> dict[str, Any]:
     return {
         "heads": width // ratio,
         "key_dim": ratio,
+        "epsilon": EPSILON,
         "bounded": options.take("use_lower_bound", True),
     }
 
