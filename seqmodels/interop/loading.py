@@ -99,7 +99,13 @@ def load_weights(
         source = _Source(folder, tensors, family, table)
         if adapter is not None:
             place = folder_of(adapter, CONFIG)
-            source.adapt(Adapter(place, stack.enter_context(files.opened_tensors(place, WEIGHTS))))
+            added = Adapter(place, stack.enter_context(files.opened_tensors(place, WEIGHTS)))
+            if added.embeddings and config.get("tie_embeddings"):
+                raise ValueError(
+                    f"{place} adapts {added.embeddings[0]}, whose matrix is the head's too (tie_word_embeddings=True), so that a sum "
+                    "would change both; expected seqmodels.load_adapter, which keeps it beside"
+                )
+            source.adapt(added)
         _fill(model, config, source, mesh, rules or ShardingRules())
     return model
 
