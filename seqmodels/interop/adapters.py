@@ -19,6 +19,7 @@ import numpy as np
 from layers.adapters import LowRank, adapter_of, alpha_of, scale_of
 from layers.parameters import Linear
 from seqmodels.adapters import has_adapters, linear_maps, without_adapters
+from seqmodels.embedding import Embedding
 from seqmodels.interop import files
 from seqmodels.interop.family import Pair
 from seqmodels.interop.hub import folder_of
@@ -235,7 +236,7 @@ def _rescaled(factors: Factors, scale: float) -> np.ndarray:
     return factors.b if factors.scale == scale else np.float32(factors.scale / scale) * factors.b
 
 
-def _stacked(given: Sequence[Factors | None], module: Linear) -> Factors:
+def _stacked(given: Sequence[Factors | None], module: Linear | Embedding) -> Factors:
     """Returns the factors of a linear map, or of stacked ones, whose ranks are filled with zeros."""
     *layers, inputs, outputs = module.kernel.shape
     rank = max(len(factors.b) for factors in given if factors is not None)

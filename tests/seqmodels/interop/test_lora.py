@@ -111,7 +111,7 @@ def test_an_adapter_of_embeddings_that_the_head_reads_too(tmp_path):
     adapt(model, LoraConfig(rank=2, targets="embedding"), rngs=nnx.Rngs(0))
     model.embedding.adapter.b.set_value(jax.numpy.ones_like(model.embedding.adapter.b[...]))
     bare = model.embedding.table[...]
-    ids = np.arange(6)[None]
+    ids = jax.numpy.arange(6)[None]
     changed, _ = model.unprojected(ids)
     np.testing.assert_array_equal(changed.matrix, bare)
     save_adapter(model, tmp_path / "out", base=str(tied))
