@@ -82,7 +82,7 @@ def decode(
     model: LanguageModel,
     rows: Rows,
     sampling: Sampling,
-    stops: Int[Array, "n l"] | None,
+    stops: Int[Array, "n l"] | Int[np.ndarray, "n l"] | None,
     key: Key[Array, ""],
     start: Any,
     steps: Any,
