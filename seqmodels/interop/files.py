@@ -1,7 +1,6 @@
 """Files of a published checkpoint: config.json, model.safetensors or shards with an index; read and written tensor by tensor."""
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -109,23 +108,35 @@ class Tensors:
 
 
 class Parted:
-    """Tensors of which some hold several, by the names of these; as `Tensors` otherwise."""
+    """Tensors of which some hold several, by the names of these; as `Tensors` otherwise.
 
-    def __init__(self, tensors: Tensors, joined: Mapping[str, Mapping[str, int]]):
+    Raises:
+      ValueError: a tensor has not the rows of all that it holds.
+    """
+
+    def __init__(self, tensors: Tensors, joined: Mapping[str, Mapping[str, int]], *, of: str):
         self._tensors = tensors
         self._rows: dict[str, tuple[str, slice]] = {}
-        for name in tensors.names:
-            self._rows |= _rows(name, joined)
-        whole = {name for name, _ in self._rows.values()}
+        whole = set()
+        for pattern, parts in joined.items():
+            for name in filter(re.compile(pattern).search, tensors.names):
+                shape, count = tensors.shape(name), sum(parts.values())
+                if shape[0] != count:
+                    expected = (count, *shape[1:])
+                    raise ValueError(f"{of} has {name} of shape {shape}; its config.json asks for {expected}")
+                whole.add(name)
+                start = 0
+                for part, size in parts.items():
+                    self._rows[re.sub(pattern, part, name)] = name, slice(start, start + size)
+                    start += size
         self.names = (tensors.names - whole) | self._rows.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of a tensor; rows that a joined one lacks are missing."""
+        """Returns the shape of a tensor."""
         if name not in self._rows:
             return self._tensors.shape(name)
         whole, rows = self._rows[name]
-        count, *rest = self._tensors.shape(whole)
-        return len(range(count)[rows]), *rest
+        return rows.stop - rows.start, *self._tensors.shape(whole)[1:]
 
     def read(self, name: str) -> np.ndarray:
         """Returns a tensor."""
@@ -135,23 +146,9 @@ class Parted:
         return self._tensors.read(whole)[rows]
 
 
-def parted(tensors: Tensors, joined: Mapping[str, Mapping[str, int]]) -> Tensors | Parted:
-    """Returns the tensors, with the parts of those that hold several (see `Family.joined`)."""
-    return Parted(tensors, joined) if joined else tensors
-
-
-def _rows(name: str, joined: Mapping[str, Mapping[str, int]]) -> dict[str, tuple[str, slice]]:
-    """Returns the names of the parts of a tensor, with its own and the rows of each; the last goes to the end."""
-    for pattern, parts in joined.items():
-        if not re.search(pattern, name):
-            continue
-        ends = list(itertools.accumulate(parts.values()))
-        starts = [0, *ends[:-1]]
-        return {
-            re.sub(pattern, part, name): (name, slice(start, None if end == ends[-1] else end))
-            for part, start, end in zip(parts, starts, ends, strict=True)
-        }
-    return {}
+def parted(tensors: Tensors, joined: Mapping[str, Mapping[str, int]], *, of: str) -> Tensors | Parted:
+    """Returns the tensors, with the parts of those that hold several (see `Family.joined`) in their place."""
+    return Parted(tensors, joined, of=of) if joined else tensors
 
 
 @contextlib.contextmanager

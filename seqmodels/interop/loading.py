@@ -93,9 +93,8 @@ def load_weights(
     family = family_of(files.read_json(folder / files.CONFIG), folder / files.CONFIG)
     table = make_table(family, parse(config).stack, model)
     with contextlib.ExitStack() as stack:
-        tensors = files.parted(
-            stack.enter_context(files.opened_tensors(folder)), family.joined(parse(config).stack)
-        )
+        opened, joined = stack.enter_context(files.opened_tensors(folder)), family.joined(parse(config).stack)
+        tensors = files.parted(opened, joined, of=str(folder))
         source = _Source(folder, tensors, family, table)
         if adapter is not None:
             place = folder_of(adapter, CONFIG)
