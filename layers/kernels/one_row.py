@@ -79,8 +79,18 @@ def _backward(residuals, cotangents):
 _products.defvjp(_forward, _backward)
 
 
+@jax.custom_batching.custom_vmap
 def _run(x, matrices):
     return _launched(SETTINGS, x, *matrices)
+
+
+@_run.def_vmap
+def _batched(size, batched, x, matrices):
+    """Several rows are a product of matrices."""
+    del size
+    axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(batched))
+    made = jax.vmap(lambda x, matrices: tuple(x @ matrix for matrix in matrices), in_axes=axes)(x, matrices)
+    return made, jax.tree.map(lambda _: True, made)
 
 
 @lowered_once("settings")

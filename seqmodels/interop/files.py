@@ -119,7 +119,7 @@ class Parted:
         self._rows: dict[str, tuple[str, slice]] = {}
         whole = set()
         for pattern, parts in joined.items():
-            for name in filter(re.compile(pattern).search, tensors.names):
+            for name in filter(re.compile(pattern).search, sorted(tensors.names)):
                 shape, count = tensors.shape(name), sum(parts.values())
                 if shape[0] != count:
                     expected = (count, *shape[1:])

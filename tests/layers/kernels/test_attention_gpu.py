@@ -70,6 +70,20 @@ def test_rows_that_see_nothing_are_zero(monkeypatch):
 
 
 @pytest.mark.slow
+def test_batches_are_more_rows():
+    arrays, options = draw(2, 70, 4, 2, 16, 16)
+    with pallas_triton.interpreted():
+        want = attention(*arrays, impl="gpu", causal=True, **options)
+
+        def one(q):
+            return attention(q, *arrays[1:], impl="gpu", causal=True, **options)
+
+        found = jax.vmap(one)(jnp.stack([arrays[0], 2 * arrays[0]]))
+        assert str(jax.make_jaxpr(jax.vmap(one))(jnp.stack([arrays[0]] * 2))).count("pallas_call[") == 2
+    np.testing.assert_array_equal(found[0], want)
+
+
+@pytest.mark.slow
 def test_gradients_are_those_of_xla():
     arrays, options = draw(2, 70, 4, 2, 16, 16)
     arrays = tuple(jnp.where(jnp.isfinite(x), x, 0) for x in arrays)

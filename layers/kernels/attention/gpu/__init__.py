@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from layers.kernels import devices, pallas_triton, partition
 from layers.kernels.attention import tiles, xla
+from layers.kernels.attention.cudnn import batches_as_rows
 from layers.kernels.attention.gpu import kernels
 from layers.kernels.attention.options import Options, places
 from layers.kernels.attention.schedule import one_block
@@ -93,8 +94,12 @@ def _backward(static, residuals, cotangents):
 _attend.defvjp(promoting(_forward), promoting(_backward))
 
 
-@lowered_once("scale", "cap")
 def _local(scale, cap, q, k, v, seen):
+    return batches_as_rows(functools.partial(_launched, scale, cap))(q, k, v, seen)
+
+
+@lowered_once("scale", "cap")
+def _launched(scale, cap, q, k, v, seen):
     return kernels.attention(q, k, v, seen, scale, cap)
 
 
