@@ -1,5 +1,6 @@
 """Softmax attention: causal, windows, sinks, prefixes, block lists, global tokens, biases, segments, grouped heads, caches."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -22,7 +23,9 @@ IMPLEMENTATIONS = {
     "xla": Implementation(xla.attention),
     "reference": Implementation(reference.attention, passed_over_reason=by_name_only, forward_mode=True),
 }
-WITH_LSE = {name: one for name, one in IMPLEMENTATIONS.items() if name != "cudnn"}
+WITH_LSE = {name: one for name, one in IMPLEMENTATIONS.items() if name != "cudnn"} | {
+    "gpu": dataclasses.replace(IMPLEMENTATIONS["gpu"], run=gpu.attention_with_lse)
+}
 
 
 def attention(

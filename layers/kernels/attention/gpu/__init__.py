@@ -55,8 +55,16 @@ def passed_over_reason(q: Any, k: Any, **_: Any) -> str | None:
 
 
 def attention(q, k, v, options):
-    """Returns output (b, 1, h, v) and log-sum-exp in two parts, as `parts_of_sum` gives them."""
-    return _attend((options.causal, options.scale), q, k, v, options._replace(causal=None, scale=None))
+    """Returns output (b, 1, h, v) in the type of v, and log-sum-exp in two parts, as `parts_of_sum` gives them."""
+    return _attend(
+        (options.causal, options.scale, v.dtype), q, k, v, options._replace(causal=None, scale=None)
+    )
+
+
+def attention_with_lse(q, k, v, options):
+    """Returns what `attention` does, with a float32 output."""
+    static = options.causal, options.scale, jnp.dtype(jnp.float32)
+    return _attend(static, q, k, v, options._replace(causal=None, scale=None))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -72,21 +80,25 @@ def _forward(static, q, k, v, options):
     seen = jnp.broadcast_to(seen[:, 0, 0, 0], (q.shape[0], k.shape[1])).astype(jnp.int8)
     rows, _, heads, _ = partition.spec_of(k, heads=2)
     spec, sums = P(rows, None, heads, None), P(rows, None, heads)
-    run = functools.partial(_local, float(cut.rules.scale), cut.rules.logit_cap)
+    # What follows on a sink logit is float32.
+    dtype = static[2] if options.logits.sink_logits is None else jnp.dtype(jnp.float32)
+    run = functools.partial(_local, float(cut.rules.scale), cut.rules.logit_cap, dtype)
     arrays, specs = (q, k, v, seen), (spec, spec, spec, P(rows, None))
     output, top, total = partition.over_shards(run, arrays, specs, (spec, sums, sums))
     log_total = jnp.log(jnp.where(total == 0, 1, total))
-    return xla.with_sink(output, top, log_total, options.logits.sink_logits), (q, k, v, options)
+    output, *sums = xla.with_sink(output, top, log_total, options.logits.sink_logits)
+    return (output.astype(static[2]), *sums), (q, k, v, options)
 
 
 def _with(static, options):
-    causal, scale = static
+    causal, scale, _ = static
     return options._replace(causal=causal, scale=scale)
 
 
 def _backward(static, residuals, cotangents):
     def run(q, k, v, options):
-        return xla.attention(q, k, v, _with(static, options))
+        output, *sums = xla.attention(q, k, v, _with(static, options))
+        return output.astype(static[2]), *sums
 
     return jax.vjp(run, *residuals)[1](cotangents)
 
@@ -94,13 +106,13 @@ def _backward(static, residuals, cotangents):
 _attend.defvjp(promoting(_forward), promoting(_backward))
 
 
-def _local(scale, cap, q, k, v, seen):
-    return batches_as_rows(functools.partial(_launched, scale, cap))(q, k, v, seen)
+def _local(scale, cap, dtype, q, k, v, seen):
+    return batches_as_rows(functools.partial(_launched, scale, cap, dtype))(q, k, v, seen)
 
 
-@lowered_once("scale", "cap")
-def _launched(scale, cap, q, k, v, seen):
-    return kernels.attention(q, k, v, seen, scale, cap)
+@lowered_once("scale", "cap", "dtype")
+def _launched(scale, cap, dtype, q, k, v, seen):
+    return kernels.attention(q, k, v, seen, scale, cap, dtype)
 
 
 def _backward(residuals, cotangents):
@@ -113,5 +125,5 @@ def _probe() -> None:
     q, k = (jax.ShapeDtypeStruct((1, t, 2, 64), jnp.bfloat16) for t in (1, 128))
     seen = jax.ShapeDtypeStruct((1, 128), jnp.int8)
     with jax.sharding.use_abstract_mesh(pallas_triton.hopper_mesh()):
-        run = functools.partial(kernels.attention, scale=1.0, cap=None)
+        run = functools.partial(kernels.attention, scale=1.0, cap=None, dtype=jnp.bfloat16)
         jax.jit(run).trace(q, k, k, seen).lower(lowering_platforms=("cuda",))

@@ -27,9 +27,15 @@ ZERO = np.int32(0)
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float, cap: float | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: jax.Array,
+    scale: float,
+    cap: float | None,
+    dtype: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the output (b, 1, h, v), and m and l (b, 1, h), all float32.
+    """Returns the output (b, 1, h, v) in `dtype`, and m and l (b, 1, h), float32.
 
     Args:
       q, k, v: as in `layers.kernels.attention.attention`, with one query.
@@ -57,7 +63,7 @@ def attention(
         grid=(h, b),
         inputs=found,
         outputs=dict(
-            output=jax.ShapeDtypeStruct((b, 1, h, width), f32),
+            output=jax.ShapeDtypeStruct((b, 1, h, width), dtype),
             highest=jax.ShapeDtypeStruct((b, 1, h), f32),
             weight=jax.ShapeDtypeStruct((b, 1, h), f32),
         ),
@@ -126,7 +132,7 @@ def _join(*, o, top, total, output, highest, weight) -> None:
         other=0,
     )
     joined = (weights[:, None] * parts_).sum(0) / jnp.where(l_all == 0, 1.0, l_all)
-    pltriton.store(output.at[row, ZERO, head, values], joined, mask=v_in)
+    pltriton.store(output.at[row, ZERO, head, values], joined.astype(output.dtype), mask=v_in)
     highest[row, ZERO, head] = m_all
     weight[row, ZERO, head] = l_all
 
