@@ -25,7 +25,7 @@ def draw(batch, keys, heads, groups, size, values, seed=0):
     rng = np.random.default_rng(seed)
     shapes = (batch, 1, heads, size), (batch, keys, groups, size), (batch, keys, groups, values)
     q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
-    lengths = jnp.asarray(rng.integers(1, keys, batch), jnp.int32)[:, None]
+    lengths = jnp.asarray([keys - 3, *rng.integers(1, keys // 4, batch - 1)], jnp.int32)[:, None]
     places = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), (batch, keys))
     full = places < lengths
     k, v = jnp.where(full[..., None, None], k, jnp.nan), jnp.where(full[..., None, None], v, jnp.inf)
@@ -51,8 +51,8 @@ def check(arrays, options):
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "causal")) for n in OPTIONS]
 )
 def test_interpreted(name, monkeypatch):
-    """Three parts of the keys, the last of which no query of the shortest row sees."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 8)
+    """Three parts of the keys and an empty one; the second row sees keys of the first alone."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 16)
     arrays, options = draw(2, 150, 8, 2, 24, 16)
     with pallas_triton.interpreted():
         check(arrays, options | OPTIONS[name])
