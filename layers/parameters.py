@@ -29,8 +29,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.kernels import one_row
-
 NO_DECAY = {"group": "no_decay"}
 # Factors on the learning rate and the weight decay of an experiment, by group; 1 where there is none.
 GROUP_RULES = {
@@ -126,30 +124,14 @@ class Linear(nnx.Linear):
         self.adapter = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return outputs_of(x, self)[0]
+        y = super().__call__(x)
+        return y if self.adapter is None else y + self.adapter(x, y.dtype)
 
     @property
     def matrix(self) -> jax.Array:
         """The whole matrix W + s A B, for layers that take its parts or apply it in other places."""
         kernel = self.kernel[...]
         return kernel if self.adapter is None else kernel + self.adapter.product
-
-
-def outputs_of(x: jax.Array, *maps: Linear) -> tuple[jax.Array, ...]:
-    """Returns the outputs of linear maps of one input; for one row, a GPU reads their matrices in one launch."""
-    matrices = [each.kernel[...] for each in maps]
-    plain = all(
-        each.bias is None and each.dtype == x.dtype and matrix.ndim == 2
-        for each, matrix in zip(maps, matrices, strict=True)
-    )
-    if plain and one_row.passed_over_reason(x, matrices) is None:
-        outputs = one_row.products(x, matrices)
-    else:
-        outputs = tuple(nnx.Linear.__call__(each, x) for each in maps)
-    return tuple(
-        y if each.adapter is None else y + each.adapter(x, y.dtype)
-        for y, each in zip(outputs, maps, strict=True)
-    )
 
 
 def linear(

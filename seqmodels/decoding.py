@@ -16,14 +16,15 @@ from seqmodels.sampling import Sampling, choose
 ANY = -1
 # Stands before the first token of the output, and fits no token of a stop sequence.
 NOTHING = -2
-# On a GPU, steps of one row are short beside the launches of their kernels. The whole loop is one CUDA graph, its condition included,
-# unless it holds what no graph can, such as sorting; by default the host waits for the condition of each step and launches the next.
-# The pass that is left out turns products with one row into rounded products and sums, which write matrices of that size.
+# On a GPU the whole loop is one CUDA graph, its condition included, unless it holds what no graph can, such as sorting; by default the
+# host waits for the condition of each step and launches the graph of the next. Kernels that do not depend on each other run at the same
+# time. The pass that is left out turns products with one row into rounded products and sums, which write matrices of that size.
 GPU_OPTIONS = (
     (
         "xla_gpu_enable_command_buffer",
         "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
     ),
+    ("xla_gpu_command_buffer_scheduling_mode", "CONCURRENT"),
     ("xla_disable_hlo_passes", "dot-strength-reduction"),
 )
 
@@ -78,8 +79,31 @@ def keys_of_rows(key: Key[Array, ""], count: int) -> Key[Array, "b"]:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
 
+class Structure:
+    """The structure of a model as a tree; equal to itself alone, so that it is compared at no cost."""
+
+    def __init__(self, tree: Any):
+        self.tree = tree
+
+
+class Flat(NamedTuple):
+    """A model as arrays, which a call takes as they are: for a module, JAX visits every layer in Python."""
+
+    structure: Structure
+    leaves: list[Any]
+
+
+_structures: dict[Any, Structure] = {}
+
+
+def flat(model: LanguageModel) -> Flat:
+    """Returns the arrays of a model, with one structure for all models of equal structure."""
+    leaves, tree = jax.tree.flatten(model)
+    return Flat(_structures.setdefault(tree, Structure(tree)), leaves)
+
+
 def decode(
-    model: LanguageModel,
+    model: Flat,
     rows: Rows,
     sampling: Sampling,
     stops: Int[Array, "n l"] | Int[np.ndarray, "n l"] | None,
@@ -94,7 +118,8 @@ def decode(
     Args:
       start: number of new tokens before this call.
     """
-    return _compiled(options())(model, rows, sampling, stops, key, start, steps, size=size)
+    run = _compiled(options())
+    return run(model.structure, model.leaves, rows, sampling, stops, key, start, steps, size=size)
 
 
 def options() -> tuple[tuple[str, str], ...]:
@@ -104,11 +129,12 @@ def options() -> tuple[tuple[str, str], ...]:
 
 @functools.cache
 def _compiled(options: tuple[tuple[str, str], ...]) -> Any:
-    arguments = dict(static_argnames=("size",), donate_argnums=(1,))
+    arguments = dict(static_argnums=(0,), static_argnames=("size",), donate_argnums=(2,))
     return jax.jit(_decode, **arguments, compiler_options=dict(options) or None)
 
 
-def _decode(model, rows, sampling, stops, key, start, steps, *, size):
+def _decode(structure, leaves, rows, sampling, stops, key, start, steps, *, size):
+    model = jax.tree.unflatten(structure.tree, leaves)
     keys, stack = keys_of_rows(key, rows.token.shape[0]), model.config.stack
 
     def step(carry):

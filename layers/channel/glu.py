@@ -13,7 +13,7 @@ from flax import nnx
 
 from layers.dropout import dropout
 from layers.options import ActivationDtype, Fraction, checked_dataclass
-from layers.parameters import linear, outputs_of
+from layers.parameters import linear
 from layers.registry import choose
 from layers.segments import select_masked
 from layers.typing import Array, Bool, Float, Key
@@ -103,9 +103,8 @@ class GLU(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """Maps each token; dropout acts on the hidden features."""
         config, x = self.config, select_masked(x, mask)
-        gate, up = outputs_of(x, self.gate, self.up)
-        gate = gate if config.gate_scale == 1 else config.gate_scale * gate
-        return config.scaled(self.down(dropout(self.activation(gate) * up, config.dropout, key)))
+        gate = self.gate(x) if config.gate_scale == 1 else config.gate_scale * self.gate(x)
+        return config.scaled(self.down(dropout(self.activation(gate) * self.up(x), config.dropout, key)))
 
 
 class GEGLU(GLU):

@@ -13,7 +13,7 @@ from layers.kernels.attention import Logits, Mask, Tokens
 from layers.mixer import Mixer, Visit
 from layers.norms import NormConfig, RMSNorm
 from layers.options import ActivationDtype, Count, NonNegative, Positive, checked_dataclass
-from layers.parameters import NO_DECAY, linear, outputs_of, parameter
+from layers.parameters import NO_DECAY, linear, parameter
 from layers.parts.cache import Cache, empty_cache, extend
 from layers.parts.heads import join_heads, shared_heads, split_heads
 from layers.parts.relative_attention import relative_attention
@@ -244,7 +244,7 @@ class Attention(Mixer):
     ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
         """Returns queries, keys and values before the rotation."""
         config = self.config
-        q, k, v = outputs_of(x, self.query, self.key, self.value)
+        q, k, v = self.query(x), self.key(x), self.value(x)
         if config.qk_norm and config.norm_heads == "all":
             q, k = self.query_norm(q), self.key_norm(k)
         q = split_heads(q, config.heads)
