@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from flax import nnx
 
 from layers.adapters import new_adapter
-from layers.options import Positive, checked_dataclass, suggestion
+from layers.options import Fraction, Positive, checked_dataclass, suggestion
 from layers.parameters import Linear
+from seqmodels.embedding import Embedding
 from seqmodels.names import names_of
 
-ALL = "all-linear"
+ALL, EMBEDDING = "all-linear", "embedding"
 
 
 @checked_dataclass(section="lora")
@@ -25,6 +26,7 @@ class LoraConfig:
       rank: r, the rank of each ("r" with peft).
       alpha: numerator of the scale alpha / r ("lora_alpha").
       rslora: whether the scale is alpha / sqrt(r).
+      dropout: rate with which the inputs of adapters are dropped in training ("lora_dropout"); for maps inside layers.
       targets: which linear maps have one ("target_modules"): last parts of their names by layer, such as ("query", "value"),
         regular expressions for whole names, such as "stack/blocks/[01]/mixer/.*", or "all-linear", all but the head and those
         with fewer inputs or outputs than the rank.
@@ -33,6 +35,7 @@ class LoraConfig:
     rank: int = 8
     alpha: Positive = 8.0
     rslora: bool = False
+    dropout: Fraction = 0.0
     targets: str | tuple[str, ...] = ALL
 
     def __post_init__(self) -> None:
@@ -52,11 +55,11 @@ class LoraConfig:
         return (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
 
 
-def linear_maps(model: nnx.Module) -> dict[tuple[str, ...], Linear]:
-    """Returns the linear maps of a model by their names by layer; stacked ones have several names."""
+def linear_maps(model: nnx.Module) -> dict[tuple[str, ...], Linear | Embedding]:
+    """Returns the linear maps of a model and its table of embeddings by their names by layer; stacked ones have several names."""
     found = {}
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, Linear):
+        if isinstance(module, Linear) or (isinstance(module, Embedding) and hasattr(module, "table")):
             names = names_of((*path, "kernel"), module.kernel).names
             found[tuple(name.removesuffix("kernel").removesuffix("/") for name in names)] = module
     return found
@@ -77,6 +80,11 @@ def adapt(model: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> tuple[str
         chosen = [name for name in names if any(is_target(name, target) for target in targets)]
         if not chosen:
             continue
+        if config.dropout and not chosen[0].startswith("stack/blocks/"):
+            raise ValueError(
+                f"lora.dropout={config.dropout} with lora.targets={config.targets!r}, which fits {chosen[0]}: inputs are dropped inside "
+                "layers only; expected 0, or other targets"
+            )
         if len(chosen) < len(names):
             left = next(name for name in names if name not in chosen)
             raise ValueError(
@@ -84,9 +92,8 @@ def adapt(model: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> tuple[str
                 "of the model"
             )
         try:
-            module.adapter = new_adapter(
-                module, config.rank, alpha=config.alpha, stabilized=config.rslora, rngs=rngs
-            )
+            options = dict(alpha=config.alpha, stabilized=config.rslora, dropout=config.dropout)
+            module.adapter = new_adapter(module, config.rank, rngs=rngs, **options)
         except ValueError as error:
             raise ValueError(f"lora: {names[0]}: {error}") from None
         adapted += names
@@ -101,7 +108,7 @@ def adapt(model: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> tuple[str
 def is_target(name: str, target: str) -> bool:
     """Returns whether a target (see `LoraConfig`) has the linear map of a name."""
     if target == ALL:
-        return name.split("/")[0] != "head"
+        return name.split("/")[0] not in ("head", EMBEDDING)
     return f"/{name}".endswith(f"/{target}") or re.fullmatch(target, name) is not None
 
 
@@ -121,7 +128,17 @@ def has_adapters(model: nnx.Module) -> bool:
 
 
 def merge_adapters(model: nnx.Module) -> None:
-    """Adds all adapters of a model to its matrices, in their type, and removes them."""
+    """Adds all adapters of a model to its matrices, in their type, and removes them.
+
+    Raises:
+      ValueError: an adapter of the table of embeddings, to which the head is tied.
+    """
+    tied = getattr(model, "head", True) is None
+    if tied and model.embedding.adapter is not None:
+        raise ValueError(
+            "the model has an adapter of its embeddings, and its head reads the same table (tie_embeddings=True), which would change "
+            "too; expected a model with a head of its own, or the adapter beside it"
+        )
     for module in linear_maps(model).values():
         if module.adapter is not None:
             module.kernel.set_value(module.matrix.astype(module.kernel.dtype))

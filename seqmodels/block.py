@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.adapters import dropping
 from layers.channel import make_channel_mixer
 from layers.dropout import dropout
 from layers.mixers import make_mixer
@@ -89,7 +90,10 @@ class Block(nnx.Module):
         Args:
           beside: what the branch of the mixer reads in addition to x: x + mixer(norm(x + beside)).
         """
-        segments = Segments.of(segment_ids)
+        with dropping(key):
+            return self._sharing(x, state, values, Segments.of(segment_ids), key, beside)
+
+    def _sharing(self, x, state, values, segments, key, beside):
         mask = None if segments is None else segments.real
         norms = {"mask": mask, "training": key is not None}
         keys = (None, None, None) if key is None else jax.random.split(key, 3)

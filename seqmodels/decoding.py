@@ -1,6 +1,6 @@
 """The compiled loop of generation: one token of each row per call of the model."""
 
-from functools import partial
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.typing import Array, Bool, Float, Int, Key
+from seqmodels.common_state import lean, whole
 from seqmodels.language_model import LanguageModel, LanguageModelState
 from seqmodels.sampling import Sampling, choose
 
@@ -15,6 +16,17 @@ from seqmodels.sampling import Sampling, choose
 ANY = -1
 # Stands before the first token of the output, and fits no token of a stop sequence.
 NOTHING = -2
+# On a GPU the whole loop is one CUDA graph, its condition included, unless it holds what no graph can, such as sorting; by default the
+# host waits for the condition of each step and launches the graph of the next. Kernels that do not depend on each other run at the same
+# time. The pass that is left out turns products with one row into rounded products and sums, which write matrices of that size.
+GPU_OPTIONS = (
+    (
+        "xla_gpu_enable_command_buffer",
+        "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    ),
+    ("xla_gpu_command_buffer_scheduling_mode", "CONCURRENT"),
+    ("xla_disable_hlo_passes", "dot-strength-reduction"),
+)
 
 
 class Generation(NamedTuple):
@@ -67,12 +79,34 @@ def keys_of_rows(key: Key[Array, ""], count: int) -> Key[Array, "b"]:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
 
-@partial(jax.jit, static_argnames=("size",), donate_argnums=(1,))
+class Structure:
+    """The structure of a model as a tree; equal to itself alone, so that it is compared at no cost."""
+
+    def __init__(self, tree: Any):
+        self.tree = tree
+
+
+class Flat(NamedTuple):
+    """A model as arrays, which a call takes as they are: for a module, JAX visits every layer in Python."""
+
+    structure: Structure
+    leaves: list[Any]
+
+
+_structures: dict[Any, Structure] = {}
+
+
+def flat(model: LanguageModel) -> Flat:
+    """Returns the arrays of a model, with one structure for all models of equal structure."""
+    leaves, tree = jax.tree.flatten(model)
+    return Flat(_structures.setdefault(tree, Structure(tree)), leaves)
+
+
 def decode(
-    model: LanguageModel,
+    model: Flat,
     rows: Rows,
     sampling: Sampling,
-    stops: Int[Array, "n l"] | None,
+    stops: Int[Array, "n l"] | Int[np.ndarray, "n l"] | None,
     key: Key[Array, ""],
     start: Any,
     steps: Any,
@@ -84,21 +118,39 @@ def decode(
     Args:
       start: number of new tokens before this call.
     """
-    keys = keys_of_rows(key, rows.token.shape[0])
+    run = _compiled(options())
+    return run(model.structure, model.leaves, rows, sampling, stops, key, start, steps, size=size)
+
+
+def options() -> tuple[tuple[str, str], ...]:
+    """Returns the options with which the loop of `decode` is compiled on the default device."""
+    return GPU_OPTIONS if jax.default_backend() == "gpu" else ()
+
+
+@functools.cache
+def _compiled(options: tuple[tuple[str, str], ...]) -> Any:
+    arguments = dict(static_argnums=(0,), static_argnames=("size",), donate_argnums=(2,))
+    return jax.jit(_decode, **arguments, compiler_options=dict(options) or None)
+
+
+def _decode(structure, leaves, rows, sampling, stops, key, start, steps, *, size):
+    model = jax.tree.unflatten(structure.tree, leaves)
+    keys, stack = keys_of_rows(key, rows.token.shape[0]), model.config.stack
 
     def step(carry):
         rows, new = carry
-        logits, state = model(rows.token[:, None], rows.state)
-        rows, new = append(
-            rows._replace(state=state), new, logits[:, 0], sampling, stops, keys, start, ~rows.stopped
-        )
+        logits, state = model(rows.token[:, None], whole(stack, rows.state))
+        rows = rows._replace(state=lean(stack, state))
+        rows, new = append(rows, new, logits[:, 0], sampling, stops, keys, start, ~rows.stopped)
         return rows, new._replace(calls=new.calls + 1)
 
     def goes_on(carry):
         rows, new = carry
         return (new.calls < steps) & ~rows.stopped.all()
 
-    return jax.lax.while_loop(goes_on, step, (rows, empty(len(rows.token), size)))
+    rows = rows._replace(state=lean(stack, rows.state))
+    rows, new = jax.lax.while_loop(goes_on, step, (rows, empty(len(rows.token), size)))
+    return rows._replace(state=whole(stack, rows.state)), new
 
 
 def append(

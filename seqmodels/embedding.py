@@ -20,7 +20,12 @@ SMALL_TABLE = 64
 
 
 class Embedding(nnx.Module):
-    """Maps token ids (b, t) by look-up, or vectors (b, t, c) linearly, to (b, t, d), and adds absolute positions."""
+    """Maps token ids (b, t) by look-up, or vectors (b, t, c) linearly, to (b, t, d), and adds absolute positions.
+
+    Attributes:
+      adapter: what adds low-rank vectors to those of the tokens (see `layers.adapters`), or None. A head that is tied to the table
+        reads the table alone.
+    """
 
     def __init__(self, config: InputConfig, width: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
@@ -31,6 +36,7 @@ class Embedding(nnx.Module):
             )
         else:
             self.map = linear(config.input_size, width, axes=(None, "embed"), dtype=dtype, rngs=rngs)
+        self.adapter = nnx.data(None)
         norm = LayerNormConfig(width, config.embedding_norm_epsilon, dtype=dtype)
         self.norm = LayerNorm(norm, rngs=rngs) if config.embedding_norm else None
         if config.absolute_positions == "learned":
@@ -38,6 +44,16 @@ class Embedding(nnx.Module):
             self.positions = parameter(
                 rngs, init, (config.max_positions, width), axes=(None, "embed"), **NO_DECAY
             )
+
+    @property
+    def kernel(self) -> nnx.Param:
+        """The table, as the matrix of a linear map of tokens."""
+        return self.table
+
+    @property
+    def matrix(self) -> jax.Array:
+        """The table and what the adapter adds to it."""
+        return self.table[...] if self.adapter is None else self.table[...] + self.adapter.product
 
     def init_state(self, batch_size: int) -> Place | None:
         """Returns the place of rows before their first token; None if positions are not added."""
@@ -87,6 +103,8 @@ class Embedding(nnx.Module):
             inputs = select_real(inputs, segments)
             check_indices("inputs", inputs, self.config.vocab_size, of="vocab_size")
             x = look_up(self.table[...], inputs, self.dtype)
+            if self.adapter is not None:
+                x = x + self.adapter.rows(inputs, self.dtype)
             if self.config.embedding_scale is not None:
                 x = x * self.config.embedding_scale
             return x if self.norm is None else self.norm(x)

@@ -18,7 +18,7 @@ from layers.caches import CachePolicy, read_cache
 from layers.indices import check_indices
 from layers.typing import Array, Float
 from seqmodels import caching, prepacking, speculative
-from seqmodels.decoding import ANY, NOTHING, Generation, Rows, decode
+from seqmodels.decoding import ANY, NOTHING, Generation, Rows, decode, flat
 from seqmodels.language_model import LanguageModel
 from seqmodels.sampling import Number, make_sampling
 
@@ -193,7 +193,7 @@ def _blocks(
     state, *others = rows
     rows = Rows(state, *_beside(model, others))
     history = None if draft is None else _beside(model, _history(prompts, max_new_tokens))
-    first = 1 if policy.compresses else 0
+    first, flattened = 1 if policy.compresses else 0, flat(model)
     for start in [*range(first), *range(first, max_new_tokens, size)]:
         most = size if start >= first else 1
         if start == first > 0:
@@ -201,7 +201,7 @@ def _blocks(
             rows = rows._replace(state=caching.compress(model, rows.state, **options))
         given = (sampling, stops, key, start, min(most, max_new_tokens - start))
         if draft is None:
-            rows, new = decode(model, rows, *given, size=most)
+            rows, new = decode(flattened, rows, *given, size=most)
         else:
             rows, history, new = speculative.decode(model, rows, history, *given, size=size, **draft)
         new = jax.tree.map(np.asarray, new)

@@ -43,6 +43,35 @@ GRANITE = {
     "attention_multiplier": 0.7,
 }
 
+NEMOTRON_MOE = DECODER | {
+    "head_dim": 8,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+    "num_hidden_layers": 4,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 4,
+    "ssm_state_size": 4,
+    "n_groups": 2,
+    "chunk_size": 8,
+    "time_step_min": 1e-9,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "moe_shared_expert_intermediate_size": 16,
+    "routed_scaling_factor": 1.5,
+}
+XLSTM = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_heads": 2,
+    "ffn_proj_factor": 1.5,
+    "ffn_round_up_to_multiple_of": 8,
+    "autocast_kernel_dtype": "float32",
+    "gate_soft_cap": 2.0,
+    "output_logit_soft_cap": 3.0,
+}
+
 # Names of folders: the class of the config, and its options.
 FAMILIES = {
     "llama": ("LlamaConfig", DECODER | {"rope_parameters": LLAMA3}),
@@ -131,27 +160,8 @@ FAMILIES = {
             "time_step_min": 1e-9,
         },
     ),
-    "nemotron_h_moe": (
-        "NemotronHConfig",
-        DECODER
-        | {
-            "head_dim": 8,
-            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
-            "num_hidden_layers": 4,
-            "mamba_num_heads": 4,
-            "mamba_head_dim": 4,
-            "ssm_state_size": 4,
-            "n_groups": 2,
-            "chunk_size": 8,
-            "time_step_min": 1e-9,
-            "n_routed_experts": 4,
-            "n_group": 2,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 8,
-            "moe_shared_expert_intermediate_size": 16,
-            "routed_scaling_factor": 1.5,
-        },
-    ),
+    "nemotron_h_moe": ("NemotronHConfig", NEMOTRON_MOE),
+    "nemotron_h_latent": ("NemotronHConfig", NEMOTRON_MOE | {"moe_latent_size": 12}),
     "falcon_h1": (
         "FalconH1Config",
         DECODER
@@ -296,6 +306,11 @@ FAMILIES = {
         FLA | {"num_heads": 2, "num_v_heads": 4, "head_dim": 4, "expand_v": 2.0},
     ),
     "retnet": ("RetNetConfig", FLA | {"num_heads": 2, "num_kv_heads": 1, "expand_v": 2.0}),
+    "hgrn2": ("HGRN2Config", FLA | {"num_hidden_layers": 3, "expand_ratio": 8}),
+    "forgetting_transformer": (
+        "ForgettingTransformerConfig",
+        FLA | {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "use_output_gate": True},
+    ),
     "gated_deltaproduct": (
         "GatedDeltaProductConfig",
         FLA
@@ -342,20 +357,8 @@ FAMILIES = {
             "rope_parameters": ROPE,
         },
     ),
-    "xlstm": (
-        "xLSTMConfig",
-        {
-            "vocab_size": VOCAB,
-            "hidden_size": WIDTH,
-            "num_hidden_layers": 2,
-            "num_heads": 2,
-            "ffn_proj_factor": 1.5,
-            "ffn_round_up_to_multiple_of": 8,
-            "autocast_kernel_dtype": "float32",
-            "gate_soft_cap": 2.0,
-            "output_logit_soft_cap": 3.0,
-        },
-    ),
+    "xlstm": ("xLSTMConfig", XLSTM),
+    "xlstm_fused": ("xLSTMConfig", XLSTM | {"weight_mode": "fused"}),
     "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": WIDTH, "n_layer": 2, "n_head": 2}),
     "mpt": (
         "MptConfig",

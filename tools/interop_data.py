@@ -3,6 +3,8 @@
     python -m venv /tmp/interop && /tmp/interop/bin/pip install torch 'transformers==5.24.0' safetensors
     /tmp/interop/bin/python tools/interop_data.py tests/seqmodels/interop/data [FAMILY ...]
     /tmp/interop/bin/python tools/interop_data.py adapter tests/seqmodels/interop/data/llama tests/seqmodels/interop/adapter
+    /tmp/interop/bin/python tools/interop_data.py adapter_of_embeddings tests/seqmodels/interop/data/llama \
+        tests/seqmodels/interop/adapter_of_embeddings
 
 Families of flash-linear-attention need it and pytest there, and others need that it is not there; the adapter needs peft.
 
@@ -71,6 +73,11 @@ def make(folder, name):
         config = getattr(fla.models, kind)(**options)
     else:
         config = getattr(transformers, kind)(**options)
+        if options.get("weight_mode") == "fused":
+            # Theirs fails for these weights, and `scramble` draws all of them.
+            from transformers.models.xlstm.modeling_xlstm import xLSTMPreTrainedModel
+
+            xLSTMPreTrainedModel._init_weights = lambda *_: None
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for seed in range(20):
@@ -107,13 +114,16 @@ def make(folder, name):
     return sum(file.stat().st_size for file in (folder / name).iterdir()), seed, gap
 
 
-def make_adapter(folder, base):
-    """Writes a random adapter of a checkpoint with peft, and the logits of the two together."""
+def make_adapter(folder, base, *, embedding=False):
+    """Writes a random adapter of a checkpoint with peft, also of its embeddings if so said, and the logits of the two together."""
     import peft
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     options = {"target_modules": ["q_proj", "down_proj"], "alpha_pattern": {"down_proj": 3}}
-    model = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=6, use_rslora=True, **options))
+    if embedding:
+        options["target_modules"] += ["embed_tokens"]
+    options |= dict(r=2, lora_alpha=6, use_rslora=True, lora_dropout=0.1 if embedding else 0.0)
+    model = peft.get_peft_model(model, peft.LoraConfig(**options)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -127,8 +137,8 @@ def make_adapter(folder, base):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "adapter":
-        make_adapter(Path(sys.argv[3]), Path(sys.argv[2]))
+    if sys.argv[1].startswith("adapter"):
+        make_adapter(Path(sys.argv[3]), Path(sys.argv[2]), embedding=sys.argv[1] == "adapter_of_embeddings")
         raise SystemExit
     target = Path(sys.argv[1])
     for each in sys.argv[2:] or FAMILIES:

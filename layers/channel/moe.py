@@ -33,6 +33,8 @@ class MoEConfig:
       experts: E, number of experts.
       top_k: k, number of experts per token.
       hidden: inner width per expert; 8/3 width rounded up to a multiple of `multiple_of` if None.
+      latent: features that experts read and give, between two maps that they share (Nemotron-H with moe_latent_size); the width,
+        without these maps, if None. The router and the shared experts read all features.
       shared: number of further experts that every token takes, computed as one expert of `shared` times the inner width.
       shared_gate: whether a sigmoid of the token weighs the shared experts (Qwen3-Next).
       scores: function from the router's logits to scores: "softmax" over the experts, or "sigmoid" (DeepSeek-V3).
@@ -63,6 +65,7 @@ class MoEConfig:
     experts: int = 8
     top_k: int = 2
     hidden: int | None = None
+    latent: int | None = None
     shared: Count = 0
     shared_gate: bool = False
     scores: Literal["softmax", "sigmoid"] = "softmax"
@@ -117,6 +120,7 @@ class MoE(nnx.Module):
         y = sum_{e in T} w_e GLU_e(x) + g GLU_shared(x),       w_e = scale p_e, or scale p_e / sum_T p
         auxiliary = balance E sum_e f_e P_e + z_loss mean logsumexp(W x)^2
 
+    where with `latent` the sum is B sum_{e in T} w_e GLU_e(A x),
     with GLU_e(x) = D_e (silu(G_e x) * U_e x), or D_e f(U_e x) without gates, with biases and another product as configured,
     and g = 1 or sigmoid(w . x). f_e is the fraction of the choices of all real tokens that fall on e and P_e their mean
     score, scores per token adding up to 1: the sum is 1 / E when both are uniform (Fedus et al. 2022, arXiv:2101.03961); the
@@ -130,9 +134,13 @@ class MoE(nnx.Module):
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.activation = choose("activation", ACTIVATIONS, config.activation or "silu")
-        d, multiple = config.width, config.multiple_of
+        d, multiple = config.latent or config.width, config.multiple_of
         hidden = config.hidden or -(-(8 * d) // (3 * multiple)) * multiple
-        self.router = linear(d, config.experts, axes=("embed", "expert"), bias=config.bias, rngs=rngs)
+        router = {"axes": ("embed", "expert"), "bias": config.bias}
+        self.router = linear(config.width, config.experts, **router, rngs=rngs)
+        inside = {"bias": False, "dtype": config.dtype, "rngs": rngs}
+        self.into = linear(config.width, d, axes=("embed", None), **inside) if config.latent else None
+        self.out = linear(d, config.width, axes=(None, "embed"), **inside) if config.latent else None
         wide, back = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
         self.gate = (
             parameter(rngs, _lecun_normal, (config.experts, d, hidden), axes=wide) if config.gated else None
@@ -144,9 +152,7 @@ class MoE(nnx.Module):
         self.down_bias = self._bias(d, "embed", rngs)
         self.shared = self._shared(config.shared * hidden, rngs) if config.shared else None
         self.shared_gate = (
-            linear(d, 1, axes=("embed", None), bias=False, dtype=config.dtype, rngs=rngs)
-            if config.shared_gate
-            else None
+            linear(config.width, 1, axes=("embed", None), **inside) if config.shared_gate else None
         )
         self.bias = nnx.BatchStat(jnp.zeros(config.experts, jnp.float32)) if config.bias_rate else None
         self.auxiliary = AuxiliaryLoss(jnp.zeros((), jnp.float32))
@@ -194,7 +200,9 @@ class MoE(nnx.Module):
         run = {"dense": self._dense, "grouped": self._grouped, "picked": self._picked}[
             self._compute(len(tokens), training=key is not None)
         ]
-        y = run(tokens.astype(config.dtype), config.scale * weights, chosen, keys[0]).reshape(x.shape)
+        given = tokens.astype(config.dtype) if self.into is None else self.into(tokens)
+        y = run(given, config.scale * weights, chosen, keys[0])
+        y = (y if self.out is None else self.out(y)).reshape(x.shape)
         if self.shared is None:
             return y
         shared = self.shared(x, key=keys[1])
@@ -283,13 +291,16 @@ class MoE(nnx.Module):
 
     def _picked(self, x, weights, chosen, key):
         """Multiplies every token by the matrices of its experts."""
-        gate, up, down = (matrix.at[chosen].get(mode="promise_in_bounds") for matrix in self._matrices())
-        gates, inputs = jnp.einsum("nd,nkdh->nkh", x, gate), jnp.einsum("nd,nkdh->nkh", x, up)
+        gate, up, down = (
+            None if matrix is None else matrix.at[chosen].get(mode="promise_in_bounds")
+            for matrix in self._matrices()
+        )
+        inner = [None if matrix is None else jnp.einsum("nd,nkdh->nkh", x, matrix) for matrix in (gate, up)]
         biases = self._biases()
         if biases is not None:
-            biases = tuple(bias[chosen] for bias in biases)
-            gates, inputs = gates + biases[0], inputs + biases[1]
-        h = dropout(self._hidden(gates, inputs), self.config.dropout, key)
+            biases = tuple(None if bias is None else bias[chosen] for bias in biases)
+            inner = [None if y is None else y + bias for y, bias in zip(inner, biases, strict=False)]
+        h = dropout(self._hidden(*inner), self.config.dropout, key)
         y = jnp.einsum("nkh,nkhd->nkd", h, down, preferred_element_type=jnp.float32)
         if biases is not None:
             y = y + biases[2]

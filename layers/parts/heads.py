@@ -97,6 +97,21 @@ class HeadNorm(nnx.Module):
         return y.astype(self.dtype)
 
 
+class HeadRMSNorm(nnx.Module):
+    """RMSNorm of every head, y = scale x / sqrt(mean(x^2) + epsilon), in which each head has a scale of its own."""
+
+    def __init__(self, heads: int, size: int, *, epsilon: float, dtype: Any, rngs: nnx.Rngs):
+        self.epsilon, self.dtype = epsilon, dtype
+        ones = nnx.initializers.ones_init()
+        self.scale = parameter(rngs, ones, (heads * size,), axes=("heads",), **NO_DECAY)
+
+    def __call__(self, x: Float[Array, "b t h k"]) -> Float[Array, "b t h k"]:
+        """Returns the heads, normalized."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        return (y * self.scale[...].reshape(x.shape[2:])[None, None]).astype(self.dtype)
+
+
 class HeadLayerNorm(nnx.Module):
     """Layer norm of every head: y = scale (o - mean) / sqrt(variance + epsilon) + bias, a group norm.
 

@@ -19,16 +19,17 @@ import numpy as np
 from layers.adapters import LowRank, adapter_of, alpha_of, scale_of
 from layers.parameters import Linear
 from seqmodels.adapters import has_adapters, linear_maps, without_adapters
+from seqmodels.embedding import Embedding
 from seqmodels.interop import files
 from seqmodels.interop.family import Pair
 from seqmodels.interop.hub import folder_of
 from seqmodels.interop.loading import family_of
-from seqmodels.interop.lora import CONFIG, FACTORS, PREFIX, WEIGHTS, Adapter
+from seqmodels.interop.lora import CONFIG, EMBEDDING_FACTORS, FACTORS, PREFIX, WEIGHTS, Adapter
 from seqmodels.interop.saving import express
 from seqmodels.interop.tensors import Table
 from seqmodels.language_model import LanguageModel
 
-KERNEL, WEIGHT = "/kernel", ".weight"
+KERNEL, TABLE, WEIGHT = "/kernel", "embedding/table", ".weight"
 
 
 class Factors(NamedTuple):
@@ -72,18 +73,24 @@ def save_adapter(
     stabilized, *others = {module.adapter.stabilized for module in maps.values()}
     if others:
         raise ValueError("some adapters of the model are rank-stabilized and some are not; expected one kind")
+    rate, *others = sorted({module.adapter.dropout for module in maps.values()})
+    if others:
+        raise ValueError(f"adapters of the model have dropout of {rate} and {others[0]}; expected one rate")
     own = {
         name: factors for names, module in maps.items() for name, factors in _by_layer(names, module.adapter)
     }
     made, turned = _theirs(own, table)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
+    tables = {pair.theirs[0].removesuffix(WEIGHT) for pair in _tables(table)}
     for module, (a, b, _) in made.items():
-        for end, factor in zip(FACTORS, (a, b), strict=True):
+        ends = EMBEDDING_FACTORS if module in tables else FACTORS
+        for end, factor in zip(ends, (a, b), strict=True):
             tensors[PREFIX + module + end] = np.ascontiguousarray(factor.T)
     package.numpy.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     options = {"use_rslora": stabilized, "fan_in_fan_out": turned, "base_model_name_or_path": base}
-    files.write_json(folder / CONFIG, options | _options(made, stabilized))
+    options["lora_dropout"] = rate
+    files.write_json(folder / CONFIG, _options(made, stabilized) | options)
 
 
 def load_adapter(
@@ -107,14 +114,15 @@ def load_adapter(
     with contextlib.ExitStack() as stack:
         adapter = Adapter(place, stack.enter_context(files.opened_tensors(place, WEIGHTS)))
         adapter.check(table.shapes)
+        for module in adapter.embeddings:
+            adapter.check_base(module, np.asarray(model.embedding.table[...]))
         found = _ours(adapter, table)
     for names, module in linear_maps(model).items():
         if any(given := [found.get(name) for name in names]):
             a, b, scale = _stacked(given, module)
             alpha = alpha_of(scale, b.shape[-2], adapter.stabilized)
-            module.adapter = adapter_of(
-                module, jnp.asarray(a), jnp.asarray(b), alpha=alpha, stabilized=adapter.stabilized
-            )
+            options = dict(alpha=alpha, stabilized=adapter.stabilized, dropout=adapter.dropout)
+            module.adapter = adapter_of(module, jnp.asarray(a), jnp.asarray(b), **options)
     return model
 
 
@@ -129,6 +137,9 @@ def _theirs(own: Mapping[str, Factors], table: Table) -> tuple[dict[str, Factors
     """Returns factors by modules of the checkpoint, and whether its matrices are (inputs, outputs), as ours."""
     made: dict[str, Factors] = {}
     turned = set()
+    for pair in _tables(table):
+        if (given := own.get(_name(TABLE))) is not None:
+            made[pair.theirs[0].removesuffix(WEIGHT)] = given
     for pair, sizes, is_turned in _matrices(table):
         given = [own.get(name.removesuffix(KERNEL)) for name in pair.ours]
         if not any(given):
@@ -147,6 +158,9 @@ def _theirs(own: Mapping[str, Factors], table: Table) -> tuple[dict[str, Factors
 def _ours(adapter: Adapter, table: Table) -> dict[str, Factors]:
     """Returns factors by our linear maps."""
     found: dict[str, Factors] = {}
+    for pair in _tables(table):
+        if (module := pair.theirs[0].removesuffix(WEIGHT)) in adapter.embeddings:
+            found[_name(TABLE)] = _read(adapter, module)
     for pair, _, is_turned in _matrices(table):
         given = []
         for name in pair.theirs:
@@ -166,6 +180,17 @@ def _ours(adapter: Adapter, table: Table) -> dict[str, Factors]:
 def _read(adapter: Adapter, module: str) -> Factors:
     a, b, alpha = adapter.factors(module)
     return Factors(a.T, b.T, scale_of(alpha, len(a), adapter.stabilized))
+
+
+def _name(variable: str) -> str:
+    """Returns the name of the map whose matrix a variable is."""
+    return variable.rpartition("/")[0]
+
+
+def _tables(table: Table) -> list[Pair]:
+    """Returns the pair of the embeddings, if it holds a matrix of theirs as it is."""
+    pair, _ = table.pairs.get(TABLE, (None, 0))
+    return [pair] if pair is not None and len(pair.theirs) == len(pair.ours) == 1 else []
 
 
 def _matrices(table: Table) -> Iterator[tuple[Pair, list[int], bool]]:
@@ -211,7 +236,7 @@ def _rescaled(factors: Factors, scale: float) -> np.ndarray:
     return factors.b if factors.scale == scale else np.float32(factors.scale / scale) * factors.b
 
 
-def _stacked(given: Sequence[Factors | None], module: Linear) -> Factors:
+def _stacked(given: Sequence[Factors | None], module: Linear | Embedding) -> Factors:
     """Returns the factors of a linear map, or of stacked ones, whose ranks are filled with zeros."""
     *layers, inputs, outputs = module.kernel.shape
     rank = max(len(factors.b) for factors in given if factors is not None)
@@ -234,7 +259,6 @@ def _options(made: Mapping[str, Factors], stabilized: bool) -> dict[str, Any]:
         "task_type": "CAUSAL_LM",
         "bias": "none",
         "inference_mode": True,
-        "lora_dropout": 0.0,
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": sorted(made),

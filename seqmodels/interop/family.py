@@ -57,6 +57,8 @@ class Family:
       unread: pattern of names of tensors that hold nothing to read, such as masks.
       base: prefix of all names but the head's, which some checkpoints leave out.
       aliases: patterns of other names that some checkpoints have, and what to put in their place.
+      joined: function from the config of the stack to patterns of names of tensors that some checkpoints have in place of several,
+        each with what to put in its place for each of these and how many rows that one has. They are never written.
       numbers: function from the config of the stack to the numbers of their layers that hold the mixer and the channel mixer of
         each layer of ours; by default both are the number of ours.
     """
@@ -73,6 +75,7 @@ class Family:
     unread: str = r"(?!)"
     base: str = "model."
     aliases: Sequence[tuple[str, str]] = ()
+    joined: Callable[[StackConfig], Mapping[str, Mapping[str, int]]] = lambda _: {}
     numbers: Callable[[StackConfig], Sequence[tuple[int, int]]] = lambda stack: [
         (layer, layer) for layer in range(stack.depth)
     ]

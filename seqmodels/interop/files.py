@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,50 @@ class Tensors:
             while waiting:
                 waiting = waiting[opened.readinto(waiting) :]
         return array
+
+
+class Parted:
+    """Tensors of which some hold several, by the names of these; as `Tensors` otherwise.
+
+    Raises:
+      ValueError: a tensor has not the rows of all that it holds.
+    """
+
+    def __init__(self, tensors: Tensors, joined: Mapping[str, Mapping[str, int]], *, of: str):
+        self._tensors = tensors
+        self._rows: dict[str, tuple[str, slice]] = {}
+        whole = set()
+        for pattern, parts in joined.items():
+            for name in filter(re.compile(pattern).search, sorted(tensors.names)):
+                shape, count = tensors.shape(name), sum(parts.values())
+                if shape[0] != count:
+                    expected = (count, *shape[1:])
+                    raise ValueError(f"{of} has {name} of shape {shape}; its config.json asks for {expected}")
+                whole.add(name)
+                start = 0
+                for part, size in parts.items():
+                    self._rows[re.sub(pattern, part, name)] = name, slice(start, start + size)
+                    start += size
+        self.names = (tensors.names - whole) | self._rows.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor."""
+        if name not in self._rows:
+            return self._tensors.shape(name)
+        whole, rows = self._rows[name]
+        return rows.stop - rows.start, *self._tensors.shape(whole)[1:]
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor."""
+        if name not in self._rows:
+            return self._tensors.read(name)
+        whole, rows = self._rows[name]
+        return self._tensors.read(whole)[rows]
+
+
+def parted(tensors: Tensors, joined: Mapping[str, Mapping[str, int]], *, of: str) -> Tensors | Parted:
+    """Returns the tensors, with the parts of those that hold several (see `Family.joined`) in their place."""
+    return Parted(tensors, joined, of=of) if joined else tensors
 
 
 @contextlib.contextmanager

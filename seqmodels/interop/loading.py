@@ -93,10 +93,18 @@ def load_weights(
     family = family_of(files.read_json(folder / files.CONFIG), folder / files.CONFIG)
     table = make_table(family, parse(config).stack, model)
     with contextlib.ExitStack() as stack:
-        source = _Source(folder, stack.enter_context(files.opened_tensors(folder)), family, table)
+        opened, joined = stack.enter_context(files.opened_tensors(folder)), family.joined(parse(config).stack)
+        tensors = files.parted(opened, joined, of=str(folder))
+        source = _Source(folder, tensors, family, table)
         if adapter is not None:
             place = folder_of(adapter, CONFIG)
-            source.adapt(Adapter(place, stack.enter_context(files.opened_tensors(place, WEIGHTS))))
+            added = Adapter(place, stack.enter_context(files.opened_tensors(place, WEIGHTS)))
+            if added.embeddings and config.get("tie_embeddings"):
+                raise ValueError(
+                    f"{place} adapts {added.embeddings[0]}, whose matrix is the head's too (tie_word_embeddings=True), so that a sum "
+                    "would change both; expected seqmodels.load_adapter, which keeps it beside"
+                )
+            source.adapt(added)
         _fill(model, config, source, mesh, rules or ShardingRules())
     return model
 
@@ -159,7 +167,7 @@ def check_vocabulary(folder: Path, vocab_size: int) -> None:
 class _Source:
     """Arrays for the variables of a model, from the tensors of a checkpoint whose names and shapes it checks first."""
 
-    def __init__(self, folder: Path, tensors: files.Tensors, family: Family, table: Table):
+    def __init__(self, folder: Path, tensors: files.Tensors | files.Parted, family: Family, table: Table):
         self._tensors, self._table = tensors, table
         unread = re.compile(family.unread)
         named = {family.known_as(name): name for name in tensors.names if not unread.search(name)}

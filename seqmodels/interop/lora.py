@@ -17,6 +17,9 @@ from seqmodels.interop.options import Options
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FACTORS = (".lora_A.weight", ".lora_B.weight")
+EMBEDDING_FACTORS = (".lora_embedding_A", ".lora_embedding_B")
+# peft stores the table that an adapter of embeddings belongs to beside it.
+BASE = ".base_layer.weight"
 # What says where adapters are, which their tensors say too, how they start and are trained, and what ran.
 WITHOUT_EFFECT = (
     "auto_mapping",
@@ -30,7 +33,6 @@ WITHOUT_EFFECT = (
     "layers_pattern",
     "layers_to_transform",
     "loftq_config",
-    "lora_dropout",
     "lora_ga_config",
     "megatron_config",
     "megatron_core",
@@ -60,8 +62,9 @@ class Adapter:
     """What an adapter adds to the tensors of a checkpoint.
 
     Attributes:
-      modules: names of the modules that it adapts, without ".weight".
+      modules: names of the modules that it adapts, without ".weight", with the ends of the names of their factors.
       stabilized: whether scales are alpha / sqrt(r).
+      dropout: rate with which inputs are dropped in training.
 
     Raises:
       ValueError: the folder has no adapter, one of another kind, or factors that do not fit together.
@@ -78,6 +81,7 @@ class Adapter:
         for name in OTHERS:
             options.only(name, None, [], {})
         options.take("r")
+        self.dropout = float(options.take("lora_dropout", 0.0))
         self._alpha, self._alphas = options.take("lora_alpha"), options.take("alpha_pattern", None) or {}
         self.stabilized, self._turned = (
             options.take("use_rslora", False),
@@ -85,16 +89,40 @@ class Adapter:
         )
         options.check_all_read()
         self._tensors, self._of = tensors, folder
-        ends = {name: next((end for end in FACTORS if name.endswith(end)), None) for name in tensors.names}
+        known = (*FACTORS, *EMBEDDING_FACTORS)
+        self._bases = {name for name in tensors.names if name.endswith(BASE)}
+        names = tensors.names - self._bases
+        ends = {name: next((end for end in known if name.endswith(end)), None) for name in names}
         for name, end in ends.items():
             if end is None or not name.startswith(PREFIX):
                 raise ValueError(
-                    f"{folder} has the tensor {name}, which is not supported; expected {PREFIX}NAME with {' or '.join(FACTORS)}"
+                    f"{folder} has the tensor {name}, which is not supported; expected {PREFIX}NAME with {' or '.join(FACTORS)}, or "
+                    f"{' or '.join(EMBEDDING_FACTORS)}"
                 )
-        self.modules = {name.removeprefix(PREFIX).removesuffix(end) for name, end in ends.items()}
-        for module in self.modules:
-            if missing := [end for end in FACTORS if PREFIX + module + end not in tensors.names]:
+        self.modules = {
+            name.removeprefix(PREFIX).removesuffix(end): EMBEDDING_FACTORS
+            if end in EMBEDDING_FACTORS
+            else FACTORS
+            for name, end in ends.items()
+        }
+        for module, own in self.modules.items():
+            if missing := [end for end in own if PREFIX + module + end not in tensors.names]:
                 raise ValueError(f"{folder} lacks the tensor {PREFIX}{module}{missing[0]}")
+
+    def check_base(self, module: str, tensor: np.ndarray) -> None:
+        """Raises ValueError if the adapter holds another tensor of the checkpoint than this one."""
+        if (name := PREFIX + module + BASE) not in self._bases:
+            return
+        own = self._tensors.read(name)
+        if own.shape != tensor.shape or not np.array_equal(own.astype(tensor.dtype), tensor):
+            raise ValueError(
+                f"{self._of} holds {name}, which differs from {module}.weight of the checkpoint; expected the adapter of this checkpoint"
+            )
+
+    @property
+    def embeddings(self) -> list[str]:
+        """Names of the modules that look up rows."""
+        return [module for module, ends in self.modules.items() if ends == EMBEDDING_FACTORS]
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raises ValueError unless all factors belong to tensors of a checkpoint and have their sizes."""
@@ -104,8 +132,9 @@ class Adapter:
                 raise ValueError(
                     f"{self._of} adapts {name}{suggestion(name, shapes)}, which the checkpoint does not have"
                 )
-            (rank, inputs), (outputs, other) = (self._tensors.shape(PREFIX + module + end) for end in FACTORS)
-            expected = (inputs, outputs) if self._turned else (outputs, inputs)
+            ends = self.modules[module]
+            (rank, inputs), (outputs, other) = (self._tensors.shape(PREFIX + module + end) for end in ends)
+            expected = (inputs, outputs) if self._is_turned(module) else (outputs, inputs)
             if rank != other or expected != shapes[name]:
                 raise ValueError(
                     f"{self._of} has factors of the shapes {(rank, inputs)} and {(outputs, other)} for {name} of shape {shapes[name]}"
@@ -116,12 +145,17 @@ class Adapter:
         module = name.removesuffix(".weight")
         if module not in self.modules or module == name:
             return tensor
+        self.check_base(module, tensor)
         a, b, alpha = self.factors(module)
         product = scale_of(alpha, len(a), self.stabilized) * (b @ a)
-        return (tensor + (product.T if self._turned else product)).astype(tensor.dtype)
+        return (tensor + (product.T if self._is_turned(module) else product)).astype(tensor.dtype)
+
+    def _is_turned(self, module: str) -> bool:
+        """Returns whether the matrix is (inputs, outputs)."""
+        return self._turned or self.modules[module] == EMBEDDING_FACTORS
 
     def factors(self, module: str) -> tuple[np.ndarray, np.ndarray, float]:
         """Returns A (r, inputs), B (outputs, r) and alpha of a module."""
-        a, b = (self._tensors.read(PREFIX + module + end).astype(np.float32) for end in FACTORS)
+        a, b = (self._tensors.read(PREFIX + module + end).astype(np.float32) for end in self.modules[module])
         patterns = (value for key, value in self._alphas.items() if re.match(rf"(.*\.)?({key})$", module))
         return a, b, float(next(patterns, self._alpha))

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from layers.adapters import alpha_of, new_adapter, scale_of
+from layers.adapters import alpha_of, dropping, new_adapter, scale_of
 from layers.channel import make_channel_mixer
 from layers.mixers import make_mixer
 from layers.parameters import linear
+from seqmodels import build_model
 from seqmodels.adapters import LoraConfig, adapt, linear_maps, merge_adapters, without_adapters
 from tests.layers.mixers.table import MIXERS
 
@@ -36,6 +37,45 @@ def test_a_linear_map_gains_a_scaled_product():
     half.adapter = layer.adapter
     assert half(X).dtype == jnp.bfloat16
     np.testing.assert_allclose(half(X), layer(X), atol=0.1)
+
+
+def test_inputs_of_adapters_are_dropped_in_training():
+    """An adapter that adds its inputs shows them: zero, or divided by 3/4; each map of a call draws anew."""
+    layer = linear(8, 8, rngs=nnx.Rngs(0))
+    layer.kernel.set_value(jnp.zeros((8, 8)))
+    layer.adapter = new_adapter(layer, 8, alpha=8.0, stabilized=False, dropout=0.25, rngs=nnx.Rngs(1))
+    layer.adapter.a.set_value(jnp.eye(8))
+    layer.adapter.b.set_value(jnp.eye(8))
+    np.testing.assert_allclose(layer(X), X, atol=1e-6)
+    with dropping(None):
+        np.testing.assert_allclose(layer(X), X, atol=1e-6)
+    with dropping(jax.random.key(5)):
+        first, second = (np.asarray(layer(X)) for _ in range(2))
+        with pytest.raises(ValueError, match=r"dropout=0\.25 stands at a map whose layer takes the matrix"):
+            _ = layer.matrix
+    for got in (first, second):
+        kept = got != 0
+        np.testing.assert_allclose(got[kept], np.asarray(X)[kept] / 0.75, rtol=1e-5)
+        assert 0.6 < kept.mean() < 0.9
+    assert (first != second).any()
+
+
+def test_layers_drop_inputs_of_adapters_with_the_key_of_a_call():
+    """Every layer draws from its own key, under a scan too; without a key nothing is dropped."""
+    config = dict(vocab_size=11, width=8, depth=2, pattern=("attention",), mixers={"attention": {"heads": 2}})
+    model = build_model({"kind": "language_model", **config, "channel": "swiglu"}, rngs=nnx.Rngs(0))
+    adapt(model, LoraConfig(rank=2, dropout=0.5, targets=("query", "down")), rngs=nnx.Rngs(1))
+    for module in linear_maps(model).values():
+        if module.adapter is not None:
+            module.adapter.b.set_value(jnp.ones_like(module.adapter.b[...]))
+    run = jax.jit(lambda model, key: model(jnp.arange(10)[None], key=key)[0])
+    bare, first, second = (run(model, key) for key in (None, jax.random.key(0), jax.random.key(1)))
+    assert not np.allclose(bare, first)
+    assert not np.allclose(first, second)
+    with pytest.raises(
+        ValueError, match=r"lora.dropout=0.5 .* fits embedding: inputs are dropped inside layers only"
+    ):
+        adapt(model, LoraConfig(rank=2, dropout=0.5, targets="embedding"), rngs=nnx.Rngs(1))
 
 
 def test_alpha_follows_from_the_scale():

@@ -41,6 +41,8 @@ def gradients(model, x):
         {"top_k": 1, "normalize": False},
         {"top_k": 5, "normalize": False},
         {"bias": True, "gain": 1.702, "clamp": 7.0, "offset": 1.0},
+        {"gated": False, "activation": "relu2", "bias": True},
+        {"latent": 5},
     ],
 )
 def test_all_computations_agree_with_all_gradients(options):
@@ -75,6 +77,7 @@ def glu(x, gate, up, down):
         {"experts": 6, "scores": "sigmoid", "normalize": False, "scale": 1.5, "bias_rate": 0.1},
         {"experts": 6, "scores": "sigmoid", "groups": 3, "top_groups": 2, "top_k": 3, "bias_rate": 0.1},
         {"experts": 6, "groups": 2, "shared": 1, "shared_gate": True},
+        {"experts": 6, "latent": 5, "shared": 1, "shared_gate": True},
     ],
 )
 def test_equals_the_equation(options):
@@ -95,8 +98,10 @@ def test_equals_the_equation(options):
         chosen = sorted(open_experts, key=lambda e: -(p[e] + bias[e]))[: config.top_k]
         changed += set(chosen) != set(np.argsort(-p)[: config.top_k])
         total = p[chosen].sum() if config.normalize else 1.0
+        into, out = (np.eye(len(x)) if each is None else each.kernel[...] for each in (model.into, model.out))
         for e in chosen:
-            want[place] += config.scale * p[e] / total * glu(x, model.gate[e], model.up[e], model.down[e])
+            y = glu(x @ np.asarray(into, np.float64), model.gate[e], model.up[e], model.down[e])
+            want[place] += config.scale * p[e] / total * y @ np.asarray(out, np.float64)
         if config.shared:
             weight = 1 / (1 + np.exp(-x @ np.asarray(model.shared_gate.kernel[...], np.float64)))
             layers = (model.shared.gate, model.shared.up, model.shared.down)

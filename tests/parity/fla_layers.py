@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from fla.layers import (
     comba,
     delta_net,
+    forgetting_attn,
     gated_deltanet,
     gated_deltaproduct,
     gla,
+    hgrn2,
     kda,
     multiscale_retention,
     rwkv6,
@@ -22,6 +24,7 @@ from fla.modules.rotary import RotaryEmbedding, rotary_embedding_ref
 from fla.modules.token_shift import token_shift_ref
 from fla.ops.comba.naive import naive_recurrent_comba
 from fla.ops.delta_rule.naive import delta_rule_recurrence
+from fla.ops.forgetting_attn.naive import naive_forgetting_attn
 from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
 from fla.ops.generalized_delta_rule.dplr.naive import dplr_recurrence
 from fla.ops.gla.naive import naive_recurrent_gla
@@ -43,8 +46,16 @@ def gated_rms(self, x, gate):
 
 
 def group_norm(self, x):
+    if self.is_rms_norm:
+        groups = x.unflatten(-1, (self.num_groups, -1))
+        return rms(groups, None, self.eps).reshape(x.shape) * self.weight
     rows = x.reshape(-1, x.shape[-1])
     return F.group_norm(rows, self.num_groups, self.weight, self.bias, self.eps).reshape(x.shape)
+
+
+def normed_linear(x, norm_weight, norm_bias, weight, bias):
+    assert norm_bias is None
+    return F.linear(rms(x, norm_weight, 1e-5), weight, bias)  # their default, which the layer leaves at that
 
 
 def filtered(x, weight, bias=None, **_):
@@ -144,6 +155,12 @@ def in_torch(monkeypatch):
         return o.transpose(1, 2), memory
 
     replace(gla, "chunk_gla fused_recurrent_gla", run_gla)
+    replace(hgrn2, "chunk_gla fused_recurrent_gla", run_gla)
+    monkeypatch.setattr(hgrn2, "swish", F.silu)
+    monkeypatch.setattr(hgrn2, "rms_norm_linear", normed_linear)
+    monkeypatch.setattr(
+        forgetting_attn, "parallel_forgetting_attn", lambda q, k, v, g, **_: naive_forgetting_attn(q, k, v, g)
+    )
     replace(delta_net, "chunk_delta_rule fused_recurrent_delta_rule", run_delta)
     replace(gated_deltanet, "chunk_gated_delta_rule fused_recurrent_gated_delta_rule", run_gated_delta)
     replace(gated_deltaproduct, "fused_recurrent_gated_delta_rule", run_product)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import seqmodels
-from seqmodels import generation
+from seqmodels import decoding, generation
 from tests.test_project import ROOT
 
 VOCAB = 13
@@ -204,11 +204,30 @@ def test_a_model_on_a_device_compiles_each_loop_once():
     """Parameters that are put on a device, as those of checkpoints are, take part in what compiled programs depend on."""
     graph, variables = nnx.split(small())
     model = nnx.merge(graph, jax.device_put(variables, jax.devices()[1]))
-    before = generation._read._cache_size(), generation.decode._cache_size()
+    loop = decoding._compiled(decoding.options())
+    before = generation._read._cache_size(), loop._cache_size()
     prompt = [list(range(1, 10))]  # two whole chunks of four tokens, and the one that the first step reads
     new = seqmodels.generate(
         model, prompt, max_new_tokens=6, block=2, chunk=4, stop=[[12, 12]], temperature=0
     )
     assert generation._read._cache_size() - before[0] == 1
-    assert generation.decode._cache_size() - before[1] == 1
+    assert loop._cache_size() - before[1] == 1
     assert new.tokens.shape == (1, 6)
+
+
+def test_options_of_a_gpu_are_passed_and_change_no_token(monkeypatch):
+    """A compiler for CPUs takes them too, and names one that does not exist."""
+    assert decoding.options() == ()
+    arguments = dict(max_new_tokens=5, temperature=0)
+    expected = generation.generate(small(), PAIR, **arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "options", lambda: decoding.GPU_OPTIONS)
+        got = generation.generate(small(), PAIR, **arguments)
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    np.testing.assert_array_equal(got.log_probabilities, expected.log_probabilities)
+    monkeypatch.setattr(decoding, "options", lambda: (("xla_gpu_no_such_option", "1"),))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        generation.generate(small(), PAIR, **arguments)
+    monkeypatch.undo()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert decoding.options() == decoding.GPU_OPTIONS

@@ -1,12 +1,13 @@
 """Softmax attention: causal, windows, sinks, prefixes, block lists, global tokens, biases, segments, grouped heads, caches."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from layers.kernels import checks
-from layers.kernels.attention import cudnn, reference, xla
+from layers.kernels.attention import cudnn, gpu, reference, xla
 from layers.kernels.attention.options import Logits, Mask, Tokens, read_options
 from layers.kernels.attention.over_time import OVER_TIME, OVER_TIME_WITH_LSE
 from layers.kernels.attention.pieces import Piece, compose, of_no_keys
@@ -17,11 +18,14 @@ from layers.typing import Array, Float
 __all__ = ["Logits", "Mask", "Piece", "Tokens", "attention", "attention_with_lse", "compose", "key_mass"]
 
 IMPLEMENTATIONS = {
+    "gpu": Implementation(gpu.attention, gpu.unsupported_reason, gpu.passed_over_reason, backend="gpu"),
     "cudnn": Implementation(cudnn.attention, cudnn.refuses, backend="gpu"),
     "xla": Implementation(xla.attention),
     "reference": Implementation(reference.attention, passed_over_reason=by_name_only, forward_mode=True),
 }
-WITH_LSE = {name: one for name, one in IMPLEMENTATIONS.items() if name != "cudnn"}
+WITH_LSE = {name: one for name, one in IMPLEMENTATIONS.items() if name != "cudnn"} | {
+    "gpu": dataclasses.replace(IMPLEMENTATIONS["gpu"], run=gpu.attention_with_lse)
+}
 
 
 def attention(
@@ -70,7 +74,7 @@ def attention(
         queries and keys alike (t = s).
       tokens: segments and positions of the keys, and positions of the queries, if these are not the same tokens.
       scale: factor of the logits, 1 / sqrt(k) if None.
-      impl: "xla", "cudnn", "reference", or None for the best.
+      impl: "gpu", "xla", "cudnn", "reference", or None for the best.
 
     Returns:
       The outputs (b, t, h, v), in the type of v.

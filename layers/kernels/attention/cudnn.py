@@ -47,8 +47,8 @@ def _where(segments: Segments | None) -> tuple[jax.Array | None, jax.Array | Non
     return jnp.where(lengths == 0, -1, lengths), jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
 
 
-def _batches_as_rows(function):
-    """`function` of arrays and trees of arrays, batched by making the new axis part of the first."""
+def batches_as_rows(function):
+    """Returns `function` of arrays and trees of arrays, batched by making the new axis part of the first."""
     mapped = jax.custom_batching.custom_vmap(function)
 
     @mapped.def_vmap
@@ -93,7 +93,7 @@ def forward(static, q, k, v, lengths, starts):
 
     scale, causal, window = static
 
-    @_batches_as_rows
+    @batches_as_rows
     def run(q, k, v, lengths, starts):
         return tuple(
             fused.dot_product_attention(
@@ -123,7 +123,7 @@ def backward(static, q, k, v, lengths, starts, lse, output, gradient):
 
     scale, causal, window = static
 
-    @_batches_as_rows
+    @batches_as_rows
     def run(q, k, v, lengths, starts, lse, output, gradient):
         none = jnp.zeros(0, q.dtype)  # how cuDNN's calls spell None
         where = [none if x is None else x for x in (lengths, lengths, starts, starts)]

@@ -216,7 +216,7 @@ class Attention(Mixer):
         carried, seen, beyond = extend(carried, (k, v), visit, **rule)
         tokens = Tokens(seen.numbers, visit.positions, seen.positions)
         o = attend(self.position, q, *seen.entries, segment_ids=visit.numbers, tokens=tokens, **options)
-        return self.finish(jnp.where(beyond[..., None, None], jnp.nan, o), x), carried
+        return jnp.where(beyond[..., None], jnp.nan, self.finish(o, x)), carried
 
     @property
     def takes_cache_policy(self) -> bool:

@@ -1,6 +1,6 @@
 """Forgetting attention (FoX): softmax attention whose logits decay by learned forget gates (Lin et al. 2025, arXiv:2503.02130)."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from layers.norms import NormConfig, RMSNorm
 from layers.options import ActivationDtype, NonNegative, checked_dataclass
 from layers.parameters import linear
 from layers.parts.cache import Cache, empty_cache, extend
-from layers.parts.heads import head_size, join_heads, shared_heads, split_heads
+from layers.parts.heads import HeadRMSNorm, head_size, join_heads, shared_heads, split_heads
 from layers.segments import Segments, keep_where
 from layers.typing import Array, Float
 
@@ -28,6 +28,7 @@ class ForgettingAttentionConfig:
       kv_heads: g, number of key/value heads; divides h. If None, equals h.
       head_dim: features per head; width / h if None.
       qk_norm: whether RMSNorm normalizes the features of each query and key head.
+      norm_scales: whether the heads share the scale of these norms, or each has its "own".
       gate: whether sigmoid(W_g x) gates the output, as in the authors' "Pro" block.
       epsilon: epsilon of these norms.
       dtype: dtype of the activations and of cached keys and values; sums of gates are float32.
@@ -38,12 +39,15 @@ class ForgettingAttentionConfig:
     kv_heads: int | None = None
     head_dim: int | None = None
     qk_norm: bool = False
+    norm_scales: Literal["shared", "own"] = "shared"
     gate: bool = False
     epsilon: NonNegative = 1e-6
     dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
         _ = self.size, self.groups
+        if self.norm_scales == "own" and not self.qk_norm:
+            raise ValueError("norm_scales='own' without norms; set qk_norm=True, or leave it at 'shared'")
 
     @property
     def size(self) -> int:
@@ -86,9 +90,16 @@ class ForgettingAttention(Mixer):
         self.forget = linear(config.width, config.heads, **options | {"bias": True})
         self.gate = linear(config.width, features, **options) if config.gate else None
         self.output = linear(features, config.width, **options | {"axes": ("heads", "embed")})
-        norm = NormConfig(config.size, config.epsilon, dtype=config.dtype)
-        self.query_norm = RMSNorm(norm, rngs=rngs) if config.qk_norm else None
-        self.key_norm = RMSNorm(norm, rngs=rngs) if config.qk_norm else None
+        self.query_norm = self._norm(config.heads, rngs) if config.qk_norm else None
+        self.key_norm = self._norm(config.groups, rngs) if config.qk_norm else None
+
+    def _norm(self, heads: int, rngs: nnx.Rngs) -> RMSNorm | HeadRMSNorm:
+        """Returns the norm of queries or keys."""
+        config = self.config
+        if config.norm_scales == "own":
+            own = {"epsilon": config.epsilon, "dtype": config.dtype}
+            return HeadRMSNorm(heads, config.size, **own, rngs=rngs)
+        return RMSNorm(NormConfig(config.size, config.epsilon, dtype=config.dtype), rngs=rngs)
 
     def initial(self, batch_size: int, max_length: int | None) -> ForgettingCarry:
         config = self.config

@@ -25,6 +25,7 @@ class HGRN2Config:
       heads: h, number of heads.
       key_dim: K, features per query and decay head, the factor by which the state is larger than that of HGRN; width / heads
         if None. The authors use 128.
+      bounded: whether decays have lower bounds, in all layers but the first.
       epsilon: epsilon of the norm.
       layer, depth: index of the layer, from 0, and number of layers of the model; the lower bound of the decay starts at
         layer / depth.
@@ -34,6 +35,7 @@ class HGRN2Config:
     width: int
     heads: int = 4
     key_dim: int | None = None
+    bounded: bool = True
     epsilon: NonNegative = 1e-5
     layer: Count = 0
     depth: int = 1
@@ -59,7 +61,7 @@ class HGRN2(Mixer):
 
     The paper computes the bounds of all layers from one matrix, by a softmax and a cumulative sum over depth. Here, as in
     `hgrn`, each layer has its own bound, sigmoid(bound_logit), with the paper's initial values: 0 in the first layer, where
-    it is fixed, and layer / depth in the others.
+    it is fixed, and layer / depth in the others. Without bounds they are 0 everywhere.
     """
 
     def __init__(self, config: HGRN2Config, *, rngs: nnx.Rngs):
@@ -72,6 +74,9 @@ class HGRN2(Mixer):
         self.input = linear(config.width, values, **options)
         self.norm = RMSNorm(NormConfig(values, config.epsilon, dtype=config.dtype), rngs=rngs)
         self.output = linear(values, config.width, **options | {"axes": ("heads", "embed")})
+        if not config.bounded:
+            self.bound_logit = self.bounded = None
+            return
         # The first layer has no bound but keeps the same parameters as the others.
         start = max(config.layer, 1) / max(config.depth, 2)
         logit = jnp.full(keys, np.log(start / (1 - start)), jnp.float32)
@@ -85,11 +90,13 @@ class HGRN2(Mixer):
         self, x: Float[Array, "b t d"], carried: Float[Array, "b h k v"] | None, segments: Segments | None
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b h k v"]]:
         config = self.config
-        logit, bounded = self.bound_logit[...][None, None], self.bounded[...] > 0
-        log_bound = jnp.where(bounded, jax.nn.log_sigmoid(logit), EMPTY)
-        log_rest = jnp.where(bounded, jax.nn.log_sigmoid(-logit), 0)
         forget = self.forget(x).astype(jnp.float32)
-        log_decay = jnp.logaddexp(log_bound, log_rest + jax.nn.log_sigmoid(forget))
+        log_decay, log_rest = jax.nn.log_sigmoid(forget), 0.0
+        if self.bounded is not None:
+            logit, bounded = self.bound_logit[...][None, None], self.bounded[...] > 0
+            log_bound = jnp.where(bounded, jax.nn.log_sigmoid(logit), EMPTY)
+            log_rest = jnp.where(bounded, jax.nn.log_sigmoid(-logit), 0)
+            log_decay = jnp.logaddexp(log_bound, log_rest + log_decay)
         # Computes 1 - alpha as a product: a difference loses precision where alpha is near 1.
         key = jnp.exp(log_rest + jax.nn.log_sigmoid(-forget)).astype(config.dtype)
         q, k, v = jax.nn.silu(self.query(x)), key, self.input(x)

@@ -52,7 +52,7 @@ def _read(options: Options, *, mixer: str, own: Callable[[Options, int], dict[st
         "width": width,
         "depth": options.take("num_hidden_layers"),
         "pattern": (mixer,),
-        "mixers": {mixer: own(options, width) | {"epsilon": epsilon}},
+        "mixers": {mixer: {"epsilon": epsilon} | own(options, width)},
         "channel": "swiglu",
         "channels": {"swiglu": {"hidden": hidden, "activation": options.activation("hidden_act", "swish")}},
         "norm": "rms_norm",
@@ -228,6 +228,7 @@ def family(
     read: Callable[[Options, int], dict[str, Any]],
     write: Callable[[Any, int], dict[str, Any]],
     pairs: Callable[[Mapping[str, Any]], Pairs],
+    more: Callable[[StackConfig], Pairs] = lambda _: (),
 ) -> Family:
     """Returns a family of stacks of one mixer and gated linear units.
 
@@ -237,6 +238,7 @@ def family(
       read: function from their options and the width to the options of the mixer.
       write: its inverse, from the config of the mixer and the width.
       pairs: function from the options of the mixer to its pairs.
+      more: as in `Family`.
     """
 
     def parts(stack: StackConfig) -> Mapping[str, Pairs]:
@@ -258,6 +260,7 @@ def family(
         ),
         layer="model.layers.{}.",
         parts=parts,
+        more=more,
         aliases=((r"\battn\.g_norm_swish_gate\.", "attn.g_norm."),),
     )
 

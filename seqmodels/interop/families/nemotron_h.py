@@ -134,11 +134,11 @@ def _read_experts(options: Options, activation: str, bias: bool) -> dict[str, An
         options.refuse("moe_shared_expert_intermediate_size", shared, f"a multiple of {hidden}")
     if bias:
         options.refuse("mlp_bias", bias, "False with experts")
-    options.only("moe_latent_size", None)
     return {
         "experts": options.take("n_routed_experts", 8),
         "top_k": options.take("num_experts_per_tok", 2),
         "hidden": hidden,
+        "latent": options.take("moe_latent_size", None),
         "shared": shared // hidden,
         "gated": False,
         "activation": activation,
@@ -228,6 +228,7 @@ def _write_experts(experts: MoE) -> dict[str, Any]:
         "n_routed_experts": own.experts,
         "num_experts_per_tok": own.top_k,
         "moe_intermediate_size": hidden,
+        "moe_latent_size": own.latent,
         "moe_shared_expert_intermediate_size": own.shared * hidden,
         "norm_topk_prob": own.normalize,
         "routed_scaling_factor": own.scale,
@@ -244,6 +245,8 @@ def _parts(stack: StackConfig) -> Mapping[str, Pairs]:
         *norm("norm", "channel_norm"),
         *experts("mixer.gate", "mixer.experts.{}", names, count),
         same("mixer.gate.e_score_correction_bias", "channel/bias"),
+        *linear("mixer.fc1_latent_proj", "channel/into"),
+        *linear("mixer.fc2_latent_proj", "channel/out"),
         *linear("mixer.shared_experts.up_proj", "channel/shared/up"),
         *linear("mixer.shared_experts.down_proj", "channel/shared/down"),
     )

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from seqmodels.config import StackConfig
 from seqmodels.interop.families.llama import layer_of
 from seqmodels.interop.family import Family, Pairs, linear, merged, norm, same, transposed
 from seqmodels.interop.options import Options
@@ -30,7 +31,7 @@ def read(options: Options) -> dict[str, Any]:
     options.ignore(*WITHOUT_EFFECT)
     options.only("use_bias", False)
     options.only("add_out_norm", True)
-    options.only("weight_mode", "single")
+    options.only("weight_mode", "single", "fused")
     options.only("eps", 1e-6)
     width = options.take("hidden_size", None) or options.take("embedding_dim")
     depth = options.take("num_hidden_layers", None) or options.take("num_blocks")
@@ -99,6 +100,17 @@ def _gates(heads: int) -> Pairs:
     return kernel, dataclasses.replace(kernel, theirs=biases, ours=("mixer/gates/bias",))
 
 
+def _joined(stack: StackConfig) -> dict[str, dict[str, int]]:
+    """Returns the parts of the maps that are one with weight_mode="fused"."""
+    own, hidden = stack.mixers["xlstm7b"], stack.channels["swiglu"]["hidden"]
+    heads, keys, values = own["heads"], own["heads"] * own["key_dim"], own["heads"] * own["value_dim"]
+    return {
+        r"\bqkv_opreact\b": {"q": keys, "k": keys, "v": values, "ogate_preact": values},
+        r"\bifgate_preact\b": {"igate_preact": heads, "fgate_preact": heads},
+        r"\bproj_up_gate_z\b": {"proj_up_gate": hidden, "proj_up": hidden},
+    }
+
+
 XLSTM = Family(
     "xLSTMForCausalLM",
     "xlstm",
@@ -128,4 +140,5 @@ XLSTM = Family(
         ),
     },
     base="backbone.",
+    joined=_joined,
 )

@@ -24,6 +24,7 @@ from seqmodels.adapters import linear_maps
 from seqmodels.names import by_layer
 
 BASE, ADAPTER = (Path(__file__).parent / name for name in ("data/llama", "adapter"))
+OF_EMBEDDINGS = Path(__file__).parent / "adapter_of_embeddings"
 DOWN = "layers.1.mlp.down_proj"
 
 
@@ -65,6 +66,61 @@ def test_logits_beside_and_merged(tmp_path):
     again, whole = by_layer(beside), by_layer(merged)
     for name in whole:
         np.testing.assert_allclose(again[name], whole[name], atol=1e-6, err_msg=name)
+
+
+def test_an_adapter_of_embeddings(tmp_path):
+    """peft's is read beside and merged, and written again; its dropout is kept."""
+    want = load_file(OF_EMBEDDINGS / "expected.safetensors")
+    beside, merged = (
+        load_adapter(load_pretrained(BASE)[0], OF_EMBEDDINGS),
+        load_pretrained(BASE, adapter=OF_EMBEDDINGS)[0],
+    )
+    run = jax.jit(lambda model, ids: model(ids)[0])
+    for model in (beside, merged):
+        got = run(model, want["tokens"])
+        assert np.linalg.norm(got - want["logits"]) <= 1e-4 * np.linalg.norm(want["logits"])
+    save_adapter(beside, tmp_path / "out", base=str(BASE))
+    got, theirs = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out", OF_EMBEDDINGS)
+    )
+    table = theirs.pop("base_model.model.model.embed_tokens.base_layer.weight")
+    assert got.keys() == theirs.keys()
+    for name in got:
+        np.testing.assert_array_equal(got[name], theirs[name], err_msg=name)
+    made = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (made["lora_dropout"], made["fan_in_fan_out"]) == (0.1, False)
+    assert "model.embed_tokens" in made["target_modules"]
+    merge_adapters(beside)
+    for name, value in by_layer(merged).items():
+        np.testing.assert_allclose(by_layer(beside)[name], value, atol=1e-6, err_msg=name)
+    other = {"base_model.model.model.embed_tokens.base_layer.weight": table + 1}
+    shutil.copytree(OF_EMBEDDINGS, tmp_path / "other")
+    save_file(theirs | other, tmp_path / "other" / "adapter_model.safetensors")
+    for load in (
+        lambda: load_pretrained(BASE, adapter=tmp_path / "other"),
+        lambda: load_adapter(merged, tmp_path / "other"),
+    ):
+        with pytest.raises(ValueError, match="differs from model.embed_tokens.weight of the checkpoint"):
+            load()
+
+
+def test_an_adapter_of_embeddings_that_the_head_reads_too(tmp_path):
+    """It stays beside the table, which the head reads as it is."""
+    tied = BASE.parent / "gemma"
+    model, _ = load_pretrained(tied)
+    adapt(model, LoraConfig(rank=2, targets="embedding"), rngs=nnx.Rngs(0))
+    model.embedding.adapter.b.set_value(jax.numpy.ones_like(model.embedding.adapter.b[...]))
+    bare = model.embedding.table[...]
+    ids = jax.numpy.arange(6)[None]
+    changed, _ = model.unprojected(ids)
+    np.testing.assert_array_equal(changed.matrix, bare)
+    save_adapter(model, tmp_path / "out", base=str(tied))
+    again, _ = load_adapter(load_pretrained(tied)[0], tmp_path / "out").unprojected(ids)
+    np.testing.assert_array_equal(again.x, changed.x)
+    with pytest.raises(ValueError, match="its head reads the same table"):
+        merge_adapters(model)
+    with pytest.raises(ValueError, match="whose matrix is the head's too"):
+        load_pretrained(tied, adapter=tmp_path / "out")
 
 
 def test_what_peft_wrote_is_written_again(tmp_path):
@@ -176,7 +232,9 @@ def test_factors_that_are_refused(adapter, tmp_path):
     other = {name.replace("down_proj", "dwn_proj"): value for name, value in factors.items()}
     refused(other, "did you mean 'model.layers.")
     embedding = {"base_model.model.model.embed_tokens.lora_embedding_A": np.zeros((2, 40), np.float32)}
-    refused(factors | embedding, "embed_tokens.lora_embedding_A, which is not supported")
+    refused(factors | embedding, "lacks the tensor base_model.model.model.embed_tokens.lora_embedding_B")
+    other = {f"base_model.model.model.{DOWN}.lora_C": np.zeros(2, np.float32)}
+    refused(factors | other, f"{DOWN}.lora_C, which is not supported")
     with pytest.raises(ValueError, match=r"expected one with adapter_config\.json and safetensors"):
         load_pretrained(BASE, adapter=tmp_path / "none")
     assert convert.main([str(tmp_path), str(tmp_path / "out"), f"--adapter={adapter}"]) == 2

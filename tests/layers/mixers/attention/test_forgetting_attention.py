@@ -26,8 +26,8 @@ def literal(model, row):
     q = heads(apply(model.query, row), config.heads)
     k, v = (heads(apply(f, row), config.groups) for f in (model.key, model.value))
     if config.qk_norm:
-        q = rms(q, config.epsilon) * wide(model.query_norm.scale)
-        k = rms(k, config.epsilon) * wide(model.key_norm.scale)
+        q = rms(q, config.epsilon) * wide(model.query_norm.scale).reshape(-1, config.size)
+        k = rms(k, config.epsilon) * wide(model.key_norm.scale).reshape(-1, config.size)
     log_forget = log_sigmoid(apply(model.forget, row))
     outputs = np.zeros_like(q)
     for h in range(config.heads):
@@ -44,6 +44,9 @@ def literal(model, row):
     "options",
     [
         {"heads": 4, "kv_heads": 2, "qk_norm": True, "gate": True},
+        pytest.param(
+            {"heads": 4, "kv_heads": 2, "qk_norm": True, "norm_scales": "own"}, marks=pytest.mark.slow
+        ),
         pytest.param({"heads": 2}, marks=pytest.mark.slow),
     ],
 )
