@@ -18,7 +18,7 @@ from layers.typing import Array, Float
 __all__ = ["Logits", "Mask", "Piece", "Tokens", "attention", "attention_with_lse", "compose", "key_mass"]
 
 IMPLEMENTATIONS = {
-    "gpu": Implementation(gpu.attention, gpu.unsupported_reason, gpu.passed_over_reason, backend="gpu"),
+    "gpu": Implementation(gpu.attention, gpu.unsupported_reason, by_name_only, "gpu"),
     "cudnn": Implementation(cudnn.attention, cudnn.refuses, backend="gpu"),
     "xla": Implementation(xla.attention),
     "reference": Implementation(reference.attention, passed_over_reason=by_name_only, forward_mode=True),

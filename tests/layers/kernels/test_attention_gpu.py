@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from layers.kernels import devices, pallas_triton
-from layers.kernels.attention import Logits, Mask, Tokens, attention, attention_with_lse, gpu
+from layers.kernels.attention import Logits, Mask, Tokens, attention, attention_with_lse
 from layers.kernels.attention.gpu import kernels
 
 # Both round weights and values to bfloat16.
@@ -112,19 +112,11 @@ def test_lowers_for_a_gpu_by_shards():
     def run(q, k):
         place = jnp.zeros((8, 1), jnp.int32)
         tokens = Tokens(jnp.ones((8, 300), jnp.int32), place, jnp.zeros((8, 300), jnp.int32))
-        return attention(q, k, k, causal=True, segment_ids=place + 1, tokens=tokens)
+        return attention(q, k, k, causal=True, segment_ids=place + 1, tokens=tokens, impl="gpu")
 
     with devices.as_on("gpu"), jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(run).trace(q, k).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("attention_part") == 1 or "tensor<2x300x2x64xbf16>" in text
-
-
-def test_other_calls_are_left_to_other_implementations():
-    q, k = (jax.ShapeDtypeStruct((1, t, 4, 64), jnp.bfloat16) for t in (1, 256))
-    with devices.as_on("gpu"):
-        assert gpu.passed_over_reason(q=q, k=k) is None
-        assert "at least 256 keys" in gpu.passed_over_reason(q=q, k=q)
-        assert "one query per row" in gpu.passed_over_reason(q=k, k=k)
 
 
 @pytest.mark.parametrize(

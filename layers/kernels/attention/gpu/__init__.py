@@ -1,6 +1,6 @@
 """`attention` of one query per row, as in decoding from a cache, by Pallas's Triton backend.
 
-The gradients are those of plain JAX, which attends once more.
+It is taken by name alone: as it is it has not run on a GPU. The gradients are those of plain JAX, which attends once more.
 """
 
 import functools
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from layers.kernels import devices, pallas_triton, partition
+from layers.kernels import pallas_triton, partition
 from layers.kernels.attention import tiles, xla
 from layers.kernels.attention.cudnn import batches_as_rows
 from layers.kernels.attention.gpu import kernels
@@ -20,8 +20,6 @@ from layers.kernels.mosaic_gpu import MAX_GRID, lowered_once
 from layers.kernels.promotion import promoting
 
 WIDEST = 256  # features of a head, which a program holds for all query heads that share a key/value head
-# Fewest keys for which `impl=None` takes these kernels.
-SHORTEST = 256
 
 
 def unsupported_reason(q: Any, k: Any, v: Any, options: Options) -> str | None:
@@ -43,15 +41,6 @@ def unsupported_reason(q: Any, k: Any, v: Any, options: Options) -> str | None:
         if getattr(options.mask, name) is not None:
             return f"it takes no {name}"
     return pallas_triton.refusal(_probe)
-
-
-def passed_over_reason(q: Any, k: Any, **_: Any) -> str | None:
-    """Why `impl=None` does not take these kernels, or None."""
-    if devices.backend() != "gpu":
-        return devices.hopper_refusal()
-    if q.shape[1] != 1 or k.shape[1] < SHORTEST:
-        return f"it is for one query per row and at least {SHORTEST} keys"
-    return partition.passed_over_reason(q)
 
 
 def attention(q, k, v, options):
@@ -113,11 +102,6 @@ def _local(scale, cap, dtype, q, k, v, seen):
 @lowered_once("scale", "cap", "dtype")
 def _launched(scale, cap, dtype, q, k, v, seen):
     return kernels.attention(q, k, v, seen, scale, cap, dtype)
-
-
-def _backward(residuals, cotangents):
-    _, transpose = jax.vjp(xla.attention, *residuals)
-    return transpose(cotangents)
 
 
 def _probe() -> None:
