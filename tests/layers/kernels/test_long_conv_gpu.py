@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from layers.kernels import devices, pallas_triton
 from layers.kernels.long_conv import gpu, long_conv
 from layers.kernels.long_conv.cases import SUITE
-from layers.kernels.long_conv.gpu import kernels, transforms
+from layers.kernels.long_conv.gpu import transforms
 from tests.layers.kernels import test_primitives as shared
 from tests.layers.kernels.test_linear_recurrence_gpu import over_one_device, poisoned
 
@@ -18,10 +18,8 @@ TOLERANCE = shared.TOLERANCE["bfloat16"]
 
 
 def small_blocks(monkeypatch):
-    """Sets blocks of 64 tokens, and of 128 in the backward pass."""
-    monkeypatch.setattr(transforms, "FORWARD", ((16, 8, 1),))
-    monkeypatch.setattr(transforms, "BACKWARD", ((16, 16, 1),))
-    monkeypatch.setattr(kernels, "FREQUENCIES", 128)
+    """Sets blocks of at most 64 tokens, and of 128 in the backward pass."""
+    monkeypatch.setattr(transforms, "SHAPES", ((16, 8, 1), (16, 16, 1)))
 
 
 def check(arguments):
@@ -129,13 +127,15 @@ def test_refusals():
             long_conv(**{"x": x, "kernel": kernel} | given, impl="gpu")
 
 
-def test_few_taps_and_few_channels_are_left_to_xla():
+def test_what_is_not_timed_as_faster_is_left_to_xla():
+    few, many = "timed from 24576 on", "timed as faster from 1024 to 16384"
     with devices.as_on("gpu"):
         for shape, taps, reason in (
-            ((2, 2000, 512), 600, None),
-            ((2, 2000, 511), 600, "batch x channels is 1022; from 1024 on they fill the GPU"),
-            ((2, 2000, 512), 500, "the kernel has 500 taps; the kernels are timed from 512 on"),
-            ((2, 500, 512), 600, "the kernel has 500 taps; the kernels are timed from 512 on"),
+            ((48, 2000, 512), 1024, None),
+            ((48, 2000, 511), 1024, f"batch x channels is 24528; the kernels are {few}"),
+            ((48, 2000, 512), 1023, f"the kernel has 1023 taps; the kernels are {many}"),
+            ((48, 1000, 512), 2000, f"the kernel has 1000 taps; the kernels are {many}"),
+            ((48, 20000, 512), 20000, f"the kernel has 20000 taps; the kernels are {many}"),
         ):
             x, kernel = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in (shape, (shape[2], taps)))
             assert gpu.passed_over_reason(x=x, kernel=kernel) == reason
@@ -146,9 +146,11 @@ def test_few_taps_and_few_channels_are_left_to_xla():
     [
         (300, 4000, (64, 16, 1, 1), (64, 16, 1, 1)),
         (4096, 4096, (64, 64, 2, 2), (128, 64, 1, 1)),
+        (2048, 2048, (64, 64, 1, 1), (64, 64, 1, 1)),
         (9000, 1024, (64, 32, 9, 2), (64, 32, 9, 2)),
         (9000, 4097, (64, 64, 5, 3), (128, 64, 3, 2)),
         (9000, 4098, (64, 64, 5, 4), (128, 64, 3, 3)),
+        (9000, 9000, (128, 64, 3, 3), (128, 64, 3, 3)),
         (9000, 1, (64, 16, 18, 1), (64, 16, 18, 1)),
     ],
 )

@@ -39,7 +39,6 @@ from layers.kernels.long_conv.gpu.transforms import (
 from layers.kernels.pallas_triton import launch, pl, pltriton
 
 PROGRAMS = 264  # programs that fill the GPU
-FREQUENCIES = 1024  # per program of sums over pairs
 
 
 def _fence() -> None:
@@ -59,15 +58,10 @@ def _window(x: Any, pair: Any, channel: Any, block: Any) -> tuple[Any, jax.Array
     return x.at[jnp.minimum(row, x.shape[0] - 1), channel, block, step % half, column], row
 
 
-def _load_pair(x: Any, pair: Any, channel: Any, block: Any) -> jax.Array:
-    """A block of both rows of a pair."""
-    return pltriton.load(_window(x, pair, channel, block)[0])
-
-
-def _scaled(tile: jax.Array, scale: Any, pair: Any, channel: Any) -> jax.Array:
-    """A tile of a pair in float16, each row times its scale."""
-    row = 2 * pair + jnp.arange(tile.shape[0])[:, None] // (tile.shape[0] // 2)
-    return (tile.astype(jnp.float32) * _of_rows(scale, row, pair, channel)).astype(jnp.float16)
+def _load_pair(x: Any, scale: Any, pair: Any, channel: Any, block: Any) -> jax.Array:
+    """A block of both rows of a pair, scaled, float16."""
+    view, row = _window(x, pair, channel, block)
+    return (pltriton.load(view).astype(jnp.float32) * _of_rows(scale, row, pair, channel)).astype(jnp.float16)
 
 
 def _of_rows(scale: Any, row: jax.Array, pair: Any, channel: Any) -> jax.Array:
@@ -94,27 +88,15 @@ def _divided(rows: int, width: int) -> tuple[int, int]:
     return pairs, max(1, min(pairs, PROGRAMS // width))
 
 
-PREFETCH = True
+def _for_pairs(rows: int, splits: int, run: Any) -> None:
+    """Calls run(pair) for the pairs of rows of this program."""
+    pairs, split = pl.cdiv(rows, 2), pl.program_id(1)
 
+    def step(turn, carry):
+        run(split + turn * splits)
+        return carry
 
-def _walk(rows: int, splits: int, blocks: int, load: Any, run: Any) -> None:
-    """Calls run(pair, block, load(pair, block)) for the blocks of the pairs of this program, with the next block's loads under way."""
-    split = pl.program_id(1)
-    turns = (pl.cdiv(rows, 2) - split + splits - 1) // splits * blocks
-
-    def place(turn):
-        turn = jnp.minimum(turn, turns - 1)
-        return split + turn // blocks * splits, turn % blocks
-
-    def step(turn, tiles):
-        if not PREFETCH:
-            run(*place(turn), load(*place(turn)))
-            return 0
-        coming = load(*place(turn + 1))
-        run(*place(turn), tiles)
-        return coming
-
-    jax.lax.fori_loop(0, turns, step, load(*place(0)) if PREFETCH else 0)
+    jax.lax.fori_loop(0, (pairs - split + splits - 1) // splits, step, 0)
 
 
 def _scales(scale: jax.Array) -> jax.Array:
@@ -138,25 +120,26 @@ def convolve(u: jax.Array, scale: jax.Array, taps: jax.Array, plan: Plan) -> jax
         channel, split = pl.program_id(0), pl.program_id(1)
         transforms = Transforms.load(**tables)
 
-        def load(pair, block):
-            return _load_pair(u, pair, channel, block)
+        def run(pair):
+            def step(block, carry):
+                spectrum = transforms.forward(_load_pair(u, scale, pair, channel, block))
+                if kept is not None:
+                    _store_parts(kept, spectrum, channel, split, block)
+                    _fence()
 
-        def run(pair, block, tile):
-            spectrum = transforms.forward(_scaled(tile, scale, pair, channel))
-            if kept is not None:
-                _store_parts(kept, spectrum, channel, split, block)
-                _fence()
+                def add(earlier, total):
+                    taken = load_parts(kept, channel, split, earlier)
+                    return _sum(total, times(load_parts(spectra, channel, block - earlier), taken))
 
-            def add(earlier, total):
-                taken = load_parts(kept, channel, split, earlier)
-                return _sum(total, times(load_parts(spectra, channel, block - earlier), taken))
+                total = times(load_parts(spectra, channel, 0), spectrum)
+                if plan.lags > 1:
+                    total = jax.lax.fori_loop(jnp.maximum(0, block - plan.lags + 1), block, add, total)
+                _store_pair(y, transforms.backward(total), back, pair, channel, block)
+                return carry
 
-            total = times(load_parts(spectra, channel, 0), spectrum)
-            if plan.lags > 1:
-                total = jax.lax.fori_loop(jnp.maximum(0, block - plan.lags + 1), block, add, total)
-            _store_pair(y, transforms.backward(total), back, pair, channel, block)
+            jax.lax.fori_loop(0, plan.blocks, step, 0)
 
-        _walk(rows, splits, plan.blocks, load, run)
+        _for_pairs(rows, splits, run)
 
     return _launch(
         body,
@@ -181,34 +164,41 @@ def gradients(
     least = jnp.where(both == 0, jnp.inf, both).min(1)
     shared = jnp.repeat(least, 2, axis=0)[:rows] / g_scale
 
-    def body(*, g, scale, back, spectra, u, shared, du, inputs, outputs, **tables):
-        channel = pl.program_id(0)
+    def body(*, g, scale, back, spectra, u, shared, weights, du, dtaps, kept, **tables):
+        channel, split = pl.program_id(0), pl.program_id(1)
         transforms = Transforms.load(**tables)
 
-        def load(pair, turn):
-            block = plan.blocks - 1 - turn
-            return _load_pair(g, pair, channel, block), _load_pair(u, pair, channel, block)
+        def clear(block, carry):
+            _store_parts(dtaps, [jnp.zeros(plan.whole, jnp.float32)] * 2, channel, split, block)
+            return carry
 
-        def run(pair, turn, tiles):
-            block = plan.blocks - 1 - turn
-            given = transforms.forward(_scaled(tiles[1], shared, pair, channel))
-            _store_parts(inputs, given, pair, channel, block)
-            spectrum = transforms.forward(_scaled(tiles[0], scale, pair, channel))
-            _store_parts(outputs, spectrum, pair, channel, block)
-            total = conjugate_times(load_parts(spectra, channel, 0), spectrum)
+        jax.lax.fori_loop(0, plan.lags, clear, 0)
 
-            def add(lag, total):
-                later = load_parts(outputs, pair, channel, block + lag)
-                return _sum(total, conjugate_times(load_parts(spectra, channel, lag), later))
-
-            if plan.lags > 1:
+        def run(pair):
+            def step(turn, carry):
+                block = plan.blocks - 1 - turn
+                spectrum = transforms.forward(_load_pair(g, scale, pair, channel, block))
+                _store_parts(kept, spectrum, channel, split, block)
+                inputs = transforms.forward(_load_pair(u, shared, pair, channel, block))
+                inputs = [weights[pair, channel] * part for part in inputs]
                 _fence()
-                total = jax.lax.fori_loop(1, jnp.minimum(turn + 1, plan.lags), add, total)
-            _store_pair(du, transforms.backward(total), back, pair, channel, block)
 
-        _walk(rows, splits, plan.blocks, load, run)
+                def add(lag, total):
+                    later = load_parts(kept, channel, split, block + lag)
+                    found = _sum(load_parts(dtaps, channel, split, lag), conjugate_times(inputs, later))
+                    _store_parts(dtaps, found, channel, split, lag)
+                    return _sum(total, conjugate_times(load_parts(spectra, channel, lag), later))
 
-    kept = jax.ShapeDtypeStruct((pairs, width, plan.blocks, 2, *plan.whole), jnp.float16)
+                total = add(0, [jnp.zeros(plan.whole, jnp.float32)] * 2)
+                if plan.lags > 1:
+                    total = jax.lax.fori_loop(1, jnp.minimum(turn + 1, plan.lags), add, total)
+                _store_pair(du, transforms.backward(total), back, pair, channel, block)
+                return carry
+
+            jax.lax.fori_loop(0, plan.blocks, step, 0)
+
+        _for_pairs(rows, splits, run)
+
     found = _launch(
         body,
         "long_conv_gradients",
@@ -216,48 +206,13 @@ def gradients(
         (width, splits),
         {"g": g, "scale": g_scale, "spectra": spectra, "u": u, "shared": shared},
         1 / (g_scale * carried[None]),
-        {"du": jax.ShapeDtypeStruct(u.shape, u.dtype), "inputs": kept, "outputs": kept},
-    )
-    parts = _correlated(found["inputs"], found["outputs"], 1 / least, plan)
-    return found["du"][:rows].reshape(u.shape), taps_of_spectra(parts, taps.shape[1], plan)
-
-
-def _correlated(inputs: jax.Array, outputs: jax.Array, weights: jax.Array, plan: Plan) -> jax.Array:
-    """Returns dH_m, (d, lags, 2, n1, n2), float32: the sums over pairs and blocks of weights (pairs, d) times conj(U) G."""
-    pairs, width, blocks, *_ = inputs.shape
-    size = plan.outer * plan.inner
-    tile = min(size, FREQUENCIES)
-
-    def body(*, inputs, outputs, weights, sums):
-        lag, part, channel = (pl.program_id(axis) for axis in range(3))
-        count, window = blocks - lag, pl.ds(part * tile, tile)
-
-        def load(x, *index):
-            return [x[*index, part, window].astype(jnp.float32) for part in range(2)]
-
-        def add(turn, total):
-            pair, block = turn // count, turn % count
-            product = conjugate_times(
-                load(inputs, pair, channel, block), load(outputs, pair, channel, block + lag)
-            )
-            return _sum(total, [weights[pair, channel] * part for part in product])
-
-        nothing = jnp.zeros((tile,), jnp.float32)
-        for part_, total in enumerate(jax.lax.fori_loop(0, pairs * count, add, (nothing, nothing))):
-            sums[channel, lag, part_, window] = total
-
-    found = launch(
-        body,
-        name="long_conv_correlation",
-        grid=(plan.lags, size // tile, width),
-        inputs={
-            "inputs": inputs.reshape(*inputs.shape[:4], size),
-            "outputs": outputs.reshape(*outputs.shape[:4], size),
-            "weights": weights,
+        {
+            "du": jax.ShapeDtypeStruct(u.shape, u.dtype),
+            "dtaps": jax.ShapeDtypeStruct((width, splits, plan.lags, 2, *plan.whole), jnp.float32),
         },
-        outputs={"sums": jax.ShapeDtypeStruct((width, plan.lags, 2, size), jnp.float32)},
+        weights=1 / least,
     )
-    return found["sums"].reshape(width, plan.lags, 2, *plan.whole)
+    return found["du"][:rows].reshape(u.shape), taps_of_spectra(found["dtaps"].sum(1), taps.shape[1], plan)
 
 
 def _launch(
@@ -268,6 +223,7 @@ def _launch(
     inputs: dict[str, jax.Array],
     back: jax.Array,
     outputs: dict[str, jax.ShapeDtypeStruct],
+    **others: jax.Array,
 ) -> dict[str, jax.Array]:
     """Runs a kernel on series cut into blocks, with scales for pairs, factors of transforms, and room for spectra of blocks."""
 
@@ -276,7 +232,7 @@ def _launch(
 
     given = {k: v.reshape(cut(v.shape)) if k in ("u", "g") else v for k, v in inputs.items()}
     given |= {k: _scales(v) for k, v in inputs.items() if k in ("scale", "shared")}
-    given |= {"back": _scales(back / (plan.outer * plan.inner))}
+    given |= {"back": _scales(back / (plan.outer * plan.inner))} | others
     given |= {k: jnp.asarray(v) for k, v in tables(plan).items()}
     # Rows are written in pairs.
     room = {
@@ -285,7 +241,7 @@ def _launch(
         else v
         for k, v in outputs.items()
     }
-    if plan.lags > 1 and "y" in outputs:
+    if plan.lags > 1 or "dtaps" in outputs:
         room["kept"] = jax.ShapeDtypeStruct((*grid, plan.blocks, 2, *plan.whole), jnp.float16)
     # The factors fill shared memory, so that no second copy of a table fits.
     return launch(body, name=name, grid=grid, inputs=given, outputs=room, warps=plan.warps, stages=1)

@@ -55,16 +55,17 @@ class Plan(NamedTuple):
         return self.outer, self.inner
 
 
-# n1, n2 and warps, by size: the fastest of each pass.
-FORWARD = (64, 16, 4), (64, 32, 4), (64, 64, 4)
-BACKWARD = (*FORWARD, (128, 64, 8))
+SHAPES = ((64, 16, 4), (64, 32, 4), (64, 64, 4), (128, 64, 8))  # n1, n2 and warps, by size
+SMALLER_TAPS = 8192  # up to which the outputs are faster by the second largest transform
 
 
 def plan_of(time: int, taps: int, *, backward: bool = False) -> Plan:
-    """Returns the smallest transform that holds all taps that count in one block, or else the largest."""
+    """Returns the fastest transform for as many taps as count; where these need several blocks, the largest in the backward pass."""
     taps = min(time, taps)
-    plans = [Plan(*shape) for shape in (BACKWARD if backward else FORWARD)]
+    plans = [Plan(*shape) for shape in SHAPES]
     plan = next((plan for plan in plans if taps <= plan.block), plans[-1])
+    if not backward and plan == plans[-1] and taps <= SMALLER_TAPS:
+        plan = plans[-2]
     blocks = pl.cdiv(time, plan.block)
     return plan._replace(blocks=blocks, lags=min(blocks, pl.cdiv(taps - 1, plan.block) + 1))
 
@@ -102,8 +103,7 @@ def spectra_of_taps(taps: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
     width, block = taps.shape[0], plan.block
     ahead = jnp.pad(taps, ((0, 0), (block, plan.lags * block - taps.shape[1])))
     earlier, later = (v.reshape(width, plan.lags, block) for v in (ahead[:, :-block], ahead[:, block:]))
-    half = jnp.fft.rfft(jnp.concatenate([later, earlier], axis=2))
-    spectra = jnp.concatenate([half, jnp.flip(half[..., 1:-1], axis=2).conj()], axis=2)
+    spectra = jnp.fft.fft(jnp.concatenate([later, earlier], axis=2))
     spectra = spectra.reshape(width, plan.lags, plan.inner, plan.outer).swapaxes(2, 3)
     parts = jnp.stack([spectra.real, spectra.imag], axis=2)
     scale = scale_to(jnp.abs(parts).max((1, 2, 3, 4)))
@@ -114,10 +114,7 @@ def taps_of_spectra(parts: jax.Array, length: int, plan: Plan) -> jax.Array:
     """The transpose of the linear part of `spectra_of_taps`: (d, l), float32, from gradients (d, lags, 2, n1, n2)."""
     width, block = parts.shape[0], plan.block
     spectra = jax.lax.complex(parts[:, :, 0], parts[:, :, 1]).swapaxes(2, 3)
-    spectra = spectra.reshape(width, plan.lags, 2 * block)
-    # Of the signal, the real part counts, whose spectrum is the mean of D_f and conj(D_{n-f}).
-    opposite = jnp.roll(jnp.flip(spectra, axis=2), 1, axis=2).conj()
-    signals = jnp.fft.irfft((spectra + opposite)[..., : block + 1] / 2, 2 * block)
+    signals = jnp.fft.ifft(spectra.reshape(width, plan.lags, 2 * block)).real
     later, earlier = signals[..., :block].reshape(width, -1), signals[..., block:].reshape(width, -1)
     return (later + jnp.pad(earlier[:, block:], ((0, 0), (0, block))))[:, :length]
 
