@@ -16,8 +16,8 @@ about 5e-4 of the largest numbers of a row, and within a block outputs have this
 
 The matrix units take 4 (n1 + 2 n2) multiplications per token and channel forward and 6 (n1 + 2 n2) backward, 1024 and 1536 in blocks
 of 4096: 0.4 and 0.6 TFLOP at 64 x 4096 x 768, where the direct product of a triangular Toeplitz matrix takes 0.8 and 1.6. Besides, there
-is a product of complex numbers per frequency for every two blocks. The kernels read u, dy and H and write y, du and dH once; spectra
-of a row's other blocks stay in the second-level cache.
+is a product of complex numbers per frequency for every two blocks. The kernels read u, dy and H and write y and du once; spectra
+of a row's other blocks and the sums dH stay in the second-level cache.
 """
 
 from typing import Any
