@@ -124,6 +124,7 @@ COMMANDS = [
         "long_context --workdir=FILES/run --positions=8 --cache=headkv",
         "--cache: importance=None of the cache",
     ),
+    ("evaluate --workdir=FILES/run --cache=snapvk", "--cache: unknown cache 'snapvk'; did you mean"),
     ("benchmark steps --cache=full --out=TMP", "--cache has no effect on steps, which takes"),
     ("list cache", "invalid choice: 'cache'"),
 ]
