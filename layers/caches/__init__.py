@@ -26,6 +26,12 @@ from layers.caches.streaming import Streaming
 from layers.caches.think import ThinK
 from layers.caches.tokenselect import TokenSelect
 from layers.caches.zipcache import ZipCache
+from layers.caches.longheads import LongHeads
+from layers.caches.recycled import Recycled
+from layers.caches.squeezed import Squeezed
+from layers.caches.infllm import InfLLM
+from layers.caches.lserve import LServe
+from layers.caches.shadowkv import ShadowKV
 from layers.registry import choose, make_config
 
 CACHES: dict[str, type[CachePolicy]] = {
@@ -47,6 +53,12 @@ CACHES: dict[str, type[CachePolicy]] = {
     "think": ThinK,
     "tokenselect": TokenSelect,
     "zipcache": ZipCache,
+    "shadowkv": ShadowKV,
+    "lserve": LServe,
+    "infllm": InfLLM,
+    "squeezed": Squeezed,
+    "recycled": Recycled,
+    "longheads": LongHeads,
 }
 
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from layers.kernels.attention import Logits, Tokens, key_mass
 from layers.parts.cache import Cache
-from layers.positions import Position
 from layers.segments import Visit
 from layers.typing import Array, Bool, Float, Int
 
@@ -19,12 +18,12 @@ class View:
     """How the queries of a layer of attention weigh keys.
 
     Attributes:
-      position: positions of the layer; rotary ones are in queries and keys already.
+      position: positions of the layer, a `Position` or what stands for one; rotary ones are in queries and keys already.
       logits: what happens to the logits besides biases of positions.
       scale: factor on the logits; 1 / sqrt(k) if None.
     """
 
-    position: Position
+    position: Any
     logits: Logits
     scale: float | None
 

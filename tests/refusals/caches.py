@@ -72,6 +72,37 @@ ROWS = [
         ValueError,
         "gates of the cache 'duoattention' hold a number above 1",
     ),
+    (read("recycled(stride=0)"), ValueError, "stride=0; expected at least 1"),
+    (read("squeezed(sparsity=1.5)"), ValueError, "sparsity=1.5; expected a number of at least 0 and at most 1"),
+    (
+        read("longheads(budget=10, chunk=4)"),
+        ValueError,
+        "budget=10 of the cache 'longheads' with chunk=4; expected a multiple of the chunk",
+    ),
+    (read("lserve"), ValueError, "gates=None of the cache 'lserve', which needs a gate per head"),
+    (
+        read("lserve(gates=[[0.5]], page=24)"),
+        ValueError,
+        "budget=4096 of the cache 'lserve' with page=24 and logical=16; expected a multiple of the page",
+    ),
+    (read("infllm(budget=100)"), ValueError, "budget=100 of the cache 'infllm' with unit=128; expected a mult"),
+    (
+        read("infllm(unit=2)"),
+        ValueError,
+        "representatives=4 of the cache 'infllm' with unit=2; expected at most the unit",
+    ),
+    (read("shadowkv(budget=12)"), ValueError, "budget=12 of the cache 'shadowkv' with chunk=8; expected a mult"),
+    (
+        continued("shadowkv(budget=8, rank=9)"),
+        ValueError,
+        "rank=9 of the cache 'shadowkv' is more than the 8 features of the keys of layer 0",
+    ),
+    (
+        continued("longheads(budget=4, chunk=2)", mixer_defaults={"attention": dict(sink_logits=True)}),
+        ValueError,
+        "sink_logits=True of layer 0 does not fit the cache 'longheads'",
+    ),
+    (continued("recycled(budget=9)"), ValueError, "budget=9 of the cache is more than the 8 tokens"),
     (continued("snapkv", **LRU), ValueError, "cache=SnapKV has nothing to act on: no layer (lru) holds keys"),
     (
         continued("h2o", **WINDOW),

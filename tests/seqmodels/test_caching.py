@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import seqmodels
+from experiments.analysis.in_chunks import in_chunks
 from experiments.analysis.positions import losses_by_position
 from layers.caches import read_cache
 from layers.mixer import MixerState
@@ -35,6 +36,12 @@ FULL = {
     "mikv": f"mikv(budget={TOTAL})",
     "sirllm": f"sirllm(budget={TOTAL}, sinks=2, recent=4)",
     "think": "think(recent=11)",
+    "recycled": f"recycled(budget={TOTAL}, stride=3)",
+    "squeezed": "squeezed(sparsity=0.0, clusters=0.5, window=2)",
+    "longheads": f"longheads(budget={TOTAL}, chunk=3)",
+    "lserve": "lserve(gates=[[0.1, 0.9], [0.2, 0.4]], sinks=2, recent=13, budget=12, page=4, logical=2)",
+    "infllm": "infllm(budget=12, window=3, sinks=1, unit=2, representatives=1, distance=true)",
+    "shadowkv": "shadowkv(budget=14, rank=8, chunk=2, outliers=0, local=0)",
     "tokenselect": f"tokenselect(budget={TOTAL}, sinks=1, recent=2)",
 }
 
@@ -87,9 +94,27 @@ def test_a_budget_of_all_tokens_changes_nothing(name):
     np.testing.assert_allclose(found.log_probabilities, plain().log_probabilities, atol=1e-5)
 
 
+# Policies that tell rows' positions and segments apart by themselves.
+PACKED = ["recycled", "squeezed", "longheads", "lserve", "infllm", "shadowkv"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_rows(name):
+    """Segments begin and end within the half of a row that is its prompt, within the other, and across."""
+    tokens = RNG.integers(0, VOCAB, (2, 16)).astype(np.int32)
+    ids = np.array([[1] * 3 + [2] * 8 + [3] * 4 + [0], [1] * 8 + [2] * 6 + [3] * 2], np.int32)
+    batch = dict(inputs=tokens[:, :-1], labels=tokens[:, 1:], segment_ids=ids[:, :-1])
+    wanted = hybrid()(batch["inputs"], segment_ids=batch["segment_ids"])[0]
+    found = in_chunks(hybrid(), batch, lambda outputs, _: outputs.logits, chunk=4, cache=read_cache(FULL[name]))
+    found = np.concatenate([logits for _, logits in found], axis=1)
+    real = batch["segment_ids"] != 0
+    np.testing.assert_allclose(found[real], wanted[real], atol=2e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("position", ["none", "alibi", "t5", "fire"])
-@pytest.mark.parametrize("name", ["snapkv", "h2o", "streaming", "duoattention", "kivi"])
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "streaming", "duoattention", "kivi", "infllm", "lserve", "shadowkv"])
 def test_other_positions(name, position):
     found, wanted = generated(FULL[name], position=position), plain(position=position)
     assert found.tokens.tolist() == wanted.tokens.tolist()

@@ -14,9 +14,14 @@ OPTIONS = {
     "duoattention": "gates=[[0.2, 0.9]], sinks=2, recent=4",
     "headkv": "importance=[[1, 3]], budget=8, window=4",
     "kivi": "group=4, residual=8",
+    "infllm": "budget=4, window=4, sinks=1, unit=2, representatives=1",
+    "longheads": "budget=6, chunk=3",
+    "lserve": "gates=[[0.2, 0.9]], sinks=2, recent=4, budget=4, page=4, logical=2",
     "pyramidkv": "budget=8, window=4",
     "sirllm": "budget=8, sinks=2, recent=4",
+    "shadowkv": "budget=4, rank=4, chunk=2, outliers=1, local=1",
     "snapkv": "budget=8, window=4",
+    "squeezed": "window=4",
 }
 
 
