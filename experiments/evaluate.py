@@ -146,7 +146,7 @@ def _under_cache(opened: Opened, args: argparse.Namespace) -> Callable[[TrainSta
     except ValueError as error:
         raise ArgumentError(f"--cache: {error}") from None
     opened.named["cache"] = str(args.cache)
-    return lambda state, split: under_cache.evaluate(opened.plan, model, split, args.cache)
+    return lambda _, split: under_cache.evaluate(opened.plan, model, split, args.cache)
 
 
 def _of_run(args: argparse.Namespace) -> Opened:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from layers.caches import CachePolicy
 from layers.mixer import MixerState
-from layers.typing import Array, Float
+from layers.typing import Array, Bool, Float
 from seqmodels.language_model import LanguageModel, LanguageModelState
 
 # Slots of what is kept are a multiple of this where budgets differ.
@@ -103,6 +103,13 @@ def _read(model, state):
     mixers = layers_of(model)
     prompts = [state.layers[layer].carried for layer in mixers]
     return prompts, [mixer.view() for mixer in mixers.values()], list(mixers)
+
+
+@partial(jax.jit, static_argnums=(2,))
+def chosen(model: LanguageModel, state: LanguageModelState, policy: CachePolicy) -> Bool[Array, "b s"]:
+    """Returns which tokens of the prompts that the state has read a policy that filters leaves, in the slots of its layer."""
+    del model
+    return policy.chosen(state.layers[policy.layer].carried)
 
 
 @partial(jax.jit, static_argnames=("policy", "tokens", "rows", "slots"))

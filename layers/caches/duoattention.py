@@ -51,7 +51,9 @@ class DuoAttention(CachePolicy):
             )
         object.__setattr__(self, "gates", read_heads("gates", self.gates))
         if max(map(max, self.gates)) > 1:
-            raise ValueError(f"gates of the cache {type(self).__name__.lower()!r} hold a number above 1; expected 0 to 1")
+            raise ValueError(
+                f"gates of the cache {type(self).__name__.lower()!r} hold a number above 1; expected 0 to 1"
+            )
 
     def check(self, total: int, layers: Mapping[int, Any]) -> None:
         check_heads("gates", self.gates, layers)

@@ -58,7 +58,9 @@ class InfLLM(CachePolicy):
             )
 
     def begin(self, cache: Cache, heads: int, place: int) -> CacheState:
-        return Memory(cache, jnp.zeros((len(cache.numbers), heads, cache.numbers.shape[1]), jnp.float32), self)
+        return Memory(
+            cache, jnp.zeros((len(cache.numbers), heads, cache.numbers.shape[1]), jnp.float32), self
+        )
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["cache", "salience"], meta_fields=["policy"])

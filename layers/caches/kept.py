@@ -72,9 +72,17 @@ class Kept(CacheState):
         return o, kept.policy.evicted(kept, view, q, bias, visit)
 
     def added(
-        self, k: Float[Array, "b t g k"], v: Float[Array, "b t g v"], visit: Visit
+        self,
+        k: Float[Array, "b t g k"],
+        v: Float[Array, "b t g v"],
+        visit: Visit,
+        extra: dict[str, Array] | None = None,
     ) -> tuple["Kept", Bool[Array, "b t"]]:
-        """Returns the state with new tokens in empty slots, and which of them found none."""
+        """Returns the state with new tokens in empty slots, and which of them found none.
+
+        `extra` is what is kept beside each of them, (b, t, g); 0 if it is not given.
+        """
+        extra = extra or {}
         index, beyond = free_slots(self.numbers, visit.numbers != 0)
 
         def of_tokens(x):
@@ -86,7 +94,9 @@ class Kept(CacheState):
             values=put(self.values, index, v),
             numbers=put(self.numbers, index, of_tokens(visit.numbers)),
             positions=put(self.positions, index, of_tokens(visit.positions)),
-            extra={name: put(x, index, jnp.zeros(index.shape)) for name, x in self.extra.items()},
+            extra={
+                name: put(x, index, extra.get(name, jnp.zeros(index.shape))) for name, x in self.extra.items()
+            },
         )
         return made, beyond
 

@@ -64,7 +64,9 @@ class LServe(DuoAttention):
                 found.append(prompt)
                 continue
             keys = prompt.whole.entries[0]
-            heads = keys.shape[2] * (views[0].position.heads // (len(prompt.everywhere) + len(prompt.streaming)))
+            heads = keys.shape[2] * (
+                views[0].position.heads // (len(prompt.everywhere) + len(prompt.streaming))
+            )
             whole = Prompt.empty(self, prompt.whole, heads)
             chosen = jnp.zeros(keys.shape[:3], bool)
             found.append(dataclasses.replace(prompt, whole=everything(whole, room, extra={"chosen": chosen})))
@@ -101,7 +103,9 @@ class LServe(DuoAttention):
         likes = self.likes(kept, q)  # b g t n, of the logical page of each token
         # A page is chosen among those with a token that the query sees and would not read otherwise.
         likes = jnp.where((seen & ~always)[:, None], likes, -jnp.inf)
-        of_pages = jax.vmap(lambda x, index: jax.ops.segment_max(x, index, n + 1))(jnp.moveaxis(likes, 3, 1), pages)
+        of_pages = jax.vmap(lambda x, index: jax.ops.segment_max(x, index, n + 1))(
+            jnp.moveaxis(likes, 3, 1), pages
+        )
         of_pages = jnp.moveaxis(of_pages, 1, 3)[..., :n]
         best = among_best(of_pages, self.budget // self.page)
         index = jnp.broadcast_to(jnp.minimum(pages, n - 1)[:, None, None], likes.shape)

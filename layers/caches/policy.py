@@ -29,6 +29,7 @@ class CachePolicy:
       needs_surprise: whether that takes the log-probabilities of the prompt's tokens.
       shares: whether rows share what their prompts begin with (see `layers.caches.hydragen`).
       packs: whether prompts are read side by side (see `layers.caches.prepacking`).
+      filters: whether it leaves out tokens before prompts are read (see `layers.caches.gemfilter`).
     """
 
     observed: int = 0
@@ -36,6 +37,7 @@ class CachePolicy:
     needs_surprise: bool = False
     shares: bool = False
     packs: bool = False
+    filters: bool = False
 
     def check(self, total: int, layers: Mapping[int, Any]) -> None:
         """Raises ValueError if the policy cannot keep such rows.

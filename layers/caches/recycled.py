@@ -65,7 +65,11 @@ class Recycled(Selecting):
         index = jax.lax.cummax(jnp.where(full, jnp.arange(full.shape[1]), -1), axis=1)
         at = jnp.maximum(index, 0)[:, None, :, None]
         before = jnp.moveaxis(kept.extra["chosen"], 2, 1)[:, :, None]
-        return full, begun, jnp.where((index >= 0)[:, None, :, None], jnp.take_along_axis(now, at, axis=2), before)
+        return (
+            full,
+            begun,
+            jnp.where((index >= 0)[:, None, :, None], jnp.take_along_axis(now, at, axis=2), before),
+        )
 
     def read(
         self, kept: Kept, view: View, q: Float[Array, "b t h k"], bias: Float[Array, "b h t n"]

@@ -189,4 +189,6 @@ class Shadow(CacheState):
         likes = jnp.where(there[:, :, 0], likes.max(2), -jnp.inf)
         chosen = among_best(likes, policy.budget // policy.chunk)
         index = jnp.minimum(self.chunk, count - 1)[:, None, None]
-        return jnp.take_along_axis(chosen, jnp.broadcast_to(index, (b, groups, t, self.numbers.shape[1])), axis=3)
+        return jnp.take_along_axis(
+            chosen, jnp.broadcast_to(index, (b, groups, t, self.numbers.shape[1])), axis=3
+        )

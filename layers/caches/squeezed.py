@@ -107,7 +107,9 @@ class Squeezed(Selecting):
     ) -> Float[Array, "b h t c"]:
         """Returns S; 0 for a cluster without keys."""
         size = to_heads(jnp.moveaxis(sizes, 2, 1), q.shape[2])[:, :, None].astype(jnp.float32)
-        bias = jnp.broadcast_to(jnp.where(size > 0, 0.0, -jnp.inf), (*size.shape[:2], q.shape[1], size.shape[3]))
+        bias = jnp.broadcast_to(
+            jnp.where(size > 0, 0.0, -jnp.inf), (*size.shape[:2], q.shape[1], size.shape[3])
+        )
         products = view.products(q, centroids, bias)
         top = jnp.maximum(products.max(3, keepdims=True), jnp.finfo(jnp.float32).min)
         powers = jnp.exp(products - top)

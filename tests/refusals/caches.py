@@ -1,5 +1,6 @@
 """Policies of caches that do not fit, by themselves or with a model."""
 
+
 import seqmodels
 from layers.caches import read_cache
 from tests.refusals.models import model
@@ -73,7 +74,11 @@ ROWS = [
         "gates of the cache 'duoattention' hold a number above 1",
     ),
     (read("recycled(stride=0)"), ValueError, "stride=0; expected at least 1"),
-    (read("squeezed(sparsity=1.5)"), ValueError, "sparsity=1.5; expected a number of at least 0 and at most 1"),
+    (
+        read("squeezed(sparsity=1.5)"),
+        ValueError,
+        "sparsity=1.5; expected a number of at least 0 and at most 1",
+    ),
     (
         read("longheads(budget=10, chunk=4)"),
         ValueError,
@@ -85,23 +90,48 @@ ROWS = [
         ValueError,
         "budget=4096 of the cache 'lserve' with page=24 and logical=16; expected a multiple of the page",
     ),
-    (read("infllm(budget=100)"), ValueError, "budget=100 of the cache 'infllm' with unit=128; expected a mult"),
+    (
+        read("infllm(budget=100)"),
+        ValueError,
+        "budget=100 of the cache 'infllm' with unit=128; expected a mult",
+    ),
     (
         read("infllm(unit=2)"),
         ValueError,
         "representatives=4 of the cache 'infllm' with unit=2; expected at most the unit",
     ),
-    (read("shadowkv(budget=12)"), ValueError, "budget=12 of the cache 'shadowkv' with chunk=8; expected a mult"),
+    (
+        read("shadowkv(budget=12)"),
+        ValueError,
+        "budget=12 of the cache 'shadowkv' with chunk=8; expected a mult",
+    ),
     (
         continued("shadowkv(budget=8, rank=9)"),
         ValueError,
         "rank=9 of the cache 'shadowkv' is more than the 8 features of the keys of layer 0",
     ),
     (
-        continued("longheads(budget=4, chunk=2)", mixer_defaults={"attention": dict(sink_logits=True)}),
+        continued("longheads(budget=4, chunk=2)", mixer_defaults=dict(heads=2, sink_logits=True)),
         ValueError,
         "sink_logits=True of layer 0 does not fit the cache 'longheads'",
     ),
+    (read("gemfilter(kernel=2)"), ValueError, "kernel=2 of the cache; expected an odd number"),
+    (
+        continued("gemfilter(budget=4, layer=1)"),
+        ValueError,
+        "layer=1 of the cache 'gemfilter' has no cache of all tokens; expected one of the layers 0",
+    ),
+    (
+        read("cskv(keys=0.0)"),
+        ValueError,
+        "keys=0.0 of the cache 'cskv' keeps no channel; expected more than 0",
+    ),
+    (
+        continued("cskv", mixer_defaults=dict(heads=2, qk_norm=True)),
+        ValueError,
+        "qk_norm=True of layer 0 does not fit the cache 'cskv'",
+    ),
+    (read("taskkv(whole=2.0)"), ValueError, "whole=2.0; expected a number of at least 0 and at most 1"),
     (continued("recycled(budget=9)"), ValueError, "budget=9 of the cache is more than the 8 tokens"),
     (continued("snapkv", **LRU), ValueError, "cache=SnapKV has nothing to act on: no layer (lru) holds keys"),
     (

@@ -81,7 +81,9 @@ def longheads(policy, q, k, v, length):
         local = turned(k[part], [-c * size] * len(part))
         for h in range(heads):
             outputs = [tempered(q[i, h], k[part, h // each], 0.0, 1.0) @ v[part, h // each] for i in part]
-            features[c, h] = tempered(np.mean(outputs, axis=0), local[:, h // each], 0.0, 1.0) @ local[:, h // each]
+            features[c, h] = (
+                tempered(np.mean(outputs, axis=0), local[:, h // each], 0.0, 1.0) @ local[:, h // each]
+            )
     found = []
     for i in range(length, len(q)):
         plain, one = turned(q[i : i + 1], [-i])[0], []
@@ -103,12 +105,16 @@ def lserve(policy, q, k, length):
         for start in range(number * page, (number + 1) * page, policy.logical):
             part = k[start : start + policy.logical, g]
             for one in q[i, g * each : (g + 1) * each]:
-                scores.append(sum(max(x * a, x * b) for x, a, b in zip(one, part.max(0), part.min(0), strict=True)))
+                scores.append(
+                    sum(max(x * a, x * b) for x, a, b in zip(one, part.max(0), part.min(0), strict=True))
+                )
         return max(scores)
 
     found, chosen = [], None
     for i in range(length, len(q)):
-        always = {j for j in range(i + 1) if j < policy.sinks or j > i - policy.recent or j // page == i // page}
+        always = {
+            j for j in range(i + 1) if j < policy.sinks or j > i - policy.recent or j // page == i // page
+        }
         if (i - length) % policy.reuse == 0:
             free = sorted({j // page for j in range(i + 1) if j not in always})
             chosen = [
@@ -124,7 +130,9 @@ def infllm(policy, q, k):
     salience = np.zeros((heads, t))
     for h in range(heads):
         for m in range(t):
-            salience[h, m] = sum(q[i, h] @ k[m, h // each] for i in range(m + 1, min(t, m + window + 1))) / window
+            salience[h, m] = (
+                sum(q[i, h] @ k[m, h // each] for i in range(m + 1, min(t, m + window + 1))) / window
+            )
     found = []
     for i in range(t):
         near = [j for j in range(i + 1) if i - j < window]
@@ -185,3 +193,19 @@ def shadowkv(policy, q, k, length):
             one.append([j for j in range(i + 1) if j // size not in unread or j >= length])
         found.append(one)
     return keys, found
+
+
+def locret(policy, scores, length, calls):
+    """The tokens that each key/value head holds before every query, whose calls end before the tokens of numbers `calls`."""
+    kept, found, now = [[] for _ in range(scores.shape[1])], [], 0
+    for end in calls:
+        while now < end:
+            piece = range(now, min(now + policy.chunk, end))
+            kept = [[*one, *piece] for one in kept]
+            found += [[[j for j in one if j <= i] for one in kept] for i in piece]
+            now = piece[-1] + 1
+            for g, one in enumerate(kept):
+                last = [j for j in one if j > now - 1 - policy.recent]
+                rest = [j for j in one if j not in last]
+                kept[g] = sorted(largest(scores[:, g], policy.budget - len(last), rest) + last)
+    return found

@@ -2,10 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import list as lists
 from layers.caches import CACHES, read_cache
+from layers.caches.locret import Locret
+from layers.caches.trained import Trained
 from tests.layers.caches.reading import PROMPT, STEPS, WIDTH, layer, run
 
 # What a policy cannot do without, and small sizes.
@@ -25,10 +28,18 @@ OPTIONS = {
 }
 
 
+# Those that are given arrays.
+MADE = {
+    "locret": Locret(
+        heads=Trained([dict(first=np.ones((32, 3)), second=np.ones((3, 2)))]), budget=6, recent=2, chunk=4
+    )
+}
+
+
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("name", CACHES)
 def test_every_policy_takes_bfloat16(name):
-    policy = read_cache(f"{name}({OPTIONS.get(name, '')})")
+    policy = MADE[name] if name in MADE else read_cache(f"{name}({OPTIONS.get(name, '')})")
     x = jax.ShapeDtypeStruct((2, PROMPT + STEPS, WIDTH), jnp.bfloat16)
     ids = jax.ShapeDtypeStruct((2, PROMPT), jnp.int32)
     with jax.numpy_dtype_promotion("strict"):
