@@ -24,6 +24,7 @@ from layers.caches.locret import Locret
 from layers.caches.longheads import LongHeads
 from layers.caches.lserve import LServe
 from layers.caches.mikv import MiKV
+from layers.caches.minference import MInference
 from layers.caches.policy import CachePolicy
 from layers.caches.prepacking import Prepacking
 from layers.caches.pyramidkv import PyramidKV
@@ -57,6 +58,7 @@ CACHES: dict[str, type[CachePolicy]] = {
     "longheads": LongHeads,
     "lserve": LServe,
     "mikv": MiKV,
+    "minference": MInference,
     "prepacking": Prepacking,
     "pyramidkv": PyramidKV,
     "recycled": Recycled,

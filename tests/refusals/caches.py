@@ -1,6 +1,5 @@
 """Policies of caches that do not fit, by themselves or with a model."""
 
-
 import seqmodels
 from layers.caches import read_cache
 from tests.refusals.models import model

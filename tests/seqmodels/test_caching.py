@@ -38,6 +38,7 @@ FULL = {
     "mikv": f"mikv(budget={TOTAL})",
     "sirllm": f"sirllm(budget={TOTAL}, sinks=2, recent=4)",
     "think": "think(recent=11)",
+    "minference": "minference(verticals=1, slashes=15, block=2, window=2, first=1, near=1)",
     "lean": "lean(units=3, tile=4)",
     "cskv": "cskv(keys=1.0, values=1.0, window=3)",
     "taskkv": "taskkv(whole=0.5, sinks=2, recent=4, middle=9)",
@@ -100,7 +101,7 @@ def test_a_budget_of_all_tokens_changes_nothing(name):
 
 
 # Policies that tell rows' positions and segments apart by themselves.
-PACKED = ["recycled", "squeezed", "longheads", "lserve", "infllm", "shadowkv", "cskv", "lean"]
+PACKED = ["recycled", "squeezed", "longheads", "lserve", "infllm", "shadowkv", "cskv", "lean", "minference"]
 
 
 @pytest.mark.slow

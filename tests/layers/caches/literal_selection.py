@@ -209,3 +209,35 @@ def locret(policy, scores, length, calls):
                 rest = [j for j in one if j not in last]
                 kept[g] = sorted(largest(scores[:, g], policy.budget - len(last), rest) + last)
     return found
+
+
+def minference(policy, pattern, q, k):
+    """The tokens that each query of a prompt (t, k) reads along a pattern, given the keys (t, k) of its head."""
+    (name, m, n), t, size = pattern, len(q), policy.block
+    blocks, columns = set(), []
+    count = -(-t // size)
+    if name == "a_shape":
+        for i in range(t):
+            for j in range(i + 1):
+                if i - j < n or j < m:
+                    # Blocks with such a pair of tokens, wherever the queries stand in theirs.
+                    blocks.add((i // size, j // size))
+        for i in range(count):
+            blocks |= {(i, j) for j in range(i + 1) if (i - j) * size - size + 1 < n}
+    if name == "vertical_slash":
+        sums, diagonals = np.zeros(t), np.zeros(t)
+        for i in range(max(0, t - policy.window), t):
+            weights = tempered(q[i], k[: i + 1], 0.0, 1.0)
+            sums[: i + 1] += weights
+            diagonals[i - np.arange(i + 1)] += weights
+        sums[: policy.first], diagonals[: policy.near] = np.inf, np.inf
+        columns = largest(sums, m, range(t))
+        chosen = largest(diagonals, n, range(t))
+        for i in range(count * size):
+            blocks |= {(i // size, (i - d) // size) for d in chosen if d <= i}
+    if name == "block_sparse":
+        parts = [range(b * size, min((b + 1) * size, t)) for b in range(count)]
+        for i, part in enumerate(parts):
+            likes = [q[part].mean(0) @ k[other].mean(0) for other in parts[: i + 1]]
+            blocks |= {(i, j) for j in [i, *largest(likes, m, range(i + 1))]}
+    return [[j for j in range(i + 1) if (i // size, j // size) in blocks or j in columns] for i in range(t)]
