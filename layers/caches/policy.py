@@ -71,7 +71,9 @@ class CachePolicy:
         """Returns what is gathered of the queries of a prompt with those of one more call; the cache has its tokens."""
         return scores
 
-    def budgets(self, prompts: Sequence[Prompt], views: Sequence[View]) -> list[Int[Array, "#b #g"]] | None:
+    def budgets(
+        self, prompts: Sequence[CacheState], views: Sequence[View]
+    ) -> list[Int[Array, "#b #g"]] | None:
         """Returns how many tokens of a prompt each row and head keeps, per layer; None for `budget` everywhere.
 
         Args:

@@ -185,6 +185,20 @@ COMMANDS = [
         "--cache: importance=None of the cache",
     ),
     ("evaluate --workdir=FILES/run --cache=snapvk", "--cache: unknown cache 'snapvk'; did you mean"),
+    (
+        "cache_study --workdir=FILES/run --out=TMP/out --policies=snapvk",
+        "--policies=snapvk: there is no such template; did you mean 'snapkv'?",
+    ),
+    (
+        "cache_study --workdir=FILES/run --out=TMP/out --budgets=2",
+        "--budgets=2; expected shares between 0 and 1",
+    ),
+    (
+        "cache_study --workdir=FILES/run --out=TMP/out --tasks=passkeys",
+        "--tasks=passkeys; did you mean 'passkey'?",
+    ),
+    ("cache_study --workdir=FILES/run --out=TMP/out --templates=TMP/none", "No such file or directory"),
+    ("cache_study --workdir=TMP/none --out=TMP/out", "holds no run: there is no config.json"),
     ("benchmark steps --cache=full --out=TMP", "--cache has no effect on steps, which takes"),
     ("list cache", "invalid choice: 'cache'"),
 ]

@@ -111,7 +111,7 @@ def test_packed_rows(name):
     tokens = RNG.integers(0, VOCAB, (2, 16)).astype(np.int32)
     ids = np.array([[1] * 3 + [2] * 8 + [3] * 4 + [0], [1] * 8 + [2] * 6 + [3] * 2], np.int32)
     batch = dict(inputs=tokens[:, :-1], labels=tokens[:, 1:], segment_ids=ids[:, :-1])
-    wanted = hybrid()(batch["inputs"], segment_ids=batch["segment_ids"])[0]
+    wanted = hybrid()(jnp.asarray(batch["inputs"]), segment_ids=jnp.asarray(batch["segment_ids"]))[0]
     found = in_chunks(
         hybrid(), batch, lambda outputs, _: outputs.logits, chunk=4, cache=read_cache(FULL[name])
     )
