@@ -9,7 +9,7 @@ something of the model, such as gates, stand in a JSON file of names and texts, 
 {window} are tokens and {share} is the share. After each figure cache-study.json in the folder of --out is written again; the same
 command goes on where it stopped. cache-study.png shows one panel per task.
 
-`python -m experiments.data.retrieval_texts` writes texts to train on, and configs/lm/retrieval.py trains on them. Exit codes: 0 done; 2
+`python -m experiments.data.retrieval_texts` writes texts to train on, and configs/lm/needles.py trains on them. Exit codes: 0 done; 2
 an argument cannot be used.
 """
 

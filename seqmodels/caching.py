@@ -25,13 +25,21 @@ def layers_of(model: LanguageModel) -> dict[int, Any]:
     return {layer: mixer for layer, mixer in found.items() if getattr(mixer, "takes_cache_policy", False)}
 
 
-def check(model: LanguageModel, policy: CachePolicy, longest: int, new: int) -> None:
+def check(
+    model: LanguageModel, policy: CachePolicy, longest: int, new: int, *, filters: bool = False
+) -> None:
     """Raises ValueError unless the policy can keep caches of the model.
 
     Args:
       longest: tokens of the longest prompt.
       new: the most new tokens.
+      filters: whether prompts are shortened as a policy with `filters` says, which `seqmodels.generate` does.
     """
+    if policy.filters and not filters:
+        raise ValueError(
+            f"cache={type(policy).__name__} chooses the tokens of prompts that are continued; expected another policy where all tokens "
+            "are read"
+        )
     mixers, stack = layers_of(model), model.config.stack
     if not mixers:
         names = ", ".join(dict.fromkeys(stack.mixer_of(layer)[0] for layer in range(stack.depth)))

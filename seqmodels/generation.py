@@ -166,7 +166,7 @@ def stream(
         )
     policy = FULL if cache is None else read_cache(cache)
     if cache is not None:
-        caching.check(model, policy, longest, int(max_new_tokens))
+        caching.check(model, policy, longest, int(max_new_tokens), filters=True)
         if lookup is not None:
             raise ValueError(
                 f"lookup={lookup} with cache={cache!r}: a draft that fails would have changed what is kept; expected one of them"

@@ -21,16 +21,6 @@ def prompt_length(time: int, cache: CachePolicy | None) -> int:
     return time // 2 if cache is not None and cache.compresses else 0
 
 
-def check_policy(model: LanguageModel, cache: CachePolicy, time: int) -> None:
-    """Raises ValueError unless the policy can keep the caches of the model in rows of so many tokens whose losses are wanted."""
-    caching.check(model, cache, time, 1)
-    if cache.filters:
-        raise ValueError(
-            f"cache={type(cache).__name__} chooses tokens of prompts that are continued; expected another policy where the losses of "
-            "all tokens are wanted"
-        )
-
-
 def in_chunks(
     model: LanguageModel,
     batch: Mapping[str, Any],
@@ -59,7 +49,7 @@ def in_chunks(
     if cache is None:
         state = jax.jit(lambda: model.init_state(rows, max_length=time))()
     else:
-        check_policy(model, cache, time)
+        caching.check(model, cache, time, 1)
         state = jax.jit(lambda: caching.begin(model, cache, rows, prompt or time))()
     surprising, losses = bool(prompt) and cache.needs_surprise, []
     for start in [*range(0, prompt, chunk), *range(prompt, time, chunk)]:

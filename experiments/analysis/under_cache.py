@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.analysis.in_chunks import check_policy, in_chunks, prompt_length
+from experiments.analysis.in_chunks import in_chunks, prompt_length
 from experiments.training.experiment import Experiment
 from experiments.training.step import means
 from layers.caches import CachePolicy
-from seqmodels import LanguageModel
+from seqmodels import LanguageModel, caching
 
 CHUNK = 512
 
@@ -30,7 +30,7 @@ def check(plan: Experiment, model: Any, split: str, cache: CachePolicy) -> None:
                 f"cache={type(cache).__name__} on the task {plan.config['task']['name']!r}, whose labels {batch['labels'].shape} are not "
                 "those of single tokens; expected a task of texts, such as language"
             )
-        check_policy(model, cache, batch["inputs"].shape[1])
+        caching.check(model, cache, batch["inputs"].shape[1], 1)
 
 
 def evaluate(

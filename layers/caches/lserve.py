@@ -64,10 +64,7 @@ class LServe(DuoAttention):
                 found.append(prompt)
                 continue
             keys = prompt.whole.entries[0]
-            heads = keys.shape[2] * (
-                views[0].position.heads // (len(prompt.everywhere) + len(prompt.streaming))
-            )
-            whole = Prompt.empty(self, prompt.whole, heads)
+            whole = Prompt.empty(self, prompt.whole, keys.shape[2])
             chosen = jnp.zeros(keys.shape[:3], bool)
             found.append(dataclasses.replace(prompt, whole=everything(whole, room, extra={"chosen": chosen})))
         return found

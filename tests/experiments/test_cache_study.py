@@ -18,7 +18,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SEQMODELS_DATA", str(tmp_path / "data"))
     file, workdir, out = tmp_path / "texts.jsonl", tmp_path / "run", tmp_path / "study"
     assert retrieval_texts.main([f"--out={file}", "--length=1200", "--count=60", "--tasks=passkey"]) == 0
-    config = f"--config=configs/lm/retrieval.py:source={file},{TINY}"
+    config = f"--config=configs/lm/needles.py:source={file},{TINY}"
     fields = ["--config.train.batch_size=2", "--config.train.tensorboard=False", "--config.task.test=8"]
     assert train_command.main([config, *fields, f"--workdir={workdir}", "--num_devices=1"]) == 0
     command = [

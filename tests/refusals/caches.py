@@ -1,6 +1,7 @@
 """Policies of caches that do not fit, by themselves or with a model."""
 
 import seqmodels
+from experiments.analysis.positions import losses_by_position
 from layers.caches import read_cache
 from tests.refusals.models import model
 
@@ -131,6 +132,13 @@ ROWS = [
         "qk_norm=True of layer 0 does not fit the cache 'cskv'",
     ),
     (read("taskkv(whole=2.0)"), ValueError, "whole=2.0; expected a number of at least 0 and at most 1"),
+    (
+        lambda: losses_by_position(
+            model()(), np.ones((1, 4), np.int32), np.ones((1, 4), np.int32), cache=read_cache("gemfilter")
+        ),
+        ValueError,
+        "cache=GemFilter chooses the tokens of prompts that are continued; expected another policy",
+    ),
     (continued("recycled(budget=9)"), ValueError, "budget=9 of the cache is more than the 8 tokens"),
     (continued("snapkv", **LRU), ValueError, "cache=SnapKV has nothing to act on: no layer (lru) holds keys"),
     (

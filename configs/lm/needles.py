@@ -1,28 +1,28 @@
 """A language model of bytes, trained to find what stands far back in texts of up to 4,096 bytes.
 
     python -m experiments.data.retrieval_texts --out=data/retrieval.jsonl --length=4096
-    python -m experiments.train --config=configs/lm/retrieval.py:source=data/retrieval.jsonl --workdir=runs/retrieval
-    python -m experiments.train --config=configs/lm/retrieval.py:source=data/retrieval.jsonl,pattern=mamba2/mamba2/mamba2/attention \
+    python -m experiments.train --config=configs/lm/needles.py:source=data/retrieval.jsonl --workdir=runs/retrieval
+    python -m experiments.train --config=configs/lm/needles.py:source=data/retrieval.jsonl,pattern=mamba2/mamba2/mamba2/attention \
         --workdir=runs/retrieval-hybrid
     python -m experiments.cache_study --workdir=runs/retrieval --out=results/caches --length=4096
 
 Results: not measured here yet.
 
 Options: source=FILE of JSON lines, pattern=NAME/NAME/... of causal mixers (attention, or a hybrid), width, depth, length, learning_rate and
-steps. By default a Transformer of 10.6M parameters with two key/value heads for eight query heads.
+steps. By default a Transformer of 10.5M parameters with two key/value heads for eight query heads.
 """
 
 from ml_collections import ConfigDict
 
 OPTIONS = dict(
-    source="", pattern="attention", width="320", depth="8", length="4352", learning_rate="1e-3", steps="20000"
+    source="", pattern="attention", width="352", depth="8", length="4352", learning_rate="1e-3", steps="20000"
 )
 
 
 def get_config(arg: str = "") -> ConfigDict:
     given = dict(pair.partition("=")[::2] for pair in arg.split(",") if pair)
     if unknown := given.keys() - OPTIONS.keys():
-        raise ValueError(f"retrieval.py takes {', '.join(OPTIONS)}, not {', '.join(unknown)}")
+        raise ValueError(f"needles.py takes {', '.join(OPTIONS)}, not {', '.join(unknown)}")
     options = OPTIONS | given
     for name in ("width", "depth", "length", "steps"):
         if not options[name].isdecimal() or not int(options[name]):
