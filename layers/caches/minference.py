@@ -106,14 +106,14 @@ class MInference(CachePolicy):
         diagonals = self._diagonals(weights, cache, visit)
         offsets = self._blocks_of(some(diagonals, last * own["vertical_slash"]), count)
         # Blocks at a distance below a window, and those of the first tokens.
-        number = jnp.arange(count)
+        number = np.arange(count)
         near = (number * self.block < last[:, None] + self.block - 1) & own["a_shape"][:, None]
         offsets |= near[None]
         distance = number[:, None] - number[None]
-        blocks = jnp.where(distance >= 0, offsets[..., jnp.abs(distance)], False)
-        blocks |= (number[None, :] * self.block < sizes["a_shape"][:, None])[None, :, None]
+        blocks = offsets[..., np.abs(distance)]
+        blocks |= (number[None] * self.block < sizes["a_shape"][:, None])[None, :, None]
         blocks |= self._liked(q, cache, visit, sizes["block_sparse"], own["block_sparse"], count)
-        return blocks & (distance >= 0), columns
+        return blocks & (distance >= 0)[None, None], columns
 
     def _weights(self, view, q, cache, visit):
         """Returns the weights of attention of the last queries, (b, h, w, s)."""
@@ -166,10 +166,10 @@ class MInference(CachePolicy):
         grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
         likes = jnp.einsum("bigrk,bjgk->bgrij", grouped, k, precision=jax.lax.Precision.HIGHEST)
         likes = likes.reshape(len(q), len(sizes), count, count)
-        number = jnp.arange(count)
-        before = (number[None] <= number[:, None]) & there[:, None]
+        number = np.arange(count)
+        before = (number[None] <= number[:, None])[None] & there[:, None]
         chosen = some(jnp.where(before[:, None], likes, -jnp.inf), sizes[:, None])
-        return (chosen | (number[None] == number[:, None])) & own[:, None, None]
+        return (chosen | (number[None] == number[:, None])[None, None]) & own[None, :, None, None]
 
     def lists(self, patterns: Sequence[Pattern], blocks: Bool[Array, "b h i j"]) -> Int[Array, "b h i l"]:
         """Returns the blocks of keys that each block of queries reads, with -1 behind them."""

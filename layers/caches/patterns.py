@@ -26,7 +26,7 @@ def some(scores: Float[Array, "b h *i n"], sizes: Any) -> Bool[Array, "b h *i n"
     if most == 0:
         return jnp.zeros(scores.shape, bool)
     ranked, index = jax.lax.top_k(scores, most)
-    there = (ranked > -jnp.inf) & (jnp.arange(most) < sizes[None, ..., None])
+    there = (ranked > -jnp.inf) & (np.arange(most) < sizes[..., None])[None]
     rows = jnp.arange(scores.size // scores.shape[-1])[:, None]
     index = jnp.where(there, index, scores.shape[-1]).reshape(len(rows), most)
     chosen = jnp.zeros((len(rows), scores.shape[-1]), bool).at[rows, index].set(True, mode="drop")
