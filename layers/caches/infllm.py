@@ -28,7 +28,7 @@ class InfLLM(CachePolicy):
     of prompts and new tokens alike. Representatives are per query head, the choice is the same in all heads. A unit can be chosen once all
     its tokens have left the window; those that left before it are read. With distance="window", far tokens are as far as the window
     is long, so that no distance is larger. The paper adds what the queries of a call like; here each query chooses for itself, so that
-    a prompt can be cut anywhere. All keys stay in memory.
+    a prompt can be cut anywhere. Its released code sums weights of attention for r. All keys stay in memory.
 
     Attributes:
       budget: tokens of the units that are chosen, a multiple of `unit`.

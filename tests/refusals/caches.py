@@ -1,8 +1,14 @@
 """Policies of caches that do not fit, by themselves or with a model."""
 
+import numpy as np
+
 import seqmodels
 from experiments.analysis.positions import losses_by_position
 from layers.caches import read_cache
+from layers.caches.locret import Locret
+from layers.caches.trained import Trained
+from seqmodels.retaining import train_heads
+from seqmodels.sparse_prefill import search
 from tests.refusals.models import model
 
 LRU = dict(pattern=("lru",), mixer_defaults={})
@@ -134,10 +140,81 @@ ROWS = [
     (read("taskkv(whole=2.0)"), ValueError, "whole=2.0; expected a number of at least 0 and at most 1"),
     (
         lambda: losses_by_position(
-            model()(), np.ones((1, 4), np.int32), np.ones((1, 4), np.int32), cache=read_cache("gemfilter")
+            model()(),
+            np.ones((1, 4), np.int32),
+            np.ones((1, 4), np.int32),
+            cache=read_cache("gemfilter(budget=2)"),
         ),
         ValueError,
         "cache=GemFilter chooses the tokens of prompts that are continued; expected another policy",
+    ),
+    (read("lean(units=0)"), ValueError, "units=0; expected at least 1"),
+    (read("locret"), ValueError, "heads=None of the cache 'locret', whose heads are trained for the model"),
+    (read("locret(heads='none.npz')"), ValueError, "heads='none.npz' cannot be read: No such file"),
+    (read("locret(heads='README.md')"), ValueError, "heads='README.md' is no npz file of arrays"),
+    (read("locret(heads=3)"), TypeError, "heads is a int; expected the path of an npz file"),
+    (
+        lambda: Locret(heads=Trained([]), budget=4, recent=5),
+        ValueError,
+        "budget=4 of the cache 'locret' with recent=5; expected at least the recent tokens",
+    ),
+    (
+        continued(Locret(heads=Trained([]), budget=4, recent=2)),
+        ValueError,
+        "heads of the cache 'locret' has 0 layers; expected 1, the layers 0 of the model",
+    ),
+    (
+        continued(
+            Locret(heads=Trained([dict(first=np.ones((8, 3)), second=np.ones((3, 2)))]), budget=4, recent=2)
+        ),
+        ValueError,
+        "heads of the cache 'locret' map 8 features to 2 scores in layer 0; expected 24 and 2",
+    ),
+    (
+        lambda: train_heads(model()(), np.ones((2, 4), np.int32), prompt=4),
+        ValueError,
+        "prompt=4 in tokens [2, 4]; expected rows (n, t) with a prompt and an answer",
+    ),
+    (
+        lambda: train_heads(model(**LRU)(), np.ones((2, 4), np.int32), prompt=2),
+        ValueError,
+        "cache=Watching has nothing to act on: no layer (lru) holds keys",
+    ),
+    (read("minference(heads='none.json')"), ValueError, "heads='none.json' cannot be read: No such file"),
+    (
+        read("minference(heads=[[1]])"),
+        TypeError,
+        "heads=[[1]]; expected a list per layer of one pattern [name, m, n]",
+    ),
+    (
+        read("minference(heads=[[['shape', 1, 2]]])"),
+        ValueError,
+        "heads[0][0] has the pattern 'shape'; expected one of a_shape, vertical_slash, block_sparse",
+    ),
+    (
+        read("minference(heads=[[['a_shape', 1, -2]]])"),
+        ValueError,
+        "heads[0][0] of a_shape=-2; expected at least 0",
+    ),
+    (
+        continued("minference(heads=[])"),
+        ValueError,
+        "heads of the cache 'minference' has 0 layers; expected 1, the layers 0 of the model",
+    ),
+    (
+        continued("minference(heads=[[['a_shape', 1, 2]]])"),
+        ValueError,
+        "heads of the cache 'minference' has 1 patterns for layer 0; expected 2, its query heads",
+    ),
+    (
+        continued("minference", mixer_defaults=dict(heads=2, position="t5")),
+        ValueError,
+        "of layer 0 does not fit the cache 'minference'; expected rope, alibi or none",
+    ),
+    (
+        lambda: search(model()(), np.ones((2, 4), np.int32), skip=4),
+        ValueError,
+        "skip=4 in tokens [2, 4]; expected rows (n, t) and 0 <= skip < t",
     ),
     (continued("recycled(budget=9)"), ValueError, "budget=9 of the cache is more than the 8 tokens"),
     (continued("snapkv", **LRU), ValueError, "cache=SnapKV has nothing to act on: no layer (lru) holds keys"),

@@ -36,7 +36,7 @@ MADE = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", CACHES)
 def test_every_policy_takes_bfloat16(name):
     policy = MADE[name] if name in MADE else read_cache(f"{name}({OPTIONS.get(name, '')})")
