@@ -60,6 +60,7 @@ TEMPLATES = {
     "shadowkv": "shadowkv(budget={eights}, rank=32, outliers=1, local=1)",
     "gemfilter": "gemfilter(budget={budget}, layer=3)",
     "minference": "minference(verticals={half}, slashes={half}, block=16, window={window}, near=16)",
+    "hip": "hip(budget={eights}, window={window}, queries=32, block=8)",
     "kivi": "kivi(bits=2, group=16, residual=32)",
     "think": "think(ratio={left}, recent=32)",
     "cskv": "cskv(keys={share}, values={share}, window=32)",

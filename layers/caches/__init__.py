@@ -14,6 +14,7 @@ from layers.caches.full import Full
 from layers.caches.gemfilter import GemFilter
 from layers.caches.h2o import H2O
 from layers.caches.headkv import HeadKV
+from layers.caches.hip import HiP
 from layers.caches.hydragen import Hydragen
 from layers.caches.infllm import InfLLM
 from layers.caches.keyformer import Keyformer
@@ -48,6 +49,7 @@ CACHES: dict[str, type[CachePolicy]] = {
     "gemfilter": GemFilter,
     "h2o": H2O,
     "headkv": HeadKV,
+    "hip": HiP,
     "hydragen": Hydragen,
     "infllm": InfLLM,
     "keyformer": Keyformer,

@@ -1,8 +1,6 @@
 """MInference: prompts are read along sparse patterns, one per head (Jiang et al. 2024, arXiv:2407.02490)."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,18 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.caches.patterns import PATTERNS, Pattern, read_patterns, some
-from layers.caches.policy import CachePolicy
-from layers.caches.state import CacheState, View
-from layers.kernels.attention import Mask, Tokens, attention
+from layers.caches.sparse_prompt import SparsePrefill, check_positions
+from layers.caches.state import View
+from layers.kernels.attention import Mask
 from layers.options import Count, checked_dataclass
-from layers.parts.cache import Cache, extend
-from layers.positions.position import Fire, T5Bias
+from layers.parts.cache import Cache
 from layers.segments import Visit
 from layers.typing import Array, Bool, Float, Int
 
 
 @checked_dataclass
-class MInference(CachePolicy):
+class MInference(SparsePrefill):
     """MInference: prompts are read along sparse patterns, one per head (Jiang et al. 2024, arXiv:2407.02490).
 
         a_shape(m, n)         the first m tokens, and those at a distance below n
@@ -49,18 +46,13 @@ class MInference(CachePolicy):
     window: int = 64
     first: Count = 30
     near: Count = 100
-    compresses = False
 
     def __post_init__(self) -> None:
         if self.heads is not None:
             object.__setattr__(self, "heads", read_patterns("heads", self.heads))
 
     def check(self, total: int, layers: Mapping[int, Any]) -> None:
-        for layer, config in layers.items():
-            if isinstance(config.position, T5Bias | Fire):
-                raise ValueError(
-                    f"position={config.position!r} of layer {layer} does not fit the cache 'minference'; expected rope, alibi or none"
-                )
+        check_positions("minference", layers)
         if self.heads is None:
             return
         if len(self.heads) != len(layers):
@@ -75,9 +67,21 @@ class MInference(CachePolicy):
                     "heads"
                 )
 
-    def begin(self, cache: Cache, heads: int, place: int) -> CacheState:
+    def patterns(self, place: int, heads: int) -> tuple[Pattern, ...]:
+        """Returns the pattern of each query head of a layer."""
         default = (("vertical_slash", self.verticals, self.slashes),) * heads
-        return AlongPatterns(cache, default if self.heads is None else self.heads[place], self)
+        return default if self.heads is None else self.heads[place]
+
+    def mask(self, place: int, view: View, q: Float[Array, "b t h k"], cache: Cache, visit: Visit) -> Mask:
+        patterns = self.patterns(place, q.shape[2])
+        blocks, columns = self.chosen(patterns, view, q, cache, visit)
+        most = max([m for name, m, _ in patterns if name == "vertical_slash"], default=0)
+        found, index = jax.lax.top_k(columns.astype(jnp.int32), min(most, columns.shape[2]))
+        return Mask(
+            block_indices=self.lists(patterns, blocks),
+            block_size=self.block,
+            global_keys=jnp.where(found > 0, index, -1) if most else None,
+        )
 
     def chosen(
         self,
@@ -89,10 +93,6 @@ class MInference(CachePolicy):
     ) -> tuple[Bool[Array, "b h i j"], Bool[Array, "b h s"]]:
         """Returns the blocks of keys that blocks of queries read, by position, and the columns that all queries read."""
         count = -(-cache.numbers.shape[1] // self.block)
-        # What is chosen is that of the segment that a row stands in.
-        current = cache.numbers.max(1, keepdims=True)
-        visit = visit._replace(numbers=jnp.where(visit.numbers == current, visit.numbers, 0))
-        cache = cache._replace(numbers=jnp.where(cache.numbers == current, cache.numbers, 0))
         there = (cache.numbers != 0)[:, None]
         weights = self._weights(view, q, cache, visit)
         own = {name: np.array([one == name for one, *_ in patterns]) for name in PATTERNS}
@@ -183,58 +183,3 @@ class MInference(CachePolicy):
             most = max(most, size)
         found, index = jax.lax.top_k(blocks.astype(jnp.int32), min(most, blocks.shape[3]))
         return jnp.where(found > 0, index, -1)
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["cache"], meta_fields=["patterns", "policy"])
-@dataclasses.dataclass(frozen=True)
-class AlongPatterns(CacheState):
-    """A cache of all tokens that calls on several tokens read along patterns.
-
-    Attributes:
-      patterns: the pattern of each query head.
-    """
-
-    cache: Cache
-    patterns: tuple[Pattern, ...]
-    policy: MInference
-
-    @property
-    def slots(self) -> int:
-        return self.cache.numbers.shape[1]
-
-    def like(self, cache: Cache) -> "AlongPatterns":
-        return dataclasses.replace(self, cache=cache)
-
-    def attend(
-        self,
-        view: View,
-        q: Float[Array, "b t h k"],
-        k: Float[Array, "b t g k"],
-        v: Float[Array, "b t g v"],
-        visit: Visit,
-    ) -> tuple[Float[Array, "b t h v"], "AlongPatterns"]:
-        policy, patterns = self.policy, self.patterns
-        cache, seen, beyond = extend(self.cache, (k, v), visit)
-        mask = None
-        if q.shape[1] > 1:
-            blocks, columns = policy.chosen(patterns, view, q, cache, visit)
-            most = max([m for name, m, _ in patterns if name == "vertical_slash"], default=0)
-            found, index = jax.lax.top_k(columns.astype(jnp.int32), min(most, self.slots))
-            # Queries of segments that have ended read everything.
-            ended = visit.numbers != visit.place.number[:, None]
-            mask = Mask(
-                block_indices=policy.lists(patterns, blocks),
-                block_size=policy.block,
-                global_keys=jnp.where(found > 0, index, -1) if most else None,
-                global_queries=jnp.where(ended, jnp.arange(q.shape[1])[None], -1),
-            )
-        o = attention(
-            *(q, *seen.entries),
-            causal=True,
-            mask=mask,
-            logits=dataclasses.replace(view.logits, slopes=view.position.slopes),
-            segment_ids=visit.numbers,
-            tokens=Tokens(seen.numbers, visit.positions, seen.positions),
-            scale=view.scale,
-        )
-        return jnp.where(beyond[..., None, None], jnp.nan, o), dataclasses.replace(self, cache=cache)

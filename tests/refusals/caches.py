@@ -216,6 +216,16 @@ ROWS = [
         ValueError,
         "skip=4 in tokens [2, 4]; expected rows (n, t) and 0 <= skip < t",
     ),
+    (
+        read("hip(budget=12)"),
+        ValueError,
+        "budget=12 of the cache 'hip' with block=8; expected a multiple of the block",
+    ),
+    (
+        continued("hip(budget=8)", mixer_defaults=dict(heads=2, position="fire")),
+        ValueError,
+        "of layer 0 does not fit the cache 'hip'; expected rope, alibi or none",
+    ),
     (continued("recycled(budget=9)"), ValueError, "budget=9 of the cache is more than the 8 tokens"),
     (continued("snapkv", **LRU), ValueError, "cache=SnapKV has nothing to act on: no layer (lru) holds keys"),
     (

@@ -38,6 +38,7 @@ FULL = {
     "mikv": f"mikv(budget={TOTAL})",
     "sirllm": f"sirllm(budget={TOTAL}, sinks=2, recent=4)",
     "think": "think(recent=11)",
+    "hip": "hip(budget=14, window=1, queries=2, block=2)",
     "minference": "minference(verticals=1, slashes=15, block=2, window=2, first=1, near=1)",
     "lean": "lean(units=3, tile=4)",
     "cskv": "cskv(keys=1.0, values=1.0, window=3)",
@@ -101,7 +102,18 @@ def test_a_budget_of_all_tokens_changes_nothing(name):
 
 
 # Policies that tell rows' positions and segments apart by themselves.
-PACKED = ["recycled", "squeezed", "longheads", "lserve", "infllm", "shadowkv", "cskv", "lean", "minference"]
+PACKED = [
+    "recycled",
+    "squeezed",
+    "longheads",
+    "lserve",
+    "infllm",
+    "shadowkv",
+    "cskv",
+    "lean",
+    "minference",
+    "hip",
+]
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Policies that choose what is read, written out for one row in NumPy, float64; see `literal`."""
 
+from itertools import pairwise
+
 import numpy as np
 
 from tests.layers.caches.literal import largest, tempered
@@ -241,3 +243,31 @@ def minference(policy, pattern, q, k):
             likes = [q[part].mean(0) @ k[other].mean(0) for other in parts[: i + 1]]
             blocks |= {(i, j) for j in [i, *largest(likes, m, range(i + 1))]}
     return [[j for j in range(i + 1) if (i // size, j // size) in blocks or j in columns] for i in range(t)]
+
+
+def hip(policy, q, k, begin, stop):
+    """The tokens that the queries `begin` to `stop` - 1 read in a call, given queries (t, k) and keys (t, k) of a head."""
+    most, size, found = policy.budget // policy.block, policy.block, []
+    for first in range(begin // policy.queries * policy.queries, stop, policy.queries):
+        end = min(first + policy.queries, stop)
+        asked = range(max(first, begin), end)
+        before = max(0, end - policy.window)
+        blocks = -(-before // size)
+        groups = [(c, 1) for c in range(blocks)]
+        if blocks > most:
+            edges = [blocks * c // most for c in range(most + 1)]
+            groups = [(a, b - a) for a, b in pairwise(edges)]
+            length = blocks / most
+            while length > 1:
+                halves = [
+                    half for a, n in groups for half in ((a, n // 2), (a + n // 2, n - n // 2)) if half[1]
+                ]
+
+                def likes(half, asked=asked, end=end):
+                    return (q[asked] @ k[half[0] * size : min((half[0] + 1) * size, end)].T).max()
+
+                groups = sorted(halves, key=likes, reverse=True)[:most]
+                length /= 2
+        chosen = {a for a, _ in groups} | set(range(before // size, -(-end // size)))
+        found += [[j for j in range(i + 1) if j // size in chosen] for i in asked]
+    return found

@@ -17,6 +17,7 @@ OPTIONS = {
     "duoattention": "gates=[[0.2, 0.9]], sinks=2, recent=4",
     "headkv": "importance=[[1, 3]], budget=8, window=4",
     "kivi": "group=4, residual=8",
+    "hip": "budget=4, window=2, queries=2, block=2",
     "infllm": "budget=4, window=4, sinks=1, unit=2, representatives=1",
     "longheads": "budget=6, chunk=3",
     "lserve": "gates=[[0.2, 0.9]], sinks=2, recent=4, budget=4, page=4, logical=2",

@@ -1,6 +1,7 @@
-"""MInference against NumPy, and the search of its patterns."""
+"""Policies that read prompts sparsely against NumPy, and the search of the patterns of MInference."""
 
 import json
+from itertools import pairwise
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +37,36 @@ def test_heads_read_along_their_patterns(tmp_path):
                 short += len(tokens) < now
                 o[h] = literal.joined([(q[now, h], k[tokens, h // 2], v[tokens, h // 2])], q.shape[2] ** -0.5)
             got = y[row, PROMPT - length + now] if now < length else outputs[row, now - length]
+            np.testing.assert_allclose(got, output(o), atol=1e-5)
+    assert short > 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", [1, 2])
+def test_hip(calls):
+    policy = read_cache("hip(budget=2, window=3, queries=2, block=1)")
+    y, outputs, *_ = given(policy, calls=calls)
+    size, short = -(-PROMPT // calls), 0
+    for row, length in enumerate(LENGTHS):
+        q, k, v = projected(row)
+        begun = PROMPT - length
+        # Positions at which calls begin and end.
+        ends = [max(0, min(PROMPT, call * size) - begun) for call in range(calls + 1)]
+        read = [
+            [
+                one
+                for pair in pairwise(ends)
+                for one in literal_selection.hip(policy, q[:, h], k[:, h // 2], *pair)
+            ]
+            for h in range(HEADS)
+        ]
+        for now in range(length + STEPS):
+            o = np.zeros((HEADS, v.shape[2]))
+            for h in range(HEADS):
+                tokens = read[h][now] if now < length else range(now + 1)
+                short += len(tokens) < now
+                o[h] = literal.joined([(q[now, h], k[tokens, h // 2], v[tokens, h // 2])], q.shape[2] ** -0.5)
+            got = y[row, begun + now] if now < length else outputs[row, now - length]
             np.testing.assert_allclose(got, output(o), atol=1e-5)
     assert short > 40
 
