@@ -60,7 +60,7 @@ class Watching(CachePolicy):
 
 def train_heads(
     model: LanguageModel,
-    tokens: Int[Array, "n t"],
+    tokens: Int[Array, "n t"] | Int[np.ndarray, "n t"],
     *,
     prompt: int,
     config: RetainingConfig | None = None,

@@ -11,7 +11,7 @@ import numpy as np
 from layers.caches.minference import MInference
 from layers.caches.patterns import Pattern, read_patterns
 from layers.segments import Place, Visit
-from layers.typing import Int
+from layers.typing import Array, Int
 from seqmodels import caching
 from seqmodels.language_model import LanguageModel
 from seqmodels.retaining import Watching
@@ -29,7 +29,7 @@ CANDIDATES = (
 
 def search(
     model: LanguageModel,
-    tokens: Int[Any, "n t"],
+    tokens: Int[Array, "n t"] | Int[np.ndarray, "n t"],
     *,
     candidates: Sequence[Sequence[Any]] = CANDIDATES,
     policy: MInference | None = None,

@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(
             f"learning_rate={options['learning_rate']!r}; expected a number such as 1e-3"
         ) from None
-    pattern = tuple(options["pattern"].split("/"))
+    pattern, steps = tuple(options["pattern"].split("/")), int(options["steps"])
 
     config = ConfigDict()
     config.seed = 0
@@ -57,6 +57,8 @@ def get_config(arg: str = "") -> ConfigDict:
         mixers={name: mixers[name] for name in dict.fromkeys(pattern) if name in mixers},
     )
     config.data = {}
-    config.train = dict(batch_size=16, steps=int(options["steps"]), eval_every=0.5, log_every=50)
-    config.optimizer = dict(learning_rate=rate, weight_decay=0.1, warmup_steps=200, clip_norm=1.0)
+    config.train = dict(batch_size=16, steps=steps, eval_every=0.5, log_every=50)
+    config.optimizer = dict(
+        learning_rate=rate, weight_decay=0.1, warmup_steps=min(200, max(1, steps // 10)), clip_norm=1.0
+    )
     return config

@@ -96,7 +96,7 @@ class LongHeads(Selecting):
         weights = jax.nn.softmax(scale * jnp.einsum("bcihk,bcjhk->bchij", queries, keys, **high) + hidden)
         means = jnp.einsum("bchij,bcjhv->bcihv", weights, values, **high)
         seen = there[..., None, None]
-        means = jnp.where(seen, means, 0.0).sum(2) / jnp.maximum(seen.sum(2), 1)
+        means = jnp.where(seen, means, 0.0).sum(2) / jnp.maximum(seen.sum(2), 1).astype(jnp.float32)
         # Keys are turned back to their place in the chunk.
         back = jnp.broadcast_to(-size * jnp.arange(count, dtype=jnp.int32)[None, :, None], there.shape)
         flat = keys.reshape(len(keys), count * size, *keys.shape[3:])

@@ -91,7 +91,7 @@ class Squeezed(Selecting):
         for prompt, view, (labels, centroids, sizes) in zip(prompts, views, made, strict=True):
             asked = (prompt.query_numbers != 0)[:, None, :, None]
             weights = jnp.where(asked, self.weights(view, prompt.queries, centroids, sizes), 0.0).sum(2)
-            means = weights / jnp.maximum(asked.sum((1, 2, 3)), 1)[:, None, None]
+            means = weights / jnp.maximum(asked.sum((1, 2, 3)), 1).astype(jnp.float32)[:, None, None]
             labels = to_heads(labels, means.shape[1])
             scores.append(jnp.where(labels >= 0, of_clusters(means, labels), jnp.nan).reshape(len(means), -1))
         found = jnp.nanquantile(jnp.concatenate(scores, axis=1), self.sparsity, axis=1)

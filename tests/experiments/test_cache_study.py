@@ -1,6 +1,7 @@
 """The study of policies of caches on a tiny run, and the texts that its model is trained on."""
 
 import json
+import random
 
 import pytest
 
@@ -69,6 +70,6 @@ def test_texts_are_prompts_with_answers():
         assert ("pass key is" in text) == (number % 2 == 0)
         assert text.endswith(".")
     seed = retrieval_texts.SEED
-    size = len(texts[0]) - 7
+    size = int(800 * retrieval_texts.SHORTEST ** -random.Random(seed).random())
     (prompt,) = make_prompts("passkey", length=size, count=1, seed=seed, tokens=len)
     assert texts[0] == f"{prompt.text} {prompt.answers[0]}."
