@@ -14,7 +14,7 @@ from layers.caches.state import CacheState, View
 from layers.typing import Array, Bool, Float, Int
 
 
-class Selecting(CachePolicy):
+class Selecting(CachePolicy, abc.ABC):
     """Base class of policies under which every key/value head holds all tokens, in the same slots.
 
     What is not read is masked: memory and products are those of the whole cache.

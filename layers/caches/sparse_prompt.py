@@ -18,7 +18,7 @@ from layers.segments import Visit
 from layers.typing import Array, Float
 
 
-class SparsePrefill(CachePolicy):
+class SparsePrefill(CachePolicy, abc.ABC):
     """Base class of policies that choose what prompts read, as blocks of keys per block of queries.
 
     A call on one token reads everything, and all keys stay.
