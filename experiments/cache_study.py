@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(row)
             shown = "-" if row["score"] is None else f"{row['score']:.4g}"
             print(f"{text:60} {task:18} {shown}", flush=True)
-            record = setting | dict(versions=versions(), git=git_revision(), rows=rows)
+            record = dict(setting=setting, versions=versions(), git=git_revision(), rows=rows)
             write_atomically(file, to_json_text(record))
     draw(rows, args.out / "cache-study.png")
     return 0
@@ -200,7 +200,7 @@ def _rows_so_far(file: Path, setting: Mapping[str, Any]) -> list[dict[str, Any]]
     if not file.exists():
         return []
     record = json.loads(file.read_text(encoding="utf-8"))
-    differs = [name for name, value in setting.items() if record.get(name) != value]
+    differs = [name for name, value in setting.items() if record["setting"].get(name) != value]
     if differs:
         raise ArgumentError(
             f"--out={file.parent} has figures with another {', '.join(differs)}; expected the same, or another folder"
