@@ -1,6 +1,7 @@
 """Locret against NumPy, and the training of its heads."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -72,10 +73,10 @@ def test_heads_learn_what_answers_attend_to(tmp_path):
     assert losses[-10:].mean() < 0.5 * losses[:10].mean()
     # The scores of a row, with the largest products of the answer's queries in NumPy.
     mixer = hybrid().stack.block(0)
-    x, _ = hybrid().embedding(tokens[:1], None, segment_ids=None)
+    x, _ = hybrid().embedding(jnp.asarray(tokens[:1]), None, segment_ids=None)
     q, k, v = (
         np.asarray(x[0], np.float64)
-        for x in mixer.mixer.project(mixer.mixer_norm(x), np.arange(14)[None], None)
+        for x in mixer.mixer.project(mixer.mixer_norm(x), jnp.arange(14)[None], None)
     )
     target = np.max(
         [[k[:10, h // 2] @ q[i, h] / np.sqrt(4) for h in range(4)] for i in range(10, 14)], axis=0
