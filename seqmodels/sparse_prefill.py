@@ -10,11 +10,11 @@ import numpy as np
 
 from layers.caches.minference import MInference
 from layers.caches.patterns import Pattern, read_patterns
+from layers.caches.watching import Watching
 from layers.segments import Place, Visit
 from layers.typing import Array, Int
 from seqmodels import caching
 from seqmodels.language_model import LanguageModel
-from seqmodels.retaining import Watching
 
 # Candidates of MInference, whose products are about as many.
 CANDIDATES = (

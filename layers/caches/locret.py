@@ -29,7 +29,7 @@ class Locret(CachePolicy):
 
     After every `chunk` tokens of a call, and at its end, each key/value head keeps the last `recent` tokens and, of the others, the
     budget - recent of largest s, of prompts and new tokens alike. So a prompt of any length is read with budget + chunk slots. Scores
-    never change. The heads are trained on a model's own attention by `seqmodels.retaining.train_heads`.
+    never change. The heads are trained on a model's own attention by `experiments.training.retaining.train_heads`.
 
     Attributes:
       heads: an npz file of W_1 and W_2 per layer with a cache, in order, which `train_heads` makes.
@@ -48,7 +48,7 @@ class Locret(CachePolicy):
         if self.heads is None:
             raise ValueError(
                 "heads=None of the cache 'locret', whose heads are trained for the model; expected a file that "
-                "seqmodels.retaining.train_heads makes"
+                "experiments.training.retaining.train_heads makes"
             )
         object.__setattr__(self, "heads", read_trained("heads", self.heads, ARRAYS))
         if self.recent > self.budget:

@@ -4,10 +4,10 @@ import numpy as np
 
 import seqmodels
 from experiments.analysis.positions import losses_by_position
+from experiments.training.retaining import train_heads
 from layers.caches import read_cache
 from layers.caches.locret import Locret
 from layers.caches.trained import Trained
-from seqmodels.retaining import train_heads
 from seqmodels.sparse_prefill import search
 from tests.refusals.models import model
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import seqmodels
+from experiments.training.retaining import RetainingConfig, train_heads
 from layers.caches import read_cache
 from layers.caches.locret import Locret
 from layers.caches.trained import Trained
-from seqmodels.retaining import RetainingConfig, train_heads
 from tests.layers.caches import literal, literal_selection
 from tests.layers.caches.reading import GROUPS, LENGTHS, PROMPT, STEPS, given, output, projected
 from tests.seqmodels.test_caching import NEW, PROMPTS, RNG, VOCAB, hybrid

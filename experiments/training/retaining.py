@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from layers.caches import CachePolicy
 from layers.caches.locret import features_of, retaining_scores
 from layers.caches.trained import Trained
+from layers.caches.watching import Watching
 from layers.options import NonNegative, Positive, checked_dataclass
 from layers.typing import Array, Float, Int
 from seqmodels import caching
@@ -41,21 +41,6 @@ class RetainingConfig:
     smoothness: NonNegative = 0.0025
     clip: Positive = 0.5
     seed: int = 1
-
-
-@checked_dataclass
-class Watching(CachePolicy):
-    """The whole cache, with the queries of all tokens.
-
-    Attributes:
-      length: number of tokens of a row.
-    """
-
-    length: int = 1
-
-    @property
-    def observed(self) -> int:
-        return self.length
 
 
 def train_heads(
