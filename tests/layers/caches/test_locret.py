@@ -14,7 +14,7 @@ from layers.caches.trained import Trained
 from layers.caches.watching import Watching
 from tests.layers.caches import literal, literal_selection
 from tests.layers.caches.reading import GROUPS, LENGTHS, PROMPT, STEPS, given, output, projected
-from tests.seqmodels.test_caching import NEW, PROMPTS, RNG, VOCAB, hybrid
+from tests.seqmodels.test_caching import NEW, PROMPTS, VOCAB, hybrid
 
 
 def heads(features, groups, layers=1, hidden=6):
@@ -69,7 +69,7 @@ def test_a_budget_of_all_tokens_changes_nothing():
 
 @pytest.mark.slow
 def test_heads_learn_what_answers_attend_to(tmp_path):
-    tokens = RNG.integers(0, VOCAB, (8, 14)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (8, 14)).astype(np.int32)
     config = RetainingConfig(hidden=16, steps=150, batch=4, learning_rate=3e-2, warmup=10)
     made, losses = train_heads(hybrid(), tokens, prompt=10, config=config)
     assert losses[-10:].mean() < 0.2 * losses[:10].mean()

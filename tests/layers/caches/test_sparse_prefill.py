@@ -12,7 +12,7 @@ from layers.caches.minference import MInference
 from seqmodels.sparse_prefill import search
 from tests.layers.caches import literal, literal_selection
 from tests.layers.caches.reading import HEADS, LENGTHS, PROMPT, STEPS, given, output, projected
-from tests.seqmodels.test_caching import RNG, VOCAB, hybrid
+from tests.seqmodels.test_caching import VOCAB, hybrid
 
 PATTERNS = [("a_shape", 1, 4), ("vertical_slash", 4, 3), ("block_sparse", 2, 0), ("vertical_slash", 2, 5)]
 
@@ -73,7 +73,7 @@ def test_hip(calls):
 
 @pytest.mark.slow
 def test_the_search_takes_the_pattern_that_keeps_most():
-    model, tokens = hybrid(), RNG.integers(0, VOCAB, (2, 12)).astype(np.int32)
+    model, tokens = hybrid(), np.random.default_rng(0).integers(0, VOCAB, (2, 12)).astype(np.int32)
     policy = MInference(block=2, window=4, first=1, near=1)
     candidates = [("a_shape", 1, 3), ("vertical_slash", 3, 2), ("block_sparse", 2, 0)]
     found = search(model, tokens, candidates=candidates, policy=policy, skip=4)
