@@ -51,8 +51,8 @@ TEMPLATES = {
     "h2o": "h2o(budget={budget})",
     "keyformer": "keyformer(budget={budget})",
     "sirllm": "sirllm(budget={budget}, sinks=4, recent={half})",
-    "taskkv": "taskkv(whole=0.0, sinks=4, recent={window}, middle={half})",
-    "tokenselect": "tokenselect(budget={half}, sinks=4, recent={window})",
+    "taskkv": "taskkv(whole=0.0, sinks=4, recent={window}, middle={rest})",
+    "tokenselect": "tokenselect(budget={rest}, sinks=4, recent={window})",
     "recycled": "recycled(budget={budget}, stride=8)",
     "squeezed": "squeezed(sparsity={left}, window={window})",
     "longheads": "longheads(budget={chunks}, chunk=16)",
@@ -159,6 +159,7 @@ def filled(template: str, share: fractions.Fraction, length: int) -> str:
     sizes = dict(
         budget=budget,
         half=budget // 2,
+        rest=budget - WINDOW - 4,
         window=WINDOW,
         chunks=budget // 16 * 16,
         blocks=max(1, budget // 32) * 16,

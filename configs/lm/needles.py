@@ -9,13 +9,13 @@
 Results: not measured here yet.
 
 Options: source=FILE of JSON lines, pattern=NAME/NAME/... of causal mixers (attention, or a hybrid), width, depth, length, learning_rate and
-steps. By default a Transformer of 10.5M parameters with two key/value heads for eight query heads.
+steps. By default a Transformer of 12.5M parameters with two key/value heads for eight query heads.
 """
 
 from ml_collections import ConfigDict
 
 OPTIONS = dict(
-    source="", pattern="attention", width="352", depth="8", length="4352", learning_rate="1e-3", steps="20000"
+    source="", pattern="attention", width="384", depth="8", length="4352", learning_rate="1e-3", steps="20000"
 )
 
 
