@@ -20,6 +20,7 @@ MODULES = {
     "evaluate": "experiments.evaluate",
     "generate": "experiments.generate",
     "long_context": "experiments.long_context",
+    "cache_study": "experiments.cache_study",
     "convert": "experiments.convert",
     "harness": "experiments.harness",
     "compare": "experiments.compare",

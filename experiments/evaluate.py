@@ -7,7 +7,13 @@
 the tokenizer.json of the folder if there is one, its batches and the options of training of its model, such as dtype. --adapter
 adds a low-rank adapter in the format of peft to its matrices. Nothing is written.
 
-Prints the metrics as JSON and writes them to evaluation-SPLIT-STEP.json in the work directory, if it can be written to.
+    python -m experiments.evaluate --workdir=runs/lm --cache="snapkv(budget=256)"
+
+--cache lets a policy keep the caches of attention of a language model (`list caches`), on one device. Rows are read in chunks; a policy
+that acts at the end of a prompt takes the first half of each row for one, and "after_prompt" has the metrics of the second half.
+
+Prints the metrics as JSON and writes them to evaluation-SPLIT-STEP.json in the work directory, if it can be written to, or to
+evaluation-SPLIT-STEP-POLICY.json with --cache.
 Nothing is written elsewhere: data that the config generates and that are not on disk yet are generated in a temporary folder.
 
 A damaged checkpoint is named and left out: "best" and "last" then mean the best and the last of the others, and a step is
@@ -16,14 +22,18 @@ refused. So is a damaged config.json or manifest.json, and data that differ from
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import jax
+
+from experiments.analysis import under_cache
 from experiments.config.command_line import (
     REFUSALS,
     ArgumentError,
     Overrides,
     Parser,
+    cache_policy,
     load,
     path,
     refuse,
@@ -39,7 +49,7 @@ from experiments.training import experiment
 from experiments.training.evaluation import Evaluator
 from experiments.training.loop import restore
 from experiments.training.pretrained import initial_state
-from experiments.training.state import TrainState
+from experiments.training.state import StateLayout, TrainState
 from seqmodels.interop.files import TOKENIZER
 from seqmodels.interop.hub import folder_of
 
@@ -52,6 +62,7 @@ class Opened(NamedTuple):
     state: TrainState
     evaluate: Evaluator
     named: dict[str, int | str]
+    layout: StateLayout
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,17 +80,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ArgumentError(
                 "--pretrained needs --config, which has the task; --workdir has its own config"
             )
+        if args.cache is not None and args.num_devices not in (None, 1):
+            raise ArgumentError(f"--num_devices={args.num_devices} with --cache; expected 1 device")
         opened = _of_run(args) if args.pretrained is None else _published(args, overrides)
+        evaluate = opened.evaluate if args.cache is None else _under_cache(opened, args)
     except REFUSALS as error:
         return refuse(error)
-    opened.evaluate.compile(opened.state, args.split)
-    metrics = opened.evaluate(opened.state, args.split)
+    if args.cache is None:
+        opened.evaluate.compile(opened.state, args.split)
+    metrics = evaluate(opened.state, args.split)
     record = dict(split=args.split, **opened.named, devices=opened.devices.describe()) | metrics
     text = to_json_text(record | dict(baselines=opened.plan.baselines(args.split)))
     print(text, end="", flush=True)
     if args.workdir is None:
         return 0
-    file = RunDirectory(args.workdir).folder / f"evaluation-{args.split}-{opened.named['step']}.json"
+    policy = "" if args.cache is None else f"-{type(args.cache).__name__.lower()}"
+    file = RunDirectory(args.workdir).folder / f"evaluation-{args.split}-{opened.named['step']}{policy}.json"
     try:
         write_atomically(file, text)
     except OSError as error:
@@ -107,7 +123,30 @@ def parser() -> Parser:
         "--checkpoint", default="best", help="of a run: best (of validation; the default), last, or a step"
     )
     made.add_argument("--num_devices", type=int, help="use the first devices, this many (default: all)")
+    made.add_argument(
+        "--cache",
+        type=cache_policy,
+        metavar="NAME(KEY=VALUE,...)",
+        help="policy of the caches of attention, such as snapkv(budget=256); `list caches` shows them",
+    )
     return made
+
+
+def _devices(args: argparse.Namespace, plan: experiment.Experiment) -> Devices:
+    """Returns the devices to evaluate on: one with a policy of caches, whose states are not divided."""
+    return Devices.first(args.num_devices, plan.mesh) if args.cache is None else Devices.first(1)
+
+
+def _under_cache(opened: Opened, args: argparse.Namespace) -> Callable[[TrainState, str], dict[str, Any]]:
+    """Returns what evaluates a split under a policy of caches; raises ArgumentError if the policy does not fit."""
+    parameters = jax.jit(opened.layout.packing.cut)(opened.state.evaluated)
+    model = opened.plan.model.module(parameters, opened.state.statistics)
+    try:
+        under_cache.check(opened.plan, model, args.split, args.cache)
+    except ValueError as error:
+        raise ArgumentError(f"--cache: {error}") from None
+    opened.named["cache"] = str(args.cache)
+    return lambda _, split: under_cache.evaluate(opened.plan, model, split, args.cache)
 
 
 def _of_run(args: argparse.Namespace) -> Opened:
@@ -117,11 +156,11 @@ def _of_run(args: argparse.Namespace) -> Opened:
         step = choose_step(checkpoints, args.checkpoint)
         plan = experiment.build(config)
         run.check_data(plan.task.manifest, "restore that data to evaluate the run")
-        devices = Devices.first(args.num_devices, plan.mesh)
+        devices = _devices(args, plan)
         functions = plan.step_functions(devices)
         plan.eval_batches(args.split)  # raises for an unknown split before anything is computed
         state, _ = restore(functions.layout, checkpoints, step)
-    return Opened(plan, devices, state, Evaluator(plan, functions, devices), {"step": step})
+    return Opened(plan, devices, state, Evaluator(plan, functions, devices), {"step": step}, functions.layout)
 
 
 def _published(args: argparse.Namespace, overrides: Overrides) -> Opened:
@@ -136,7 +175,7 @@ def _published(args: argparse.Namespace, overrides: Overrides) -> Opened:
     config |= {"task": task, "train": config["train"] | {"pretrained": args.pretrained, "lora": None}}
     with cache.temporary_builds():
         plan = experiment.build(with_pretrained_model(config, replace=True))
-        devices = Devices.first(args.num_devices, plan.mesh)
+        devices = _devices(args, plan)
         functions = plan.step_functions(devices)
         plan.eval_batches(args.split)
     named = {"pretrained": str(args.pretrained)}
@@ -146,7 +185,7 @@ def _published(args: argparse.Namespace, overrides: Overrides) -> Opened:
         state = initial_state(plan, functions.layout, devices, args.adapter)
     except ValueError as error:
         raise ArgumentError(f"--adapter={args.adapter}: {error}" if args.adapter else str(error)) from None
-    return Opened(plan, devices, state, Evaluator(plan, functions, devices), named)
+    return Opened(plan, devices, state, Evaluator(plan, functions, devices), named, functions.layout)
 
 
 if __name__ == "__main__":

@@ -276,7 +276,7 @@ def _check_leaf(name: str, leaf: Any, want: Any, batch_size: int) -> None:
             f"{name} has shape {jnp.shape(leaf)}; expected {want.shape} for x of {batch_size} rows, "
             f"as init_state({batch_size}) makes it"
         )
-    kinds = (jnp.complexfloating, jnp.floating, jnp.integer)
+    kinds = (jnp.complexfloating, jnp.floating, jnp.integer, jnp.bool_)
     kind = next(kind for kind in kinds if jnp.issubdtype(want.dtype, kind))
     if not jnp.issubdtype(jnp.result_type(leaf), kind):
         raise TypeError(f"{name} has dtype {jnp.result_type(leaf)}; expected {want.dtype}")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from layers.caches import CachePolicy
 from layers.mixer import MixerState
-from layers.typing import Array, Float
+from layers.typing import Array, Bool, Float
 from seqmodels.language_model import LanguageModel, LanguageModelState
 
 # Slots of what is kept are a multiple of this where budgets differ.
@@ -25,13 +25,21 @@ def layers_of(model: LanguageModel) -> dict[int, Any]:
     return {layer: mixer for layer, mixer in found.items() if getattr(mixer, "takes_cache_policy", False)}
 
 
-def check(model: LanguageModel, policy: CachePolicy, longest: int, new: int) -> None:
+def check(
+    model: LanguageModel, policy: CachePolicy, longest: int, new: int, *, filters: bool = False
+) -> None:
     """Raises ValueError unless the policy can keep caches of the model.
 
     Args:
       longest: tokens of the longest prompt.
       new: the most new tokens.
+      filters: whether prompts are shortened as a policy with `filters` says, which `seqmodels.generate` does.
     """
+    if policy.filters and not filters:
+        raise ValueError(
+            f"cache={type(policy).__name__} chooses the tokens of prompts that are continued; expected another policy where all tokens "
+            "are read"
+        )
     mixers, stack = layers_of(model), model.config.stack
     if not mixers:
         names = ", ".join(dict.fromkeys(stack.mixer_of(layer)[0] for layer in range(stack.depth)))
@@ -103,6 +111,13 @@ def _read(model, state):
     mixers = layers_of(model)
     prompts = [state.layers[layer].carried for layer in mixers]
     return prompts, [mixer.view() for mixer in mixers.values()], list(mixers)
+
+
+@partial(jax.jit, static_argnums=(2,))
+def chosen(model: LanguageModel, state: LanguageModelState, policy: CachePolicy) -> Bool[Array, "b s"]:
+    """Returns which tokens of the prompts that the state has read a policy that filters leaves, in the slots of its layer."""
+    del model
+    return policy.chosen(state.layers[policy.layer].carried)
 
 
 @partial(jax.jit, static_argnames=("policy", "tokens", "rows", "slots"))

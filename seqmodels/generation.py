@@ -166,7 +166,7 @@ def stream(
         )
     policy = FULL if cache is None else read_cache(cache)
     if cache is not None:
-        caching.check(model, policy, longest, int(max_new_tokens))
+        caching.check(model, policy, longest, int(max_new_tokens), filters=True)
         if lookup is not None:
             raise ValueError(
                 f"lookup={lookup} with cache={cache!r}: a draft that fails would have changed what is kept; expected one of them"
@@ -182,6 +182,8 @@ def _blocks(
     model, prompts, sampling, stops, key, max_new_tokens, chunk, size, draft, policy
 ) -> Iterator[Generation]:
     """Yields the new tokens, `size` of each row at a time; with a policy that compresses prompts, first one of each."""
+    if policy.filters:
+        prompts, policy = filtered(model, prompts, chunk, policy), FULL
     rows, surprise = prefill(model, prompts, max_new_tokens, chunk, policy)
     if stops is not None:
         rows = rows._replace(recent=jnp.full((len(prompts), stops.shape[1]), NOTHING, jnp.int32))
@@ -268,6 +270,17 @@ def prefill(
     return rows, None if surprise is None else jnp.asarray(surprise)
 
 
+def filtered(
+    model: LanguageModel, prompts: Sequence[np.ndarray], chunk: int, policy: CachePolicy
+) -> list[np.ndarray]:
+    """Returns the tokens that a policy leaves of each prompt, in their order."""
+    state = _initial(model, len(prompts), _slots(max(map(len, prompts))), policy)
+    whole = _side_by_side([np.append(prompt, 0) for prompt in prompts])
+    state, _ = _read_all(model, state, *whole, chunk, until=policy.layer)
+    chosen = np.asarray(caching.chosen(model, state, policy))
+    return [prompt[chosen[row, : len(prompt)]] for row, prompt in enumerate(prompts)]
+
+
 def _shared(prompts: Sequence[np.ndarray]) -> int:
     """Returns the number of tokens that all prompts begin with, without the last token of any."""
     shortest = min(map(len, prompts)) - 1
@@ -284,8 +297,11 @@ def _side_by_side(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray
     return inputs, ids
 
 
-def _read_all(model, state, inputs, ids, chunk, labels=None):
-    """Returns the state after the tokens, and -log p of the labels, which follow them, if there are any."""
+def _read_all(model, state, inputs, ids, chunk, labels=None, until=None):
+    """Returns the state after the tokens, and -log p of the labels, which follow them, if there are any.
+
+    With `until`, the state is that of the layers up to this one.
+    """
     time = inputs.shape[1]
     # Widths are powers of two up to `chunk`, so that few of them are compiled.
     width = min(chunk, 1 << max(0, time - 1).bit_length())
@@ -302,7 +318,7 @@ def _read_all(model, state, inputs, ids, chunk, labels=None):
             state, loss = _read_with_losses(model, *given, labels[:, piece])
             found.append(np.asarray(loss))
         else:
-            state = _read(model, *given)
+            state = _read(model, *given, until=until)
     return state, np.concatenate(found, axis=1)
 
 
@@ -319,10 +335,13 @@ def _beside(model, arrays):
     return jax.tree.map(jnp.copy, arrays)
 
 
-@partial(jax.jit, donate_argnums=(2,))
-def _read(model, inputs, state, ids):
-    """Returns the state after a chunk; its logits are not computed."""
-    return model.unprojected(inputs, state, segment_ids=ids)[1]
+@partial(jax.jit, donate_argnums=(2,), static_argnames=("until",))
+def _read(model, inputs, state, ids, until=None):
+    """Returns the state after a chunk; its logits are not computed, nor layers after `until`, unless they are scanned."""
+    after = model.unprojected(inputs, state, segment_ids=ids)[1]
+    if until is None:
+        return after
+    return after._replace(layers=after.layers[: until + 1] + state.layers[until + 1 :])
 
 
 @partial(jax.jit, donate_argnums=(2,))

@@ -3,19 +3,18 @@
 Rows are read in chunks with a carried state, so that their length is bounded by the state and not by one pass.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.analysis.in_chunks import in_chunks
 from layers.caches import CachePolicy
 from layers.typing import Array, Float, Int
-from seqmodels import LanguageModel, caching
+from seqmodels import LanguageModel
 
 
 def losses_by_position(
@@ -44,31 +43,14 @@ def losses_by_position(
         )
     if chunk < 1:
         raise ValueError(f"chunk={chunk}; expected at least 1")
-    rows, time = inputs.shape
-    # Under jit each array of the state has memory of its own, which can be donated.
-    prompt = time // 2 if cache is not None and cache.compresses else 0
-    if cache is None:
-        state = jax.jit(lambda: model.init_state(rows, max_length=time))()
-    else:
-        caching.check(model, cache, time, 1)
-        state = jax.jit(lambda: caching.begin(model, cache, rows, prompt or time))()
-    losses = []
-    for start in [*range(0, prompt, chunk), *range(prompt, time, chunk)]:
-        if start == prompt > 0:
-            surprise = np.pad(np.concatenate(losses, axis=1), ((0, 0), (1, 0)))[:, :prompt]
-            options = dict(policy=cache, room=time - start, call=chunk, surprise=jnp.asarray(surprise))
-            state = caching.compress(model, state, **options)
-        piece = slice(start, min(start + chunk, prompt if start < prompt else time))
-        found, state = _losses(model, jnp.asarray(inputs[:, piece]), jnp.asarray(labels[:, piece]), state)
-        losses.append(np.asarray(found))
-    return np.concatenate(losses, axis=1)
+    batch = dict(inputs=inputs, labels=labels)
+    found = in_chunks(model, batch, _losses, chunk=chunk, cache=cache)
+    return np.concatenate([np.asarray(losses) for _, losses in found], axis=1)
 
 
-@functools.partial(jax.jit, donate_argnums=(3,))
-def _losses(model, inputs, labels, state):
-    logits, state = model(inputs, state)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
-    return jnp.where(labels >= 0, losses, jnp.nan), state
+def _losses(outputs, batch):
+    losses = optax.softmax_cross_entropy_with_integer_labels(outputs.logits, jnp.maximum(batch["labels"], 0))
+    return jnp.where(batch["labels"] >= 0, losses, jnp.nan)
 
 
 def by_range(losses: Float[np.ndarray, "n t"], *, trained: int) -> list[dict[str, Any]]:

@@ -8,21 +8,34 @@ import ast
 from typing import Any
 
 from layers.caches.cake import Cake
+from layers.caches.cskv import CSKV
 from layers.caches.duoattention import DuoAttention
 from layers.caches.full import Full
+from layers.caches.gemfilter import GemFilter
 from layers.caches.h2o import H2O
 from layers.caches.headkv import HeadKV
+from layers.caches.hip import HiP
 from layers.caches.hydragen import Hydragen
+from layers.caches.infllm import InfLLM
 from layers.caches.keyformer import Keyformer
 from layers.caches.kivi import KIVI
 from layers.caches.kvmerger import KVMerger
+from layers.caches.lean import Lean
+from layers.caches.locret import Locret
+from layers.caches.longheads import LongHeads
+from layers.caches.lserve import LServe
 from layers.caches.mikv import MiKV
+from layers.caches.minference import MInference
 from layers.caches.policy import CachePolicy
 from layers.caches.prepacking import Prepacking
 from layers.caches.pyramidkv import PyramidKV
+from layers.caches.recycled import Recycled
+from layers.caches.shadowkv import ShadowKV
 from layers.caches.sirllm import SirLLM
 from layers.caches.snapkv import SnapKV
+from layers.caches.squeezed import Squeezed
 from layers.caches.streaming import Streaming
+from layers.caches.taskkv import TaskKV
 from layers.caches.think import ThinK
 from layers.caches.tokenselect import TokenSelect
 from layers.caches.zipcache import ZipCache
@@ -30,20 +43,33 @@ from layers.registry import choose, make_config
 
 CACHES: dict[str, type[CachePolicy]] = {
     "cake": Cake,
+    "cskv": CSKV,
     "duoattention": DuoAttention,
     "full": Full,
+    "gemfilter": GemFilter,
     "h2o": H2O,
     "headkv": HeadKV,
+    "hip": HiP,
     "hydragen": Hydragen,
+    "infllm": InfLLM,
     "keyformer": Keyformer,
     "kivi": KIVI,
     "kvmerger": KVMerger,
+    "lean": Lean,
+    "locret": Locret,
+    "longheads": LongHeads,
+    "lserve": LServe,
     "mikv": MiKV,
+    "minference": MInference,
     "prepacking": Prepacking,
     "pyramidkv": PyramidKV,
+    "recycled": Recycled,
+    "shadowkv": ShadowKV,
     "sirllm": SirLLM,
     "snapkv": SnapKV,
+    "squeezed": Squeezed,
     "streaming": Streaming,
+    "taskkv": TaskKV,
     "think": ThinK,
     "tokenselect": TokenSelect,
     "zipcache": ZipCache,

@@ -18,13 +18,7 @@ def read_heads(option: str, given: Any) -> tuple[tuple[float, ...], ...]:
     Raises:
       ValueError, TypeError: there is no such file, or it holds something else.
     """
-    if isinstance(given, str):
-        try:
-            given = json.loads(Path(given).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"{option}={given!r} cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise ValueError(f"{option}={given!r} is no JSON: {error}") from None
+    given = read_json(option, given)
     if not _listed(given) or not given or not all(_listed(layer) and layer for layer in given):
         raise TypeError(
             f"{option}={given!r}; expected a list per layer of one number per key/value head, or a JSON file of them"
@@ -33,6 +27,18 @@ def read_heads(option: str, given: Any) -> tuple[tuple[float, ...], ...]:
         for head, number in enumerate(numbers):
             check_number(f"{option}[{layer}][{head}]", number, least=0)
     return tuple(tuple(float(number) for number in layer) for layer in given)
+
+
+def read_json(option: str, given: Any) -> Any:
+    """Returns what a JSON file holds if its path is given, and otherwise what is given; raises ValueError if it cannot be read."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return json.loads(Path(given).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{option}={given!r} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{option}={given!r} is no JSON: {error}") from None
 
 
 def check_heads(option: str, given: Sequence[Sequence[float]], layers: Mapping[int, Any]) -> None:

@@ -46,12 +46,14 @@ class DuoAttention(CachePolicy):
     def __post_init__(self) -> None:
         if self.gates is None:
             raise ValueError(
-                "gates=None of the cache 'duoattention', which needs a gate per head, trained for the model; expected a list per "
+                f"gates=None of the cache {type(self).__name__.lower()!r}, which needs a gate per head, trained for the model; expected a list per "
                 "layer, or a JSON file of one"
             )
         object.__setattr__(self, "gates", read_heads("gates", self.gates))
         if max(map(max, self.gates)) > 1:
-            raise ValueError("gates of the cache 'duoattention' hold a number above 1; expected 0 to 1")
+            raise ValueError(
+                f"gates of the cache {type(self).__name__.lower()!r} hold a number above 1; expected 0 to 1"
+            )
 
     def check(self, total: int, layers: Mapping[int, Any]) -> None:
         check_heads("gates", self.gates, layers)
@@ -101,7 +103,7 @@ class TwoKinds(CacheState):
     """A cache of all tokens for some key/value heads, and one of the first and last tokens for the others.
 
     Attributes:
-      whole, ends: the caches.
+      whole, ends: the caches; a state stands for that of all tokens where a policy chooses what is read of it.
       everywhere, streaming: the key/value heads of each.
     """
 
@@ -113,10 +115,11 @@ class TwoKinds(CacheState):
 
     @property
     def slots(self) -> int:
-        return self.whole.numbers.shape[1]
+        return self.whole.slots if isinstance(self.whole, CacheState) else self.whole.numbers.shape[1]
 
     def like(self, cache: Cache) -> "TwoKinds":
         whole, ends = self.policy.empty(cache, self.everywhere, self.streaming)
+        whole = self.whole.like(whole) if isinstance(self.whole, CacheState) else whole
         return dataclasses.replace(self, whole=whole, ends=ends)
 
     def attend(
@@ -136,16 +139,23 @@ class TwoKinds(CacheState):
         ):
             own = np.asarray(groups, np.int32)
             heads = (own[:, None] * each + np.arange(each)).reshape(-1)
+            sinks = None if view.logits.sink_logits is None else view.logits.sink_logits[heads]
+            logits = dataclasses.replace(view.logits, sink_logits=sinks)
+            if isinstance(cache, CacheState):
+                part = View(SomeHeads(view.position, heads), logits, view.scale)
+                found, cache = cache.attend(part, q[:, :, heads], k[:, :, own], v[:, :, own], visit)
+                caches.append(cache)
+                o = o.at[:, :, heads].set(found)
+                continue
             cache, seen, beyond = extend(cache, (k[:, :, own], v[:, :, own]), visit, **rule)
             caches.append(cache)
             if not groups:
                 continue
-            sinks = view.logits.sink_logits
             found = relative_attention(
                 *(SomeHeads(view.position, heads), q[:, :, heads], *seen.entries),
                 causal=True,
                 mask=Mask(window=rule.get("window"), sink_tokens=rule.get("sinks", 0)),
-                logits=dataclasses.replace(view.logits, sink_logits=None if sinks is None else sinks[heads]),
+                logits=logits,
                 segment_ids=visit.numbers,
                 tokens=Tokens(seen.numbers, visit.positions, seen.positions),
                 scale=view.scale,
@@ -160,6 +170,11 @@ class SomeHeads:
 
     position: Position
     chosen: Any
+
+    @property
+    def heads(self) -> int:
+        """Number of these query heads."""
+        return len(self.chosen)
 
     @property
     def slopes(self) -> Float[Array, "h"] | None:

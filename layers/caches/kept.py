@@ -17,7 +17,7 @@ from layers.typing import Array, Bool, Float, Int
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "numbers", "positions", "extra", "begun"],
+    data_fields=["keys", "values", "numbers", "positions", "extra", "begun", "held"],
     meta_fields=["policy"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Kept(CacheState):
       extra: what the policy keeps per slot, a dict of arrays (b, n, g), 0 for a new token.
       begun: number of tokens of the prompt (b,).
       policy: the policy, which is asked at every call.
+      held: what the policy keeps per row, a dict of arrays (b, ...).
     """
 
     keys: Any
@@ -40,6 +41,7 @@ class Kept(CacheState):
     extra: dict[str, Any]
     begun: Any
     policy: Any
+    held: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def slots(self) -> int:
@@ -49,7 +51,8 @@ class Kept(CacheState):
         keys, values = cache.entries
         empty = jnp.zeros(keys.shape[:3], jnp.int32)
         extra = {name: jnp.zeros(keys.shape[:3], x.dtype) for name, x in self.extra.items()}
-        return Kept(keys, values, empty, empty, extra, jnp.zeros(len(empty), jnp.int32), self.policy)
+        held = {name: jnp.zeros((len(empty), *x.shape[1:]), x.dtype) for name, x in self.held.items()}
+        return Kept(keys, values, empty, empty, extra, jnp.zeros(len(empty), jnp.int32), self.policy, held)
 
     def attend(
         self,
@@ -69,9 +72,17 @@ class Kept(CacheState):
         return o, kept.policy.evicted(kept, view, q, bias, visit)
 
     def added(
-        self, k: Float[Array, "b t g k"], v: Float[Array, "b t g v"], visit: Visit
+        self,
+        k: Float[Array, "b t g k"],
+        v: Float[Array, "b t g v"],
+        visit: Visit,
+        extra: dict[str, Array] | None = None,
     ) -> tuple["Kept", Bool[Array, "b t"]]:
-        """Returns the state with new tokens in empty slots, and which of them found none."""
+        """Returns the state with new tokens in empty slots, and which of them found none.
+
+        `extra` is what is kept beside each of them, (b, t, g); 0 if it is not given.
+        """
+        extra = extra or {}
         index, beyond = free_slots(self.numbers, visit.numbers != 0)
 
         def of_tokens(x):
@@ -83,7 +94,9 @@ class Kept(CacheState):
             values=put(self.values, index, v),
             numbers=put(self.numbers, index, of_tokens(visit.numbers)),
             positions=put(self.positions, index, of_tokens(visit.positions)),
-            extra={name: put(x, index, jnp.zeros(index.shape)) for name, x in self.extra.items()},
+            extra={
+                name: put(x, index, extra.get(name, jnp.zeros(index.shape))) for name, x in self.extra.items()
+            },
         )
         return made, beyond
 
@@ -125,6 +138,7 @@ def keep(
     *,
     budgets: Int[Array, "#b #g"] | None = None,
     extra: dict[str, Array] | None = None,
+    held: dict[str, Array] | None = None,
 ) -> Kept:
     """Returns the tokens of the largest scores of a prompt, and empty slots for new ones.
 
@@ -135,6 +149,7 @@ def keep(
       room: slots for new tokens.
       budgets: tokens per row and head, at most `count`; `count` for all if None.
       extra: what is kept beside each token, (b, s, g).
+      held: what is kept per row, (b, ...).
     """
     index, there = best(
         jnp.where(prompt.live[..., None], scores, -jnp.inf), min(count, prompt.slots), budgets
@@ -143,7 +158,8 @@ def keep(
     def chosen(x):
         x = take(x, index)
         there_ = there.reshape(*there.shape, *(1,) * (x.ndim - 3))
-        return jnp.pad(jnp.where(there_, x, 0), [(0, room if axis == 1 else 0) for axis in range(x.ndim)])
+        empty = jnp.zeros((), x.dtype)
+        return jnp.pad(jnp.where(there_, x, empty), [(0, room if axis == 1 else 0) for axis in range(x.ndim)])
 
     def of_heads(x):
         return jnp.broadcast_to(x[..., None], prompt.keys.shape[:3])
@@ -156,6 +172,7 @@ def keep(
         {name: chosen(x) for name, x in (extra or {}).items()},
         prompt.length,
         prompt.policy,
+        held or {},
     )
 
 

@@ -29,6 +29,7 @@ class CachePolicy:
       needs_surprise: whether that takes the log-probabilities of the prompt's tokens.
       shares: whether rows share what their prompts begin with (see `layers.caches.hydragen`).
       packs: whether prompts are read side by side (see `layers.caches.prepacking`).
+      filters: whether it leaves out tokens before prompts are read (see `layers.caches.gemfilter`).
     """
 
     observed: int = 0
@@ -36,6 +37,7 @@ class CachePolicy:
     needs_surprise: bool = False
     shares: bool = False
     packs: bool = False
+    filters: bool = False
 
     def check(self, total: int, layers: Mapping[int, Any]) -> None:
         """Raises ValueError if the policy cannot keep such rows.
@@ -69,7 +71,9 @@ class CachePolicy:
         """Returns what is gathered of the queries of a prompt with those of one more call; the cache has its tokens."""
         return scores
 
-    def budgets(self, prompts: Sequence[Prompt], views: Sequence[View]) -> list[Int[Array, "#b #g"]] | None:
+    def budgets(
+        self, prompts: Sequence[CacheState], views: Sequence[View]
+    ) -> list[Int[Array, "#b #g"]] | None:
         """Returns how many tokens of a prompt each row and head keeps, per layer; None for `budget` everywhere.
 
         Args:

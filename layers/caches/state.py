@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.attention import Logits, Tokens, key_mass
+from layers.parameters import Linear
 from layers.parts.cache import Cache
-from layers.positions import Position
 from layers.segments import Visit
 from layers.typing import Array, Bool, Float, Int
 
@@ -19,14 +19,16 @@ class View:
     """How the queries of a layer of attention weigh keys.
 
     Attributes:
-      position: positions of the layer; rotary ones are in queries and keys already.
+      position: positions of the layer, a `Position` or what stands for one; rotary ones are in queries and keys already.
       logits: what happens to the logits besides biases of positions.
       scale: factor on the logits; 1 / sqrt(k) if None.
+      projections: the linear maps to keys and to values, for policies that read their matrices; None where there are others.
     """
 
-    position: Position
+    position: Any
     logits: Logits
     scale: float | None
+    projections: tuple[Linear, Linear] | None = None
 
     def bias(
         self,

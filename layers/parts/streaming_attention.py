@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from layers.kernels.attention import Logits, Mask, Tokens, attention_with_lse, compose
-from layers.positions import Position, rotary
+from layers.positions import Position
 from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Float
 
@@ -46,7 +46,7 @@ def streaming_attention(
     q_positions, kv_positions = tokens.q_positions, tokens.kv_positions
     back = jnp.minimum(q_positions, sink_tokens + window - 1) - q_positions
     far = attention_with_lse(
-        rotary(q, back, dataclasses.replace(position.config, amplitude=1.0)),
+        position.turn(q, back),
         k,
         v,
         logits=dataclasses.replace(logits, sink_logits=None),

@@ -1,5 +1,6 @@
 """Positions in attention: an option of its mixers, chosen by name."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -103,6 +104,12 @@ class Position(nnx.Module):
     def rotate(self, x: Float[Array, "b t h k"], positions: Int[Array, "#b t"]) -> Float[Array, "b t h k"]:
         """Returns queries or keys, rotated if positions are rotary."""
         return rotary(x, positions, self.config) if isinstance(self.config, Rotary) else x
+
+    def turn(self, x: Float[Array, "b t h k"], steps: Int[Array, "#b t"]) -> Float[Array, "b t h k"]:
+        """Returns rotated queries or keys as they would be so many positions later; as they are if positions are not rotary."""
+        if not isinstance(self.config, Rotary):
+            return x
+        return rotary(x, steps, dataclasses.replace(self.config, amplitude=1.0))
 
     @property
     def slopes(self) -> Float[Array, "h"] | None:

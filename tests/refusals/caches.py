@@ -1,7 +1,14 @@
 """Policies of caches that do not fit, by themselves or with a model."""
 
+import numpy as np
+
 import seqmodels
+from experiments.analysis.positions import losses_by_position
+from experiments.training.retaining import train_heads
 from layers.caches import read_cache
+from layers.caches.locret import Locret
+from layers.caches.trained import Trained
+from seqmodels.sparse_prefill import search
 from tests.refusals.models import model
 
 LRU = dict(pattern=("lru",), mixer_defaults={})
@@ -72,6 +79,154 @@ ROWS = [
         ValueError,
         "gates of the cache 'duoattention' hold a number above 1",
     ),
+    (read("recycled(stride=0)"), ValueError, "stride=0; expected at least 1"),
+    (
+        read("squeezed(sparsity=1.5)"),
+        ValueError,
+        "sparsity=1.5; expected a number of at least 0 and at most 1",
+    ),
+    (
+        read("longheads(budget=10, chunk=4)"),
+        ValueError,
+        "budget=10 of the cache 'longheads' with chunk=4; expected a multiple of the chunk",
+    ),
+    (read("lserve"), ValueError, "gates=None of the cache 'lserve', which needs a gate per head"),
+    (
+        read("lserve(gates=[[0.5]], page=24)"),
+        ValueError,
+        "budget=4096 of the cache 'lserve' with page=24 and logical=16; expected a multiple of the page",
+    ),
+    (
+        read("infllm(budget=100)"),
+        ValueError,
+        "budget=100 of the cache 'infllm' with unit=128; expected a mult",
+    ),
+    (
+        read("infllm(unit=2)"),
+        ValueError,
+        "representatives=4 of the cache 'infllm' with unit=2; expected at most the unit",
+    ),
+    (
+        read("shadowkv(budget=12)"),
+        ValueError,
+        "budget=12 of the cache 'shadowkv' with chunk=8; expected a mult",
+    ),
+    (
+        continued("shadowkv(budget=8, rank=9)"),
+        ValueError,
+        "rank=9 of the cache 'shadowkv' is more than the 8 features of the keys of layer 0",
+    ),
+    (
+        continued("longheads(budget=4, chunk=2)", mixer_defaults=dict(heads=2, sink_logits=True)),
+        ValueError,
+        "sink_logits=True of layer 0 does not fit the cache 'longheads'",
+    ),
+    (read("gemfilter(kernel=2)"), ValueError, "kernel=2 of the cache; expected an odd number"),
+    (
+        continued("gemfilter(budget=4, layer=1)"),
+        ValueError,
+        "layer=1 of the cache 'gemfilter' has no cache of all tokens; expected one of the layers 0",
+    ),
+    (
+        read("cskv(keys=0.0)"),
+        ValueError,
+        "keys=0.0 of the cache 'cskv' keeps no channel; expected more than 0",
+    ),
+    (
+        continued("cskv", mixer_defaults=dict(heads=2, qk_norm=True)),
+        ValueError,
+        "qk_norm=True of layer 0 does not fit the cache 'cskv'",
+    ),
+    (read("taskkv(whole=2.0)"), ValueError, "whole=2.0; expected a number of at least 0 and at most 1"),
+    (
+        lambda: losses_by_position(
+            model()(),
+            np.ones((1, 4), np.int32),
+            np.ones((1, 4), np.int32),
+            cache=read_cache("gemfilter(budget=2)"),
+        ),
+        ValueError,
+        "cache=GemFilter chooses the tokens of prompts that are continued; expected another policy",
+    ),
+    (read("lean(units=0)"), ValueError, "units=0; expected at least 1"),
+    (read("locret"), ValueError, "heads=None of the cache 'locret', whose heads are trained for the model"),
+    (read("locret(heads='none.npz')"), ValueError, "heads='none.npz' cannot be read: No such file"),
+    (read("locret(heads='README.md')"), ValueError, "heads='README.md' is no npz file of arrays"),
+    (read("locret(heads=3)"), TypeError, "heads is a int; expected the path of an npz file"),
+    (
+        lambda: Locret(heads=Trained([]), budget=4, recent=5),
+        ValueError,
+        "budget=4 of the cache 'locret' with recent=5; expected at least the recent tokens",
+    ),
+    (
+        continued(Locret(heads=Trained([]), budget=4, recent=2)),
+        ValueError,
+        "heads of the cache 'locret' has 0 layers; expected 1, the layers 0 of the model",
+    ),
+    (
+        continued(
+            Locret(heads=Trained([dict(first=np.ones((8, 3)), second=np.ones((3, 2)))]), budget=4, recent=2)
+        ),
+        ValueError,
+        "heads of the cache 'locret' map 8 features to 2 scores in layer 0; expected 24 and 2",
+    ),
+    (
+        lambda: train_heads(model()(), np.ones((2, 4), np.int32), prompt=4),
+        ValueError,
+        "prompt=4 in tokens [2, 4]; expected rows (n, t) with a prompt and an answer",
+    ),
+    (
+        lambda: train_heads(model(**LRU)(), np.ones((2, 4), np.int32), prompt=2),
+        ValueError,
+        "cache=Watching has nothing to act on: no layer (lru) holds keys",
+    ),
+    (read("minference(heads='none.json')"), ValueError, "heads='none.json' cannot be read: No such file"),
+    (
+        read("minference(heads=[[1]])"),
+        TypeError,
+        "heads=[[1]]; expected a list per layer of one pattern [name, m, n]",
+    ),
+    (
+        read("minference(heads=[[['shape', 1, 2]]])"),
+        ValueError,
+        "heads[0][0] has the pattern 'shape'; expected one of a_shape, vertical_slash, block_sparse",
+    ),
+    (
+        read("minference(heads=[[['a_shape', 1, -2]]])"),
+        ValueError,
+        "heads[0][0] of a_shape=-2; expected at least 0",
+    ),
+    (
+        continued("minference(heads=[])"),
+        ValueError,
+        "heads of the cache 'minference' has 0 layers; expected 1, the layers 0 of the model",
+    ),
+    (
+        continued("minference(heads=[[['a_shape', 1, 2]]])"),
+        ValueError,
+        "heads of the cache 'minference' has 1 patterns for layer 0; expected 2, its query heads",
+    ),
+    (
+        continued("minference", mixer_defaults=dict(heads=2, position="t5")),
+        ValueError,
+        "of layer 0 does not fit the cache 'minference'; expected rope, alibi or none",
+    ),
+    (
+        lambda: search(model()(), np.ones((2, 4), np.int32), skip=4),
+        ValueError,
+        "skip=4 in tokens [2, 4]; expected rows (n, t) and 0 <= skip < t",
+    ),
+    (
+        read("hip(budget=12)"),
+        ValueError,
+        "budget=12 of the cache 'hip' with block=8; expected a multiple of the block",
+    ),
+    (
+        continued("hip(budget=8)", mixer_defaults=dict(heads=2, position="fire")),
+        ValueError,
+        "of layer 0 does not fit the cache 'hip'; expected rope, alibi or none",
+    ),
+    (continued("recycled(budget=9)"), ValueError, "budget=9 of the cache is more than the 8 tokens"),
     (continued("snapkv", **LRU), ValueError, "cache=SnapKV has nothing to act on: no layer (lru) holds keys"),
     (
         continued("h2o", **WINDOW),
@@ -124,6 +279,21 @@ COMMANDS = [
         "long_context --workdir=FILES/run --positions=8 --cache=headkv",
         "--cache: importance=None of the cache",
     ),
+    ("evaluate --workdir=FILES/run --cache=snapvk", "--cache: unknown cache 'snapvk'; did you mean"),
+    (
+        "cache_study --workdir=FILES/run --out=TMP/out --policies=snapvk",
+        "--policies=snapvk: there is no such template; did you mean 'snapkv'?",
+    ),
+    (
+        "cache_study --workdir=FILES/run --out=TMP/out --budgets=2",
+        "--budgets=2; expected shares between 0 and 1",
+    ),
+    (
+        "cache_study --workdir=FILES/run --out=TMP/out --tasks=passkeys",
+        "--tasks=passkeys; did you mean 'passkey'?",
+    ),
+    ("cache_study --workdir=FILES/run --out=TMP/out --templates=TMP/none", "No such file or directory"),
+    ("cache_study --workdir=TMP/none --out=TMP/out", "holds no run: there is no config.json"),
     ("benchmark steps --cache=full --out=TMP", "--cache has no effect on steps, which takes"),
     ("list cache", "invalid choice: 'cache'"),
 ]

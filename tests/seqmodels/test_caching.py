@@ -9,10 +9,12 @@ import pytest
 from flax import nnx
 
 import seqmodels
+from experiments.analysis.in_chunks import in_chunks
 from experiments.analysis.positions import losses_by_position
 from layers.caches import read_cache
 from layers.mixer import MixerState
 from seqmodels import caching, generation, prepacking
+from tests.layers.caches import literal
 
 VOCAB = 13
 RNG = np.random.default_rng(0)
@@ -30,11 +32,23 @@ FULL = {
     "duoattention": "duoattention(gates=[[0.1, 0.9], [0.2, 0.4]], sinks=2, recent=13)",
     "kivi": "kivi(group=4, residual=16)",
     "full": "full",
+    "gemfilter": f"gemfilter(budget={TOTAL}, layer=2)",
     "hydragen": "hydragen",
     "kvmerger": "kvmerger(recent=11)",
     "mikv": f"mikv(budget={TOTAL})",
     "sirllm": f"sirllm(budget={TOTAL}, sinks=2, recent=4)",
     "think": "think(recent=11)",
+    "hip": "hip(budget=14, window=1, queries=2, block=2)",
+    "minference": "minference(verticals=1, slashes=15, block=2, window=2, first=1, near=1)",
+    "lean": "lean(units=3, tile=4)",
+    "cskv": "cskv(keys=1.0, values=1.0, window=3)",
+    "taskkv": "taskkv(whole=0.5, sinks=2, recent=4, middle=9)",
+    "recycled": f"recycled(budget={TOTAL}, stride=3)",
+    "squeezed": "squeezed(sparsity=0.0, clusters=0.5, window=2)",
+    "longheads": f"longheads(budget={TOTAL}, chunk=3)",
+    "lserve": "lserve(gates=[[0.1, 0.9], [0.2, 0.4]], sinks=2, recent=13, budget=12, page=4, logical=2)",
+    "infllm": "infllm(budget=12, window=3, sinks=1, unit=2, representatives=1, distance=true)",
+    "shadowkv": "shadowkv(budget=14, rank=8, chunk=2, outliers=0, local=0)",
     "tokenselect": f"tokenselect(budget={TOTAL}, sinks=1, recent=2)",
 }
 
@@ -87,9 +101,42 @@ def test_a_budget_of_all_tokens_changes_nothing(name):
     np.testing.assert_allclose(found.log_probabilities, plain().log_probabilities, atol=1e-5)
 
 
+# Policies that tell rows' positions and segments apart by themselves.
+PACKED = [
+    "recycled",
+    "squeezed",
+    "longheads",
+    "lserve",
+    "infllm",
+    "shadowkv",
+    "cskv",
+    "lean",
+    "minference",
+    "hip",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_rows(name):
+    """Segments begin and end within the half of a row that is its prompt, within the other, and across."""
+    tokens = RNG.integers(0, VOCAB, (2, 16)).astype(np.int32)
+    ids = np.array([[1] * 3 + [2] * 8 + [3] * 4 + [0], [1] * 8 + [2] * 6 + [3] * 2], np.int32)
+    batch = dict(inputs=tokens[:, :-1], labels=tokens[:, 1:], segment_ids=ids[:, :-1])
+    wanted = hybrid()(jnp.asarray(batch["inputs"]), segment_ids=jnp.asarray(batch["segment_ids"]))[0]
+    found = in_chunks(
+        hybrid(), batch, lambda outputs, _: outputs.logits, chunk=4, cache=read_cache(FULL[name])
+    )
+    found = np.concatenate([logits for _, logits in found], axis=1)
+    real = batch["segment_ids"] != 0
+    np.testing.assert_allclose(found[real], wanted[real], atol=2e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("position", ["none", "alibi", "t5", "fire"])
-@pytest.mark.parametrize("name", ["snapkv", "h2o", "streaming", "duoattention", "kivi"])
+@pytest.mark.parametrize(
+    "name", ["snapkv", "h2o", "streaming", "duoattention", "kivi", "infllm", "lserve", "shadowkv"]
+)
 def test_other_positions(name, position):
     found, wanted = generated(FULL[name], position=position), plain(position=position)
     assert found.tokens.tolist() == wanted.tokens.tolist()
@@ -99,7 +146,7 @@ def test_other_positions(name, position):
 @pytest.mark.slow
 def test_options_of_attention():
     options = dict(sink_logits=True, logit_cap=5.0, qk_norm=True, scale=0.7)
-    for name in ("snapkv", "h2o", "duoattention"):
+    for name in ("snapkv", "h2o", "duoattention", "lean", "infllm", "shadowkv"):
         wanted = plain(**options).log_probabilities
         np.testing.assert_allclose(generated(FULL[name], **options).log_probabilities, wanted, atol=1e-5)
 
@@ -179,3 +226,26 @@ def test_the_surprise_of_prompts_is_that_of_whole_rows():
         logits, _ = hybrid()(jnp.asarray(prompt)[None])
         wanted = -jax.nn.log_softmax(logits[0, :-1])[np.arange(len(prompt) - 1), prompt[1:]]
         np.testing.assert_allclose(found[row, 1 : len(prompt)], wanted, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_filter_leaves_what_its_layer_chooses():
+    """The new prompt, from products of the last query and the keys of a layer in NumPy, is continued as any prompt is."""
+    model, policy = hybrid(), read_cache("gemfilter(budget=4, layer=2, kernel=3)")
+    shorter = []
+    for prompt in PROMPTS:
+        x, _ = model.embedding(jnp.asarray(prompt)[None], None, segment_ids=None)
+        for layer in range(2):
+            x = model.stack.block(layer)(x, None)[0]
+        block = model.stack.block(2)
+        q, k, _ = block.mixer.project(block.mixer_norm(x), jnp.arange(len(prompt))[None], None)
+        q, k = (np.asarray(one[0], np.float64) for one in (q, k))
+        products = np.array([sum(q[-1, h] @ one[h // 2] for h in range(4)) for one in k])
+        wanted = literal.largest(literal.pooled(products, 3, "mean"), 4, range(len(prompt)))
+        shorter.append([prompt[j] for j in wanted])
+    assert [len(prompt) for prompt in shorter] == [4, 4, 1]
+    given = [np.asarray(prompt, np.int32) for prompt in PROMPTS]
+    assert [one.tolist() for one in generation.filtered(model, given, 4, policy)] == shorter
+    settings = dict(max_new_tokens=NEW, temperature=0, chunk=4, block=8)
+    found = seqmodels.generate(model, PROMPTS, cache=policy, **settings)
+    assert found.tokens.tolist() == seqmodels.generate(model, shorter, **settings).tokens.tolist()

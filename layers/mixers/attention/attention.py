@@ -225,7 +225,7 @@ class Attention(Mixer):
 
     def view(self) -> View:
         """Returns how queries weigh keys, for a policy."""
-        return View(self.position, self.logits(), self.config.scale)
+        return View(self.position, self.logits(), self.config.scale, (self.key, self.value))
 
     def logits(self) -> Logits:
         """Returns what happens to the logits besides biases of positions."""

@@ -44,10 +44,10 @@ def tokens(row):
     return inputs()[row, PROMPT - LENGTHS[row] :]
 
 
-def projected(row):
+def projected(row, model=None):
     """Queries, keys and values of the tokens of one row in float64."""
     x = jnp.asarray(tokens(row))[None]
-    made = layer().project(x, jnp.arange(x.shape[1])[None], None)
+    made = (model or layer()).project(x, jnp.arange(x.shape[1])[None], None)
     return [np.asarray(one[0], np.float64) for one in made]
 
 
@@ -101,9 +101,11 @@ def positions(numbers, positions, row):
     ]
 
 
-def output(o):
+def output(o, model=None):
     """The output of the layer, given what its heads read, (h, v)."""
-    return o.reshape(-1) @ np.asarray(layer().output.kernel[...], np.float64)
+    projection = (model or layer()).output
+    bias = 0.0 if projection.bias is None else np.asarray(projection.bias[...], np.float64)
+    return o.reshape(-1) @ np.asarray(projection.kernel[...], np.float64) + bias
 
 
 @functools.cache

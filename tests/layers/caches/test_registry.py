@@ -2,10 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import list as lists
 from layers.caches import CACHES, read_cache
+from layers.caches.locret import Locret
+from layers.caches.trained import Trained
 from tests.layers.caches.reading import PROMPT, STEPS, WIDTH, layer, run
 
 # What a policy cannot do without, and small sizes.
@@ -14,16 +17,30 @@ OPTIONS = {
     "duoattention": "gates=[[0.2, 0.9]], sinks=2, recent=4",
     "headkv": "importance=[[1, 3]], budget=8, window=4",
     "kivi": "group=4, residual=8",
+    "hip": "budget=4, window=2, queries=2, block=2",
+    "infllm": "budget=4, window=4, sinks=1, unit=2, representatives=1",
+    "longheads": "budget=6, chunk=3",
+    "lserve": "gates=[[0.2, 0.9]], sinks=2, recent=4, budget=4, page=4, logical=2",
     "pyramidkv": "budget=8, window=4",
     "sirllm": "budget=8, sinks=2, recent=4",
+    "shadowkv": "budget=4, rank=4, chunk=2, outliers=1, local=1",
     "snapkv": "budget=8, window=4",
+    "squeezed": "window=4",
 }
 
 
-@pytest.mark.sample(3)
+# Those that are given arrays.
+MADE = {
+    "locret": Locret(
+        heads=Trained([dict(first=np.ones((32, 3)), second=np.ones((3, 2)))]), budget=6, recent=2, chunk=4
+    )
+}
+
+
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", CACHES)
 def test_every_policy_takes_bfloat16(name):
-    policy = read_cache(f"{name}({OPTIONS.get(name, '')})")
+    policy = MADE[name] if name in MADE else read_cache(f"{name}({OPTIONS.get(name, '')})")
     x = jax.ShapeDtypeStruct((2, PROMPT + STEPS, WIDTH), jnp.bfloat16)
     ids = jax.ShapeDtypeStruct((2, PROMPT), jnp.int32)
     with jax.numpy_dtype_promotion("strict"):

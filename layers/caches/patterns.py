@@ -1,0 +1,57 @@
+"""Patterns along which a head reads a prompt, and the largest scores of heads that take different numbers of them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layers.caches.by_head import read_json
+from layers.options import check_integer
+from layers.typing import Array, Bool, Float
+
+# A pattern is its name and two numbers.
+PATTERNS = {
+    "a_shape": ("first tokens", "last tokens"),
+    "vertical_slash": ("columns", "diagonals"),
+    "block_sparse": ("blocks", "nothing, 0"),
+}
+Pattern = tuple[str, int, int]
+
+
+def some(scores: Float[Array, "b h *i n"], sizes: Any) -> Bool[Array, "b h *i n"]:
+    """Returns the largest scores of each head, as many as its size, without those of -inf."""
+    sizes = np.asarray(sizes)
+    most = int(min(sizes.max(initial=0), scores.shape[-1]))
+    if most == 0:
+        return jnp.zeros(scores.shape, bool)
+    ranked, index = jax.lax.top_k(scores, most)
+    there = (ranked > -jnp.inf) & (np.arange(most) < sizes[..., None])[None]
+    rows = jnp.arange(scores.size // scores.shape[-1])[:, None]
+    index = jnp.where(there, index, scores.shape[-1]).reshape(len(rows), most)
+    chosen = jnp.zeros((len(rows), scores.shape[-1]), bool).at[rows, index].set(True, mode="drop")
+    return chosen.reshape(scores.shape)
+
+
+def read_patterns(option: str, given: Any) -> tuple[tuple[Pattern, ...], ...]:
+    """Returns patterns per layer and query head, from nested sequences or a JSON file of them.
+
+    Raises:
+      ValueError, TypeError: there is no such file, or it holds something else.
+    """
+    given = read_json(option, given)
+    try:
+        found = tuple(tuple((name, m, n) for name, m, n in layer) for layer in given)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{option}={given!r}; expected a list per layer of one pattern [name, m, n] per query head, or a JSON file of them"
+        ) from None
+    for layer, patterns in enumerate(found):
+        for head, (name, m, n) in enumerate(patterns):
+            if name not in PATTERNS:
+                raise ValueError(
+                    f"{option}[{layer}][{head}] has the pattern {name!r}; expected one of {', '.join(PATTERNS)}"
+                )
+            for number in (m, n):
+                check_integer(f"{option}[{layer}][{head}] of {name}", number, least=0)
+    return found
