@@ -17,6 +17,8 @@ INTERPRET: pltpu.InterpretParams | bool | None = None
 
 # Lanes per vector register; the last axis of a block should be a multiple of it.
 LANES = 128
+# Rows of a vector register of 32-bit numbers.
+SUBLANES = 8
 
 
 def unavailable(*arrays: jax.Array | None) -> str | None:
