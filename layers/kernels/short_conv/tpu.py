@@ -34,7 +34,7 @@ from layers.kernels.short_conv.tpu_kernels import BEFORE, EDGE
 # Steps per block of time and channels per block of lanes: 0.5 MB per array of bfloat16, double-buffered.
 STEPS, CHANNELS = 512, 512
 # Steps that are computed at once, so that what they need stays in registers; STEPS is a multiple.
-GROUP = 32
+GROUP = 64
 
 
 class Settings(NamedTuple):
@@ -222,8 +222,10 @@ class _Blocks:
         return [(v, spec) for v in marks]
 
     def window(self):
-        """The steps of a block in float32, and EDGE more beside them."""
-        return pltpu.VMEM((EDGE + self.settings.steps, self.settings.lanes), jnp.float32)
+        """The steps of a block in float32, and EDGE more beside them, by registers of channels."""
+        lanes = min(self.settings.lanes, mosaic_tpu.LANES)
+        shape = self.settings.lanes // lanes, EDGE + self.settings.steps, lanes
+        return pltpu.VMEM(shape, jnp.float32)
 
     def rows(self, marks):
         lanes = min(self.settings.lanes, mosaic_tpu.LANES)
