@@ -91,6 +91,13 @@ def column(row: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(at[0] == at[1], row, 0), axis=1, keepdims=True)
 
 
+def row(column: jax.Array) -> jax.Array:
+    """(n, 1) to (1, n), from sublanes to lanes, without rounding."""
+    size = column.shape[0]
+    at = [jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1)]
+    return jnp.sum(jnp.where(at[0] == at[1], column, 0), axis=0, keepdims=True)
+
+
 def up(count: int, multiple: int) -> int:
     """The least multiple of `multiple` that is not less than `count`."""
     return -(-count // multiple) * multiple
