@@ -175,7 +175,11 @@ def _rows(settings, q, k, v, sinks, numbers):
         residual_checkpoint_name=kept.NAME,
         interpret=settings.interpret,
     )
-    segments = None if numbers is None else splash.SegmentIds(*numbers)
+    return _each(kernel, q, k, v, None if numbers is None else splash.SegmentIds(*numbers), sinks)
+
+
+def _each(kernel, q, k, v, segments, sinks):
+    """A kernel for one row, over all rows."""
     return jax.vmap(kernel, in_axes=(0, 0, 0, None if segments is None else 0, None))(
         q, k, v, segments, sinks
     )

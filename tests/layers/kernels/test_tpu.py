@@ -7,6 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from layers.kernels import devices, mosaic_tpu
+from layers.kernels.delta_rule import tpu as delta_rule
 from layers.kernels.gated_linear_attention import tpu as gated_linear_attention
 from layers.kernels.linear_recurrence import tpu as linear_recurrence
 from layers.kernels.suite import Case
@@ -15,7 +16,11 @@ from tests.layers.kernels.suites import SUITES
 
 # Memory that was not written is NaN; parallel axes of the grid go to two cores in random order.
 STRICT = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2, random_seed=7
+    detect_races=True,
+    uninitialized_memory="nan",
+    out_of_bounds_reads="raise",
+    num_cores_or_threads=2,
+    random_seed=7,
 )
 
 
@@ -43,6 +48,7 @@ CASES = [
         if case.name in ("scalar", "no_decay", "fixed_decay")
     ),
     ("gated_linear_attention", Case("many_heads", many_heads, state=lambda rng, b: normal(rng, b, 64, 6, 4))),
+    *(("delta_rule", case) for case in SUITES["delta_rule"].cases if case.tpu),
 ]
 cases = pytest.mark.parametrize(
     "name, case",
@@ -78,32 +84,37 @@ def test_no_races_and_no_unwritten_memory(name, case, monkeypatch, capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-def calls_to_lower():
+def calls_to_lower(primitive):
     """Every case in two ways and every benchmark that the kernels take: name, arguments, options and segments."""
     for name, case in CASES:
+        if name != primitive:
+            continue
         for time, dtype in ((300, "float32"), (37, "bfloat16")):
             arguments = shared.cast(shared.draw(case, 2, time), dtype)
             ids = jax.ShapeDtypeStruct((2, time), jnp.int32) if dtype == "float32" else None
             yield name, case.name, arguments, case.options, ids
-    for name in ("linear_recurrence", "gated_linear_attention"):
-        for benchmark in SUITES[name].benchmarks:
-            if "channel" in benchmark.name:
-                continue
-            drawn = benchmark.draw(np.random.default_rng(0), 1, 2, 1)
-            size = benchmark.batch, benchmark.time
-            arguments = {
-                key: jax.ShapeDtypeStruct((*size, *value.shape[2:]), benchmark.dtype)
-                for key, value in drawn.items()
-            }
-            yield name, benchmark.name, arguments, benchmark.options, None
+    for benchmark in SUITES[primitive].benchmarks:
+        if "channel" in benchmark.name or benchmark.name == "KDA":
+            continue
+        drawn = benchmark.draw(np.random.default_rng(0), 1, 2, 1)
+        size = benchmark.batch, benchmark.time
+        arguments = {
+            key: jax.ShapeDtypeStruct((*size, *value.shape[2:]), benchmark.dtype)
+            for key, value in drawn.items()
+        }
+        yield primitive, benchmark.name, arguments, benchmark.options, None
 
 
-def test_lower_for_a_tpu(tpu_blocks, monkeypatch):
+@pytest.mark.parametrize(
+    "primitive",
+    ["linear_recurrence", "gated_linear_attention", pytest.param("delta_rule", marks=pytest.mark.slow)],
+)
+def test_lower_for_a_tpu(tpu_blocks, monkeypatch, primitive):
     """With the blocks of a TPU, gradients are one kernel forward and one backward."""
     for setting in tpu_blocks:
         monkeypatch.setattr(*setting)
     monkeypatch.setattr(mosaic_tpu, "INTERPRET", False)
-    for name, label, arguments, options, ids in calls_to_lower():
+    for name, label, arguments, options, ids in calls_to_lower(primitive):
 
         def gradients(arguments, ids, function=SUITES[name].function, options=options):
             def loss(arguments):
@@ -116,14 +127,18 @@ def test_lower_for_a_tpu(tpu_blocks, monkeypatch):
         assert exported.mlir_module().count("@tpu_custom_call") == 2, f"{name} {label}"
 
 
-@pytest.mark.parametrize("name", ["linear_recurrence", "gated_linear_attention"])
+@pytest.mark.parametrize("name", ["linear_recurrence", "gated_linear_attention", "delta_rule"])
 def test_only_a_tpu_takes_the_kernels(name, monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "INTERPRET", None)
     case = SUITES[name].cases[0]
     arguments = shared.cast(shared.draw(case, 1, 300), "float32")
     with pytest.raises(ValueError, match="impl='tpu'.*the device is a cpu; expected a TPU"):
         shared.call(SUITES[name], case, "tpu", arguments)
-    module = {"linear_recurrence": linear_recurrence, "gated_linear_attention": gated_linear_attention}[name]
+    module = {
+        "linear_recurrence": linear_recurrence,
+        "gated_linear_attention": gated_linear_attention,
+        "delta_rule": delta_rule,
+    }[name]
     monkeypatch.setattr(module, name, lambda **_: pytest.fail("the kernel was chosen"))
     shared.call(SUITES[name], case, None, arguments)
 
@@ -143,6 +158,7 @@ def test_automatic_on_a_tpu(monkeypatch):
         ):
             x = jnp.zeros(shape, dtype)
             assert (gated_linear_attention.passed_over_reason(q=x, k=x, v=x) is None) is taken
+            assert (delta_rule.passed_over_reason(q=x, k=x, v=x) is None) is taken
 
 
 def test_automatic_only_where_nothing_is_partitioned(monkeypatch):
