@@ -19,12 +19,14 @@ EDGE, BEFORE = 8, 16
 def forward(settings, x, weight, bias, state, marks, y, window, rows):
     """Computes one block forward. References come in groups, as `mosaic_tpu.call` gives them."""
     (x,), (weight,), (state,), (y,), (window,) = x, weight, state, y, window
+    first = pl.program_id(2) == 0
     _spread(rows, marks, 0)
-    for part, lanes in _parts(settings):
+
+    def compute(part, lanes):
         weights, biases = weight[:, lanes], [v[:, lanes] for v in bias]
 
-        @pl.when(pl.program_id(2) == 0)
-        def _(part=part, lanes=lanes):
+        @pl.when(first)
+        def _():
             window[part, :EDGE] = state[:, lanes]
 
         for at in _groups(settings):
@@ -35,6 +37,8 @@ def forward(settings, x, weight, bias, state, marks, y, window, rows):
                 p = p * _sigmoid(p)
             y[at, lanes] = _real(p, reach).astype(y.dtype)
         window[part, :EDGE] = window[part, settings.steps :]
+
+    _for_parts(settings, compute)
 
 
 def backward(
@@ -57,12 +61,13 @@ def backward(
 
     _spread(before, marks, 0)
     _spread(behind, marks, 1)
-    for part, lanes in _parts(settings):
+
+    def compute(part, lanes):
         weights, biases = weight[:, lanes], [v[:, lanes] for v in bias]
         window[part, :EDGE] = jnp.where(
             place == 0, state[:, lanes], edge[:, lanes].astype(jnp.float32)[BEFORE - EDGE :]
         )
-        added = [jnp.zeros((SUBLANES, lanes.stop - lanes.start), jnp.float32)] * (taps + 1)
+        added = [jnp.zeros((SUBLANES, lanes.size), jnp.float32)] * (taps + 1)
         for at in _groups(settings):
             inputs, dp = (v[at, lanes].astype(jnp.float32) for v in (x, dy))
             if settings.time % steps:
@@ -90,7 +95,7 @@ def backward(
             dx[at, lanes] = sum(weights[taps - 1 - k][None] * v for k, v in enumerate(later)).astype(dx.dtype)
 
         @pl.when(place == 0)
-        def _(part=part, lanes=lanes, weights=weights):
+        def _():
             reach = _reach(before, slice(0, EDGE))
             total = jnp.zeros((EDGE, weights.shape[1]), jnp.float32)
             for k in range(1, taps):
@@ -99,15 +104,21 @@ def backward(
                 total += weights[taps - 1 - k][None] * joined
             dstate[:, lanes] = total
 
+    _for_parts(settings, compute)
+
     @pl.when(place == 0)
     def _():
         sums[...] = totals[...].sum(axis=1)
 
 
-def _parts(settings):
-    """The registers of channels of a block, numbered, and their lanes."""
+def _for_parts(settings, compute):
+    """Calls a function with the number and the lanes of every register of channels of a block."""
     size = min(settings.lanes, mosaic_tpu.LANES)
-    return [(i // size, slice(i, i + size)) for i in range(0, settings.lanes, size)]
+
+    def step(part, _):
+        compute(part, pl.ds(pl.multiple_of(part * size, size), size))
+
+    jax.lax.fori_loop(0, settings.lanes // size, step, None)
 
 
 def _groups(settings):

@@ -70,18 +70,25 @@ def test_no_races_and_no_unwritten_memory(name, case, monkeypatch, capfd):
     """Outputs and gradients are those of the definition when memory starts as NaN and cores run at once."""
     monkeypatch.setattr(mosaic_tpu, "INTERPRET", STRICT)
     monkeypatch.setattr(linear_recurrence, "CHANNELS", 16)
-    suite = SUITES[name]
     ids = jnp.asarray([[0] * 3 + [1] * 36 + [0] * 2 + [2] * 30 + [5] * 2, [2] * 73], jnp.int32)
     arguments = shared.cast(shared.draw(case, 2, 73), "float32")
-    with jax.enable_x64(True):
-        exact = jax.tree.map(jnp.asarray, shared.wide(arguments))
-        shapes = jax.eval_shape(lambda a: shared.call(suite, case, "reference", a, segment_ids=ids), exact)
-        weights = shared.weights_like(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
-        want = shared.value_and_gradients(suite, case, "reference", exact, weights, segment_ids=ids)
-        want = jax.tree.map(np.asarray, want)
-    got = shared.value_and_gradients(suite, case, "tpu", arguments, weights, segment_ids=ids)
-    shared.close(got, want, shared.tolerance_of(case, "float32"), "outputs and gradients")
+    compare(name, case, arguments, "float32", segment_ids=ids)
     assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def compare(name, case, arguments, dtype, **segments):
+    """Outputs, states and gradients with those of the float64 reference."""
+    got, want, _ = shared.beside_reference(SUITES[name], case, "tpu", arguments, **segments)
+    shared.close(got, want, shared.tolerance_of(case, dtype), "outputs and gradients")
+
+
+def test_delta_rule_of_a_packed_row(monkeypatch):
+    """A few short blocks in the simple interpreter."""
+    monkeypatch.setattr(delta_rule, "CHUNKS", 1)
+    case = SUITES["delta_rule"].cases[1]
+    arguments = shared.cast(shared.draw(case, 1, 37), "float32")
+    ids = jnp.asarray([[0] * 3 + [1] * 16 + [0] * 2 + [2] * 10 + [5] * 6], jnp.int32)
+    compare("delta_rule", case, arguments, "float32", segment_ids=ids)
 
 
 def calls_to_lower(primitive):
@@ -173,6 +180,18 @@ def test_automatic_only_where_nothing_is_partitioned(monkeypatch):
         return x
 
     jax.eval_shape(shared.over_devices(inside, shared.ROWS, shared.ROWS), jnp.zeros((8, 2)))
+
+
+def test_delta_rules_are_refused_with_the_reason():
+    arguments = {key: jnp.zeros((1, 3, 2, 4)) for key in ("q", "k", "v")} | {"beta": jnp.zeros((1, 3, 2))}
+    wide = {key: jnp.zeros((1, 3, 2, 640)) for key in ("q", "k", "v")}
+    for options, reason in (
+        ({"log_decay": jnp.zeros((1, 3, 2, 4))}, "per key channel"),
+        (wide, "heads of 640 by 640 do not fit into VMEM"),
+        ({"v": jnp.zeros((1, 3, 2, 4), jnp.float16)}, "float16"),
+    ):
+        with pytest.raises(ValueError, match=f"impl='tpu'.*{reason}"):
+            SUITES["delta_rule"].function(**arguments | options, impl="tpu")
 
 
 @pytest.mark.parametrize(

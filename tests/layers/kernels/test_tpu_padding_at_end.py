@@ -21,7 +21,7 @@ from layers.kernels.short_conv.cases import SUITE as CONVOLUTION
 from layers.kernels.suite import Case
 from tests.layers.kernels import test_primitives as shared
 from tests.layers.kernels.suites import SUITES
-from tests.layers.kernels.test_tpu import STRICT, normal
+from tests.layers.kernels.test_tpu import STRICT, compare, normal
 
 # Segments that begin at the borders of blocks and groups, that are shorter than taps reach, and whose ids come back.
 TIME = 73
@@ -77,21 +77,16 @@ def test_no_races_and_no_unwritten_memory(name, case, dtype, packed, monkeypatch
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-def compare(name, case, arguments, dtype, **segments):
-    """Outputs, states and gradients with those of the float64 reference."""
-    got, want, weights = shared.beside_reference(SUITES[name], case, "tpu", arguments, **segments)
-    tolerance = shared.tolerance_of(case, dtype)
-    shared.close(got[0], want[0], tolerance, "outputs")
-    shared.close_gradients(got[1], want[1], arguments, want[0], weights, tolerance)
+LITTLE = Case("little", heads_of_eight, {"causal": True, "mask": Mask(window=5)})
 
 
-SMALL = [
-    ("short_conv", WIDE, 40),
-    ("attention", Case("small", heads_of_eight, {"causal": True, "mask": Mask(window=5)}), 20),
-]
-
-
-@pytest.mark.parametrize("name, case, time", SMALL, ids=[name for name, *_ in SMALL])
+@pytest.mark.parametrize(
+    "name, case, time",
+    [
+        pytest.param("short_conv", CONVOLUTION.cases[1], 40, id="short_conv"),
+        pytest.param("attention", LITTLE, 20, id="attention", marks=pytest.mark.slow),
+    ],
+)
 def test_packed_rows(name, case, time):
     """One row of the same in the simple interpreter."""
     arguments = shared.cast(shared.draw(case, 1, time), "float32")
