@@ -28,8 +28,9 @@ from layers.kernels.segments import select_real
 from layers.kernels.sequence_parallel import parts_of_time
 
 TAKEN = "window", "logit_cap", "sink_logits"
-# The most queries and keys per block; blocks are multiples of LANES. The widest heads whose blocks fit into VMEM.
-BLOCK, WIDEST = 512, 256
+# The most queries and keys per block, and the most bytes of a block of keys and values; blocks are multiples of LANES. With
+# heads of up to WIDEST all that a block needs fits into VMEM.
+BLOCK, BLOCK_BYTES, WIDEST = 512, 1 << 19, 256
 # The lanes of a TPU, of which the library's blocks are multiples under an interpreter too.
 LANES = 128
 
@@ -157,7 +158,8 @@ def _rows(settings, q, k, v, sinks, numbers):
         mask = masks.FullMask((time, keys))
     else:
         mask = masks.LocalMask((time, keys), (settings.before, settings.after), 0)
-    queries, keys = _block(time), _block(keys)
+    most = min(BLOCK, BLOCK_BYTES // ((q.shape[3] + v.shape[3]) * q.dtype.itemsize))
+    queries, keys = _block(time, most), _block(keys, most)
     sizes = splash.BlockSizes(
         block_q=queries,
         block_kv=keys,
@@ -185,6 +187,6 @@ def _each(kernel, q, k, v, segments, sinks):
     )
 
 
-def _block(size):
-    """The largest block that divides a multiple of LANES."""
-    return max(n for n in range(LANES, BLOCK + 1, LANES) if size % n == 0)
+def _block(size, most):
+    """The largest block that divides a multiple of LANES, `most` at most."""
+    return max(n for n in range(LANES, most + 1, LANES) if size % n == 0)

@@ -134,7 +134,10 @@ def test_lower_for_a_tpu(tpu_blocks, monkeypatch, primitive):
         assert exported.mlir_module().count("@tpu_custom_call") == 2, f"{name} {label}"
 
 
-@pytest.mark.parametrize("name", ["linear_recurrence", "gated_linear_attention", "delta_rule"])
+@pytest.mark.parametrize(
+    "name",
+    ["linear_recurrence", "gated_linear_attention", pytest.param("delta_rule", marks=pytest.mark.slow)],
+)
 def test_only_a_tpu_takes_the_kernels(name, monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "INTERPRET", None)
     case = SUITES[name].cases[0]

@@ -87,8 +87,9 @@ LITTLE = Case("little", heads_of_eight, {"causal": True, "mask": Mask(window=5)}
         pytest.param("attention", LITTLE, 20, id="attention", marks=pytest.mark.slow),
     ],
 )
-def test_packed_rows(name, case, time):
-    """One row of the same in the simple interpreter."""
+def test_packed_rows(name, case, time, monkeypatch):
+    """One row of the same in the simple interpreter, with blocks of one group."""
+    monkeypatch.setattr(convolution, "STEPS", 16)
     arguments = shared.cast(shared.draw(case, 1, time), "float32")
     segments = Segments.of(jnp.asarray(IDS[:1, -time:]), padding="end")
     compare(name, case, arguments, "float32", segment_ids=segments)
