@@ -13,6 +13,7 @@ costs a pass over an array unless its producer absorbs the move.
 
 import contextlib
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -31,15 +32,26 @@ TAKEN = "window", "logit_cap", "sink_logits"
 # The most queries and keys per block, and the most bytes of a block of keys and values; blocks are multiples of LANES. With
 # heads of up to WIDEST all that a block needs fits into VMEM.
 BLOCK, BLOCK_BYTES, WIDEST = 512, 1 << 19, 256
+# The most pairs of blocks of queries and keys, which a table in scalar memory lists.
+PAIRS = 1 << 16
 # The lanes of a TPU, of which the library's blocks are multiples under an interpreter too.
 LANES = 128
 
 
 class Settings(NamedTuple):
-    """The static part of a call: window of keys before and after a query (None is no bound), cap, and the interpreter if any."""
+    """The static part of a call.
+
+    Attributes:
+      before, after: how many keys before and after its own a query sees; None is all.
+      queries, keys: how many of them make a block.
+      logit_cap: see `Logits`.
+      interpret: see `mosaic_tpu`.
+    """
 
     before: int | None
     after: int | None
+    queries: int
+    keys: int
     logit_cap: float | None
     interpret: Any
 
@@ -60,6 +72,13 @@ def unsupported_reason(q, k, v, options) -> str | None:
         return f"it takes q, k and v of one type, not {q.dtype}, {k.dtype} and {v.dtype}"
     if max(q.shape[3], v.shape[3]) > WIDEST:
         return f"it takes heads of up to {WIDEST}; those of k and v are {q.shape[3]} and {v.shape[3]}"
+    if jax.typeof(q).sharding.spec[1] is not None:
+        return f"q is sharded {jax.typeof(q).sharding.spec}; expected whole rows, time not sharded"
+    blocks = [
+        mosaic_tpu.up(x.shape[1], LANES) // size for x, size in zip((q, k), _blocks(q, k, v), strict=True)
+    ]
+    if math.prod(blocks) > PAIRS:
+        return f"q and k have {q.shape[1]} and {k.shape[1]} tokens, {' x '.join(map(str, blocks))} blocks; expected at most {PAIRS}"
     if jax.typeof(q).manual_axis_type.varying:
         return "JAX's own kernels do not run inside jax.shard_map; pass check_vma=False to it"
     return mosaic_tpu.unavailable(q, k, v, options.logits.sink_logits)
@@ -85,7 +104,10 @@ def attention(q, k, v, options):
     # Heads that share keys stay together.
     rows, _, across, _ = partition.spec_of(k, heads=2)
     window, causal = options.mask.window, options.causal
+    queries, keys = _blocks(q, k, v)
     settings = Settings(
+        queries=queries,
+        keys=keys,
         before=window if window is None else window - causal,
         after=0 if causal else window,
         logit_cap=None if options.logits.logit_cap is None else float(options.logits.logit_cap),
@@ -153,20 +175,18 @@ def _precisely(x):
 
 def _rows(settings, q, k, v, sinks, numbers):
     """The library's kernels over all rows."""
-    (_, heads, time, _), keys = q.shape, k.shape[2]
+    heads, *lengths = *q.shape[1:3], k.shape[2]
     if settings.before is None and settings.after is None:
-        mask = masks.FullMask((time, keys))
+        mask = masks.FullMask(tuple(lengths))
     else:
-        mask = masks.LocalMask((time, keys), (settings.before, settings.after), 0)
-    most = min(BLOCK, BLOCK_BYTES // ((q.shape[3] + v.shape[3]) * q.dtype.itemsize))
-    queries, keys = _block(time, most), _block(keys, most)
+        mask = masks.LocalMask(tuple(lengths), (settings.before, settings.after), 0)
     sizes = splash.BlockSizes(
-        block_q=queries,
-        block_kv=keys,
-        block_q_dkv=queries,
-        block_kv_dkv=keys,
-        block_q_dq=queries,
-        block_kv_dq=keys,
+        block_q=settings.queries,
+        block_kv=settings.keys,
+        block_q_dkv=settings.queries,
+        block_kv_dkv=settings.keys,
+        block_q_dq=settings.queries,
+        block_kv_dq=settings.keys,
     )
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
@@ -187,6 +207,8 @@ def _each(kernel, q, k, v, segments, sinks):
     )
 
 
-def _block(size, most):
-    """The largest block that divides a multiple of LANES, `most` at most."""
-    return max(n for n in range(LANES, most + 1, LANES) if size % n == 0)
+def _blocks(q, k, v):
+    """The queries and keys per block: the most that divide a multiple of LANES."""
+    most = min(BLOCK, BLOCK_BYTES // ((q.shape[3] + v.shape[3]) * q.dtype.itemsize))
+    lengths = (mosaic_tpu.up(x.shape[1], LANES) for x in (q, k))
+    return [max(n for n in range(LANES, most + 1, LANES) if length % n == 0) for length in lengths]

@@ -112,13 +112,14 @@ def backward(
 
 
 def _for_parts(settings, compute):
-    """Calls a function with the number and the lanes of every register of channels of a block."""
+    """Calls a function with the number and the lanes of every register of channels of a block; unrolled, so that they overlap."""
     size = min(settings.lanes, mosaic_tpu.LANES)
+    count = settings.lanes // size
 
     def step(part, _):
         compute(part, pl.ds(pl.multiple_of(part * size, size), size))
 
-    jax.lax.fori_loop(0, settings.lanes // size, step, None)
+    jax.lax.fori_loop(0, count, step, None, unroll=count)
 
 
 def _groups(settings):

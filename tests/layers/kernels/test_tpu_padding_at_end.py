@@ -250,6 +250,10 @@ PADDED = Segments.of(jnp.ones((1, 3), jnp.int32))
         ({"mask": Mask(window=2), "segment_ids": PADDED}, "padding='end'"),
         ({"q": jnp.zeros((1, 3, 2, 4), jnp.bfloat16)}, "of one type"),
         ({"v": jnp.zeros((1, 3, 2, 264))}, "up to 256"),
+        (
+            dict.fromkeys(("q", "k", "v"), jnp.zeros((1, 1 << 16, 1, 1))),
+            "512 x 512 blocks; expected at most 65536",
+        ),
         (dict.fromkeys(("q", "k", "v"), jnp.zeros((1, 3, 2, 4), jnp.float16)), "float16"),
     ],
 )
