@@ -144,6 +144,7 @@ def _local(settings, scale, q, k, v, sinks, segments):
         for x, m in zip((q, k, v), (*missing, missing[1]), strict=True)
     )
     output = _attend(settings, *heads_first, sinks, numbers)
+    # Zero already; so is the gradient that the kernels get then, whatever comes back.
     return select_real(jnp.swapaxes(output, 1, 2)[:, :time], segments)
 
 

@@ -85,17 +85,18 @@ LITTLE = Case("little", heads_of_eight, {"causal": True, "mask": Mask(window=5)}
 
 
 @pytest.mark.parametrize(
-    "name, case, time",
+    "name, case, lengths",
     [
-        pytest.param("short_conv", CONVOLUTION.cases[1], 40, id="short_conv"),
-        pytest.param("attention", LITTLE, 20, id="attention", marks=pytest.mark.slow),
+        pytest.param("short_conv", CONVOLUTION.cases[1], [10, 7, 2, 15, 6], id="short_conv"),
+        pytest.param("attention", LITTLE, [6, 2, 5, 4, 3], id="attention", marks=pytest.mark.slow),
     ],
 )
-def test_packed_rows(name, case, time, monkeypatch):
-    """One row of the same in the simple interpreter, with blocks of one group."""
+def test_packed_rows(name, case, lengths, monkeypatch):
+    """One row with an id that comes back, in the simple interpreter with blocks of one group."""
     monkeypatch.setattr(convolution, "STEPS", 16)
-    arguments = shared.cast(shared.draw(case, 1, time), "float32")
-    segments = Segments.of(jnp.asarray(IDS[:1, -time:]), padding="end")
+    arguments = shared.cast(shared.draw(case, 1, sum(lengths)), "float32")
+    ids = np.repeat(np.array([[1, 2, 1, 3, 0]], np.int32), lengths, axis=1)
+    segments = Segments.of(jnp.asarray(ids), padding="end")
     compare(name, case, arguments, "float32", segment_ids=segments)
 
 
