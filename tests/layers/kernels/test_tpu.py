@@ -84,10 +84,11 @@ def compare(name, case, arguments, dtype, **segments):
 
 def test_delta_rule_of_a_packed_row(monkeypatch):
     """A few short blocks in the simple interpreter."""
+    monkeypatch.setattr(delta_rule, "CHUNK", 8)
     monkeypatch.setattr(delta_rule, "CHUNKS", 1)
     case = SUITES["delta_rule"].cases[1]
-    arguments = shared.cast(shared.draw(case, 1, 37), "float32")
-    ids = jnp.asarray([[0] * 3 + [1] * 16 + [0] * 2 + [2] * 10 + [5] * 6], jnp.int32)
+    arguments = shared.cast(shared.draw(case, 1, 21), "float32")
+    ids = jnp.asarray([[0] * 3 + [1] * 9 + [0] * 2 + [2] * 4 + [5] * 3], jnp.int32)
     compare("delta_rule", case, arguments, "float32", segment_ids=ids)
 
 
