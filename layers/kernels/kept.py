@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-_NAME = "kept"
+NAME = "kept"
 
 
 def named(results: Any) -> Any:
     """Returns a tree of arrays, with the name that `policy` keeps; complex ones, which `jax.checkpoint` cannot, have none."""
-    return jax.tree.map(lambda x: x if jnp.iscomplexobj(x) else checkpoint_name(x, _NAME), results)
+    return jax.tree.map(lambda x: x if jnp.iscomplexobj(x) else checkpoint_name(x, NAME), results)
 
 
-policy = jax.checkpoint_policies.save_only_these_names(_NAME)
+policy = jax.checkpoint_policies.save_only_these_names(NAME)

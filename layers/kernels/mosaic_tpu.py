@@ -17,6 +17,8 @@ INTERPRET: pltpu.InterpretParams | bool | None = None
 
 # Lanes per vector register; the last axis of a block should be a multiple of it.
 LANES = 128
+# Rows of a vector register of 32-bit numbers.
+SUBLANES = 8
 
 
 def unavailable(*arrays: jax.Array | None) -> str | None:
@@ -87,6 +89,13 @@ def column(row: jax.Array) -> jax.Array:
     size = row.shape[-1]
     at = [jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1)]
     return jnp.sum(jnp.where(at[0] == at[1], row, 0), axis=1, keepdims=True)
+
+
+def row(column: jax.Array) -> jax.Array:
+    """(n, 1) to (1, n), from sublanes to lanes, without rounding."""
+    size = column.shape[0]
+    at = [jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1)]
+    return jnp.sum(jnp.where(at[0] == at[1], column, 0), axis=0, keepdims=True)
 
 
 def up(count: int, multiple: int) -> int:

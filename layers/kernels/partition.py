@@ -101,7 +101,12 @@ def passed_over_reason(x: Any, *, batch: int = 0) -> str | None:
 
 
 def over_shards(
-    function: Callable[..., Any], arrays: Sequence[Any], specs: Sequence[Any], out_specs: Any
+    function: Callable[..., Any],
+    arrays: Sequence[Any],
+    specs: Sequence[Any],
+    out_specs: Any,
+    *,
+    check: bool = True,
 ) -> Any:
     """Runs `function` on every device's part of the arguments.
 
@@ -110,13 +115,17 @@ def over_shards(
       arrays: arrays, trees of arrays, or None.
       specs: how each argument is divided, one spec or a tree of them; on an explicit mesh arrays are resharded to that.
       out_specs: how the results are divided.
+      check: whether JAX follows which values differ between devices; kernels of others do not say it.
     """
     if _sizes(AxisType.Auto):
         mesh = jax.sharding.get_abstract_mesh()
         names = {
             n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual
         }
-        return jax.shard_map(function, in_specs=tuple(specs), out_specs=out_specs, axis_names=names)(*arrays)
+        run = jax.shard_map(
+            function, in_specs=tuple(specs), out_specs=out_specs, axis_names=names, check_vma=check
+        )
+        return run(*arrays)
     given = [jax.typeof(array).sharding.spec for array in jax.tree.leaves(list(arrays))]
     if not any(name is not None for spec in given for name in spec):
         return function(*arrays)
@@ -124,7 +133,7 @@ def over_shards(
         jax.tree.map(lambda leaf, spec=spec: jax.reshard(leaf, spec), array)
         for array, spec in zip(arrays, specs, strict=True)
     ]
-    return jax.shard_map(function, in_specs=tuple(specs), out_specs=out_specs)(*arrays)
+    return jax.shard_map(function, in_specs=tuple(specs), out_specs=out_specs, check_vma=check)(*arrays)
 
 
 def _sizes(kind: AxisType) -> dict[str, int]:

@@ -155,6 +155,7 @@ DELTA_RULE = [
         "initial_state has shape (2, 2, 4, 3); expected (b, h, k, v)",
     ),
     (delta(segment_ids=ones(2, 5, 1, dtype="int32")), ValueError, "segment_ids has shape (2, 5, 1)"),
+    (delta(impl="tpu"), ValueError, "impl='tpu' of delta_rule cannot take this call"),
     (delta(impl="wy"), ValueError, "impl='wy' is not an implementation of delta_rule"),
     (dplr(a=ones(2, 5, 2, 3)), ValueError, "a has shape (2, 5, 2, 3); expected (b, t, h, k)"),
     (dplr(b=ones(2, 5, 1, 4)), ValueError, "b has shape (2, 5, 1, 4); expected (b, t, h, k)"),
@@ -201,6 +202,7 @@ CONVOLUTIONS = [
         TypeError,
         "segment_ids has dtype bool; expected an integer type",
     ),
+    (taps(impl="tpu"), ValueError, "impl='tpu' of short_conv cannot take this call"),
     (taps(impl="gpuu"), ValueError, "impl='gpuu' is not an implementation of short_conv"),
     (kernel(length=-1), ValueError, "length is -1; expected 0 or more"),
     (kernel(discretization="zho"), ValueError, "discretization is 'zho'; expected one of"),
@@ -248,6 +250,7 @@ ATTENTION = [
     (softmax(tokens=Tokens(kv_segment_ids=IDS)), ValueError, "kv_segment_ids needs segment_ids"),
     (softmax(tokens=Tokens(kv_lengths=ones(3, dtype="int32"))), ValueError, "kv_lengths has shape (3,)"),
     (softmax(impl="flash"), ValueError, "impl='flash' is not an implementation of attention"),
+    (softmax(impl="tpu"), ValueError, "impl='tpu' of attention cannot take this call"),
     (softmax(impl="cudnn"), ValueError, "impl='cudnn' of attention cannot take this call"),
 ]
 SEGMENTS = [

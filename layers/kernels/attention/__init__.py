@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels import checks
-from layers.kernels.attention import cudnn, gpu, reference, xla
+from layers.kernels.attention import cudnn, gpu, reference, tpu, xla
 from layers.kernels.attention.options import Logits, Mask, Tokens, read_options
 from layers.kernels.attention.over_time import OVER_TIME, OVER_TIME_WITH_LSE
 from layers.kernels.attention.pieces import Piece, compose, of_no_keys
@@ -20,10 +20,11 @@ __all__ = ["Logits", "Mask", "Piece", "Tokens", "attention", "attention_with_lse
 IMPLEMENTATIONS = {
     "gpu": Implementation(gpu.attention, gpu.unsupported_reason, by_name_only, "gpu"),
     "cudnn": Implementation(cudnn.attention, cudnn.refuses, backend="gpu"),
+    "tpu": Implementation(tpu.attention, tpu.unsupported_reason, tpu.passed_over_reason, "tpu"),
     "xla": Implementation(xla.attention),
     "reference": Implementation(reference.attention, passed_over_reason=by_name_only, forward_mode=True),
 }
-WITH_LSE = {name: one for name, one in IMPLEMENTATIONS.items() if name != "cudnn"} | {
+WITH_LSE = {name: one for name, one in IMPLEMENTATIONS.items() if name not in ("cudnn", "tpu")} | {
     "gpu": dataclasses.replace(IMPLEMENTATIONS["gpu"], run=gpu.attention_with_lse)
 }
 
@@ -74,7 +75,7 @@ def attention(
         queries and keys alike (t = s).
       tokens: segments and positions of the keys, and positions of the queries, if these are not the same tokens.
       scale: factor of the logits, 1 / sqrt(k) if None.
-      impl: "gpu", "xla", "cudnn", "reference", or None for the best.
+      impl: "gpu", "xla", "cudnn", "tpu" (JAX's splash attention), "reference", or None for the best.
 
     Returns:
       The outputs (b, t, h, v), in the type of v.

@@ -80,6 +80,7 @@ SUITE = Suite(
     function=attention,
     implementations=("xla",),
     gpu_implementations=("cudnn",),
+    tpu_implementations=("tpu",),
     time_arguments=("q", "k", "v"),
     cases=(
         Case("causal", _draw, {"causal": True}),

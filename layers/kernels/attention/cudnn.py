@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from layers.kernels import devices, kept
 from layers.kernels.attention import xla
-from layers.kernels.attention.options import Options
+from layers.kernels.attention.options import Options, beyond
 from layers.kernels.partition import SEQUENCE_AXIS
 from layers.kernels.segments import Segments, select_real
 from layers.kernels.sequence_parallel import parts_of_time
@@ -187,11 +187,8 @@ def refuses_on_device(q, k, v, options) -> str | None:
 
 def _unknown_option(options: Options) -> str | None:
     """Why the kernels do not compute what these options say, or None."""
-    default = Options()
-    for group in ("mask", "logits", "tokens"):
-        for name, value in vars(getattr(options, group)).items():
-            if name != "window" and value is not getattr(getattr(default, group), name):
-                return f"it knows {TAKEN}, not {name}"
+    if (name := beyond(options, ("window",))) is not None:
+        return f"it knows {TAKEN}, not {name}"
     window, segments = options.mask.window, options.segment_ids
     if window is not None and not options.causal:
         return "its window is causal; causal is False"

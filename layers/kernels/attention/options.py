@@ -7,6 +7,7 @@ anything and checked in `read_options`.
 import dataclasses
 import functools
 import numbers
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -122,6 +123,16 @@ class Options(NamedTuple):
     segment_ids: Segments | jax.Array | None = None
     tokens: Tokens = Tokens()
     scale: float | None = None
+
+
+def beyond(options: Options, taken: Collection[str]) -> str | None:
+    """Returns the name of an option of `mask`, `logits` or `tokens` that is set and not among those taken, or None."""
+    default = Options()
+    for group in ("mask", "logits", "tokens"):
+        for name, value in vars(getattr(options, group)).items():
+            if name not in taken and value is not getattr(getattr(default, group), name):
+                return name
+    return None
 
 
 def read_options(

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from layers.kernels import checks
-from layers.kernels.delta_rule import gpu, reference, xla
+from layers.kernels.delta_rule import gpu, reference, tpu, xla
 from layers.kernels.delta_rule.piece import Piece, compose
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.isolation import isolated
@@ -25,6 +25,7 @@ DELTA_RULE = {
     "gpu": Implementation(
         gpu.delta_rule, gpu.unsupported_reason, gpu.passed_over_reason, "gpu", across=gpu.delta_rule_across
     ),
+    "tpu": Implementation(tpu.delta_rule, tpu.unsupported_reason, tpu.passed_over_reason, "tpu"),
     "xla": Implementation(isolated(xla.delta_rule, *SERIES, readers=READERS)),
     "reference": Implementation(
         isolated(reference.delta_rule, *SERIES, readers=READERS),
@@ -80,8 +81,9 @@ def delta_rule(
       initial_state: S_0, zero if None. It belongs to the segment of the first real token.
       segment_ids: 0 is padding, which leaves the state as it is and outputs zero; a change of id resets the state
         (see `layers.kernels.segments`).
-      impl: "gpu", "xla", "reference", or None for the best. "gpu", for Hopper, takes bfloat16 values, and bfloat16 queries
-        and keys of at most 128 features per head. With a decay per key channel it is taken by name only.
+      impl: "gpu", "tpu", "xla", "reference", or None for the best. "gpu", for Hopper, takes bfloat16 values, and bfloat16 queries
+        and keys of at most 128 features per head. With a decay per key channel it is taken by name only. "tpu" takes at most one
+        decay per head and step.
 
     Returns:
       o: (b, t, h, v) in the type of v.

@@ -119,12 +119,19 @@ SUITE = Suite(
     function=delta_rule,
     implementations=("xla",),
     gpu_implementations=("gpu",),
+    tpu_implementations=("tpu",),
     time_arguments=("q", "k", "v", "beta", "log_decay"),
     cases=(
-        Case("plain", _plain, {"scale": 0.7}, state=_state),
-        Case("scalar_decay_normalized_grouped", _normalized_grouped, {"normalize_qk": True}, state=_state),
+        Case("plain", _plain, {"scale": 0.7}, state=_state, tpu=True),
+        Case(
+            "scalar_decay_normalized_grouped",
+            _normalized_grouped,
+            {"normalize_qk": True},
+            state=_state,
+            tpu=True,
+        ),
         Case("channel_decay_grouped_large_values", _grouped_channel_large, state=_state),
-        Case("strong_scalar_decay", _strong_scalar, state=_state),
+        Case("strong_scalar_decay", _strong_scalar, state=_state, tpu=True),
         Case("strong_channel_decay", _strong_channel, state=_state),
     ),
     benchmarks=(

@@ -34,6 +34,7 @@ from layers.kernels.mixed_precision import operand_dtype
 from layers.kernels.promotion import promoting
 from layers.kernels.segments import select_real
 from layers.kernels.shard_map_types import vary_as
+from layers.kernels.tpu_chunks import segment_numbers
 
 # Steps per chunk, the size of matrix units, and chunks per block (half as many in float32). Larger blocks make fewer, longer
 # steps of the grid.
@@ -206,22 +207,10 @@ def _run(settings, q, k, v, log_decay, initial_state, segments):
     moving = by_group(q, groups, keys), by_group(k, groups, keys), by_group(v, groups * heads, width)
     moving = *moving, log_decays, state
     *moving, state = jax.tree.map(lambda x: vary_as(x, *jax.tree.leaves(moving)), moving)
-    o, final = _attend(settings, *moving, _numbers(settings, segments, missing), state)
+    o, final = _attend(settings, *moving, segment_numbers(settings, segments, missing), state)
     o = o.swapaxes(1, 2).reshape(batch, -1, groups * heads, width)
     final = final.reshape(batch, groups, keys, heads, width).swapaxes(2, 3).reshape(batch, -1, keys, width)
     return o[:, :time, :, :values], final[:, :, : k.shape[3], :values]
-
-
-def _numbers(settings, segments, missing):
-    """(b, n, 2, c): the segment number per step, 0 for padding; row 1 holds that of the state entering the chunk."""
-    if segments is None or not segments.packed:
-        return ()
-    number = jnp.pad(segments.numbers, ((0, 0), (0, missing)))
-    number = number.reshape(number.shape[0], -1, settings.chunk)
-    leaving = jnp.maximum(jax.lax.cummax(number.max(2), axis=1), 1)
-    entering = jnp.pad(leaving, ((0, 0), (1, 0)), constant_values=1)[:, :-1]
-    entering = jnp.broadcast_to(entering[:, :, None], number.shape)
-    return (jnp.stack([number, entering], axis=2).astype(jnp.float32),)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

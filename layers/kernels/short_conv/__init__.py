@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from layers.kernels import checks
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.segments import SegmentIds
-from layers.kernels.short_conv import gpu, reference, xla
+from layers.kernels.short_conv import gpu, reference, tpu, xla
 from layers.kernels.short_conv.over_time import Convolution
 from layers.typing import Array, Float
 
@@ -16,6 +16,7 @@ __all__ = ["Piece", "compose", "short_conv", "summarize"]
 
 IMPLEMENTATIONS = {
     "gpu": Implementation(gpu.short_conv, gpu.unsupported_reason, gpu.passed_over_reason, "gpu"),
+    "tpu": Implementation(tpu.short_conv, tpu.unsupported_reason, tpu.passed_over_reason, "tpu"),
     "xla": Implementation(xla.short_conv),
     "reference": Implementation(reference.short_conv, passed_over_reason=by_name_only, forward_mode=True),
 }
@@ -54,7 +55,7 @@ def short_conv(
         first real token.
       segment_ids: taps reach over padding (0) to earlier tokens of the same segment and never into another one. The
         output at padding is 0 (see `layers.kernels.segments`).
-      impl: "gpu" (Hopper), "xla", "reference", or None for the best.
+      impl: "gpu" (Hopper), "tpu", "xla", "reference", or None for the best. The kernels take padding that ends the rows.
 
     Returns:
       y: (b, t, d), in the type of x.

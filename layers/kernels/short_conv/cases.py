@@ -64,6 +64,7 @@ SUITE = Suite(
     function=short_conv,
     implementations=("xla",),
     gpu_implementations=("gpu",),
+    tpu_implementations=("tpu",),
     time_arguments=("x",),
     cases=(
         Case("width_2", _convolution(2, bias=False), state=_state(2)),

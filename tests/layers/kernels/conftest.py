@@ -10,8 +10,11 @@ def tpu_blocks():
     Gives what was set before: modules, names and values.
     """
     from layers.kernels import mosaic_tpu
+    from layers.kernels.attention import tpu as attention
+    from layers.kernels.delta_rule import tpu as delta_rule
     from layers.kernels.gated_linear_attention import tpu as gated_linear_attention
     from layers.kernels.linear_recurrence import tpu as linear_recurrence
+    from layers.kernels.short_conv import tpu as short_conv
 
     short = [
         (mosaic_tpu, "LANES", 8),
@@ -19,6 +22,12 @@ def tpu_blocks():
         (linear_recurrence, "GROUP", 16),
         (gated_linear_attention, "CHUNK", 16),
         (gated_linear_attention, "CHUNKS", 4),
+        (delta_rule, "CHUNK", 16),
+        (delta_rule, "CHUNKS", 4),
+        (short_conv, "STEPS", 32),
+        (short_conv, "CHANNELS", 16),
+        (short_conv, "GROUP", 16),
+        (attention, "BLOCK", 128),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in short]
     with pytest.MonkeyPatch.context() as patch:

@@ -21,6 +21,7 @@ from layers.kernels.delta_rule.gpu import forward as forward_kernels
 from layers.kernels.delta_rule.gpu import gradients as gradient_kernel
 from layers.kernels.delta_rule.gpu import pieces as time_pieces
 from layers.kernels.delta_rule.gpu.tiles import BLOCK, CHUNK
+from layers.kernels.delta_rule.unit_norm import normalized
 from layers.kernels.dispatch import by_name_only
 from layers.kernels.promotion import promoting
 from layers.kernels.segments import select_real
@@ -155,7 +156,7 @@ def delta_rule(
     per_channel = log_decay is not None and log_decay.ndim == 4
     local = functools.partial(_local, scale, normalize_qk, settings or SETTINGS)
     if per_channel:
-        local = functools.partial(channels.delta_rule, scale, _normalized if normalize_qk else None)
+        local = functools.partial(channels.delta_rule, scale, normalized if normalize_qk else None)
     return partition.over_shards(
         local,
         (q, k, v, beta, log_decay, initial_state, segments),
@@ -218,7 +219,7 @@ def _local(
         )
     q, k, v, beta = (select_real(x, segments) for x in (q, k, v, beta))
     if normalize_qk:
-        q, k = (_normalized(x) for x in (q, k))
+        q, k = (normalized(x) for x in (q, k))
     q, k = (head_parts.padded(x, key_dim + -key_dim % BLOCK) for x in (q, k))
     v = head_parts.split(v, parts)
     if initial_state is None:
@@ -232,11 +233,6 @@ def _local(
     o, final = _rule(q, k, v, vectors, state, cut, scale, settings, crossing)
     o = head_parts.join(o.reshape(batch, -1, *o.shape[2:])[:, :time], parts, value_dim)
     return o, head_parts.join_state(jnp.swapaxes(final, 2, 3)[:, :, :key_dim], parts, value_dim)
-
-
-def _normalized(x):
-    wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
 def token_vectors(beta, log_decay, segments):
