@@ -14,13 +14,17 @@ from layers.kernels import devices, pallas_triton, partition
 from layers.kernels.mosaic_gpu import MAX_GRID, lowered_once
 from layers.kernels.promotion import promoting
 from layers.kernels.segments import reset_mask, select_real
+from layers.kernels.selective_scan.gpu import backward as backward_kernels
 from layers.kernels.selective_scan.gpu import kernels
-from layers.kernels.selective_scan.gpu.kernels import LANES, PADDING, START
+from layers.kernels.pallas_triton import LANES
+from layers.kernels.selective_scan.gpu.kernels import PADDING, SPAN, START
 from layers.kernels.shard_map_types import vary_as
 
 WIDEST = 32  # states per channel, which a lane keeps in registers for some steps at once
 # Fewest tokens of a row, and rows times channels, for which `impl=None` takes these kernels, whose programs walk whole rows.
 SHORTEST, FEWEST = 256, 8192
+# Programs that fill the GPU, and the fewest steps of a piece of time.
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS, SHORTEST_PIECE = 2048, 2048, 128
 
 
 def unsupported_reason(x, dt, a, b, c, initial_state, **_: Any) -> str | None:
@@ -95,41 +99,48 @@ def _flags(segments):
 
 def _local(softplus, x, dt, a, b, c, state, bias=None, flags=None):
     """On one device; states have the axes (b, n, d) in kernels, so that neighbouring lanes have neighbouring channels."""
-    y, final = _scan(x, dt, a.T, b, c, bias, flags, state.swapaxes(1, 2), softplus)
+    series = kernels.Series(x, dt, kernels.packed(b, c), bias, flags)
+    y, final = _scan(series, a.T, state.swapaxes(1, 2), softplus)
     return y, final.swapaxes(1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
-def _scan(x, dt, a, b, c, bias, flags, state, softplus):
-    y, final, _ = forward(x, dt, a, b, c, bias, flags, state, softplus, keeping=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scan(series, a, state, softplus):
+    y, final, _ = forward(series, a, state, softplus, keeping=False)
     return y, final
 
 
 @lowered_once("softplus", "keeping")
-def forward(x, dt, a, b, c, bias, flags, state, softplus, *, keeping):
+def forward(series, a, state, softplus, *, keeping):
     """Returns the outputs, the last state, and the states before every few steps if `keeping`."""
-    return kernels.forward(x, dt, a, b, c, bias, flags, state, softplus=softplus, keeping=keeping)
+    length = piece_length(*series.x.shape, FORWARD_PROGRAMS)
+    return kernels.forward(series, a, state, softplus=softplus, length=length, keeping=keeping)
 
 
-def _forward(x, dt, a, b, c, bias, flags, state, softplus):
-    y, final, borders = forward(x, dt, a, b, c, bias, flags, state, softplus, keeping=True)
-    return (y, final), (x, dt, a, b, c, bias, flags, borders)
+def piece_length(batch: int, time: int, channels: int, programs: int) -> int:
+    """Steps per piece of the time axis: as many pieces as make `programs`, none shorter than `SHORTEST_PIECE`."""
+    pieces = -(-programs // (batch * -(-channels // LANES)))
+    pieces = max(1, min(pieces, time // SHORTEST_PIECE))
+    return SPAN * -(-time // (SPAN * pieces))
+
+
+def _forward(series, a, state, softplus):
+    y, final, borders = forward(series, a, state, softplus, keeping=True)
+    return (y, final), (series, a, borders)
 
 
 @lowered_once("softplus")
 def gradients(softplus, residuals, cotangents):
     """The backward pass, from the states that `forward` keeps."""
-    x, dt, a, b, c, bias, flags, borders = residuals
-    found = kernels.backward(x, dt, a, b, c, bias, flags, borders, *cotangents, softplus=softplus)
-    db, dc = (_of_groups(v, like) for v, like in ((found["db"], b), (found["dc"], c)))
-    dbias = None if bias is None else found["dbias"].sum(0)
-    return found["dx"], found["ddt"], found["da"].sum(0), db, dc, dbias, None, found["dstate"]
-
-
-def _of_groups(partial, like):
-    """The gradient of b or c (b, t, g, n), from one per program, (b, programs, t, n)."""
-    batch, time, groups, states = like.shape
-    return partial.reshape(batch, groups, -1, time, states).sum(2).swapaxes(1, 2).astype(like.dtype)
+    series, a, borders = residuals
+    length = piece_length(*series.x.shape, BACKWARD_PROGRAMS)
+    found = backward_kernels.backward(series, a, borders, *cotangents, softplus=softplus, length=length)
+    groups, partial = series.vectors.shape[2], found["dvectors"]
+    batch, _, time, lanes = partial.shape
+    dvectors = partial.reshape(batch, groups, -1, time, lanes).sum(2).swapaxes(1, 2)
+    dbias = None if series.bias is None else found["dbias"].sum((0, 1))
+    dseries = kernels.Series(found["dx"], found["ddt"], dvectors, dbias, None)
+    return dseries, found["da"].sum((0, 1)), found["dstate"]
 
 
 _scan.defvjp(promoting(_forward), promoting(gradients))
