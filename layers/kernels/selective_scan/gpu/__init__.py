@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from layers.kernels import devices, pallas_triton, partition
 from layers.kernels.mosaic_gpu import MAX_GRID, lowered_once
+from layers.kernels.pallas_triton import LANES
 from layers.kernels.promotion import promoting
 from layers.kernels.segments import reset_mask, select_real
 from layers.kernels.selective_scan.gpu import backward as backward_kernels
 from layers.kernels.selective_scan.gpu import kernels
-from layers.kernels.pallas_triton import LANES
 from layers.kernels.selective_scan.gpu.kernels import PADDING, SPAN, START
 from layers.kernels.shard_map_types import vary_as
 

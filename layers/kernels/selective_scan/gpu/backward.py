@@ -1,36 +1,14 @@
 """The backward pass of `selective_scan`, by pieces of time.
 
-A program takes 32 channels of one row and one piece, as those of kernels.py do, and walks from the end of the piece. It holds the states of
-all its channels as one matrix (n, lanes), which Triton divides over the lanes.
+A program takes 32 channels of one row and one piece, a lane one channel, as those of kernels.py do, and walks from the end of the piece.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.pallas_triton import LANES, launch, pl, pltriton
+from layers.kernels.pallas_triton import LANES, in_one_operation, launch, pl, pltriton, sums_over_lanes
 from layers.kernels.selective_scan.gpu import kernels
-from layers.kernels.selective_scan.gpu.kernels import LOG2_E, SPAN, Place, Series, Step
-
-
-def _matrix(ref: Any, at: Place, *index: Any) -> jax.Array:
-    """States (n, lanes) of an array (..., n, d), float32."""
-    rows = kernels.padded(at.states)
-    mask = (jnp.arange(rows) < at.states)[:, None] & at.exist[None]
-    view = ref.at[*index, pl.ds(jnp.int32(0), rows), pl.ds(at.channel, LANES)]
-    return pltriton.load(view, mask=mask, other=0).astype(jnp.float32)
-
-
-def _put_matrix(ref: Any, value: jax.Array, at: Place, *index: Any, where: Any = True) -> None:
-    rows = kernels.padded(at.states)
-    mask = (jnp.arange(rows) < at.states)[:, None] & at.exist[None] & where
-    view = ref.at[*index, pl.ds(jnp.int32(0), rows), pl.ds(at.channel, LANES)]
-    pltriton.store(view, value.astype(ref.dtype), mask=mask)
-
-
-def _entering(step: Step, h: jax.Array) -> jax.Array:
-    return h if step.start is None else jnp.where(step.start, 0.0, h)
+from layers.kernels.selective_scan.gpu.kernels import LOG2_E, SPAN, Series, States, Step
 
 
 def backward(
@@ -49,12 +27,7 @@ def backward(
       borders: what `forward` keeps; the other arguments are its own, and the gradients of its results.
     """
     batch, time, channels = series.x.shape
-    programs, pieces, spans, width = (
-        pl.cdiv(channels, LANES),
-        pl.cdiv(time, length),
-        length // SPAN,
-        kernels.padded(a.shape[0]),
-    )
+    programs, pieces, spans = pl.cdiv(channels, LANES), pl.cdiv(time, length), length // SPAN
     leaving = dfinal[:, None]
     if pieces > 1:
         found = kernels.effects(series, a, dy, softplus=softplus, length=length)
@@ -64,20 +37,16 @@ def backward(
         *, x, dt, vectors, bias, flags, a, borders, dy, leaving, dx, ddt, da, dstate, dvectors, dbias=None
     ):
         given, at = Series(x, dt, vectors, bias, flags), kernels.place(x, a, vectors)
-        rates, shift = LOG2_E * _matrix(a, at), None if bias is None else kernels.load(bias, at)
+        rates, shift = kernels.rates_of(a, at), None if bias is None else kernels.load(bias, at)
         start, program = at.piece * length, pl.program_id(0)
 
         def span_of(first):
             return [kernels.load_step((x, dt, dy), at, first + offset) for offset in range(SPAN)]
 
-        def vector(step, first):
-            return pltriton.load(vectors.at[at.row, step.place, at.group, pl.ds(jnp.int32(first), width)])[
-                :, None
-            ]
-
-        def put_vector(value, step, first):
-            view = dvectors.at[at.row, program, step.place, pl.ds(jnp.int32(first), width)]
-            pltriton.store(view, value, mask=jnp.broadcast_to(step.real, (width,)))
+        def put_vectors(step, value):
+            for part, sums in enumerate(value):
+                view = dvectors.at[at.row, program, step.place, pl.ds(jnp.int32(part * LANES), LANES)]
+                pltriton.store(view, sums, mask=jnp.broadcast_to(step.real, (LANES,)))
 
         def span(turn, carry):
             flowing, drates, dshift, loaded = carry
@@ -89,33 +58,32 @@ def backward(
                 for offset, v in enumerate(loaded)
             ]
             place = jnp.minimum(at.piece * spans + number, borders.shape[1] - 1)
-            states = [_matrix(borders, at, at.row, place)]
-            write, read = ([vector(step, first) for step in steps] for first in (0, width))
-            for step, b in zip(steps, write, strict=True):
-                kept = jnp.exp2(step.dt[None] * rates) * _entering(step, states[-1])
-                states.append(kept + (step.dt * step.x)[None] * b)
+            states = [kernels.load_states(borders, at, at.row, place)]
+            read = [kernels.vectors_of(vectors, at, step.place) for step in steps]
+            for step, (b, _) in zip(steps, read, strict=True):
+                states.append(kernels.after(step, rates, states[-1], b))
             for offset in reversed(range(SPAN)):
                 step = steps[offset]
                 dout = jnp.where(step.real, loaded[offset][2].astype(jnp.float32), 0.0)
-                put_vector((states[offset + 1] * dout[None]).sum(1), step, width)
-                g = read[offset] * dout[None] + flowing
-                put_vector((g * (step.dt * step.x)[None]).sum(1), step, 0)
-                dinput = (g * write[offset]).sum(0)
-                flowing = _entering(step, g * jnp.exp2(step.dt[None] * rates))
-                w = flowing * states[offset]
-                drates = drates + w * step.dt[None]
-                dstep = step.slope * (step.x * dinput + (w * rates).sum(0) / LOG2_E)
+                b, c = read[offset]
+                g = in_one_operation(kernels.with_output, flowing, c, dout)
+                put_vectors(step, _vector_gradients(step, g, states[offset + 1], dout))
+                dinput = in_one_operation(_summed, g, b)
+                flowing = kernels.before(step, rates, g)
+                drates = _rate_gradients(step, drates, flowing, states[offset])
+                through = in_one_operation(_through_decays, flowing, states[offset], rates)
+                dstep = step.slope * (step.x * dinput + through / LOG2_E)
                 dshift = dshift + dstep
                 kernels.store(dx, step.dt * dinput, at, at.row, step.place, where=step.real)
                 kernels.store(ddt, dstep, at, at.row, step.place, where=step.real)
             return flowing, drates, dshift, coming
 
-        flowing = _matrix(leaving, at, at.row, at.piece)
-        nothing = jnp.zeros(rates.shape, jnp.float32)
-        carry = flowing, nothing, jnp.zeros((LANES,), jnp.float32), span_of(start + (spans - 1) * SPAN)
+        zero = jnp.zeros((LANES,), jnp.float32)
+        flowing = kernels.load_states(leaving, at, at.row, at.piece)
+        carry = flowing, [zero] * at.states, zero, span_of(start + (spans - 1) * SPAN)
         flowing, drates, dshift, _ = jax.lax.fori_loop(0, spans, span, carry)
-        _put_matrix(dstate, flowing, at, at.row, where=at.piece == 0)
-        _put_matrix(da, drates, at, at.row, at.piece)
+        kernels.store_states(dstate, flowing, at, at.row, where=at.piece == 0)
+        kernels.store_states(da, drates, at, at.row, at.piece)
         if dbias is not None:
             kernels.store(dbias, dshift, at, at.row, at.piece)
 
@@ -139,3 +107,36 @@ def backward(
         outputs=outputs,
         warps=1,
     )
+
+
+def _vector_gradients(step: Step, g: States, states: States, dout: jax.Array) -> States:
+    """The sums over lanes of the gradients of b and c, as `kernels.packed` arranges them."""
+
+    def summands(dt, x, g, states, dout):
+        written, zeros = dt * x, [jnp.zeros((LANES,), jnp.float32)]
+        db, dc = [v * written for v in g], [h * dout for h in states]
+        values = db + zeros * (kernels.padded(len(db)) - len(db)) + dc
+        return values + zeros * (-len(values) % LANES)
+
+    def part_of(first):
+        return lambda *args: summands(*args)[first : first + LANES]
+
+    parts = range(0, 2 * kernels.padded(len(g)), LANES)
+    return [sums_over_lanes(part_of(first), step.dt, step.x, g, states, dout) for first in parts]
+
+
+def _rate_gradients(step: Step, drates: States, flowing: States, states: States) -> States:
+    """The gradients of the rates so far and from a step, from those of the states before it and these."""
+
+    def gradients(dt, drates, flowing, states):
+        return [total + v * h * dt for total, v, h in zip(drates, flowing, states, strict=True)]
+
+    return in_one_operation(gradients, step.dt, drates, flowing, states)
+
+
+def _summed(v: States, h: States) -> jax.Array:
+    return sum(p * q for p, q in zip(v, h, strict=True))
+
+
+def _through_decays(flowing: States, states: States, rates: States) -> jax.Array:
+    return sum(v * h * rate for v, h, rate in zip(flowing, states, rates, strict=True))

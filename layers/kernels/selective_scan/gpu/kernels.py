@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.pallas_triton import LANES, launch, of_lane, pl, pltriton
+from layers.kernels.pallas_triton import LANES, in_one_operation, launch, of_lanes, pl, pltriton
 
 SPAN = 4  # steps between kept states
 START, PADDING = 1, 2  # flags of a step: the state is reset before it; the state stays as it is
@@ -58,7 +58,7 @@ class Step(NamedTuple):
     Attributes:
       dt, x: (lanes,), the step size and the input, 0 on padding.
       slope: (lanes,), the derivative of the step size with respect to what the call gives for it.
-      start: whether the state is reset, or None.
+      start: (lanes,), 1 where the state is reset, else 0; or None.
       place: the step, at most the last one.
       real: whether the step exists.
     """
@@ -83,6 +83,7 @@ class Place(NamedTuple):
 
 
 def place(x: Any, a: Any, vectors: Any) -> Place:
+    """Returns the place of this program."""
     block, piece, row = (pl.program_id(axis) for axis in range(3))
     channel = block * LANES
     group = channel // (x.shape[2] // vectors.shape[2])
@@ -99,22 +100,23 @@ def load(ref: Any, at: Place, *index: Any) -> jax.Array:
 
 
 def store(ref: Any, value: jax.Array, at: Place, *index: Any, where: Any = True) -> None:
+    """Writes channels of an array (..., d)."""
     pltriton.store(ref.at[*index, _channels(at)], value.astype(ref.dtype), mask=at.exist & where)
 
 
-def _load_states(ref: Any, at: Place, *index: Any) -> States:
+def load_states(ref: Any, at: Place, *index: Any) -> States:
     """States of an array (..., n, d), float32."""
     return [load(ref, at, *index, jnp.int32(n)).astype(jnp.float32) for n in range(at.states)]
 
 
-def _store_states(ref: Any, values: States, at: Place, *index: Any, where: Any = True) -> None:
+def store_states(ref: Any, values: States, at: Place, *index: Any, where: Any = True) -> None:
     for n, value in enumerate(values):
         store(ref, value, at, *index, jnp.int32(n), where=where)
 
 
-def _rates(a: Any, at: Place) -> States:
+def rates_of(a: Any, at: Place) -> States:
     """Rates of decay, in units of log2."""
-    return [LOG2_E * rate for rate in _load_states(a, at)]
+    return [LOG2_E * rate for rate in load_states(a, at)]
 
 
 def packed(b: jax.Array, c: jax.Array) -> jax.Array:
@@ -131,6 +133,7 @@ def unpacked(vectors: jax.Array, states: int) -> tuple[jax.Array, jax.Array]:
 
 
 def padded(states: int) -> int:
+    """Returns the number of states rounded up to a power of two."""
     return pl.next_power_of_2(states)
 
 
@@ -139,15 +142,15 @@ def _parts(states: int) -> int:
     return pl.cdiv(2 * padded(states), LANES)
 
 
-def _vectors(ref: Any, at: Place, step: Any) -> tuple[States, States]:
+def vectors_of(ref: Any, at: Place, step: Any) -> tuple[States, States]:
     """b and c of a step, each number in all lanes."""
     parts = []
     for part in range(_parts(at.states)):
         lanes = pl.ds(jnp.int32(part * LANES), LANES)
         parts.append(pltriton.load(ref.at[at.row, step, at.group, lanes]))
     width = padded(at.states)
-    found = [of_lane(parts[n // LANES], n % LANES) for n in range(width + at.states)]
-    return found[: at.states], found[width:]
+    found = [number for part in parts for number in of_lanes(part)]
+    return found[: at.states], found[width : width + at.states]
 
 
 def load_step(arrays: tuple[Any, ...], at: Place, step: Any) -> tuple[jax.Array, ...]:
@@ -170,7 +173,8 @@ def prepared(loaded: Any, series: Series, bias: Any, at: Place, number: Any, sof
     taken, start = real, None
     if series.flags is not None:
         flag = series.flags[at.row, place]
-        taken, start = real & (flag != PADDING), real & (flag == START)
+        taken = real & (flag != PADDING)
+        start = jnp.full((LANES,), jnp.where(real & (flag == START), 1.0, 0.0))
     dt, slope, x = (jnp.where(taken, v, 0.0) for v in (dt, slope, x))
     return Step(dt, slope, x, start, place, real)
 
@@ -181,18 +185,39 @@ def _log1p(u: jax.Array) -> jax.Array:
     return jnp.where(u < 0.02, series, jnp.log(1.0 + u))
 
 
-def _entering(step: Step, h: States) -> States:
-    return h if step.start is None else [jnp.where(step.start, 0.0, v) for v in h]
+def entering_states(start: jax.Array | None, h: States) -> States:
+    """States as the step that follows finds them; `start` is 1 where they are reset."""
+    return h if start is None else [jnp.where(start > 0.5, 0.0, v) for v in h]
 
 
-def _after(step: Step, rates: States, h: States, b: States) -> States:
-    """The states after a step."""
-    written = step.dt * step.x
-    entering = _entering(step, h)
-    return [
-        jnp.exp2(step.dt * rate) * v + written * weight
-        for rate, v, weight in zip(rates, entering, b, strict=True)
-    ]
+def after(step: Step, rates: States, h: States, b: States) -> States:
+    """Returns the states after a step."""
+
+    def states(dt, x, start, rates, h, b):
+        written, h = dt * x, entering_states(start, h)
+        return [
+            jnp.exp2(dt * rate) * v + written * weight for rate, v, weight in zip(rates, h, b, strict=True)
+        ]
+
+    return in_one_operation(states, step.dt, step.x, step.start, rates, h, b)
+
+
+def with_output(flowing: States, c: States, dout: jax.Array) -> States:
+    """Returns the gradients of the states after a step, from those of later steps and that of its output."""
+    return [v + weight * dout for v, weight in zip(flowing, c, strict=True)]
+
+
+def before(step: Step, rates: States, g: States) -> States:
+    """Returns the gradients of the states before a step, from those after it."""
+
+    def flowing(dt, start, rates, g):
+        return entering_states(start, [jnp.exp2(dt * rate) * v for rate, v in zip(rates, g, strict=True)])
+
+    return in_one_operation(flowing, step.dt, step.start, rates, g)
+
+
+def _weighted(h: States, c: States) -> jax.Array:
+    return sum(v * weight for v, weight in zip(h, c, strict=True))
 
 
 def effects(
@@ -208,7 +233,7 @@ def effects(
     def body(*, x, dt, vectors, bias, flags, a, dy, sums, added):
         given = Series(x, dt, vectors, bias, flags)
         at = place(x, a, vectors)
-        rates, shift = _rates(a, at), None if bias is None else load(bias, at)
+        rates, shift = rates_of(a, at), None if bias is None else load(bias, at)
         arrays = (x, dt, dy) if backward else (x, dt)
         start = at.piece * length
 
@@ -219,22 +244,21 @@ def effects(
             h, total, reset, loaded = carry
             coming = load_step(arrays, at, number_of(turn + 1))
             step = prepared(loaded, given, shift, at, number_of(turn), softplus)
-            write, read = _vectors(vectors, at, step.place)
+            write, read = vectors_of(vectors, at, step.place)
             if backward:
                 out = jnp.where(step.real, loaded[2].astype(jnp.float32), 0.0)
-                h = [v + weight * out for v, weight in zip(h, read, strict=True)]
-                h = _entering(step, [jnp.exp2(step.dt * rate) * v for rate, v in zip(rates, h, strict=True)])
+                h = before(step, rates, in_one_operation(with_output, h, read, out))
             else:
-                h = _after(step, rates, h, write)
-            reset = reset if step.start is None else reset | step.start
+                h = after(step, rates, h, write)
+            reset = reset if step.start is None else jnp.maximum(reset, step.start)
             return h, total + step.dt, reset, coming
 
         zero = jnp.zeros((LANES,), jnp.float32)
-        reset = None if flags is None else jnp.bool_(False)
+        reset = None if flags is None else zero
         carry = [zero] * at.states, zero, reset, load_step(arrays, at, number_of(0))
         h, total, reset, _ = jax.lax.fori_loop(0, length, one, carry)
-        store(sums, total if reset is None else jnp.where(reset, -1.0, total), at, at.row, at.piece)
-        _store_states(added, h, at, at.row, at.piece)
+        store(sums, total if reset is None else jnp.where(reset > 0, -1.0, total), at, at.row, at.piece)
+        store_states(added, h, at, at.row, at.piece)
 
     found = launch(
         body,
@@ -300,29 +324,29 @@ def forward(
 
     def body(*, x, dt, vectors, bias, flags, a, states, y, final, borders=None):
         given, at = Series(x, dt, vectors, bias, flags), place(x, a, vectors)
-        rates, shift = _rates(a, at), None if bias is None else load(bias, at)
+        rates, shift = rates_of(a, at), None if bias is None else load(bias, at)
         start = at.piece * length
         loaded = load_step((x, dt), at, start)
-        h = _load_states(states, at, at.row, at.piece)
+        h = load_states(states, at, at.row, at.piece)
 
         def one(number, carry):
             h, loaded = carry
             coming = load_step((x, dt), at, number + 1)
             step = prepared(loaded, given, shift, at, number, softplus)
-            write, read = _vectors(vectors, at, step.place)
-            h = _after(step, rates, h, write)
-            out = sum(v * weight for v, weight in zip(h, read, strict=True))
+            write, read = vectors_of(vectors, at, step.place)
+            h = after(step, rates, h, write)
+            out = in_one_operation(_weighted, h, read)
             store(y, out, at, at.row, step.place, where=step.real)
             return h, coming
 
         def span(number, carry):
             if borders is not None:
-                _store_states(borders, carry[0], at, at.row, at.piece * spans + number)
+                store_states(borders, carry[0], at, at.row, at.piece * spans + number)
             first = start + number * SPAN
             return jax.lax.fori_loop(first, first + SPAN, one, carry)
 
         h, _ = jax.lax.fori_loop(0, spans, span, (h, loaded))
-        _store_states(final, h, at, at.row, where=at.piece == pieces - 1)
+        store_states(final, h, at, at.row, where=at.piece == pieces - 1)
 
     outputs = {
         "y": jax.ShapeDtypeStruct(series.x.shape, jnp.float32),
