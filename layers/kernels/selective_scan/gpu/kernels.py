@@ -110,6 +110,7 @@ def load_states(ref: Any, at: Place, *index: Any) -> States:
 
 
 def store_states(ref: Any, values: States, at: Place, *index: Any, where: Any = True) -> None:
+    """Writes states of an array (..., n, d)."""
     for n, value in enumerate(values):
         store(ref, value, at, *index, jnp.int32(n), where=where)
 
