@@ -58,37 +58,6 @@ def test_interpreted_groups():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pieces", [(3, 2), (1, 4)], ids=str)
-@pytest.mark.parametrize("segments", [False, True], ids=["whole", "segments"])
-def test_interpreted_in_pieces(monkeypatch, pieces, segments):
-    """Pieces of time, other ones in either pass, pass states on; the last piece is shorter, and some begin or contain segments."""
-    rng = np.random.default_rng(4)
-    ids = ids_of(rng, (2, 21), 0.1) if segments else None
-    forward, backward = (2 * count for count in pieces)
-    for name, value in {
-        "FORWARD_PROGRAMS": forward,
-        "BACKWARD_PROGRAMS": backward,
-        "SHORTEST_PIECE": 4,
-    }.items():
-        monkeypatch.setattr(gpu, name, value)
-    with pallas_triton.interpreted():
-        check(CASES["mamba"], arguments_of(rng, 2, 21, 20, 3), "float32", ids)
-
-
-def test_piece_length(monkeypatch):
-    """As many pieces as make the programs, none too short, all of whole spans."""
-    monkeypatch.setattr(gpu, "SHORTEST_PIECE", 128)
-    for batch, time, channels, programs, length in (
-        (8, 4096, 4096, 1024, 4096),
-        (8, 4096, 1536, 768, 2048),
-        (1, 4096, 1536, 2048, 128),
-        (1, 100, 32, 2048, 100),
-        (1, 1001, 32, 3, 336),
-    ):
-        assert gpu.piece_length(batch, time, channels, programs) == length
-
-
-@pytest.mark.slow
 def test_interpreted_small_steps():
     """Steps of a millionth keep their digits through softplus, whose sum 1 + exp would round them away."""
     arguments = arguments_of(np.random.default_rng(3), 1, 9, 32, 2)

@@ -12,23 +12,24 @@ from jax.sharding import PartitionSpec as P
 
 from layers.kernels import devices, pallas_triton, partition
 from layers.kernels.mosaic_gpu import MAX_GRID, lowered_once
-from layers.kernels.pallas_triton import LANES
 from layers.kernels.promotion import promoting
 from layers.kernels.segments import reset_mask, select_real
-from layers.kernels.selective_scan.gpu import backward as backward_kernels
 from layers.kernels.selective_scan.gpu import kernels
-from layers.kernels.selective_scan.gpu.kernels import PADDING, SPAN, START
+from layers.kernels.selective_scan.gpu.kernels import LANES, PADDING, START
 from layers.kernels.shard_map_types import vary_as
 
 WIDEST = 32  # states per channel, which a lane keeps in registers for some steps at once
 # Fewest tokens of a row, and rows times channels, for which `impl=None` takes these kernels, whose programs walk whole rows.
 SHORTEST, FEWEST = 256, 8192
-# Programs that fill the GPU, and the fewest steps of a piece of time.
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS, SHORTEST_PIECE = 2048, 2048, 128
 
 
-def unsupported_reason(x, dt, a, b, c, initial_state, **_: Any) -> str | None:
+def unsupported_reason(**call: Any) -> str | None:
     """Why these kernels cannot take a call, or None."""
+    return unsupported_call(**call) or pallas_triton.refusal(_probe)
+
+
+def unsupported_call(x, dt, a, b, c, initial_state, **_: Any) -> str | None:
+    """Why kernels whose lanes hold all states of a channel cannot take a call, or None."""
     for name, v in {"x": x, "dt": dt, "a": a, "b": b, "c": c, "initial_state": initial_state}.items():
         if v is not None and v.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} has dtype {v.dtype}; expected float32 or bfloat16"
@@ -41,7 +42,7 @@ def unsupported_reason(x, dt, a, b, c, initial_state, **_: Any) -> str | None:
         return f"b has {groups} groups of {channels // groups} channels; expected multiples of {LANES}"
     if any(jax.typeof(v).sharding.spec[1] is not None for v in (x, dt, b, c)):
         return f"x is sharded {jax.typeof(x).sharding.spec}; expected whole rows, time not sharded"
-    return pallas_triton.refusal(_probe)
+    return None
 
 
 def passed_over_reason(x, **_: Any) -> str | None:
@@ -56,8 +57,17 @@ def passed_over_reason(x, **_: Any) -> str | None:
     return partition.passed_over_reason(x)
 
 
-def selective_scan(x, dt, a, b, c, skip, gate, dt_bias, dt_softplus, initial_state, segments):
+def selective_scan(*arguments: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
     """Returns the outputs and the final state; the public function has checked the arguments."""
+    return by_shards(_local, *arguments, **options)
+
+
+def by_shards(local, x, dt, a, b, c, skip, gate, dt_bias, dt_softplus, initial_state, segments):
+    """Runs the recurrence on every device's part, and adds skip and gate.
+
+    Args:
+      local: the recurrence on one device, as `_local`.
+    """
     batch, _, channels = x.shape
     shape = (batch, channels, a.shape[1])
     state = jnp.zeros(shape, jnp.float32) if initial_state is None else initial_state.astype(jnp.float32)
@@ -80,8 +90,8 @@ def selective_scan(x, dt, a, b, c, skip, gate, dt_bias, dt_softplus, initial_sta
 
     def run(*given):
         leaves = jax.tree.leaves(given)
-        local = dict(zip(arrays, (vary_as(v, *leaves) for v in given), strict=True))
-        return _local(dt_softplus, **local)
+        arguments = dict(zip(arrays, (vary_as(v, *leaves) for v in given), strict=True))
+        return local(dt_softplus, **arguments)
 
     y, final = partition.over_shards(run, *zip(*arrays.values(), strict=True), (series, P(rows, split, None)))
     if skip is not None:
@@ -99,48 +109,41 @@ def _flags(segments):
 
 def _local(softplus, x, dt, a, b, c, state, bias=None, flags=None):
     """On one device; states have the axes (b, n, d) in kernels, so that neighbouring lanes have neighbouring channels."""
-    series = kernels.Series(x, dt, kernels.packed(b, c), bias, flags)
-    y, final = _scan(series, a.T, state.swapaxes(1, 2), softplus)
+    y, final = _scan(x, dt, a.T, b, c, bias, flags, state.swapaxes(1, 2), softplus)
     return y, final.swapaxes(1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _scan(series, a, state, softplus):
-    y, final, _ = forward(series, a, state, softplus, keeping=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _scan(x, dt, a, b, c, bias, flags, state, softplus):
+    y, final, _ = forward(x, dt, a, b, c, bias, flags, state, softplus, keeping=False)
     return y, final
 
 
 @lowered_once("softplus", "keeping")
-def forward(series, a, state, softplus, *, keeping):
+def forward(x, dt, a, b, c, bias, flags, state, softplus, *, keeping):
     """Returns the outputs, the last state, and the states before every few steps if `keeping`."""
-    length = piece_length(*series.x.shape, FORWARD_PROGRAMS)
-    return kernels.forward(series, a, state, softplus=softplus, length=length, keeping=keeping)
+    return kernels.forward(x, dt, a, b, c, bias, flags, state, softplus=softplus, keeping=keeping)
 
 
-def piece_length(batch: int, time: int, channels: int, programs: int) -> int:
-    """Steps per piece of the time axis: as many pieces as make `programs`, none shorter than `SHORTEST_PIECE`."""
-    pieces = -(-programs // (batch * -(-channels // LANES)))
-    pieces = max(1, min(pieces, time // SHORTEST_PIECE))
-    return SPAN * -(-time // (SPAN * pieces))
-
-
-def _forward(series, a, state, softplus):
-    y, final, borders = forward(series, a, state, softplus, keeping=True)
-    return (y, final), (series, a, borders)
+def _forward(x, dt, a, b, c, bias, flags, state, softplus):
+    y, final, borders = forward(x, dt, a, b, c, bias, flags, state, softplus, keeping=True)
+    return (y, final), (x, dt, a, b, c, bias, flags, borders)
 
 
 @lowered_once("softplus")
 def gradients(softplus, residuals, cotangents):
     """The backward pass, from the states that `forward` keeps."""
-    series, a, borders = residuals
-    length = piece_length(*series.x.shape, BACKWARD_PROGRAMS)
-    found = backward_kernels.backward(series, a, borders, *cotangents, softplus=softplus, length=length)
-    groups, partial = series.vectors.shape[2], found["dvectors"]
-    batch, _, time, lanes = partial.shape
-    dvectors = partial.reshape(batch, groups, -1, time, lanes).sum(2).swapaxes(1, 2)
-    dbias = None if series.bias is None else found["dbias"].sum((0, 1))
-    dseries = kernels.Series(found["dx"], found["ddt"], dvectors, dbias, None)
-    return dseries, found["da"].sum((0, 1)), found["dstate"]
+    x, dt, a, b, c, bias, flags, borders = residuals
+    found = kernels.backward(x, dt, a, b, c, bias, flags, borders, *cotangents, softplus=softplus)
+    db, dc = (_of_groups(v, like) for v, like in ((found["db"], b), (found["dc"], c)))
+    dbias = None if bias is None else found["dbias"].sum(0)
+    return found["dx"], found["ddt"], found["da"].sum(0), db, dc, dbias, None, found["dstate"]
+
+
+def _of_groups(partial, like):
+    """The gradient of b or c (b, t, g, n), from one per program, (b, programs, t, n)."""
+    batch, time, groups, states = like.shape
+    return partial.reshape(batch, groups, -1, time, states).sum(2).swapaxes(1, 2).astype(like.dtype)
 
 
 _scan.defvjp(promoting(_forward), promoting(gradients))

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.kernels import pallas_triton
-from layers.kernels.pallas_triton import LANES, in_one_operation, of_lanes, sums_over_lanes
+from layers.kernels import triton_ptx
+from layers.kernels.triton_ptx import LANES, in_one_operation, of_lanes, sums_over_lanes
 
 OPERATIONS = {
     "mov.u32": lambda x: x,
@@ -43,7 +43,7 @@ def run(lines, values):
 
 @pytest.fixture
 def draws(monkeypatch):
-    monkeypatch.setattr(pallas_triton, "_assembled", run)
+    monkeypatch.setattr(triton_ptx, "_assembled", run)
     return list(jnp.asarray(np.random.default_rng(0).standard_normal((2 * LANES, LANES)), jnp.float32))
 
 

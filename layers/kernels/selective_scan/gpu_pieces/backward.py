@@ -6,9 +6,11 @@ A program takes 32 channels of one row and one piece, a lane one channel, as tho
 import jax
 import jax.numpy as jnp
 
-from layers.kernels.pallas_triton import LANES, in_one_operation, launch, pl, pltriton, sums_over_lanes
-from layers.kernels.selective_scan.gpu import kernels
-from layers.kernels.selective_scan.gpu.kernels import LOG2_E, SPAN, Series, States, Step
+from layers.kernels.pallas_triton import launch, pl, pltriton
+from layers.kernels.selective_scan.gpu.kernels import LOG2_E, SPAN
+from layers.kernels.selective_scan.gpu_pieces import kernels
+from layers.kernels.selective_scan.gpu_pieces.kernels import Series, States, Step
+from layers.kernels.triton_ptx import LANES, in_one_operation, sums_over_lanes
 
 
 def backward(
