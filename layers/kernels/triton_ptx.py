@@ -1,7 +1,7 @@
 """Arithmetic of a warp as lines of PTX, for kernels of Pallas's Triton backend that hold one number per lane in many vectors.
 
-Triton's passes slow down with the square of the number of operations and more, so that a kernel with hundreds of vectors takes minutes to
-compile where each operation stands alone. JAX gives Triton several results of assembly only as several operations.
+A pass of Triton 3.9 slows down with the square of the number of operations and more, so that a kernel with hundreds of vectors compiles
+slowly where each operation stands alone. JAX 0.11 gives Triton one result per piece of assembly.
 """
 
 from collections.abc import Callable, Sequence
