@@ -32,7 +32,7 @@ def of_lanes(x: jax.Array) -> list[jax.Array]:
 
 
 def in_one_operation(function: Callable[..., Any], *args: Any) -> Any:
-    """Returns function(*args), each result as one operation of Triton's, whose passes slow down with the square of their number.
+    """Returns function(*args), each result as one operation of Triton.
 
     Args:
       function: takes and returns trees of (32,), float32; sums, products, powers of two, comparisons with > and selections. What two

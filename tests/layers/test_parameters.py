@@ -1,6 +1,5 @@
 """Linear maps."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
