@@ -115,6 +115,8 @@ def axes_of(variable: nnx.Variable) -> Axes:
 class Linear(nnx.Linear):
     """The map y = x W + b, to which an adapter may add s x A B (see `layers.adapters`).
 
+    The gradient of b is summed over tokens in float32, whatever the type of y.
+
     Attributes:
       adapter: the adapter, or None.
     """
@@ -124,7 +126,12 @@ class Linear(nnx.Linear):
         self.adapter = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = super().__call__(x)
+        x, kernel = self.promote_dtype((x, self.kernel[...]), dtype=self.dtype)
+        y = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision)
+        if self.bias is not None:
+            # Spread before the cast: the gradient is then cast before it is summed.
+            bias = jnp.zeros_like(y, jnp.float32) + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
+            y = y + bias.astype(y.dtype)
         return y if self.adapter is None else y + self.adapter(x, y.dtype)
 
     @property

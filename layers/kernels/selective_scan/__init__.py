@@ -9,7 +9,7 @@ from layers.kernels import checks
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.isolation import isolated
 from layers.kernels.segments import SegmentIds, Segments, select_real
-from layers.kernels.selective_scan import gpu, reference, xla
+from layers.kernels.selective_scan import gpu, gpu_pieces, reference, xla
 from layers.kernels.sequence_parallel import Recurrence
 from layers.typing import Array, Float
 
@@ -19,6 +19,9 @@ SERIES, READERS = ("x", "dt", "b", "c", "gate"), ("c", "gate")
 IMPLEMENTATIONS = {
     "gpu": Implementation(gpu.selective_scan, gpu.unsupported_reason, gpu.passed_over_reason, "gpu"),
     "xla": Implementation(isolated(xla.selective_scan, *SERIES, readers=READERS)),
+    "gpu_pieces": Implementation(
+        gpu_pieces.selective_scan, gpu_pieces.unsupported_reason, by_name_only, "gpu"
+    ),
     "reference": Implementation(
         isolated(reference.selective_scan, *SERIES, readers=READERS),
         passed_over_reason=by_name_only,
@@ -66,7 +69,8 @@ def selective_scan(
       initial_state: h_0, zero if None. It belongs to the segment of the first real token.
       segment_ids: 0 is padding, which leaves the state as it is and gives the output 0; a change of id resets the
         state (see `layers.kernels.segments`).
-      impl: "gpu" (for Hopper; at most 32 states per channel), "xla", "reference", or None for the best.
+      impl: "gpu" (for Hopper; at most 32 states per channel), "gpu_pieces" (the same in pieces of time), "xla", "reference", or
+        None for the best of "gpu" and "xla".
 
     Returns:
       y: (b, t, d), in the type of x.

@@ -23,8 +23,13 @@ WIDEST = 32  # states per channel, which a lane keeps in registers for some step
 SHORTEST, FEWEST = 256, 8192
 
 
-def unsupported_reason(x, dt, a, b, c, initial_state, **_: Any) -> str | None:
+def unsupported_reason(**call: Any) -> str | None:
     """Why these kernels cannot take a call, or None."""
+    return unsupported_call(**call) or pallas_triton.refusal(_probe)
+
+
+def unsupported_call(x, dt, a, b, c, initial_state, **_: Any) -> str | None:
+    """Why kernels whose lanes hold all states of a channel cannot take a call, or None."""
     for name, v in {"x": x, "dt": dt, "a": a, "b": b, "c": c, "initial_state": initial_state}.items():
         if v is not None and v.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} has dtype {v.dtype}; expected float32 or bfloat16"
@@ -37,7 +42,7 @@ def unsupported_reason(x, dt, a, b, c, initial_state, **_: Any) -> str | None:
         return f"b has {groups} groups of {channels // groups} channels; expected multiples of {LANES}"
     if any(jax.typeof(v).sharding.spec[1] is not None for v in (x, dt, b, c)):
         return f"x is sharded {jax.typeof(x).sharding.spec}; expected whole rows, time not sharded"
-    return pallas_triton.refusal(_probe)
+    return None
 
 
 def passed_over_reason(x, **_: Any) -> str | None:
@@ -52,8 +57,17 @@ def passed_over_reason(x, **_: Any) -> str | None:
     return partition.passed_over_reason(x)
 
 
-def selective_scan(x, dt, a, b, c, skip, gate, dt_bias, dt_softplus, initial_state, segments):
+def selective_scan(*arguments: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
     """Returns the outputs and the final state; the public function has checked the arguments."""
+    return by_shards(_local, *arguments, **options)
+
+
+def by_shards(local, x, dt, a, b, c, skip, gate, dt_bias, dt_softplus, initial_state, segments):
+    """Runs the recurrence on every device's part, and adds skip and gate.
+
+    Args:
+      local: the recurrence on one device, as `_local`.
+    """
     batch, _, channels = x.shape
     shape = (batch, channels, a.shape[1])
     state = jnp.zeros(shape, jnp.float32) if initial_state is None else initial_state.astype(jnp.float32)
@@ -76,8 +90,8 @@ def selective_scan(x, dt, a, b, c, skip, gate, dt_bias, dt_softplus, initial_sta
 
     def run(*given):
         leaves = jax.tree.leaves(given)
-        local = dict(zip(arrays, (vary_as(v, *leaves) for v in given), strict=True))
-        return _local(dt_softplus, **local)
+        arguments = dict(zip(arrays, (vary_as(v, *leaves) for v in given), strict=True))
+        return local(dt_softplus, **arguments)
 
     y, final = partition.over_shards(run, *zip(*arrays.values(), strict=True), (series, P(rows, split, None)))
     if skip is not None:

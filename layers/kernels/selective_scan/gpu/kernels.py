@@ -128,18 +128,24 @@ def _steps(loaded: Any, first: Any, time: int, bias: Any, softplus: bool) -> lis
     """The inputs of a span; steps beyond the end and padding leave the state as it is."""
     steps = []
     for step, (dt, x, b, c, *flags) in enumerate(loaded):
-        if bias is not None:
-            dt = dt + bias
-        slope = jnp.ones_like(dt)
-        if softplus:
-            slope = 1.0 / (1.0 + jnp.exp(-dt))
-            dt = jnp.maximum(dt, 0.0) + _log1p(jnp.exp(-jnp.abs(dt)))
+        dt, slope = step_sizes(dt, bias, softplus)
         real, start = first + step < time, None
         if flags:
             real, start = real & (flags[0] != PADDING), real & (flags[0] == START)
         dt, slope, x = (jnp.where(real, v, 0.0) for v in (dt, slope, x))
         steps.append(Step(dt, slope, x, b[:, None], c[:, None], start))
     return steps
+
+
+def step_sizes(dt: jax.Array, bias: Any, softplus: bool) -> tuple[jax.Array, jax.Array]:
+    """Returns step sizes, and their derivatives with respect to what the call gives for them."""
+    if bias is not None:
+        dt = dt + bias
+    slope = jnp.ones_like(dt)
+    if softplus:
+        slope = 1.0 / (1.0 + jnp.exp(-dt))
+        dt = jnp.maximum(dt, 0.0) + _log1p(jnp.exp(-jnp.abs(dt)))
+    return dt, slope
 
 
 def _log1p(u: jax.Array) -> jax.Array:
