@@ -116,16 +116,21 @@ def cleaned(series: Mapping[str, jax.Array], taps: int) -> tuple[dict, dict, jax
       outputs that they reach, (b, t, 1).
     """
     unfit = {name: ~jnp.isfinite(v).all(2, keepdims=True) for name, v in series.items()}
-    batch, time, _ = series["x"].shape
-    past = unfit.get("initial_state", jnp.zeros((batch, taps - 1, 1), bool))
     inputs = unfit["x"] | unfit["input_gate"] if "input_gate" in unfit else unfit["x"]
-    # Place taps - 1 is that of the first token.
-    place = jnp.arange(taps - 1 + time, dtype=jnp.int32)[None, :, None]
-    last = jax.lax.cummax(jnp.where(jnp.concatenate([past, inputs], axis=1), place, -taps), axis=1)
-    reached = (place - last < taps)[:, taps - 1 :]
+    if "initial_state" in unfit:
+        inputs = jnp.concatenate([unfit["initial_state"], inputs], axis=1)
+    reached = reached_by(inputs[..., 0], taps)[:, -series["x"].shape[1] :, None]
     if "output_gate" in unfit:
         reached |= unfit["output_gate"]
     return {name: jnp.where(unfit[name], 0, v) for name, v in series.items()}, unfit, reached
+
+
+def reached_by(unfit: jax.Array, taps: int) -> jax.Array:
+    """Returns which outputs of a causal convolution with some taps see an input that is flagged; both are (b, t)."""
+    place = jnp.arange(unfit.shape[1], dtype=jnp.int32)[None]
+    if taps >= unfit.shape[1]:
+        return place >= jnp.where(unfit, place, unfit.shape[1]).min(1, keepdims=True)
+    return place - jax.lax.cummax(jnp.where(unfit, place, -taps), axis=1) < taps
 
 
 def times(gradient: jax.Array, factor: jax.Array) -> jax.Array:

@@ -37,17 +37,30 @@ PROGRAMS = 264  # programs that fill the GPU
 
 
 class Plan(NamedTuple):
-    """The transforms of a call: n1 and n2, the number of blocks, and the number of warps per program."""
+    """The transforms of a call.
+
+    Attributes:
+      outer, inner: n1 and n2.
+      warps: number of warps per program; n1 is 16 per warp or a multiple.
+      blocks: number of blocks of tokens.
+      lags: number of blocks that outputs of a block see, for which some H_m is not 0.
+    """
 
     outer: int
     inner: int
-    blocks: int
     warps: int
+    blocks: int = 1
+    lags: int = 1
 
     @property
     def block(self) -> int:
         """T, tokens per block."""
         return self.outer * self.inner // 2
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all blocks."""
+        return self.blocks * self.block
 
     @property
     def halves(self) -> tuple[int, int]:
@@ -60,16 +73,16 @@ class Plan(NamedTuple):
         return self.outer, self.inner
 
 
-SHAPES = ((64, 16, 4), (64, 32, 4), (128, 32, 8), (128, 64, 8))  # n1, n2 and warps, by size
+SHAPES = ((64, 16, 4), (64, 32, 4), (128, 32, 8), (128, 64, 8))  # n1, n2 and warps
 
 
-def plan_of(time: int) -> Plan:
-    """Returns the smallest transform that holds the tokens in one block, or blocks of the largest one."""
-    for outer, inner, warps in SHAPES:
-        plan = Plan(outer, inner, 1, warps)
-        if time <= plan.block:
-            return plan
-    return plan._replace(blocks=pl.cdiv(time, plan.block))
+def plan_of(time: int, taps: int) -> Plan:
+    """Returns the smallest transform that holds all taps that count in one block, or else the largest."""
+    taps = min(time, taps)
+    plans = [Plan(*shape) for shape in SHAPES]
+    plan = next((plan for plan in plans if taps <= plan.block), plans[-1])
+    blocks = pl.cdiv(time, plan.block)
+    return plan._replace(blocks=blocks, lags=min(blocks, pl.cdiv(taps - 1, plan.block) + 1))
 
 
 @functools.cache
@@ -97,26 +110,26 @@ def _tables(plan: Plan) -> dict[str, np.ndarray]:
 
 
 def spectra_of_taps(taps: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
-    """Returns H_m, (d, blocks, 2, n1, n2), float16, real and imaginary parts, and the powers of two (d,) that they carry.
+    """Returns H_m, (d, lags, 2, n1, n2), float16, real and imaginary parts, and the powers of two (d,) that they carry.
 
     Args:
-      taps: (d, l), float32, with l at most the number of tokens of all blocks.
+      taps: (d, l), float32, of which those of the first lags - 1 blocks and one more count.
     """
     width, block = taps.shape[0], plan.block
-    ahead = jnp.pad(taps, ((0, 0), (block, plan.blocks * block - taps.shape[1])))
-    earlier, later = (v.reshape(width, plan.blocks, block) for v in (ahead[:, :-block], ahead[:, block:]))
+    ahead = jnp.pad(taps, ((0, 0), (block, plan.lags * block - taps.shape[1])))
+    earlier, later = (v.reshape(width, plan.lags, block) for v in (ahead[:, :-block], ahead[:, block:]))
     spectra = jnp.fft.fft(jnp.concatenate([later, earlier], axis=2))
-    spectra = spectra.reshape(width, plan.blocks, plan.inner, plan.outer).swapaxes(2, 3)
+    spectra = spectra.reshape(width, plan.lags, plan.inner, plan.outer).swapaxes(2, 3)
     parts = jnp.stack([spectra.real, spectra.imag], axis=2)
     scale = scale_to(jnp.abs(parts).max((1, 2, 3, 4)))
     return (parts * scale[:, None, None, None, None]).astype(jnp.float16), scale
 
 
 def taps_of_spectra(parts: jax.Array, length: int, plan: Plan) -> jax.Array:
-    """The transpose of the linear part of `spectra_of_taps`: (d, l), float32, from gradients (d, blocks, 2, n1, n2)."""
+    """The transpose of the linear part of `spectra_of_taps`: (d, l), float32, from gradients (d, lags, 2, n1, n2)."""
     width, block = parts.shape[0], plan.block
     spectra = jax.lax.complex(parts[:, :, 0], parts[:, :, 1]).swapaxes(2, 3)
-    signals = jnp.fft.ifft(spectra.reshape(width, plan.blocks, 2 * block)).real
+    signals = jnp.fft.ifft(spectra.reshape(width, plan.lags, 2 * block)).real
     later, earlier = signals[..., :block].reshape(width, -1), signals[..., block:].reshape(width, -1)
     return (later + jnp.pad(earlier[:, block:], ((0, 0), (0, block))))[:, :length]
 
@@ -270,8 +283,8 @@ def convolve(u: jax.Array, scale: jax.Array, taps: jax.Array, plan: Plan) -> jax
                     return _sum(total, _times(_load_parts(spectra, channel, block - earlier), taken))
 
                 total = _times(_load_parts(spectra, channel, 0), spectrum)
-                if kept is not None:
-                    total = jax.lax.fori_loop(0, block, add, total)
+                if plan.lags > 1:
+                    total = jax.lax.fori_loop(jnp.maximum(0, block - plan.lags + 1), block, add, total)
                 _store_pair(y, transforms.backward(total), back, pair, channel, block)
                 return carry
 
@@ -310,7 +323,7 @@ def gradients(
             _store_parts(dtaps, [jnp.zeros(plan.whole, jnp.float32)] * 2, channel, split, block)
             return carry
 
-        jax.lax.fori_loop(0, plan.blocks, clear, 0)
+        jax.lax.fori_loop(0, plan.lags, clear, 0)
 
         def run(pair):
             def step(turn, carry):
@@ -328,8 +341,8 @@ def gradients(
                     return _sum(total, _conjugate_times(_load_parts(spectra, channel, lag), later))
 
                 total = add(0, [jnp.zeros(plan.whole, jnp.float32)] * 2)
-                if plan.blocks > 1:
-                    total = jax.lax.fori_loop(1, turn + 1, add, total)
+                if plan.lags > 1:
+                    total = jax.lax.fori_loop(1, jnp.minimum(turn + 1, plan.lags), add, total)
                 _store_pair(du, transforms.backward(total), back, pair, channel, block)
                 return carry
 
@@ -346,7 +359,7 @@ def gradients(
         1 / (g_scale * carried[None]),
         {
             "du": jax.ShapeDtypeStruct(u.shape, u.dtype),
-            "dtaps": jax.ShapeDtypeStruct((width, splits, plan.blocks, 2, *plan.whole), jnp.float32),
+            "dtaps": jax.ShapeDtypeStruct((width, splits, plan.lags, 2, *plan.whole), jnp.float32),
         },
         weights=1 / least,
     )
@@ -377,6 +390,6 @@ def _launch(
         k: jax.ShapeDtypeStruct((2 * pl.cdiv(v.shape[0], 2), *cut(v.shape)[1:]), v.dtype) if k in ("y", "du") else v
         for k, v in outputs.items()
     }
-    if plan.blocks > 1 or "dtaps" in outputs:
+    if plan.lags > 1 or "dtaps" in outputs:
         room["kept"] = jax.ShapeDtypeStruct((*grid, plan.blocks, 2, *plan.whole), jnp.float16)
     return launch(body, name=name, grid=grid, inputs=given, outputs=room, warps=plan.warps)
