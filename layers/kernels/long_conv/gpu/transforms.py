@@ -392,4 +392,5 @@ def _launch(
     }
     if plan.lags > 1 or "dtaps" in outputs:
         room["kept"] = jax.ShapeDtypeStruct((*grid, plan.blocks, 2, *plan.whole), jnp.float16)
-    return launch(body, name=name, grid=grid, inputs=given, outputs=room, warps=plan.warps)
+    # The factors fill shared memory, so that no second copy of a table fits.
+    return launch(body, name=name, grid=grid, inputs=given, outputs=room, warps=plan.warps, stages=1)
