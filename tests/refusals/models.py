@@ -161,6 +161,8 @@ MIXER_OPTIONS = [
     (mixer("lstm", state_size=0), ValueError, "state_size=0; expected"),
     (mixer("hyena", order=1), ValueError, "order=1; expected"),
     (mixer("hyena", filter_features=4), ValueError, "filter_features=4; expected"),
+    (mixer("hyena", partial=1025), ValueError, "partial=1025; expected 1 to 1024"),
+    (mixer("hyena", frequencies=1026), ValueError, "frequencies=1026; expected 1 to 1025"),
     (mixer("sgconv", max_length=0), ValueError, "max_length=0"),
     (mixer("sgconv", decay_min=2.0, decay_max=1.0), ValueError, "decay_min=2.0, decay_max=1.0; expected"),
     (mixer("lightweight_conv", heads=3), ValueError, "heads=3 does not divide width=8"),

@@ -9,11 +9,12 @@ from layers.kernels import checks, devices
 from layers.kernels.dispatch import Implementation, by_name_only, dispatch
 from layers.kernels.long_conv import gpu, reference, toeplitz, xla
 from layers.kernels.long_conv.over_time import OVER_TIME
+from layers.kernels.long_conv.sparse import sparse_kernel
 from layers.kernels.promotion import joint_dtype, promoting
 from layers.kernels.sizes import known
 from layers.typing import Array, Num
 
-__all__ = ["Piece", "compose", "long_conv", "summarize"]
+__all__ = ["Piece", "compose", "long_conv", "sparse_kernel", "summarize"]
 
 # Numbers of taps, or of outputs after a state, up to which matrix products are faster than transforms. The number for a TPU
 # is an estimate from the bytes that the two forms move.
@@ -56,6 +57,8 @@ def long_conv(
     output_gate: Num[Array, "b t d"] | None = None,
     initial_state: Num[Array, "b s d"] | None = None,
     circular: bool = False,
+    partial: int | None = None,
+    frequencies: int | None = None,
     impl: str | None = None,
 ) -> tuple[Num[Array, "b t d"], Num[Array, "b s d"] | None]:
     """Returns every channel convolved with its own kernel, causally or around a circle, between two optional gates.
@@ -81,6 +84,9 @@ def long_conv(
       output_gate: multiplies the output, the skip term included.
       initial_state: the last l - 1 inputs before x, gated, the latest last; zeros if None.
       circular: whether u_{t-j} wraps around, t - j modulo t; there is no state then.
+      partial: number of taps that count, 1 to l, as if the kernel had no more; all if None. States hold partial - 1 inputs.
+      frequencies: number of frequencies of each sign that the kernel keeps, from 0 upwards, 1 to l + 1; all if None. Taps
+        are those of `sparse_kernel`, before `partial` cuts them. It saves no time.
       impl: "xla" (Fourier transforms), "toeplitz" (matrix products, with operands in the type of x), "gpu" (Fourier
         transforms in float16 for bfloat16 inputs on Hopper GPUs, with errors of 5e-4 of the largest numbers of a row),
         "reference", or None for the best.
@@ -107,6 +113,12 @@ def long_conv(
         )
     if taps == 0:
         raise ValueError(f"kernel has shape {kernel.shape}; expected at least one tap")
+    if circular and frequencies is not None:
+        raise ValueError(
+            f"frequencies={frequencies} is given with circular=True; mask the spectrum of the kernel, which is circular itself"
+        )
+    kernel = arrays["kernel"] = sparse_kernel(kernel, partial=partial, frequencies=frequencies)
+    taps = kernel.shape[1]
     if initial_state is not None:
         if circular:
             raise ValueError("initial_state is given with circular=True; a circular convolution has no state")
@@ -162,7 +174,7 @@ class Piece(NamedTuple):
 def summarize(
     x: Num[Array, "b t d"], kernel: Num[Array, "d l"], *, input_gate: Num[Array, "b t d"] | None = None
 ) -> Piece:
-    """Returns the effect of consecutive tokens on the state."""
+    """Returns the effect of consecutive tokens on the state; with `partial`, pass that many taps."""
     state = _final_state(x, kernel.shape[1], input_gate, None)
     return Piece(state, jnp.int32(min(x.shape[1], kernel.shape[1] - 1)))
 

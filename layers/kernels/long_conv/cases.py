@@ -68,6 +68,7 @@ def _benchmark(name, batch, time, width, taps=None, gates=()):
 SUITE = Suite(
     function=long_conv,
     implementations=("xla", "toeplitz"),
+    gpu_implementations=("gpu",),
     time_arguments=("x", *GATES),
     cases=(
         Case("as_long", _real(skip=True), segments=False),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.kernels.long_conv.sparse import check_sparse, sparse_kernel
 from layers.mixer import Mixer
 from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import NO_DECAY, linear, parameter
@@ -34,6 +35,8 @@ class HyenaConfig:
       filter_width: number of hidden units of the network that computes the filters.
       sine_frequency: initial frequency of the sines of that network.
       window_shift: number added to the decaying window of the filters.
+      partial: number of taps that count, the first of the filters, 1 to L; all if None. Earlier inputs are not seen.
+      frequencies: number of frequencies that the filters keep, 1 to L + 1, see `sparse_kernel`; all if None.
       dtype: dtype of the activations; filters are float32.
     """
 
@@ -45,6 +48,8 @@ class HyenaConfig:
     filter_width: int = 64
     sine_frequency: float = 14.0
     window_shift: float = 0.0
+    partial: int | None = None
+    frequencies: int | None = None
     dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
@@ -54,6 +59,12 @@ class HyenaConfig:
             raise ValueError(
                 f"filter_features={self.filter_features}; expected an odd number from 3: the position and pairs of waves"
             )
+        check_sparse(self.max_length, self.partial, self.frequencies)
+
+    @property
+    def reach(self) -> int:
+        """Number of taps that count."""
+        return self.max_length if self.partial is None else self.partial
 
 
 class ImplicitFilter(nnx.Module):
@@ -129,8 +140,8 @@ class Hyena(Mixer):
         v <- k_i * (x_{p-1-i} v) + beta_i x_{p-1-i} v    for i = 0 .. p-2
         y = W_out (x_0 v) + b_out
 
-    with products elementwise and filters k_i (d x L) from `ImplicitFilter`. The state holds the last L - 1 inputs of each
-    long convolution. If `init_state` gets a smaller `max_length`, it holds as many inputs as segments of that length
+    with products elementwise and filters k_i (d x L) from `ImplicitFilter`, of which options leave the first taps or the lowest
+    frequencies. The state holds the last L - 1 inputs of each long convolution, those that taps reach. If `init_state` gets a smaller `max_length`, it holds as many inputs as segments of that length
     need, and outputs of later tokens are NaN.
     """
 
@@ -159,9 +170,17 @@ class Hyena(Mixer):
             config.width, config.width, axes=("inner", "embed"), dtype=config.dtype, rngs=rngs
         )
 
+    def _taps(self, taps: int) -> Float[Array, "d l"]:
+        """Returns the first taps of the filters. Their spectrum is that of all taps, whatever the length of a call."""
+        if self.config.frequencies is None:
+            return self.filter(taps)
+        return sparse_kernel(
+            self.filter(self.config.max_length), partial=taps, frequencies=self.config.frequencies
+        )
+
     def initial(self, batch_size: int, max_length: int | None) -> HyenaCarry:
         config = self.config
-        sizes = {"filters": config.order - 1, "taps": config.max_length, "width": config.width}
+        sizes = {"filters": config.order - 1, "taps": config.reach, "width": config.width}
         past = no_inputs(batch_size, **sizes, max_length=max_length)
         return HyenaCarry(self.convolution.init_state(batch_size), past)
 
@@ -173,15 +192,15 @@ class Hyena(Mixer):
         visit: Visit | None,
     ) -> tuple[Float[Array, "b t d"], HyenaCarry | None]:
         config, short = self.config, None
-        taps = max(1, min(x.shape[1], config.max_length))
+        taps = max(1, min(x.shape[1], config.reach))
         if carried is not None:
             short = keep_where(visit.continues, carried.short, jnp.zeros_like(carried.short))
-            past, lost = enter_call(carried.past, config.max_length, visit)
+            past, lost = enter_call(carried.past, config.reach, visit)
             taps = past.shape[2] + 1
         projected, short = self.convolution(self.input(x), short, segment_ids=segments)
         *gates, v = jnp.split(projected, config.order + 1, axis=-1)
         # Channels vary slowest in the network's output, as in the paper's code.
-        filters = self.filter(taps).reshape(config.width, config.order - 1, taps)
+        filters = self._taps(taps).reshape(config.width, config.order - 1, taps)
         kept = []
         for i, gate in enumerate(reversed(gates[1:])):
             u = gate * v

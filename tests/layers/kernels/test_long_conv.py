@@ -84,6 +84,30 @@ def test_matrix_products_over_several_groups_of_columns(monkeypatch, time, taps,
         assert_close(g, np.asarray(w))
 
 
+def test_partial_and_frequency_sparse_kernels():
+    """Their equations in NumPy, with gradients that are the transpose, and the state of the taps that are left."""
+    x, kernel, state = normal(2, 9, 3), normal(3, 7), normal(2, 4, 3)
+    kept = np.exp(2j * np.pi * np.outer(np.arange(7), np.arange(-2, 3)) / 14)
+    mask = (kept @ kept.conj().T).real / 14
+    taps = (kernel.astype(np.float64) @ mask.T)[:, :5]
+    inputs = np.concatenate([state, x], axis=1)
+    want = by_channel(inputs, taps, lambda u, k: np.convolve(u, k)[4:13])
+
+    def run(kernel):
+        return long_conv(jnp.asarray(x), kernel, initial_state=jnp.asarray(state), partial=5, frequencies=3)
+
+    (y, final), pull = jax.vjp(run, jnp.asarray(kernel))
+    assert_close(y, want)
+    np.testing.assert_array_equal(final, x[:, -4:])
+    dy = normal(2, 9, 3, seed=1)
+    (dkernel,) = pull((jnp.asarray(dy), jnp.zeros_like(final)))
+    lags = [[np.vdot(dy[..., c], inputs[:, 4 - j : 13 - j, c]) for j in range(5)] for c in range(3)]
+    assert_close(dkernel, np.array(lags) @ mask[:5])
+    whole = jax.lax.complex(jnp.asarray(kernel), jnp.asarray(kernel))
+    assert_close(package.sparse_kernel(whole, frequencies=3), (1 + 1j) * kernel.astype(np.float64) @ mask.T)
+    np.testing.assert_array_equal(package.sparse_kernel(jnp.asarray(kernel), frequencies=8), kernel)
+
+
 def test_transforms_keep_the_kernel_in_float32():
     """1 + 2^-10 is 1 in bfloat16, so a kernel rounded to it would give 0 here."""
     x = jnp.zeros((1, 4, 1), jnp.bfloat16).at[0, :2, 0].set(jnp.array([1, -1], jnp.bfloat16))

@@ -32,7 +32,12 @@ def unsupported_reason(
         return "circular=True; the kernels take causal convolutions"
     if x.dtype != jnp.bfloat16:
         return f"x has dtype {x.dtype}; expected bfloat16"
-    for name, v in {"kernel": kernel, "skip": skip, "input_gate": input_gate, "output_gate": output_gate}.items():
+    for name, v in {
+        "kernel": kernel,
+        "skip": skip,
+        "input_gate": input_gate,
+        "output_gate": output_gate,
+    }.items():
         if v is not None and v.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} has dtype {v.dtype}; expected float32 or bfloat16"
     plan, (batch, _, width) = plan_of(x.shape[1], kernel.shape[1]), x.shape

@@ -52,9 +52,13 @@ def by_channel(
             tile = jnp.where(fit, tile, 0.0)
         tile = tile.astype(out.dtype)
         pltriton.store(
-            peaks.at[row, span, pl.ds(channel, TILE)], jnp.abs(tile.astype(jnp.float32)).max(0), mask=lane < width
+            peaks.at[row, span, pl.ds(channel, TILE)],
+            jnp.abs(tile.astype(jnp.float32)).max(0),
+            mask=lane < width,
         )
-        pltriton.store(out.at[row, pl.ds(channel, TILE), pl.ds(first, TILE)], tile.T, mask=(lane < width)[:, None])
+        pltriton.store(
+            out.at[row, pl.ds(channel, TILE), pl.ds(first, TILE)], tile.T, mask=(lane < width)[:, None]
+        )
 
     found = launch(
         body,

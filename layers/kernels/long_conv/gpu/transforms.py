@@ -387,7 +387,9 @@ def _launch(
     given |= {k: jnp.asarray(v) for k, v in _tables(plan).items()}
     # Rows are written in pairs.
     room = {
-        k: jax.ShapeDtypeStruct((2 * pl.cdiv(v.shape[0], 2), *cut(v.shape)[1:]), v.dtype) if k in ("y", "du") else v
+        k: jax.ShapeDtypeStruct((2 * pl.cdiv(v.shape[0], 2), *cut(v.shape)[1:]), v.dtype)
+        if k in ("y", "du")
+        else v
         for k, v in outputs.items()
     }
     if plan.lags > 1 or "dtaps" in outputs:

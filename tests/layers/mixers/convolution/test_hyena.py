@@ -32,7 +32,12 @@ def literal_filters(model):
         h = np.sin(wide(network.frequency) * (h @ wide(network.weights[layer]) + wide(network.biases[layer])))
     h = h @ wide(network.weights[3])
     rates = np.linspace(np.log(100) / 1.5, np.log(100) / 0.3, h.shape[1])
-    return (h * (np.exp(-share * rates) + config.window_shift)).reshape(length, WIDTH, config.order - 1)
+    taps = h * (np.exp(-share * rates) + config.window_shift)
+    if config.frequencies is not None:
+        kept = np.arange(1 - config.frequencies, config.frequencies)
+        waves = np.exp(2j * np.pi * np.outer(np.arange(length), kept) / (2 * length))
+        taps = (waves @ (waves.conj().T @ taps)).real / (2 * length)
+    return taps[: config.partial].reshape(-1, WIDTH, config.order - 1)
 
 
 def literal(model, x):
@@ -47,7 +52,7 @@ def literal(model, x):
             u = gates[model.config.order - 1 - i] * v
             v = wide(model.beta)[i] * u
             for t in range(len(row)):
-                for lag in range(min(t + 1, model.config.max_length)):
+                for lag in range(min(t + 1, len(filters))):
                     v[t] += filters[lag, :, i] * u[t - lag]
         outputs.append(apply(model.output, gates[0] * v))
     return np.stack(outputs)
@@ -61,6 +66,7 @@ def literal(model, x):
         {"order": 3, "window_shift": 0.05},
         {"max_length": 6, "filter_features": 3},
         {"order": 4, "taps": 4},
+        {"order": 3, "partial": 5, "frequencies": 4},
     ],
 )
 def test_equals_the_equation(options):
@@ -113,6 +119,8 @@ def test_a_small_state_gives_nan_beyond_it_and_the_rest_right():
         ({"filter_features": 4}, "filter_features=4.*odd"),
         ({"max_length": 0}, "max_length=0"),
         ({"taps": 9}, "taps=9"),
+        ({"partial": 21}, "partial=21; expected 1 to 20"),
+        ({"frequencies": 22}, "frequencies=22; expected 1 to 21"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
