@@ -204,10 +204,15 @@ def _window(x: Any, pair: Any, channel: Any, block: Any) -> tuple[Any, jax.Array
     return x.at[jnp.minimum(row, x.shape[0] - 1), channel, block, step % half, column], row
 
 
-def _load_pair(x: Any, scale: Any, pair: Any, channel: Any, block: Any) -> jax.Array:
-    """A block of both rows of a pair, scaled, float16."""
-    view, row = _window(x, pair, channel, block)
-    return (pltriton.load(view).astype(jnp.float32) * _of_rows(scale, row, pair, channel)).astype(jnp.float16)
+def _load_pair(x: Any, pair: Any, channel: Any, block: Any) -> jax.Array:
+    """A block of both rows of a pair."""
+    return pltriton.load(_window(x, pair, channel, block)[0])
+
+
+def _scaled(tile: jax.Array, scale: Any, pair: Any, channel: Any) -> jax.Array:
+    """A tile of a pair in float16, each row times its scale."""
+    row = 2 * pair + jnp.arange(tile.shape[0])[:, None] // (tile.shape[0] // 2)
+    return (tile.astype(jnp.float32) * _of_rows(scale, row, pair, channel)).astype(jnp.float16)
 
 
 def _of_rows(scale: Any, row: jax.Array, pair: Any, channel: Any) -> jax.Array:
@@ -239,15 +244,27 @@ def _divided(rows: int, width: int) -> tuple[int, int]:
     return pairs, max(1, min(pairs, PROGRAMS // width))
 
 
-def _for_pairs(rows: int, splits: int, run: Any) -> None:
-    """Calls run(pair) for the pairs of rows of this program."""
-    pairs, split = pl.cdiv(rows, 2), pl.program_id(1)
+PREFETCH = True
 
-    def step(turn, carry):
-        run(split + turn * splits)
-        return carry
 
-    jax.lax.fori_loop(0, (pairs - split + splits - 1) // splits, step, 0)
+def _walk(rows: int, splits: int, blocks: int, load: Any, run: Any) -> None:
+    """Calls run(pair, block, load(pair, block)) for the blocks of the pairs of this program, with the next block's loads under way."""
+    split = pl.program_id(1)
+    turns = (pl.cdiv(rows, 2) - split + splits - 1) // splits * blocks
+
+    def place(turn):
+        turn = jnp.minimum(turn, turns - 1)
+        return split + turn // blocks * splits, turn % blocks
+
+    def step(turn, tiles):
+        if not PREFETCH:
+            run(*place(turn), load(*place(turn)))
+            return 0
+        coming = load(*place(turn + 1))
+        run(*place(turn), tiles)
+        return coming
+
+    jax.lax.fori_loop(0, turns, step, load(*place(0)) if PREFETCH else 0)
 
 
 def _scales(scale: jax.Array) -> jax.Array:
@@ -271,26 +288,25 @@ def convolve(u: jax.Array, scale: jax.Array, taps: jax.Array, plan: Plan) -> jax
         channel, split = pl.program_id(0), pl.program_id(1)
         transforms = Transforms.load(**tables)
 
-        def run(pair):
-            def step(block, carry):
-                spectrum = transforms.forward(_load_pair(u, scale, pair, channel, block))
-                if kept is not None:
-                    _store_parts(kept, spectrum, channel, split, block)
-                    _fence()
+        def load(pair, block):
+            return _load_pair(u, pair, channel, block)
 
-                def add(earlier, total):
-                    taken = _load_parts(kept, channel, split, earlier)
-                    return _sum(total, _times(_load_parts(spectra, channel, block - earlier), taken))
+        def run(pair, block, tile):
+            spectrum = transforms.forward(_scaled(tile, scale, pair, channel))
+            if kept is not None:
+                _store_parts(kept, spectrum, channel, split, block)
+                _fence()
 
-                total = _times(_load_parts(spectra, channel, 0), spectrum)
-                if plan.lags > 1:
-                    total = jax.lax.fori_loop(jnp.maximum(0, block - plan.lags + 1), block, add, total)
-                _store_pair(y, transforms.backward(total), back, pair, channel, block)
-                return carry
+            def add(earlier, total):
+                taken = _load_parts(kept, channel, split, earlier)
+                return _sum(total, _times(_load_parts(spectra, channel, block - earlier), taken))
 
-            jax.lax.fori_loop(0, plan.blocks, step, 0)
+            total = _times(_load_parts(spectra, channel, 0), spectrum)
+            if plan.lags > 1:
+                total = jax.lax.fori_loop(jnp.maximum(0, block - plan.lags + 1), block, add, total)
+            _store_pair(y, transforms.backward(total), back, pair, channel, block)
 
-        _for_pairs(rows, splits, run)
+        _walk(rows, splits, plan.blocks, load, run)
 
     return _launch(
         body,
@@ -325,30 +341,30 @@ def gradients(
 
         jax.lax.fori_loop(0, plan.lags, clear, 0)
 
-        def run(pair):
-            def step(turn, carry):
-                block = plan.blocks - 1 - turn
-                spectrum = transforms.forward(_load_pair(g, scale, pair, channel, block))
-                _store_parts(kept, spectrum, channel, split, block)
-                inputs = transforms.forward(_load_pair(u, shared, pair, channel, block))
-                inputs = [weights[pair, channel] * part for part in inputs]
-                _fence()
+        def load(pair, turn):
+            block = plan.blocks - 1 - turn
+            return _load_pair(g, pair, channel, block), _load_pair(u, pair, channel, block)
 
-                def add(lag, total):
-                    later = _load_parts(kept, channel, split, block + lag)
-                    found = _sum(_load_parts(dtaps, channel, split, lag), _conjugate_times(inputs, later))
-                    _store_parts(dtaps, found, channel, split, lag)
-                    return _sum(total, _conjugate_times(_load_parts(spectra, channel, lag), later))
+        def run(pair, turn, tiles):
+            block = plan.blocks - 1 - turn
+            spectrum = transforms.forward(_scaled(tiles[0], scale, pair, channel))
+            _store_parts(kept, spectrum, channel, split, block)
+            inputs = transforms.forward(_scaled(tiles[1], shared, pair, channel))
+            inputs = [weights[pair, channel] * part for part in inputs]
+            _fence()
 
-                total = add(0, [jnp.zeros(plan.whole, jnp.float32)] * 2)
-                if plan.lags > 1:
-                    total = jax.lax.fori_loop(1, jnp.minimum(turn + 1, plan.lags), add, total)
-                _store_pair(du, transforms.backward(total), back, pair, channel, block)
-                return carry
+            def add(lag, total):
+                later = _load_parts(kept, channel, split, block + lag)
+                found = _sum(_load_parts(dtaps, channel, split, lag), _conjugate_times(inputs, later))
+                _store_parts(dtaps, found, channel, split, lag)
+                return _sum(total, _conjugate_times(_load_parts(spectra, channel, lag), later))
 
-            jax.lax.fori_loop(0, plan.blocks, step, 0)
+            total = add(0, [jnp.zeros(plan.whole, jnp.float32)] * 2)
+            if plan.lags > 1:
+                total = jax.lax.fori_loop(1, jnp.minimum(turn + 1, plan.lags), add, total)
+            _store_pair(du, transforms.backward(total), back, pair, channel, block)
 
-        _for_pairs(rows, splits, run)
+        _walk(rows, splits, plan.blocks, load, run)
 
     found = _launch(
         body,
