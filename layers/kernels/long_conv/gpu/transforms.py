@@ -118,7 +118,8 @@ def spectra_of_taps(taps: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
     width, block = taps.shape[0], plan.block
     ahead = jnp.pad(taps, ((0, 0), (block, plan.lags * block - taps.shape[1])))
     earlier, later = (v.reshape(width, plan.lags, block) for v in (ahead[:, :-block], ahead[:, block:]))
-    spectra = jnp.fft.fft(jnp.concatenate([later, earlier], axis=2))
+    half = jnp.fft.rfft(jnp.concatenate([later, earlier], axis=2))
+    spectra = jnp.concatenate([half, jnp.flip(half[..., 1:-1], axis=2).conj()], axis=2)
     spectra = spectra.reshape(width, plan.lags, plan.inner, plan.outer).swapaxes(2, 3)
     parts = jnp.stack([spectra.real, spectra.imag], axis=2)
     scale = scale_to(jnp.abs(parts).max((1, 2, 3, 4)))
@@ -129,7 +130,10 @@ def taps_of_spectra(parts: jax.Array, length: int, plan: Plan) -> jax.Array:
     """The transpose of the linear part of `spectra_of_taps`: (d, l), float32, from gradients (d, lags, 2, n1, n2)."""
     width, block = parts.shape[0], plan.block
     spectra = jax.lax.complex(parts[:, :, 0], parts[:, :, 1]).swapaxes(2, 3)
-    signals = jnp.fft.ifft(spectra.reshape(width, plan.lags, 2 * block)).real
+    spectra = spectra.reshape(width, plan.lags, 2 * block)
+    # Of the signal, the real part counts, whose spectrum is the mean of D_f and conj(D_{n-f}).
+    opposite = jnp.roll(jnp.flip(spectra, axis=2), 1, axis=2).conj()
+    signals = jnp.fft.irfft((spectra + opposite)[..., : block + 1] / 2, 2 * block)
     later, earlier = signals[..., :block].reshape(width, -1), signals[..., block:].reshape(width, -1)
     return (later + jnp.pad(earlier[:, block:], ((0, 0), (0, block))))[:, :length]
 
