@@ -1,6 +1,6 @@
 """`long_conv` on Hopper GPUs, by Pallas's Triton backend, for bfloat16 inputs.
 
-layout.py lays out inputs by channel, transforms.py convolves. Outputs go back to the layout of the input in plain JAX.
+layout.py lays out inputs by channel, kernels.py convolves them by the transforms of transforms.py. Outputs go back to the layout of the input in plain JAX.
 """
 
 from typing import Any
@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from layers.kernels import devices, pallas_triton, partition
 from layers.kernels.isolation import reached_by
+from layers.kernels.long_conv.gpu.kernels import convolve, gradients
 from layers.kernels.long_conv.gpu.layout import by_channel
-from layers.kernels.long_conv.gpu.transforms import convolve, gradients, plan_of, scale_to
+from layers.kernels.long_conv.gpu.transforms import plan_of, scale_to
 from layers.kernels.mosaic_gpu import MAX_GRID, lowered_once
 from layers.kernels.promotion import promoting
 from layers.kernels.shard_map_types import vary_as
