@@ -122,7 +122,7 @@ def taps_of_spectra(parts: jax.Array, length: int, plan: Plan) -> jax.Array:
 
 def scale_to(peak: jax.Array) -> jax.Array:
     """The power of two that brings numbers of this size to between 1/16 and 1/8; 1/8 for zeros."""
-    exponent = jnp.clip(jnp.frexp(peak)[1], -100, 100)
+    exponent = jnp.clip(jnp.frexp(peak)[1], -60, 60)
     return jnp.ldexp(jnp.float32(1 / 8), -exponent)
 
 
