@@ -201,16 +201,25 @@ def gradients(
             inputs = transforms.forward(_scaled(tiles[1], shared, pair, channel))
             inputs = [weights[pair, channel] * part for part in inputs]
             _fence()
+            lags = jnp.minimum(turn + 1, plan.lags)
 
-            def add(lag, total):
+            def correlate(lag, carry):
                 later = load_parts(kept, channel, split, block + lag)
                 found = _sum(load_parts(dtaps, channel, split, lag), conjugate_times(inputs, later))
                 _store_parts(dtaps, found, channel, split, lag)
+                return carry
+
+            def add(lag, total):
+                later = load_parts(kept, channel, split, block + lag)
                 return _sum(total, conjugate_times(load_parts(spectra, channel, lag), later))
 
+            # The two sums have loops of their own, since spectra of both do not fit into registers.
+            correlate(0, 0)
+            if plan.lags > 1:
+                jax.lax.fori_loop(1, lags, correlate, 0)
             total = add(0, [jnp.zeros(plan.whole, jnp.float32)] * 2)
             if plan.lags > 1:
-                total = jax.lax.fori_loop(1, jnp.minimum(turn + 1, plan.lags), add, total)
+                total = jax.lax.fori_loop(1, lags, add, total)
             _store_pair(du, transforms.backward(total), back, pair, channel, block)
 
         _walk(rows, splits, plan.blocks, load, run)
