@@ -9,14 +9,19 @@ from jax.sharding import PartitionSpec as P
 from layers.kernels import devices, pallas_triton
 from layers.kernels.long_conv import gpu, long_conv
 from layers.kernels.long_conv.cases import SUITE
-from layers.kernels.long_conv.gpu import transforms
+from layers.kernels.long_conv.gpu import kernels, transforms
 from tests.layers.kernels import test_primitives as shared
 from tests.layers.kernels.test_linear_recurrence_gpu import over_one_device, poisoned
 
 CASES = {case.name: case for case in SUITE.cases}
-# Blocks of 64 tokens.
-SMALL = ((16, 8, 1),)
 TOLERANCE = shared.TOLERANCE["bfloat16"]
+
+
+def small_blocks(monkeypatch):
+    """Sets blocks of 64 tokens, and of 128 in the backward pass."""
+    monkeypatch.setattr(transforms, "FORWARD", ((16, 8, 1),))
+    monkeypatch.setattr(transforms, "BACKWARD", ((16, 16, 1),))
+    monkeypatch.setattr(kernels, "FREQUENCIES", 128)
 
 
 def check(arguments):
@@ -43,7 +48,7 @@ def arguments_of(rng, batch, time, width, taps, gates=()):
 @pytest.mark.parametrize("gates", [(), ("input_gate",), ("input_gate", "output_gate")], ids=len)
 def test_interpreted(monkeypatch, sizes, gates):
     """One block and several, an odd number of rows, fewer taps than tokens and more."""
-    monkeypatch.setattr(transforms, "SHAPES", SMALL)
+    small_blocks(monkeypatch)
     with pallas_triton.interpreted():
         check(arguments_of(np.random.default_rng(0), *sizes, gates))
 
@@ -51,7 +56,7 @@ def test_interpreted(monkeypatch, sizes, gates):
 @pytest.mark.slow
 def test_interpreted_rows_and_channels_keep_their_own_scales(monkeypatch):
     """Each row of a pair, and each channel, has the error of its own numbers, which are 1e-6 to 1e6 times those of others."""
-    monkeypatch.setattr(transforms, "SHAPES", SMALL)
+    small_blocks(monkeypatch)
     rng = np.random.default_rng(1)
     x = 10.0 ** rng.uniform(-6, 6, (3, 1, 4)) * rng.standard_normal((3, 150, 4))
     kernel = 10.0 ** rng.uniform(-6, 6, (4, 1)) * rng.standard_normal((4, 150))
@@ -68,7 +73,7 @@ def test_interpreted_rows_and_channels_keep_their_own_scales(monkeypatch):
 @pytest.mark.parametrize("taps", [150, 40])
 def test_interpreted_numbers_that_are_not_finite(monkeypatch, taps):
     """They reach what they reach in the plain form: outputs that see them, and no gradient."""
-    monkeypatch.setattr(transforms, "SHAPES", SMALL)
+    small_blocks(monkeypatch)
     given = arguments_of(np.random.default_rng(2), 2, 150, 3, taps, ("input_gate", "output_gate"))
     given["x"][0, 70, 1], given["input_gate"][1, 90, 0], given["output_gate"][0, 20, 2] = (
         np.inf,
@@ -137,20 +142,20 @@ def test_few_taps_and_few_channels_are_left_to_xla():
 
 
 @pytest.mark.parametrize(
-    "time, taps, shape",
+    "time, taps, forward, backward",
     [
-        (300, 4000, (64, 16, 1, 1)),
-        (4096, 4096, (128, 64, 1, 1)),
-        (9000, 9000, (128, 64, 3, 3)),
-        (9000, 1024, (64, 32, 9, 2)),
-        (9000, 4097, (128, 64, 3, 2)),
-        (9000, 4098, (128, 64, 3, 3)),
-        (9000, 1, (64, 16, 18, 1)),
+        (300, 4000, (64, 16, 1, 1), (64, 16, 1, 1)),
+        (4096, 4096, (64, 64, 2, 2), (128, 64, 1, 1)),
+        (9000, 1024, (64, 32, 9, 2), (64, 32, 9, 2)),
+        (9000, 4097, (64, 64, 5, 3), (128, 64, 3, 2)),
+        (9000, 4098, (64, 64, 5, 4), (128, 64, 3, 3)),
+        (9000, 1, (64, 16, 18, 1), (64, 16, 18, 1)),
     ],
 )
-def test_plans(time, taps, shape):
-    plan = transforms.plan_of(time, taps)
-    assert (plan.outer, plan.inner, plan.blocks, plan.lags) == shape
+def test_plans(time, taps, forward, backward):
+    for shape, pass_ in ((forward, False), (backward, True)):
+        plan = transforms.plan_of(time, taps, backward=pass_)
+        assert (plan.outer, plan.inner, plan.blocks, plan.lags) == shape
 
 
 @pytest.mark.gpu

@@ -41,11 +41,11 @@ def unsupported_reason(
     }.items():
         if v is not None and v.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} has dtype {v.dtype}; expected float32 or bfloat16"
-    plan, (batch, _, width) = plan_of(x.shape[1], kernel.shape[1]), x.shape
+    plan, (batch, _, width) = plan_of(x.shape[1], kernel.shape[1], backward=True), x.shape
     if batch > MAX_GRID:
         return f"x has {batch} rows; expected at most {MAX_GRID}"
-    if (batch + 1) * width * plan.tokens > MOST_ELEMENTS:
-        return f"x has shape {x.shape}; expected at most {MOST_ELEMENTS} numbers"
+    if 2 * (batch + 1) * width * plan.tokens > MOST_ELEMENTS:
+        return f"x has shape {x.shape}; expected at most {MOST_ELEMENTS // 2} numbers, a row and whole blocks included"
     if jax.typeof(x).sharding.spec[1] is not None:
         return f"x is sharded {jax.typeof(x).sharding.spec}; expected whole rows, time not sharded"
     return pallas_triton.refusal(_probe)
@@ -109,7 +109,7 @@ def _forward(x, taps, input_gate, output_gate):
 def backward(residuals, dy):
     """The backward pass, from the arguments alone."""
     x, taps, input_gate, output_gate, unfit, reached = residuals
-    plan = plan_of(x.shape[1], taps.shape[1])
+    plan = plan_of(x.shape[1], taps.shape[1], backward=True)
     u, peak, _ = by_channel(x, input_gate, None, plan.tokens, cleaned=True)
     g, peak_of_g, _ = by_channel(dy, output_gate, reached.astype(jnp.int32), plan.tokens, cleaned=False)
     scale = scale_to(peak)
@@ -119,6 +119,7 @@ def backward(residuals, dy):
         dinput = _without(unfit, dx * x, input_gate)
         dx = dx * input_gate
     if output_gate is not None:
+        plan = plan_of(u.shape[2], taps.shape[1])
         doutput = _without(reached, dy * _by_token(convolve(u, scale, taps, plan), x), output_gate)
     return _without(unfit, dx, x), dtaps, dinput, doutput
 

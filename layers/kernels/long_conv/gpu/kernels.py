@@ -39,6 +39,7 @@ from layers.kernels.long_conv.gpu.transforms import (
 from layers.kernels.pallas_triton import launch, pl, pltriton
 
 PROGRAMS = 264  # programs that fill the GPU
+FREQUENCIES = 1024  # per program of sums over pairs
 
 
 def _fence() -> None:
@@ -180,15 +181,9 @@ def gradients(
     least = jnp.where(both == 0, jnp.inf, both).min(1)
     shared = jnp.repeat(least, 2, axis=0)[:rows] / g_scale
 
-    def body(*, g, scale, back, spectra, u, shared, weights, du, dtaps, kept, **tables):
-        channel, split = pl.program_id(0), pl.program_id(1)
+    def body(*, g, scale, back, spectra, u, shared, du, inputs, outputs, **tables):
+        channel = pl.program_id(0)
         transforms = Transforms.load(**tables)
-
-        def clear(block, carry):
-            _store_parts(dtaps, [jnp.zeros(plan.whole, jnp.float32)] * 2, channel, split, block)
-            return carry
-
-        jax.lax.fori_loop(0, plan.lags, clear, 0)
 
         def load(pair, turn):
             block = plan.blocks - 1 - turn
@@ -196,34 +191,24 @@ def gradients(
 
         def run(pair, turn, tiles):
             block = plan.blocks - 1 - turn
+            given = transforms.forward(_scaled(tiles[1], shared, pair, channel))
+            _store_parts(inputs, given, pair, channel, block)
             spectrum = transforms.forward(_scaled(tiles[0], scale, pair, channel))
-            _store_parts(kept, spectrum, channel, split, block)
-            inputs = transforms.forward(_scaled(tiles[1], shared, pair, channel))
-            inputs = [weights[pair, channel] * part for part in inputs]
-            _fence()
-            lags = jnp.minimum(turn + 1, plan.lags)
-
-            def correlate(lag, carry):
-                later = load_parts(kept, channel, split, block + lag)
-                found = _sum(load_parts(dtaps, channel, split, lag), conjugate_times(inputs, later))
-                _store_parts(dtaps, found, channel, split, lag)
-                return carry
+            _store_parts(outputs, spectrum, pair, channel, block)
+            total = conjugate_times(load_parts(spectra, channel, 0), spectrum)
 
             def add(lag, total):
-                later = load_parts(kept, channel, split, block + lag)
+                later = load_parts(outputs, pair, channel, block + lag)
                 return _sum(total, conjugate_times(load_parts(spectra, channel, lag), later))
 
-            # The two sums have loops of their own, since spectra of both do not fit into registers.
-            correlate(0, 0)
             if plan.lags > 1:
-                jax.lax.fori_loop(1, lags, correlate, 0)
-            total = add(0, [jnp.zeros(plan.whole, jnp.float32)] * 2)
-            if plan.lags > 1:
-                total = jax.lax.fori_loop(1, lags, add, total)
+                _fence()
+                total = jax.lax.fori_loop(1, jnp.minimum(turn + 1, plan.lags), add, total)
             _store_pair(du, transforms.backward(total), back, pair, channel, block)
 
         _walk(rows, splits, plan.blocks, load, run)
 
+    kept = jax.ShapeDtypeStruct((pairs, width, plan.blocks, 2, *plan.whole), jnp.float16)
     found = _launch(
         body,
         "long_conv_gradients",
@@ -231,13 +216,48 @@ def gradients(
         (width, splits),
         {"g": g, "scale": g_scale, "spectra": spectra, "u": u, "shared": shared},
         1 / (g_scale * carried[None]),
-        {
-            "du": jax.ShapeDtypeStruct(u.shape, u.dtype),
-            "dtaps": jax.ShapeDtypeStruct((width, splits, plan.lags, 2, *plan.whole), jnp.float32),
-        },
-        weights=1 / least,
+        {"du": jax.ShapeDtypeStruct(u.shape, u.dtype), "inputs": kept, "outputs": kept},
     )
-    return found["du"][:rows].reshape(u.shape), taps_of_spectra(found["dtaps"].sum(1), taps.shape[1], plan)
+    parts = _correlated(found["inputs"], found["outputs"], 1 / least, plan)
+    return found["du"][:rows].reshape(u.shape), taps_of_spectra(parts, taps.shape[1], plan)
+
+
+def _correlated(inputs: jax.Array, outputs: jax.Array, weights: jax.Array, plan: Plan) -> jax.Array:
+    """Returns dH_m, (d, lags, 2, n1, n2), float32: the sums over pairs and blocks of weights (pairs, d) times conj(U) G."""
+    pairs, width, blocks, *_ = inputs.shape
+    size = plan.outer * plan.inner
+    tile = min(size, FREQUENCIES)
+
+    def body(*, inputs, outputs, weights, sums):
+        lag, part, channel = (pl.program_id(axis) for axis in range(3))
+        count, window = blocks - lag, pl.ds(part * tile, tile)
+
+        def load(x, *index):
+            return [x[*index, part, window].astype(jnp.float32) for part in range(2)]
+
+        def add(turn, total):
+            pair, block = turn // count, turn % count
+            product = conjugate_times(
+                load(inputs, pair, channel, block), load(outputs, pair, channel, block + lag)
+            )
+            return _sum(total, [weights[pair, channel] * part for part in product])
+
+        nothing = jnp.zeros((tile,), jnp.float32)
+        for part_, total in enumerate(jax.lax.fori_loop(0, pairs * count, add, (nothing, nothing))):
+            sums[channel, lag, part_, window] = total
+
+    found = launch(
+        body,
+        name="long_conv_correlation",
+        grid=(plan.lags, size // tile, width),
+        inputs={
+            "inputs": inputs.reshape(*inputs.shape[:4], size),
+            "outputs": outputs.reshape(*outputs.shape[:4], size),
+            "weights": weights,
+        },
+        outputs={"sums": jax.ShapeDtypeStruct((width, plan.lags, 2, size), jnp.float32)},
+    )
+    return found["sums"].reshape(width, plan.lags, 2, *plan.whole)
 
 
 def _launch(
@@ -248,7 +268,6 @@ def _launch(
     inputs: dict[str, jax.Array],
     back: jax.Array,
     outputs: dict[str, jax.ShapeDtypeStruct],
-    **others: jax.Array,
 ) -> dict[str, jax.Array]:
     """Runs a kernel on series cut into blocks, with scales for pairs, factors of transforms, and room for spectra of blocks."""
 
@@ -257,7 +276,7 @@ def _launch(
 
     given = {k: v.reshape(cut(v.shape)) if k in ("u", "g") else v for k, v in inputs.items()}
     given |= {k: _scales(v) for k, v in inputs.items() if k in ("scale", "shared")}
-    given |= {"back": _scales(back / (plan.outer * plan.inner))} | others
+    given |= {"back": _scales(back / (plan.outer * plan.inner))}
     given |= {k: jnp.asarray(v) for k, v in tables(plan).items()}
     # Rows are written in pairs.
     room = {
@@ -266,7 +285,7 @@ def _launch(
         else v
         for k, v in outputs.items()
     }
-    if plan.lags > 1 or "dtaps" in outputs:
+    if plan.lags > 1 and "y" in outputs:
         room["kept"] = jax.ShapeDtypeStruct((*grid, plan.blocks, 2, *plan.whole), jnp.float16)
     # The factors fill shared memory, so that no second copy of a table fits.
     return launch(body, name=name, grid=grid, inputs=given, outputs=room, warps=plan.warps, stages=1)

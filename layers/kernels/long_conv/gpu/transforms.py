@@ -55,13 +55,15 @@ class Plan(NamedTuple):
         return self.outer, self.inner
 
 
-SHAPES = ((64, 16, 4), (64, 32, 4), (128, 32, 8), (128, 64, 8))  # n1, n2 and warps
+# n1, n2 and warps, by size: the fastest of each pass.
+FORWARD = (64, 16, 4), (64, 32, 4), (64, 64, 4)
+BACKWARD = (*FORWARD, (128, 64, 8))
 
 
-def plan_of(time: int, taps: int) -> Plan:
+def plan_of(time: int, taps: int, *, backward: bool = False) -> Plan:
     """Returns the smallest transform that holds all taps that count in one block, or else the largest."""
     taps = min(time, taps)
-    plans = [Plan(*shape) for shape in SHAPES]
+    plans = [Plan(*shape) for shape in (BACKWARD if backward else FORWARD)]
     plan = next((plan for plan in plans if taps <= plan.block), plans[-1])
     blocks = pl.cdiv(time, plan.block)
     return plan._replace(blocks=blocks, lags=min(blocks, pl.cdiv(taps - 1, plan.block) + 1))
