@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--policies={name}: there is no such template{suggestion(name, templates)}; available: {', '.join(templates)}"
             )
     for task in args.tasks:
-        if task not in (*TASKS, "perplexity"):
+        if task not in TASKS:
             raise ArgumentError(
                 f"--tasks={task}{suggestion(task, TASKS)}; expected one of {', '.join(TASKS)}"
             )
@@ -200,13 +200,19 @@ def _rows_so_far(file: Path, setting: Mapping[str, Any]) -> list[dict[str, Any]]
     """Returns the rows of an earlier call; raises ArgumentError if it measured something else."""
     if not file.exists():
         return []
-    record = json.loads(file.read_text(encoding="utf-8"))
-    differs = [name for name, value in setting.items() if record["setting"].get(name) != value]
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        found, rows = dict(record["setting"]), list(record["rows"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArgumentError(
+            f"--out={file.parent}: {file.name} is damaged ({type(error).__name__}: {error}); remove it, or give another folder"
+        ) from None
+    differs = [name for name, value in setting.items() if found.get(name) != value]
     if differs:
         raise ArgumentError(
             f"--out={file.parent} has figures with another {', '.join(differs)}; expected the same, or another folder"
         )
-    return record["rows"]
+    return rows
 
 
 def _measure(plan: Any, model: Any, task: str, cache: Any, args: Any) -> float:

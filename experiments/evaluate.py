@@ -13,7 +13,7 @@ adds a low-rank adapter in the format of peft to its matrices. Nothing is writte
 that acts at the end of a prompt takes the first half of each row for one, and "after_prompt" has the metrics of the second half.
 
 Prints the metrics as JSON and writes them to evaluation-SPLIT-STEP.json in the work directory, if it can be written to, or to
-evaluation-SPLIT-STEP-POLICY.json with --cache.
+evaluation-SPLIT-STEP-POLICY-HASH.json with --cache, the hash being that of the policy's options.
 Nothing is written elsewhere: data that the config generates and that are not on disk yet are generated in a temporary folder.
 
 A damaged checkpoint is named and left out: "best" and "last" then mean the best and the last of the others, and a step is
@@ -21,6 +21,7 @@ refused. So is a damaged config.json or manifest.json, and data that differ from
 """
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ from experiments.training.evaluation import Evaluator
 from experiments.training.loop import restore
 from experiments.training.pretrained import initial_state
 from experiments.training.state import StateLayout, TrainState
+from layers.caches import CachePolicy
 from seqmodels.interop.files import TOKENIZER
 from seqmodels.interop.hub import folder_of
 
@@ -94,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text, end="", flush=True)
     if args.workdir is None:
         return 0
-    policy = "" if args.cache is None else f"-{type(args.cache).__name__.lower()}"
+    policy = "" if args.cache is None else f"-{_short_name(args.cache)}"
     file = RunDirectory(args.workdir).folder / f"evaluation-{args.split}-{opened.named['step']}{policy}.json"
     try:
         write_atomically(file, text)
@@ -130,6 +132,11 @@ def parser() -> Parser:
         help="policy of the caches of attention, such as snapkv(budget=256); `list caches` shows them",
     )
     return made
+
+
+def _short_name(cache: CachePolicy) -> str:
+    """Returns a name for files, which differs where the options of a policy do."""
+    return f"{type(cache).__name__.lower()}-{hashlib.sha256(repr(cache).encode()).hexdigest()[:8]}"
 
 
 def _devices(args: argparse.Namespace, plan: experiment.Experiment) -> Devices:

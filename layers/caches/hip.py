@@ -23,7 +23,8 @@ class HiP(SparsePrefill):
         until all are single blocks: halve each, and keep the m halves of largest s = max_{i in queries, j in its first block} q_i . k_j
 
     for each block of `queries` positions and query head, which reads these m blocks and the last `window` tokens. The search takes
-    m log2(t / budget) products of blocks, and never looks at most keys. A call on one token reads everything.
+    m log2(t / budget) products of blocks, and never looks at most keys. A call on one token reads everything. The authors' code (v1.1)
+    scores with every second query of a block, here all do.
 
     Attributes:
       budget: tokens of the blocks that are found, a multiple of `block`.

@@ -52,6 +52,15 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert "has figures with another seed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": []}', '{"setting": 3, "rows": []}'])
+def test_damaged_figures_are_refused_and_kept(tmp_path, content):
+    file = tmp_path / "cache-study.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match="cache-study.json is damaged .*; remove it, or give another folder"):
+        cache_study._rows_so_far(file, {"seed": 0})
+    assert file.read_text() == content
+
+
 def test_templates_fill_in_what_policies_take():
     for name, template in cache_study.TEMPLATES.items():
         for share in cache_study._budgets(["1/100", "1/3", "9/10"]):
