@@ -58,7 +58,11 @@ COMBINATIONS = {
     ),
     "nothing_listed": ({"block_indices": np.zeros((1, 1, 5, 0), int), "block_size": 8}, {}),
 }
-combinations = pytest.mark.parametrize("name", COMBINATIONS)
+# This one takes as long as all others.
+SLOW = {"empty_lists"}
+combinations = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in COMBINATIONS]
+)
 
 
 def options_of(name):
