@@ -66,10 +66,11 @@ def test_a_policy_in_evaluation(run, capsys):
         np.testing.assert_allclose(
             difference, plain["examples"] * (small["loss"] - plain["loss"]), rtol=1e-2, atol=1e-4
         )
-    (file,) = run.glob(f"evaluation-test-{small['step']}-sirllm-*.json")
-    assert json.loads(file.read_text()) == small
     # Each budget has a file of its own.
-    assert len(list(run.glob("evaluation-test-*-snapkv-*.json"))) == 2
+    files = run.glob(f"evaluation-test-{small['step']}-sirllm-*.json")
+    records = [json.loads(file.read_text()) for file in files]
+    assert len(records) == 2
+    assert small in records
     assert small["cache"] == "SirLLM(budget=2, sinks=1, recent=1)"
 
 

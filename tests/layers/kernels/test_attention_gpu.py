@@ -116,7 +116,7 @@ def test_lowers_for_a_gpu_by_shards():
 
     with devices.as_on("gpu"), jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(run).trace(q, k).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("attention_part") == 1 or "tensor<2x300x2x64xbf16>" in text
+    assert "tensor<2x300x2x64xbf16>" in text
 
 
 @pytest.mark.parametrize(
