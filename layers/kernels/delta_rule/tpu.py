@@ -260,7 +260,7 @@ class _Blocks:
     def features(self, width, group=1):
         """Arrays (b, t, heads width), with `group` heads of values for each."""
         block = None, self.settings.steps, width
-        return pl.BlockSpec(block, lambda b, h, i: (b, self.place(i), jax.lax.div(h, group)))
+        return pl.BlockSpec(block, lambda b, h, i: (b, self.place(i), jax.lax.div(h, jnp.int32(group))))
 
     def vectors(self, count):
         block = None, None, self.settings.chunks, count, self.settings.chunk

@@ -30,6 +30,10 @@ calls = by_call(
 )
 
 
+LISTS = "blocks", "chosen_blocks"
+NEEDS_NUMBER = "q has t tokens, a symbol; block_indices needs a number: export each length by itself"
+
+
 def symbolic(suite, arguments, *, time):
     """The arguments as shapes, with symbols for the axes of batch and time."""
     b, t = export.symbolic_shape("b, t")
@@ -50,11 +54,16 @@ def symbolic(suite, arguments, *, time):
 def test_one_program_for_all_sizes(name, case, impl):
     suite = SUITES[name]
     arguments = cast(draw(case, BATCH, TIME), "float32")
-    if name == "ssm_kernel" or case.name in ("prefix", "blocks"):
+    if name == "ssm_kernel" or case.name == "prefix":
         return
 
     def run(arguments):
         return call(suite, case, impl, arguments)
+
+    if case.name in LISTS:
+        with pytest.raises(ValueError, match=NEEDS_NUMBER):
+            export.export(jax.jit(run))(symbolic(suite, arguments, time=True))
+        return
 
     if name == "long_conv":
         with pytest.raises(ValueError, match="x has t tokens .* symbols; .* export each length by itself"):
@@ -74,7 +83,7 @@ def test_one_program_for_all_sizes(name, case, impl):
 @calls
 def test_gradients_of_all_sizes(name, case, impl):
     suite = SUITES[name]
-    if name == "ssm_kernel" or case.name in ("prefix", "blocks") or impl == "tpu":
+    if name == "ssm_kernel" or case.name in ("prefix", *LISTS) or impl == "tpu":
         return
 
     def gradients(arguments):

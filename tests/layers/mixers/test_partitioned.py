@@ -24,6 +24,10 @@ WITHOUT = (
     "lightweight_conv",
     "dynamic_conv",
     "gss",
+    "log_linear_mamba2",
+    "mesa_net",
+    "titans",
+    "ttt_linear",
     *(
         "bigbird",
         "etc",
