@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from layers.caches.low_rank import along, back, directions
 from layers.caches.policy import CachePolicy
 from layers.caches.prompt import Prompt
-from layers.caches.state import CacheState, View
+from layers.caches.state import CacheState, View, emptied
 from layers.kernels.attention import attention_with_lse, compose
 from layers.options import UnitInterval, checked_dataclass
 from layers.parameters import Linear
@@ -106,8 +106,7 @@ class Narrow(CacheState):
         return self.codes.numbers.shape[1]
 
     def like(self, cache: Cache) -> "Narrow":
-        rows = cache.length.shape[0]
-        return jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), self)
+        return emptied(self, cache)
 
     def extended(
         self, view: View, k: Float[Array, "b t g k"], v: Float[Array, "b t g v"], visit: Visit

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.caches.patterns import PATTERNS, Pattern, read_patterns, some
+from layers.caches.patterns import PATTERNS, Pattern, read_patterns
+from layers.caches.selecting import among_best
 from layers.caches.sparse_prompt import SparsePrefill, check_positions
 from layers.caches.state import View
 from layers.kernels.attention import Mask
@@ -100,11 +101,11 @@ class MInference(SparsePrefill):
         last = np.array([n for *_, n in patterns])
         columns = weights.sum(2)
         first = (cache.positions < self.first)[:, None] & there
-        columns = some(
+        columns = among_best(
             jnp.where(there, jnp.where(first, jnp.inf, columns), -jnp.inf), sizes["vertical_slash"]
         )
         diagonals = self._diagonals(weights, cache, visit)
-        offsets = self._blocks_of(some(diagonals, last * own["vertical_slash"]), count)
+        offsets = self._blocks_of(among_best(diagonals, last * own["vertical_slash"]), count)
         # Blocks at a distance below a window, and those of the first tokens.
         number = np.arange(count)
         near = (number * self.block < last[:, None] + self.block - 1) & own["a_shape"][:, None]
@@ -168,7 +169,7 @@ class MInference(SparsePrefill):
         likes = likes.reshape(len(q), len(sizes), count, count)
         number = np.arange(count)
         before = (number[None] <= number[:, None])[None] & there[:, None]
-        chosen = some(jnp.where(before[:, None], likes, -jnp.inf), sizes[:, None])
+        chosen = among_best(jnp.where(before[:, None], likes, -jnp.inf), sizes[:, None])
         return (chosen | (number[None] == number[:, None])[None, None]) & own[None, :, None, None]
 
     def lists(self, patterns: Sequence[Pattern], blocks: Bool[Array, "b h i j"]) -> Int[Array, "b h i l"]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from layers.caches.kept import Kept
 from layers.caches.rounding import Rounded, restored, round_to
-from layers.caches.state import CacheState, View
+from layers.caches.state import CacheState, View, emptied
 from layers.kernels.attention import attention_with_lse, compose
 from layers.parts.cache import Cache
 from layers.segments import Visit
@@ -36,8 +36,7 @@ class Parted(CacheState):
         return self.kept.slots
 
     def like(self, cache: Cache) -> "Parted":
-        rows = cache.length.shape[0]
-        return jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), self)
+        return emptied(self, cache)
 
     def attend(
         self,

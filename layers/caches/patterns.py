@@ -1,14 +1,9 @@
-"""Patterns along which a head reads a prompt, and the largest scores of heads that take different numbers of them."""
+"""Patterns along which a head reads a prompt."""
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from layers.caches.by_head import read_json
 from layers.options import check_integer
-from layers.typing import Array, Bool, Float
 
 # A pattern is its name and two numbers.
 PATTERNS = {
@@ -17,20 +12,6 @@ PATTERNS = {
     "block_sparse": ("blocks", "nothing, 0"),
 }
 Pattern = tuple[str, int, int]
-
-
-def some(scores: Float[Array, "b h *i n"], sizes: Any) -> Bool[Array, "b h *i n"]:
-    """Returns the largest scores of each head, as many as its size, without those of -inf."""
-    sizes = np.asarray(sizes)
-    most = int(min(sizes.max(initial=0), scores.shape[-1]))
-    if most == 0:
-        return jnp.zeros(scores.shape, bool)
-    ranked, index = jax.lax.top_k(scores, most)
-    there = (ranked > -jnp.inf) & (np.arange(most) < sizes[..., None])[None]
-    rows = jnp.arange(scores.size // scores.shape[-1])[:, None]
-    index = jnp.where(there, index, scores.shape[-1]).reshape(len(rows), most)
-    chosen = jnp.zeros((len(rows), scores.shape[-1]), bool).at[rows, index].set(True, mode="drop")
-    return chosen.reshape(scores.shape)
 
 
 def read_patterns(option: str, given: Any) -> tuple[tuple[Pattern, ...], ...]:

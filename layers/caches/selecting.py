@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from layers.caches.kept import Kept, keep
 from layers.caches.policy import CachePolicy
@@ -50,13 +51,18 @@ def places(
     return seen, positions, jnp.where(seen, positions, -1).max(2, keepdims=True)
 
 
-def among_best(scores: Float[Array, "*b n"], count: int) -> Bool[Array, "*b n"]:
-    """Returns which of the last axis are the `count` largest scores; of equal ones the earlier, and none of -inf."""
-    n = scores.shape[-1]
-    ranked, index = jax.lax.top_k(scores.reshape(-1, n), min(count, n))
+def among_best(scores: Float[Array, "*b n"], count: Any) -> Bool[Array, "*b n"]:
+    """Returns which of the last axis are the `count` largest scores; of equal ones the earlier, and none of -inf.
+
+    `count` is a number, or an array of numbers that broadcasts against the axes before the last.
+    """
+    n, count = scores.shape[-1], np.broadcast_to(count, scores.shape[:-1])
+    most = min(int(count.max(initial=0)), n)
+    ranked, index = jax.lax.top_k(scores, most)
+    there = (ranked > -jnp.inf) & (np.arange(most) < count[..., None])
+    index = jnp.where(there, index, n).reshape(scores.size // n, most)
     rows = jnp.arange(len(index))[:, None]
-    chosen = jnp.zeros((len(index), n), bool)
-    chosen = chosen.at[rows, jnp.where(ranked > -jnp.inf, index, n)].set(True, mode="drop")
+    chosen = jnp.zeros((len(index), n), bool).at[rows, index].set(True, mode="drop")
     return chosen.reshape(scores.shape)
 
 

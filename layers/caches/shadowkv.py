@@ -13,7 +13,7 @@ from layers.caches.low_rank import along, back, directions
 from layers.caches.policy import CachePolicy
 from layers.caches.prompt import Prompt
 from layers.caches.selecting import among_best, to_heads
-from layers.caches.state import CacheState, View
+from layers.caches.state import CacheState, View, emptied
 from layers.kernels.attention import attention_with_lse, compose
 from layers.options import Count, checked_dataclass
 from layers.parts.cache import Cache
@@ -142,8 +142,7 @@ class Shadow(CacheState):
         return self.kept.slots
 
     def like(self, cache: Cache) -> "Shadow":
-        rows = cache.length.shape[0]
-        return jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), self)
+        return emptied(self, cache)
 
     def attend(
         self,

@@ -143,6 +143,12 @@ class CacheState(abc.ABC):
         """Returns the outputs of new tokens, NaN where there was no slot for one, and the state with them."""
 
 
+def emptied(state: Any, cache: Cache) -> Any:
+    """Returns a state of zeros in the shapes of another, for as many rows as a cache has."""
+    rows = cache.length.shape[0]
+    return jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), state)
+
+
 def free_slots(
     numbers: Int[Array, "b n g"], real: Bool[Array, "b t"]
 ) -> tuple[Int[Array, "b t g"], Bool[Array, "b t"]]:
