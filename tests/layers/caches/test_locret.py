@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import seqmodels
@@ -95,6 +96,26 @@ def test_heads_learn_what_answers_attend_to(tmp_path):
     made.save(tmp_path / "heads.npz")
     policy = f"locret(heads='{tmp_path / 'heads.npz'}', budget=6, recent=2)"
     assert seqmodels.generate(hybrid(), PROMPTS, max_new_tokens=2, cache=policy).tokens.shape == (3, 2)
+
+
+@pytest.mark.slow
+def test_the_loss_is_the_paper_s():
+    """Two layers of one and two heads, in NumPy."""
+    rng = np.random.default_rng(0)
+    sizes = (6, 1), (8, 2)
+    parameters = [dict(first=rng.normal(size=(f, 5)), second=rng.normal(size=(5, g))) for f, g in sizes]
+    given = [(rng.normal(size=(2, 7, f)), 2 * rng.normal(size=(2, 7, g))) for f, g in sizes]
+    wanted, changes = [], 0.0
+    for arrays, (features, target) in zip(parameters, given, strict=True):
+        scores = silu(features @ arrays["first"]) @ arrays["second"]
+        off = np.abs(scores - target)
+        wanted += list(np.where(off < 1, off**2 / 2, off - 0.5).mean((0, 1)))
+        changes += np.square(np.diff(scores, axis=1)).mean()
+    to_float32 = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)  # noqa: E731
+    parameters, given = to_float32(parameters), to_float32(given)
+    optimizer = optax.sgd(0.1)
+    found = retaining._step(optimizer, 0.7, parameters, optimizer.init(parameters), given)[2]
+    np.testing.assert_allclose(found, np.mean(wanted) + 0.7 * changes, rtol=1e-5)
 
 
 def test_arrays_are_read_as_they_were_saved(tmp_path):
