@@ -44,16 +44,15 @@ class DuoAttention(CachePolicy):
     compresses = False
 
     def __post_init__(self) -> None:
+        name = type(self).__name__.lower()
         if self.gates is None:
             raise ValueError(
-                f"gates=None of the cache {type(self).__name__.lower()!r}, which needs a gate per head, trained for the model; expected a list per "
-                "layer, or a JSON file of one"
+                f"gates=None of the cache {name!r}, which needs a gate per head, trained for the model; expected a list per layer, or "
+                "a JSON file of one"
             )
         object.__setattr__(self, "gates", read_heads("gates", self.gates))
         if max(map(max, self.gates)) > 1:
-            raise ValueError(
-                f"gates of the cache {type(self).__name__.lower()!r} hold a number above 1; expected 0 to 1"
-            )
+            raise ValueError(f"gates of the cache {name!r} hold a number above 1; expected 0 to 1")
 
     def check(self, total: int, layers: Mapping[int, Any]) -> None:
         check_heads("gates", self.gates, layers)

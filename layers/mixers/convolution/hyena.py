@@ -141,8 +141,8 @@ class Hyena(Mixer):
         y = W_out (x_0 v) + b_out
 
     with products elementwise and filters k_i (d x L) from `ImplicitFilter`, of which options leave the first taps or the lowest
-    frequencies. The state holds the last L - 1 inputs of each long convolution, those that taps reach. If `init_state` gets a smaller `max_length`, it holds as many inputs as segments of that length
-    need, and outputs of later tokens are NaN.
+    frequencies. The state holds the last L - 1 inputs of each long convolution, those that taps reach. If `init_state` gets a
+    smaller `max_length`, it holds as many inputs as segments of that length need, and outputs of later tokens are NaN.
     """
 
     keeps_segments = True

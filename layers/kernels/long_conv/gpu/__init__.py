@@ -1,6 +1,7 @@
 """`long_conv` on Hopper GPUs, by Pallas's Triton backend, for bfloat16 inputs.
 
-layout.py lays out inputs by channel, kernels.py convolves them by the transforms of transforms.py. Outputs go back to the layout of the input in plain JAX.
+layout.py lays out inputs by channel, and kernels.py convolves them by the transforms of transforms.py. Plain JAX brings outputs back to
+the layout of the input.
 """
 
 from typing import Any
