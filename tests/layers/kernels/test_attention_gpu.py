@@ -21,11 +21,11 @@ OPTIONS = {
 
 
 def draw(batch, keys, heads, groups, size, values, seed=0):
-    """A cache (b, s) that is full up to a length per row, with what is not finite behind it, and a query after it."""
+    """A cache (b, s) that is full up to a length per row, the first row throughout, what is not finite behind it, and a last query."""
     rng = np.random.default_rng(seed)
     shapes = (batch, 1, heads, size), (batch, keys, groups, size), (batch, keys, groups, values)
     q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
-    lengths = jnp.asarray([keys - 3, *rng.integers(1, keys // 4, batch - 1)], jnp.int32)[:, None]
+    lengths = jnp.asarray([keys, *rng.integers(1, keys // 4, batch - 1)], jnp.int32)[:, None]
     places = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), (batch, keys))
     full = places < lengths
     k, v = jnp.where(full[..., None, None], k, jnp.nan), jnp.where(full[..., None, None], v, jnp.inf)
