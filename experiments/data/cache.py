@@ -154,18 +154,22 @@ def temporary_builds() -> Iterator[None]:
             _BUILDS.reset(token)
 
 
-def load(recipe: Recipe, folder: Path) -> Dataset:
+def load(recipe: Recipe, folder: Path, *, remedy: str | None = None) -> Dataset:
     """Returns the data set of `recipe` in `folder`, after checking it.
+
+    Args:
+      remedy: what to do about a damaged folder, for messages; by default to build it again.
 
     Raises:
       CorruptCacheError: the content does not match; names the file and the fault.
     """
+    remedy = remedy or (
+        f"Delete the folder {folder}; it is built again when it is next needed, or now by "
+        f"`{recipe.rebuild} --data_dir={shlex.quote(str(folder.parent))}`"
+    )
 
     def corrupt(path: Path, problem: str) -> CorruptCacheError:
-        return CorruptCacheError(
-            f"{path}: {problem}. Delete the folder {folder}; it is built again when it is next needed, or now by "
-            f"`{recipe.rebuild} --data_dir={shlex.quote(str(folder.parent))}`"
-        )
+        return CorruptCacheError(f"{path}: {problem}. {remedy}")
 
     manifest_file = folder / MANIFEST
     try:

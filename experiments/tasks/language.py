@@ -69,7 +69,8 @@ class LanguageModeling(Task):
         Args:
           source: "stdlib", the sources of the running Python's standard library; or the path of a text file, a file of
             JSON lines or parquet with texts named "text", or a folder with such files (see `data.text.sources`); or "enwik8",
-            "text8", "wikitext103", "rfc" (see `data.text.official`) or "tfds:NAME" (see `data.text.tensorflow_datasets`).
+            "text8", "wikitext103", "rfc" (see `data.text.official`) or "tfds:NAME" (see `data.text.tensorflow_datasets`); or the
+            folder of a data set that is prepared (see `data.text.prepared`).
           tokenizer: "bytes", "characters", "bpe:VOCAB", or the path of a tokenizer.json (see `data.text.tokenizers`).
           length: number of tokens of a row.
           packing: "best_fit", which cuts only documents that are longer than a row, "concatenate" (see

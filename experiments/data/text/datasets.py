@@ -11,10 +11,9 @@ import numpy as np
 from experiments.data import cache
 from experiments.data.sequences import Sequences
 from experiments.data.text.documents import corpus_sha256
+from experiments.data.text.prepared import NAME, VERSION, is_prepared, load_prepared
 from experiments.data.text.sources import read_documents
 from experiments.data.text.tokenizers import Tokenizer, make_tokenizer
-
-VERSION = 1  # increment when equal documents and tokenizers make other tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,8 @@ def load_corpus(
     The parameters in the manifest hold the hash of all documents, so that another corpus is another data set.
 
     Args:
-      source: "stdlib", a path or a published corpus; see `sources.read_documents`, also for `invalid` and `official_dir`.
+      source: "stdlib", a path or a published corpus; see `sources.read_documents`, also for `invalid` and `official_dir`. The folder
+        of a prepared data set is taken as it is (see `prepared`).
       tokenizer: name or path; see `tokenizers.make_tokenizer`.
       data_dir: folder of the cache; by default $SEQMODELS_DATA, else ~/.cache/seqmodels.
 
@@ -46,6 +46,8 @@ def load_corpus(
       ValueError: if the source or the tokenizer is refused.
       CorruptCacheError: if the cached data set is damaged.
     """
+    if official_dir is None and is_prepared(source):
+        return Corpus(*load_prepared(source, tokenizer=tokenizer))
     documents = read_documents(source, invalid=invalid, official_dir=official_dir)
     maker = make_tokenizer(tokenizer, texts=lambda: documents["train"], data_dir=data_dir)
     largest = maker.vocab_size - (2 if maker.end == maker.vocab_size - 1 else 1)  # ends are not stored
@@ -53,7 +55,7 @@ def load_corpus(
     if official_dir is not None:
         options["official_dir"] = official_dir
     recipe = cache.Recipe(
-        name="text",
+        name=NAME,
         version=VERSION,
         parameters={"corpus_sha256": corpus_sha256(documents), "tokenizer": maker.manifest},
         vocabulary=(),
