@@ -27,8 +27,8 @@ tokenizer.json is the tokenizer, and `size` then says only the learning rate, th
 
     python -m experiments.train --config=configs/lm/models.py:size=350m,pretrained=checkpoints/Qwen3-0.6B --workdir=runs/finetuned
 
-Options: `size=`, `mixer=`, `pretrained=`, `source=`, `tokenizer=` (bytes, characters, or bpe:32768), `length=` and `rule=` (adamw or muon). Learning
-rates are customary ones, not swept.
+Options: `size=`, `mixer=`, `pretrained=`, `source=`, `tokenizer=` (bytes, characters, or bpe:32768), `length=`, `tokens=` (how many to train
+on, padding included, such as 200m; one epoch without it) and `rule=` (adamw or muon). Learning rates are customary ones, not swept.
 
 Sources are stdlib, enwik8, text8, wikitext103, rfc, pg19, lm1b, wiki40b and tiny_shakespeare, each with its usual tokens; all but the
 first need `--config.task.official_dir`, an archive or, for the last four, the folder of tensorflow-datasets; for rfc, that of the
@@ -36,6 +36,8 @@ texts in Debian's packages doc-rfc-*, /usr/share/doc/RFC, some of which are not 
 `--config.task.source=PATH`. Published perplexities of WikiText-103 and PG-19 are per word: 2 ** (bits_per_byte * bytes / words),
 with the bytes and words of the test split, a line's end counted as a word in WikiText-103.
 """
+
+import re
 
 from ml_collections import ConfigDict
 
@@ -185,10 +187,10 @@ def get_config(arg: str = "size=10m,mixer=attention") -> ConfigDict:
     size, mixer = options.pop("size", "10m"), options.pop("mixer", "attention")
     source, rule = options.pop("source", "stdlib"), options.pop("rule", "adamw")
     tokenizer = options.pop("tokenizer", "")
-    length = options.pop("length", str(LENGTH))
+    length, tokens = options.pop("length", str(LENGTH)), options.pop("tokens", None)
     if options:
         raise ValueError(
-            f"models.py takes size=, mixer=, pretrained=, source=, tokenizer=, length= and rule=, not {', '.join(options)}"
+            f"models.py takes size=, mixer=, pretrained=, source=, tokenizer=, length=, tokens= and rule=, not {', '.join(options)}"
         )
     if size not in SIZES:
         raise ValueError(f"size={size!r} is unknown; available: {', '.join(SIZES)}")
@@ -196,6 +198,8 @@ def get_config(arg: str = "size=10m,mixer=attention") -> ConfigDict:
         raise ValueError(f"source={source!r} is unknown; available: {', '.join(SOURCES)}")
     if not length.isdecimal() or not int(length):
         raise ValueError(f"length={length!r}; expected a number of tokens per row, such as {LENGTH}")
+    if tokens is not None and not re.fullmatch(r"[1-9]\d*[kmb]?", tokens):
+        raise ValueError(f"tokens={tokens!r}; expected a number of tokens to train on, such as 200m")
     width, depth, rate, rows, remat = SIZES[size]
     known = models(width, depth, int(length))
     if mixer not in known:
@@ -212,7 +216,12 @@ def get_config(arg: str = "size=10m,mixer=attention") -> ConfigDict:
     config.model = dict(kind="language_model", dtype="bfloat16", remat=remat)
     if pretrained is None:
         config.model.update(tie_embeddings=True, **known[mixer])
-    config.train = dict(batch_size=rows, epochs=1, eval_every=0.25, log_every=10, checkpoint_every=500)
+    config.train = dict(batch_size=rows, eval_every=0.25, log_every=10, checkpoint_every=500)
+    if tokens is None:
+        config.train.epochs = 1
+    else:
+        count = int(tokens.rstrip("kmb")) * {"k": 10**3, "m": 10**6, "b": 10**9}.get(tokens[-1], 1)
+        config.train.steps = -(-count // (rows * int(length)))
     if pretrained is not None:
         config.train.pretrained = pretrained
     config.optimizer = dict(

@@ -83,10 +83,13 @@ def test_options():
     assert config["model"]["mixers"]["hyena"]["max_length"] == config["task"]["length"] == 512
     assert config["task"]["tokenizer"] == "bpe:32768"
     assert config["optimizer"]["name"] == "muon"
+    train = config_of("size=125m,tokens=200m,length=4000")["train"]
+    assert train["steps"] == 6250 and "epochs" not in train
     for argument, said in (
         ("size=2b", "size='2b' is unknown; available: 10m"),
         ("mixer=mambo", "mixer='mambo' has no model here; available: attention"),
         ("length=0", "length='0'; expected a number of tokens"),
+        ("tokens=2g", "tokens='2g'; expected a number of tokens to train on, such as 200m"),
         ("width=3", "models.py takes size="),
         ("source=enwiki8", "source='enwiki8' is unknown; available: stdlib, enwik8"),
     ):
