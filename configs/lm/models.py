@@ -4,7 +4,7 @@
     python -m experiments.train --config=configs/lm/models.py:size=40m,mixer=mamba2,source=enwik8,length=2048 \
         --config.task.official_dir=enwik8.zip --workdir=runs/enwik8-mamba2-40m
 
-Results: not measured here yet.
+Results: no run is finished yet; experiments/results/lm_rfc_h200 has learning rates and speeds of `125m`.
 
     size   width  layers   sizes include tied embeddings of 32,768 tokens; with `tokenizer=bytes` they are less
     10m      192       8
@@ -28,7 +28,8 @@ tokenizer.json is the tokenizer, and `size` then says only the learning rate, th
     python -m experiments.train --config=configs/lm/models.py:size=350m,pretrained=checkpoints/Qwen3-0.6B --workdir=runs/finetuned
 
 Options: `size=`, `mixer=`, `pretrained=`, `source=`, `tokenizer=` (bytes, characters, or bpe:32768), `length=`, `tokens=` (how many to train
-on, padding included, such as 200m; one epoch without it) and `rule=` (adamw or muon). Learning rates are customary ones, not swept.
+on, padding included, such as 200m; one epoch without it) and `rule=` (adamw or muon). The learning rate of `125m` is that of a sweep over a Transformer, Gated DeltaNet and
+their hybrid; the others are customary ones.
 
 Sources are stdlib, enwik8, text8, wikitext103, rfc, pg19, lm1b, wiki40b and tiny_shakespeare, each with its usual tokens; all but the
 first need `--config.task.official_dir`, an archive or, for the last four, the folder of tensorflow-datasets; for rfc, that of the
@@ -45,7 +46,7 @@ from ml_collections import ConfigDict
 SIZES = {
     "10m": (192, 8, 3e-3, 8, "none"),
     "40m": (384, 16, 2e-3, 8, "none"),
-    "125m": (768, 12, 1e-3, 8, "none"),
+    "125m": (768, 12, 1.5e-3, 8, "none"),
     "350m": (1024, 24, 6e-4, 8, "full"),
     "1.3b": (2048, 24, 4e-4, 16, "full"),
 }
