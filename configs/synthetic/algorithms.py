@@ -1,14 +1,17 @@
-"""Copy, parity, sorting and addition: trained on short inputs, evaluated on longer ones.
+"""Copy, parity, sorting, addition, counting and the mode: trained on short inputs, evaluated on longer ones.
 
     python -m experiments.train --config=configs/synthetic/algorithms.py:task=parity,mixer=deltanet --workdir=runs/parity
     python -m experiments.evaluate --workdir=runs/parity --split=length_256
 
-    task=copy|parity|running_parity|sorting|addition
+    task=copy|copy_unique|count|mode|parity|running_parity|sorting|sorting_hints|addition|addition_hints
 
 Any causal mixer; mixer=NAME, width, depth, learning_rate, scale=small|paper. Small trains on lengths up to 10 (parity
 up to 20); paper up to 20 for copying and sorting (Kazemnejad et al. 2023, arXiv:2305.19466), from 3 to 40 for parity
 (Grazzi et al. 2025, arXiv:2411.12537) and up to 40 digits for addition (Zhou et al. 2024, arXiv:2402.09371). Mixers with
 an option `negative_eigenvalues` use it, as only those can learn parity. `running_parity` asks for the parity at every bit.
+`copy_unique`, `count` and `mode` are the tasks of Zhou et al. 2024 (arXiv:2310.16028) with programs in RASP-L, `addition_hints` has a letter
+before every digit (arXiv:2402.09371), and `sorting_hints` asks for the next larger element in half of the training examples
+(arXiv:2310.00726).
 """
 
 from ml_collections import ConfigDict
@@ -24,6 +27,10 @@ LENGTHS = {  # of training, and of the further splits
     ("addition", "small"): ((1, 6), (6, 8, 12, 20)),
     ("addition", "paper"): ((1, 40), (40, 60, 80, 100)),
 }
+for hinted, plain in dict(
+    copy_unique="copy", count="copy", mode="copy", addition_hints="addition", sorting_hints="sorting"
+).items():
+    LENGTHS |= {(hinted, scale): LENGTHS[plain, scale] for scale in ("small", "paper")}
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -34,8 +41,8 @@ def get_config(arg: str = "") -> ConfigDict:
     running = options["task"] == "running_parity"
     task, scale = "parity" if running else options["task"], options["scale"]
     if (task, scale) not in LENGTHS:
-        known = "copy, parity, running_parity, sorting or addition, and small or paper"
-        raise ValueError(f"task={task},scale={scale}; expected {known}")
+        known = ", ".join(dict.fromkeys(name for name, _ in LENGTHS))
+        raise ValueError(f"task={task},scale={scale}; expected running_parity, {known}, and small or paper")
 
     config = ConfigDict()
     config.seed = 0

@@ -21,10 +21,12 @@ from experiments.tasks.packages import PackagePairs, PackageText
 from experiments.tasks.pathfinder import Pathfinder
 from experiments.tasks.synthetic.algorithms import Addition, Copy, Parity, Sorting
 from experiments.tasks.synthetic.associative_recall import AssociativeRecall
+from experiments.tasks.synthetic.hints import HintedAddition, HintedSorting
 from experiments.tasks.synthetic.induction_heads import InductionHeads
 from experiments.tasks.synthetic.mad_memory import Compression, MADSelectiveCopying, Memorization
 from experiments.tasks.synthetic.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
 from experiments.tasks.synthetic.mqar import MQAR
+from experiments.tasks.synthetic.rasp import Counting, Mode, UniqueCopy
 from experiments.tasks.synthetic.regular_languages import RegularLanguages
 from experiments.tasks.synthetic.selective_copying import SelectiveCopying
 from experiments.tasks.task import Task
@@ -35,9 +37,12 @@ FOLDER = str | os.PathLike | None
 TASKS: dict[str, type[Task]] = {
     "aan": AAN,
     "addition": Addition,
+    "addition_hints": HintedAddition,
     "associative_recall": AssociativeRecall,
     "cifar10": CIFAR10,
     "copy": Copy,
+    "copy_unique": UniqueCopy,
+    "count": Counting,
     "emails": Emails,
     "imdb": IMDB,
     "induction_heads": InductionHeads,
@@ -50,6 +55,7 @@ TASKS: dict[str, type[Task]] = {
     "mad_noisy_recall": NoisyRecall,
     "mad_selective_copying": MADSelectiveCopying,
     "mnist": MNIST,
+    "mode": Mode,
     "mqar": MQAR,
     "oscillations": IrregularOscillations,
     "package_pairs": PackagePairs,
@@ -59,6 +65,7 @@ TASKS: dict[str, type[Task]] = {
     "regular_languages": RegularLanguages,
     "selective_copying": SelectiveCopying,
     "sorting": Sorting,
+    "sorting_hints": HintedSorting,
 }
 
 

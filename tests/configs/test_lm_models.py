@@ -84,7 +84,8 @@ def test_options():
     assert config["task"]["tokenizer"] == "bpe:32768"
     assert config["optimizer"]["name"] == "muon"
     train = config_of("size=125m,tokens=200m,length=4000")["train"]
-    assert train["steps"] == 6250 and "epochs" not in train
+    assert train["steps"] == 6250
+    assert "epochs" not in train
     for argument, said in (
         ("size=2b", "size='2b' is unknown; available: 10m"),
         ("mixer=mambo", "mixer='mambo' has no model here; available: attention"),

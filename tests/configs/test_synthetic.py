@@ -35,8 +35,10 @@ SCALES = [
     "mad:scale=paper,task=memorization",
     "regular_languages:",
     "regular_languages:scale=paper",
-    *(f"algorithms:task={task}" for task in ("copy", "parity", "running_parity", "sorting", "addition")),
-    *(f"algorithms:task={task},scale=paper" for task in ("copy", "parity", "sorting", "addition")),
+    *(f"algorithms:task={task}" for task in (
+        "copy", "copy_unique", "count", "mode", "parity", "running_parity", "sorting", "sorting_hints", "addition", "addition_hints",
+    )),
+    *(f"algorithms:task={task},scale=paper" for task in ("copy", "count", "mode", "parity", "sorting", "addition", "addition_hints")),
 ]  # fmt: skip
 
 

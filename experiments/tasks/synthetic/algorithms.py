@@ -16,8 +16,8 @@ from layers.options import checked_dataclass
 
 
 @checked_dataclass(kw_only=True, eq=False)
-class _Algorithm(SyntheticTask):
-    """The base class of the four tasks.
+class Algorithm(SyntheticTask):
+    """The base class of tasks with inputs of different lengths.
 
     Attributes:
       lengths: lengths of the shortest and the longest training input, inclusive.
@@ -52,7 +52,7 @@ class _Algorithm(SyntheticTask):
 
 
 @checked_dataclass(kw_only=True, eq=False)
-class Copy(_Algorithm):
+class Copy(Algorithm):
     """Copying a string, as in x1 ... xn = x1 ... xn end (Jelassi et al. 2024, arXiv:2402.01032).
 
     Attributes:
@@ -76,9 +76,13 @@ class Copy(_Algorithm):
         """Returns the answer to strings (b, n) of lengths (b,), which has the same lengths."""
         return given
 
+    def draw(self, draws: Draws, length: int) -> np.ndarray:
+        """Returns strings (b, length)."""
+        return draws.integers(0, self.symbols, length)
+
     def make(self, draws: Draws, split: str) -> Arrays:
         lengths = self.draw_lengths(draws, split)
-        given = draws.integers(0, self.symbols, self.range_of(split)[1])
+        given = self.draw(draws, self.range_of(split)[1])
         sign, end = (np.full((len(draws), 1), self.symbols + i) for i in range(2))
         parts = [(given, lengths), (sign, 1), (self.answer(given, lengths), lengths), (end, 1)]
         return next_tokens(*joined(parts, self.width(split) + 1), first=lengths + 1)
@@ -96,7 +100,7 @@ class Sorting(Copy):
 
 
 @checked_dataclass(kw_only=True, eq=False)
-class Parity(_Algorithm):
+class Parity(Algorithm):
     """Parity of bits, asked for at the last of them (Grazzi et al. 2025, arXiv:2411.12537).
 
     The label is 1 if the number of ones is odd. A linear recurrence needs an eigenvalue of -1 for it.
@@ -132,7 +136,7 @@ class Parity(_Algorithm):
 
 
 @checked_dataclass(kw_only=True, eq=False)
-class Addition(_Algorithm):
+class Addition(Algorithm):
     """Adding two numbers digit by digit, as in 35 + 8 = 43 end (Zhou et al. 2024, arXiv:2402.09371).
 
     The numbers of digits are uniform and independent, and so are the digits, without leading zeros (except the one-digit
@@ -156,7 +160,8 @@ class Addition(_Algorithm):
     def chance(self) -> float:
         return 0.1
 
-    def make(self, draws: Draws, split: str) -> Arrays:
+    def numbers(self, draws: Draws, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the digits of both numbers and of their sum, least significant first (b, 3, n), and their numbers of digits (b, 3)."""
         _, high = self.range_of(split)
         lengths = np.stack([self.draw_lengths(draws, split) for _ in range(2)], axis=1)
         if split in self.further_splits:
@@ -171,15 +176,21 @@ class Addition(_Algorithm):
             carry, total[:, place] = np.divmod(digits[:, :, place].sum(axis=1) + carry, 10)
         longest = lengths.max(axis=1)
         answer_length = longest + np.take_along_axis(total, longest[:, None], axis=1)[:, 0]
+        return np.concatenate([digits, total[:, None]], 1), np.concatenate(
+            [lengths, answer_length[:, None]], 1
+        )
+
+    def make(self, draws: Draws, split: str) -> Arrays:
+        digits, lengths = self.numbers(draws, split)
         plus, equals, end = (np.full((len(draws), 1), 10 + i) for i in range(3))
-        numbers = [(digits[:, 0], lengths[:, 0]), (digits[:, 1], lengths[:, 1]), (total, answer_length)]
+        numbers = [(digits[:, i], lengths[:, i]) for i in range(3)]
         if not self.reverse:
-            numbers = [(_flipped(number, length), length) for number, length in numbers]
+            numbers = [(flipped(number, length), length) for number, length in numbers]
         parts = [numbers[0], (plus, 1), numbers[1], (equals, 1), numbers[2], (end, 1)]
-        return next_tokens(*joined(parts, self.width(split) + 1), first=lengths.sum(axis=1) + 2)
+        return next_tokens(*joined(parts, self.width(split) + 1), first=lengths[:, :2].sum(axis=1) + 2)
 
 
-def _flipped(digits: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def flipped(digits: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Returns the first digits of each row, reversed."""
     return np.take_along_axis(
         digits, (lengths[:, None] - 1 - np.arange(digits.shape[1])) % digits.shape[1], axis=1
