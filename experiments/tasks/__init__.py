@@ -12,6 +12,7 @@ from typing import Any
 from experiments.tasks.aan import AAN
 from experiments.tasks.cifar10 import CIFAR10
 from experiments.tasks.emails import Emails
+from experiments.tasks.forecasting import Forecasting
 from experiments.tasks.imdb import IMDB
 from experiments.tasks.language import LanguageModeling
 from experiments.tasks.listops import ListOps
@@ -44,6 +45,7 @@ TASKS: dict[str, type[Task]] = {
     "copy_unique": UniqueCopy,
     "count": Counting,
     "emails": Emails,
+    "forecasting": Forecasting,
     "imdb": IMDB,
     "induction_heads": InductionHeads,
     "language": LanguageModeling,
