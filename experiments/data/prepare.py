@@ -18,6 +18,7 @@ from experiments.data import (
     packages,
     pathfinder,
     pathfinder_datasets,
+    speech_commands,
 )
 from experiments.data.text.characters import VOCABULARIES
 from experiments.data.text.datasets import load_corpus
@@ -192,6 +193,16 @@ def _prepare_emails(options: argparse.Namespace) -> cache.Dataset:
     return emails.load(options.package, part=options.part, length=options.length, data_dir=options.data_dir)
 
 
+def _add_speech_commands(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("speech_commands", help="one second of speech, 35 words", allow_abbrev=False)
+    parser.add_argument("--official_dir", required=True, help="folder of speech_commands_v0.02")
+    parser.set_defaults(prepare=_prepare_speech_commands)
+
+
+def _prepare_speech_commands(options: argparse.Namespace) -> cache.Dataset:
+    return speech_commands.load(options.official_dir, data_dir=options.data_dir)
+
+
 def _add_packages(commands: argparse._SubParsersAction) -> None:
     for name, length, load in (
         ("package_text", 2048, packages.load_text),
@@ -230,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_emails(commands)
     _add_mnist(commands)
     _add_packages(commands)
+    _add_speech_commands(commands)
     for command in commands.choices.values():
         command.add_argument(
             "--data_dir", type=folder, help="default: $SEQMODELS_DATA, else ~/.cache/seqmodels"

@@ -20,6 +20,7 @@ from experiments.tasks.mnist import MNIST
 from experiments.tasks.oscillations import IrregularOscillations
 from experiments.tasks.packages import PackagePairs, PackageText
 from experiments.tasks.pathfinder import Pathfinder
+from experiments.tasks.speech_commands import SpeechCommands
 from experiments.tasks.synthetic.algorithms import Addition, Copy, Parity, Sorting
 from experiments.tasks.synthetic.associative_recall import AssociativeRecall
 from experiments.tasks.synthetic.hints import HintedAddition, HintedSorting
@@ -68,6 +69,7 @@ TASKS: dict[str, type[Task]] = {
     "selective_copying": SelectiveCopying,
     "sorting": Sorting,
     "sorting_hints": HintedSorting,
+    "speech_commands": SpeechCommands,
 }
 
 
