@@ -72,7 +72,7 @@ def load_corpus(
 
 
 def _tokenised(texts: Sequence[str], tokenizer: Tokenizer, dtype: str) -> Sequences:
-    parts = [tokenizer.encode(text).astype(dtype) for text in texts]
+    parts = [tokens.astype(dtype) for tokens in tokenizer.encode_all(texts)]
     offsets = [0, *itertools.accumulate(map(len, parts))]
     return Sequences(
         np.concatenate(parts), np.array(offsets), np.array([len(text.encode()) for text in texts])

@@ -63,7 +63,8 @@ def load_prepared(
 def _tokenizer(folder: Path, given: str, kind: str, size: int, sha256: str) -> Tokenizer:
     if given == "bytes":
         return Bytes()
-    if given != f"bpe:{size}" and not given.endswith(".json"):
+    trained = kind == "bpe" and given.startswith("bpe:")
+    if not trained and not given.endswith(".json"):
         expected = {"bytes": "bytes", "bpe": f"bpe:{size}, or the path of its tokenizer.json"}
         raise ValueError(
             f"tokenizer={given!r} with the prepared corpus {folder.name}; expected "
@@ -71,7 +72,8 @@ def _tokenizer(folder: Path, given: str, kind: str, size: int, sha256: str) -> T
         )
     if given.endswith(".json"):
         return make_tokenizer(given, texts=list)
-    name = f"bpe-{size}-*-{sha256[:12]}.json"
+    # A small text may give fewer tokens than were asked for.
+    name = f"bpe-{given.removeprefix('bpe:')}-*-{sha256[:12]}.json"
     file = next(iter(sorted(folder.parent.glob(name))), None)
     if file is None:
         raise ValueError(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from experiments.runs.files import write_atomically
 
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 LEAST_BPE = 257  # the bytes and the end token
+AT_ONCE = 256  # number of texts encoded in one call, which bounds the memory that their tokens take
 
 
 class Tokenizer(Protocol):
@@ -35,6 +36,10 @@ class Tokenizer(Protocol):
         """Returns the ids of a text, int32 (n,), without `end`."""
         ...
 
+    def encode_all(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        """Returns the ids of each text, as `encode` gives them."""
+        ...
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; `end` is left out, and what is not valid UTF-8 becomes U+FFFD."""
         ...
@@ -54,6 +59,10 @@ class Bytes:
     def encode(self, text: str) -> np.ndarray:
         """Returns the bytes of a text."""
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def encode_all(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        """Returns the bytes of each text."""
+        return map(self.encode, texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of bytes."""
@@ -84,6 +93,10 @@ class Characters:
         places = np.searchsorted(self._characters, points)
         known = np.isin(points, self._characters)
         return np.where(known, places, self.unknown).astype(np.int32)
+
+    def encode_all(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        """Returns the ids of the characters of each text."""
+        return map(self.encode, texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the characters of ids; those that are not in the vocabulary become U+FFFD."""
@@ -131,6 +144,13 @@ class BytePairs:
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of a text."""
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_all(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        """Returns the ids of each text; the texts are divided over all cores."""
+        for start in range(0, len(texts), AT_ONCE):
+            part = list(texts[start : start + AT_ONCE])
+            for encoding in self._tokenizer.encode_batch_fast(part, add_special_tokens=False):
+                yield np.array(encoding.ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids."""
