@@ -72,6 +72,11 @@ MIXER_OPTIONS = [
         ValueError,
         "sink_distance='cache' needs sink_tokens",
     ),
+    (
+        mixer("attention", heads=2, window=2, sink_tokens=1, sink_distance="window", position="none"),
+        ValueError,
+        "sink_distance='window' needs sink_tokens",
+    ),
     (mixer("attention", heads=8), ValueError, "rotary positions need an even head size, got 1"),
     (
         mixer("attention", heads=2, position="ropee"),
@@ -274,6 +279,15 @@ OTHER_OPTIONS = [
     (lambda: read_position(dict(name="rope", fraction=1.5)), ValueError, "fraction=1.5; expected"),
     (lambda: read_position(dict(name="rope", scaling="yarnn")), ValueError, "scaling='yarnn'; expected"),
     (lambda: read_position(dict(name="rope", factor=2.0)), ValueError, "factor=2.0 with scaling='none'"),
+    (lambda: read_position(dict(name="rope", scaling="truncated")), ValueError, "llama3 and truncated"),
+    (lambda: read_position(dict(name="rope", scaling="power")), ValueError, "power needs an exponent"),
+    (lambda: read_position(dict(name="rope", power=0.5)), ValueError, "power=0.5 with scaling='none'"),
+    (lambda: read_position(dict(name="rope", still=1.0)), ValueError, "still=1.0; expected"),
+    (
+        lambda: read_position(dict(name="rope", scaling="power", power=0.5, factor=2.0)),
+        ValueError,
+        "factor=2.0 with scaling='power'",
+    ),
     (
         lambda: read_position(dict(name="rope", scaling="yarn")),
         ValueError,

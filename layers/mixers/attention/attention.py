@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -38,8 +39,9 @@ class AttentionConfig:
         up to `window`.
       sink_tokens: number of tokens at the start of a segment that stay visible beyond the window (StreamingLLM, Xiao et
         al. 2023, arXiv:2309.17453).
-      sink_distance: distance between a query and sinks beyond the window: "true", or "cache", at most that in a sequence
-        of sink_tokens + window tokens, as in StreamingLLM. "cache" needs causal rotary attention.
+      sink_distance: distance between a query and sinks beyond the window: "true", "cache", at most that in a sequence
+        of sink_tokens + window tokens, as in StreamingLLM, or "window", the window itself for all sinks, as in LM-Infinite (Han
+        et al. 2023, arXiv:2308.16137). Those but "true" need causal rotary attention.
       sink_logits: whether each head learns the logit of one more key, without a value, that all queries see (gpt-oss).
       position: "rope", "none", "alibi", "t5" or "fire", or a mapping with that "name" and the options of `Rotary`,
         `T5Bias` or `Fire` in `layers.positions`.
@@ -65,7 +67,7 @@ class AttentionConfig:
     causal: bool = True
     window: int | None = None
     sink_tokens: Count = 0
-    sink_distance: Literal["true", "cache"] = "true"
+    sink_distance: Literal["true", "cache", "window"] = "true"
     sink_logits: bool = False
     position: str | Mapping[str, Any] | PositionConfig = "rope"
     scale: float | None = None
@@ -96,10 +98,12 @@ class AttentionConfig:
                 f"sink_tokens={self.sink_tokens} with window={self.window}; expected 0 without window"
             )
         object.__setattr__(self, "position", read_position(self.position))
-        if self.sink_distance == "cache" and not (
+        if self.sink_distance != "true" and not (
             self.sink_tokens and self.causal and isinstance(self.position, Rotary)
         ):
-            raise ValueError("sink_distance='cache' needs sink_tokens, causal=True and position='rope'")
+            raise ValueError(
+                f"sink_distance={self.sink_distance!r} needs sink_tokens, causal=True and position='rope'"
+            )
         if isinstance(self.position, Rotary):
             try:
                 self.position.size(self.size)
@@ -202,7 +206,9 @@ class Attention(Mixer):
             "logits": self.logits(),
             "scale": config.scale,
         }
-        attend = streaming_attention if config.sink_distance == "cache" else relative_attention
+        attend = relative_attention
+        if config.sink_distance != "true":
+            attend = partial(streaming_attention, distance=config.sink_distance)
         if visit is None:
             positions = jnp.arange(x.shape[1])[None] if segments is None else segments.positions
             q, k, v = self.project(x, positions, segments)

@@ -27,6 +27,10 @@ MIXERS = {
         "attention",
         {"heads": 2, "window": 4, "sink_tokens": 2, "sink_distance": "cache"},
     ),
+    "attention-lm-infinite": (
+        "attention",
+        {"heads": 2, "window": 4, "sink_tokens": 2, "sink_distance": "window"},
+    ),
     "attention-t5": ("attention", {"heads": 2, "position": "t5", "scale": 1.0}),
     "gated_attention": ("gated_attention", {"heads": 2, "kv_heads": 1, "head_dim": 8}),
     "selective_attention": ("selective_attention", {"heads": 2, "window": 6}),
