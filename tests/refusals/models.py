@@ -117,6 +117,10 @@ MIXER_OPTIONS = [
         ValueError,
         "shifted_heads=2; expected at most heads=4 and a multiple of 4",
     ),
+    (mixer("shortformer", heads=2, position="rope"), ValueError, "shortformer has positions of its own"),
+    (mixer("shortformer", heads=2, subsequence=0), ValueError, "subsequence=0; expected"),
+    (mixer("softplus_attention", heads=2, offset=-1.0), ValueError, "offset=-1.0; expected"),
+    (mixer("softplus_attention", heads=2, scale=1.0), ValueError, "scale=1.0; softplus_attention has"),
     (mixer("moba", heads=2, window=4), ValueError, "window=4; moba has a pattern of its own, expected None"),
     (mixer("moba", heads=2, position="t5"), ValueError, "moba takes 'rope' or 'none'"),
     (

@@ -246,11 +246,12 @@ class Attention(Mixer):
         return self.position.rotate(q, positions), self.position.rotate(k, positions), v
 
     def heads(
-        self, x: Float[Array, "b t d"]
+        self, x: Float[Array, "b t d"], placed: Float[Array, "b t d"] | None = None
     ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
-        """Returns queries, keys and values before the rotation."""
+        """Returns queries, keys and values before the rotation; queries and keys are of `placed`, if given."""
         config = self.config
-        q, k, v = self.query(x), self.key(x), self.value(x)
+        placed = x if placed is None else placed
+        q, k, v = self.query(placed), self.key(placed), self.value(x)
         if config.qk_norm and config.norm_heads == "all":
             q, k = self.query_norm(q), self.key_norm(k)
         q = split_heads(q, config.heads)

@@ -144,6 +144,8 @@ MIXERS = {
     "mesa_net": ("mesa_net", {"heads": 2, "steps": 8, "gate": True}),
     "titans": ("titans", {"heads": 2, "chunk": 5}),
     "ttt_linear": ("ttt_linear", {"heads": 2, "mini_batch": 5}),
+    "shortformer": ("shortformer", {"heads": 4, "kv_heads": 2, "subsequence": 4, "sink_logits": True}),
+    "softplus_attention": ("softplus_attention", {"heads": 4, "kv_heads": 2, "power": 3.0}),
     "parallel": (
         "parallel",
         {"branches": {"retnet": {"heads": 2}, "attention": {"heads": 2}}, "scales": {"retnet": 0.5}},
@@ -181,5 +183,6 @@ LIGHT = {
     *("gated_deltaproduct", "gated_deltanet2", "comba", "tuned_state", "parallel"),
     *("forgetting_attention", "differential_attention", "longformer", "bigbird", "longt5"),
     *("etc", "nystromformer", "luna", "reformer", "informer", "shifted_sparse", "moba", "landmark"),
+    *("shortformer", "softplus_attention"),
     *("log_linear_mamba2", "ttt_linear", "titans", "mesa_net"),
 }
