@@ -13,6 +13,7 @@ from seqmodels.dual_encoder import DualEncoder
 from seqmodels.generation import Generation, generate, stream
 from seqmodels.interop import load_adapter, load_pretrained, save_adapter, save_pretrained
 from seqmodels.language_model import LanguageModel
+from seqmodels.masked_language_model import MaskedLanguageModel
 
 __all__ = [
     "Autoencoder",
@@ -21,6 +22,7 @@ __all__ = [
     "Generation",
     "LanguageModel",
     "LoraConfig",
+    "MaskedLanguageModel",
     "__version__",
     "adapt",
     "build_model",

@@ -379,8 +379,42 @@ MODELS = [
     (model(kind="classifier", num_classes=1), ValueError, "num_classes=1; expected"),
     (model(kind="classifier", num_classes=2, pooling="max"), ValueError, "pooling='max'; expected"),
     (model(kind="autoencoder", pooling="first"), ValueError, "pooling='first'; expected"),
+    (model(kind="masked_language_model", transform="gelo"), ValueError, "did you mean 'gelu'?"),
+    (
+        model(kind="masked_language_model", vocab_size=..., input_size=3),
+        ValueError,
+        "a masked language model needs vocab_size",
+    ),
+    (model(first_position=2), ValueError, "first_position=2 with max_positions=None"),
+    (
+        model(absolute_positions="learned", max_positions=2, first_position=2),
+        ValueError,
+        "first_position=2 with max_positions=2",
+    ),
+    (model(token_types=0), ValueError, "token_types=0; expected"),
+    (model(embedding_norm_place="end"), ValueError, "embedding_norm_place='end'; expected"),
+    (
+        model(kind="classifier", num_classes=2, vocab_size=..., input_size=3, token_types=2),
+        ValueError,
+        "are for tokens; vectors (input_size) have none",
+    ),
 ]
+ENCODER = MODEL | dict(kind="masked_language_model", token_types=2)
+TOKENS = np.zeros((1, 3), np.int32)
+
+
+def encoded(*inputs, token_types=2, **keywords):
+    def call():
+        model = build_model(ENCODER | dict(token_types=token_types), rngs=nnx.Rngs(0))
+        return model(TOKENS, *inputs, **keywords)[0]
+
+    return call
+
+
 CALLS = [
+    (traced(encoded(3)), ValueError, "a masked language model takes no state"),
+    (encoded(types=TOKENS + 2), ValueError, "expected 0 to 1, as token_types=2"),
+    (traced(encoded(types=TOKENS, token_types=None)), ValueError, "expected token_types in its config"),
     (
         called(ones(2, 5, 7), options=dict(heads=2)),
         ValueError,
