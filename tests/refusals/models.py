@@ -11,7 +11,7 @@ from layers.mixers import MIXERS
 from layers.norms import NORMS
 from layers.positions.position import read_position
 from layers.registry import build
-from seqmodels import build_model
+from seqmodels import LengthenConfig, build_model, lengthen
 
 
 def mixer(name, **options):
@@ -411,7 +411,27 @@ def encoded(*inputs, token_types=2, **keywords):
     return call
 
 
+def lengthened(tokens, **options):
+    def call():
+        model = build_model(MODEL | dict(mixer_defaults={}) | options, rngs=nnx.Rngs(0))
+        return lengthen(model, tokens, LengthenConfig(length=8))
+
+    return call
+
+
 CALLS = [
+    (
+        lengthened(TOKENS, mixer_defaults=dict(heads=2)),
+        ValueError,
+        "model has layers of attention; expected some of mamba2",
+    ),
+    (
+        lengthened(TOKENS[0], pattern=("mamba2",), mixers=dict(mamba2=dict(head_dim=4))),
+        ValueError,
+        "tokens has shape [3]; expected rows (n, t)",
+    ),
+    (lambda: LengthenConfig(length=0), ValueError, "length=0; expected"),
+    (lambda: LengthenConfig(length=8, decay=1.0), ValueError, "decay=1.0; expected"),
     (traced(encoded(3)), ValueError, "a masked language model takes no state"),
     (encoded(types=TOKENS + 2), ValueError, "expected 0 to 1, as token_types=2"),
     (traced(encoded(types=TOKENS, token_types=None)), ValueError, "expected token_types in its config"),
