@@ -26,6 +26,7 @@ from layers.mixers.attention.selective_attention import SelectiveAttention, Sele
 from layers.mixers.attention.shifted_sparse import ShiftedSparse, ShiftedSparseConfig
 from layers.mixers.attention.shortformer import Shortformer, ShortformerConfig
 from layers.mixers.attention.softplus_attention import SoftplusAttention, SoftplusAttentionConfig
+from layers.mixers.attention.transformer_xl import TransformerXL, TransformerXLConfig
 from layers.mixers.bidirectional import Bidirectional, BidirectionalConfig
 from layers.mixers.convolution.gated_short_conv import GatedShortConv, GatedShortConvConfig
 from layers.mixers.convolution.hyena import Hyena, HyenaConfig
@@ -145,6 +146,7 @@ MIXERS = {
     "slstm": (SLSTMConfig, SLSTM),
     "softplus_attention": (SoftplusAttentionConfig, SoftplusAttention),
     "titans": (TitansConfig, Titans),
+    "transformer_xl": (TransformerXLConfig, TransformerXL),
     "ttt_linear": (TTTLinearConfig, TTTLinear),
     "tuned_state": (TunedStateConfig, TunedState),
     "wersa": (WERSAConfig, WERSA),

@@ -119,6 +119,12 @@ MIXER_OPTIONS = [
     ),
     (mixer("shortformer", heads=2, position="rope"), ValueError, "shortformer has positions of its own"),
     (mixer("shortformer", heads=2, subsequence=0), ValueError, "subsequence=0; expected"),
+    (
+        mixer("transformer_xl", heads=2, position="alibi"),
+        ValueError,
+        "transformer_xl has positions of its own",
+    ),
+    (mixer("transformer_xl", heads=2, max_distance=0), ValueError, "max_distance=0; expected"),
     (mixer("softplus_attention", heads=2, offset=-1.0), ValueError, "offset=-1.0; expected"),
     (mixer("softplus_attention", heads=2, scale=1.0), ValueError, "scale=1.0; softplus_attention has"),
     (mixer("moba", heads=2, window=4), ValueError, "window=4; moba has a pattern of its own, expected None"),

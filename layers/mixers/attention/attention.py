@@ -121,10 +121,16 @@ class AttentionConfig:
         return shared_heads(self)
 
 
-def refuse_options(config: AttentionConfig, mixer: str, names: tuple[str, ...]) -> None:
+def refuse_options(
+    config: AttentionConfig,
+    mixer: str,
+    names: tuple[str, ...],
+    *,
+    positions: tuple[type, ...] = (Rotary, NoPosition),
+) -> None:
     """Raises ValueError for options of attention that a mixer with a pattern of its own leaves at their defaults.
 
-    Biases of positions are refused too: such a mixer takes rotary positions or none.
+    Other positions are refused too: such a mixer takes rotary ones or none, or none but its own.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -132,8 +138,11 @@ def refuse_options(config: AttentionConfig, mixer: str, names: tuple[str, ...]) 
             raise ValueError(
                 f"{field.name}={value!r}; {mixer} has a pattern of its own, expected {field.default!r}"
             )
-    if not isinstance(config.position, Rotary | NoPosition):
-        raise ValueError(f"position={config.position!r}; {mixer} takes 'rope' or 'none'")
+    if not isinstance(config.position, positions):
+        taken = (
+            "takes 'rope' or 'none'" if Rotary in positions else "has positions of its own, expected 'none'"
+        )
+        raise ValueError(f"position={config.position!r}; {mixer} {taken}")
 
 
 class Attention(Mixer):

@@ -30,11 +30,7 @@ class ShortformerConfig(AttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_options(self, "shortformer", ("window", "causal"))
-        if not isinstance(self.position, NoPosition):
-            raise ValueError(
-                f"position={self.position!r}; shortformer has positions of its own, expected 'none'"
-            )
+        refuse_options(self, "shortformer", ("window", "causal"), positions=(NoPosition,))
 
 
 class Shortformer(Attention):

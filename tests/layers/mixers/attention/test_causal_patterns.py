@@ -1,4 +1,7 @@
-"""Shifted sparse attention, Shortformer's, softplus attention, MoBA and landmarks against their equations in NumPy, pair by pair, whole and in two calls."""
+"""Causal attention with patterns, positions and weights of its own against equations in NumPy, pair by pair, whole and in two calls.
+
+Shifted sparse attention, Shortformer's, Transformer-XL's, softplus attention, MoBA and landmarks.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from layers.mixers.attention import landmark as landmark_module
 from layers.mixers.attention import moba as moba_module
 from layers.mixers.attention import softplus_attention as softplus_module
+from layers.mixers.attention import transformer_xl as xl_module
 from tests.layers.mixers.literal import (
     apply,
     by_row,
@@ -94,6 +98,37 @@ def test_positions_infused():
     model = drawn("shortformer", WIDTH, subsequence=7, heads=HEADS, kv_heads=KV, bias=True, sink_logits=True)
     x = tokens(TIME, WIDTH)
     want = by_row(lambda x: shortformer(model, x), x)
+    np.testing.assert_allclose(model(x)[0], want, atol=1e-5)
+    np.testing.assert_allclose(in_two_calls(model, x)[0], want, atol=1e-5)
+
+
+def transformer_xl(model, x):
+    config, t, width = model.config, len(x), x.shape[1]
+    q, k, v = (heads(apply(f, x), n) for f, n in ((model.query, HEADS), (model.key, KV), (model.value, KV)))
+    content, place = wide(model.content_bias), wide(model.position_bias)
+    o = np.zeros_like(q)
+    for h in range(HEADS):
+        for i in range(t):
+            seen = range(max(0, i + 1 - (config.window or t)), i + 1)
+            a = []
+            for j in seen:
+                distance = min(i - j, config.max_distance or t)
+                angles = distance * 10_000.0 ** (-(np.arange(width) // 2 * 2) / width)
+                p = np.where(np.arange(width) % 2, np.cos(angles), np.sin(angles))
+                r = heads(apply(model.relative, p[None]), HEADS)[0, h]
+                a.append((q[i, h] + content[h]) @ k[j, h // 2] + (q[i, h] + place[h]) @ r)
+            o[i, h] = softmax(np.array(a) / np.sqrt(q.shape[2])) @ v[list(seen), h // 2]
+    return apply(model.output, o.reshape(t, -1))
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("options, queries", [({"window": 7, "max_distance": 4}, 128), ({}, 10)])
+def test_relative_positions_in_two_terms(options, queries, monkeypatch):
+    """With a memory that one of two calls finds in part, and with all tokens for some queries at a time."""
+    monkeypatch.setattr(xl_module, "QUERIES", queries)
+    model = drawn("transformer_xl", WIDTH, heads=HEADS, kv_heads=KV, **options)
+    x = tokens(TIME, WIDTH)
+    want = by_row(lambda x: transformer_xl(model, x), x)
     np.testing.assert_allclose(model(x)[0], want, atol=1e-5)
     np.testing.assert_allclose(in_two_calls(model, x)[0], want, atol=1e-5)
 
