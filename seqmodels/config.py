@@ -75,6 +75,10 @@ class StackConfig:
       branch_scale: factor on the output of each branch before it is added (Granite).
       shared: options of blocks that several layers share (`SharedConfig`), whose output the mixers of these layers read beside
         x: x + mixer(norm(x + shared(x, x_0))), with x_0 the input of the stack (Zamba2); None for none. Layers run without `scan`.
+      route: the layers, from one up to but without another, that some tokens pass by in training, drawn anew in every step (TREAD,
+        Krause et al. 2025, arXiv:2501.04765, which has (2, 8) of 12); None for none. They rejoin as they were, and inference has no
+        route. The others keep their order, and in `attention` their positions. Layers run without `scan`.
+      route_rate: the part of the tokens that pass them by.
       dropout: dropout rate of branch outputs if separate; passed to the channel mixer if joint.
       scan: whether repeats of the pattern run under `jax.lax.scan`, which compiles them once.
       remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products), "attention" (all
@@ -101,6 +105,8 @@ class StackConfig:
     residual_scale: Positive = 1.0
     branch_scale: Positive = 1.0
     shared: Mapping[str, Any] | SharedConfig | None = None
+    route: tuple[Count, Count] | None = None
+    route_rate: Fraction = 0.5
     dropout: Fraction = 0.0
     scan: bool = True
     remat: Literal["none", "full", "dots", "attention"] = "none"
@@ -132,6 +138,15 @@ class StackConfig:
         if self.residual == "parallel" and self.norm_position in ("post", "stream"):
             raise ValueError(
                 f"residual='parallel' adds both branches at once; norm_position={self.norm_position!r} needs 'separate'"
+            )
+
+        if self.route is not None and not self.route[0] < self.route[1] <= self.depth:
+            raise ValueError(
+                f"route={self.route}; expected two layers in order, the second at most depth={self.depth}"
+            )
+        if self.route is not None and self.shared is not None:
+            raise ValueError(
+                "route is given, and shared blocks, which read all tokens; expected one of the two"
             )
 
     def _check_shared(self) -> None:

@@ -397,6 +397,13 @@ MODELS = [
         ValueError,
         "first_position=2 with max_positions=2",
     ),
+    (model(route=(1, 1)), ValueError, "route=(1, 1); expected two layers in order"),
+    (
+        model(route=(0, 2)),
+        ValueError,
+        "route=(0, 2); expected two layers in order, the second at most depth=1",
+    ),
+    (model(route=(0, 1), route_rate=1.0), ValueError, "route_rate=1.0; expected"),
     (model(token_types=0), ValueError, "token_types=0; expected"),
     (model(embedding_norm_place="end"), ValueError, "embedding_norm_place='end'; expected"),
     (

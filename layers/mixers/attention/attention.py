@@ -238,6 +238,11 @@ class Attention(Mixer):
         """Whether a policy of `layers.caches` may stand in place of the cache: one of all tokens, which `mix` here reads."""
         return type(self).mix is Attention.mix and self.causal and self.config.window is None
 
+    @property
+    def takes_gaps(self) -> bool:
+        """Whether positions may have gaps: those that are read by `mix` here are compared and encoded."""
+        return type(self).mix is Attention.mix
+
     def view(self) -> View:
         """Returns how queries weigh keys, for a policy."""
         return View(self.position, self.logits(), self.config.scale, (self.key, self.value))
