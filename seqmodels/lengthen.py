@@ -68,7 +68,7 @@ def lengthen(
     bounds = {}
     for layer in layers:
         rate = np.exp(np.asarray(stack.block(layer).mixer.log_a[...], np.float64))
-        bounds[layer] = _bounds(np.asarray(steps[layer], np.float64), rate, config)
+        bounds[layer] = bounds_of(np.asarray(steps[layer], np.float64), rate, config)
     _set(model, bounds)
     return bounds
 
@@ -89,8 +89,10 @@ def _steps(graph, variables, tokens):
     return run(variables, tokens)
 
 
-def _bounds(steps, rate, config):
-    """The bounds (h) of a layer, given step sizes (n, t, h) and rates of decay (h)."""
+def bounds_of(
+    steps: Float[np.ndarray, "n t h"], rate: Float[np.ndarray, "h"], config: LengthenConfig
+) -> Float[np.ndarray, "h"]:
+    """Returns the bounds of a layer, given step sizes and exp(log_a), float64; see `lengthen`."""
     _, t, heads = steps.shape
     if config.length <= t:
         return np.full(heads, -np.inf)

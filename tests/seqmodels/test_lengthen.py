@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from seqmodels import LengthenConfig, build_model, lengthen
+from seqmodels.lengthen import bounds_of
 from tests.layers.mixers.literal import rms, silu, softplus, wide
 
 TIME, LONG, HEADS = 10, 26, 4
@@ -58,6 +59,15 @@ def mamba2(mixer, x, bounds):
     return dt, y @ wide(mixer.output.kernel)
 
 
+def test_bounds_of_given_steps():
+    options, rates = LengthenConfig(length=LONG, clamp=0.2, factor=1.1), np.array([0.5, 2.0, 9.0])
+    steps = np.random.default_rng(0).gamma(0.5, 0.2, (4, TIME, 3))
+    want = [written(steps[:, :, h], rates[h], options) for h in range(3)]
+    assert np.isinf(want).tolist() == [False, False, True]
+    np.testing.assert_allclose(bounds_of(steps, rates, options), want, rtol=1e-12)
+
+
+@pytest.mark.slow
 def test_bounds_and_outputs_against_the_definition():
     model, options = build(), LengthenConfig(length=LONG, clamp=0.2, factor=1.1)
     found = lengthen(model, TOKENS, options)

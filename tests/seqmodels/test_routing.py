@@ -8,7 +8,7 @@ from flax import nnx
 
 from layers.segments import Segments
 from seqmodels import build_model
-from seqmodels.routing import kept_tokens
+from seqmodels.routing import kept_segments, kept_tokens
 from tests.layers.mixers.literal import apply, heads, masked_softmax, rms, wide
 
 TIME, HEADS = 12, 2
@@ -40,16 +40,34 @@ def attended(block, x, positions, numbers):
     return x + apply(mixer.output, np.einsum("hts,shk->thk", weights, v).reshape(x.shape))
 
 
+def test_which_tokens_are_kept():
+    segments = Segments.of(jnp.asarray(IDS))
+
+    @jax.jit
+    def run(key):
+        kept = kept_tokens(key, (2, TIME), segments, 0.6)
+        own, placed = kept_segments(kept, TIME, segments)
+        return kept, own, placed, Segments.of(own.numbers)
+
+    kept, own, placed, alone = run(jax.random.key(0))
+    kept, rows = np.asarray(kept), np.arange(2)[:, None]
+    assert (np.diff(kept) > 0).all()
+    assert kept.shape == (2, TIME - 7)
+    assert (IDS[1, kept[1]] != 0).all()  # padding goes last
+    for found in (own, placed):
+        np.testing.assert_array_equal(found.numbers, IDS[rows, kept])
+    np.testing.assert_array_equal(placed.positions, np.asarray(segments.positions)[rows, kept])
+    np.testing.assert_array_equal(own.positions, alone.positions)
+
+
+@pytest.mark.slow
 def test_kept_tokens_meet_at_their_positions_and_the_others_pass():
     routed = stack(route=(1, 2), route_rate=0.6)
     key, segments = jax.random.key(3), Segments.of(jnp.asarray(IDS))
     got = np.asarray(jax.jit(lambda x: routed(x, segment_ids=segments, key=key)[0])(X), np.float64)
     drawn = jax.random.fold_in(jax.random.split(key, 3)[1], 3)
     kept = np.asarray(kept_tokens(drawn, (2, TIME), segments, 0.6))
-    assert kept.shape == (2, TIME - 7)
-    assert (np.diff(kept) > 0).all()
     assert (np.diff(kept) > 1).any()
-    assert (IDS[1, kept[1]] != 0).all()  # padding goes last
     positions = np.asarray(segments.positions)
     for row in range(2):
         real = IDS[row] != 0

@@ -94,12 +94,17 @@ def shortformer(model, x):
     return np.concatenate(y)
 
 
-def test_positions_infused():
+def whole(model, x):
+    return model(x)
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("run", [in_two_calls, whole])
+def test_positions_infused(run):
     model = drawn("shortformer", WIDTH, subsequence=7, heads=HEADS, kv_heads=KV, bias=True, sink_logits=True)
     x = tokens(TIME, WIDTH)
     want = by_row(lambda x: shortformer(model, x), x)
-    np.testing.assert_allclose(model(x)[0], want, atol=1e-5)
-    np.testing.assert_allclose(in_two_calls(model, x)[0], want, atol=1e-5)
+    np.testing.assert_allclose(run(model, x)[0], want, atol=1e-5)
 
 
 def transformer_xl(model, x):
@@ -121,16 +126,22 @@ def transformer_xl(model, x):
     return apply(model.output, o.reshape(t, -1))
 
 
-@pytest.mark.sample(2)
-@pytest.mark.parametrize("options, queries", [({"window": 7, "max_distance": 4}, 128), ({}, 10)])
-def test_relative_positions_in_two_terms(options, queries, monkeypatch):
+@pytest.mark.sample(3)
+@pytest.mark.parametrize(
+    "options, queries, run",
+    [
+        ({"window": 7, "max_distance": 4}, 128, in_two_calls),
+        ({"window": 7, "max_distance": 4}, 10, whole),
+        ({}, 10, in_two_calls),
+    ],
+)
+def test_relative_positions_in_two_terms(options, queries, run, monkeypatch):
     """With a memory that one of two calls finds in part, and with all tokens for some queries at a time."""
     monkeypatch.setattr(xl_module, "QUERIES", queries)
     model = drawn("transformer_xl", WIDTH, heads=HEADS, kv_heads=KV, **options)
     x = tokens(TIME, WIDTH)
     want = by_row(lambda x: transformer_xl(model, x), x)
-    np.testing.assert_allclose(model(x)[0], want, atol=1e-5)
-    np.testing.assert_allclose(in_two_calls(model, x)[0], want, atol=1e-5)
+    np.testing.assert_allclose(run(model, x)[0], want, atol=1e-5)
 
 
 def softplus_attention(model, x):
@@ -148,18 +159,23 @@ def softplus_attention(model, x):
     return apply(model.output, o.reshape(t, -1))
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
-    "options, queries", [({"power": 5.0, "offset": 4.0}, 128), ({}, 10), ({"power": 1.0, "offset": 0.0}, 128)]
+    "options, queries, run",
+    [
+        ({"power": 5.0, "offset": 4.0}, 128, in_two_calls),
+        ({}, 10, whole),
+        ({}, 10, in_two_calls),
+        ({"power": 1.0, "offset": 0.0}, 128, whole),
+    ],
 )
-def test_softplus_and_reweighting(options, queries, monkeypatch):
+def test_softplus_and_reweighting(options, queries, run, monkeypatch):
     """With an offset above all weights of many rows, as published for some queries at a time, and not re-weighted."""
     monkeypatch.setattr(softplus_module, "QUERIES", queries)
     model = drawn("softplus_attention", WIDTH, **ATTENTION, **options)
     x = tokens(TIME, WIDTH)
     want = by_row(lambda x: softplus_attention(model, x), x)
-    np.testing.assert_allclose(model(x)[0], want, atol=1e-5)
-    np.testing.assert_allclose(in_two_calls(model, x)[0], want, atol=1e-5)
+    np.testing.assert_allclose(run(model, x)[0], want, atol=1e-5)
 
 
 @pytest.mark.slow
