@@ -105,6 +105,8 @@ def opened(
         return trained.model, trained.plan.task.tokenizer
     try:
         model, _ = load_pretrained(pretrained, adapter=adapter, scan=False)
+        if not isinstance(model, LanguageModel):
+            raise ValueError("it is of a masked language model; expected one that continues a text")
         tokenizer = make_tokenizer(pretrained / "tokenizer.json", texts=list)
     except (ValueError, ImportError) as error:
         raise ArgumentError(f"--pretrained={pretrained}: {error}") from None

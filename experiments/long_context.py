@@ -157,7 +157,7 @@ def positions(
     Raises:
       ValueError: if the split has not enough text for a row, or the model has no positions for it.
     """
-    table = model.config.input.max_positions
+    table = model.config.input.longest
     if table is not None and length > table:
         raise ValueError(
             f"--positions={length}, but the model has max_positions={table}; expected at most that"

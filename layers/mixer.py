@@ -69,6 +69,7 @@ class Mixer(nnx.Module):
         segments, values)`, which returns the outputs, what to carry, and the values for later layers (b, t, d); `values` are
         those of earlier ones or None.
       takes_values: whether it needs the values of an earlier layer.
+      takes_gaps: whether positions of a segment may have gaps, because all that `mix` does with them is to compare or encode them.
     """
 
     causal: bool = True
@@ -77,6 +78,7 @@ class Mixer(nnx.Module):
     isolates_tokens: bool = False
     shares_values: bool = False
     takes_values: bool = False
+    takes_gaps: bool = False
 
     def initial(self, batch_size: int, max_length: int | None) -> Any:
         """Returns what is carried before the first token; `max_length` bounds the tokens that a cache must hold."""

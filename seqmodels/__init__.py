@@ -13,6 +13,8 @@ from seqmodels.dual_encoder import DualEncoder
 from seqmodels.generation import Generation, generate, stream
 from seqmodels.interop import load_adapter, load_pretrained, save_adapter, save_pretrained
 from seqmodels.language_model import LanguageModel
+from seqmodels.lengthen import LengthenConfig, lengthen
+from seqmodels.masked_language_model import MaskedLanguageModel
 
 __all__ = [
     "Autoencoder",
@@ -20,11 +22,14 @@ __all__ = [
     "DualEncoder",
     "Generation",
     "LanguageModel",
+    "LengthenConfig",
     "LoraConfig",
+    "MaskedLanguageModel",
     "__version__",
     "adapt",
     "build_model",
     "generate",
+    "lengthen",
     "load_adapter",
     "load_pretrained",
     "merge_adapters",

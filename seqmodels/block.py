@@ -75,6 +75,11 @@ class Block(nnx.Module):
         """Returns the output of the layer without its model; see `Mixer.alone`."""
         return self.sharing(x, None, x if self.mixer.takes_values else None)[0]
 
+    def read_by_mixer(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Returns what the mixer reads of the stream x, in inference and without padding."""
+        norm = None if self.config.norm_position == "post" else self.mixer_norm
+        return x if norm is None else norm(x, mask=None, training=False)
+
     def sharing(
         self,
         x: Float[Array, "b t d"],

@@ -14,26 +14,29 @@ from seqmodels.config import (
     ClassifierConfig,
     DualEncoderConfig,
     LanguageModelConfig,
+    MaskedLanguageModelConfig,
     parse,
 )
 from seqmodels.dual_encoder import DualEncoder
 from seqmodels.language_model import LanguageModel
+from seqmodels.masked_language_model import MaskedLanguageModel
 
 MODELS = {
     ClassifierConfig: Classifier,
     DualEncoderConfig: DualEncoder,
     LanguageModelConfig: LanguageModel,
+    MaskedLanguageModelConfig: MaskedLanguageModel,
     AutoencoderConfig: Autoencoder,
 }
 
 
 def build_model(
     config: Mapping[str, Any], *, rngs: nnx.Rngs
-) -> Classifier | DualEncoder | LanguageModel | Autoencoder:
+) -> Classifier | DualEncoder | LanguageModel | MaskedLanguageModel | Autoencoder:
     """Returns the model that a mapping describes.
 
     Args:
-      config: "kind" ("classifier", "dual_encoder", "language_model" or "autoencoder") and, flat, the fields of `InputConfig`,
+      config: "kind" ("classifier", "dual_encoder", "language_model", "masked_language_model" or "autoencoder") and, flat, the fields of `InputConfig`,
         `StackConfig` and of the config of that kind in `seqmodels.config`.
       rngs: source of the keys that initialize parameters.
 

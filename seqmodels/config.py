@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from layers.channel import CHANNEL_MIXERS
+from layers.channel.glu import ACTIVATIONS
 from layers.mixers import MIXERS
 from layers.options import Bound, Count, DtypeNames, Fraction, NonNegative, Positive, checked_dataclass
-from layers.registry import make_config, suggestion
+from layers.registry import choose, make_config, suggestion
 
 # Options of mixers that a block fills in.
 SUPPLIED = {"width", "dtype", "layer", "depth"}
@@ -74,6 +75,10 @@ class StackConfig:
       branch_scale: factor on the output of each branch before it is added (Granite).
       shared: options of blocks that several layers share (`SharedConfig`), whose output the mixers of these layers read beside
         x: x + mixer(norm(x + shared(x, x_0))), with x_0 the input of the stack (Zamba2); None for none. Layers run without `scan`.
+      route: the layers, from one up to but without another, that some tokens pass by in training, drawn anew in every step (TREAD,
+        Krause et al. 2025, arXiv:2501.04765, which has (2, 8) of 12); None for none. They rejoin as they were, and inference has no
+        route. The others keep their order, and in `attention` their positions. Layers run without `scan`.
+      route_rate: the part of the tokens that pass them by.
       dropout: dropout rate of branch outputs if separate; passed to the channel mixer if joint.
       scan: whether repeats of the pattern run under `jax.lax.scan`, which compiles them once.
       remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products), "attention" (all
@@ -100,6 +105,8 @@ class StackConfig:
     residual_scale: Positive = 1.0
     branch_scale: Positive = 1.0
     shared: Mapping[str, Any] | SharedConfig | None = None
+    route: tuple[Count, Count] | None = None
+    route_rate: Fraction = 0.5
     dropout: Fraction = 0.0
     scan: bool = True
     remat: Literal["none", "full", "dots", "attention"] = "none"
@@ -131,6 +138,15 @@ class StackConfig:
         if self.residual == "parallel" and self.norm_position in ("post", "stream"):
             raise ValueError(
                 f"residual='parallel' adds both branches at once; norm_position={self.norm_position!r} needs 'separate'"
+            )
+
+        if self.route is not None and not self.route[0] < self.route[1] <= self.depth:
+            raise ValueError(
+                f"route={self.route}; expected two layers in order, the second at most depth={self.depth}"
+            )
+        if self.route is not None and self.shared is not None:
+            raise ValueError(
+                "route is given, and shared blocks, which read all tokens; expected one of the two"
             )
 
     def _check_shared(self) -> None:
@@ -182,9 +198,13 @@ class InputConfig:
       absolute_positions: encoding of the position in the segment that is added to inputs: "none", "learned" (a table) or
         "sinusoidal", where token embeddings are first multiplied by sqrt(width), as in the original Transformer.
       max_positions: number of rows of the learned table; tokens at later positions give NaN.
+      first_position: row of the learned table for the first token of a segment; RoBERTa and Longformer have 2.
+      token_types: number of vectors, one of which is added to each token by its type, such as 2 for pairs of sentences (BERT).
       embedding_scale: factor on token embeddings, before positions are added, such as sqrt(width) in Gemma; None for 1.
       embedding_norm: whether LayerNorm normalizes the embeddings of tokens, as in Bloom.
       embedding_norm_epsilon: epsilon of this norm.
+      embedding_norm_place: "tokens", before positions and types are added, or "sum", after them (BERT).
+      embedding_map: whether a linear map of the width follows, the last (FNet).
     """
 
     vocab_size: int | None = None
@@ -192,9 +212,13 @@ class InputConfig:
     embedding_stddev: NonNegative | None = None
     absolute_positions: Literal["none", "learned", "sinusoidal"] = "none"
     max_positions: int | None = None
+    first_position: Count = 0
+    token_types: int | None = None
     embedding_scale: Positive | None = None
     embedding_norm: bool = False
     embedding_norm_epsilon: NonNegative = 1e-5
+    embedding_norm_place: Literal["tokens", "sum"] = "tokens"
+    embedding_map: bool = False
 
     def __post_init__(self) -> None:
         if (self.max_positions is None) == (self.absolute_positions == "learned"):
@@ -207,10 +231,25 @@ class InputConfig:
                 f"vocab_size={self.vocab_size} and input_size={self.input_size}; "
                 "set vocab_size for tokens or input_size for vectors, and not both"
             )
-        if self.vocab_size is None and (self.embedding_scale is not None or self.embedding_norm):
+        if self.first_position and (self.max_positions or 0) <= self.first_position:
             raise ValueError(
-                "embedding_scale and embedding_norm are for tokens; vectors (input_size) have neither"
+                f"first_position={self.first_position} with max_positions={self.max_positions}; expected a row of the table of "
+                "learned positions"
             )
+        if self.vocab_size is None and (
+            self.embedding_scale is not None
+            or self.embedding_norm
+            or self.embedding_map
+            or self.token_types is not None
+        ):
+            raise ValueError(
+                "embedding_scale, embedding_norm, embedding_map and token_types are for tokens; vectors (input_size) have none"
+            )
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens of a segment that have learned positions; None where these are not learned."""
+        return None if self.max_positions is None else self.max_positions - self.first_position
 
 
 @checked_dataclass
@@ -281,6 +320,35 @@ class LanguageModelConfig:
 
 
 @checked_dataclass
+class MaskedLanguageModelConfig:
+    """Config of a model that gives the logits of the token at each position of a whole sequence.
+
+    Attributes:
+      input, stack: see `InputConfig` and `StackConfig`; inputs must be tokens.
+      tie_embeddings: whether the output matrix is the embedding matrix.
+      final_norm: whether a norm follows the stack, which one with norm_position="post" does not need.
+      transform: activation between a linear map of the width and a LayerNorm before the output matrix, as in BERT; None for
+        neither of the three.
+      transform_epsilon: epsilon of this norm.
+    """
+
+    input: InputConfig
+    stack: StackConfig
+    tie_embeddings: bool = True
+    final_norm: bool = True
+    transform: str | None = "gelu_erf"
+    transform_epsilon: NonNegative = 1e-12
+
+    def __post_init__(self) -> None:
+        if self.input.vocab_size is None:
+            raise ValueError(
+                "a masked language model needs vocab_size; input_size is for classifiers of vectors"
+            )
+        if self.transform is not None:
+            choose("transform", ACTIVATIONS, self.transform)
+
+
+@checked_dataclass
 class AutoencoderConfig:
     """Config of a model that reconstructs its input from one vector.
 
@@ -298,11 +366,14 @@ class AutoencoderConfig:
             raise ValueError("an autoencoder needs vocab_size; input_size is for classifiers of vectors")
 
 
-ModelConfig = ClassifierConfig | DualEncoderConfig | LanguageModelConfig | AutoencoderConfig
+ModelConfig = (
+    ClassifierConfig | DualEncoderConfig | LanguageModelConfig | MaskedLanguageModelConfig | AutoencoderConfig
+)
 KINDS = {
     "classifier": ClassifierConfig,
     "dual_encoder": DualEncoderConfig,
     "language_model": LanguageModelConfig,
+    "masked_language_model": MaskedLanguageModelConfig,
     "autoencoder": AutoencoderConfig,
 }
 

@@ -20,7 +20,7 @@ SMALL_TABLE = 64
 
 
 class Embedding(nnx.Module):
-    """Maps token ids (b, t) by look-up, or vectors (b, t, c) linearly, to (b, t, d), and adds absolute positions.
+    """Maps token ids (b, t) by look-up, or vectors (b, t, c) linearly, to (b, t, d), and adds absolute positions and types.
 
     Attributes:
       adapter: what adds low-rank vectors to those of the tokens (see `layers.adapters`), or None. A head that is tied to the table
@@ -39,11 +39,14 @@ class Embedding(nnx.Module):
         self.adapter = nnx.data(None)
         norm = LayerNormConfig(width, config.embedding_norm_epsilon, dtype=dtype)
         self.norm = LayerNorm(norm, rngs=rngs) if config.embedding_norm else None
+        small = {"axes": (None, "embed"), **NO_DECAY}
         if config.absolute_positions == "learned":
             init = nnx.initializers.normal(0.02)
-            self.positions = parameter(
-                rngs, init, (config.max_positions, width), axes=(None, "embed"), **NO_DECAY
-            )
+            self.positions = parameter(rngs, init, (config.max_positions, width), **small)
+        if config.token_types is not None:
+            self.types = parameter(rngs, nnx.initializers.normal(0.02), (config.token_types, width), **small)
+        if config.embedding_map:
+            self.projection = linear(width, width, axes=("embed", None), dtype=dtype, rngs=rngs)
 
     @property
     def kernel(self) -> nnx.Param:
@@ -65,29 +68,49 @@ class Embedding(nnx.Module):
         place: Place | None = None,
         *,
         segment_ids: SegmentIds = None,
+        types: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Place | None]:
-        """Returns the embedded inputs, with positions added if so configured, and the new place.
+        """Returns the embedded inputs, with positions and types added if so configured, and the new place.
 
         Args:
           inputs: token ids or vectors.
           place: place of the rows in their segments; None for their start.
           segment_ids: positions count the real tokens of a segment.
+          types: types of the tokens, where the config has `token_types`; all 0 if None.
 
         Returns:
           The vectors, and the new place if one was passed.
 
         Raises:
-          ValueError: the rank or dtype of the inputs does not match the config, or a token id that is not traced is out of
-            range; traced ones give NaN.
+          ValueError: the rank or dtype of the inputs does not match the config, or a token id or type that is not traced is
+            out of range; traced ones give NaN.
         """
         segments = Segments.of(segment_ids)
-        x = self._embed(inputs, segments)
+        x, place = self._placed(self._embed(inputs, segments), place, segments)
+        if self.config.token_types is not None:
+            types = jnp.zeros(inputs.shape, jnp.int32) if types is None else select_real(types, segments)
+            check_indices("types", types, self.config.token_types, of="token_types")
+            x = x + look_up(self.types[...], types, self.dtype)
+        elif types is not None:
+            raise ValueError("types are given, but the model has none; expected token_types in its config")
+        if self.norm is not None and self.config.embedding_norm_place == "sum":
+            x = self.norm(x)
+        return (self.projection(x) if self.config.embedding_map else x), place
+
+    def _placed(self, x, place, segments):
+        """Returns embedded inputs with their positions, and the new place."""
         if self.config.absolute_positions == "none":
             return x, place
         here = visit(initial_place(x.shape[0]) if place is None else place, segments, x.shape[1])
         positions = jnp.where(here.numbers == 0, 0, here.positions)
         if self.config.absolute_positions == "learned":
-            added = self.positions[...].at[positions].get(mode="fill", fill_value=jnp.nan).astype(self.dtype)
+            first = self.config.first_position
+            added = (
+                self.positions[...]
+                .at[first + positions]
+                .get(mode="fill", fill_value=jnp.nan)
+                .astype(self.dtype)
+            )
         else:
             added = sinusoidal(positions, x.shape[2]).astype(self.dtype)
             if self.config.vocab_size is not None:
@@ -107,7 +130,8 @@ class Embedding(nnx.Module):
                 x = x + self.adapter.rows(inputs, self.dtype)
             if self.config.embedding_scale is not None:
                 x = x * self.config.embedding_scale
-            return x if self.norm is None else self.norm(x)
+            own = self.norm is not None and self.config.embedding_norm_place == "tokens"
+            return self.norm(x) if own else x
         if inputs.ndim != 3 or inputs.shape[-1] != self.config.input_size:
             raise ValueError(f"inputs have shape {inputs.shape}; expected (b, t, {self.config.input_size})")
         return self.map(select_real(inputs, segments))

@@ -154,7 +154,7 @@ def stream(
     stops = _sequences("stop", stop, vocab_size)
     longest = max(map(len, prompts))
     read = longest + max_new_tokens - 1  # the last new token is not read
-    table = model.config.input.max_positions
+    table = model.config.input.longest
     if table is not None and read > table:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens needs {read} positions, but max_positions="

@@ -15,6 +15,7 @@ from layers.sharding import divide_batch
 from layers.typing import Array, Float, Key
 from seqmodels.block import Block
 from seqmodels.config import StackConfig
+from seqmodels.routing import kept_segments, kept_tokens, returned, taken
 from seqmodels.shared import SharedBlock, Use
 
 # What the backward pass of a scan computes again rather than reads: one pass over memory gives many of these at once,
@@ -108,7 +109,13 @@ class Stack(nnx.Module):
             blocks[layer].use = Use(config, self.shared[config.shared.block_of(layer)], rngs=rngs)
         period = len(config.pattern)
         # What passes from one layer to another is not the same before and after each repeat.
-        alike = not any(block.mixer.takes_values or block.use is not None for block in blocks)
+        alike = config.route is None and not any(
+            block.mixer.takes_values or block.use is not None for block in blocks
+        )
+        if config.route is not None and any(block.mixer.takes_values for block in blocks):
+            raise ValueError(
+                "route is given, and layers read values of an earlier one; expected one of the two"
+            )
         repeats = config.depth // period if config.scan and alike else 0
         self.repeats = repeats if repeats > 1 else 0
         scanned = self.repeats * period
@@ -195,10 +202,20 @@ class Stack(nnx.Module):
             return x, (*states, *uses)
         if self.repeats:
             x = self._scan(x, segments, keys)
+        start, end = config.route if config.route is not None and keys is not None else (None, None)
+        seen, whole, kept = (segments, segments), None, None
         for number, layer in enumerate(range(self.repeats * len(self.stacked), config.depth)):
+            if layer == end:
+                x, seen = returned(whole, x, kept), (segments, segments)
+            if layer == start:
+                # Not a key of dropout.
+                drawn = jax.random.fold_in(keys[layer], config.depth)
+                whole, kept = x, kept_tokens(drawn, x.shape[:2], segments, config.route_rate)
+                x, seen = taken(x, kept), kept_segments(kept, x.shape[1], segments)
             beside = self._use(layer, x, entered, None, segments)[0] if layer in self.uses else None
-            x, values = self._one(x, values, segments, keys, number, layer, beside)
-        return x, None
+            gaps = self.blocks[number].mixer.takes_gaps
+            x, values = self._one(x, values, seen[gaps], keys, number, layer, beside)
+        return (returned(whole, x, kept) if end == config.depth else x), None
 
     def _check_state(self, state: Any) -> None:
         """Raises unless there is one state per layer and use of a shared block; each mixer checks its own."""

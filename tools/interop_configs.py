@@ -36,6 +36,7 @@ MAMBA2 = {
     "mamba_d_head": 8,
     "mamba_chunk_size": 8,
 }
+ENCODER = COMMON | {"num_attention_heads": 4, "intermediate_size": 24}
 GRANITE = {
     "embedding_multiplier": 3.0,
     "logits_scaling": 2.0,
@@ -404,4 +405,24 @@ FAMILIES = {
             "shared_expert_intermediate_size": 16,
         },
     ),
+    "fnet": ("FNetConfig", COMMON | {"intermediate_size": 24, "type_vocab_size": 3}),
+    "longformer": ("LongformerConfig", ENCODER | {"attention_window": [8, 4], "pad_token_id": 0}),
+    # Blocks few enough that 24 tokens are more than those that would be read in full.
+    "big_bird": (
+        "BigBirdConfig",
+        ENCODER | {"block_size": 2, "num_random_blocks": 1, "num_attention_heads": 2, "sep_token_id": 2},
+    ),
+    "big_bird_full": (
+        "BigBirdConfig",
+        ENCODER | {"attention_type": "original_full", "rescale_embeddings": True, "sep_token_id": 2},
+    ),
+    "nystromformer": (
+        "NystromformerConfig",
+        ENCODER | {"num_landmarks": 6, "segment_means_seq_len": 24, "conv_kernel_size": 5},
+    ),
 }
+# The random block of each of the blocks 1 to 10 of 12 by layer and head, as `layers.mixers.attention.bigbird` draws it.
+RANDOM_BLOCKS = [
+    [[5, 4, 7, 8, 8, 1, 2, 3, 3, 6], [6, 4, 5, 10, 7, 9, 10, 4, 1, 3]],
+    [[6, 10, 6, 6, 1, 1, 2, 10, 4, 4], [3, 9, 5, 10, 9, 3, 3, 10, 4, 6]],
+]

@@ -8,9 +8,12 @@
 
 Families of flash-linear-attention need it and pytest there, and others need that it is not there; the adapter needs peft.
 
+BigBird's random blocks, of which theirs draws none in evaluation, are those of ours, and Nystromformer's coefficient is that of each
+matrix.
+
 Per family: config.json and model.safetensors as `save_pretrained` writes them, with random weights in which biases and norms
 matter too, and expected.safetensors with tokens (2, 24), their logits (2, 24, v), and greedy (2, 32), with which the first 8
-tokens continue; where positions depend on the number of tokens, also longer (1, 72) and longer_logits. Every step of the continuation is a full pass, in float32. A continuation is kept only if no step is nearly a tie.
+tokens continue; where positions depend on the number of tokens, also longer (1, 72) and longer_logits. Masked language models have no continuation, and where tokens have types also types and typed_logits. Every step of the continuation is a full pass, in float32. A continuation is kept only if no step is nearly a tie.
 """
 
 import copy
@@ -21,11 +24,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from interop_configs import FAMILIES, VOCAB
+from interop_configs import FAMILIES, RANDOM_BLOCKS, VOCAB
 from safetensors.numpy import save_file
 
 TOKENS, PROMPT, NEW, LONGER = 24, 8, 32, 72
 TIE = 2e-3
+MASKED = ("FNetConfig", "LongformerConfig", "BigBirdConfig", "NystromformerConfig")
 DERIVED = re.compile(r"self_attn\.(slope_rate|(query|key|diagonal)_decay)$")
 torch.set_num_threads(1)
 
@@ -51,6 +55,17 @@ def scramble(model, seed):
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+
+
+def settle(model):
+    """Makes what a masked language model computes a function of its row alone."""
+    layers = [module for module in model.modules() if type(module).__name__ == "BigBirdBlockSparseAttention"]
+    for layer, plan in zip(layers, RANDOM_BLOCKS, strict=False):
+        blocks = [np.array(head)[:, None] for head in plan]
+        layer._bigbird_block_rand_mask_with_head = lambda blocks=blocks, **_: blocks
+    for module in model.modules():
+        if type(module).__name__ == "NystromformerSelfAttention":
+            module.init_option = "exact"
 
 
 def make(folder, name):
@@ -79,15 +94,22 @@ def make(folder, name):
 
             xLSTMPreTrainedModel._init_weights = lambda *_: None
     config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    auto = transformers.AutoModelForMaskedLM if kind in MASKED else transformers.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32).eval()
+    settle(model)
     for seed in range(20):
         scramble(model, seed)
         rows = np.random.default_rng(seed).integers(1, VOCAB, (2, TOKENS))
 
-        def logits(ids):
+        def logits(ids, **more):
             with torch.no_grad():
-                return model(torch.tensor(ids), use_cache=False).logits.numpy()
+                return model(
+                    torch.tensor(ids), **({} if kind in MASKED else {"use_cache": False}), **more
+                ).logits.numpy()
 
+        if kind in MASKED:
+            made, gap = None, 0.0
+            break
         made, gap = rows[:, :PROMPT], np.inf
         for _ in range(NEW):
             last = logits(made)[:, -1]
@@ -102,11 +124,17 @@ def make(folder, name):
     tensors = {each: value for each, value in model.state_dict().items() if not DERIVED.search(each)}
     model.save_pretrained(folder / name, state_dict=tensors)
     (folder / name / "generation_config.json").unlink(missing_ok=True)
-    expected = {
-        "tokens": rows.astype(np.int32),
-        "logits": logits(rows),
-        "greedy": made[:, PROMPT:].astype(np.int32),
-    }
+    expected = {"tokens": rows.astype(np.int32)}
+    if kind in MASKED:
+        # Told that nothing is padding, or theirs take a token for it.
+        everything = (
+            {} if kind == "FNetConfig" else {"attention_mask": torch.ones(rows.shape, dtype=torch.long)}
+        )
+        types = np.random.default_rng(seed).integers(0, options.get("type_vocab_size", 2), rows.shape)
+        expected |= {"logits": logits(rows, **everything), "types": types.astype(np.int32)}
+        expected["typed_logits"] = logits(rows, **everything, token_type_ids=torch.tensor(types))
+    else:
+        expected |= {"logits": logits(rows), "greedy": made[:, PROMPT:].astype(np.int32)}
     if options.get("rope_parameters", {}).get("rope_type") in ("dynamic", "longrope"):
         longer = np.random.default_rng(seed).integers(1, VOCAB, (1, LONGER))
         expected |= {"longer": longer.astype(np.int32), "longer_logits": logits(longer)}

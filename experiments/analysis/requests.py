@@ -45,7 +45,7 @@ class Requests:
         Raises:
           ValueError: `limit` exceeds the table of positions.
         """
-        table = model.config.input.max_positions
+        table = model.config.input.longest
         if limit is not None and table is not None and limit > table:
             raise ValueError(
                 f"max_length={limit}, but the model has max_positions={table}; expected at most that"

@@ -46,6 +46,11 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str,
       ValueError: the section sets one of them, or its kind of model has no use for one.
     """
     model, task = config["model"], config["task"].get("name")
+    if model.get("kind") == "masked_language_model":
+        raise ValueError(
+            f"config.model.kind='masked_language_model', which reads the tokens that the task {task!r} asks for; expected "
+            "another kind, such as 'language_model'"
+        )
     if (folder := config.get("train", {}).get("pretrained")) and "vocab_size" in sizes:
         if sizes["vocab_size"] > model["vocab_size"]:
             raise ValueError(
@@ -89,10 +94,11 @@ def check_kind(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
 def check_positions(config: Mapping[str, Any], split: str, lengths: np.ndarray) -> None:
     """Raises ValueError if a row of a split, one segment, is longer than the model's table of learned positions."""
     rows, longest = config["model"].get("max_positions"), int(lengths.max(initial=0))
-    if rows is not None and longest > rows:
+    needed = longest + config["model"].get("first_position", 0)
+    if rows is not None and needed > rows:
         raise ValueError(
             f"config.model.max_positions={rows}, but the longest row of the split {split!r} has {longest} tokens; expected "
-            f"at least {longest}"
+            f"at least {needed}"
         )
 
 

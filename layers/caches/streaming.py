@@ -1,4 +1,4 @@
-"""StreamingLLM: the first tokens and the last ones (Xiao et al. 2023, arXiv:2309.17453)."""
+"""StreamingLLM and LM-Infinite: the first tokens and the last ones (arXiv:2309.17453, arXiv:2308.16137)."""
 
 import dataclasses
 from functools import partial
@@ -26,17 +26,19 @@ class Streaming(CachePolicy):
 
     of its prompt and of new tokens alike, so that prompts of any length are read with `budget` slots. Keys are cached rotated. With
     distance="cache" the distance to a sink is at most budget - 1, which is what re-indexing positions inside the cache gives:
-    queries are rotated back for the sinks. What leaves the window is lost.
+    queries are rotated back for the sinks. With distance="window" all sinks beyond the window are at the distance `window`, which is
+    LM-Infinite (Han et al. 2023, arXiv:2308.16137; it has 10 to 100 sinks and the length of training as window). What leaves the
+    window is lost.
 
     Attributes:
       budget: slots per layer, the sinks included.
       sinks: number of first tokens that are kept.
-      distance: "cache", or "true" for distances as they are. Positions that are not rotary keep theirs.
+      distance: "cache", "window", or "true" for distances as they are. Positions that are not rotary keep theirs.
     """
 
     budget: int = 1024
     sinks: Count = 4
-    distance: Literal["cache", "true"] = "cache"
+    distance: Literal["cache", "window", "true"] = "cache"
     compresses = False
 
     def __post_init__(self) -> None:
@@ -90,8 +92,10 @@ class Stream(CacheState):
     ) -> tuple[Float[Array, "b t h v"], "Stream"]:
         policy = self.policy
         cache, seen, _ = extend(self.cache, (k, v), visit, window=policy.window, sinks=policy.sinks)
-        bounded = policy.distance == "cache" and policy.sinks and isinstance(view.position.config, Rotary)
-        o = (streaming_attention if bounded else relative_attention)(
+        attend = relative_attention
+        if policy.distance != "true" and policy.sinks and isinstance(view.position.config, Rotary):
+            attend = partial(streaming_attention, distance=policy.distance)
+        o = attend(
             *(view.position, q, *seen.entries),
             causal=True,
             mask=Mask(window=policy.window, sink_tokens=policy.sinks),

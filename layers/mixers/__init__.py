@@ -24,6 +24,9 @@ from layers.mixers.attention.nystromformer import Nystromformer, NystromformerCo
 from layers.mixers.attention.reformer import Reformer, ReformerConfig
 from layers.mixers.attention.selective_attention import SelectiveAttention, SelectiveAttentionConfig
 from layers.mixers.attention.shifted_sparse import ShiftedSparse, ShiftedSparseConfig
+from layers.mixers.attention.shortformer import Shortformer, ShortformerConfig
+from layers.mixers.attention.softplus_attention import SoftplusAttention, SoftplusAttentionConfig
+from layers.mixers.attention.transformer_xl import TransformerXL, TransformerXLConfig
 from layers.mixers.bidirectional import Bidirectional, BidirectionalConfig
 from layers.mixers.convolution.gated_short_conv import GatedShortConv, GatedShortConvConfig
 from layers.mixers.convolution.hyena import Hyena, HyenaConfig
@@ -139,8 +142,11 @@ MIXERS = {
     "selective_attention": (SelectiveAttentionConfig, SelectiveAttention),
     "sgconv": (SGConvConfig, SGConv),
     "shifted_sparse": (ShiftedSparseConfig, ShiftedSparse),
+    "shortformer": (ShortformerConfig, Shortformer),
     "slstm": (SLSTMConfig, SLSTM),
+    "softplus_attention": (SoftplusAttentionConfig, SoftplusAttention),
     "titans": (TitansConfig, Titans),
+    "transformer_xl": (TransformerXLConfig, TransformerXL),
     "ttt_linear": (TTTLinearConfig, TTTLinear),
     "tuned_state": (TunedStateConfig, TunedState),
     "wersa": (WERSAConfig, WERSA),

@@ -1,7 +1,7 @@
-"""Windowed attention with sinks whose distance is bounded, as if positions were the slots of a cache."""
+"""Windowed attention with sinks whose distance is bounded: as if positions were the slots of a cache, or by the window."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -22,13 +22,17 @@ def streaming_attention(
     logits: Logits,
     segment_ids: SegmentIds = None,
     tokens: Tokens | None = None,
+    distance: Literal["cache", "window"] = "cache",
     **options: Any,
 ) -> Float[Array, "b t h v"]:
-    """StreamingLLM (Xiao et al. 2023, arXiv:2309.17453): causal attention over a window and the first tokens.
+    """Causal attention over a window and the first tokens, no distance of which exceeds those of a short sequence.
 
-    The distance to sinks outside the window is measured from the last slot of a cache of sink_tokens + window tokens,
-    min(i, sink_tokens + window - 1) - j, so that no distance exceeds those of a short sequence. Queries and keys are
-    passed rotated by their true positions; for the sinks, the queries are rotated back.
+    For sinks j outside the window of query i, the distance is
+
+        min(i, sink_tokens + window - 1) - j    "cache": from the last of as many slots (StreamingLLM, arXiv:2309.17453)
+        window                                  "window": one distance for all of them (LM-Infinite, arXiv:2308.16137)
+
+    Queries and keys are passed rotated by their true positions; for the sinks, they are rotated back.
 
     Other arguments are those of `layers.kernels.attention.attention`, which computes each of the two parts. `tokens`, if
     given, has the positions and the segments of the keys.
@@ -44,10 +48,13 @@ def streaming_attention(
         segment_ids = jnp.ones(q.shape[:2], jnp.int32) if segments is None else segments.numbers
         tokens = Tokens(segment_ids, positions, positions)
     q_positions, kv_positions = tokens.q_positions, tokens.kv_positions
-    back = jnp.minimum(q_positions, sink_tokens + window - 1) - q_positions
+    if distance == "window":
+        back, sinks = window - q_positions, position.turn(k, -kv_positions)
+    else:
+        back, sinks = jnp.minimum(q_positions, sink_tokens + window - 1) - q_positions, k
     far = attention_with_lse(
         position.turn(q, back),
-        k,
+        sinks,
         v,
         logits=dataclasses.replace(logits, sink_logits=None),
         segment_ids=segment_ids,

@@ -6,7 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from layers.options import checked_dataclass
+from layers.options import Fraction, Positive, checked_dataclass
 from layers.positions.angles import cos_sin
 from layers.typing import Array, Float, Int
 
@@ -22,13 +22,18 @@ class Rotary:
         (Chen et al. 2023, arXiv:2306.15595), "ntk" raises the base to base * factor^(k/(k-2)), "yarn" divides only
         those that turn a few times within `length` (Peng et al. 2023, arXiv:2309.00071), "llama3" does so with another
         interpolation (Llama 3.1), and "longrope" divides each pair by its own of `divisors` (Ding et al. 2024,
-        arXiv:2402.13753).
-      factor: ratio of the lengths, see `scaling`; at least 1.
-      length: length of training sequences, for "yarn" and "llama3".
+        arXiv:2402.13753). "power" and "truncated" are Giraffe's bases (Pal et al. 2023, arXiv:2308.10882): "power" multiplies
+        the i-th of n frequencies by (1 - i/n)^power; "truncated" makes those below 2 pi / length equal to 2 pi / (16 length),
+        and those below an eighth of it zero.
+      factor: ratio of the lengths, see `scaling`; at least 1, and 1 where the scaling has none.
+      length: length of training sequences, for "yarn", "llama3" and "truncated".
       fast, slow: turns within `length`, for "yarn" and "llama3". Pairs that turn more than `fast` times keep their frequency,
         those that turn fewer than `slow` times have it divided, and those between are interpolated linearly: in their index
         for "yarn", in their number of turns for "llama3", whose bounds are 4 and 1 in its release.
       divisors: divisor of the frequency of each pair, for "longrope".
+      power: exponent of "power".
+      still: fraction of the pairs, the slowest ones, that are not turned, whatever the scaling. HoPE has 1/4 (Li et al. 2025,
+        arXiv:2505.20444). On text its positions are these; its coordinates of video frames are not read here.
       rounded: whether "yarn" rounds the bounds of the pairs between; gpt-oss does not.
       amplitude: factor on rotated queries and keys, hence squared on logits. If None, 0.1 log(factor) + 1 for "yarn" and
         1 otherwise.
@@ -36,12 +41,14 @@ class Rotary:
 
     base: float = 10_000.0
     fraction: float = 1.0
-    scaling: Literal["none", "linear", "ntk", "yarn", "llama3", "longrope"] = "none"
+    scaling: Literal["none", "linear", "ntk", "yarn", "llama3", "longrope", "power", "truncated"] = "none"
     factor: float = 1.0
     length: int | None = None
     fast: float = 32.0
     slow: float = 1.0
     divisors: tuple[float, ...] | None = None
+    power: Positive | None = None
+    still: Fraction = 0.0
     rounded: bool = True
     amplitude: float | None = None
 
@@ -50,14 +57,19 @@ class Rotary:
             raise ValueError(f"base={self.base}; expected more than 1")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction={self.fraction}; expected 0 < fraction <= 1")
-        if self.factor < 1 or (self.factor > 1 and self.scaling == "none"):
+        if self.factor < 1 or (self.factor > 1 and self.scaling in ("none", "power", "truncated")):
             raise ValueError(
-                f"factor={self.factor} with scaling={self.scaling!r}; expected at least 1, and 1 without scaling"
+                f"factor={self.factor} with scaling={self.scaling!r}; expected at least 1, and 1 without scaling and with "
+                "power and truncated"
             )
-        if (self.length is None) == (self.scaling in ("yarn", "llama3")):
+        if (self.length is None) == (self.scaling in ("yarn", "llama3", "truncated")):
             raise ValueError(
-                f"length={self.length} with scaling={self.scaling!r}; yarn needs the length trained on, and so does "
-                "llama3; others take none"
+                f"length={self.length} with scaling={self.scaling!r}; yarn needs the length trained on, and so do "
+                "llama3 and truncated; others take none"
+            )
+        if (self.power is None) == (self.scaling == "power"):
+            raise ValueError(
+                f"power={self.power} with scaling={self.scaling!r}; power needs an exponent, others take none"
             )
         if (self.divisors is None) == (self.scaling == "longrope"):
             raise ValueError(
@@ -95,6 +107,12 @@ class Rotary:
 
 def rotary_frequencies(size: int, rope: Rotary) -> np.ndarray:
     """Returns the angle per token of each of the size/2 pairs, float64."""
+    turned = size // 2 - int(rope.still * (size // 2))
+    return np.where(np.arange(size // 2) < turned, _scaled(size, rope), 0)
+
+
+def _scaled(size, rope):
+    """Returns the frequencies as `scaling` changes them."""
     exponent = np.arange(0, size, 2) / size
     base = rope.base
     if rope.scaling == "ntk":
@@ -106,6 +124,11 @@ def rotary_frequencies(size: int, rope: Rotary) -> np.ndarray:
         return frequency / rope.factor
     if rope.scaling == "longrope":
         return frequency / np.asarray(rope.divisors)
+    if rope.scaling == "power":
+        return frequency * (1 - np.arange(size // 2) / (size // 2)) ** rope.power
+    if rope.scaling == "truncated":
+        once = 2 * math.pi / rope.length
+        return np.where(frequency < once / 8, 0, np.where(frequency < once, once / 16, frequency))
     if rope.scaling == "llama3":
         turns = rope.length * frequency / (2 * math.pi)
         kept = np.clip((turns - rope.slow) / (rope.fast - rope.slow), 0, 1)

@@ -25,6 +25,7 @@ from seqmodels.interop.options import Options
 from seqmodels.interop.placing import Parts, default_sharding, sharding_of
 from seqmodels.interop.tensors import STORED, Table, check_tensors, make_table
 from seqmodels.language_model import LanguageModel
+from seqmodels.masked_language_model import MaskedLanguageModel
 from seqmodels.names import Names, names_of
 
 OTHERS = nnx.Not(nnx.Any(*STORED))
@@ -42,7 +43,7 @@ def load_pretrained(
     scan: bool = True,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
-) -> tuple[LanguageModel, dict[str, Any]]:
+) -> tuple[LanguageModel | MaskedLanguageModel, dict[str, Any]]:
     """Returns the model of a checkpoint in the format of transformers, and its config.
 
     Beside the model, memory holds a few tensors at a time, and the largest variables are read first.
@@ -61,7 +62,7 @@ def load_pretrained(
       rules: which axis of the mesh divides which axis of parameters; `ShardingRules()` if None.
 
     Returns:
-      The model, whose logits are those of the published one, and the config for `seqmodels.build_model`.
+      The model, masked or not, whose logits are those of the published one, and the config for `seqmodels.build_model`.
 
     Raises:
       ImportError: the package safetensors is not installed.
@@ -79,7 +80,7 @@ def load_weights(
     adapter: str | os.PathLike | None = None,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
-) -> LanguageModel:
+) -> LanguageModel | MaskedLanguageModel:
     """Returns the model of a config with the weights of a checkpoint.
 
     Args:
@@ -144,7 +145,7 @@ def read_config(
     return config
 
 
-def shapes_of(config: dict[str, Any]) -> LanguageModel:
+def shapes_of(config: dict[str, Any]) -> LanguageModel | MaskedLanguageModel:
     """Returns the model of a config with shapes in place of arrays."""
     return nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
 
@@ -205,7 +206,11 @@ class _Source:
 
 
 def _fill(
-    model: LanguageModel, config: dict[str, Any], source: _Source, mesh: Mesh | None, rules: ShardingRules
+    model: LanguageModel | MaskedLanguageModel,
+    config: dict[str, Any],
+    source: _Source,
+    mesh: Mesh | None,
+    rules: ShardingRules,
 ) -> None:
     """Puts arrays into a model of shapes: parameters from the checkpoint, and all else as it is initialized."""
     stored, rest = nnx.state(model, STORED), nnx.state(model, OTHERS)

@@ -20,9 +20,11 @@ from seqmodels.interop.family import Family
 from seqmodels.interop.loading import read_config, shapes_of
 from seqmodels.interop.tensors import STORED, Table, make_table
 from seqmodels.language_model import LanguageModel
+from seqmodels.masked_language_model import MaskedLanguageModel
 from seqmodels.names import names_of
 from seqmodels.stack import Stack
 
+Model = LanguageModel | MaskedLanguageModel
 SHARD = 5_000_000_000
 # Parts of the block of a layer.
 _PARTS = (
@@ -65,7 +67,7 @@ _OF_SHAPES = {
 
 
 def save_pretrained(
-    model: LanguageModel,
+    model: Model,
     folder: str | os.PathLike,
     *,
     architecture: str | None = None,
@@ -74,7 +76,7 @@ def save_pretrained(
     """Writes a model in the format of transformers: config.json, and model.safetensors or shards with an index.
 
     Args:
-      model: a language model that one of the families of `load_pretrained` can express.
+      model: a language model, masked or not, that one of the families of `load_pretrained` can express.
       architecture: name of the family, such as "MistralForCausalLM"; by default the first that expresses the model.
       folder: a folder, which is made if it does not exist and must not hold a checkpoint.
       shard_size: about the most bytes per file.
@@ -84,7 +86,7 @@ def save_pretrained(
       ValueError: no family expresses the model (says why the nearest does not), or the folder holds a checkpoint.
     """
     files.library()
-    if not isinstance(model, LanguageModel):
+    if not isinstance(model, Model):
         raise ValueError(
             f"model is a {type(model).__name__}; only language models have a format of transformers"
         )
@@ -102,7 +104,7 @@ def save_pretrained(
     files.write_json(folder / files.CONFIG, theirs | named)
 
 
-def express(model: LanguageModel, architecture: str | None = None) -> tuple[Family, dict[str, Any], Table]:
+def express(model: Model, architecture: str | None = None) -> tuple[Family, dict[str, Any], Table]:
     """Returns the family that expresses a model, its options, and the table of tensors, or raises ValueError."""
     candidates = FAMILIES
     if architecture is not None:
@@ -136,11 +138,13 @@ def express(model: LanguageModel, architecture: str | None = None) -> tuple[Fami
     )
 
 
-def differences(model: LanguageModel, twin: LanguageModel) -> list[str]:
+def differences(model: Model, twin: Model) -> list[str]:
     """Returns one line for each option by which the outputs of a model of equal parameters differ from its twin's."""
-    found = []
-    for name in ("tie_embeddings", "final_norm", "logit_scale", "logit_cap"):
-        found += _compare(name, getattr(model.config, name), getattr(twin.config, name))
+    if found := _compare("kind", type(model).__name__, type(twin).__name__):
+        return found
+    for field in dataclasses.fields(model.config):
+        if field.name not in ("input", "stack"):
+            found += _compare(field.name, *(getattr(each.config, field.name) for each in (model, twin)))
     found += _options("", model.config.input, twin.config.input)
     stacks = model.config.stack, twin.config.stack
     for name in (
@@ -222,7 +226,7 @@ def _blocks(stack: Stack) -> list[Block]:
     ]
 
 
-def _shapes(model: LanguageModel) -> dict[str, tuple[int, ...]]:
+def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
     found = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, STORED)):
         names = names_of(path, variable)
@@ -230,7 +234,7 @@ def _shapes(model: LanguageModel) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _tensors(model: LanguageModel, table: Table) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(model: Model, table: Table) -> Iterator[tuple[str, np.ndarray]]:
     """Yields tensors by name, a few at a time from the device."""
     places = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, STORED)):

@@ -76,6 +76,22 @@ def test_yarn_ramps_between_the_pairs_that_turn_32_times_and_once():
     np.testing.assert_allclose(jnp.linalg.norm(turned), rope.gain * jnp.linalg.norm(x), rtol=1e-5)
 
 
+def test_giraffes_bases():
+    plain = 10_000.0 ** (-np.arange(64) / 64)
+    power = rotary_frequencies(128, Rotary(scaling="power", power=0.5))
+    np.testing.assert_allclose(power, [f * (1 - i / 64) ** 0.5 for i, f in enumerate(plain)], rtol=1e-12)
+    truncated = rotary_frequencies(128, Rotary(scaling="truncated", length=2048))
+    # 41 of 64 pairs turn at least once within 2048 tokens; 14 get one frequency, and 9 none.
+    np.testing.assert_array_equal(truncated[:41], rotary_frequencies(128, Rotary())[:41])
+    np.testing.assert_allclose(truncated[41:55], 2 * np.pi / (16 * 2048), rtol=1e-12)
+    np.testing.assert_array_equal(truncated[55:], 0)
+
+
+def test_hope_turns_all_but_the_slowest_quarter_of_the_pairs():
+    plain, hope = (rotary_frequencies(36, Rotary(scaling="linear", factor=2.0, still=s)) for s in (0.0, 0.25))
+    np.testing.assert_array_equal(hope, np.concatenate([plain[:14], [0, 0, 0, 0]]))
+
+
 def test_alibi_slopes():
     np.testing.assert_allclose(alibi_slopes(8), 2.0 ** -np.arange(1, 9))
     np.testing.assert_allclose(alibi_slopes(12)[8:], 2.0 ** -np.array([0.5, 1.5, 2.5, 3.5]))

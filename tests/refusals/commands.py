@@ -118,6 +118,10 @@ COMMANDS = [
         "unknown task 'passkeys'; did you mean 'passkey'?",
     ),
     (
+        "generate --pretrained=tests/seqmodels/interop/data/fnet --prompt=a",
+        "it is of a masked language model",
+    ),
+    (
         "generate --pretrained=FILES/sizes --prompt=a",
         "hidden_size='many', which is not supported; expected an integer",
     ),

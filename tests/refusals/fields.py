@@ -160,6 +160,7 @@ FIELDS = [
     ("--config=MQAR --config.model.mixers={'deltanet':{'mixer':'glaa'}}", "did you mean 'gla'?"),
     ("--config=MQAR --config.model.residual=joint", "residual='joint' needs a channel mixer in every block"),
     ("--config=MQAR --config.model.kind=classifier", "the labels of the task 'mqar' belong to tokens"),
+    ("--config=MQAR --config.model.kind=masked_language_model", "reads the tokens that the task 'mqar' asks"),
     ("--config=SHORT --config.model.kind=language_model", "the task 'listops' has one label per row"),
     ("--config=SHORT --config.model.kind=clasifier", "did you mean 'classifier'?"),
     ("--config=MQAR --config.model.vocab_size=8", "config.model sets vocab_size, which the task gives"),

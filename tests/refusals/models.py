@@ -11,7 +11,7 @@ from layers.mixers import MIXERS
 from layers.norms import NORMS
 from layers.positions.position import read_position
 from layers.registry import build
-from seqmodels import build_model
+from seqmodels import LengthenConfig, build_model, lengthen
 
 
 def mixer(name, **options):
@@ -72,6 +72,11 @@ MIXER_OPTIONS = [
         ValueError,
         "sink_distance='cache' needs sink_tokens",
     ),
+    (
+        mixer("attention", heads=2, window=2, sink_tokens=1, sink_distance="window", position="none"),
+        ValueError,
+        "sink_distance='window' needs sink_tokens",
+    ),
     (mixer("attention", heads=8), ValueError, "rotary positions need an even head size, got 1"),
     (
         mixer("attention", heads=2, position="ropee"),
@@ -112,6 +117,16 @@ MIXER_OPTIONS = [
         ValueError,
         "shifted_heads=2; expected at most heads=4 and a multiple of 4",
     ),
+    (mixer("shortformer", heads=2, position="rope"), ValueError, "shortformer has positions of its own"),
+    (mixer("shortformer", heads=2, subsequence=0), ValueError, "subsequence=0; expected"),
+    (
+        mixer("transformer_xl", heads=2, position="alibi"),
+        ValueError,
+        "transformer_xl has positions of its own",
+    ),
+    (mixer("transformer_xl", heads=2, max_distance=0), ValueError, "max_distance=0; expected"),
+    (mixer("softplus_attention", heads=2, offset=-1.0), ValueError, "offset=-1.0; expected"),
+    (mixer("softplus_attention", heads=2, scale=1.0), ValueError, "scale=1.0; softplus_attention has"),
     (mixer("moba", heads=2, window=4), ValueError, "window=4; moba has a pattern of its own, expected None"),
     (mixer("moba", heads=2, position="t5"), ValueError, "moba takes 'rope' or 'none'"),
     (
@@ -274,6 +289,15 @@ OTHER_OPTIONS = [
     (lambda: read_position(dict(name="rope", fraction=1.5)), ValueError, "fraction=1.5; expected"),
     (lambda: read_position(dict(name="rope", scaling="yarnn")), ValueError, "scaling='yarnn'; expected"),
     (lambda: read_position(dict(name="rope", factor=2.0)), ValueError, "factor=2.0 with scaling='none'"),
+    (lambda: read_position(dict(name="rope", scaling="truncated")), ValueError, "llama3 and truncated"),
+    (lambda: read_position(dict(name="rope", scaling="power")), ValueError, "power needs an exponent"),
+    (lambda: read_position(dict(name="rope", power=0.5)), ValueError, "power=0.5 with scaling='none'"),
+    (lambda: read_position(dict(name="rope", still=1.0)), ValueError, "still=1.0; expected"),
+    (
+        lambda: read_position(dict(name="rope", scaling="power", power=0.5, factor=2.0)),
+        ValueError,
+        "factor=2.0 with scaling='power'",
+    ),
     (
         lambda: read_position(dict(name="rope", scaling="yarn")),
         ValueError,
@@ -361,8 +385,69 @@ MODELS = [
     (model(kind="classifier", num_classes=1), ValueError, "num_classes=1; expected"),
     (model(kind="classifier", num_classes=2, pooling="max"), ValueError, "pooling='max'; expected"),
     (model(kind="autoencoder", pooling="first"), ValueError, "pooling='first'; expected"),
+    (model(kind="masked_language_model", transform="gelo"), ValueError, "did you mean 'gelu'?"),
+    (
+        model(kind="masked_language_model", vocab_size=..., input_size=3),
+        ValueError,
+        "a masked language model needs vocab_size",
+    ),
+    (model(first_position=2), ValueError, "first_position=2 with max_positions=None"),
+    (
+        model(absolute_positions="learned", max_positions=2, first_position=2),
+        ValueError,
+        "first_position=2 with max_positions=2",
+    ),
+    (model(route=(1, 1)), ValueError, "route=(1, 1); expected two layers in order"),
+    (
+        model(route=(0, 2)),
+        ValueError,
+        "route=(0, 2); expected two layers in order, the second at most depth=1",
+    ),
+    (model(route=(0, 1), route_rate=1.0), ValueError, "route_rate=1.0; expected"),
+    (model(token_types=0), ValueError, "token_types=0; expected"),
+    (model(embedding_norm_place="end"), ValueError, "embedding_norm_place='end'; expected"),
+    (
+        model(kind="classifier", num_classes=2, vocab_size=..., input_size=3, token_types=2),
+        ValueError,
+        "are for tokens; vectors (input_size) have none",
+    ),
 ]
+ENCODER = MODEL | dict(kind="masked_language_model", token_types=2)
+TOKENS = np.zeros((1, 3), np.int32)
+
+
+def encoded(*inputs, token_types=2, **keywords):
+    def call():
+        model = build_model(ENCODER | dict(token_types=token_types), rngs=nnx.Rngs(0))
+        return model(TOKENS, *inputs, **keywords)[0]
+
+    return call
+
+
+def lengthened(tokens, **options):
+    def call():
+        model = build_model(MODEL | dict(mixer_defaults={}) | options, rngs=nnx.Rngs(0))
+        return lengthen(model, tokens, LengthenConfig(length=8))
+
+    return call
+
+
 CALLS = [
+    (
+        lengthened(TOKENS, mixer_defaults=dict(heads=2)),
+        ValueError,
+        "model has layers of attention; expected some of mamba2",
+    ),
+    (
+        lengthened(TOKENS[0], pattern=("mamba2",), mixers=dict(mamba2=dict(head_dim=4))),
+        ValueError,
+        "tokens has shape [3]; expected rows (n, t)",
+    ),
+    (lambda: LengthenConfig(length=0), ValueError, "length=0; expected"),
+    (lambda: LengthenConfig(length=8, decay=1.0), ValueError, "decay=1.0; expected"),
+    (traced(encoded(3)), ValueError, "a masked language model takes no state"),
+    (encoded(types=TOKENS + 2), ValueError, "expected 0 to 1, as token_types=2"),
+    (traced(encoded(types=TOKENS, token_types=None)), ValueError, "expected token_types in its config"),
     (
         called(ones(2, 5, 7), options=dict(heads=2)),
         ValueError,

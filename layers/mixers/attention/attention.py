@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -38,8 +39,9 @@ class AttentionConfig:
         up to `window`.
       sink_tokens: number of tokens at the start of a segment that stay visible beyond the window (StreamingLLM, Xiao et
         al. 2023, arXiv:2309.17453).
-      sink_distance: distance between a query and sinks beyond the window: "true", or "cache", at most that in a sequence
-        of sink_tokens + window tokens, as in StreamingLLM. "cache" needs causal rotary attention.
+      sink_distance: distance between a query and sinks beyond the window: "true", "cache", at most that in a sequence
+        of sink_tokens + window tokens, as in StreamingLLM, or "window", the window itself for all sinks, as in LM-Infinite (Han
+        et al. 2023, arXiv:2308.16137). Those but "true" need causal rotary attention.
       sink_logits: whether each head learns the logit of one more key, without a value, that all queries see (gpt-oss).
       position: "rope", "none", "alibi", "t5" or "fire", or a mapping with that "name" and the options of `Rotary`,
         `T5Bias` or `Fire` in `layers.positions`.
@@ -65,7 +67,7 @@ class AttentionConfig:
     causal: bool = True
     window: int | None = None
     sink_tokens: Count = 0
-    sink_distance: Literal["true", "cache"] = "true"
+    sink_distance: Literal["true", "cache", "window"] = "true"
     sink_logits: bool = False
     position: str | Mapping[str, Any] | PositionConfig = "rope"
     scale: float | None = None
@@ -96,10 +98,12 @@ class AttentionConfig:
                 f"sink_tokens={self.sink_tokens} with window={self.window}; expected 0 without window"
             )
         object.__setattr__(self, "position", read_position(self.position))
-        if self.sink_distance == "cache" and not (
+        if self.sink_distance != "true" and not (
             self.sink_tokens and self.causal and isinstance(self.position, Rotary)
         ):
-            raise ValueError("sink_distance='cache' needs sink_tokens, causal=True and position='rope'")
+            raise ValueError(
+                f"sink_distance={self.sink_distance!r} needs sink_tokens, causal=True and position='rope'"
+            )
         if isinstance(self.position, Rotary):
             try:
                 self.position.size(self.size)
@@ -117,10 +121,16 @@ class AttentionConfig:
         return shared_heads(self)
 
 
-def refuse_options(config: AttentionConfig, mixer: str, names: tuple[str, ...]) -> None:
+def refuse_options(
+    config: AttentionConfig,
+    mixer: str,
+    names: tuple[str, ...],
+    *,
+    positions: tuple[type, ...] = (Rotary, NoPosition),
+) -> None:
     """Raises ValueError for options of attention that a mixer with a pattern of its own leaves at their defaults.
 
-    Biases of positions are refused too: such a mixer takes rotary positions or none.
+    Other positions are refused too: such a mixer takes rotary ones or none, or none but its own.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -128,8 +138,11 @@ def refuse_options(config: AttentionConfig, mixer: str, names: tuple[str, ...]) 
             raise ValueError(
                 f"{field.name}={value!r}; {mixer} has a pattern of its own, expected {field.default!r}"
             )
-    if not isinstance(config.position, Rotary | NoPosition):
-        raise ValueError(f"position={config.position!r}; {mixer} takes 'rope' or 'none'")
+    if not isinstance(config.position, positions):
+        taken = (
+            "takes 'rope' or 'none'" if Rotary in positions else "has positions of its own, expected 'none'"
+        )
+        raise ValueError(f"position={config.position!r}; {mixer} {taken}")
 
 
 class Attention(Mixer):
@@ -202,7 +215,9 @@ class Attention(Mixer):
             "logits": self.logits(),
             "scale": config.scale,
         }
-        attend = streaming_attention if config.sink_distance == "cache" else relative_attention
+        attend = relative_attention
+        if config.sink_distance != "true":
+            attend = partial(streaming_attention, distance=config.sink_distance)
         if visit is None:
             positions = jnp.arange(x.shape[1])[None] if segments is None else segments.positions
             q, k, v = self.project(x, positions, segments)
@@ -223,6 +238,11 @@ class Attention(Mixer):
         """Whether a policy of `layers.caches` may stand in place of the cache: one of all tokens, which `mix` here reads."""
         return type(self).mix is Attention.mix and self.causal and self.config.window is None
 
+    @property
+    def takes_gaps(self) -> bool:
+        """Whether positions may have gaps: those that are read by `mix` here are compared and encoded."""
+        return type(self).mix is Attention.mix
+
     def view(self) -> View:
         """Returns how queries weigh keys, for a policy."""
         return View(self.position, self.logits(), self.config.scale, (self.key, self.value))
@@ -240,11 +260,12 @@ class Attention(Mixer):
         return self.position.rotate(q, positions), self.position.rotate(k, positions), v
 
     def heads(
-        self, x: Float[Array, "b t d"]
+        self, x: Float[Array, "b t d"], placed: Float[Array, "b t d"] | None = None
     ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
-        """Returns queries, keys and values before the rotation."""
+        """Returns queries, keys and values before the rotation; queries and keys are of `placed`, if given."""
         config = self.config
-        q, k, v = self.query(x), self.key(x), self.value(x)
+        placed = x if placed is None else placed
+        q, k, v = self.query(placed), self.key(placed), self.value(x)
         if config.qk_norm and config.norm_heads == "all":
             q, k = self.query_norm(q), self.key_norm(k)
         q = split_heads(q, config.heads)

@@ -2,11 +2,12 @@
 
 import jax.numpy as jnp
 
-from layers.kernels.attention import Mask, Tokens, attention_with_lse, compose
+from layers.kernels.attention import Tokens, attention_with_lse, compose
 from layers.mixer import Visit
 from layers.mixers.attention.attention import Attention, AttentionConfig, refuse_options
 from layers.options import Count, checked_dataclass
 from layers.parts.cache import Cache, empty_cache, extend
+from layers.parts.grouped_attention import Grouped, grouped_attention
 from layers.parts.position_blocks import numbers_and_positions
 from layers.segments import Segments
 from layers.typing import Array, Float
@@ -95,38 +96,20 @@ class ShiftedSparse(Attention):
 
     def _in_groups(self, q, k, v, queries, keys, shift, given):
         config = self.config
-        (q_numbers, q_positions), (k_numbers, k_positions) = queries, keys
-        q_group, k_group = ((positions + shift) // config.group for positions in (q_positions, k_positions))
-        groups = jnp.maximum(q_group.max(initial=0), k_group.max(initial=0)) + 2
-
-        def ids(numbers, group):
-            return jnp.where(numbers == 0, 0, numbers * groups + group + 1)
-
-        there = {"kv_segment_ids": ids(k_numbers, k_group)}
-        cached = isinstance(given, Visit)
-        if cached:
-            there |= {"q_positions": q_positions, "kv_positions": k_positions}
-        options = {"causal": True, "scale": config.scale, "logits": self.logits()}
-        piece = attention_with_lse(
-            *(q, k, v),
-            # By index, tokens of a group are neighbours unless padding stands between them.
-            mask=None
-            if cached or (given is not None and given.padding != "end")
-            else Mask(window=config.group),
-            segment_ids=ids(q_numbers, q_group),
-            tokens=Tokens(**there),
-            **options,
-        )
+        q_at, k_at = (Grouped(*side, (side[1] + shift) // config.group) for side in (queries, keys))
+        options = {"scale": config.scale, "logits": self.logits()}
+        piece = grouped_attention(q, k, v, q_at, k_at, given, reach=config.group, **options)
         if config.group_sinks:
             # Sinks of whole rows come first.
             few = slice(config.group_sinks if given is None else None)
-            k_numbers, k_positions = k_numbers[:, few], k_positions[:, few]
+            k_numbers, k_positions = k_at.numbers[:, few], k_at.positions[:, few]
             far = attention_with_lse(
                 *(q, k[:, few], v[:, few]),
-                segment_ids=jnp.where(q_group > 0, q_numbers, 0),
+                causal=True,
+                segment_ids=jnp.where(q_at.groups > 0, q_at.numbers, 0),
                 tokens=Tokens(
                     kv_segment_ids=jnp.where(k_positions < config.group_sinks, k_numbers, 0),
-                    q_positions=q_positions,
+                    q_positions=q_at.positions,
                     kv_positions=k_positions,
                 ),
                 **options,

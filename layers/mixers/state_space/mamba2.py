@@ -107,6 +107,9 @@ class Mamba2(Mixer):
         S_t  = exp(-dt_t exp(log_a)) S_{t-1} + B_t (dt_t u_t)^T          (n x p, per head)
         y    = W_out RMSNorm((S_t^T C_t + D u_t) silu(z))
 
+    `least_step` (h), if not None, skips tokens by head: where dt_t <= least_step, dt_t = 0, which leaves the state as it is
+    (LongMamba; see `seqmodels.lengthen`).
+
     Head i reads group i // (h / g) of B and C. The gate precedes the norm, which is over the e / g channels of a group, unless
     `norm` says otherwise.
     """
@@ -125,6 +128,7 @@ class Mamba2(Mixer):
         self.dt_bias = parameter(rngs, steps, (heads,), **by_head)
         self.log_a = parameter(rngs, log_of_uniform(config.a_min, config.a_max), (heads,), **by_head)
         self.d = parameter(rngs, ones, (heads,), **by_head)
+        self.least_step: nnx.Variable | None = nnx.data(None)
         self.scale = (
             parameter(rngs, ones, (channels,), axes=("inner",), **NO_DECAY) if config.norm != "none" else None
         )
@@ -146,6 +150,26 @@ class Mamba2(Mixer):
         inputs, s = (None, None) if carried is None else carried
         b, t = x.shape[:2]
         channels, shared = config.channels, config.groups * config.state_size
+        gate, mixed, dt = self.project(x)
+        if self.least_step is not None:
+            dt = jnp.where(dt > self.least_step[...][None, None], dt, 0)
+        mixed, inputs = self.convolution(mixed, inputs, segment_ids=segments)
+        u, key, query = jnp.split(mixed, [channels, channels + shared], axis=-1)
+        u = u.reshape(b, t, config.heads, config.head_dim)
+        key, query = (v.reshape(b, t, config.groups, config.state_size) for v in (key, query))
+        value = (dt[..., None] * u).astype(config.dtype)
+        y, s = self._read(x, query, key, value, -jnp.exp(self.log_a[...])[None, None] * dt, s, segments)
+        y = y.astype(jnp.float32) + self.d[...][None, None, :, None] * u
+        y, gate = y.reshape(b, t, channels), jax.nn.silu(gate.astype(jnp.float32))
+        y = self._norm(y) * gate if config.norm == "before" else self._norm(y * gate)
+        return self.output(y), Mamba2Carry(inputs, s)
+
+    def project(
+        self, x: Float[Array, "b t d"]
+    ) -> tuple[Float[Array, "b t e"], Float[Array, "b t c"], Float[Array, "b t h"]]:
+        """Returns z, [u, B, C] before the short convolution, and the step sizes dt, float32."""
+        config = self.config
+        channels, shared = config.channels, config.groups * config.state_size
         sizes = (channels, channels + 2 * shared, config.heads)
         gate, mixed, dt = project(self.input, x, sizes)
         if config.scales != (1.0,) * 5:
@@ -153,18 +177,8 @@ class Mamba2(Mixer):
             factors = jnp.asarray(np.repeat(config.scales, counts), config.dtype)[None, None]
             parts = jnp.split(factors, np.cumsum(sizes)[:-1], axis=-1)
             gate, mixed, dt = (part * factor for part, factor in zip((gate, mixed, dt), parts, strict=True))
-        mixed, inputs = self.convolution(mixed, inputs, segment_ids=segments)
-        u, key, query = jnp.split(mixed, [channels, channels + shared], axis=-1)
-        u = u.reshape(b, t, config.heads, config.head_dim)
-        key, query = (v.reshape(b, t, config.groups, config.state_size) for v in (key, query))
         dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...][None, None])
-        dt = jnp.clip(dt, *config.dt_limit)
-        value = (dt[..., None] * u).astype(config.dtype)
-        y, s = self._read(x, query, key, value, -jnp.exp(self.log_a[...])[None, None] * dt, s, segments)
-        y = y.astype(jnp.float32) + self.d[...][None, None, :, None] * u
-        y, gate = y.reshape(b, t, channels), jax.nn.silu(gate.astype(jnp.float32))
-        y = self._norm(y) * gate if config.norm == "before" else self._norm(y * gate)
-        return self.output(y), Mamba2Carry(inputs, s)
+        return gate, mixed, jnp.clip(dt, *config.dt_limit)
 
     def _read(self, x, query, key, value, log_decay, s, segments):
         """Returns what the queries read in the memory, and its state after the last token."""

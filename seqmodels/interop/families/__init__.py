@@ -2,11 +2,13 @@
 
 from seqmodels.interop.families import (
     bamba,
+    big_bird,
     bloom,
     delta_product,
     falcon,
     falcon_h1,
     flash_linear_attention,
+    fnet,
     forgetting_transformer,
     gemma,
     gpt2,
@@ -18,12 +20,14 @@ from seqmodels.interop.families import (
     kimi_linear,
     lfm2,
     llama,
+    longformer,
     mamba,
     mamba2,
     minimax,
     mixtral,
     mpt,
     nemotron_h,
+    nystromformer,
     olmo2,
     phi3,
     qwen3_next,
@@ -83,5 +87,9 @@ FAMILIES = {
         forgetting_transformer.FORGETTING_TRANSFORMER,
         rwkv_fla.RWKV6,
         rwkv_fla.RWKV7,
+        fnet.FNET,
+        longformer.LONGFORMER,
+        big_bird.BIG_BIRD,
+        nystromformer.NYSTROMFORMER,
     )
 }

@@ -228,12 +228,13 @@ def test_cake_gives_layers_what_they_need(monkeypatch):
 
 
 @pytest.mark.slow
-def test_streaming_is_the_mixer_with_sinks():
-    """The mixer has a window of its own and reads all tokens without a state; distances are those inside the cache."""
-    windowed = layer(window=5, sink_tokens=2, sink_distance="cache")
+@pytest.mark.parametrize("distance", ["cache", "window"])
+def test_streaming_is_the_mixer_with_sinks(distance):
+    """The mixer has a window of its own and reads all tokens without a state; distances to sinks are bounded."""
+    windowed = layer(window=5, sink_tokens=2, sink_distance=distance)
     padded = np.concatenate([ids(), np.ones((2, STEPS), np.int32)], axis=1)
     wanted = np.asarray(windowed(jnp.asarray(inputs()), segment_ids=jnp.asarray(padded))[0])
-    y, outputs, *_ = given(read_cache("streaming(budget=7, sinks=2)"), calls=3)
+    y, outputs, *_ = given(read_cache(f"streaming(budget=7, sinks=2, distance={distance})"), calls=3)
     np.testing.assert_allclose(np.concatenate([y, outputs], axis=1), wanted, atol=1e-5)
     assert np.abs(wanted - plain()).max() > 1e-2
 

@@ -27,6 +27,10 @@ MIXERS = {
         "attention",
         {"heads": 2, "window": 4, "sink_tokens": 2, "sink_distance": "cache"},
     ),
+    "attention-lm-infinite": (
+        "attention",
+        {"heads": 2, "window": 4, "sink_tokens": 2, "sink_distance": "window"},
+    ),
     "attention-t5": ("attention", {"heads": 2, "position": "t5", "scale": 1.0}),
     "gated_attention": ("gated_attention", {"heads": 2, "kv_heads": 1, "head_dim": 8}),
     "selective_attention": ("selective_attention", {"heads": 2, "window": 6}),
@@ -140,6 +144,9 @@ MIXERS = {
     "mesa_net": ("mesa_net", {"heads": 2, "steps": 8, "gate": True}),
     "titans": ("titans", {"heads": 2, "chunk": 5}),
     "ttt_linear": ("ttt_linear", {"heads": 2, "mini_batch": 5}),
+    "shortformer": ("shortformer", {"heads": 4, "kv_heads": 2, "subsequence": 4, "sink_logits": True}),
+    "softplus_attention": ("softplus_attention", {"heads": 4, "kv_heads": 2, "power": 3.0}),
+    "transformer_xl": ("transformer_xl", {"heads": 4, "kv_heads": 2, "window": 5, "max_distance": 3}),
     "parallel": (
         "parallel",
         {"branches": {"retnet": {"heads": 2}, "attention": {"heads": 2}}, "scales": {"retnet": 0.5}},
@@ -177,5 +184,6 @@ LIGHT = {
     *("gated_deltaproduct", "gated_deltanet2", "comba", "tuned_state", "parallel"),
     *("forgetting_attention", "differential_attention", "longformer", "bigbird", "longt5"),
     *("etc", "nystromformer", "luna", "reformer", "informer", "shifted_sparse", "moba", "landmark"),
+    *("shortformer", "softplus_attention", "transformer_xl"),
     *("log_linear_mamba2", "ttt_linear", "titans", "mesa_net"),
 }

@@ -40,6 +40,9 @@ WITHOUT = (
         "moba",
         "nystromformer",
         "shifted_sparse",
+        "shortformer",
+        "softplus_attention",
+        "transformer_xl",
     ),
 )
 IDS = np.repeat([[1, 2, 0], [1, 1, 3]], [7, 11, 6], axis=1)

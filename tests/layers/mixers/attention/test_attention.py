@@ -228,7 +228,8 @@ def streaming(model, x):
         logits = []
         for j in kept:
             last_slot = config.sink_tokens + config.window - 1
-            distance = i - j if i - j < config.window else min(i, last_slot) - j
+            far = config.window if config.sink_distance == "window" else min(i, last_slot) - j
+            distance = i - j if i - j < config.window else far
             turned = (k[j, :4] + 1j * k[j, 4:]) * np.exp(-1j * distance * frequency)
             logits.append(((q[i, :4] + 1j * q[i, 4:]).conj() @ turned).real / np.sqrt(8))
         weights = np.exp(logits - np.max(logits))
@@ -237,8 +238,9 @@ def streaming(model, x):
 
 
 @pytest.mark.slow
-def test_sinks_at_the_distance_of_their_slots():
-    model = make(heads=1, window=4, sink_tokens=2, sink_distance="cache")
+@pytest.mark.parametrize("distance", ["cache", "window"])
+def test_sinks_at_the_distance_of_their_slots_or_of_the_window(distance):
+    model = make(heads=1, window=4, sink_tokens=2, sink_distance=distance)
     y, _ = model(inputs(14))
     for row, got in zip(inputs(14), y, strict=True):
         np.testing.assert_allclose(got, streaming(model, row), atol=2e-6)

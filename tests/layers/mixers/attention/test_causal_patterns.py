@@ -1,4 +1,7 @@
-"""Shifted sparse attention, MoBA and landmarks against their equations in NumPy, pair by pair, whole and in two calls."""
+"""Causal attention with patterns, positions and weights of its own against equations in NumPy, pair by pair, whole and in two calls.
+
+Shifted sparse attention, Shortformer's, Transformer-XL's, softplus attention, MoBA and landmarks.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +9,8 @@ import pytest
 
 from layers.mixers.attention import landmark as landmark_module
 from layers.mixers.attention import moba as moba_module
+from layers.mixers.attention import softplus_attention as softplus_module
+from layers.mixers.attention import transformer_xl as xl_module
 from tests.layers.mixers.literal import (
     apply,
     by_row,
@@ -14,7 +19,9 @@ from tests.layers.mixers.literal import (
     in_two_calls,
     masked_softmax,
     softmax,
+    softplus,
     tokens,
+    wide,
 )
 
 WIDTH, HEADS, KV, TIME = 8, 4, 2, 26
@@ -63,6 +70,123 @@ def test_a_group_as_long_as_the_sequence_is_attention():
     plain = drawn("attention", WIDTH, heads=HEADS, kv_heads=KV)
     x = tokens(TIME, WIDTH)
     np.testing.assert_allclose(model(x)[0], plain(x)[0], atol=1e-5)
+
+
+def shortformer(model, x):
+    """Subsequence by subsequence, the previous one before it, as the authors' code trains."""
+    n, t, y = model.config.subsequence, len(x), []
+    places = np.arange(2 * n)[:, None] * 10_000.0 ** (-(np.arange(WIDTH) // 2 * 2) / WIDTH)
+    table = np.where(np.arange(WIDTH) % 2, np.cos(places), np.sin(places))
+    for start in range(0, t, n):
+        seen = x[max(0, start - n) : start + n]
+        new = x[start : start + n]
+        table_of = table[: len(seen)]
+        q = heads(apply(model.query, new + table_of[-len(new) :]), HEADS)
+        k, v = heads(apply(model.key, seen + table_of), KV), heads(apply(model.value, seen), KV)
+        o = np.zeros_like(q)
+        for h in range(HEADS):
+            for i in range(len(new)):
+                few = len(seen) - len(new) + i + 1
+                a = k[:few, h // 2] @ q[i, h] / np.sqrt(q.shape[2])
+                weights = np.exp(np.append(a, wide(model.sinks)[h]))
+                o[i, h] = weights[:-1] / weights.sum() @ v[:few, h // 2]
+        y.append(apply(model.output, o.reshape(len(new), -1)))
+    return np.concatenate(y)
+
+
+def whole(model, x):
+    return model(x)
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("run", [in_two_calls, whole])
+def test_positions_infused(run):
+    model = drawn("shortformer", WIDTH, subsequence=7, heads=HEADS, kv_heads=KV, bias=True, sink_logits=True)
+    x = tokens(TIME, WIDTH)
+    want = by_row(lambda x: shortformer(model, x), x)
+    np.testing.assert_allclose(run(model, x)[0], want, atol=1e-5)
+
+
+def transformer_xl(model, x):
+    config, t, width = model.config, len(x), x.shape[1]
+    q, k, v = (heads(apply(f, x), n) for f, n in ((model.query, HEADS), (model.key, KV), (model.value, KV)))
+    content, place = wide(model.content_bias), wide(model.position_bias)
+    o = np.zeros_like(q)
+    for h in range(HEADS):
+        for i in range(t):
+            seen = range(max(0, i + 1 - (config.window or t)), i + 1)
+            a = []
+            for j in seen:
+                distance = min(i - j, config.max_distance or t)
+                angles = distance * 10_000.0 ** (-(np.arange(width) // 2 * 2) / width)
+                p = np.where(np.arange(width) % 2, np.cos(angles), np.sin(angles))
+                r = heads(apply(model.relative, p[None]), HEADS)[0, h]
+                a.append((q[i, h] + content[h]) @ k[j, h // 2] + (q[i, h] + place[h]) @ r)
+            o[i, h] = softmax(np.array(a) / np.sqrt(q.shape[2])) @ v[list(seen), h // 2]
+    return apply(model.output, o.reshape(t, -1))
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize(
+    "options, queries, run",
+    [
+        ({"window": 7, "max_distance": 4}, 128, in_two_calls),
+        ({"window": 7, "max_distance": 4}, 10, whole),
+        ({}, 10, in_two_calls),
+    ],
+)
+def test_relative_positions_in_two_terms(options, queries, run, monkeypatch):
+    """With a memory that one of two calls finds in part, and with all tokens for some queries at a time."""
+    monkeypatch.setattr(xl_module, "QUERIES", queries)
+    model = drawn("transformer_xl", WIDTH, heads=HEADS, kv_heads=KV, **options)
+    x = tokens(TIME, WIDTH)
+    want = by_row(lambda x: transformer_xl(model, x), x)
+    np.testing.assert_allclose(run(model, x)[0], want, atol=1e-5)
+
+
+def softplus_attention(model, x):
+    config, t = model.config, len(x)
+    q, k, v = (heads(apply(f, x), n) for f, n in ((model.query, HEADS), (model.key, KV), (model.value, KV)))
+    o = np.zeros_like(q)
+    for h in range(HEADS):
+        for i in range(t):
+            n, width = i + 1, q.shape[2]
+            first = softplus(np.log(width) * np.log(n) / np.sqrt(width) * k[:n, h // 2] @ q[i, h])
+            first /= first.sum()
+            second = np.maximum(n * first - config.offset, 0) ** config.power
+            weights = second / second.sum() if second.any() else first
+            o[i, h] = weights @ v[:n, h // 2]
+    return apply(model.output, o.reshape(t, -1))
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize(
+    "options, queries, run",
+    [
+        ({"power": 5.0, "offset": 4.0}, 128, in_two_calls),
+        ({}, 10, whole),
+        ({}, 10, in_two_calls),
+        ({"power": 1.0, "offset": 0.0}, 128, whole),
+    ],
+)
+def test_softplus_and_reweighting(options, queries, run, monkeypatch):
+    """With an offset above all weights of many rows, as published for some queries at a time, and not re-weighted."""
+    monkeypatch.setattr(softplus_module, "QUERIES", queries)
+    model = drawn("softplus_attention", WIDTH, **ATTENTION, **options)
+    x = tokens(TIME, WIDTH)
+    want = by_row(lambda x: softplus_attention(model, x), x)
+    np.testing.assert_allclose(run(model, x)[0], want, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_row_of_equal_weights_stays_one():
+    """Tokens that are all alike: no weight is above the mean, and large powers of large weights do not overflow."""
+    model = drawn("softplus_attention", WIDTH, **ATTENTION)
+    x = jnp.broadcast_to(tokens(1, WIDTH), (2, TIME, WIDTH))
+    v = by_row(lambda x: apply(model.value, x), x)
+    want = np.repeat(heads(v[0], KV)[:, :, None], HEADS // KV, axis=2).reshape(TIME, -1)
+    np.testing.assert_allclose(model(x)[0][0], apply(model.output, want), atol=1e-5)
+    assert np.isfinite(model(1e4 * tokens(TIME, WIDTH))[0]).all()
 
 
 def moba(model, x):
