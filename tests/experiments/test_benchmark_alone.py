@@ -5,6 +5,8 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
 from experiments.benchmark import alone
 
 
@@ -55,3 +57,29 @@ def test_workers_prepare_together_and_measure_in_turn(tmp_path, monkeypatch):
     assert [row["case"] for row in rows] == ["first", "second", "third"]
     turns = sorted((row["start"], row["end"]) for row in rows)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(turns))
+
+
+def in_bad_turn(name):
+    """Ends or stays in its turn, as the name says; the others ask for theirs meanwhile."""
+    begun = Path(os.environ["BEGUN"])
+    (begun / name).touch()
+    if name in ("second", "third"):
+        while not (begun / "taken").exists():
+            time.sleep(0.01)
+    with alone.turn():
+        (begun / "taken").touch()
+        if name == "ends":
+            os._exit(3)
+        time.sleep(60 if name == "stays" else 1.0)
+    return {}
+
+
+@pytest.mark.parametrize(
+    "bad, said", [("ends", "the process ended with exit code 3"), ("stays", "no result within 1.5 s")]
+)
+def test_a_turn_that_does_not_end_costs_nothing_of_the_others(tmp_path, monkeypatch, bad, said):
+    """The third waits for longer than a measurement may take."""
+    monkeypatch.setenv("BEGUN", str(tmp_path))
+    reported = []
+    rows = alone.run(in_bad_turn, (bad, "second", "third"), 1.5, reported.append, workers=3)
+    assert reported == rows == [dict(case=bad, failed=said), dict(case="second"), dict(case="third")]
