@@ -26,6 +26,12 @@ def continued(cache, *, lookup=None, **changes):
     )
 
 
+def drafted(draft=True, *, new=4, **options):
+    """A call of `generate` with a draft model of shapes alone, or with what is given for one."""
+    given = model(**draft)() if isinstance(draft, dict) else model()() if draft is True else draft
+    return lambda: seqmodels.stream(model()(), [[1, 2, 3]], max_new_tokens=new, draft=given, **options)
+
+
 ROWS = [
     (read("snapvk"), ValueError, "unknown cache 'snapvk'; did you mean 'snapkv'?"),
     (read("snapkv(budgets=8)"), ValueError, "cache 'snapkv' has no option 'budgets'; did you mean 'budget'?"),
@@ -239,6 +245,20 @@ ROWS = [
         ValueError,
         "lookup=2 with cache='h2o(budget=4)': a draft that fails",
     ),
+    (drafted(cache="h2o(budget=4)"), ValueError, "draft with cache='h2o(budget=4)': a draft that fails"),
+    (drafted("runs/small"), TypeError, "draft is a str; expected a LanguageModel"),
+    (drafted(draft_tokens=0), ValueError, "draft_tokens=0; expected an integer of at least 1"),
+    (drafted(None, draft_tokens=2), ValueError, "draft_tokens=2 has no effect without draft"),
+    (drafted(None, draft_cache="full"), ValueError, "draft_cache='full' has no effect without draft"),
+    (drafted(lookup=2), ValueError, "lookup=2 with a draft model: each makes drafts; expected one of them"),
+    (drafted(dict(vocab_size=8)), ValueError, "draft has vocab_size=8; expected 9, that of the model"),
+    (
+        drafted(dict(absolute_positions="learned", max_positions=5)),
+        ValueError,
+        "draft has max_positions=5, but a prompt of 3 tokens and max_new_tokens=4 need 6",
+    ),
+    (drafted(draft_cache="snapkv"), ValueError, "draft_cache='snapkv' acts on whole prompts; expected a"),
+    (drafted(draft_cache="streaming(budget=9)"), ValueError, "budget=9 of the cache is more than the 6"),
     (
         continued("prepacking", shared=dict(layers=(0,))),
         ValueError,
@@ -278,6 +298,12 @@ COMMANDS = [
     (
         "long_context --workdir=FILES/run --positions=8 --cache=headkv",
         "--cache: importance=None of the cache",
+    ),
+    ("generate --workdir=FILES/run --prompt=a --draft=", "--draft: '' names no file or folder"),
+    ("generate --workdir=FILES/run --prompt=a --draft_tokens=0", "'0'; expected an integer of at least 1"),
+    (
+        "generate --workdir=FILES/run --prompt=a --draft_cache=snapvk",
+        "--draft_cache: unknown cache 'snapvk'; did you mean",
     ),
     ("evaluate --workdir=FILES/run --cache=snapvk", "--cache: unknown cache 'snapvk'; did you mean"),
     (
