@@ -232,6 +232,46 @@ ROWS = [
         ValueError,
         "of layer 0 does not fit the cache 'hip'; expected rope, alibi or none",
     ),
+    (read("moa"), ValueError, "alphas=None of the cache 'moa', which needs the span of every head"),
+    (read("moa(alphas=[[1]])"), ValueError, "betas=None of the cache 'moa', which needs the span of every"),
+    (
+        read("moa(alphas=[[1]], betas=[['a']])"),
+        TypeError,
+        "betas[0][0]='a'; expected a number",
+    ),
+    (
+        read("moa(alphas=[[1]], betas=[[0.5, 0.5]])"),
+        ValueError,
+        "alphas and betas of the cache 'moa' are of different heads; expected one of each per head",
+    ),
+    (
+        read("moa(alphas=[[1]], betas=[[0.5]], least=64)"),
+        ValueError,
+        "least=64 of the cache 'moa' with sinks=64; expected more than the sinks",
+    ),
+    (
+        continued("moa(alphas=[[1]], betas=[[0.5]])"),
+        ValueError,
+        "alphas of the cache has 1 heads for layer 0; expected 2, its key/value heads",
+    ),
+    (read("unlimiformer(budget=0)"), ValueError, "budget=0; expected at least 1"),
+    (continued("unlimiformer(budget=9)"), ValueError, "budget=9 of the cache is more than the 8 tokens"),
+    (read("sale(threshold=-1.0)"), ValueError, "threshold=-1.0; expected a number of at least 0"),
+    (
+        read("sale(budget=100)"),
+        ValueError,
+        "budget=100 of the cache 'sale' with block=32; expected a multiple of the block",
+    ),
+    (
+        read("sale(budget=224)"),
+        ValueError,
+        "budget=224 of the cache 'sale' with window=128, sinks=32, queries=64 and block=32; expected at least 256",
+    ),
+    (
+        continued("sale", mixer_defaults=dict(heads=2, position="t5")),
+        ValueError,
+        "of layer 0 does not fit the cache 'sale'; expected rope, alibi or none",
+    ),
     (continued("recycled(budget=9)"), ValueError, "budget=9 of the cache is more than the 8 tokens"),
     (continued("snapkv", **LRU), ValueError, "cache=SnapKV has nothing to act on: no layer (lru) holds keys"),
     (

@@ -49,6 +49,9 @@ FULL = {
     "lserve": "lserve(gates=[[0.1, 0.9], [0.2, 0.4]], sinks=2, recent=13, budget=12, page=4, logical=2)",
     "infllm": "infllm(budget=12, window=3, sinks=1, unit=2, representatives=1, distance=true)",
     "shadowkv": "shadowkv(budget=14, rank=8, chunk=2, outliers=0, local=0)",
+    "unlimiformer": f"unlimiformer(budget={TOTAL})",
+    "sale": "sale(threshold=0.0, window=1, sinks=1, queries=2, block=2)",
+    "moa": "moa(alphas=[[0, 0], [0, 0]], betas=[[1, 1], [1, 1]], sinks=2, least=3)",
     "tokenselect": f"tokenselect(budget={TOTAL}, sinks=1, recent=2)",
 }
 
@@ -113,6 +116,9 @@ PACKED = [
     "lean",
     "minference",
     "hip",
+    "sale",
+    "moa",
+    "unlimiformer",
 ]
 
 
@@ -135,7 +141,7 @@ def test_packed_rows(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("position", ["none", "alibi", "t5", "fire"])
 @pytest.mark.parametrize(
-    "name", ["snapkv", "h2o", "streaming", "duoattention", "kivi", "infllm", "lserve", "shadowkv"]
+    "name", ["snapkv", "h2o", "streaming", "duoattention", "kivi", "infllm", "lserve", "shadowkv", "moa"]
 )
 def test_other_positions(name, position):
     found, wanted = generated(FULL[name], position=position), plain(position=position)

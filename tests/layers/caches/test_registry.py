@@ -21,6 +21,8 @@ OPTIONS = {
     "infllm": "budget=4, window=4, sinks=1, unit=2, representatives=1",
     "longheads": "budget=6, chunk=3",
     "lserve": "gates=[[0.2, 0.9]], sinks=2, recent=4, budget=4, page=4, logical=2",
+    "moa": "alphas=[[0, 4]], betas=[[0.5, 0.1]], sinks=2, least=4",
+    "sale": "window=2, sinks=1, queries=2, block=2",
     "pyramidkv": "budget=8, window=4",
     "sirllm": "budget=8, sinks=2, recent=4",
     "shadowkv": "budget=4, rank=4, chunk=2, outliers=1, local=1",
