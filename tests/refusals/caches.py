@@ -8,6 +8,7 @@ from experiments.training.retaining import train_heads
 from layers.caches import read_cache
 from layers.caches.locret import Locret
 from layers.caches.trained import Trained
+from seqmodels import spans
 from seqmodels.sparse_prefill import search
 from tests.refusals.models import model
 
@@ -253,6 +254,26 @@ ROWS = [
         continued("moa(alphas=[[1]], betas=[[0.5]])"),
         ValueError,
         "alphas of the cache has 1 heads for layer 0; expected 2, its key/value heads",
+    ),
+    (
+        lambda: spans.search(model()(), np.ones((2, 1), np.int32)),
+        ValueError,
+        "tokens [2, 1]; expected rows (n, t) of at least two tokens",
+    ),
+    (
+        lambda: spans.search(model()(), np.ones((2, 4), np.int32), density=0.0),
+        ValueError,
+        "density=0.0; expected more than 0 and at most 1",
+    ),
+    (
+        lambda: spans.search(model(**LRU)(), np.ones((2, 4), np.int32)),
+        ValueError,
+        "cache=Perturbing has nothing to act on: no layer (lru) holds keys",
+    ),
+    (
+        lambda: spans.choose(np.zeros((2, 1)), np.array([4]), 6),
+        ValueError,
+        "rules of 4 tokens at least for each of 2 heads, which may see 6 together; expected a larger density",
     ),
     (read("unlimiformer(budget=0)"), ValueError, "budget=0; expected at least 1"),
     (continued("unlimiformer(budget=9)"), ValueError, "budget=9 of the cache is more than the 8 tokens"),
