@@ -7,6 +7,7 @@ matter; recurrent layers, and those with a window, stay as they are.
 import ast
 from typing import Any
 
+from layers.caches.attention_gate import AttentionGate
 from layers.caches.cake import Cake
 from layers.caches.cskv import CSKV
 from layers.caches.duoattention import DuoAttention
@@ -45,6 +46,7 @@ from layers.caches.zipcache import ZipCache
 from layers.registry import choose, make_config
 
 CACHES: dict[str, type[CachePolicy]] = {
+    "attention_gate": AttentionGate,
     "cake": Cake,
     "cskv": CSKV,
     "duoattention": DuoAttention,

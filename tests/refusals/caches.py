@@ -4,8 +4,10 @@ import numpy as np
 
 import seqmodels
 from experiments.analysis.positions import losses_by_position
+from experiments.training.gating import train_gates
 from experiments.training.retaining import train_heads
 from layers.caches import read_cache
+from layers.caches.attention_gate import AttentionGate
 from layers.caches.locret import Locret
 from layers.caches.trained import Trained
 from seqmodels import spans
@@ -184,6 +186,37 @@ ROWS = [
     ),
     (
         lambda: train_heads(model(**LRU)(), np.ones((2, 4), np.int32), prompt=2),
+        ValueError,
+        "cache=Watching has nothing to act on: no layer (lru) holds keys",
+    ),
+    (
+        read("attention_gate"),
+        ValueError,
+        "gates=None of the cache 'attention_gate', whose gates are trained for the model",
+    ),
+    (read("attention_gate(gates='none.npz')"), ValueError, "gates='none.npz' cannot be read: No such file"),
+    (read("attention_gate(gates='README.md')"), ValueError, "gates='README.md' is no npz file of arrays"),
+    (
+        continued(AttentionGate(gates=Trained([]), budget=4)),
+        ValueError,
+        "gates of the cache 'attention_gate' has 0 layers; expected 1, the layers 0 of the model",
+    ),
+    (
+        continued(
+            AttentionGate(
+                gates=Trained([dict(query=np.ones((8, 1, 2)), output=np.ones((1, 2, 3)))]), budget=4
+            )
+        ),
+        ValueError,
+        "gates of the cache 'attention_gate' map 8 features to 3 gates in layer 0; expected 24 and 2",
+    ),
+    (
+        lambda: train_gates(model()(), np.ones((2, 1), np.int32)),
+        ValueError,
+        "tokens [2, 1]; expected rows (n, t) of at least two tokens",
+    ),
+    (
+        lambda: train_gates(model(**LRU)(), np.ones((2, 4), np.int32)),
         ValueError,
         "cache=Watching has nothing to act on: no layer (lru) holds keys",
     ),

@@ -12,6 +12,8 @@ import seqmodels
 from experiments.analysis.in_chunks import in_chunks
 from experiments.analysis.positions import losses_by_position
 from layers.caches import read_cache
+from layers.caches.attention_gate import AttentionGate
+from layers.caches.trained import Trained
 from layers.mixer import MixerState
 from seqmodels import caching, generation, prepacking
 from tests.layers.caches import literal
@@ -20,8 +22,13 @@ VOCAB = 13
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, VOCAB, length).tolist() for length in (11, 5, 1)]
 NEW, TOTAL = 5, 15
+# Gates that are open to every token.
+OPEN = {name: np.zeros((32, 1, 2)) for name in ("query", "key", "value")} | dict(
+    output=np.zeros((1, 2, 2)), bias=np.ones(2)
+)
 # Each holds all tokens of all rows.
 FULL = {
+    "attention_gate": AttentionGate(gates=Trained([OPEN, OPEN]), budget=TOTAL, chunk=6),
     "snapkv": f"snapkv(budget={TOTAL}, window=4)",
     "h2o": f"h2o(budget={TOTAL})",
     "keyformer": f"keyformer(budget={TOTAL})",
@@ -119,6 +126,7 @@ PACKED = [
     "sale",
     "moa",
     "unlimiformer",
+    "attention_gate",
 ]
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from experiments import list as lists
 from layers.caches import CACHES, read_cache
+from layers.caches.attention_gate import AttentionGate
 from layers.caches.locret import Locret
 from layers.caches.trained import Trained
 from tests.layers.caches.reading import PROMPT, STEPS, WIDTH, layer, run
@@ -33,9 +34,19 @@ OPTIONS = {
 
 # Those that are given arrays.
 MADE = {
+    "attention_gate": AttentionGate(
+        gates=Trained(
+            [
+                {name: np.ones((32, 1, 2)) for name in ("query", "key", "value")}
+                | dict(output=np.ones((1, 2, 2)), bias=np.ones(2))
+            ]
+        ),
+        budget=6,
+        chunk=4,
+    ),
     "locret": Locret(
         heads=Trained([dict(first=np.ones((32, 3)), second=np.ones((3, 2)))]), budget=6, recent=2, chunk=4
-    )
+    ),
 }
 
 
