@@ -17,6 +17,7 @@ from layers.mixer import MixerState
 from tests.layers.caches import literal, literal_selection
 from tests.layers.caches.reading import (
     GROUPS,
+    HEADS,
     LENGTHS,
     PROMPT,
     STEPS,
@@ -141,11 +142,11 @@ def test_the_loss_of_training_is_that_of_the_policy():
 def test_gradients_pass_straight_through_the_threshold():
     """One layer that reads a row: a bias that grows by d keeps sigmoid'(z) d more tokens of each."""
     mixer, x = layer(), jnp.asarray(inputs())
-    arrays = jax.tree.map(jnp.asarray, gates(32, GROUPS).layers[0])
+    arrays = gates(32, GROUPS).layers[0]
     place = mixer.init_state(2, max_length=TIME).place
 
     def share(bias):
-        straight = gating.Straight(arrays | {"bias": arrays["bias"] + bias}, jnp.zeros(()))
+        straight = gating.Straight(arrays | {"bias": jnp.asarray(arrays["bias"]) + bias}, jnp.zeros(()))
         return mixer(x, MixerState(straight, place))[1].carried.share
 
     z = []
