@@ -31,6 +31,7 @@ def attention():
     return made(MODEL | dict(depth=1, pattern=("attention",), mixers={"attention": dict(heads=2)}))
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_without_a_draft():
     settings = dict(max_new_tokens=10, block=8, temperature=0)
     check_same(small(), PROMPTS, settings, draft=other(), draft_tokens=3)

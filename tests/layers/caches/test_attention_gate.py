@@ -26,6 +26,7 @@ from tests.layers.caches.reading import (
     inputs,
     layer,
     output,
+    positions,
     projected,
 )
 from tests.seqmodels.test_caching import PROMPTS, VOCAB, hybrid
@@ -53,12 +54,9 @@ def logits_of(arrays, x):
 
 
 def seen(policy, z, ends):
-    """The tokens that each key/value head reads at every token, of pieces of calls that end before the tokens `ends`."""
-    kept, found, least = (
-        [[] for _ in range(z.shape[1])],
-        [],
-        np.log(policy.threshold / (1 - policy.threshold)),
-    )
+    """The tokens that each key/value head reads at every token, and those that it holds after each of the pieces that end at `ends`."""
+    kept, found, held = [[] for _ in range(z.shape[1])], [], {}
+    least = np.log(policy.threshold / (1 - policy.threshold))
     for begin, end in zip([0, *ends], ends, strict=False):
         for i in range(begin, end):
             found.append(
@@ -70,7 +68,8 @@ def seen(policy, z, ends):
         for g in range(z.shape[1]):
             some = [j for j in (*kept[g], *range(begin, end)) if z[j, g] > least]
             kept[g] = literal.largest(z[:, g], policy.budget, some)
-    return found
+        held[end] = list(kept)
+    return found, held
 
 
 @pytest.mark.slow
@@ -79,18 +78,20 @@ def test_later_queries_see_what_gates_keep(budget, tmp_path):
     made = gates(32, GROUPS)
     made.save(tmp_path / "gates.npz")
     policy = read_cache(
-        f"attention_gate(gates='{tmp_path / 'gates.npz'}', budget={budget}, chunk=4, threshold=0.6)"
+        f"attention_gate(gates='{tmp_path / 'gates.npz'}', budget={budget}, chunk=4, threshold=0.9)"
     )
-    assert policy == AttentionGate(gates=made, budget=budget, chunk=4, threshold=0.6)
+    assert policy == AttentionGate(gates=made, budget=budget, chunk=4, threshold=0.9)
     # 19 columns in calls of 10 and 9, each in pieces of 4, 4 and 2 or 1; the second row begins at column 6.
-    y, outputs, *_ = given(policy, calls=2)
+    y, outputs, state, _ = given(policy, calls=2)
     ends, hidden = {0: [4, 8, 10, 14, 18, 19], 1: [2, 4, 8, 12, 13]}, 0
     for row, length in enumerate(LENGTHS):
         q, k, v = projected(row)
         t = len(q)
         plain = [literal_selection.turned(x, -np.arange(t)) for x in (q, k)]
         z = logits_of(made.layers[0], np.concatenate([x.reshape(t, -1) for x in (*plain, v)], axis=1))
-        tokens = seen(policy, z, [*ends[row], *range(length + 1, length + STEPS + 1)])
+        tokens, held = seen(policy, z, [*ends[row], *range(length + 1, length + STEPS + 1)])
+        there = positions(state.kept.numbers, state.kept.positions, row)
+        assert [sorted(one) for one in there] == held[length]
         for now in range(length + STEPS):
             o, _ = literal.outputs(q[now], k, v, tokens[now])
             got = y[row, PROMPT - length + now] if now < length else outputs[row, now - length]
@@ -118,7 +119,7 @@ def test_gates_of_packed_rows_see_their_segment():
     )
     plain = [literal_selection.turned(one, -np.arange(11)) for one in (q, k)]
     features = np.concatenate([one.reshape(11, -1) for one in (*plain, v)], axis=1)
-    tokens = seen(policy, logits_of(policy.gates.layers[0], features), [2, 6, 10, 11])
+    tokens, _ = seen(policy, logits_of(policy.gates.layers[0], features), [2, 6, 10, 11])
     for now, y in enumerate(jnp.concatenate(found, axis=1)[0, 8:]):
         o, _ = literal.outputs(q[now], k, v, tokens[now])
         np.testing.assert_allclose(y, output(o), atol=1e-5)
