@@ -11,9 +11,10 @@
 Each prompt is printed with its continuation, one after another. A continuation ends at the token that ends a document, before a
 text of --stop, or after --max_new_tokens. Equal commands print equal texts; prompt number n samples with the seed plus n. With
 --lookup, one call of the model checks several tokens that followed the last tokens earlier: the text is the same, and how many
-tokens a call gave is printed on standard error. With --draft, the tokens that are checked are those of a smaller model, of a run with
-the same tokenizer: at temperature 0 the text is the same, otherwise it has the same distribution. The run must be one of a language model on a task that has a tokenizer. Exit codes: 0 done; 2 the run or an argument cannot be used; 65 a
-logit is not finite.
+tokens a call gave is printed on standard error. With --draft, the tokens that are checked are those of a smaller model, of a
+run with the same tokenizer: at temperature 0 the text is the same, otherwise it has the same distribution. The run must be one
+of a language model on a task that has a tokenizer. Exit codes: 0 done; 2 the run or an argument cannot be used; 65 a logit is
+not finite.
 
 --pretrained takes a published checkpoint in place of a run: a folder with config.json, safetensors and tokenizer.json (see
 `seqmodels.load_pretrained`). --adapter adds a low-rank adapter in the format of peft to its matrices. A run that trained adapters

@@ -70,8 +70,8 @@ class AttentionGate(CachePolicy):
             found = arrays["query"].shape[0], arrays["output"].shape[-1]
             if found != (features, config.groups):
                 raise ValueError(
-                    f"gates of the cache 'attention_gate' map {found[0]} features to {found[1]} gates in layer {layer}; expected {features} "
-                    f"and {config.groups}, as the model has"
+                    f"gates of the cache 'attention_gate' map {found[0]} features to {found[1]} gates in layer {layer}; expected "
+                    f"{features} and {config.groups}, as the model has"
                 )
 
     @property

@@ -31,8 +31,8 @@ class MoA(CachePolicy):
 
     per key/value head g. N is the number of tokens of the row up to the query in a prompt, which can so be read in any number of calls,
     and that of the prompt and the most new tokens afterwards. Heads of beta 0 have a fixed window, those of beta 1 see everything. What
-    leaves a span after the prompt is evicted; slots are those of the layer's largest span. The paper has spans
-    for query heads. `seqmodels.spans.search` finds alpha and beta by the influence of what is hidden on the loss.
+    leaves a span after the prompt is evicted; slots are those of the layer's largest span. The paper has spans of query heads.
+    `seqmodels.spans.search` finds alpha and beta by the influence of what is hidden on the loss.
 
     Attributes:
       alphas, betas: a number per layer with a cache and key/value head, in order, found for the model; JSON files or nested lists.
