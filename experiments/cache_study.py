@@ -54,6 +54,7 @@ TEMPLATES = {
     "taskkv": "taskkv(whole=0.0, sinks=4, recent={window}, middle={rest})",
     "tokenselect": "tokenselect(budget={rest}, sinks=4, recent={window})",
     "recycled": "recycled(budget={budget}, stride=8)",
+    "unlimiformer": "unlimiformer(budget={budget})",
     "squeezed": "squeezed(sparsity={left}, window={window})",
     "longheads": "longheads(budget={chunks}, chunk=16)",
     "infllm": "infllm(budget={blocks}, window={half}, sinks=4, unit=16, representatives=4, distance=true)",

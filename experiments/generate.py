@@ -3,6 +3,7 @@
     python -m experiments.generate --workdir=runs/stories --prompt="Once upon a time" --temperature=0.8 --top_p=0.95
     python -m experiments.generate --workdir=runs/stories --prompt=One --prompt=Two --temperature=0
     python -m experiments.generate --workdir=runs/code --prompt="def f(" --lookup=8
+    python -m experiments.generate --workdir=runs/lm-350m --prompt="Once" --draft=runs/lm-10m --draft_cache="streaming(budget=512)"
     python -m experiments.generate --pretrained=checkpoints/Qwen3-0.6B --prompt="Once upon a time"
     python -m experiments.generate --pretrained=checkpoints/Qwen3-0.6B --adapter=checkpoints/poems --prompt="Once upon a time"
     python -m experiments.generate --workdir=runs/code --prompt="$(cat long.py)" --cache="snapkv(budget=1024)"
@@ -10,8 +11,10 @@
 Each prompt is printed with its continuation, one after another. A continuation ends at the token that ends a document, before a
 text of --stop, or after --max_new_tokens. Equal commands print equal texts; prompt number n samples with the seed plus n. With
 --lookup, one call of the model checks several tokens that followed the last tokens earlier: the text is the same, and how many
-tokens a call gave is printed on standard error. The run must be one of a language model on a task that has a tokenizer. Exit codes: 0 done; 2 the run or an argument cannot be used; 65 a
-logit is not finite.
+tokens a call gave is printed on standard error. With --draft, the tokens that are checked are those of a smaller model, of a
+run with the same tokenizer: at temperature 0 the text is the same, otherwise it has the same distribution. The run must be one
+of a language model on a task that has a tokenizer. Exit codes: 0 done; 2 the run or an argument cannot be used; 65 a logit is
+not finite.
 
 --pretrained takes a published checkpoint in place of a run: a folder with config.json, safetensors and tokenizer.json (see
 `seqmodels.load_pretrained`). --adapter adds a low-rank adapter in the format of peft to its matrices. A run that trained adapters
@@ -48,6 +51,8 @@ OPTIONS = (
     "repetition_penalty",
     "lookup",
     "ngram",
+    "draft_tokens",
+    "draft_cache",
     "cache",
 )
 # Tokens between two looks at the text; each prints what came since.
@@ -66,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, tokenizer = opened(args.workdir, args.pretrained, args.checkpoint, args.adapter)
     prompts = [encode(tokenizer, prompt) for prompt in args.prompt]
     options = {name: getattr(args, name) for name in OPTIONS} | {"stop": [[tokenizer.end]], "block": BLOCK}
+    if args.draft is not None:
+        options["draft"] = drafting(args.draft, tokenizer)
     try:
         streams = [
             stream(model, [prompt], seed=args.seed + number, **options)
@@ -83,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"\n{error}", file=sys.stderr)
         return EXIT_DIVERGED
-    if args.lookup is not None:
+    if args.lookup is not None or args.draft is not None:
         print(made, file=sys.stderr)
     return 0
 
@@ -111,6 +118,21 @@ def opened(
     except (ValueError, ImportError) as error:
         raise ArgumentError(f"--pretrained={pretrained}: {error}") from None
     return model, tokenizer
+
+
+def drafting(workdir: Path, tokenizer: Tokenizer) -> LanguageModel:
+    """Returns the model of a run that drafts for another.
+
+    Raises:
+      ArgumentError: its tokenizer is another than that of the model that generates.
+    """
+    trained = open_run(workdir, "best", option="--draft")
+    own, wanted = trained.plan.task.tokenizer.manifest, tokenizer.manifest
+    if own != wanted:
+        raise ArgumentError(
+            f"--draft={workdir} reads other tokens: its tokenizer is {own}; expected {wanted}, that of the model"
+        )
+    return trained.model
 
 
 class Made:
@@ -184,6 +206,23 @@ def parser() -> Parser:
     )
     made.add_argument(
         "--ngram", type=positive_integer, help="number of last tokens that --lookup looks for (default: 3)"
+    )
+    made.add_argument(
+        "--draft",
+        type=path,
+        metavar="WORKDIR",
+        help="run of a smaller model, whose tokens a call of the model checks",
+    )
+    made.add_argument(
+        "--draft_tokens",
+        type=positive_integer,
+        help="the most tokens of the draft model per call (default: 4)",
+    )
+    made.add_argument(
+        "--draft_cache",
+        type=cache_policy,
+        metavar="NAME(KEY=VALUE,...)",
+        help="policy of the caches of the draft model, such as streaming(budget=512)",
     )
     made.add_argument(
         "--cache",

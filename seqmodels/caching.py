@@ -66,7 +66,7 @@ def begin(model: LanguageModel, policy: CachePolicy, rows: int, slots: int) -> L
     state, layers = model.init_state(rows, max_length=slots), {}
     for place, (layer, mixer) in enumerate(layers_of(model).items()):
         layers[layer] = policy.begin(state.layers[layer].carried, mixer.config.heads, place)
-    return _with(state, layers)
+    return with_carried(state, layers)
 
 
 def compress(
@@ -103,7 +103,7 @@ def _compressed(model, state, policy, budgets, counts, room, call, surprise):
     kept = policy.compressed(
         prompts, views, room=room, call=call, budgets=budgets, counts=counts, surprise=surprise
     )
-    return _with(state, dict(zip(layers, kept, strict=True)))
+    return with_carried(state, dict(zip(layers, kept, strict=True)))
 
 
 def _read(model, state):
@@ -143,10 +143,10 @@ def share(
         one._replace(carried=None) if layer in carried else one for layer, one in enumerate(state.layers)
     )
     state = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), state._replace(layers=layers))
-    return _with(state, carried)
+    return with_carried(state, carried)
 
 
-def _with(state: LanguageModelState, carried: dict[int, Any]) -> LanguageModelState:
+def with_carried(state: LanguageModelState, carried: dict[int, Any]) -> LanguageModelState:
     """Returns the state with what some layers carry replaced."""
     layers = tuple(
         MixerState(carried[layer], one.place) if layer in carried else one

@@ -1,6 +1,7 @@
 """The compiled loop of generation: one token of each row per call of the model."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +51,7 @@ class Rows(NamedTuple):
     """Where the rows of a batch stand between two steps.
 
     Attributes:
-      state: state of the model after all tokens but the last; with lookup, after all but some of the last.
+      state: state of the model after all tokens but the last; with drafts, after all but some of the last.
       token: last token of each row.
       stopped: whether the output of a row is complete.
       recent: last tokens of the output, as many as the longest stop sequence has; None without stop sequences.
@@ -162,6 +163,8 @@ def append(
     keys: Key[Array, "b"],
     start: Any,
     wanted: Bool[Array, "b"],
+    *,
+    choose: Callable[..., Any] = choose,
 ) -> tuple[Rows, Generation]:
     """Returns the rows and their new tokens with one more token in each row that is `wanted`; others stay as they are.
 
@@ -169,6 +172,7 @@ def append(
       logits: what the tokens are chosen from.
       keys: see `keys_of_rows`.
       start: number of new tokens of each row before those of `new`.
+      choose: takes and returns what `sampling.choose` does.
     """
     here = jax.vmap(jax.random.fold_in)(keys, start + new.lengths)
     token, chance = choose(logits, sampling, here, rows.seen)

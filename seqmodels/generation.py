@@ -17,7 +17,7 @@ import numpy as np
 from layers.caches import CachePolicy, read_cache
 from layers.indices import check_indices
 from layers.typing import Array, Float
-from seqmodels import caching, prepacking, speculative
+from seqmodels import caching, drafting, prepacking, speculative
 from seqmodels.decoding import ANY, NOTHING, Generation, Rows, decode, flat
 from seqmodels.language_model import LanguageModel
 from seqmodels.sampling import Number, make_sampling
@@ -28,6 +28,8 @@ Prompts = Array | np.ndarray | Sequence[Any]
 SLOTS = 128
 # Tokens that a draft is looked up by, unless said otherwise.
 NGRAM = 3
+# Tokens of the draft of a model, unless said otherwise.
+DRAFT = 4
 # The policy of caches unless another is given.
 FULL = read_cache("full")
 
@@ -48,6 +50,9 @@ def generate(
     block: int = 64,
     lookup: int | None = None,
     ngram: int | None = None,
+    draft: LanguageModel | None = None,
+    draft_tokens: int | None = None,
+    draft_cache: str | CachePolicy | None = None,
     cache: str | CachePolicy | None = None,
 ) -> Generation:
     """Returns the tokens with which the model continues each prompt.
@@ -71,8 +76,14 @@ def generate(
         without, from fewer calls where the text repeats itself. None for one token per call. Calls on several tokens round
         differently, which can decide between tokens of nearly equal probability. Rows wait for each other at the end of a block.
       ngram: number of last tokens by which a draft is looked up, 3 by default; needs `lookup`.
+      draft: a smaller language model of the same vocabulary, which drafts in place of `lookup` (see `seqmodels.drafting`). Greedy
+        tokens are those without. Sampled ones are others of the same distribution, and depend on `block` too. The calls of
+        the draft model are not counted.
+      draft_tokens: the most tokens of a draft, 4 by default; needs `draft`.
+      draft_cache: policy of the caches of the draft model, such as "streaming(budget=512)", with which its memory does not grow; needs
+        `draft`.
       cache: policy of the caches of attention, such as "snapkv(budget=1024)" (see `layers.caches`). It acts after the
-        first new token, which the whole prompt gives, on layers whose cache grows with the text. Without `lookup`.
+        first new token, which the whole prompt gives, on layers whose cache grows with the text. Without `lookup` and `draft`.
 
     Raises:
       ValueError, TypeError: an argument is invalid, or a row is longer than the model's table of positions.
@@ -94,6 +105,9 @@ def generate(
             block=block,
             lookup=lookup,
             ngram=ngram,
+            draft=draft,
+            draft_tokens=draft_tokens,
+            draft_cache=draft_cache,
             cache=cache,
         )
     )
@@ -121,6 +135,9 @@ def stream(
     block: int = 16,
     lookup: int | None = None,
     ngram: int | None = None,
+    draft: LanguageModel | None = None,
+    draft_tokens: int | None = None,
+    draft_cache: str | CachePolicy | None = None,
     cache: str | CachePolicy | None = None,
 ) -> Iterator[Generation]:
     """Returns an iterator over the new tokens, `block` of each row at a time; see `generate`.
@@ -134,6 +151,15 @@ def stream(
         counts |= {"lookup": lookup, "ngram": NGRAM if ngram is None else ngram}
     elif ngram is not None:
         raise ValueError(f"ngram={ngram!r} has no effect without lookup; expected None, or lookup=NUMBER too")
+    if draft is not None:
+        counts |= {"draft_tokens": DRAFT if draft_tokens is None else draft_tokens}
+        if lookup is not None:
+            raise ValueError(f"lookup={lookup} with a draft model: each makes drafts; expected one of them")
+    for name, value in (("draft_tokens", draft_tokens), ("draft_cache", draft_cache)):
+        if draft is None and value is not None:
+            raise ValueError(
+                f"{name}={value!r} has no effect without draft; expected None, or a draft model too"
+            )
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise ValueError(f"{name}={value!r}; expected an integer of at least 1")
@@ -167,19 +193,24 @@ def stream(
     policy = FULL if cache is None else read_cache(cache)
     if cache is not None:
         caching.check(model, policy, longest, int(max_new_tokens), filters=True)
-        if lookup is not None:
+        if lookup is not None or draft is not None:
             raise ValueError(
-                f"lookup={lookup} with cache={cache!r}: a draft that fails would have changed what is kept; expected one of them"
+                f"{'draft' if lookup is None else f'lookup={lookup}'} with cache={cache!r}: a draft that fails would have changed "
+                "what is kept; expected one of them"
             )
+    drafts = None if lookup is None else (None, FULL, int(lookup), int(counts["ngram"]))
+    if draft is not None:
+        own = FULL if draft_cache is None else read_cache(draft_cache)
+        drafting.check(model, draft, own, longest, int(max_new_tokens), cache=draft_cache)
+        drafts = draft, own, int(counts["draft_tokens"]), None
     stops = _aligned(stops) if stops else None
     key = jax.random.key(np.uint32(seed))
-    draft = None if lookup is None else dict(most=int(lookup), ngram=int(counts["ngram"]))
     sizes = int(max_new_tokens), int(chunk), int(block)
-    return _blocks(model, prompts, sampling, stops, key, *sizes, draft, policy)
+    return _blocks(model, prompts, sampling, stops, key, *sizes, drafts, policy)
 
 
 def _blocks(
-    model, prompts, sampling, stops, key, max_new_tokens, chunk, size, draft, policy
+    model, prompts, sampling, stops, key, max_new_tokens, chunk, size, drafts, policy
 ) -> Iterator[Generation]:
     """Yields the new tokens, `size` of each row at a time; with a policy that compresses prompts, first one of each."""
     if policy.filters:
@@ -194,18 +225,25 @@ def _blocks(
         rows = rows._replace(seen=jnp.asarray(seen))
     state, *others = rows
     rows = Rows(state, *_beside(model, others))
-    history = None if draft is None else _beside(model, _history(prompts, max_new_tokens))
+    if drafts is not None:
+        drafter, own, most, ngram = drafts
+        history, stands = _beside(model, _history(prompts, max_new_tokens)), None
+        if drafter is not None:
+            begun, _ = prefill(drafter, prompts, max_new_tokens, chunk, own)
+            stands = drafting.Drafting(begun.state, _beside(drafter, jnp.ones(len(prompts), jnp.int32)))
     first, flattened = 1 if policy.compresses else 0, flat(model)
     for start in [*range(first), *range(first, max_new_tokens, size)]:
-        most = size if start >= first else 1
+        some = size if start >= first else 1
         if start == first > 0:
             options = dict(policy=policy, room=max_new_tokens - 1, call=1, surprise=surprise)
             rows = rows._replace(state=caching.compress(model, rows.state, **options))
-        given = (sampling, stops, key, start, min(most, max_new_tokens - start))
-        if draft is None:
-            rows, new = decode(flattened, rows, *given, size=most)
+        given = (sampling, stops, key, start, min(some, max_new_tokens - start))
+        if drafts is None:
+            rows, new = decode(flattened, rows, *given, size=some)
         else:
-            rows, history, new = speculative.decode(model, rows, history, *given, size=size, **draft)
+            options = dict(size=size, most=most, ngram=ngram)
+            made = speculative.decode(model, rows, history, drafter, stands, *given, **options)
+            rows, history, stands, new = made
         new = jax.tree.map(np.asarray, new)
         _check_finite(new.log_probabilities, start)
         done = int(new.lengths.max())

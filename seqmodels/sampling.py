@@ -157,5 +157,48 @@ def choose(
     else:
         tokens = jax.vmap(jax.random.categorical)(keys, likely)
     tokens = tokens.astype(jnp.int32)
+    return tokens, _chances(logits, tokens)
+
+
+def verified(
+    logits: Float[Array, "b v"],
+    sampling: Sampling,
+    keys: Key[Array, "b"],
+    seen: Bool[Array, "b v"] | None = None,
+    *,
+    guess: Int[Array, "b"],
+    likely: Float[Array, "b v"],
+    there: Bool[Array, "b"],
+    accepting: Key[Array, "b"],
+) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
+    """Returns what `choose` does, as often as it can the token that another distribution gave.
+
+        x ~ q,   x with probability min(1, p(x) / q(x)),   otherwise a sample of max(p - q, 0) / sum max(p - q, 0)
+
+    is a sample of p (Leviathan et al. 2023, arXiv:2211.17192). Rows that have no guess sample from p as `choose` does. The
+    temperature is above 0.
+
+    Args:
+      logits, sampling, keys, seen: see `choose`; p is the distribution of `filtered`.
+      guess: x.
+      likely: logits of q.
+      there: whether a row has a guess.
+      accepting: a random key per row, another than that of `keys`.
+    """
+    wanted = filtered(logits, sampling, seen)
+    p, q = jax.nn.softmax(wanted, axis=-1), jax.nn.softmax(likely, axis=-1)
+    at_guess = [jnp.take_along_axis(one, guess[:, None], axis=-1)[:, 0] for one in (p, q)]
+    accepted = there & (jax.vmap(jax.random.uniform)(accepting) * at_guess[1] < at_guess[0])
+    beyond = jnp.maximum(p - q, 0.0)
+    # Equal distributions leave nothing beyond but what rounding does.
+    other = there & (beyond.sum(-1) > 0)
+    remaining = jnp.where(other[:, None], jnp.log(beyond), wanted)
+    sampled = jax.vmap(jax.random.categorical)(keys, remaining).astype(jnp.int32)
+    tokens = jnp.where(accepted, guess, sampled)
+    return tokens, _chances(logits, tokens)
+
+
+def _chances(logits: Float[Array, "b v"], tokens: Int[Array, "b"]) -> Float[Array, "b"]:
+    """Returns the log-probability of each token."""
     chances = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    return tokens, jnp.take_along_axis(chances, tokens[:, None], axis=-1)[:, 0]
+    return jnp.take_along_axis(chances, tokens[:, None], axis=-1)[:, 0]

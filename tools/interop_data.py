@@ -3,8 +3,12 @@
     python -m venv /tmp/interop && /tmp/interop/bin/pip install torch 'transformers==5.24.0' safetensors
     /tmp/interop/bin/python tools/interop_data.py tests/seqmodels/interop/data [FAMILY ...]
     /tmp/interop/bin/python tools/interop_data.py adapter tests/seqmodels/interop/data/llama tests/seqmodels/interop/adapter
-    /tmp/interop/bin/python tools/interop_data.py adapter_of_embeddings tests/seqmodels/interop/data/llama \
+    /tmp/interop/bin/python tools/interop_data.py adapter_of_embedding tests/seqmodels/interop/data/llama \
         tests/seqmodels/interop/adapter_of_embeddings
+    /tmp/interop/bin/python tools/interop_data.py adapter_of_experts tests/seqmodels/interop/data/gpt_oss \
+        tests/seqmodels/interop/adapter_of_gpt_oss
+    /tmp/interop/bin/python tools/interop_data.py adapter_of_experts tests/seqmodels/interop/data/qwen3_moe \
+        tests/seqmodels/interop/adapter_of_qwen3_moe
 
 Families of flash-linear-attention need it and pytest there, and others need that it is not there; the adapter needs peft.
 
@@ -142,14 +146,17 @@ def make(folder, name):
     return sum(file.stat().st_size for file in (folder / name).iterdir()), seed, gap
 
 
-def make_adapter(folder, base, *, embedding=False):
-    """Writes a random adapter of a checkpoint with peft, also of its embeddings if so said, and the logits of the two together."""
+def make_adapter(folder, base, *, embedding=False, experts=False):
+    """Writes a random adapter of a checkpoint with peft, also of its embeddings or stacked experts, and the logits of the two together."""
     import peft
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     options = {"target_modules": ["q_proj", "down_proj"], "alpha_pattern": {"down_proj": 3}}
     if embedding:
         options["target_modules"] += ["embed_tokens"]
+    if experts:
+        options |= {"target_modules": ["q_proj"], "rank_pattern": {"gate_up_proj": 3}}
+        options["target_parameters"] = ["mlp.experts.down_proj", "0.mlp.experts.gate_up_proj"]
     options |= dict(r=2, lora_alpha=6, use_rslora=True, lora_dropout=0.1 if embedding else 0.0)
     model = peft.get_peft_model(model, peft.LoraConfig(**options)).eval()
     generator = torch.Generator().manual_seed(0)
@@ -166,7 +173,8 @@ def make_adapter(folder, base, *, embedding=False):
 
 if __name__ == "__main__":
     if sys.argv[1].startswith("adapter"):
-        make_adapter(Path(sys.argv[3]), Path(sys.argv[2]), embedding=sys.argv[1] == "adapter_of_embeddings")
+        what = sys.argv[1].removeprefix("adapter").removeprefix("_of_")
+        make_adapter(Path(sys.argv[3]), Path(sys.argv[2]), **{what: True} if what else {})
         raise SystemExit
     target = Path(sys.argv[1])
     for each in sys.argv[2:] or FAMILIES:

@@ -31,12 +31,13 @@ class Trained(NamedTuple):
     step: int
 
 
-def open_run(workdir: str, checkpoint: str) -> Trained:
+def open_run(workdir: str, checkpoint: str, *, option: str = "--workdir") -> Trained:
     """Returns the language model of a checkpoint of a run, with the tokenizer of its task.
 
     Args:
       workdir: work directory of the run.
       checkpoint: "best", "last" or a step.
+      option: the argument that names the run, for messages.
 
     Raises:
       ArgumentError: the run is not one of a language model on a task that has a tokenizer.
@@ -48,7 +49,7 @@ def open_run(workdir: str, checkpoint: str) -> Trained:
     config = run.config()
     if (kind := config["model"].get("kind")) != "language_model":
         raise ArgumentError(
-            f"--workdir={workdir}: the run's model is of kind {kind!r}; expected a language_model"
+            f"{option}={workdir}: the run's model is of kind {kind!r}; expected a language_model"
         )
     with Checkpoints(run.checkpoints) as checkpoints, cache.temporary_builds():
         step = choose_step(checkpoints, checkpoint)
@@ -56,7 +57,7 @@ def open_run(workdir: str, checkpoint: str) -> Trained:
         if getattr(plan.task, "tokenizer", None) is None:
             name = config["task"]["name"]
             raise ArgumentError(
-                f"--workdir={workdir}: the task {name!r} of the run has no tokenizer; expected a task of texts"
+                f"{option}={workdir}: the task {name!r} of the run has no tokenizer; expected a task of texts"
             )
         _check_tokenizer(run, plan)
         layout = plan.step_functions(Devices.first(1)).layout

@@ -7,6 +7,7 @@ matter; recurrent layers, and those with a window, stay as they are.
 import ast
 from typing import Any
 
+from layers.caches.attention_gate import AttentionGate
 from layers.caches.cake import Cake
 from layers.caches.cskv import CSKV
 from layers.caches.duoattention import DuoAttention
@@ -26,10 +27,12 @@ from layers.caches.longheads import LongHeads
 from layers.caches.lserve import LServe
 from layers.caches.mikv import MiKV
 from layers.caches.minference import MInference
+from layers.caches.moa import MoA
 from layers.caches.policy import CachePolicy
 from layers.caches.prepacking import Prepacking
 from layers.caches.pyramidkv import PyramidKV
 from layers.caches.recycled import Recycled
+from layers.caches.sale import SALE
 from layers.caches.shadowkv import ShadowKV
 from layers.caches.sirllm import SirLLM
 from layers.caches.snapkv import SnapKV
@@ -38,10 +41,12 @@ from layers.caches.streaming import Streaming
 from layers.caches.taskkv import TaskKV
 from layers.caches.think import ThinK
 from layers.caches.tokenselect import TokenSelect
+from layers.caches.unlimiformer import Unlimiformer
 from layers.caches.zipcache import ZipCache
 from layers.registry import choose, make_config
 
 CACHES: dict[str, type[CachePolicy]] = {
+    "attention_gate": AttentionGate,
     "cake": Cake,
     "cskv": CSKV,
     "duoattention": DuoAttention,
@@ -61,9 +66,11 @@ CACHES: dict[str, type[CachePolicy]] = {
     "lserve": LServe,
     "mikv": MiKV,
     "minference": MInference,
+    "moa": MoA,
     "prepacking": Prepacking,
     "pyramidkv": PyramidKV,
     "recycled": Recycled,
+    "sale": SALE,
     "shadowkv": ShadowKV,
     "sirllm": SirLLM,
     "snapkv": SnapKV,
@@ -72,6 +79,7 @@ CACHES: dict[str, type[CachePolicy]] = {
     "taskkv": TaskKV,
     "think": ThinK,
     "tokenselect": TokenSelect,
+    "unlimiformer": Unlimiformer,
     "zipcache": ZipCache,
 }
 

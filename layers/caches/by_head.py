@@ -8,12 +8,13 @@ from typing import Any
 from layers.options import check_number
 
 
-def read_heads(option: str, given: Any) -> tuple[tuple[float, ...], ...]:
-    """Returns numbers of at least 0 per layer and head, from nested sequences or a JSON file of a list of lists.
+def read_heads(option: str, given: Any, *, least: float | None = 0) -> tuple[tuple[float, ...], ...]:
+    """Returns numbers per layer and head, from nested sequences or a JSON file of a list of lists.
 
     Args:
       option: the name of the option, for messages.
       given: the numbers, or the path of the file.
+      least: the smallest number that is possible; None for any.
 
     Raises:
       ValueError, TypeError: there is no such file, or it holds something else.
@@ -25,7 +26,7 @@ def read_heads(option: str, given: Any) -> tuple[tuple[float, ...], ...]:
         )
     for layer, numbers in enumerate(given):
         for head, number in enumerate(numbers):
-            check_number(f"{option}[{layer}][{head}]", number, least=0)
+            check_number(f"{option}[{layer}][{head}]", number, least=least)
     return tuple(tuple(float(number) for number in layer) for layer in given)
 
 

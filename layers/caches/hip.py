@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layers.caches.sparse_prompt import SparsePrefill, check_positions
+from layers.caches.sparse_prompt import SparsePrefill, check_positions, listed, query_blocks
 from layers.caches.state import View
 from layers.kernels.attention import Mask
 from layers.options import checked_dataclass
@@ -49,19 +49,8 @@ class HiP(SparsePrefill):
         check_positions("hip", layers)
 
     def mask(self, place: int, view: View, q: Float[Array, "b t h k"], cache: Cache, visit: Visit) -> Mask:
-        (b, time, heads, _), slots = q.shape, cache.numbers.shape[1]
-        real = visit.numbers != 0
-        first = jnp.where(real, visit.positions, slots).min(1) // self.queries
-        count = -(-time // self.queries) + 1  # of blocks that the queries of a call may lie in
-        number = first[:, None] + jnp.arange(count)[None]
-        # Queries by their position in the blocks; others fall beyond.
-        index = jnp.where(real, visit.positions - first[:, None] * self.queries, count * self.queries)
-        row = jnp.arange(b)[:, None]
-        shape = (b, count, self.queries)
-        there = (
-            jnp.zeros((b, count * self.queries), bool).at[row, index].set(True, mode="drop").reshape(shape)
-        )
-        asked = jnp.zeros((b, count * self.queries, *q.shape[2:]), q.dtype).at[row, index].set(q, mode="drop")
+        (b, _, heads, _), slots = q.shape, cache.numbers.shape[1]
+        asked, there, number = query_blocks(q, visit, self.queries, slots)
         end = jnp.minimum((number + 1) * self.queries, visit.place.position[:, None])
         before = jnp.maximum(end - self.window, 0)
         start = jnp.argmax(cache.numbers != 0, axis=1)
@@ -70,17 +59,14 @@ class HiP(SparsePrefill):
             asked, there, before = one
             return self.found(asked, there, before, start, cache.entries[0])
 
-        by_block = (asked.reshape(*shape, *q.shape[2:]), there, before)
-        found = jax.lax.map(search, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), by_block))
+        by_block = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (asked, there, before))
+        found = jax.lax.map(search, by_block)
         found = jnp.moveaxis(found, 0, 2)  # b h i m
         # Blocks of the window, whole ones.
         near = before[..., None] // self.block + jnp.arange(-(-self.window // self.block) + 1)[None, None]
         near = jnp.where(near * self.block < end[..., None], near, -1)[:, None]
         lists = jnp.concatenate([found, jnp.broadcast_to(near, (b, heads, *near.shape[2:]))], axis=3)
-        every = jnp.full((b, heads, -(-slots // self.queries) + count, lists.shape[3]), -1, jnp.int32)
-        every = every.at[row[..., None], jnp.arange(heads)[None, :, None], number[:, None]].set(
-            lists, mode="drop"
-        )
+        every = listed(lists, number, self.queries, slots)
         return Mask(block_indices=every, block_size=self.block, query_block_size=self.queries)
 
     def found(

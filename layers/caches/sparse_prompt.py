@@ -15,7 +15,7 @@ from layers.kernels.attention import Mask, Tokens, attention
 from layers.parts.cache import Cache, extend
 from layers.positions.position import Fire, T5Bias
 from layers.segments import Visit
-from layers.typing import Array, Float
+from layers.typing import Array, Bool, Float, Int
 
 
 class SparsePrefill(CachePolicy, abc.ABC):
@@ -86,6 +86,31 @@ class SparsePrompt(CacheState):
             scale=view.scale,
         )
         return jnp.where(beyond[..., None, None], jnp.nan, o), dataclasses.replace(self, cache=cache)
+
+
+def query_blocks(
+    q: Float[Array, "b t h k"], visit: Visit, size: int, slots: int
+) -> tuple[Float[Array, "b n i h k"], Bool[Array, "b n i"], Int[Array, "b n"]]:
+    """Returns the queries of a call in blocks of `size` positions, which of them are there, and the numbers of the blocks."""
+    (b, time), real = q.shape[:2], visit.numbers != 0
+    first = jnp.where(real, visit.positions, slots).min(1) // size
+    count = -(-time // size) + 1  # of blocks that the queries of a call may lie in
+    # Queries by their position in the blocks; others fall beyond.
+    index = jnp.where(real, visit.positions - first[:, None] * size, count * size)
+    row, shape = jnp.arange(b)[:, None], (b, count, size)
+    there = jnp.zeros((b, count * size), bool).at[row, index].set(True, mode="drop").reshape(shape)
+    asked = jnp.zeros((b, count * size, *q.shape[2:]), q.dtype).at[row, index].set(q, mode="drop")
+    return asked.reshape(*shape, *q.shape[2:]), there, first[:, None] + jnp.arange(count)[None]
+
+
+def listed(
+    lists: Int[Array, "b h n l"], number: Int[Array, "b n"], size: int, slots: int
+) -> Int[Array, "b h m l"]:
+    """Returns lists of blocks of keys at the numbers of their blocks of queries, and empty ones for others."""
+    b, heads, count, length = lists.shape
+    every = jnp.full((b, heads, -(-slots // size) + count, length), -1, jnp.int32)
+    row, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[None, :, None]
+    return every.at[row, head, number[:, None]].set(lists, mode="drop")
 
 
 def check_positions(name: str, layers: Mapping[int, Any]) -> None:

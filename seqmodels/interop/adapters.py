@@ -114,6 +114,11 @@ def load_adapter(
     with contextlib.ExitStack() as stack:
         adapter = Adapter(place, stack.enter_context(files.opened_tensors(place, WEIGHTS)))
         adapter.check(table.shapes)
+        for whole in adapter.experts:
+            raise ValueError(
+                f"{place} adapts {whole}, whose experts take no adapter beside them; expected seqmodels.load_pretrained(adapter=...), "
+                "which adds it to their matrices"
+            )
         for module in adapter.embeddings:
             adapter.check_base(module, np.asarray(model.embedding.table[...]))
         found = _ours(adapter, table)

@@ -57,6 +57,7 @@ class Family:
       unread: pattern of names of tensors that hold nothing to read, such as masks.
       base: prefix of all names but the head's, which some checkpoints leave out.
       aliases: patterns of other names that some checkpoints have, and what to put in their place.
+      alternating: whether gates and inputs of stacked experts take turns in transformers; one follows the other otherwise.
       joined: function from the config of the stack to patterns of names of tensors that some checkpoints have in place of several,
         each with what to put in its place for each of these and how many rows that one has. They are never written.
       numbers: function from the config of the stack to the numbers of their layers that hold the mixer and the channel mixer of
@@ -75,6 +76,7 @@ class Family:
     unread: str = r"(?!)"
     base: str = "model."
     aliases: Sequence[tuple[str, str]] = ()
+    alternating: bool = False
     joined: Callable[[StackConfig], Mapping[str, Mapping[str, int]]] = lambda _: {}
     numbers: Callable[[StackConfig], Sequence[tuple[int, int]]] = lambda stack: [
         (layer, layer) for layer in range(stack.depth)
@@ -98,6 +100,13 @@ class Family:
         for pattern, known in self.aliases:
             name = re.sub(pattern, known, name)
         return name
+
+    def experts(self, whole: str, stack: StackConfig) -> str | None:
+        """Returns where the arrays of experts of ours are that a module of theirs holds; None if it is in no layer."""
+        for layer, (_, number) in enumerate(self.numbers(stack)):
+            if whole.startswith(self.layer.format(number)) and whole.endswith(".experts"):
+                return f"{BLOCK}/{layer}/channel"
+        return None
 
     def constant(self, name: str) -> float | None:
         """Returns the value of a variable that has no tensor; None if it has one."""

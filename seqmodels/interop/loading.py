@@ -15,12 +15,12 @@ from jax.sharding import Mesh, Sharding
 from layers.options import suggestion
 from layers.sharding_rules import ShardingRules
 from seqmodels.building import build_model
-from seqmodels.config import parse
+from seqmodels.config import StackConfig, parse
 from seqmodels.interop import files
 from seqmodels.interop.families import FAMILIES
 from seqmodels.interop.family import Family
 from seqmodels.interop.hub import folder_of
-from seqmodels.interop.lora import CONFIG, WEIGHTS, Adapter
+from seqmodels.interop.lora import CONFIG, EXPERTS, WEIGHTS, Adapter
 from seqmodels.interop.options import Options
 from seqmodels.interop.placing import Parts, default_sharding, sharding_of
 from seqmodels.interop.tensors import STORED, Table, check_tensors, make_table
@@ -105,7 +105,7 @@ def load_weights(
                     f"{place} adapts {added.embeddings[0]}, whose matrix is the head's too (tie_word_embeddings=True), so that a sum "
                     "would change both; expected seqmodels.load_adapter, which keeps it beside"
                 )
-            source.adapt(added)
+            source.adapt(added, parse(config).stack)
         _fill(model, config, source, mesh, rules or ShardingRules())
     return model
 
@@ -169,7 +169,7 @@ class _Source:
     """Arrays for the variables of a model, from the tensors of a checkpoint whose names and shapes it checks first."""
 
     def __init__(self, folder: Path, tensors: files.Tensors | files.Parted, family: Family, table: Table):
-        self._tensors, self._table = tensors, table
+        self._tensors, self._table, self._family = tensors, table, family
         unread = re.compile(family.unread)
         named = {family.known_as(name): name for name in tensors.names if not unread.search(name)}
         names = named.keys()
@@ -187,10 +187,21 @@ class _Source:
         found = {name: tensors.shape(own) for name, own in self._name.items()}
         check_tensors(table.shapes, found, of=str(folder))
         self._adapter: Adapter | None = None
+        self._experts: dict[str, tuple[str, str, int]] = {}
 
-    def adapt(self, adapter: Adapter) -> None:
+    def adapt(self, adapter: Adapter, stack: StackConfig) -> None:
         """Adds what an adapter adds to what is read from here on."""
         adapter.check(self._table.shapes)
+        for whole in adapter.experts:
+            where = self._family.experts(whole, stack)
+            held = {
+                f"{where}/{name}": (whole, parameter, part)
+                for parameter, names in EXPERTS.items()
+                for part, name in enumerate(names)
+            }
+            if held.keys() - self._table.pairs.keys():
+                raise ValueError(f"{adapter.folder} adapts {whole}, and the model has no experts there")
+            self._experts |= held
         self._adapter = adapter
 
     def read(self, name: str) -> np.ndarray | float:
@@ -198,7 +209,10 @@ class _Source:
         if name in self._table.constants:
             return self._table.constants[name]
         pair, place = self._table.pairs[name]
-        return pair.load(*map(self._tensor, pair.theirs))[place]
+        array = pair.load(*map(self._tensor, pair.theirs))[place]
+        if (at := self._experts.get(name)) is None:
+            return array
+        return self._adapter.add_experts(*at, array, self._family.alternating)
 
     def _tensor(self, name: str) -> np.ndarray:
         tensor = self._tensors.read(self._name[name])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from experiments import generate, long_context
-from experiments.config.command_line import EXIT_DIVERGED
-from experiments.data.text.tokenizers import Bytes
+from experiments.config.command_line import EXIT_DIVERGED, ArgumentError
+from experiments.data.text.tokenizers import Bytes, Characters
 from experiments.parallel.mesh import Devices
 from experiments.runs import results as run_results
 from experiments.runs import trusted
@@ -86,6 +86,16 @@ def test_prompts_are_continued(run, capsys):
     assert sorted(run.rglob("*")) == before
 
 
+@pytest.mark.slow
+def test_a_run_drafts_for_another(run, capsys):
+    drafts = [f"--draft={run}", "--draft_tokens=3"]
+    assert call(run, "--prompt=ab", "--temperature=0", "--max_new_tokens=12", *drafts) == 0
+    out, err = capsys.readouterr()
+    assert out == "abc\nabc\nabc\nab\n"
+    # Blocks of 8 and 4 tokens, 4 a call, as the model drafts for itself.
+    assert err.startswith("12 tokens in 3 calls of the model, 4.00 per call")
+
+
 def test_another_tokenizer_is_refused_and_another_corpus_is_not(run, capsys, monkeypatch):
     tokenizer = Bytes.__init__
 
@@ -97,6 +107,8 @@ def test_another_tokenizer_is_refused_and_another_corpus_is_not(run, capsys, mon
     assert call(run, "--prompt=ab", "--max_new_tokens=1") == 2
     assert "was trained with another tokenizer" in capsys.readouterr().err
     monkeypatch.undo()
+    with pytest.raises(ArgumentError, match=r"--draft=.* reads other tokens: its tokenizer is .*bytes"):
+        generate.drafting(run, Characters("abc\n"))
     source = run.parent / "text.txt"
     text = source.read_text()
     source.write_text(text + "abc\n")

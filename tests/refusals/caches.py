@@ -4,10 +4,13 @@ import numpy as np
 
 import seqmodels
 from experiments.analysis.positions import losses_by_position
+from experiments.training.gating import train_gates
 from experiments.training.retaining import train_heads
 from layers.caches import read_cache
+from layers.caches.attention_gate import AttentionGate
 from layers.caches.locret import Locret
 from layers.caches.trained import Trained
+from seqmodels import spans
 from seqmodels.sparse_prefill import search
 from tests.refusals.models import model
 
@@ -24,6 +27,12 @@ def continued(cache, *, lookup=None, **changes):
     return lambda: seqmodels.stream(
         model(**changes)(), [[1, 2, 3, 4, 5]], max_new_tokens=4, cache=cache, lookup=lookup
     )
+
+
+def drafted(draft=True, *, new=4, **options):
+    """A call of `generate` with a draft model of shapes alone, or with what is given for one."""
+    given = model(**draft)() if isinstance(draft, dict) else model()() if draft is True else draft
+    return lambda: seqmodels.stream(model()(), [[1, 2, 3]], max_new_tokens=new, draft=given, **options)
 
 
 ROWS = [
@@ -180,6 +189,37 @@ ROWS = [
         ValueError,
         "cache=Watching has nothing to act on: no layer (lru) holds keys",
     ),
+    (
+        read("attention_gate"),
+        ValueError,
+        "gates=None of the cache 'attention_gate', whose gates are trained for the model",
+    ),
+    (read("attention_gate(gates='none.npz')"), ValueError, "gates='none.npz' cannot be read: No such file"),
+    (read("attention_gate(gates='README.md')"), ValueError, "gates='README.md' is no npz file of arrays"),
+    (
+        continued(AttentionGate(gates=Trained([]), budget=4)),
+        ValueError,
+        "gates of the cache 'attention_gate' has 0 layers; expected 1, the layers 0 of the model",
+    ),
+    (
+        continued(
+            AttentionGate(
+                gates=Trained([dict(query=np.ones((8, 1, 2)), output=np.ones((1, 2, 3)))]), budget=4
+            )
+        ),
+        ValueError,
+        "gates of the cache 'attention_gate' map 8 features to 3 gates in layer 0; expected 24 and 2",
+    ),
+    (
+        lambda: train_gates(model()(), np.ones((2, 1), np.int32)),
+        ValueError,
+        "tokens [2, 1]; expected rows (n, t) of at least two tokens",
+    ),
+    (
+        lambda: train_gates(model(**LRU)(), np.ones((2, 4), np.int32)),
+        ValueError,
+        "cache=Watching has nothing to act on: no layer (lru) holds keys",
+    ),
     (read("minference(heads='none.json')"), ValueError, "heads='none.json' cannot be read: No such file"),
     (
         read("minference(heads=[[1]])"),
@@ -226,6 +266,66 @@ ROWS = [
         ValueError,
         "of layer 0 does not fit the cache 'hip'; expected rope, alibi or none",
     ),
+    (read("moa"), ValueError, "alphas=None of the cache 'moa', which needs the span of every head"),
+    (read("moa(alphas=[[1]])"), ValueError, "betas=None of the cache 'moa', which needs the span of every"),
+    (
+        read("moa(alphas=[[1]], betas=[['a']])"),
+        TypeError,
+        "betas[0][0]='a'; expected a number",
+    ),
+    (
+        read("moa(alphas=[[1]], betas=[[0.5, 0.5]])"),
+        ValueError,
+        "alphas and betas of the cache 'moa' are of different heads; expected one of each per head",
+    ),
+    (
+        read("moa(alphas=[[1]], betas=[[0.5]], least=64)"),
+        ValueError,
+        "least=64 of the cache 'moa' with sinks=64; expected more than the sinks",
+    ),
+    (
+        continued("moa(alphas=[[1]], betas=[[0.5]])"),
+        ValueError,
+        "alphas of the cache has 1 heads for layer 0; expected 2, its key/value heads",
+    ),
+    (
+        lambda: spans.search(model()(), np.ones((2, 1), np.int32)),
+        ValueError,
+        "tokens [2, 1]; expected rows (n, t) of at least two tokens",
+    ),
+    (
+        lambda: spans.search(model()(), np.ones((2, 4), np.int32), density=0.0),
+        ValueError,
+        "density=0.0; expected more than 0 and at most 1",
+    ),
+    (
+        lambda: spans.search(model(**LRU)(), np.ones((2, 4), np.int32)),
+        ValueError,
+        "cache=Perturbing has nothing to act on: no layer (lru) holds keys",
+    ),
+    (
+        lambda: spans.choose(np.zeros((2, 1)), np.array([4]), 6),
+        ValueError,
+        "rules of 4 tokens at least for each of 2 heads, which may see 6 together; expected a larger density",
+    ),
+    (read("unlimiformer(budget=0)"), ValueError, "budget=0; expected at least 1"),
+    (continued("unlimiformer(budget=9)"), ValueError, "budget=9 of the cache is more than the 8 tokens"),
+    (read("sale(threshold=-1.0)"), ValueError, "threshold=-1.0; expected a number of at least 0"),
+    (
+        read("sale(budget=100)"),
+        ValueError,
+        "budget=100 of the cache 'sale' with block=32; expected a multiple of the block",
+    ),
+    (
+        read("sale(budget=224)"),
+        ValueError,
+        "budget=224 of the cache 'sale' with window=128, sinks=32, queries=64 and block=32; expected at least 256",
+    ),
+    (
+        continued("sale", mixer_defaults=dict(heads=2, position="t5")),
+        ValueError,
+        "of layer 0 does not fit the cache 'sale'; expected rope, alibi or none",
+    ),
     (continued("recycled(budget=9)"), ValueError, "budget=9 of the cache is more than the 8 tokens"),
     (continued("snapkv", **LRU), ValueError, "cache=SnapKV has nothing to act on: no layer (lru) holds keys"),
     (
@@ -239,6 +339,20 @@ ROWS = [
         ValueError,
         "lookup=2 with cache='h2o(budget=4)': a draft that fails",
     ),
+    (drafted(cache="h2o(budget=4)"), ValueError, "draft with cache='h2o(budget=4)': a draft that fails"),
+    (drafted("runs/small"), TypeError, "draft is a str; expected a LanguageModel"),
+    (drafted(draft_tokens=0), ValueError, "draft_tokens=0; expected an integer of at least 1"),
+    (drafted(None, draft_tokens=2), ValueError, "draft_tokens=2 has no effect without draft"),
+    (drafted(None, draft_cache="full"), ValueError, "draft_cache='full' has no effect without draft"),
+    (drafted(lookup=2), ValueError, "lookup=2 with a draft model: each makes drafts; expected one of them"),
+    (drafted(dict(vocab_size=8)), ValueError, "draft has vocab_size=8; expected 9, that of the model"),
+    (
+        drafted(dict(absolute_positions="learned", max_positions=5)),
+        ValueError,
+        "draft has max_positions=5, but a prompt of 3 tokens and max_new_tokens=4 need 6",
+    ),
+    (drafted(draft_cache="snapkv"), ValueError, "draft_cache='snapkv' acts on whole prompts; expected a"),
+    (drafted(draft_cache="streaming(budget=9)"), ValueError, "budget=9 of the cache is more than the 6"),
     (
         continued("prepacking", shared=dict(layers=(0,))),
         ValueError,
@@ -278,6 +392,12 @@ COMMANDS = [
     (
         "long_context --workdir=FILES/run --positions=8 --cache=headkv",
         "--cache: importance=None of the cache",
+    ),
+    ("generate --workdir=FILES/run --prompt=a --draft=", "--draft: '' names no file or folder"),
+    ("generate --workdir=FILES/run --prompt=a --draft_tokens=0", "'0'; expected an integer of at least 1"),
+    (
+        "generate --workdir=FILES/run --prompt=a --draft_cache=snapvk",
+        "--draft_cache: unknown cache 'snapvk'; did you mean",
     ),
     ("evaluate --workdir=FILES/run --cache=snapvk", "--cache: unknown cache 'snapvk'; did you mean"),
     (

@@ -12,6 +12,8 @@ import seqmodels
 from experiments.analysis.in_chunks import in_chunks
 from experiments.analysis.positions import losses_by_position
 from layers.caches import read_cache
+from layers.caches.attention_gate import AttentionGate
+from layers.caches.trained import Trained
 from layers.mixer import MixerState
 from seqmodels import caching, generation, prepacking
 from tests.layers.caches import literal
@@ -20,8 +22,13 @@ VOCAB = 13
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, VOCAB, length).tolist() for length in (11, 5, 1)]
 NEW, TOTAL = 5, 15
+# Gates that are open to every token.
+OPEN = {name: np.zeros((32, 1, 2)) for name in ("query", "key", "value")} | dict(
+    output=np.zeros((1, 2, 2)), bias=np.ones(2)
+)
 # Each holds all tokens of all rows.
 FULL = {
+    "attention_gate": AttentionGate(gates=Trained([OPEN, OPEN]), budget=TOTAL, chunk=6),
     "snapkv": f"snapkv(budget={TOTAL}, window=4)",
     "h2o": f"h2o(budget={TOTAL})",
     "keyformer": f"keyformer(budget={TOTAL})",
@@ -49,6 +56,9 @@ FULL = {
     "lserve": "lserve(gates=[[0.1, 0.9], [0.2, 0.4]], sinks=2, recent=13, budget=12, page=4, logical=2)",
     "infllm": "infllm(budget=12, window=3, sinks=1, unit=2, representatives=1, distance=true)",
     "shadowkv": "shadowkv(budget=14, rank=8, chunk=2, outliers=0, local=0)",
+    "unlimiformer": f"unlimiformer(budget={TOTAL})",
+    "sale": "sale(threshold=0.0, window=1, sinks=1, queries=2, block=2)",
+    "moa": "moa(alphas=[[0, 0], [0, 0]], betas=[[1, 1], [1, 1]], sinks=2, least=3)",
     "tokenselect": f"tokenselect(budget={TOTAL}, sinks=1, recent=2)",
 }
 
@@ -113,6 +123,10 @@ PACKED = [
     "lean",
     "minference",
     "hip",
+    "sale",
+    "moa",
+    "unlimiformer",
+    "attention_gate",
 ]
 
 
@@ -135,7 +149,7 @@ def test_packed_rows(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("position", ["none", "alibi", "t5", "fire"])
 @pytest.mark.parametrize(
-    "name", ["snapkv", "h2o", "streaming", "duoattention", "kivi", "infllm", "lserve", "shadowkv"]
+    "name", ["snapkv", "h2o", "streaming", "duoattention", "kivi", "infllm", "lserve", "shadowkv", "moa"]
 )
 def test_other_positions(name, position):
     found, wanted = generated(FULL[name], position=position), plain(position=position)

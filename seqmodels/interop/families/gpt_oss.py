@@ -106,5 +106,6 @@ GPT_OSS = Family(
     write=write,
     outer=OUTER,
     layer="model.layers.{}.",
+    alternating=True,
     parts=lambda _: PARTS,
 )

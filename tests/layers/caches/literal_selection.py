@@ -271,3 +271,46 @@ def hip(policy, q, k, begin, stop):
         chosen = {a for a, _ in groups} | set(range(before // size, -(-end // size)))
         found += [[j for j in range(i + 1) if j // size in chosen] for i in asked]
     return found
+
+
+def sale(policy, q, k, begin, stop):
+    """The tokens that the queries `begin` to `stop` - 1 read in a call, given queries (t, k) and keys (t, k) of a head."""
+    size, scale, found = policy.block, q.shape[1] ** -0.5, []
+    q_mean, k_mean = q[begin:stop].mean(0), k[:stop].mean(0)
+
+    def coded(x):
+        step = np.abs(x).max() / 7
+        return np.rint(x / step) * step
+
+    for first in range(begin // policy.queries * policy.queries, stop, policy.queries):
+        asked = range(max(first, begin), min(first + policy.queries, stop))
+        end = first + policy.queries
+        near = {
+            j // size
+            for j in range(stop)
+            if j // size * size < policy.sinks or first - policy.window < j // size * size + size < end + size
+        }
+        scores = dict.fromkeys(near, np.inf)
+        for i in asked:
+            total = sum(np.exp(scale * q[i] @ k[j]) for j in range(i + 1) if j // size in near)
+            for j in range(i + 1):
+                codes = coded(q[i] - q_mean) @ coded(k[j] - k_mean)
+                estimate = scale * (codes + q_mean @ (k[j] - k_mean) + q[i] @ k_mean)
+                scores[j // size] = max(scores.get(j // size, 0.0), np.exp(estimate) / total)
+        chosen = [b for b, score in scores.items() if score > policy.threshold]
+        if policy.budget is not None:
+            chosen = largest(scores, policy.budget // size, chosen)
+        found += [[j for j in range(i + 1) if j // size in chosen] for i in asked]
+    return found
+
+
+def unlimiformer(policy, q, k, length):
+    """The tokens that each query head reads at every step after a prompt of so many tokens."""
+    each = q.shape[1] // k.shape[1]
+    return [
+        [
+            [*largest(k[:length, h // each] @ q[i, h], policy.budget, range(length)), *range(length, i + 1)]
+            for h in range(q.shape[1])
+        ]
+        for i in range(length, len(q))
+    ]

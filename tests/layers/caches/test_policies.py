@@ -256,3 +256,33 @@ def test_policies_that_are_masks(text):
             o, _ = literal.outputs(q[now], k, v, seen)
             got = y[row, PROMPT - length + now] if now < length else outputs[row, now - length]
             np.testing.assert_allclose(got, output(o), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", [1, 3])
+def test_moa(calls):
+    """Spans of a growing and of a fixed head, which evict what leaves them."""
+    alphas, betas = (-2.0, 5.0), (0.6, 0.0)
+    policy = read_cache(f"moa(alphas=[{list(alphas)}], betas=[{list(betas)}], sinks=2, least=4)")
+    y, outputs, kept, after = given(policy, calls=calls)
+
+    def seen(now, total):
+        """The tokens that each key/value head reads at a token, in a row of so many."""
+        spans = [max(4, int(np.floor(a + b * total))) for a, b in zip(alphas, betas, strict=True)]
+        return [[j for j in range(now + 1) if j < 2 or now - j < span - 2] for span in spans]
+
+    for row, length in enumerate(LENGTHS):
+        q, k, v = projected(row)
+        for now in range(length + STEPS):
+            tokens = seen(now, now + 1 if now < length else length + STEPS)
+            o, _ = literal.outputs(q[now], k, v, tokens)
+            got = y[row, PROMPT - length + now] if now < length else outputs[row, now - length]
+            np.testing.assert_allclose(got, output(o), atol=1e-5)
+        # What the next token sees is held, and nothing else from the first step on.
+        whole = [[j for j in one if j < length + STEPS] for one in seen(length + STEPS, length + STEPS)]
+        assert [sorted(one) for one in positions(after[0][-1], after[1][-1], row)] == whole
+        assert [len(one) for one in positions(kept.numbers, kept.positions, row)] == [
+            min(length, len(one)) for one in seen(10**6, length + STEPS)
+        ]
+    # The longest row has spans of 11 and 5 tokens, and one slot more for a new token.
+    assert kept.slots == 12

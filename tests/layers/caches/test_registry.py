@@ -7,6 +7,7 @@ import pytest
 
 from experiments import list as lists
 from layers.caches import CACHES, read_cache
+from layers.caches.attention_gate import AttentionGate
 from layers.caches.locret import Locret
 from layers.caches.trained import Trained
 from tests.layers.caches.reading import PROMPT, STEPS, WIDTH, layer, run
@@ -21,6 +22,8 @@ OPTIONS = {
     "infllm": "budget=4, window=4, sinks=1, unit=2, representatives=1",
     "longheads": "budget=6, chunk=3",
     "lserve": "gates=[[0.2, 0.9]], sinks=2, recent=4, budget=4, page=4, logical=2",
+    "moa": "alphas=[[0, 4]], betas=[[0.5, 0.1]], sinks=2, least=4",
+    "sale": "window=2, sinks=1, queries=2, block=2",
     "pyramidkv": "budget=8, window=4",
     "sirllm": "budget=8, sinks=2, recent=4",
     "shadowkv": "budget=4, rank=4, chunk=2, outliers=1, local=1",
@@ -31,9 +34,19 @@ OPTIONS = {
 
 # Those that are given arrays.
 MADE = {
+    "attention_gate": AttentionGate(
+        gates=Trained(
+            [
+                {name: np.ones((32, 1, 2)) for name in ("query", "key", "value")}
+                | dict(output=np.ones((1, 2, 2)), bias=np.ones(2))
+            ]
+        ),
+        budget=6,
+        chunk=4,
+    ),
     "locret": Locret(
         heads=Trained([dict(first=np.ones((32, 3)), second=np.ones((3, 2)))]), budget=6, recent=2, chunk=4
-    )
+    ),
 }
 
 

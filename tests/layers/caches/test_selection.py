@@ -79,6 +79,12 @@ def test_longheads():
 
 
 @pytest.mark.slow
+def test_unlimiformer():
+    policy = read_cache("unlimiformer(budget=5)")
+    check(policy, lambda q, k, v, length: literal_selection.unlimiformer(policy, q, k, length))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("reuse", [1, 3])
 def test_lserve(reuse):
     gates = "gates=[[0.9, 0.2]], sparsity=0.5, sinks=1, recent=2"

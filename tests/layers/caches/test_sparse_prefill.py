@@ -43,21 +43,26 @@ def test_heads_read_along_their_patterns(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("calls", [1, 2])
-def test_hip(calls):
-    policy = read_cache("hip(budget=2, window=3, queries=2, block=1)")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hip(budget=2, window=3, queries=2, block=1)",
+        "sale(threshold=1.0, window=1, sinks=1, queries=3, block=2)",
+        "sale(threshold=0.02, window=1, sinks=1, queries=2, block=1, budget=6)",
+    ],
+)
+def test_blocks_of_queries_choose_blocks_of_keys(text, calls):
+    policy = read_cache(text)
+    chosen = getattr(literal_selection, text.partition("(")[0])
     y, outputs, *_ = given(policy, calls=calls)
-    size, short = -(-PROMPT // calls), 0
+    size, short, counts = -(-PROMPT // calls), 0, set()
     for row, length in enumerate(LENGTHS):
         q, k, v = projected(row)
         begun = PROMPT - length
         # Positions at which calls begin and end.
         ends = [max(0, min(PROMPT, call * size) - begun) for call in range(calls + 1)]
         read = [
-            [
-                one
-                for pair in pairwise(ends)
-                for one in literal_selection.hip(policy, q[:, h], k[:, h // 2], *pair)
-            ]
+            [one for pair in pairwise(ends) for one in chosen(policy, q[:, h], k[:, h // 2], *pair)]
             for h in range(HEADS)
         ]
         for now in range(length + STEPS):
@@ -65,10 +70,12 @@ def test_hip(calls):
             for h in range(HEADS):
                 tokens = read[h][now] if now < length else range(now + 1)
                 short += len(tokens) < now
+                counts.add(len(tokens))
                 o[h] = literal.joined([(q[now, h], k[tokens, h // 2], v[tokens, h // 2])], q.shape[2] ** -0.5)
             got = y[row, begun + now] if now < length else outputs[row, now - length]
             np.testing.assert_allclose(got, output(o), atol=1e-5)
     assert short > 40
+    assert len(counts) > 5
 
 
 @pytest.mark.slow

@@ -104,6 +104,44 @@ def test_an_adapter_of_embeddings(tmp_path):
             load()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_an_adapter_of_stacked_experts(family, tmp_path):
+    """Gates and inputs take turns in one family and follow each other in the other, whose checkpoint has experts by themselves."""
+    base, folder = BASE.parent / family, BASE.parents[1] / f"adapter_of_{family}"
+    want = load_file(folder / "expected.safetensors")
+    model, _ = load_pretrained(base, adapter=folder)
+    run = jax.jit(lambda model, ids: model(ids)[0])
+    got, bare = run(model, want["tokens"]), run(load_pretrained(base)[0], want["tokens"])
+    assert np.linalg.norm(got - want["logits"]) <= 1e-4 * np.linalg.norm(want["logits"])
+    assert np.linalg.norm(bare - want["logits"]) > 0.1 * np.linalg.norm(want["logits"])
+    with pytest.raises(
+        ValueError, match="whose experts take no adapter beside them; expected .*load_pretrained"
+    ):
+        load_adapter(model, folder)
+    shutil.copytree(folder, tmp_path / "other")
+    file = tmp_path / "other" / "adapter_config.json"
+    options = json.loads(file.read_text())
+
+    def changed(text, targets=options["target_parameters"]):
+        file.write_text(json.dumps(options | {"target_parameters": targets}))
+        with pytest.raises(ValueError, match=text):
+            load_pretrained(base, adapter=tmp_path / "other")
+
+    changed(
+        "has 2 adapters of model.layers.0.mlp.experts, of whose .* has down_proj; expected", ["down_proj"]
+    )
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.mlp.experts.lora_A.weight"
+    save_file(tensors | {name: tensors[name][:, 1:]}, tmp_path / "other" / "adapter_model.safetensors")
+    changed(
+        r"has factors of the shapes \(8, 11\) and \(16, 8\) for model.layers.1.mlp.experts.down_proj of 4 exp"
+    )
+    moved = {key.replace("layers.1.mlp", "layers.7.mlp"): value for key, value in tensors.items()}
+    save_file(moved, tmp_path / "other" / "adapter_model.safetensors")
+    changed("adapts model.layers.7.mlp.experts, and the model has no experts there")
+
+
 def test_an_adapter_of_embeddings_that_the_head_reads_too(tmp_path):
     """It stays beside the table, which the head reads as it is."""
     tied = BASE.parent / "gemma"
