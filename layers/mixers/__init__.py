@@ -32,6 +32,7 @@ from layers.mixers.convolution.gated_short_conv import GatedShortConv, GatedShor
 from layers.mixers.convolution.hyena import Hyena, HyenaConfig
 from layers.mixers.convolution.lightweight_conv import DynamicConv, LightweightConv, LightweightConvConfig
 from layers.mixers.convolution.sgconv import SGConv, SGConvConfig
+from layers.mixers.cross_scan import CrossScan, CrossScanConfig
 from layers.mixers.delta_rule.comba import Comba, CombaConfig
 from layers.mixers.delta_rule.deltanet import DeltaNet, DeltaNetConfig
 from layers.mixers.delta_rule.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
@@ -39,6 +40,9 @@ from layers.mixers.delta_rule.gated_deltanet2 import GatedDeltaNet2, GatedDeltaN
 from layers.mixers.delta_rule.gated_deltaproduct import GatedDeltaProduct, GatedDeltaProductConfig
 from layers.mixers.delta_rule.kda import KDA, KDAConfig
 from layers.mixers.delta_rule.rwkv7 import RWKV7, RWKV7Config
+from layers.mixers.image.msvmamba import MSVMamba, MSVMambaConfig
+from layers.mixers.image.s4nd import S4ND, S4NDConfig
+from layers.mixers.image.vmamba import VMamba, VMambaConfig
 from layers.mixers.linear_attention.based import Based, BasedConfig
 from layers.mixers.linear_attention.gla import GLA, GLAConfig
 from layers.mixers.linear_attention.hgrn2 import HGRN2, HGRN2Config
@@ -84,6 +88,7 @@ MIXERS = {
     "bidirectional": (BidirectionalConfig, Bidirectional),
     "bigbird": (BigBirdConfig, BigBird),
     "comba": (CombaConfig, Comba),
+    "cross_scan": (CrossScanConfig, CrossScan),
     "deltanet": (DeltaNetConfig, DeltaNet),
     "differential_attention": (DifferentialAttentionConfig, DifferentialAttention),
     "dss": (DSSConfig, DSS),
@@ -126,6 +131,7 @@ MIXERS = {
     "mla": (MLAConfig, MLA),
     "mlstm": (MLSTMConfig, MLSTM),
     "moba": (MoBAConfig, MoBA),
+    "msvmamba": (MSVMambaConfig, MSVMamba),
     "nystromformer": (NystromformerConfig, Nystromformer),
     "parallel": (ParallelConfig, Parallel),
     "performer": (PerformerConfig, Performer),
@@ -138,6 +144,7 @@ MIXERS = {
     "rwkv_channel": (RWKVChannelConfig, RWKVChannel),
     "s4": (S4Config, S4),
     "s4d": (S4DConfig, S4D),
+    "s4nd": (S4NDConfig, S4ND),
     "s5": (S5Config, S5),
     "selective_attention": (SelectiveAttentionConfig, SelectiveAttention),
     "sgconv": (SGConvConfig, SGConv),
@@ -149,6 +156,7 @@ MIXERS = {
     "transformer_xl": (TransformerXLConfig, TransformerXL),
     "ttt_linear": (TTTLinearConfig, TTTLinear),
     "tuned_state": (TunedStateConfig, TunedState),
+    "vmamba": (VMambaConfig, VMamba),
     "wersa": (WERSAConfig, WERSA),
     "xlstm7b": (XLSTM7BConfig, XLSTM7B),
 }

@@ -160,6 +160,7 @@ BY_FOURIER_TRANSFORM = {"dss", "gss", "h3", "hyena", "liquid_s4", "mega", "s4", 
 NOT_CAUSAL = {
     "bidirectional",
     "bigbird",
+    "cross_scan",
     "etc",
     "fnet",
     "hypermixer",
@@ -168,10 +169,13 @@ NOT_CAUSAL = {
     "longformer",
     "longt5",
     "luna",
+    "msvmamba",
     "nystromformer",
     "parallel",
     "reformer",
+    "s4nd",
     "tuned_state",
+    "vmamba",
 }
 
 # Mixers that choose tokens by numbers of their own, so that rounding may change what a token sees.
@@ -186,4 +190,5 @@ LIGHT = {
     *("etc", "nystromformer", "luna", "reformer", "informer", "shifted_sparse", "moba", "landmark"),
     *("shortformer", "softplus_attention", "transformer_xl"),
     *("log_linear_mamba2", "ttt_linear", "titans", "mesa_net"),
+    *("cross_scan", "vmamba", "msvmamba", "s4nd"),
 }
