@@ -21,6 +21,7 @@ from layers.mixers.attention.mega import Mega, MegaConfig
 from layers.mixers.attention.mla import MLA, MLAConfig
 from layers.mixers.attention.moba import MoBA, MoBAConfig
 from layers.mixers.attention.nystromformer import Nystromformer, NystromformerConfig
+from layers.mixers.attention.path_attention import PaTHAttention, PaTHAttentionConfig
 from layers.mixers.attention.reformer import Reformer, ReformerConfig
 from layers.mixers.attention.selective_attention import SelectiveAttention, SelectiveAttentionConfig
 from layers.mixers.attention.shifted_sparse import ShiftedSparse, ShiftedSparseConfig
@@ -134,6 +135,7 @@ MIXERS = {
     "msvmamba": (MSVMambaConfig, MSVMamba),
     "nystromformer": (NystromformerConfig, Nystromformer),
     "parallel": (ParallelConfig, Parallel),
+    "path_attention": (PaTHAttentionConfig, PaTHAttention),
     "performer": (PerformerConfig, Performer),
     "reformer": (ReformerConfig, Reformer),
     "retnet": (RetNetConfig, RetNet),

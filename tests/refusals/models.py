@@ -222,6 +222,10 @@ MIXER_OPTIONS = [
     (mixer("differential_attention", heads=2, head_dim=3), ValueError, "head_dim=3 is odd"),
     (mixer("differential_attention", heads=2, rope_base=1.0), ValueError, "rope_base=1.0; expected"),
     (mixer("differential_attention", heads=2, layer=2, depth=2), ValueError, "layer=2, depth=2; expected"),
+    (mixer("path_attention", heads=3), ValueError, "heads=3 cannot share 1 x width=8 equally"),
+    (mixer("path_attention", heads=4, kv_heads=3), ValueError, "kv_heads=3 does not divide heads=4"),
+    (mixer("path_attention", heads=2, chunk=0), ValueError, "chunk=0; expected at least 1"),
+    (named("mixer", MIXERS, "path_attention", heads=2, taps=99), ValueError, "taps=99; expected"),
     (mixer("cross_scan", inner="s5", orders=()), ValueError, "orders=(); expected one or more of row"),
     (
         mixer("cross_scan", inner="s5", orders=("rows",)),

@@ -120,6 +120,7 @@ MIXERS = {
         "differential_attention",
         {"heads": 2, "kv_heads": 1, "head_dim": 4, "window": 5},
     ),
+    "path_attention": ("path_attention", {"heads": 4, "kv_heads": 2, "rank": 3, "chunk": 5}),
     "linoss": ("linoss", {"state_size": 6}),
     "mamba3": ("mamba3", {"state_size": 4, "head_dim": 4, "groups": 2}),
     "gated_short_conv": ("gated_short_conv", {}),
@@ -190,5 +191,5 @@ LIGHT = {
     *("etc", "nystromformer", "luna", "reformer", "informer", "shifted_sparse", "moba", "landmark"),
     *("shortformer", "softplus_attention", "transformer_xl"),
     *("log_linear_mamba2", "ttt_linear", "titans", "mesa_net"),
-    *("cross_scan", "vmamba", "msvmamba", "s4nd"),
+    *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention"),
 }
