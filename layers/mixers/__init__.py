@@ -20,6 +20,7 @@ from layers.mixers.attention.luna import Luna, LunaConfig
 from layers.mixers.attention.mega import Mega, MegaConfig
 from layers.mixers.attention.mla import MLA, MLAConfig
 from layers.mixers.attention.moba import MoBA, MoBAConfig
+from layers.mixers.attention.nsa import NSA, NSAConfig
 from layers.mixers.attention.nystromformer import Nystromformer, NystromformerConfig
 from layers.mixers.attention.path_attention import PaTHAttention, PaTHAttentionConfig
 from layers.mixers.attention.reformer import Reformer, ReformerConfig
@@ -133,6 +134,7 @@ MIXERS = {
     "mlstm": (MLSTMConfig, MLSTM),
     "moba": (MoBAConfig, MoBA),
     "msvmamba": (MSVMambaConfig, MSVMamba),
+    "nsa": (NSAConfig, NSA),
     "nystromformer": (NystromformerConfig, Nystromformer),
     "parallel": (ParallelConfig, Parallel),
     "path_attention": (PaTHAttentionConfig, PaTHAttention),

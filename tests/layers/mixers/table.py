@@ -140,6 +140,7 @@ MIXERS = {
     "informer": ("informer", {"heads": 2, "factor": 2}),
     "shifted_sparse": ("shifted_sparse", {"heads": 4, "kv_heads": 2, "group": 6, "group_sinks": 2}),
     "moba": ("moba", {"heads": 4, "kv_heads": 2, "block": 3, "top_k": 2}),
+    "nsa": ("nsa", {"heads": 4, "kv_heads": 2, "block": 3, "top_k": 4, "window": 4}),
     "landmark": ("landmark", {"heads": 4, "kv_heads": 2, "block": 4}),
     "log_linear_mamba2": ("log_linear_mamba2", {"state_size": 4, "head_dim": 4, "groups": 2, "levels": 4}),
     "mesa_net": ("mesa_net", {"heads": 2, "steps": 8, "gate": True}),
@@ -180,7 +181,7 @@ NOT_CAUSAL = {
 }
 
 # Mixers that choose tokens by numbers of their own, so that rounding may change what a token sees.
-CHOOSES = {"informer", "moba", "reformer"}
+CHOOSES = {"informer", "moba", "nsa", "reformer"}
 
 # Mixers whose part of the suite is slow. By default their own tests compare two calls, with a state, with the equation.
 LIGHT = {
@@ -191,5 +192,5 @@ LIGHT = {
     *("etc", "nystromformer", "luna", "reformer", "informer", "shifted_sparse", "moba", "landmark"),
     *("shortformer", "softplus_attention", "transformer_xl"),
     *("log_linear_mamba2", "ttt_linear", "titans", "mesa_net"),
-    *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention"),
+    *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention", "nsa"),
 }
