@@ -63,6 +63,7 @@ from layers.mixers.recurrence.rg_lru import RGLRU, RGLRUConfig
 from layers.mixers.recurrence.rwkv4 import RWKV4, RWKV4Config
 from layers.mixers.recurrence.rwkv_channel import RWKVChannel, RWKVChannelConfig
 from layers.mixers.recurrence.slstm import SLSTM, SLSTMConfig
+from layers.mixers.state_space.b2s6 import B2S6, B2S6Config
 from layers.mixers.state_space.dss import DSS, DSSConfig
 from layers.mixers.state_space.gss import GSS, GSSConfig
 from layers.mixers.state_space.h3 import H3, H3Config
@@ -86,6 +87,7 @@ from layers.registry import build
 
 MIXERS = {
     "attention": (AttentionConfig, Attention),
+    "b2s6": (B2S6Config, B2S6),
     "based": (BasedConfig, Based),
     "bidirectional": (BidirectionalConfig, Bidirectional),
     "bigbird": (BigBirdConfig, BigBird),

@@ -230,6 +230,8 @@ MIXER_OPTIONS = [
     (mixer("nsa", heads=2, block=0), ValueError, "block=0; expected at least 1"),
     (mixer("nsa", heads=2, position="t5"), ValueError, "nsa takes 'rope' or 'none'"),
     (mixer("nsa", heads=2, logit_cap=5.0), ValueError, "logit_cap=5.0; nsa has a pattern of its own"),
+    (mixer("b2s6", blocks=3), ValueError, "blocks=3 does not divide expand * width = 16"),
+    (mixer("b2s6", inner_norm=True), ValueError, "inner_norm=True; b2s6 selects by block"),
     (mixer("path_attention", heads=3), ValueError, "heads=3 cannot share 1 x width=8 equally"),
     (mixer("path_attention", heads=4, kv_heads=3), ValueError, "kv_heads=3 does not divide heads=4"),
     (mixer("path_attention", heads=2, chunk=0), ValueError, "chunk=0; expected at least 1"),

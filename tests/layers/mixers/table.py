@@ -121,6 +121,7 @@ MIXERS = {
         {"heads": 2, "kv_heads": 1, "head_dim": 4, "window": 5},
     ),
     "path_attention": ("path_attention", {"heads": 4, "kv_heads": 2, "rank": 3, "chunk": 5}),
+    "b2s6": ("b2s6", {"state_size": 4, "blocks": 2}),
     "linoss": ("linoss", {"state_size": 6}),
     "mamba3": ("mamba3", {"state_size": 4, "head_dim": 4, "groups": 2}),
     "gated_short_conv": ("gated_short_conv", {}),
@@ -192,5 +193,5 @@ LIGHT = {
     *("etc", "nystromformer", "luna", "reformer", "informer", "shifted_sparse", "moba", "landmark"),
     *("shortformer", "softplus_attention", "transformer_xl"),
     *("log_linear_mamba2", "ttt_linear", "titans", "mesa_net"),
-    *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention", "nsa"),
+    *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention", "nsa", "b2s6"),
 }
