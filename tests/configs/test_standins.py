@@ -22,6 +22,7 @@ def test_any_mixer_by_name(mixer):
     assert model.head.kernel.shape == (64, 10)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("argument", ["", "mixer=cross_scan,inner=gla", "mixer=s4nd,data=cifar10"])
 def test_images_have_rows(argument):
     model = model_without_data(load("images", f"{argument},width=64,depth=2"))

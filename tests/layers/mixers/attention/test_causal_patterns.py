@@ -259,7 +259,7 @@ def nsa(model, x):
     return apply(model.output, y.reshape(t, -1))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("queries", [4, 128])
 def test_compressed_chosen_and_recent(queries, monkeypatch):
     """By lists, and by masks in a cache and in packed rows, for some queries at a time."""

@@ -52,8 +52,8 @@ def literal(model, row):
 @pytest.mark.parametrize(
     "options",
     [
-        {"heads": 4, "kv_heads": 2, "rank": 3, "chunk": 2},
-        pytest.param({"heads": 2, "rank": None, "taps": None, "qk_norm": True}, marks=pytest.mark.slow),
+        {"heads": 2, "kv_heads": 1, "rank": None, "taps": None, "chunk": 2},
+        pytest.param({"heads": 4, "kv_heads": 2, "rank": 3, "qk_norm": True}, marks=pytest.mark.slow),
         pytest.param({"heads": 2, "chunk": 1}, marks=pytest.mark.slow),
     ],
 )

@@ -1,6 +1,7 @@
 """B2S6 against its equation in NumPy, block by block, over two calls."""
 
 import numpy as np
+import pytest
 
 from tests.layers.mixers.literal import (
     apply,
@@ -35,6 +36,7 @@ def literal(model, row):
     return apply(model.output, y * silu(gate))
 
 
+@pytest.mark.slow
 def test_equals_the_equation():
     model, x = drawn("b2s6", WIDTH, blocks=BLOCKS, state_size=4), tokens(TIME, WIDTH)
     got, _ = in_two_calls(model, x)
