@@ -299,6 +299,8 @@ OTHER_OPTIONS = [
         ValueError,
         "unknown activation 'relu3'; did you mean 'relu",
     ),
+    (channel("product_key", keys=4, top_k=5), ValueError, "top_k=5; expected at most keys=4"),
+    (channel("product_key", key_dim=7), ValueError, "key_dim=7; expected an even number"),
     (channel("moe", experts=4, top_k=5), ValueError, "top_k=5; expected 1 to experts=4"),
     (channel("moe", experts=4, top_k=1), ValueError, "top_k=1 with normalize=True"),
     (channel("moe", experts=4, shared=-1), ValueError, "shared=-1; expected"),

@@ -173,8 +173,10 @@ def s4nd(model, row):
 @pytest.mark.parametrize(
     "options",
     [
-        {"rank": 2, "bandlimit": 0.5, "rate": 0.5},
-        pytest.param({"bidirectional": False, "discretization": "bilinear"}, marks=pytest.mark.slow),
+        {"bandlimit": 0.5, "rate": 0.5},
+        pytest.param(
+            {"rank": 2, "bidirectional": False, "discretization": "bilinear"}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_s4nd_equals_the_equation(options):
