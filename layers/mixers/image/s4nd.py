@@ -108,15 +108,15 @@ class S4ND(Mixer):
 def _convolved(columns, kernels, x, _):
     """The mean over the products of kernels of x convolved along both axes."""
     grid, total = as_grid(x, columns), 0
+    b, rows, _, width = grid.shape
     for number in range(kernels[0].shape[1]):
-        along_rows = _along(grid, kernels[1][:, number])
-        total += jnp.swapaxes(_along(jnp.swapaxes(along_rows, 1, 2), kernels[0][:, number]), 1, 2)
-    return as_tokens(total / kernels[0].shape[1], x.shape[1]).astype(x.dtype)
+        down = jnp.tile(kernels[0][:, number], (1, columns, 1))  # of every column
+        across = _convolve(grid.reshape(b * rows, columns, width), kernels[1][:, number])
+        total += _convolve(across.reshape(b, rows, columns * width), down)
+    mean = (total / kernels[0].shape[1]).reshape(grid.shape)
+    return as_tokens(mean, x.shape[1]).astype(x.dtype)
 
 
-def _along(grid, kernel):
-    """Convolves (b, p, q, d) along q."""
-    ahead = kernel[1] if len(kernel) == 2 else None
-    b, p, q, d = grid.shape
-    lines = grid.reshape(b * p, q, d)
-    return convolve(lines, kernel[0], ahead=ahead).reshape(grid.shape)
+def _convolve(lines, kernel):
+    """Convolves (b, t, d) along t by the taps that look back and, if there are any, those that look ahead."""
+    return convolve(lines, kernel[0], ahead=kernel[1] if len(kernel) == 2 else None)
