@@ -174,7 +174,12 @@ def _filtered(x, weight, bias, stride):
 
 
 def _take(x, index):
-    return x[:, index] if index.ndim == 1 else take_tokens(x, index)
+    if index.ndim == 2:
+        return take_tokens(x, index)
+    straight = np.arange(len(index))
+    if (index == straight).all():
+        return x
+    return x[:, ::-1] if (index[::-1] == straight).all() else x[:, index]
 
 
 def _along_hilbert(row, column, bits):

@@ -54,7 +54,7 @@ class Blocks(NamedTuple):
 
 
 class NSA(Attention):
-    """NSA: native sparse attention (Yuan et al. 2025, arXiv:2502.11089).
+    """NSA: native sparse attention to compressed, chosen and recent tokens (Yuan et al. 2025, arXiv:2502.11089).
 
         k~_b, v~_b = means of k and v over block b,   seen where the block ends at i or before
         s_ib = sum_{heads of a group} softmax_b(q_i . k~_b / sqrt(head_dim))

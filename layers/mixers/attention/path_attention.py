@@ -72,7 +72,7 @@ class PaTHCarry(NamedTuple):
 
 
 class PaTHAttention(Mixer):
-    """PaTH: softmax attention with data-dependent positions (Yang et al. 2025, arXiv:2505.16381).
+    """PaTH: softmax attention whose positions are accumulated Householder transforms (Yang et al. 2025, arXiv:2505.16381).
 
         q, k, v = W_q x, W_k x, W_v x
         w = unit(silu(short_conv(W_w x))),   beta = 2 sigmoid(W_b x + b),   H_t = I - beta_t w_t w_t^T        per key head

@@ -46,7 +46,7 @@ class MSVMambaConfig(VMambaConfig):
 
 
 class MSVMamba(Mixer):
-    """MSVMamba's multi-scale 2D scan, with e = expand d channels (Shi et al. 2024, arXiv:2405.14174).
+    """MSVMamba: VMamba with three of its four directions at half the resolution (Shi et al. 2024, arXiv:2405.14174).
 
         [u, z] = W_in x                                                 (e, e)
         a      = S_1(silu(w_1 * u + b_1))                               along rows
@@ -54,7 +54,7 @@ class MSVMamba(Mixer):
         b      = sum_k P_k^-1 S_2(P_k c)                                rows reversed, columns, columns reversed
         y      = W_out (LayerNorm(a + up(b)) silu(z))
 
-    with selective state spaces S_1 and S_2 of Mamba, and `up` the bilinear interpolation between centres of pixels. Tokens are
+    with e = expand d channels, selective state spaces S_1 and S_2 of Mamba, and `up` the bilinear interpolation between centres of pixels. Tokens are
     pixels as in `VMamba`, and an image whose last row is shorter has those coarse pixels whose centre it has. Packed images
     cost one pass per segment of the fullest row. Not causal.
     """

@@ -57,7 +57,7 @@ class S4NDConfig:
 
 
 class S4ND(Mixer):
-    """S4ND in two dimensions, with diagonal state spaces (Nguyen et al. 2022, arXiv:2210.06583).
+    """S4ND: diagonal state spaces over both axes of an image, as global convolutions (Nguyen et al. 2022, arXiv:2210.06583).
 
         y_ij = 1/r sum_s sum_kl K^s_k L^s_l x_(i-k)(j-l) + D x_ij
 

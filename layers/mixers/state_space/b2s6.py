@@ -31,14 +31,14 @@ class B2S6Config(MambaConfig):
 
 
 class B2S6(Mamba):
-    """B2S6 in Mamba's block, with e = expand d channels (Yu and Erichson 2025, arXiv:2505.09022).
+    """B2S6: Mamba whose blocks of channels select by themselves, with a bias per channel (Yu and Erichson 2025, arXiv:2505.09022).
 
         [r^j, B_t^j, C_t^j] = W_x^j u^j                                       (1, n, n) for the block j of channels
         dt_t,i = softplus(r^j + b_i),   i in block j
         h_t,i  = exp(dt_t,i A_i) h_{t-1,i} + dt_t,i u_t,i (B_t^j + c_i)       (n)
         y_t,i  = h_t,i . C_t^j + D_i u_t,i
 
-    and the rest as in `Mamba`: each block reads its own channels alone to select, and c_i (n) does not depend on the input. The
+    and the rest as in `Mamba`, with e = expand d channels: each block reads its own channels alone to select, and c_i (n) does not depend on the input. The
     authors' code was not at hand: eigenvalues are Mamba's, real, and c starts at one, as B in S4D. As B_t + c is one vector
     per channel and token, memory grows with t e n.
     """
