@@ -54,9 +54,10 @@ class MSVMamba(Mixer):
         b      = sum_k P_k^-1 S_2(P_k c)                                rows reversed, columns, columns reversed
         y      = W_out (LayerNorm(a + up(b)) silu(z))
 
-    with e = expand d channels, selective state spaces S_1 and S_2 of Mamba, and `up` the bilinear interpolation between centres of pixels. Tokens are
-    pixels as in `VMamba`, and an image whose last row is shorter has those coarse pixels whose centre it has. Packed images
-    cost one pass per segment of the fullest row. Not causal.
+    with e = expand d channels, selective state spaces S_1 and S_2 of Mamba, and `up` the bilinear interpolation between
+    centres of pixels. Tokens are pixels as in `VMamba`, and an image whose last row is shorter has those coarse pixels whose
+    centre it has. Packed images cost one pass per segment of the fullest row. The channel mixer with a convolution that the
+    authors put behind it is not here. Not causal.
     """
 
     causal = False

@@ -77,9 +77,9 @@ class VMamba(Mixer):
         u      = silu(w * u + b)                                   over both axes of the image, every channel by itself
         y      = W_out (LayerNorm(sum_k P_k^-1 S_k(P_k u)) silu(z))
 
-    with e = expand d channels, permutations P_k of the pixels, by default along rows and columns and both reversed, and a selective state space S_k of
-    Mamba for each; all run in one scan. The tokens of a segment are the pixels of an image in rows of `columns`, of which the
-    last may be shorter; packed images cost one convolution per segment of the fullest row. Not causal.
+    with e = expand d channels, permutations P_k of the pixels, by default along rows and columns and both reversed, and a
+    selective state space S_k of Mamba for each; all run in one scan. The tokens of a segment are the pixels of an image in rows
+    of `columns`, of which the last may be shorter; packed images cost one convolution per segment of the fullest row. Not causal.
     """
 
     causal = False

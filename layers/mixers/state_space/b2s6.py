@@ -38,9 +38,10 @@ class B2S6(Mamba):
         h_t,i  = exp(dt_t,i A_i) h_{t-1,i} + dt_t,i u_t,i (B_t^j + c_i)       (n)
         y_t,i  = h_t,i . C_t^j + D_i u_t,i
 
-    and the rest as in `Mamba`, with e = expand d channels: each block reads its own channels alone to select, and c_i (n) does not depend on the input. The
-    authors' code was not at hand: eigenvalues are Mamba's, real, and c starts at one, as B in S4D. As B_t + c is one vector
-    per channel and token, memory grows with t e n.
+    and the rest as in `Mamba`, with e = expand d channels: each block reads its own channels alone to select, and c_i (n) does
+    not depend on the input. Neither the authors' code nor the paper's full text was at hand. Our reading is that a block has one
+    number for its step sizes, that c starts at one, as B in S4D, and that eigenvalues are Mamba's, real. As B_t + c is a
+    vector per channel and token, memory grows with t e n.
     """
 
     def _make_selection(self, rngs: nnx.Rngs) -> None:
