@@ -150,6 +150,23 @@ MIXERS = {
     "shortformer": ("shortformer", {"heads": 4, "kv_heads": 2, "subsequence": 4, "sink_logits": True}),
     "softplus_attention": ("softplus_attention", {"heads": 4, "kv_heads": 2, "power": 3.0}),
     "transformer_xl": ("transformer_xl", {"heads": 4, "kv_heads": 2, "window": 5, "max_distance": 3}),
+    "cross_scan": (
+        "cross_scan",
+        {
+            "inner": "gla",
+            "options": {"heads": 2},
+            "columns": 3,
+            "orders": ("snake", "column_reversed", "hilbert"),
+            "tied": True,
+        },
+    ),
+    "vmamba": ("vmamba", {"columns": 3, "state_size": 4, "dt_rank": 3}),
+    "msvmamba": ("msvmamba", {"columns": 3, "state_size": 4, "coarse_taps": 5}),
+    "s4nd": ("s4nd", {"columns": 3, "state_size": 4}),
+    "s4nd-rank2": (
+        "s4nd",
+        {"columns": 4, "state_size": 4, "rank": 2, "bandlimit": 0.5, "rate": 0.5, "init": "lin"},
+    ),
     "parallel": (
         "parallel",
         {"branches": {"retnet": {"heads": 2}, "attention": {"heads": 2}}, "scales": {"retnet": 0.5}},

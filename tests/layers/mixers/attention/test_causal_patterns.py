@@ -10,6 +10,7 @@ import pytest
 
 from layers.mixers.attention import landmark as landmark_module
 from layers.mixers.attention import moba as moba_module
+from layers.mixers.attention import nsa as nsa_module
 from layers.mixers.attention import softplus_attention as softplus_module
 from layers.mixers.attention import transformer_xl as xl_module
 from tests.layers.mixers.literal import (
