@@ -1,6 +1,6 @@
 """Causal attention with patterns, positions and weights of its own against equations in NumPy, pair by pair, whole and in two calls.
 
-Shifted sparse attention, Shortformer's, Transformer-XL's, softplus attention, MoBA and landmarks.
+Shifted sparse attention, Shortformer's, Transformer-XL's, softplus attention, MoBA, NSA and landmarks.
 """
 
 import jax
