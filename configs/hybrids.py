@@ -15,6 +15,7 @@
     lfm2            10 gated short convolutions to 6 attention (2511.23404)
     falcon_h1       Mamba-2 and attention side by side in every layer (2507.22448)
     nemotron_h      Mamba-2, attention without positions and squared ReLU, most layers by themselves (2504.03624)
+    zamba2          Mamba-2, with two shared blocks of attention and gated MLP that every third layer reads in turn (2411.15242)
     based           linear attention with Taylor features and small windows alternating (2402.18668)
 
 Orders of layers, ratios and positions are the papers'; widths, depths, windows and numbers of experts are smaller. All
@@ -145,6 +146,22 @@ MODELS = {
         mixers={"mamba2": MAMBA2 | dict(groups=4), "attention": dict(heads=4, kv_heads=1, position="none")},
         channel="mlp",
         channels={"mlp": dict(activation="relu2")},
+    ),
+    "zamba2": dict(
+        depth=9,
+        pattern=("mamba2",),
+        mixers={"mamba2": MAMBA2},
+        channel="none",
+        # Every use has adapters of its own on the gated MLP.
+        shared=dict(
+            layers=(2, 5, 8),
+            blocks=2,
+            # Queries and keys of both halves, scaled as those of one.
+            mixer=dict(heads=4, scale=16**-0.5, output_projection=False),
+            channel=dict(channel="geglu", hidden=256),
+            adapters=("channel/gate+channel/up",),
+            rank=8,
+        ),
     ),
     "based": dict(
         depth=4,

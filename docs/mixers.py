@@ -20,6 +20,7 @@ FAMILIES = {
     "test_time": "Test-time training",
     "attention": "Softmax attention",
     "token_mixing": "Token mixing",
+    "image": "Images",
     "wrappers": "Around a mixer",
 }
 PAPER = re.compile(r"\b(arXiv|doi):([\w./-]*\w)")

@@ -20,6 +20,7 @@ WIDTH, ROWS, LENGTH, DTYPE = 1024, 8, 4096, "bfloat16"
 # What a mixer cannot do without, and lengths that the inputs here need.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "bidirectional": {"inner": "mamba"},
+    "cross_scan": {"inner": "mamba"},
     "dss": {"max_length": LENGTH},
     "hyena": {"max_length": LENGTH},
     "linformer": {"max_length": LENGTH},

@@ -33,7 +33,7 @@ SPARSE = (
 )
 # Those of them that take no positions by themselves.
 UNPLACED = ("longformer", "bigbird", "nystromformer", "luna", "reformer", "informer")
-RECURRENT = ("mamba", "bimamba", "mamba2", "gated_deltanet", "hyena")
+RECURRENT = ("mamba", "b2s6", "bimamba", "mamba2", "gated_deltanet", "hyena")
 MIXERS = {"s4": (*PUBLISHED["MIXERS"], *ATTENTIONS, *SPARSE, *RECURRENT), "lra": ATTENTIONS[:5]}
 WARMUP = dict(warmup_epochs=1)
 
@@ -142,6 +142,7 @@ def mixer_options(mixer: str, length: int, heads: int = 8, head_dim: int | None 
         moba=dict(heads=heads, block=max(16, length // 32), top_k=4),
         landmark=dict(heads=heads, block=51),
         mamba=dict(),
+        b2s6=dict(),
         bimamba=dict(mixer="bidirectional", inner="mamba", tied="projections"),
         mamba2=dict(head_dim=32, state_size=64),
         gated_deltanet=dict(heads=heads),

@@ -6,7 +6,7 @@
 CIFAR-10's binary version is not downloaded: unpack it here, or give its folder as --config.task.official_dir. 5,000 of the
 50,000 training images are held out for validation. --config.task.inputs=colour reads three values for each pixel.
 
-Mixers: s5, s4, s4d, dss, liquid_s4, lru, sgconv, mega, mega_chunk, mamba, bimamba, mamba2, gated_deltanet, hyena, attention,
+Mixers: s5, s4, s4d, dss, liquid_s4, lru, sgconv, mega, mega_chunk, mamba, b2s6, bimamba, mamba2, gated_deltanet, hyena, attention,
 local_attention, linformer, performer, linear_attention, fnet, wersa, and the sparse and low-rank attention of `SPARSE` in
 `_recipes.py`; with protocol=lra the five of these that the benchmark was published with. What is published and what is ours is
 said in `_recipes.py`.

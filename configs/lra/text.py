@@ -6,7 +6,7 @@
 IMDB is not downloaded: unpack aclImdb_v1.tar.gz here, or give its folder as --config.task.official_dir, or a folder of
 tensorflow-datasets as --config.task.tfds_dir (with --config.task.official_dir=none).
 
-Mixers: s5, s4, s4d, dss, liquid_s4, lru, sgconv, mega, mega_chunk, mamba, bimamba, mamba2, gated_deltanet, hyena, attention,
+Mixers: s5, s4, s4d, dss, liquid_s4, lru, sgconv, mega, mega_chunk, mamba, b2s6, bimamba, mamba2, gated_deltanet, hyena, attention,
 local_attention, linformer, performer, linear_attention, fnet, wersa, and the sparse and low-rank attention of `SPARSE` in
 `_recipes.py`; with protocol=lra the five of these that the benchmark was published with. What is published and what is ours is
 said in `_recipes.py`.

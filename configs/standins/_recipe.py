@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 NUMBERS = dict(width=96, depth=4, learning_rate=3e-3)
 # State space models and convolutions without an output map: as published, a gated one follows in the same branch.
-BARE = ("dss", "liquid_s4", "lru", "s4", "s4d", "s5", "sgconv")
+BARE = ("dss", "liquid_s4", "lru", "s4", "s4d", "s4nd", "s5", "sgconv")
 
 
 def parse(file: str, arg: str, **own: int | str) -> dict:
@@ -25,12 +25,15 @@ def parse(file: str, arg: str, **own: int | str) -> dict:
     return options
 
 
-def stand_in(options: dict, *, task: dict, kind: str, length: int, batch_size: int) -> ConfigDict:
-    """Returns the config of a model of this kind on the task, with the options of `parse`."""
+def stand_in(
+    options: dict, *, task: dict, kind: str, length: int, batch_size: int, **mixer_options: object
+) -> ConfigDict:
+    """Returns the config of a model of this kind on the task, with the options of `parse`, and further ones of its mixer."""
     mixer = options["mixer"]
     body = dict(channel="mlp", norm="layer_norm")
     if mixer in BARE:
         body = dict(channel="half_glu1", residual="joint", norm="batch_norm")
+    given = dict(mixer_options) | (dict(max_length=None) if mixer == "mega" else {})
     config = ConfigDict()
     config.seed = 0
     config.task = task
@@ -39,7 +42,7 @@ def stand_in(options: dict, *, task: dict, kind: str, length: int, batch_size: i
         width=options["width"],
         depth=options["depth"],
         pattern=(mixer,),
-        mixers={"mega": dict(max_length=None)} if mixer == "mega" else {},
+        mixers={mixer: given} if given else {},
         mixer_defaults=dict(heads=4, causal=False, bidirectional=True, max_length=length),
         dropout=0.1,
         **body,

@@ -7,6 +7,7 @@ from flax import nnx
 
 from layers.channel.glu import GEGLU, GLU, MLP, MLPConfig
 from layers.channel.moe import MoE, MoEConfig
+from layers.channel.product_key import ProductKeyConfig, ProductKeyMemory
 from layers.channel.ssm_output import FullGLU, Gelu, HalfGLU1, HalfGLU2, OutputConfig
 from layers.registry import build
 
@@ -15,6 +16,7 @@ CHANNEL_MIXERS = {
     "swiglu": (MLPConfig, GLU),
     "geglu": (MLPConfig, GEGLU),
     "moe": (MoEConfig, MoE),
+    "product_key": (ProductKeyConfig, ProductKeyMemory),
     "gelu": (OutputConfig, Gelu),
     "half_glu1": (OutputConfig, HalfGLU1),
     "half_glu2": (OutputConfig, HalfGLU2),

@@ -20,7 +20,9 @@ from layers.mixers.attention.luna import Luna, LunaConfig
 from layers.mixers.attention.mega import Mega, MegaConfig
 from layers.mixers.attention.mla import MLA, MLAConfig
 from layers.mixers.attention.moba import MoBA, MoBAConfig
+from layers.mixers.attention.nsa import NSA, NSAConfig
 from layers.mixers.attention.nystromformer import Nystromformer, NystromformerConfig
+from layers.mixers.attention.path_attention import PaTHAttention, PaTHAttentionConfig
 from layers.mixers.attention.reformer import Reformer, ReformerConfig
 from layers.mixers.attention.selective_attention import SelectiveAttention, SelectiveAttentionConfig
 from layers.mixers.attention.shifted_sparse import ShiftedSparse, ShiftedSparseConfig
@@ -32,6 +34,7 @@ from layers.mixers.convolution.gated_short_conv import GatedShortConv, GatedShor
 from layers.mixers.convolution.hyena import Hyena, HyenaConfig
 from layers.mixers.convolution.lightweight_conv import DynamicConv, LightweightConv, LightweightConvConfig
 from layers.mixers.convolution.sgconv import SGConv, SGConvConfig
+from layers.mixers.cross_scan import CrossScan, CrossScanConfig
 from layers.mixers.delta_rule.comba import Comba, CombaConfig
 from layers.mixers.delta_rule.deltanet import DeltaNet, DeltaNetConfig
 from layers.mixers.delta_rule.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
@@ -39,6 +42,9 @@ from layers.mixers.delta_rule.gated_deltanet2 import GatedDeltaNet2, GatedDeltaN
 from layers.mixers.delta_rule.gated_deltaproduct import GatedDeltaProduct, GatedDeltaProductConfig
 from layers.mixers.delta_rule.kda import KDA, KDAConfig
 from layers.mixers.delta_rule.rwkv7 import RWKV7, RWKV7Config
+from layers.mixers.image.msvmamba import MSVMamba, MSVMambaConfig
+from layers.mixers.image.s4nd import S4ND, S4NDConfig
+from layers.mixers.image.vmamba import VMamba, VMambaConfig
 from layers.mixers.linear_attention.based import Based, BasedConfig
 from layers.mixers.linear_attention.gla import GLA, GLAConfig
 from layers.mixers.linear_attention.hgrn2 import HGRN2, HGRN2Config
@@ -57,6 +63,7 @@ from layers.mixers.recurrence.rg_lru import RGLRU, RGLRUConfig
 from layers.mixers.recurrence.rwkv4 import RWKV4, RWKV4Config
 from layers.mixers.recurrence.rwkv_channel import RWKVChannel, RWKVChannelConfig
 from layers.mixers.recurrence.slstm import SLSTM, SLSTMConfig
+from layers.mixers.state_space.b2s6 import B2S6, B2S6Config
 from layers.mixers.state_space.dss import DSS, DSSConfig
 from layers.mixers.state_space.gss import GSS, GSSConfig
 from layers.mixers.state_space.h3 import H3, H3Config
@@ -80,10 +87,12 @@ from layers.registry import build
 
 MIXERS = {
     "attention": (AttentionConfig, Attention),
+    "b2s6": (B2S6Config, B2S6),
     "based": (BasedConfig, Based),
     "bidirectional": (BidirectionalConfig, Bidirectional),
     "bigbird": (BigBirdConfig, BigBird),
     "comba": (CombaConfig, Comba),
+    "cross_scan": (CrossScanConfig, CrossScan),
     "deltanet": (DeltaNetConfig, DeltaNet),
     "differential_attention": (DifferentialAttentionConfig, DifferentialAttention),
     "dss": (DSSConfig, DSS),
@@ -126,8 +135,11 @@ MIXERS = {
     "mla": (MLAConfig, MLA),
     "mlstm": (MLSTMConfig, MLSTM),
     "moba": (MoBAConfig, MoBA),
+    "msvmamba": (MSVMambaConfig, MSVMamba),
+    "nsa": (NSAConfig, NSA),
     "nystromformer": (NystromformerConfig, Nystromformer),
     "parallel": (ParallelConfig, Parallel),
+    "path_attention": (PaTHAttentionConfig, PaTHAttention),
     "performer": (PerformerConfig, Performer),
     "reformer": (ReformerConfig, Reformer),
     "retnet": (RetNetConfig, RetNet),
@@ -138,6 +150,7 @@ MIXERS = {
     "rwkv_channel": (RWKVChannelConfig, RWKVChannel),
     "s4": (S4Config, S4),
     "s4d": (S4DConfig, S4D),
+    "s4nd": (S4NDConfig, S4ND),
     "s5": (S5Config, S5),
     "selective_attention": (SelectiveAttentionConfig, SelectiveAttention),
     "sgconv": (SGConvConfig, SGConv),
@@ -149,6 +162,7 @@ MIXERS = {
     "transformer_xl": (TransformerXLConfig, TransformerXL),
     "ttt_linear": (TTTLinearConfig, TTTLinear),
     "tuned_state": (TunedStateConfig, TunedState),
+    "vmamba": (VMambaConfig, VMamba),
     "wersa": (WERSAConfig, WERSA),
     "xlstm7b": (XLSTM7BConfig, XLSTM7B),
 }

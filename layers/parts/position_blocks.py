@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.sizes import in_chunks
+from layers.parts.blocks import in_blocks
 from layers.segments import Segments
 from layers.typing import Array, Float, Int
 
@@ -34,6 +35,35 @@ def block_index(numbers: Int[Array, "b s"], places: Int[Array, "b s"]) -> Int[Ar
 
     new = real & ((before < 0) | changes(numbers) | changes(places))
     return jnp.where(real, jnp.cumsum(new, axis=1, dtype=jnp.int32) - 1, s)
+
+
+def block_means(
+    numbers: Int[Array, "b s"], places: Int[Array, "b s"], *arrays: Float[Array, "b s g k"]
+) -> tuple[
+    Int[Array, "b s"], tuple[Float[Array, "b s g k"], ...], tuple[Int[Array, "b s"], Int[Array, "b s"]]
+]:
+    """Returns the block of each token, means over the blocks of the row, float32, and the segments and places of the blocks.
+
+    Args:
+      numbers, places: as in `block_index`.
+      arrays: what to average. Where there is no block, means are 0, and segments and places -1.
+    """
+    (b, s), index = numbers.shape, block_index(numbers, places)
+    row = jnp.arange(b, dtype=jnp.int32)[:, None]
+    count = jnp.zeros((b, s + 1), jnp.float32).at[row, index].add(1.0)[:, :s]
+    means = []
+    for x in arrays:
+        sums = jnp.zeros((b, s + 1, *x.shape[2:]), jnp.float32).at[row, index].add(x.astype(jnp.float32))
+        means.append(sums[:, :s] / jnp.maximum(count, 1.0)[..., None, None])
+    blocks = tuple(
+        jnp.full((b, s + 1), -1, jnp.int32).at[row, index].set(x)[:, :s] for x in (numbers, places)
+    )
+    return index, tuple(means), blocks
+
+
+def row_block_means(x: Float[Array, "b t g k"], size: int) -> Float[Array, "b n g k"]:
+    """Returns means over blocks of `size` tokens of whole rows, float32; the last one as if zeros filled it."""
+    return in_blocks(x, size).astype(jnp.float32).mean(2)
 
 
 def some_at_a_time(attend, size: int, *queries: Array) -> Array:

@@ -37,10 +37,11 @@ PATTERNS = {
     + "GatedShortConv:G",
     "falcon_h1": "Parallel:G " * 4,
     "nemotron_h": "Mamba2:P " * 4 + "Mamba2:- Attention:P",
+    "zamba2": "Mamba2:- " * 9,
     "based": "Based:G Attention:G Based:G Attention:G",
 }
 # Those that default tests do not build.
-SLOW = ("xlstm", "lfm2", "falcon_h1", "nemotron_h", "based")
+SLOW = ("xlstm", "lfm2", "falcon_h1", "nemotron_h", "zamba2", "based")
 by_hybrid = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PATTERNS]
 )
@@ -103,6 +104,17 @@ def test_positions_and_windows_are_the_papers():
     assert attention_of("griffin").config.window == attention_of("samba").config.window == 64
     windows = [block.mixer.config.window for block in model_of("masformer").stack.layers]
     assert windows == [None, 32, 32, 32]
+
+
+@pytest.mark.slow
+def test_zamba2_shares_two_blocks_in_turn():
+    model = model_of("zamba2")
+    assert len(model.stack.shared) == 2
+    users = [number for number, block in enumerate(model.stack.layers) if block.use is not None]
+    assert users == [2, 5, 8]
+    assert [model.config.stack.shared.block_of(layer) for layer in users] == [0, 1, 0]
+    first, second = model.stack.layers[2].use, model.stack.layers[8].use
+    assert first.adapters[0].a is not second.adapters[0].a
 
 
 def test_jamba_norms_what_selects():

@@ -12,6 +12,12 @@ from layers.dropout import dropout
 
 X = np.random.default_rng(0).standard_normal((2, 5, 6)).astype(np.float32)
 
+# What a product-key memory takes to compile is left to the slow tests.
+by_name = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "product_key")) for name in CHANNEL_MIXERS],
+)
+
 
 def make(name, **options):
     return make_channel_mixer(name, options, given={"width": 6, "dtype": jnp.float32}, rngs=nnx.Rngs(0))
@@ -46,8 +52,24 @@ def literal(name, m, x):
             return x * expit(apply(m.gate, gelu(x)))
         case "full_glu":
             return apply(m.value, gelu(x)) * expit(apply(m.gate, gelu(x)))
+        case "product_key":
+            return np.stack([[remembered(m, token) for token in row] for row in x])
         case "moe":
             return np.stack([[mixture(m, token) for token in row] for row in x])
+
+
+def remembered(m, x):
+    """The best of all pairs of keys, one by one."""
+    config, y = m.config, 0
+    keys, values = (np.asarray(v[...], np.float64) for v in (m.keys, m.values))
+    for q, (first, second) in zip(apply(m.query, x).reshape(config.heads, -1), keys, strict=True):
+        q = (q - q.mean()) / np.sqrt(q.var() + config.epsilon)
+        q = np.split(q * np.asarray(m.norm.scale[...]) + np.asarray(m.norm.bias[...]), 2)
+        scores = ((first @ q[0])[:, None] + (second @ q[1])[None]).reshape(-1)
+        best = np.argsort(-scores)[: config.top_k]
+        weights = np.exp(scores[best] - scores[best].max())
+        y = y + weights @ values[best] / weights.sum()
+    return y
 
 
 def mixture(m, x):
@@ -59,7 +81,7 @@ def mixture(m, x):
     return sum(outputs) / p[chosen].sum()
 
 
-@pytest.mark.parametrize("name", CHANNEL_MIXERS)
+@by_name
 def test_equals_the_equation(name):
     mixer = make(name)
     for _, variable in nnx.to_flat_state(nnx.state(mixer, nnx.Param)):
@@ -68,7 +90,7 @@ def test_equals_the_equation(name):
     np.testing.assert_allclose(mixer(jnp.asarray(X)), literal(name, mixer, X.astype(np.float64)), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CHANNEL_MIXERS)
+@by_name
 def test_dropout_acts_with_a_key_only(name):
     mixer = make(name, dropout=0.5)
     x = jnp.asarray(X)

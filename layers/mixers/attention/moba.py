@@ -8,7 +8,7 @@ from layers.mixer import Visit
 from layers.mixers.attention.attention import Attention, AttentionConfig, refuse_options
 from layers.options import checked_dataclass
 from layers.parts.cache import Cache, extend
-from layers.parts.position_blocks import block_index, numbers_and_positions, some_at_a_time
+from layers.parts.position_blocks import block_means, numbers_and_positions, row_block_means, some_at_a_time
 from layers.segments import Segments
 from layers.typing import Array, Float
 
@@ -72,12 +72,9 @@ class MoBA(Attention):
         """The blocks that every query of whole rows sees, (b, h, t, top_k): its own, and -1 where there are too few."""
         (b, t, h, _), size = q.shape, self.config.block
         count = -(-t // size)
-        blocks = jnp.pad(k, ((0, 0), (0, count * size - t), (0, 0), (0, 0))).reshape(
-            b, count, size, *k.shape[2:]
-        )
         own = jnp.arange(t, dtype=jnp.int32) // size
         earlier = jnp.arange(count, dtype=jnp.int32)[None] < own[:, None]
-        chosen = _best(q, blocks.astype(jnp.float32).mean(2), earlier[None, None], self.config.top_k - 1)
+        chosen = _best(q, row_block_means(k, size), earlier[None, None], self.config.top_k - 1)
         own = jnp.broadcast_to(own[None, None, :, None], (b, h, t, 1))
         return jnp.concatenate([own, chosen], axis=3)
 
@@ -85,7 +82,7 @@ class MoBA(Attention):
         """Outputs where blocks are told by segment and position, some queries at a time."""
         config = self.config
         numbers, positions = there
-        index, means, blocks = _means(k, numbers, positions // config.block)
+        index, (means,), blocks = block_means(numbers, positions // config.block, k)
 
         def attend(q, q_numbers, q_positions):
             block_numbers, block_places = blocks
@@ -115,15 +112,3 @@ def _best(q, means, allowed, count):
     scores = jax.lax.stop_gradient(scores.reshape(b, h, t, means.shape[1]))
     ranked, best = jax.lax.top_k(jnp.where(allowed, scores, -jnp.inf), min(count, means.shape[1]))
     return jnp.where(ranked > -jnp.inf, best, -1)
-
-
-def _means(k, numbers, places):
-    """For keys (b, s, g, k) in order: the block of each, the means of the blocks, and their segments and places."""
-    (b, s), index = numbers.shape, block_index(numbers, places)
-    row = jnp.arange(b, dtype=jnp.int32)[:, None]
-    sums = jnp.zeros((b, s + 1, *k.shape[2:]), jnp.float32).at[row, index].add(k.astype(jnp.float32))[:, :s]
-    count = jnp.zeros((b, s + 1), jnp.float32).at[row, index].add(1.0)[:, :s]
-    blocks = tuple(
-        jnp.full((b, s + 1), -1, jnp.int32).at[row, index].set(x)[:, :s] for x in (numbers, places)
-    )
-    return index, sums / jnp.maximum(count, 1.0)[..., None, None], blocks

@@ -92,16 +92,11 @@ class Mamba(Mixer):
 
     def __init__(self, config: MambaConfig, *, rngs: nnx.Rngs):
         self.config = config
-        channels, size, rank = config.channels, config.state_size, config.rank
+        channels, size = config.channels, config.state_size
         options = {"dtype": config.dtype, "rngs": rngs}
         self.input = linear(config.width, 2 * channels, axes=("embed", "inner"), bias=config.bias, **options)
         self.convolution = ShortConvolution(channels, config.taps, bias=config.conv_bias, **options)
-        self.selection = linear(channels, rank + 2 * size, axes=("inner", None), bias=False, **options)
-        norms = [NormConfig(features, config.epsilon, dtype=config.dtype) for features in (rank, size, size)]
-        self.inner_norms = (
-            nnx.List([RMSNorm(norm, rngs=rngs) for norm in norms]) if config.inner_norm else None
-        )
-        self.dt = linear(rank, channels, axes=(None, "inner"), bias=False, init=uniform_fan_in(), **options)
+        self._make_selection(rngs)
         own = {"axes": ("inner",), **NO_DECAY}
         steps = step_size_bias(config.dt_min, config.dt_max, config.dt_floor)
         self.dt_bias = parameter(rngs, steps, (channels,), **own)
@@ -114,6 +109,28 @@ class Mamba(Mixer):
             channels, config.width, axes=("inner", "embed"), bias=config.bias, init=small, **options
         )
 
+    def _make_selection(self, rngs: nnx.Rngs) -> None:
+        """Makes the maps that `_select` applies."""
+        config, rank, size = self.config, self.config.rank, self.config.state_size
+        options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
+        self.selection = linear(config.channels, rank + 2 * size, axes=("inner", None), **options)
+        norms = [NormConfig(features, config.epsilon, dtype=config.dtype) for features in (rank, size, size)]
+        self.inner_norms = (
+            nnx.List([RMSNorm(norm, rngs=rngs) for norm in norms]) if config.inner_norm else None
+        )
+        self.dt = linear(rank, config.channels, axes=(None, "inner"), init=uniform_fan_in(), **options)
+
+    def _select(
+        self, u: Float[Array, "b t d"]
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t g n"], Float[Array, "b t g n"]]:
+        """Returns step sizes before their bias, inputs B and outputs C, each of the latter for groups of channels."""
+        config, size = self.config, self.config.state_size
+        selected = jnp.split(self.selection(u), [config.rank, config.rank + size], axis=-1)
+        if self.inner_norms is not None:
+            selected = [norm(part) for norm, part in zip(self.inner_norms, selected, strict=True)]
+        r, b, c = selected
+        return self.dt(r), b[:, :, None], c[:, :, None]
+
     def initial(self, batch_size: int, max_length: int | None) -> MambaCarry:
         shape = (batch_size, self.config.channels, self.config.state_size)
         return MambaCarry(self.convolution.init_state(batch_size), jnp.zeros(shape, jnp.float32))
@@ -121,20 +138,17 @@ class Mamba(Mixer):
     def mix(
         self, x: Float[Array, "b t d"], carried: MambaCarry | None, segments: Segments | None
     ) -> tuple[Float[Array, "b t d"], MambaCarry]:
-        config, size = self.config, self.config.state_size
+        config = self.config
         inputs, h = (None, None) if carried is None else carried
         u, gate = project(self.input, x, (config.channels, config.channels))
         u, inputs = self.convolution(u, inputs, segment_ids=segments)
-        selected = jnp.split(self.selection(u), [config.rank, config.rank + size], axis=-1)
-        if self.inner_norms is not None:
-            selected = [norm(part) for norm, part in zip(self.inner_norms, selected, strict=True)]
-        r, b, c = selected
+        dt, b, c = self._select(u)
         y, h = selective_scan(
             u,
-            self.dt(r),
+            dt,
             -jnp.exp(self.log_a[...]),
-            b[:, :, None],
-            c[:, :, None],
+            b,
+            c,
             skip=self.d[...],
             gate=gate,
             dt_bias=self.dt_bias[...],

@@ -32,18 +32,24 @@ def tokens(time, width, rows=2):
 
 def in_two_calls(model, x):
     """Outputs of two calls of one compiled function, half of x each, and the last state."""
+    return in_calls(model, x, 2)
+
+
+def in_calls(model, x, count):
+    """Outputs of so many calls of one compiled function, equal parts of x each, and the last state."""
     graph, variables = nnx.split(model)
 
     @jax.jit
     def run(x, state):
         return nnx.merge(graph, variables, copy=True)(x, state)
 
-    first, second = jnp.split(x, 2, axis=1)
     # The numbers of a state before the first token are part of what a test compiles.
     state = jax.jit(lambda: model.init_state(x.shape[0], max_length=x.shape[1]))()
-    y, state = run(first, state)
-    z, state = run(second, state)
-    return jnp.concatenate([y, z], axis=1), state
+    outputs = []
+    for part in jnp.split(x, count, axis=1):
+        y, state = run(part, state)
+        outputs.append(y)
+    return jnp.concatenate(outputs, axis=1), state
 
 
 def wide(parameter):

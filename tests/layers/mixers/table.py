@@ -120,6 +120,8 @@ MIXERS = {
         "differential_attention",
         {"heads": 2, "kv_heads": 1, "head_dim": 4, "window": 5},
     ),
+    "path_attention": ("path_attention", {"heads": 4, "kv_heads": 2, "rank": 3, "chunk": 5}),
+    "b2s6": ("b2s6", {"state_size": 4, "blocks": 2}),
     "linoss": ("linoss", {"state_size": 6}),
     "mamba3": ("mamba3", {"state_size": 4, "head_dim": 4, "groups": 2}),
     "gated_short_conv": ("gated_short_conv", {}),
@@ -139,6 +141,7 @@ MIXERS = {
     "informer": ("informer", {"heads": 2, "factor": 2}),
     "shifted_sparse": ("shifted_sparse", {"heads": 4, "kv_heads": 2, "group": 6, "group_sinks": 2}),
     "moba": ("moba", {"heads": 4, "kv_heads": 2, "block": 3, "top_k": 2}),
+    "nsa": ("nsa", {"heads": 4, "kv_heads": 2, "block": 3, "top_k": 4, "window": 4}),
     "landmark": ("landmark", {"heads": 4, "kv_heads": 2, "block": 4}),
     "log_linear_mamba2": ("log_linear_mamba2", {"state_size": 4, "head_dim": 4, "groups": 2, "levels": 4}),
     "mesa_net": ("mesa_net", {"heads": 2, "steps": 8, "gate": True}),
@@ -147,6 +150,23 @@ MIXERS = {
     "shortformer": ("shortformer", {"heads": 4, "kv_heads": 2, "subsequence": 4, "sink_logits": True}),
     "softplus_attention": ("softplus_attention", {"heads": 4, "kv_heads": 2, "power": 3.0}),
     "transformer_xl": ("transformer_xl", {"heads": 4, "kv_heads": 2, "window": 5, "max_distance": 3}),
+    "cross_scan": (
+        "cross_scan",
+        {
+            "inner": "gla",
+            "options": {"heads": 2},
+            "columns": 3,
+            "orders": ("snake", "column_reversed", "hilbert"),
+            "tied": True,
+        },
+    ),
+    "vmamba": ("vmamba", {"columns": 3, "state_size": 4, "dt_rank": 3}),
+    "msvmamba": ("msvmamba", {"columns": 3, "state_size": 4, "coarse_taps": 5}),
+    "s4nd": ("s4nd", {"columns": 3, "state_size": 4}),
+    "s4nd-rank2": (
+        "s4nd",
+        {"columns": 4, "state_size": 4, "rank": 2, "bandlimit": 0.5, "rate": 0.5, "init": "lin"},
+    ),
     "parallel": (
         "parallel",
         {"branches": {"retnet": {"heads": 2}, "attention": {"heads": 2}}, "scales": {"retnet": 0.5}},
@@ -160,6 +180,7 @@ BY_FOURIER_TRANSFORM = {"dss", "gss", "h3", "hyena", "liquid_s4", "mega", "s4", 
 NOT_CAUSAL = {
     "bidirectional",
     "bigbird",
+    "cross_scan",
     "etc",
     "fnet",
     "hypermixer",
@@ -168,14 +189,17 @@ NOT_CAUSAL = {
     "longformer",
     "longt5",
     "luna",
+    "msvmamba",
     "nystromformer",
     "parallel",
     "reformer",
+    "s4nd",
     "tuned_state",
+    "vmamba",
 }
 
 # Mixers that choose tokens by numbers of their own, so that rounding may change what a token sees.
-CHOOSES = {"informer", "moba", "reformer"}
+CHOOSES = {"informer", "moba", "nsa", "reformer"}
 
 # Mixers whose part of the suite is slow. By default their own tests compare two calls, with a state, with the equation.
 LIGHT = {
@@ -186,4 +210,5 @@ LIGHT = {
     *("etc", "nystromformer", "luna", "reformer", "informer", "shifted_sparse", "moba", "landmark"),
     *("shortformer", "softplus_attention", "transformer_xl"),
     *("log_linear_mamba2", "ttt_linear", "titans", "mesa_net"),
+    *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention", "nsa", "b2s6"),
 }

@@ -26,6 +26,8 @@ WITHOUT = (
     "gss",
     "log_linear_mamba2",
     "mesa_net",
+    "path_attention",
+    "s4nd",
     "titans",
     "ttt_linear",
     *(
@@ -38,6 +40,7 @@ WITHOUT = (
         "luna",
         "luna-carried",
         "moba",
+        "nsa",
         "nystromformer",
         "shifted_sparse",
         "shortformer",

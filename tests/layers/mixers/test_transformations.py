@@ -18,6 +18,7 @@ NEED_A_LENGTH = {
     *("rwkv4", "mlstm", "xlstm7b", "linformer"),
     *("longformer", "bigbird", "longt5", "etc", "nystromformer", "luna-carried", "reformer", "informer"),
     *("moba", "landmark", "softplus_attention", "transformer_xl"),
+    *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention", "nsa"),
 }
 
 

@@ -1,14 +1,16 @@
 """Causal attention with patterns, positions and weights of its own against equations in NumPy, pair by pair, whole and in two calls.
 
-Shifted sparse attention, Shortformer's, Transformer-XL's, softplus attention, MoBA and landmarks.
+Shifted sparse attention, Shortformer's, Transformer-XL's, softplus attention, MoBA, NSA and landmarks.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from layers.mixers.attention import landmark as landmark_module
 from layers.mixers.attention import moba as moba_module
+from layers.mixers.attention import nsa as nsa_module
 from layers.mixers.attention import softplus_attention as softplus_module
 from layers.mixers.attention import transformer_xl as xl_module
 from tests.layers.mixers.literal import (
@@ -18,6 +20,7 @@ from tests.layers.mixers.literal import (
     heads,
     in_two_calls,
     masked_softmax,
+    sigmoid,
     softmax,
     softplus,
     tokens,
@@ -227,6 +230,52 @@ def test_every_block_chosen_is_attention():
     plain = drawn("attention", WIDTH, heads=HEADS, kv_heads=KV)
     x = tokens(TIME, WIDTH)
     np.testing.assert_allclose(model(x)[0], plain(x)[0], atol=1e-5)
+
+
+def nsa(model, x):
+    config, t = model.config, len(x)
+    (q, k, v), shared = (
+        (heads(apply(f, x), n) for f, n in ((model.query, HEADS), (model.key, KV), (model.value, KV))),
+        HEADS // KV,
+    )
+    gates, scale = sigmoid(apply(model.gate, x)).reshape(t, HEADS, 3, 1), q.shape[2] ** -0.5
+    y, size = np.zeros_like(q), config.block
+    for g in range(KV):
+        keys, values, group = k[:, g], v[:, g], range(g * shared, (g + 1) * shared)
+        for i in range(t):
+            own, whole = i // size, (i + 1) // size
+            coarse = [keys[b * size : (b + 1) * size].mean(0) for b in range(whole)]
+            coarse_values = [values[b * size : (b + 1) * size].mean(0) for b in range(whole)]
+            weights = [softmax(scale * np.array(coarse) @ q[i, h]) if whole else np.zeros(0) for h in group]
+            always = {0, own, max(0, own - 1)}
+            best = sorted(set(range(whole)) - always, key=lambda b: -sum(w[b] for w in weights))
+            chosen = always | set(best[: max(0, config.top_k - len(always))])
+            picked = [j for j in range(i + 1) if j // size in chosen]
+            recent = np.arange(max(0, i + 1 - config.window), i + 1)
+            for h, weight in zip(group, weights, strict=True):
+                if whole:
+                    y[i, h] += gates[i, h, 0] * (weight @ coarse_values)
+                for gate, seen in ((gates[i, h, 1], picked), (gates[i, h, 2], recent)):
+                    y[i, h] += gate * (softmax(scale * keys[seen] @ q[i, h]) @ values[seen])
+    return apply(model.output, y.reshape(t, -1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("queries", [4, 128])
+def test_compressed_chosen_and_recent(queries, monkeypatch):
+    """By lists, and by masks in a cache and in packed rows, for some queries at a time."""
+    monkeypatch.setattr(nsa_module, "QUERIES", queries)
+    model = drawn("nsa", WIDTH, block=3, top_k=4, window=5, **ATTENTION)
+    x = tokens(TIME, WIDTH)
+    want = by_row(lambda x: nsa(model, x), x)
+    ids = jnp.asarray([[1] * 15 + [2] * 11, [0] * 2 + [1] * 24])
+    run = jax.jit(lambda x: (model(x)[0], model(x, segment_ids=ids)[0]))
+    got, packed = run(x)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(in_two_calls(model, x)[0], want, atol=1e-5)
+    rows = np.asarray(x, np.float64)
+    for row, part in ((0, slice(0, 15)), (0, slice(15, 26)), (1, slice(2, 26))):
+        np.testing.assert_allclose(np.asarray(packed)[row, part], nsa(model, rows[row, part]), atol=1e-5)
 
 
 def landmark(model, x):

@@ -1,0 +1,1 @@
+"""Mixers that read sequences as images."""
