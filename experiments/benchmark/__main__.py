@@ -6,6 +6,7 @@
     python -m experiments.benchmark decode [--only=mamba2,attention] [--batch=8] [--lengths=1024,16384] [--cache="snapkv(budget=1024)"] [--out=FOLDER]
     python -m experiments.benchmark parallel [--only=attention,delta_rule/all_scan] [--num_devices=8] [--latency=1e-5] [--out=FOLDER]
     python -m experiments.benchmark long_rows [--only=links,train/gated_deltanet] [--num_devices=2] [--time=262144] [--out=FOLDER]
+    python -m experiments.benchmark weak_scaling [--only=gated_deltanet] [--num_devices=8] [--size=1.3b] [--out=FOLDER]
     python -m experiments.benchmark pretrained [--only=load,decode/llama] [--size=1.5b] [--out=FOLDER]
     python -m experiments.benchmark tune [--only=linear_recurrence/real] [--out=FOLDER]
 
@@ -19,7 +20,8 @@ in processes that compile beside each other and measure in turn, and `decode` st
 context. `parallel` counts what divided time sends between devices, beside
 the published formulas, times it on those that there are, and extends the formulas to 1,024 devices by a model of links
 (`experiments/benchmark/parallel.py`), in parallel.json and parallel.png; `--links` takes the links from what `long_rows` measured. `long_rows` trains and reads rows that
-devices share (`experiments/benchmark/long_rows.py`), prints a line of JSON per case and writes long_rows.json. `pretrained` writes random checkpoints
+devices share (`experiments/benchmark/long_rows.py`), prints a line of JSON per case and writes long_rows.json. `weak_scaling` takes training steps with
+as many rows per device on 1, 2, 4, ... devices (`experiments/benchmark/weak_scaling.py`), in weak_scaling.json and weak_scaling.png. `pretrained` writes random checkpoints
 in the format of transformers, loads them, and generates beside transformers where that can be imported
 (`experiments/benchmark/pretrained.py`); it writes pretrained.json. `tune` checks and times layouts of the GPU kernels and writes
 tune.json. Exit codes: 0 done; 1 one of
@@ -51,6 +53,7 @@ from experiments.benchmark import (
     scaling,
     steps,
     tune,
+    weak_scaling,
 )
 from experiments.benchmark.parallel_methods import Sizes
 from experiments.benchmark.processes import EndedEarly
@@ -73,7 +76,17 @@ from experiments.runs.files import to_json_text, write_atomically
 from experiments.runs.sessions import git_revision, versions
 from layers.kernels.suites import SUITES
 
-STUDIES = ("kernels", "scaling", "steps", "decode", "parallel", "long_rows", "pretrained", "tune")
+STUDIES = (
+    "kernels",
+    "scaling",
+    "steps",
+    "decode",
+    "parallel",
+    "long_rows",
+    "weak_scaling",
+    "pretrained",
+    "tune",
+)
 MODELS = ("steps", "decode")  # studies of whole models
 # Options that a study reads, beside --only, --rounds and --out.
 READS = {
@@ -95,6 +108,7 @@ READS = {
         "links",
     },
     "long_rows": {"time", "num_devices", "size", "remat", "prefer", "patience", "workers"},
+    "weak_scaling": {"batch", "time", "num_devices", "size", "unrolled", "prefer", "patience"},
     "pretrained": {"size", "patience"},
     "tune": {"batch", "time", "narrower"},
 }
@@ -114,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_read(values)
     if study == "long_rows":
         return _long_rows(values)
+    if study == "weak_scaling":
+        return _weak_scaling(values)
     if study == "pretrained":
         return pretrained.study(values.out, values.size, values.only, values.rounds, values.patience)
     _share_memory(1 if study in (*MODELS, "parallel", "tune") else values.workers or kernels.Options.workers)
@@ -265,6 +281,33 @@ def _long_rows(values: Any) -> int:
     return 1 if any("failed" in row for row in record["rows"]) else 0
 
 
+def _weak_scaling(values: Any) -> int:
+    """Measures every case in a process of its own; this one leaves the devices alone."""
+    options = values.size, values.batch, values.time, values.unrolled, values.rounds or 5
+    setting = weak_scaling.Setting(*options, _preferred(values.prefer) or {})
+    models.chosen(values.only)  # raises for an unknown one
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
+    patience, wanted = values.patience or PATIENCE, str(values.num_devices or "all")
+    (found,) = alone.run(weak_scaling.look, [wanted], patience, lambda _: None)
+    if "failed" in found:
+        raise ArgumentError(found["failed"].removeprefix("ValueError: "))
+    print(found["device"], flush=True)
+    record = dict(command=["experiments.benchmark", *sys.argv[1:]], device=found["device"])
+    rows: list[dict[str, Any]] = []
+    record |= dict(versions=versions(), git=git_revision(), rows=rows)
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(weak_scaling.compared(row, rows))
+        print(weak_scaling.line(rows[-1]), flush=True)
+        values.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(values.out / "weak_scaling.json", to_json_text(record))
+
+    measure = functools.partial(weak_scaling.measure, setting)
+    alone.run(measure, weak_scaling.cases(found["count"], values.only), patience, add)
+    weak_scaling.draw(rows, values.out / "weak_scaling.png", found["device"])
+    return 1 if any("failed" in row for row in rows) else 0
+
+
 def _preferred(pairs: Sequence[str] | None) -> dict[str, str] | None:
     """Implementations by primitive from texts such as "delta_rule/gpu"."""
     if pairs is None:
@@ -372,7 +415,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--patience",
         type=positive_number,
-        help="seconds for one implementation to compile and be checked, or for a case of `long_rows`",
+        help="seconds for one implementation to compile and be checked, or for a case of `long_rows` and `weak_scaling`",
     )
     parser.add_argument(
         "--rows", type=names, help="kinds of rows, for `steps`: whole, ones and packed (default: all)"
@@ -395,7 +438,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--num_devices",
         type=positive_integer,
-        help="devices, for `steps` (default: 1), `parallel` and `long_rows` (default: all)",
+        help="devices, for `steps` (default: 1), `parallel`, `long_rows` and `weak_scaling` (default: all)",
     )
     parser.add_argument(
         "--remat",

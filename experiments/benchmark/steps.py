@@ -14,8 +14,9 @@ import numpy as np
 
 from experiments.analysis.utilization import peak_flops, training_flops
 from experiments.benchmark import alone, models
+from experiments.benchmark.collectives import bytes_sent
 from experiments.benchmark.processes import Say
-from experiments.benchmark.timing import interleaved
+from experiments.benchmark.timing import interleaved, peak_bytes
 from experiments.config.loading import MeshConfig
 from experiments.parallel.mesh import Devices
 from experiments.tasks import tokens
@@ -113,8 +114,8 @@ def measure(setting: Setting, case: str) -> dict[str, Any]:
     config = models.config(name, size, length) | dict(scan=not setting.unrolled)
     devices = Devices.first(setting.count, MeshConfig())
     with dispatch.preferred(setting.prefer):
-        measured = _measure(config, kind, devices, batch, length, setting.rounds)
-    return dict(model=name, size=size, unrolled=setting.unrolled) | measured
+        found = measured(config, kind, devices, batch, length, setting.rounds)
+    return dict(model=name, size=size, unrolled=setting.unrolled) | found
 
 
 def line(row: Mapping[str, Any]) -> str:
@@ -153,7 +154,15 @@ def step_functions(
     return model, functions
 
 
-def _measure(config, kind, devices, batch, length, rounds) -> dict[str, Any]:
+def measured(
+    config: Mapping[str, Any], kind: str, devices: Devices, batch: int, length: int, rounds: int
+) -> dict[str, Any]:
+    """Returns the time of a step of the model of a config, what it needs and, on several devices, what a device sends.
+
+    Args:
+      kind: one of `ROWS`.
+      batch: rows per device.
+    """
     arrays = random_batch(kind, batch * len(devices), length, config["vocab_size"])
     packed = DOCUMENTS if kind == "packed" else 1
     model, functions = step_functions(config, arrays, devices, packed)
@@ -184,9 +193,18 @@ def _measure(config, kind, devices, batch, length, rounds) -> dict[str, Any]:
         flops=flops,
         utilization=peak and 1e3 * flops / (peak * timing.median),
         temporary_bytes=step.memory_analysis().temp_size_in_bytes,
+        needed_bytes=peak_bytes(step),
+        sent_bytes=None if len(devices) == 1 else _sent(step.as_text()),
         implementations=sorted({"/".join(one) for one in taken}),
         compile_seconds=seconds,
     )
+
+
+def _sent(text: str) -> int | None:
+    try:
+        return bytes_sent(text).total()
+    except ValueError:  # a loop whose number of steps is not known
+        return None
 
 
 def random_batch(kind: str, batch: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:
