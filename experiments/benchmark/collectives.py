@@ -48,6 +48,14 @@ def bytes_sent(text: str) -> Counter:
     return of(entry)
 
 
+def total_sent(text: str) -> int | None:
+    """Returns the bytes of all kinds that a device sends; None where a loop that sends has no known number of steps."""
+    try:
+        return bytes_sent(text).total()
+    except ValueError:
+        return None
+
+
 def _computations(text: str) -> tuple[Mapping[str, list[str]], str]:
     """The lines of every computation, and the name of the first to run."""
     found: dict[str, list[str]] = {}

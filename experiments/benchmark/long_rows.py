@@ -12,7 +12,8 @@ Each case runs in a process of its own (`alone`), of which `--workers` compile b
     prefill/float32, /bfloat16        4 T tokens read in chunks by one device that carries the state, and cut over all: a small
                                       Gated DeltaNet in float32, and the one of `--size` (`parallel_row`)
 
-Steps are those of the study `steps`, with layers under a scan but on a CPU. A device without memory for a step is a result. Cases
+Steps are those of the study `steps`, with layers under a scan but on a CPU. Rows of several devices have the bytes that each sends per step,
+counted from the compiled program. A device without memory for a step is a result. Cases
 of `memory` run one after the other, whatever `--workers` is.
 """
 
@@ -26,6 +27,7 @@ import numpy as np
 
 from experiments.analysis.utilization import training_flops
 from experiments.benchmark import alone, links, models, parallel_row
+from experiments.benchmark.collectives import total_sent
 from experiments.benchmark.steps import random_batch, step_functions
 from experiments.benchmark.timing import peak_bytes
 from experiments.config.loading import MeshConfig
@@ -184,6 +186,7 @@ def _step(setting, name, length, how, remat) -> dict[str, Any]:
         implementations=sorted({"/".join(one) for one in taken}),
         compile_seconds=compile_seconds,
         needed_bytes=peak_bytes(step),
+        sent_bytes=None if len(devices) == 1 else total_sent(step.as_text()),
     )
     lacking = lacks(row["needed_bytes"], device_memory())
     if lacking:

@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.analysis.utilization import peak_flops, training_flops
 from experiments.benchmark import alone, models
-from experiments.benchmark.collectives import bytes_sent
+from experiments.benchmark.collectives import total_sent
 from experiments.benchmark.processes import Say
 from experiments.benchmark.timing import interleaved, peak_bytes
 from experiments.config.loading import MeshConfig
@@ -194,17 +194,10 @@ def measured(
         utilization=peak and 1e3 * flops / (peak * timing.median),
         temporary_bytes=step.memory_analysis().temp_size_in_bytes,
         needed_bytes=peak_bytes(step),
-        sent_bytes=None if len(devices) == 1 else _sent(step.as_text()),
+        sent_bytes=None if len(devices) == 1 else total_sent(step.as_text()),
         implementations=sorted({"/".join(one) for one in taken}),
         compile_seconds=seconds,
     )
-
-
-def _sent(text: str) -> int | None:
-    try:
-        return bytes_sent(text).total()
-    except ValueError:  # a loop whose number of steps is not known
-        return None
 
 
 def random_batch(kind: str, batch: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:

@@ -122,6 +122,7 @@ def test_a_step_is_measured(case):
     assert row["devices"] == (1 if how in long_rows.ALONE else 2)
     assert row["time"] == (32 if case.startswith("train") and how != "one" else 16)
     assert row["tokens_per_second"] > 0
+    assert (row["sent_bytes"] is None) == (how in long_rows.ALONE)
     if case.startswith("transformer"):
         one = long_rows.measure(TINY, "transformer/one")
         assert row["loss"] == pytest.approx(one["loss"], rel=2e-3)  # bfloat16
