@@ -160,7 +160,7 @@ def positions(
     table = model.config.input.longest
     if table is not None and length > table:
         raise ValueError(
-            f"--positions={length}, but the model has max_positions={table}; expected at most that"
+            f"--positions={length}, but the model has max_positions={model.config.input.max_positions}; expected at most {table}"
         )
     options = dict(task) | TRAINING | dict(length=length, packing="concatenate", reset=False)
     # Other splits may have less text than one long row.

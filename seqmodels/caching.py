@@ -26,7 +26,13 @@ def layers_of(model: LanguageModel) -> dict[int, Any]:
 
 
 def check(
-    model: LanguageModel, policy: CachePolicy, longest: int, new: int, *, filters: bool = False
+    model: LanguageModel,
+    policy: CachePolicy,
+    longest: int,
+    new: int,
+    *,
+    filters: bool = False,
+    name: str | None = "cache",
 ) -> None:
     """Raises ValueError unless the policy can keep caches of the model.
 
@@ -34,6 +40,7 @@ def check(
       longest: tokens of the longest prompt.
       new: the most new tokens.
       filters: whether prompts are shortened as a policy with `filters` says, which `seqmodels.generate` does.
+      name: the argument that the policy was given by, for messages; None if it was not.
     """
     if policy.filters and not filters:
         raise ValueError(
@@ -43,9 +50,11 @@ def check(
     mixers, stack = layers_of(model), model.config.stack
     if not mixers:
         names = ", ".join(dict.fromkeys(stack.mixer_of(layer)[0] for layer in range(stack.depth)))
+        found = f"no layer ({names}) holds keys and values of all tokens; expected a model with a mixer such as 'attention' without window"
         raise ValueError(
-            f"cache={type(policy).__name__} has nothing to act on: no layer ({names}) holds keys and values of all tokens; "
-            "expected a model with a mixer such as 'attention' without window, or cache=None"
+            f"model: {found}"
+            if name is None
+            else f"{name}={type(policy).__name__} has nothing to act on: {found}, or {name}=None"
         )
     other = [layer for layer in range(stack.depth) if layer not in mixers]
     if policy.packs and other:

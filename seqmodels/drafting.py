@@ -63,11 +63,11 @@ def check(
         raise ValueError(
             f"draft has vocab_size={own}; expected {wanted}, that of the model, as both read the same tokens"
         )
-    table, read = draft.config.input.max_positions, longest + new - 1
-    if table is not None and read > table:
+    inputs, read = draft.config.input, longest + new - 1
+    if inputs.longest is not None and read > inputs.longest:
         raise ValueError(
-            f"draft has max_positions={table}, but a prompt of {longest} tokens and max_new_tokens={new} need {read}; expected "
-            "a draft model with more positions, or fewer tokens"
+            f"draft has max_positions={inputs.max_positions}, but a prompt of {longest} tokens and max_new_tokens={new} need "
+            f"{read + inputs.first_position}; expected a draft model with more positions, or fewer tokens"
         )
     if cache is None:
         return
@@ -76,7 +76,7 @@ def check(
             f"draft_cache={cache!r} acts on whole prompts; expected a policy that acts on every call alike, such as "
             "'streaming(budget=512)', or None"
         )
-    caching.check(draft, policy, longest, new)
+    caching.check(draft, policy, longest, new, name="draft_cache")
 
 
 def propose(

@@ -180,11 +180,11 @@ def stream(
     stops = _sequences("stop", stop, vocab_size)
     longest = max(map(len, prompts))
     read = longest + max_new_tokens - 1  # the last new token is not read
-    table = model.config.input.longest
+    table, first = model.config.input.longest, model.config.input.first_position
     if table is not None and read > table:
         raise ValueError(
-            f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens needs {read} positions, but max_positions="
-            f"{table}; expected at most {max(0, table + 1 - longest)} new tokens, or a shorter prompt"
+            f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens needs {read + first} positions, but max_positions="
+            f"{table + first}; expected at most {max(0, table + 1 - longest)} new tokens, or a shorter prompt"
         )
     if lookup is not None and counts["ngram"] > read:
         raise ValueError(

@@ -9,6 +9,7 @@ from layers.mixers.state_space.mamba2 import Mamba2
 from layers.options import Fraction, Positive, checked_dataclass
 from layers.typing import Array, Float, Int
 from seqmodels.language_model import LanguageModel
+from seqmodels.rows import read_rows
 
 
 class LeastStep(nnx.Variable):
@@ -51,7 +52,7 @@ def lengthen(
       tokens: rows as long as those of training, t tokens, without padding; the authors have 100 rows of 2,000.
 
     Raises:
-      ValueError: no layer is Mamba-2, layers share blocks, or there are no tokens.
+      ValueError, TypeError: no layer is Mamba-2, layers share blocks, or tokens are no rows of the model's vocabulary.
     """
     stack = model.stack
     layers = [layer for layer in range(stack.config.depth) if isinstance(stack.block(layer).mixer, Mamba2)]
@@ -60,9 +61,7 @@ def lengthen(
             f"model has layers of {', '.join(stack.config.pattern)}{' and shared blocks' if stack.uses else ''}; expected some of "
             "mamba2, and no shared blocks"
         )
-    tokens = np.asarray(tokens, np.int32)
-    if tokens.ndim != 2 or not tokens.size:
-        raise ValueError(f"tokens has shape {list(tokens.shape)}; expected rows (n, t) with tokens")
+    tokens = read_rows(model, tokens)
     _set(model, {})
     steps = _steps(*nnx.split(model), jnp.asarray(tokens))
     bounds = {}

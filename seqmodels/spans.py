@@ -11,9 +11,11 @@ import numpy as np
 
 from layers.caches.moa import MoA
 from layers.caches.perturbed import Perturbing
+from layers.options import check_number
 from layers.typing import Array, Float, Int
 from seqmodels import caching
 from seqmodels.language_model import LanguageModel, LanguageModelState
+from seqmodels.rows import read_rows
 
 # Windows of fixed and of growing length, and everything.
 RULES = (
@@ -52,15 +54,19 @@ def search(
       sinks, least: as in `MoA`.
 
     Raises:
-      ValueError: the model has no layer with a cache of all tokens, or no rules fit the density.
+      ValueError, TypeError: the model has no layer with a cache of all tokens, tokens are no rows of its vocabulary, a rule is no
+        pair of numbers, or no rules fit the density.
     """
-    tokens = np.asarray(tokens, np.int32)
-    if tokens.ndim != 2 or tokens.shape[1] < 2:
-        raise ValueError(f"tokens {list(tokens.shape)}; expected rows (n, t) of at least two tokens")
+    tokens = read_rows(model, tokens, least=2)
     if not 0 < density <= 1:
         raise ValueError(f"density={density}; expected more than 0 and at most 1")
     time = tokens.shape[1]
-    caching.check(model, Perturbing(), time, 1)
+    caching.check(model, Perturbing(), time, 1, name=None)
+    if not len(rules) or any(len(rule) != 2 for rule in rules):
+        raise ValueError(f"rules={rules!r}; expected one or more pairs (alpha, beta)")
+    for number, rule in enumerate(rules):
+        for name, value in zip(("alpha", "beta"), rule, strict=True):
+            check_number(f"{name} of rules[{number}]", value)
     given = [[float(x) for x in each] for each in zip(*rules, strict=True)]
     spans = MoA(alphas=given[:1], betas=given[1:], sinks=sinks, least=least).spans(0, time)
     rows = [[hidden(one, spans, sinks) for one in influences(model, row)] for row in tokens]

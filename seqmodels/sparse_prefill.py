@@ -15,6 +15,7 @@ from layers.segments import Place, Visit
 from layers.typing import Array, Int
 from seqmodels import caching
 from seqmodels.language_model import LanguageModel
+from seqmodels.rows import read_rows
 
 # Candidates of MInference, whose products are about as many.
 CANDIDATES = (
@@ -54,13 +55,13 @@ def search(
     """
     policy = MInference() if policy is None else policy
     (patterns,) = read_patterns("candidates", [list(candidates)])
-    tokens = np.asarray(tokens, np.int32)
-    if tokens.ndim != 2 or not 0 <= skip < tokens.shape[1]:
+    tokens = read_rows(model, tokens)
+    if not 0 <= skip < tokens.shape[1]:
         raise ValueError(
             f"skip={skip} in tokens {list(tokens.shape)}; expected rows (n, t) and 0 <= skip < t"
         )
     policy.check(tokens.shape[1], {layer: one.config for layer, one in caching.layers_of(model).items()})
-    caching.check(model, Watching(length=tokens.shape[1]), tokens.shape[1], 1)
+    caching.check(model, Watching(length=tokens.shape[1]), tokens.shape[1], 1, name=None)
     recalls = [_recalls(model, jnp.asarray(row)[None], policy, patterns, skip) for row in tokens]
     means = [np.mean([np.asarray(row[layer]) for row in recalls], axis=0) for layer in range(len(recalls[0]))]
     return [[patterns[int(best)] for best in layer.argmax(0)] for layer in means]

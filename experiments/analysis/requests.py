@@ -48,7 +48,7 @@ class Requests:
         table = model.config.input.longest
         if limit is not None and table is not None and limit > table:
             raise ValueError(
-                f"max_length={limit}, but the model has max_positions={table}; expected at most that"
+                f"max_length={limit}, but the model has max_positions={model.config.input.max_positions}; expected at most {table}"
             )
         self._model, self._tokenizer, self._batch = model, tokenizer, batch
         self._prefix = [int(token) for token in prefix]

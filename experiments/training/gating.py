@@ -21,6 +21,7 @@ from layers.segments import Visit
 from layers.typing import Array, Float, Int
 from seqmodels import caching
 from seqmodels.language_model import LanguageModel
+from seqmodels.rows import read_rows
 
 
 @checked_dataclass
@@ -66,13 +67,12 @@ def train_gates(
       tokens: rows without padding.
 
     Raises:
-      ValueError: the model has no layer with a cache of all tokens, or rows have fewer than two tokens.
+      ValueError, TypeError: the model has no layer with a cache of all tokens, or tokens are no rows of two or more of its
+        vocabulary.
     """
     config = GatingConfig() if config is None else config
-    tokens = np.asarray(tokens, np.int32)
-    if tokens.ndim != 2 or tokens.shape[1] < 2:
-        raise ValueError(f"tokens {list(tokens.shape)}; expected rows (n, t) of at least two tokens")
-    caching.check(model, Watching(length=1), tokens.shape[1], 1)
+    tokens = read_rows(model, tokens, least=2)
+    caching.check(model, Watching(length=1), tokens.shape[1], 1, name=None)
     parameters = []
     for number, mixer in enumerate(caching.layers_of(model).values()):
         sizes = mixer.config

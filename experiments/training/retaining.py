@@ -16,6 +16,7 @@ from layers.options import NonNegative, Positive, checked_dataclass
 from layers.typing import Array, Float, Int
 from seqmodels import caching
 from seqmodels.language_model import LanguageModel
+from seqmodels.rows import read_rows
 
 
 @checked_dataclass
@@ -64,16 +65,17 @@ def train_heads(
       prompt: number of tokens of the prompt; what follows is the answer.
 
     Raises:
-      ValueError: the model has no layer with a cache of all tokens, or there is no prompt or no answer.
+      ValueError, TypeError: the model has no layer with a cache of all tokens, tokens are no rows of its vocabulary, or there is no
+        prompt or no answer.
     """
     config = RetainingConfig() if config is None else config
-    tokens = np.asarray(tokens, np.int32)
-    if tokens.ndim != 2 or not 0 < prompt < tokens.shape[1]:
+    tokens = read_rows(model, tokens)
+    if not 0 < prompt < tokens.shape[1]:
         raise ValueError(
             f"prompt={prompt} in tokens {list(tokens.shape)}; expected rows (n, t) with a prompt and an answer, 0 < prompt < t"
         )
     policy = Watching(length=tokens.shape[1])
-    caching.check(model, policy, tokens.shape[1], 1)
+    caching.check(model, policy, tokens.shape[1], 1, name=None)
     keys = jax.random.split(jax.random.key(config.seed), len(caching.layers_of(model)))
     parameters = []
     for key, mixer in zip(keys, caching.layers_of(model).values(), strict=True):

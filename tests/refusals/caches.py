@@ -187,7 +187,7 @@ ROWS = [
     (
         lambda: train_heads(model(**LRU)(), np.ones((2, 4), np.int32), prompt=2),
         ValueError,
-        "cache=Watching has nothing to act on: no layer (lru) holds keys",
+        "model: no layer (lru) holds keys",
     ),
     (
         read("attention_gate"),
@@ -211,14 +211,50 @@ ROWS = [
         "gates of the cache 'attention_gate' map 8 features to 3 gates in layer 0; expected 24 and 2",
     ),
     (
+        lambda: train_gates(model()(), np.ones((0, 4), np.int32)),
+        ValueError,
+        "tokens [0, 4]; expected one or more rows (n, t)",
+    ),
+    (lambda: train_gates(model()(), np.ones((1, 4))), TypeError, "tokens are float64; expected integers"),
+    (
+        lambda: train_gates(model()(), np.full((1, 4), 9)),
+        ValueError,
+        "tokens[0, 0] is 9; expected 0 to 8, as vocab_size=9",
+    ),
+    (
+        lambda: train_heads(model()(), np.ones((0, 4), np.int32), prompt=2),
+        ValueError,
+        "tokens [0, 4]; expected one or more rows (n, t)",
+    ),
+    (
+        lambda: search(model()(), np.full((1, 4), -1)),
+        ValueError,
+        "tokens[0, 0] is -1; expected 0 to 8, as vocab_size=9",
+    ),
+    (
+        lambda: spans.search(model()(), np.ones((0, 4), np.int32)),
+        ValueError,
+        "tokens [0, 4]; expected one or more rows (n, t)",
+    ),
+    (
+        lambda: spans.search(model()(), np.ones((1, 4), np.int32), rules=[(1, 0.0), (2,)]),
+        ValueError,
+        "rules=[(1, 0.0), (2,)]; expected one or more pairs (alpha, beta)",
+    ),
+    (
+        lambda: spans.search(model()(), np.ones((1, 4), np.int32), rules=[("all", 0.0)]),
+        TypeError,
+        "alpha of rules[0]='all'; expected a number",
+    ),
+    (
         lambda: train_gates(model()(), np.ones((2, 1), np.int32)),
         ValueError,
-        "tokens [2, 1]; expected rows (n, t) of at least two tokens",
+        "tokens [2, 1]; expected one or more rows (n, t) with t of at least 2",
     ),
     (
         lambda: train_gates(model(**LRU)(), np.ones((2, 4), np.int32)),
         ValueError,
-        "cache=Watching has nothing to act on: no layer (lru) holds keys",
+        "model: no layer (lru) holds keys",
     ),
     (read("minference(heads='none.json')"), ValueError, "heads='none.json' cannot be read: No such file"),
     (
@@ -291,7 +327,7 @@ ROWS = [
     (
         lambda: spans.search(model()(), np.ones((2, 1), np.int32)),
         ValueError,
-        "tokens [2, 1]; expected rows (n, t) of at least two tokens",
+        "tokens [2, 1]; expected one or more rows (n, t) with t of at least 2",
     ),
     (
         lambda: spans.search(model()(), np.ones((2, 4), np.int32), density=0.0),
@@ -301,7 +337,7 @@ ROWS = [
     (
         lambda: spans.search(model(**LRU)(), np.ones((2, 4), np.int32)),
         ValueError,
-        "cache=Perturbing has nothing to act on: no layer (lru) holds keys",
+        "model: no layer (lru) holds keys",
     ),
     (
         lambda: spans.choose(np.zeros((2, 1)), np.array([4]), 6),
@@ -350,6 +386,16 @@ ROWS = [
         drafted(dict(absolute_positions="learned", max_positions=5)),
         ValueError,
         "draft has max_positions=5, but a prompt of 3 tokens and max_new_tokens=4 need 6",
+    ),
+    (
+        drafted(dict(absolute_positions="learned", max_positions=7, first_position=2)),
+        ValueError,
+        "draft has max_positions=7, but a prompt of 3 tokens and max_new_tokens=4 need 8",
+    ),
+    (
+        drafted(LRU, draft_cache="streaming(budget=4, sinks=1)"),
+        ValueError,
+        "draft_cache=Streaming has nothing to act on: no layer (lru) holds keys",
     ),
     (drafted(draft_cache="snapkv"), ValueError, "draft_cache='snapkv' acts on whole prompts; expected a"),
     (drafted(draft_cache="streaming(budget=9)"), ValueError, "budget=9 of the cache is more than the 6"),

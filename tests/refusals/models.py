@@ -470,7 +470,12 @@ CALLS = [
     (
         lengthened(TOKENS[0], pattern=("mamba2",), mixers=dict(mamba2=dict(head_dim=4))),
         ValueError,
-        "tokens has shape [3]; expected rows (n, t)",
+        "tokens [3]; expected one or more rows (n, t)",
+    ),
+    (
+        lengthened(TOKENS + 99, pattern=("mamba2",), mixers=dict(mamba2=dict(head_dim=4))),
+        ValueError,
+        "tokens[0, 0] is 99; expected 0 to",
     ),
     (lambda: LengthenConfig(length=0), ValueError, "length=0; expected"),
     (lambda: LengthenConfig(length=8, decay=1.0), ValueError, "decay=1.0; expected"),

@@ -1,0 +1,27 @@
+"""Rows of text that something is found or trained on for a language model."""
+
+from typing import Any
+
+import numpy as np
+
+from layers.indices import check_indices
+from layers.typing import Int
+from seqmodels.language_model import LanguageModel
+
+
+def read_rows(model: LanguageModel, tokens: Any, *, least: int = 1) -> Int[np.ndarray, "n t"]:
+    """Returns rows of tokens as int32, at least one row of `least` tokens.
+
+    Raises:
+      TypeError: `tokens` are not integers.
+      ValueError: they are no rows, too few or too short, or a token is not in the model's vocabulary.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < least:
+        raise ValueError(
+            f"tokens {list(tokens.shape)}; expected one or more rows (n, t) with t of at least {least}"
+        )
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise TypeError(f"tokens are {tokens.dtype}; expected integers")
+    check_indices("tokens", tokens, model.config.input.vocab_size, of="vocab_size")
+    return tokens.astype(np.int32)
