@@ -97,9 +97,11 @@ class ProductKeyMemory(nnx.Module):
         def add(total, head):
             weights, chosen = head
             read = values[chosen].astype(config.dtype)
-            return total + jnp.einsum("btk,btkd->btd", weights, read), None
+            return total + jnp.einsum(
+                "btk,btkd->btd", weights, read, preferred_element_type=jnp.float32
+            ), None
 
         # Head by head, so that the values of one alone are in memory.
-        zeros = jnp.zeros((*x.shape[:2], config.width), config.dtype)
+        zeros = jnp.zeros((*x.shape[:2], config.width), jnp.float32)
         y, _ = jax.lax.scan(add, zeros, (weights, rows * config.keys + columns))
-        return dropout(y, config.dropout, key)
+        return dropout(y.astype(config.dtype), config.dropout, key)

@@ -90,6 +90,14 @@ def test_equals_the_equation(name):
     np.testing.assert_allclose(mixer(jnp.asarray(X)), literal(name, mixer, X.astype(np.float64)), atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_memory_sums_its_heads_in_float32():
+    # In bfloat16 256 + 1 is 256.
+    layer = make("product_key", heads=300, key_dim=2, keys=2, top_k=1, dtype="bfloat16")
+    layer.values[...] = jnp.ones_like(layer.values[...])
+    assert (np.asarray(layer(jnp.asarray(X)), np.float32) == 300).all()
+
+
 @by_name
 def test_dropout_acts_with_a_key_only(name):
     mixer = make(name, dropout=0.5)
