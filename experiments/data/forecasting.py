@@ -101,6 +101,8 @@ def read(path: Path) -> Series:
     header = rows[0] if rows else []
     if len(header) < 2 or _is_number(header[1]):
         raise ValueError(f"{path}, row 1: {','.join(header)!r}; expected a header such as date,HUFL,OT")
+    if len(set(header)) < len(header):
+        raise ValueError(f"{path}, row 1: {','.join(header)!r}; expected names that differ")
     values = np.zeros((len(rows) - 1, len(header) - 1))
     for number, row in enumerate(rows[1:], start=2):
         if len(row) != len(header):

@@ -105,6 +105,7 @@ def test_the_stand_in_has_a_day_and_a_week():
     [
         ("", "row 1: ''; expected a header such as date,HUFL,OT"),
         ("2016,1.0,2.0\n", "row 1: '2016,1.0,2.0'; expected a header"),
+        ("date,OT,OT\n2016,1.0,2.0\n", "row 1: 'date,OT,OT'; expected names that differ"),
         ("date,HUFL,OT\n2016,1.0,2.0\n2017,1.0\n", "row 3: 2 values; expected 3"),
         ("date,HUFL,OT\n2016,1.0,x\n", "row 2: OT is 'x'; expected a finite number"),
         ("date,HUFL,OT\n2016,nan,1\n", "row 2: HUFL is 'nan'; expected a finite number"),
