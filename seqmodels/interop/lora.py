@@ -171,7 +171,7 @@ class Adapter:
         rank = len(a) // count
         own = slice(part, None, parts) if alternating else slice(part * outputs, (part + 1) * outputs)
         b = b[own].reshape(outputs, rank, count)
-        product = np.einsum("eri,ore->eio", a.reshape(count, rank, inputs), b)
+        product = a.reshape(count, rank, inputs).swapaxes(1, 2) @ b.transpose(2, 1, 0)
         return (array + scale_of(alpha, rank, self.stabilized) * product).astype(array.dtype)
 
     def check_base(self, module: str, tensor: np.ndarray) -> None:
