@@ -144,6 +144,10 @@ class StackConfig:
             raise ValueError(
                 f"route={self.route}; expected two layers in order, the second at most depth={self.depth}"
             )
+        if self.route is None and self.route_rate != type(self).route_rate:
+            raise ValueError(
+                f"route_rate={self.route_rate} has no effect without route; expected route=(start, end) too"
+            )
         if self.route is not None and self.shared is not None:
             raise ValueError(
                 "route is given, and shared blocks, which read all tokens; expected one of the two"
@@ -230,6 +234,10 @@ class InputConfig:
             raise ValueError(
                 f"vocab_size={self.vocab_size} and input_size={self.input_size}; "
                 "set vocab_size for tokens or input_size for vectors, and not both"
+            )
+        if self.embedding_norm_place == "sum" and not self.embedding_norm:
+            raise ValueError(
+                "embedding_norm_place='sum' has no effect without a norm; expected embedding_norm=True too"
             )
         if self.first_position and (self.max_positions or 0) <= self.first_position:
             raise ValueError(

@@ -88,7 +88,12 @@ class Embedding(nnx.Module):
         segments = Segments.of(segment_ids)
         x, place = self._placed(self._embed(inputs, segments), place, segments)
         if self.config.token_types is not None:
-            types = jnp.zeros(inputs.shape, jnp.int32) if types is None else select_real(types, segments)
+            types = jnp.zeros(inputs.shape, jnp.int32) if types is None else jnp.asarray(types)
+            if types.shape != inputs.shape or not jnp.issubdtype(types.dtype, jnp.integer):
+                raise ValueError(
+                    f"types are {types.dtype}{list(types.shape)}; expected integers {list(inputs.shape)}, one per token"
+                )
+            types = select_real(types, segments)
             check_indices("types", types, self.config.token_types, of="token_types")
             x = x + look_up(self.types[...], types, self.dtype)
         elif types is not None:

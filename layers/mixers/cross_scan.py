@@ -43,7 +43,7 @@ class CrossScanConfig:
     dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
-        check_orders(self.orders)
+        check_orders(self)
 
 
 class CrossScan(Mixer):

@@ -5,7 +5,7 @@ an image holds for each segment by itself, so that padding and packing mean what
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +44,17 @@ class Scan(NamedTuple):
         return _take(y, self.place)
 
 
-def check_orders(orders: Sequence[str]) -> None:
-    """Raises ValueError unless `orders` are names of `ORDERS`, perhaps with "_reversed" behind, and one or more."""
+def check_orders(config: Any) -> None:
+    """Raises ValueError unless the orders of a config are of `ORDERS`, perhaps with "_reversed" behind, and its window is read."""
+    orders = config.orders
     unknown = [name for name in orders if name.removesuffix(REVERSED) not in ORDERS]
     if unknown or not orders:
         raise ValueError(
             f"orders={tuple(orders)}; expected one or more of {', '.join(ORDERS)}, each also with {REVERSED!r} behind its name"
+        )
+    if config.window != type(config).window and not {"window", "window" + REVERSED} & {*orders}:
+        raise ValueError(
+            f"window={config.window} has no effect with orders={tuple(orders)}; expected the order 'window' too"
         )
 
 

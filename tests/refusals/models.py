@@ -245,6 +245,13 @@ MIXER_OPTIONS = [
     (mixer("cross_scan", inner="s5", columns=0), ValueError, "columns=0; expected at least 1"),
     (mixer("vmamba", taps=4), ValueError, "taps=4; expected an odd number"),
     (mixer("vmamba", dt_min=0.0), ValueError, "dt_min=0.0"),
+    (
+        mixer("cross_scan", inner="s5", window=8),
+        ValueError,
+        "window=8 has no effect with orders=('row', 'column', 'row_reversed', 'column_reversed')",
+    ),
+    (mixer("vmamba", window=2), ValueError, "window=2 has no effect with orders=('row',"),
+    (mixer("msvmamba", window=2), ValueError, "window=2; msvmamba has its own directions"),
     (mixer("msvmamba", orders=("row",)), ValueError, "orders=('row',); msvmamba has its own directions"),
     (mixer("msvmamba", coarse_taps=2), ValueError, "coarse_taps=2; expected an odd number"),
     (mixer("s4nd", state_size=3), ValueError, "state_size=3; expected an even number"),
@@ -434,6 +441,12 @@ MODELS = [
     ),
     (model(route=(0, 1), route_rate=1.0), ValueError, "route_rate=1.0; expected"),
     (model(token_types=0), ValueError, "token_types=0; expected"),
+    (model(route_rate=0.3), ValueError, "route_rate=0.3 has no effect without route"),
+    (
+        model(embedding_norm_place="sum"),
+        ValueError,
+        "embedding_norm_place='sum' has no effect without a norm",
+    ),
     (model(embedding_norm_place="end"), ValueError, "embedding_norm_place='end'; expected"),
     (
         model(kind="classifier", num_classes=2, vocab_size=..., input_size=3, token_types=2),
@@ -481,6 +494,12 @@ CALLS = [
     (lambda: LengthenConfig(length=8, decay=1.0), ValueError, "decay=1.0; expected"),
     (traced(encoded(3)), ValueError, "a masked language model takes no state"),
     (encoded(types=TOKENS + 2), ValueError, "expected 0 to 1, as token_types=2"),
+    (
+        encoded(types=TOKENS[:, :1]),
+        ValueError,
+        "types are int32[1, 1]; expected integers [1, 3], one per token",
+    ),
+    (encoded(types=TOKENS + 0.5), ValueError, "types are float32[1, 3]; expected integers [1, 3]"),
     (traced(encoded(types=TOKENS, token_types=None)), ValueError, "expected token_types in its config"),
     (
         called(ones(2, 5, 7), options=dict(heads=2)),

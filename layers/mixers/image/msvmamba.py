@@ -36,13 +36,13 @@ class MSVMambaConfig(VMambaConfig):
     joined: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("orders", "window"):
+            given, default = getattr(self, name), getattr(VMambaConfig, name)
+            if given != default:
+                raise ValueError(f"{name}={given}; msvmamba has its own directions, leave it out")
         super().__post_init__()
         if self.coarse_taps % 2 == 0:
             raise ValueError(f"coarse_taps={self.coarse_taps}; expected an odd number")
-        for name in ("orders", "window"):
-            given, default = getattr(self, name), VMambaConfig.__dataclass_fields__[name].default
-            if given != default:
-                raise ValueError(f"{name}={given}; msvmamba has its own directions, leave it out")
 
 
 class MSVMamba(Mixer):

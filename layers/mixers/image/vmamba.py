@@ -55,7 +55,7 @@ class VMambaConfig:
 
     def __post_init__(self) -> None:
         check_steps(self.dt_min, self.dt_max)
-        check_orders(self.orders)
+        check_orders(self)
         if self.taps % 2 == 0:
             raise ValueError(f"taps={self.taps}; expected an odd number, for a filter centred at the pixel")
 
