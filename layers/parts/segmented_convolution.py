@@ -151,7 +151,7 @@ def _by_segment(x, kernel, ahead, past, numbers):
     def add(number, y):
         return y + _one_segment(x, kernel, ahead, past, numbers, number)
 
-    return jax.lax.fori_loop(1, numbers.max() + 1, add, jnp.zeros_like(x))
+    return jax.lax.fori_loop(1, numbers.max(initial=0) + 1, add, jnp.zeros_like(x))
 
 
 def _forward(*arguments):
@@ -166,7 +166,7 @@ def _backward(arguments, dy):
         return jax.tree.map(jnp.add, totals, pullback(dy))
 
     zeros = tuple(jax.tree.map(jnp.zeros_like, array) for array in arrays)
-    return *jax.lax.fori_loop(1, numbers.max() + 1, add, zeros), None
+    return *jax.lax.fori_loop(1, numbers.max(initial=0) + 1, add, zeros), None
 
 
 _by_segment.defvjp(_forward, _backward)

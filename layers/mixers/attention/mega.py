@@ -162,7 +162,7 @@ class Mega(Mixer):
             packing = pack_rows(segments)
             numbers, positions = packing.numbers, packing.pack(segments.positions)
             q, k, v = map(packing.pack, (q, k, v))
-        blocks = functools.partial(in_blocks, size=min(self.config.chunk or time, max(time, 1)))
+        blocks = functools.partial(in_blocks, size=min(self.config.chunk or max(time, 1), max(time, 1)))
         q, k, v, *at = map(blocks, (q, k, v, numbers, positions))
         there = at
         if packing is not None and q.shape[1] > 1:

@@ -97,7 +97,7 @@ def _log_weights(q, k, here, there, power, offset):
     mean_one = count * b_ij / jnp.where(total > 0, total, 1)
     above = jax.nn.relu(mean_one - offset)
     # A factor of a whole row changes no output, and the derivative of a maximum is a search for it.
-    largest = jax.lax.stop_gradient(above.max(3, keepdims=True))
+    largest = jax.lax.stop_gradient(above.max(3, keepdims=True, initial=0))
     some = largest > 0
     above = jnp.where(some, above / jnp.where(some, largest, 1), mean_one)
     logs = jnp.log(jnp.where(above > 0, above, 1))

@@ -57,3 +57,14 @@ def test_parts_of_caches_of_different_lengths_are_refused():
     mixed = short._replace(carried=short.carried._replace(entries=long.carried.entries))
     with pytest.raises(ValueError, match=r"state.* of Attention has shape \(2, 6\); expected \(2, 8\)"):
         mixer(inputs(3), mixed)
+
+
+@pytest.mark.sample(4)
+@every_mixer
+def test_rows_without_tokens_and_batches_without_rows_are_mixed(entry):
+    mixer = build(entry)
+    for shape in ((BATCH, 0), (0, 3)):
+        x = inputs(3)[:1, :1] * jnp.ones((*shape, 1))
+        for ids in (None, jnp.ones(shape, jnp.int32)):
+            y = jax.eval_shape(lambda x, ids: mixer(x, segment_ids=ids)[0], x, ids)
+            assert y.shape == x.shape
