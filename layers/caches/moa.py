@@ -30,7 +30,7 @@ class MoA(CachePolicy):
         query i sees   j < sinks   or   i - (n_g(N) - sinks) < j <= i
 
     per key/value head g. N is the number of tokens of the row up to the query in a prompt, which can so be read in any number of calls,
-    and that of the prompt and the most new tokens afterwards. Heads of beta 0 have a fixed window, those of beta 1 see everything. What
+    and that of the prompt and the most new tokens afterwards. Heads of beta 0 have a fixed window, those of alpha 0 and beta 1 see everything. What
     leaves a span after the prompt is evicted; slots are those of the layer's largest span. The paper has spans of query heads.
     `seqmodels.spans.search` finds alpha and beta by the influence of what is hidden on the loss.
 

@@ -24,11 +24,11 @@ class SALE(SparsePrefill):
         a'_ij = scale (round4(q_i - mean q) . round4(k_j - mean k) + mean q . (k_j - mean k) + q_i . mean k)
         r_ij = exp(a'_ij) / sum_{l near i} exp(a_il),    a the logits;    a block is read where some r_ij > threshold
 
-    with round4 the nearest of -7 to 7 times the largest entry of a query or key by 7. Near are the blocks of the first `sinks` tokens, and
-    those from `window` tokens before the block of queries to its end, which are read in any case. Means are over the queries and keys of a
-    call, per head. A call on one token reads everything. The paper finds a threshold per head by the error of outputs on an example, here
-    one is given for all; its code rounds several tokens with one largest entry. Estimates are computed from what the codes stand for, so
-    that they show what is chosen and save no time; what is read is at most `budget`.
+    with round4 the nearest of -7 to 7 times the largest entry of a query or key by 7. Near are the blocks of the first `sinks` tokens,
+    and those from `window` tokens before the block of queries to its end, which are read in any case. Means are over the queries of a
+    call and the keys of the row up to its end, per head. A call on one token reads everything. The paper finds a threshold per head by
+    the error of outputs on an example, here one is given for all; its code rounds several tokens with one largest entry. Estimates are
+    computed from what the codes stand for, so that they show what is chosen and save no time; what is read is at most `budget`.
 
     Attributes:
       threshold: relative score of a block that is read.

@@ -20,7 +20,7 @@ QUERIES = 128
 
 @checked_dataclass
 class SoftplusAttentionConfig(AttentionConfig):
-    """Options of `SoftplusAttention`, and those of `AttentionConfig` but for windows, sinks, caps and biases of positions.
+    """Options of `SoftplusAttention`, and those of `AttentionConfig` but for windows, sinks, scales, caps and biases of positions.
 
     Attributes:
       power: p, the power of the re-weighting; with 1 and offset=0 there is none, which is LSSA.

@@ -59,7 +59,7 @@ def test_parts_of_caches_of_different_lengths_are_refused():
         mixer(inputs(3), mixed)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(20)
 @every_mixer
 def test_rows_without_tokens_and_batches_without_rows_are_mixed(entry):
     mixer = build(entry)
