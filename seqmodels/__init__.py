@@ -15,6 +15,7 @@ from seqmodels.interop import load_adapter, load_pretrained, save_adapter, save_
 from seqmodels.language_model import LanguageModel
 from seqmodels.lengthen import LengthenConfig, lengthen
 from seqmodels.masked_language_model import MaskedLanguageModel
+from seqmodels.regressor import Regressor
 
 __all__ = [
     "Autoencoder",
@@ -25,6 +26,7 @@ __all__ = [
     "LengthenConfig",
     "LoraConfig",
     "MaskedLanguageModel",
+    "Regressor",
     "__version__",
     "adapt",
     "build_model",

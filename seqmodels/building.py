@@ -15,11 +15,13 @@ from seqmodels.config import (
     DualEncoderConfig,
     LanguageModelConfig,
     MaskedLanguageModelConfig,
+    RegressorConfig,
     parse,
 )
 from seqmodels.dual_encoder import DualEncoder
 from seqmodels.language_model import LanguageModel
 from seqmodels.masked_language_model import MaskedLanguageModel
+from seqmodels.regressor import Regressor
 
 MODELS = {
     ClassifierConfig: Classifier,
@@ -27,17 +29,18 @@ MODELS = {
     LanguageModelConfig: LanguageModel,
     MaskedLanguageModelConfig: MaskedLanguageModel,
     AutoencoderConfig: Autoencoder,
+    RegressorConfig: Regressor,
 }
 
 
 def build_model(
     config: Mapping[str, Any], *, rngs: nnx.Rngs
-) -> Classifier | DualEncoder | LanguageModel | MaskedLanguageModel | Autoencoder:
+) -> Classifier | DualEncoder | LanguageModel | MaskedLanguageModel | Autoencoder | Regressor:
     """Returns the model that a mapping describes.
 
     Args:
-      config: "kind" ("classifier", "dual_encoder", "language_model", "masked_language_model" or "autoencoder") and, flat, the fields of `InputConfig`,
-        `StackConfig` and of the config of that kind in `seqmodels.config`.
+      config: "kind" ("classifier", "dual_encoder", "language_model", "masked_language_model", "autoencoder" or "regressor") and,
+        flat, the fields of `InputConfig`, `StackConfig` and of the config of that kind in `seqmodels.config`.
       rngs: source of the keys that initialize parameters.
 
     Raises:

@@ -374,8 +374,31 @@ class AutoencoderConfig:
             raise ValueError("an autoencoder needs vocab_size; input_size is for classifiers of vectors")
 
 
+@checked_dataclass
+class RegressorConfig:
+    """Config of a model that gives a vector of real numbers at each position.
+
+    Attributes:
+      input, stack: see `InputConfig` and `StackConfig`.
+      output_size: o, number of outputs per position.
+      causal: whether outputs must not depend on later inputs; then mixers and norms that are not causal are refused.
+      final_norm: whether a norm precedes the output matrix.
+    """
+
+    input: InputConfig
+    stack: StackConfig
+    output_size: int
+    causal: bool = True
+    final_norm: bool = True
+
+
 ModelConfig = (
-    ClassifierConfig | DualEncoderConfig | LanguageModelConfig | MaskedLanguageModelConfig | AutoencoderConfig
+    ClassifierConfig
+    | DualEncoderConfig
+    | LanguageModelConfig
+    | MaskedLanguageModelConfig
+    | AutoencoderConfig
+    | RegressorConfig
 )
 KINDS = {
     "classifier": ClassifierConfig,
@@ -383,6 +406,7 @@ KINDS = {
     "language_model": LanguageModelConfig,
     "masked_language_model": MaskedLanguageModelConfig,
     "autoencoder": AutoencoderConfig,
+    "regressor": RegressorConfig,
 }
 
 

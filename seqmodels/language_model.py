@@ -8,10 +8,11 @@ from flax import nnx
 
 from layers.cross_entropy import Unprojected
 from layers.mixer import check_place
-from layers.norms import NORMS, causal_norms, make_norm
+from layers.norms import make_norm
 from layers.parameters import linear
 from layers.segments import Place, SegmentIds, Segments
 from layers.typing import Array, Float, Int, Key
+from seqmodels.causality import check_causal
 from seqmodels.config import LanguageModelConfig
 from seqmodels.embedding import Embedding
 from seqmodels.stack import Stack
@@ -35,18 +36,9 @@ class LanguageModel(nnx.Module):
         self.config = config
         stack = config.stack
         dtype = jnp.dtype(stack.dtype)
-        if stack.norm in NORMS and stack.norm not in causal_norms():
-            raise ValueError(
-                f"norm={stack.norm!r} takes statistics over time: in training, a language model would see the tokens that "
-                f"it predicts; use {' or '.join(map(repr, causal_norms()))}"
-            )
         self.embedding = Embedding(config.input, stack.width, dtype, rngs=rngs)
         self.stack = Stack(stack, rngs=rngs)
-        for layer, mixer in self.stack.mixers():
-            if not mixer.causal:
-                raise ValueError(
-                    f"layer {layer} ({stack.mixer_of(layer)[0]}) is not causal; a language model must be"
-                )
+        check_causal(self.stack, "a language model")
         norm = partial(
             make_norm, stack.norm, dict(stack.norm_options), width=stack.width, dtype=dtype, rngs=rngs
         )

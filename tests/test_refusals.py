@@ -13,6 +13,7 @@ from tests.refusals import calls, commands, files
 
 CONFIGS = {
     "MQAR": "configs/synthetic/mqar.py",
+    "REGRESSION": "configs/synthetic/linear_regression.py",
     "SHORT": "configs/lra/listops_short.py",
     "MODELS": "configs/lm/models.py",
 }

@@ -12,7 +12,8 @@ from seqmodels import LoraConfig, adapt, build_model
 from seqmodels.config import KINDS
 
 CLASSIFIERS = ("classifier", "dual_encoder")
-SIZES = ("vocab_size", "input_size", "num_classes")
+REGRESSOR = "regressor"
+SIZES = ("vocab_size", "input_size", "num_classes", "output_size")
 # Placeholders for the sizes of a task that knows them only once it has its data.
 PLACEHOLDERS = {"vocab_size": 2, "num_classes": 2}
 
@@ -73,7 +74,26 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str,
             f"config.model.kind={kind!r}, but the task {task!r} has one label per {rows}, of {sizes['num_classes']} classes; "
             f"expected kind={wanted!r}"
         )
+    _check_regression(config, sizes)
     return model | sizes
+
+
+def _check_regression(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    """Raises ValueError unless the model gives vectors just where the task asks for them, and is causal where it must be."""
+    model, task = config["model"], config["task"].get("name")
+    kind = model.get("kind")
+    if kind in KINDS and (kind == REGRESSOR) != ("output_size" in sizes):
+        has = (
+            "asks for no vectors of numbers"
+            if kind == REGRESSOR
+            else "asks for a vector of numbers at tokens"
+        )
+        expected = "another kind, such as 'language_model'" if kind == REGRESSOR else f"kind={REGRESSOR!r}"
+        raise ValueError(f"config.model.kind={kind!r}, but the task {task!r} {has}; expected {expected}")
+    if kind == REGRESSOR and getattr(TASKS.get(task), "causal", False) and model.get("causal") is False:
+        raise ValueError(
+            f"config.model.causal=False, but the inputs of the task {task!r} hold what earlier tokens are asked for; expected True"
+        )
 
 
 def classifier_of(task: str | None) -> str:

@@ -25,6 +25,7 @@ from experiments.tasks.synthetic.algorithms import Addition, Copy, Parity, Sorti
 from experiments.tasks.synthetic.associative_recall import AssociativeRecall
 from experiments.tasks.synthetic.hints import HintedAddition, HintedSorting
 from experiments.tasks.synthetic.induction_heads import InductionHeads
+from experiments.tasks.synthetic.linear_regression import LinearRegression
 from experiments.tasks.synthetic.mad_memory import Compression, MADSelectiveCopying, Memorization
 from experiments.tasks.synthetic.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
 from experiments.tasks.synthetic.mqar import MQAR
@@ -50,6 +51,7 @@ TASKS: dict[str, type[Task]] = {
     "imdb": IMDB,
     "induction_heads": InductionHeads,
     "language": LanguageModeling,
+    "linear_regression": LinearRegression,
     "listops": ListOps,
     "mad_compression": Compression,
     "mad_fuzzy_recall": FuzzyRecall,

@@ -20,6 +20,8 @@ class Task(Protocol):
       input_size: number of features, if inputs are vectors. A task has one of the two; the model takes its sizes from the
         task.
       num_classes: number of labels of whole sequences, if the task has them.
+      output_size: number of real numbers that are asked for at a token, if the task is a regression of tokens.
+      causal: whether inputs hold what earlier tokens are asked for, so that a regressor must be causal.
       pairs: whether the labels belong to pairs of sequences; inputs and segment ids then are (b, 2, t), and the model is a
         `DualEncoder`.
       sizes: static method that a task may have: it returns the sizes above that its options give, without data.
@@ -40,6 +42,8 @@ class Task(Protocol):
     vocab_size: int | None = None
     input_size: int | None = None
     num_classes: int | None = None
+    output_size: int | None = None
+    causal: ClassVar[bool] = False
     pairs: ClassVar[bool] = False
     makes_no_data: ClassVar[bool] = False
     padding: ClassVar[Padding] = "anywhere"

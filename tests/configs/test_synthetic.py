@@ -33,6 +33,8 @@ SCALES = [
     "associative_recall:scale=long",
     *(f"mad:task={task}" for task in MAD),
     "mad:scale=paper,task=memorization",
+    "linear_regression:",
+    "linear_regression:scale=paper",
     "regular_languages:",
     "regular_languages:scale=paper",
     *(f"algorithms:task={task}" for task in (

@@ -1,6 +1,6 @@
 """Command lines that are refused with exit code 2: the command, its arguments, and words of the message.
 
-TMP stands for an empty folder, MQAR, SHORT, FULL and MODELS for configs, and FILES for the folder of `tests/refusals/files.py`.
+TMP stands for an empty folder, MQAR, REGRESSION, SHORT, FULL and MODELS for configs, and FILES for the folder of `tests/refusals/files.py`.
 """
 
 from tests.refusals import caches

@@ -161,6 +161,26 @@ FIELDS = [
     ("--config=MQAR --config.model.residual=joint", "residual='joint' needs a channel mixer in every block"),
     ("--config=MQAR --config.model.kind=classifier", "the labels of the task 'mqar' belong to tokens"),
     ("--config=MQAR --config.model.kind=masked_language_model", "reads the tokens that the task 'mqar' asks"),
+    (
+        "--config=MQAR --config.model.kind=regressor",
+        "the task 'mqar' asks for no vectors of numbers; expected",
+    ),
+    (
+        "--config=REGRESSION --config.model.kind=language_model",
+        "the task 'linear_regression' asks for a vector",
+    ),
+    (
+        "--config=REGRESSION --config.model.causal=false",
+        "hold what earlier tokens are asked for; expected True",
+    ),
+    (
+        "--config=REGRESSION --config.model.output_size=2",
+        "config.model sets output_size, which the task gives",
+    ),
+    ("--config=REGRESSION:mixer=fnet", "layer 0 (fnet) is not causal; a regressor with causal=True must be"),
+    ("--config=REGRESSION --config.task.dims=1", "dims=1; expected at least 2"),
+    ("--config=REGRESSION --config.task.sparse=9", "sparse=9 of dims=5 weights; expected at most 5"),
+    ("--config=REGRESSION --config.task.measured=(11,)", "measured has 11, but points=11 have at most 10"),
     ("--config=SHORT --config.model.kind=language_model", "the task 'listops' has one label per row"),
     ("--config=SHORT --config.model.kind=clasifier", "did you mean 'classifier'?"),
     ("--config=MQAR --config.model.vocab_size=8", "config.model sets vocab_size, which the task gives"),

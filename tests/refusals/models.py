@@ -421,6 +421,13 @@ MODELS = [
     (model(kind="classifier", num_classes=1), ValueError, "num_classes=1; expected"),
     (model(kind="classifier", num_classes=2, pooling="max"), ValueError, "pooling='max'; expected"),
     (model(kind="autoencoder", pooling="first"), ValueError, "pooling='first'; expected"),
+    (model(kind="regressor"), ValueError, "model needs the option output_size"),
+    (model(kind="regressor", output_size=0), ValueError, "output_size=0; expected"),
+    (
+        model(kind="regressor", output_size=1, pattern=("fnet",), mixer_defaults={}),
+        ValueError,
+        "layer 0 (fnet) is not causal; a regressor with causal=True must be",
+    ),
     (model(kind="masked_language_model", transform="gelo"), ValueError, "did you mean 'gelu'?"),
     (
         model(kind="masked_language_model", vocab_size=..., input_size=3),

@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -31,6 +32,35 @@ def test_norms_over_time_are_refused_in_language_models(norm):
     ):
         made(**options)
     made(**options | {"kind": "classifier", "num_classes": 2})
+    regressor = options | {"kind": "regressor", "output_size": 2}
+    with pytest.raises(ValueError, match="a regressor with causal=True would see"):
+        made(**regressor)
+    made(**regressor, causal=False)
+
+
+def test_a_regressor_whose_outputs_depend_on_later_inputs_must_say_so():
+    fields = {
+        "kind": "regressor",
+        "output_size": 3,
+        "vocab_size": None,
+        "input_size": 2,
+        "pattern": ("fnet",),
+    }
+    with pytest.raises(
+        ValueError, match=r"layer 0 \(fnet\) is not causal; a regressor with causal=True must be"
+    ):
+        made(**fields)
+    model = build_model(MODEL | fields | {"causal": False}, rngs=nnx.Rngs(0))
+    first = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    rows = np.stack([first, first + np.eye(4, 2, -2, np.float32)])
+    outputs, x = nnx.jit(
+        lambda model, rows: (model(rows)[0], model.norm(model.stack(model.embedding(rows)[0])[0]))
+    )(model, rows)
+    assert outputs.shape == (2, 4, 3)
+    assert outputs.dtype == np.float32
+    assert (np.abs(outputs[0, :2] - outputs[1, :2]) > 1e-4).all()
+    expected = np.asarray(x) @ np.asarray(model.head.kernel[...]) + np.asarray(model.head.bias[...])
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ MODELS = {
     | {"kind": "language_model", "pattern": ("attention",), "channel": "mlp"}
     | {"absolute_positions": "learned", "max_positions": TIME},
     "autoencoder": TOKENS | {"kind": "autoencoder", "pattern": ("gla",)},
+    "regressor": BODY
+    | {"kind": "regressor", "output_size": 2, "input_size": SIZE, "pattern": ("gla", "attention")},
 }
 
 # The others compile for longer.

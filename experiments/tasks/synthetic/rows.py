@@ -8,9 +8,9 @@ import numpy as np
 from experiments.tasks.synthetic.draws import Draws
 from experiments.tasks.tokens import IGNORE
 
-# Splits with more tokens are not kept in memory; their rows are made again in each epoch.
+# Splits with more numbers are not kept in memory; their rows are made again in each epoch.
 LARGEST_KEPT = 2**26
-AT_ONCE = 2**22  # number of tokens made in one call, so that intermediate arrays stay small
+AT_ONCE = 2**22  # how many are made in one call, so that intermediate arrays stay small
 
 Arrays = dict[str, np.ndarray]
 
@@ -32,16 +32,19 @@ class Rows:
         count: int,
         width: int,
         ragged=False,
+        features: int = 1,
     ):
         """Creates a split without computing rows.
 
         Args:
           make: function from the draws of some rows to their arrays: "inputs" and "labels" int (b, width), where labels
-            are IGNORE if there is nothing to predict, "lengths" int (b,) if `ragged`, and others (b, width).
+            are IGNORE if there is nothing to predict, "lengths" int (b,) if `ragged`, and others (b, width). Inputs may be vectors
+            (b, width, features), and labels real numbers, NaN if there is nothing to predict.
           key: key of the draws.
           count: number of rows.
           width: number of tokens of the longest row.
           ragged: whether some rows are shorter.
+          features: number of values of a token.
 
         Raises:
           ValueError: if there are no rows.
@@ -49,6 +52,7 @@ class Rows:
         if count < 1:
             raise ValueError(f"a split of {count} sequences; expected at least 1")
         self._make, self._key, self._count, self._width, self._ragged = make, tuple(key), count, width, ragged
+        self._numbers = width * features  # of a row
 
     def __len__(self) -> int:
         return self._count
@@ -60,7 +64,7 @@ class Rows:
         return np.full(self._count, self._width, np.int64)
 
     def gather(self, indices: np.ndarray, width: int) -> Arrays:
-        """Returns the rows at `indices`, padded or cut at the end to `width`, all int32.
+        """Returns the rows at `indices`, padded or cut at the end to `width`, int32 or float32.
 
         Returns:
           inputs (b, width), labels (b, width) and further arrays per position of the task; and segment_ids (b, width; 1
@@ -69,14 +73,17 @@ class Rows:
         Raises:
           ValueError: if a row is longer than `width`.
         """
-        if self._ragged or self._count * self._width <= LARGEST_KEPT:
+        if self._ragged or self._count * self._numbers <= LARGEST_KEPT:
             rows = {name: array[indices] for name, array in self._all.items()}
         else:
             rows = self._made(indices)
         lengths = rows.pop("lengths", np.full(len(indices), self._width))
         if lengths.max() > width:
             raise ValueError(f"a sequence of {lengths.max()} tokens does not fit into a width of {width}")
-        rows = {name: _resize(array, width, IGNORE * (name == "labels")) for name, array in rows.items()}
+        rows = {
+            name: _resize(array, width, _ignored(array) if name == "labels" else 0)
+            for name, array in rows.items()
+        }
         if width <= self._shortest:
             return rows
         return rows | {"segment_ids": (np.arange(width) < lengths[:, None]).astype(np.int32)}
@@ -87,7 +94,7 @@ class Rows:
 
     @functools.cached_property
     def _all(self) -> Arrays:
-        step = max(1, AT_ONCE // self._width)
+        step = max(1, AT_ONCE // self._numbers)
         parts = [
             self._made(np.arange(start, min(start + step, self._count)))
             for start in range(0, self._count, step)
@@ -96,12 +103,20 @@ class Rows:
 
     def _made(self, indices: np.ndarray) -> Arrays:
         arrays = self._make(Draws(self._key, indices))
-        return {name: array.astype(np.int32) for name, array in arrays.items()}
+        return {
+            name: array.astype(np.float32 if np.issubdtype(array.dtype, np.floating) else np.int32)
+            for name, array in arrays.items()
+        }
 
 
-def _resize(array: np.ndarray, width: int, fill: int) -> np.ndarray:
-    missing = max(0, width - array.shape[1])
-    return np.pad(array[:, :width], ((0, 0), (0, missing)), constant_values=fill)
+def _ignored(labels: np.ndarray) -> float:
+    """Returns the label of a position with nothing to predict."""
+    return np.nan if np.issubdtype(labels.dtype, np.floating) else IGNORE
+
+
+def _resize(array: np.ndarray, width: int, fill: float) -> np.ndarray:
+    missing = [(0, 0), (0, max(0, width - array.shape[1])), *[(0, 0)] * (array.ndim - 2)]
+    return np.pad(array[:, :width], missing, constant_values=fill)
 
 
 def joined(parts: Sequence[tuple[np.ndarray, np.ndarray | int]], width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -34,6 +34,7 @@ class SyntheticTask(Task, abc.ABC):
     padding: ClassVar[Padding] = "end"
     packed: ClassVar[bool] = False
     ragged: ClassVar[bool] = False
+    input_size: ClassVar[int | None] = None
 
     seed: Count = 0
     train: int
@@ -70,6 +71,7 @@ class SyntheticTask(Task, abc.ABC):
                 count=count,
                 width=self.width(split),
                 ragged=self.ragged,
+                features=self.input_size or 1,
             )
             for split, count in counts.items()
         }
