@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from layers.typing import Array
-from seqmodels import DualEncoder, build_model
+from seqmodels import DualEncoder, Regressor, build_model
 from seqmodels.dual_encoder import as_rows
 
 
@@ -39,6 +39,11 @@ class _Shifted(nnx.Module):
         self.inner = inner
         self.shift = _Shift(jnp.zeros(shape, dtype))
 
+    @property
+    def mixer(self) -> nnx.Module:
+        """The mixer of the block, which the stack asks what it takes."""
+        return self.inner.mixer
+
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> tuple[Array, Any]:
         return self.inner(x + self.shift[...], *args, **kwargs)
 
@@ -50,7 +55,7 @@ class _Shifted(nnx.Module):
 def scales(values: Mapping[str, Any], *, batch: int, length: int, seed: int) -> list[Scale]:
     """Returns the scale after the embedding, after each layer and of the logits, of a model with random parameters.
 
-    Inputs and labels are random too, and the loss is the cross-entropy of all logits. Norms take the statistics of the
+    Inputs and labels are random too, and the loss is the cross-entropy of all logits, or half the squared error of a regressor. Norms take the statistics of the
     batch, as in training; dropout is left out.
 
     Args:
@@ -81,6 +86,8 @@ def scales(values: Mapping[str, Any], *, batch: int, length: int, seed: int) -> 
     graph, shifts, rest = nnx.split(model, _Shift, ...)
 
     def loss(logits):
+        if isinstance(model, Regressor):
+            return jnp.sum(jnp.square(logits - jax.random.normal(keys[2], logits.shape))) / 2
         labels = jax.random.randint(keys[2], logits.shape[:-1], 0, logits.shape[-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
 

@@ -63,3 +63,14 @@ def test_growing_depth_and_classifiers_of_vectors():
     rows = scales(values, batch=BATCH, length=LENGTH, seed=0)
     assert np.isfinite([(row.activation, row.gradient) for row in rows]).all()
     assert all(row.gradient > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_regressor_is_half_the_squared_error():
+    values = VALUES | dict(kind="regressor", output_size=2)
+    rows = scales(values, batch=BATCH, length=LENGTH, seed=SEED)
+    keys = jax.random.split(jax.random.key(SEED), 3)
+    inputs = jax.random.randint(keys[0], (BATCH, LENGTH), 0, 11)
+    outputs = build_model(values | dict(scan=False, dropout=0.0), rngs=nnx.Rngs(SEED))(inputs)[0]
+    labels = jax.random.normal(keys[2], outputs.shape)
+    assert rows[-1].gradient == pytest.approx(rms(outputs - labels), rel=1e-4)
