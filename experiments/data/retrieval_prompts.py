@@ -9,40 +9,27 @@
     common_words       the ten words that occur ten times as often as the others
     frequent_words     the three most frequent words of a Zipf-like text
 
+and those of `experiments.data.reasoning_prompts`, which take several facts: qa1, qa2, qa3 and ancestral_trace.
+
 RULER: Hsieh et al. 2024 (arXiv:2404.06654). Structure and scores are RULER's; the wording is ours and plain, so that small
 models of bytes can learn it, and scores compare among models here only. Names and words are made of syllables.
 """
 
+import functools
 import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
-FILLER = (
-    "The grass is green and the sky is blue.",
-    "The sun goes up and the sun goes down.",
-    "Here we go, and there and back again.",
-)
-SYLLABLES = tuple(first + last for first in "bdfgklmnprstvz" for last in ("a", "e", "i", "o", "u"))
+from experiments.data.prompt_parts import Prompt, among, filler, make_number, make_words, places
+from experiments.data.reasoning_prompts import ancestors, rooms
+
 NEEDLES = 4
 HOPS = 4  # assignments after the first of a chain
 COMMON, COMMON_TIMES, OTHER_TIMES = 10, 30, 3
 FREQUENT, EXPONENT = 3, 2.0
 
 Count = Callable[[str], int]
-
-
-class Prompt(NamedTuple):
-    """A prompt and what its continuation should hold.
-
-    Attributes:
-      text: the prompt.
-      answers: strings that a right continuation contains.
-    """
-
-    text: str
-    answers: tuple[str, ...]
 
 
 def make_prompts(task: str, *, length: int, count: int, seed: int, tokens: Count) -> list[Prompt]:
@@ -68,7 +55,10 @@ def make_prompts(task: str, *, length: int, count: int, seed: int, tokens: Count
 
 
 def score(prompt: Prompt, output: str) -> float:
-    """Returns the share of the answers that a continuation contains."""
+    """Returns the share of the answers that a continuation contains; if the prompt has labels, all or nothing."""
+    if prompt.labels:
+        first = output.partition(".")[0]
+        return float({label for label in prompt.labels if label in first} == set(prompt.answers))
     return sum(answer in output for answer in prompt.answers) / len(prompt.answers)
 
 
@@ -92,44 +82,23 @@ def _longest(make, task: str, seed: str, length: int, tokens: Count) -> Prompt:
     return at(least)
 
 
-def _word(rng: random.Random) -> str:
-    return "".join(rng.choices(SYLLABLES, k=3))
-
-
-def _words(rng: random.Random, count: int) -> list[str]:
-    """Different words, none part of another, as all have six letters."""
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[_word(rng)] = None
-    return list(found)
-
-
-def _number(rng: random.Random, digits: int) -> str:
-    return str(rng.randrange(10 ** (digits - 1), 10**digits))
-
-
 def _in_filler(rng: random.Random, facts: Sequence[str], size: int) -> str:
     """The facts at random places among `size` sentences of filler."""
-    places = Counter(rng.randrange(size + 1) for _ in facts)
+    where = places(rng, facts, size)
     left = list(facts)
     rng.shuffle(left)
-    lines = []
-    for place in range(size + 1):
-        lines.extend(left.pop() for _ in range(places[place]))
-        if place < size:
-            lines.append(FILLER[place % len(FILLER)])
-    return " ".join(lines)
+    return among(filler(size), left[::-1], where)
 
 
 def _passkey(rng: random.Random, size: int) -> Prompt:
-    key = _number(rng, 5)
+    key = make_number(rng, 5)
     text = _in_filler(rng, [f"The pass key is {key}. Remember it: {key} is the pass key."], size)
     return Prompt(f"{text} What is the pass key? The pass key is", (key,))
 
 
 def _needles(rng: random.Random, size: int, *, keys: int, values: int, asked: int) -> Prompt:
-    names = _words(rng, keys)
-    codes = {name: [_number(rng, 7) for _ in range(values)] for name in names}
+    names = make_words(rng, keys)
+    codes = {name: [make_number(rng, 7) for _ in range(values)] for name in names}
     facts = [f"The code of {name} is {code}." for name in names for code in codes[name]]
     question = " and ".join(names[:asked])
     answers = tuple(code for name in names[:asked] for code in codes[name])
@@ -140,29 +109,24 @@ def _needles(rng: random.Random, size: int, *, keys: int, values: int, asked: in
 
 
 def _variables(rng: random.Random, size: int) -> Prompt:
-    names = [word.upper() for word in _words(rng, HOPS + 1)]
-    value = _number(rng, 5)
+    names = [word.upper() for word in make_words(rng, HOPS + 1)]
+    value = make_number(rng, 5)
     chain = [f"VAR {names[0]} = {value}."]
     chain += [f"VAR {name} = VAR {before}." for before, name in itertools.pairwise(names)]
     # A chain is read in order.
-    places = sorted(rng.randrange(size + 1) for _ in chain)
-    lines = []
-    for place in range(size + 1):
-        lines.extend(chain[k] for k, at in enumerate(places) if at == place)
-        if place < size:
-            lines.append(FILLER[place % len(FILLER)])
-    return Prompt(f"{' '.join(lines)} The variables with the value {value} are", tuple(names))
+    text = among(filler(size), chain, places(rng, chain, size))
+    return Prompt(f"{text} The variables with the value {value} are", tuple(names))
 
 
 def _common(rng: random.Random, size: int) -> Prompt:
-    words = _words(rng, COMMON + size)
+    words = make_words(rng, COMMON + size)
     text = words[:COMMON] * COMMON_TIMES + words[COMMON:] * OTHER_TIMES
     rng.shuffle(text)
     return Prompt(f"{' '.join(text)}. The {COMMON} most common words are", tuple(words[:COMMON]))
 
 
 def _frequent(rng: random.Random, size: int) -> Prompt:
-    words = _words(rng, 50)
+    words = make_words(rng, 50)
     weights = [(rank + 1) ** -EXPONENT for rank in range(len(words))]
     drawn = rng.choices(words, weights, k=size)
     # So many of the first that they are the most frequent ones whatever is drawn, with a clear third.
@@ -184,4 +148,9 @@ TASKS: dict[str, Callable[[random.Random, int], Prompt]] = {
     "variable_tracking": _variables,
     "common_words": _common,
     "frequent_words": _frequent,
+    "qa1": functools.partial(rooms, supporting=1),
+    "qa2": functools.partial(rooms, supporting=2),
+    "qa3": functools.partial(rooms, supporting=3),
+    "ancestral_trace": functools.partial(ancestors, statements=8),
+    "ancestral_trace_32": functools.partial(ancestors, statements=32),
 }
