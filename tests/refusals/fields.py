@@ -137,6 +137,11 @@ FIELDS = [
     ("--config=MODELS:length=long", "length='long'; expected a number of tokens per row"),
     ("--config=MODELS:pretrained=FILES/sizes", "hidden_size='many', which is not supported"),
     ("--config=MODELS --config.task.source=FILES/file", "has no text; expected files that are not empty"),
+    (
+        "--config=MODELS --config.task.tokenizer=nucleotides:9",
+        "expected nucleotides, or nucleotides:WORD with a number from 2 to 8",
+    ),
+    ("--config=MODELS --config.task.tokenizer=nucleotides", "of a sequence is '"),
     ("--config=MODELS --config.task.tokenizer=bpe:10", "expected bpe:VOCAB with a number from 257"),
     ("--config=MODELS --config.task.z_loss=-1", "task.z_loss=-1.0; expected a number of at least 0"),
     ("--config=MODELS --config.task.stages=256", "config.task.stages='256'; expected"),

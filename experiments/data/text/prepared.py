@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 
 from experiments.data import cache
-from experiments.data.text.tokenizers import BytePairs, Bytes, Tokenizer, make_tokenizer
+from experiments.data.text.nucleotides import word_of
+from experiments.data.text.tokenizers import BytePairs, Tokenizer, make_tokenizer
 
 NAME, VERSION = "text", 1  # increment VERSION when equal documents and tokenizers make other tokens
 
@@ -61,11 +62,13 @@ def load_prepared(
 
 
 def _tokenizer(folder: Path, given: str, kind: str, size: int, sha256: str) -> Tokenizer:
-    if given == "bytes":
-        return Bytes()
+    if given == "bytes" or word_of(given) is not None:
+        return make_tokenizer(given, texts=list)
     trained = kind == "bpe" and given.startswith("bpe:")
     if not trained and not given.endswith(".json"):
         expected = {"bytes": "bytes", "bpe": f"bpe:{size}, or the path of its tokenizer.json"}
+        if word_of(kind) is not None:
+            expected[kind] = kind
         raise ValueError(
             f"tokenizer={given!r} with the prepared corpus {folder.name}; expected "
             + expected.get(kind, f"the text itself as the source, as a folder holds no vocabulary of {kind}")

@@ -1,8 +1,8 @@
-"""Documents of a corpus by split: the sources of the standard library, text files, JSON lines, parquet, and published corpora.
+"""Documents of a corpus by split: the sources of the standard library, text files, JSON lines, parquet, FASTA, and published corpora.
 
 Published corpora have splits of their own (see `official` and `tensorflow_datasets`). Of others, a document belongs to the split that the SHA-256 of its name says: 90% to "train" and 5% each to "validation" and "test".
-It stays there when others come and go. The name of a file is its path within the corpus; a record of JSON lines or
-parquet is named by its text, so that equal records share a split. A corpus that is one text file is cut once after 90%
+It stays there when others come and go. The name of a file is its path within the corpus; a record of JSON lines,
+parquet or FASTA is named by its text, so that equal records share a split. A corpus that is one text file is cut once after 90%
 and once after 95% of its lines.
 """
 
@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from experiments.data.cache import expand
-from experiments.data.text import official, tensorflow_datasets
+from experiments.data.text import nucleotides, official, tensorflow_datasets
 from experiments.data.text.documents import SPLITS, Documents, by_hash, by_lines, decoded, read_text
 
-RECORDS = (".jsonl", ".parquet")
+RECORDS = (".jsonl", ".parquet", *nucleotides.FASTA)
 INVALID = ("error", "replace")
 # What is no code of the library (installed packages), tests of it, or tables and texts that programs wrote.
 NOT_STDLIB = {
@@ -40,7 +40,8 @@ def read_documents(
     Args:
       source: "stdlib", the *.py files of the running Python's standard library without tests, IDLE, lib2to3, tables of
         encodings and generated documentation; or the path of a text file, of a file of JSON lines with the field "text",
-        of a parquet file with the column "text", or of a folder with such files at any depth. Published corpora are
+        of a parquet file with the column "text", of a FASTA file (.fa, .fasta or .fna; see `nucleotides`), or of a folder with
+        such files at any depth. Published corpora are
         "enwik8", "text8", "wikitext103" and "rfc" (see `official`), and "tfds:NAME" or "tfds:NAME/CONFIG", such as tfds:pg19 (see
         `tensorflow_datasets`).
       invalid: "error" refuses bytes that are not UTF-8, and "replace" puts U+FFFD in their place.
@@ -99,7 +100,7 @@ def _files(path: Path, invalid: str) -> Iterator[tuple[str, str]]:
     for file in paths:
         name = file.relative_to(root).as_posix()
         if file.suffix in RECORDS:
-            read = _json_lines if file.suffix == ".jsonl" else _parquet
+            read = {".jsonl": _json_lines, ".parquet": _parquet}.get(file.suffix, _fasta)
             for text in read(file, name, invalid):
                 yield text, text
         else:
@@ -117,6 +118,10 @@ def _ordered(root: Path, left_out: Iterable[str] = ()) -> list[Path]:
         ]
         found += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _fasta(path: Path, name: str, invalid: str) -> Iterator[str]:
+    return nucleotides.read_fasta(read_text(path, name, invalid), name)
 
 
 def _json_lines(path: Path, name: str, invalid: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, characters, and byte-pair encodings of the library `tokenizers`."""
+"""Tokenizers: bytes, characters, nucleotides, and byte-pair encodings of the library `tokenizers`."""
 
 import hashlib
 import json
@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from experiments.data.cache import data_root, expand
+from experiments.data.text.ids import checked_ids, sha256_of
+from experiments.data.text.nucleotides import Nucleotides, word_of
 from experiments.runs.files import write_atomically
 
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -54,7 +56,7 @@ class Bytes:
     def __init__(self):
         """Creates the tokenizer."""
         self.bytes_per_token = np.array([1] * 256 + [0], np.int32)
-        self.manifest = {"name": "bytes", "vocab_size": self.vocab_size, "sha256": _sha256("bytes")}
+        self.manifest = {"name": "bytes", "vocab_size": self.vocab_size, "sha256": sha256_of("bytes")}
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the bytes of a text."""
@@ -66,7 +68,7 @@ class Bytes:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of bytes."""
-        ids = _checked(ids, self.vocab_size)
+        ids = checked_ids(ids, self.vocab_size)
         return bytes(ids[ids != self.end].astype(np.uint8)).decode(errors="replace")
 
 
@@ -84,7 +86,7 @@ class Characters:
         self.unknown, self.end, self.vocab_size = count, count + 1, count + 2
         text = "".join(map(chr, self._characters))
         self.bytes_per_token = np.array([*(len(character.encode()) for character in text), 0, 0], np.int32)
-        self.manifest = {"name": "characters", "vocab_size": self.vocab_size, "sha256": _sha256(text)}
+        self.manifest = {"name": "characters", "vocab_size": self.vocab_size, "sha256": sha256_of(text)}
         self._text = text + "\ufffd"
 
     def encode(self, text: str) -> np.ndarray:
@@ -100,7 +102,7 @@ class Characters:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the characters of ids; those that are not in the vocabulary become U+FFFD."""
-        ids = _checked(ids, self.vocab_size)
+        ids = checked_ids(ids, self.vocab_size)
         return "".join(self._text[number] for number in ids[ids != self.end].tolist())
 
 
@@ -139,7 +141,7 @@ class BytePairs:
         for token, number in self._tokenizer.get_vocab(with_added_tokens=False).items():
             self.bytes_per_token[number] = len(token)
         self.bytes_per_token[list(self._tokenizer.get_added_tokens_decoder())] = 0
-        self.manifest = {"name": "bpe", "vocab_size": self.vocab_size, "sha256": _sha256(description)}
+        self.manifest = {"name": "bpe", "vocab_size": self.vocab_size, "sha256": sha256_of(description)}
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of a text."""
@@ -154,7 +156,7 @@ class BytePairs:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids."""
-        ids = _checked(ids, self.vocab_size)
+        ids = checked_ids(ids, self.vocab_size)
         return self._tokenizer.decode(ids[ids != self.end].tolist(), skip_special_tokens=False)
 
 
@@ -167,7 +169,7 @@ def make_tokenizer(
     """Returns the tokenizer of a name or of a tokenizer.json.
 
     Args:
-      name: "bytes"; "characters", those of the training text; "bpe:VOCAB", a byte-pair encoding of VOCAB tokens that is
+      name: "bytes"; "characters", those of the training text; "nucleotides" or "nucleotides:6" (see `nucleotides`); "bpe:VOCAB", a byte-pair encoding of VOCAB tokens that is
         trained on the training text and kept in the folder of data sets; or the path of a tokenizer.json.
       texts: function that returns the documents of the training split; called for what is trained on them.
       data_dir: folder of data sets; by default $SEQMODELS_DATA, else ~/.cache/seqmodels.
@@ -180,6 +182,8 @@ def make_tokenizer(
         return Bytes()
     if given == "characters":
         return Characters(set().union(*texts()))
+    if (word := word_of(given)) is not None:
+        return Nucleotides(word)
     if given.startswith("bpe:"):
         size = given.removeprefix("bpe:")
         if not (size.isascii() and size.isdigit() and int(size) >= LEAST_BPE):
@@ -189,7 +193,7 @@ def make_tokenizer(
         return _trained(int(size), texts(), data_dir)
     if not given.endswith(".json"):
         raise ValueError(
-            f"tokenizer={given!r}; expected bytes, characters, bpe:VOCAB or the path of a tokenizer.json"
+            f"tokenizer={given!r}; expected bytes, characters, nucleotides, bpe:VOCAB or the path of a tokenizer.json"
         )
     try:
         description = expand("tokenizer", given).read_text(encoding="utf-8")
@@ -220,7 +224,7 @@ def _trained(size: int, texts: Sequence[str], data_dir: str | os.PathLike | None
         )
         tokenizer.train_from_iterator(texts, trainer)
         text = tokenizer.to_str()
-        file = root / f"{name}-{_sha256(text)[:12]}.json"
+        file = root / f"{name}-{sha256_of(text)[:12]}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, text)
     content = file.read_bytes()
@@ -238,14 +242,3 @@ def _library() -> Any:
             "and characters need nothing"
         ) from None
     return tokenizers
-
-
-def _checked(ids: Iterable[int], vocab_size: int) -> np.ndarray:
-    ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
-    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise ValueError(f"ids from {ids.min()} to {ids.max()}; expected 0 to {vocab_size - 1}")
-    return ids
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
