@@ -24,7 +24,10 @@ SMALL = {
     "induction_heads": dict(length=20, extrapolate=(12, 50)),
     "regular_languages": dict(words=(2, 4), word_length=(1, 9)),
 }
-EXTRA = {"addition": 4, "copy": 3, "induction_heads": 2, "parity": 4, "sorting": 3}
+# Rows of tokens, unlike those of vectors.
+OF_TOKENS = [name for name, task in SYNTHETIC.items() if task.output_size is None]
+EXTRA = {"addition": 4, "addition_hints": 4, "copy": 3, "copy_unique": 3, "count": 3, "induction_heads": 2}
+EXTRA |= {"mode": 3, "parity": 4, "sorting": 3, "sorting_hints": 3}
 
 
 def small(name, **options):
@@ -126,7 +129,7 @@ def test_rows_follow_from_the_seed(name):
     assert not np.array_equal(whole(first, "train")["inputs"], whole(other, "train")["inputs"])
 
 
-@pytest.mark.parametrize("name", SYNTHETIC)
+@pytest.mark.parametrize("name", OF_TOKENS)
 def test_shapes_types_and_ranges(name):
     task = small(name)
     assert len(task.splits) == 3 + EXTRA.get(name, 0)
@@ -154,6 +157,7 @@ def test_shapes_types_and_ranges(name):
 def test_segment_ids_are_there_only_where_rows_of_a_split_are_shorter_than_the_batch(name):
     task = small(name)
     ragged = {"addition", "copy", "parity", "sorting", "regular_languages"}
+    ragged |= {"addition_hints", "copy_unique", "count", "mode", "sorting_hints"}
     assert {"train", "validation", "test"} <= task.splits.keys()
     for split, source in task.splits.items():
         width, shortest = int(source.lengths.max()), int(source.lengths.min())
@@ -169,24 +173,39 @@ def test_segment_ids_are_there_only_where_rows_of_a_split_are_shorter_than_the_b
 
 
 @pytest.mark.parametrize(
-    "name", sorted(SYNTHETIC.keys() - {"mad_memorization", "parity", "copy", "sorting", "addition"})
+    "name",
+    sorted(SYNTHETIC.keys() - {"mad_memorization", "parity", "copy", "sorting", "sorting_hints", "addition"}),
 )
 def test_no_sequence_is_in_two_splits(name):
     task = small(name)
-    rows = [tuple(row) for split in ("train", "validation", "test") for row in whole(task, split)["inputs"]]
+    rows = [
+        tuple(row.ravel())
+        for split in ("train", "validation", "test")
+        for row in whole(task, split)["inputs"]
+    ]
     # Rows of one width, and too many different ones for chance.
     assert len(set(rows)) == len(rows)
 
 
-@pytest.mark.parametrize("name", SYNTHETIC)
+@pytest.mark.parametrize("name", OF_TOKENS)
 def test_chance_is_the_accuracy_of_guessing(name):
     """A guess among the tokens that are answers in the whole split."""
     task = small(name, test=400)
     labels = whole(task, "test")["labels"]
     answers = labels[labels != IGNORE]
     kinds = len(np.unique(answers))
-    if name in ("mad_compression", "copy", "sorting", "addition"):  # the last answer is always the same
-        return
+    if name in (
+        "mad_compression",
+        "copy",
+        "copy_unique",
+        "sorting",
+        "sorting_hints",
+        "addition",
+        "addition_hints",
+    ):
+        return  # the last answer is always the same
+    if name == "mode":
+        return  # a guess is one of the few symbols of its string
     assert task.chance == pytest.approx(1 / kinds, rel=0.01)  # one value of mad_memorization has no key
 
 
