@@ -14,6 +14,7 @@ Results: not measured here yet.
 from ml_collections import ConfigDict
 
 OPTIONS = dict(mixer="gla", width="", depth="", learning_rate="", scale="small")
+NEEDS_LENGTH = ("dss", "hyena", "sgconv")  # their kernels are as long as they are told
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -23,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     options = OPTIONS | given
     if options["scale"] not in ("small", "paper"):
         raise ValueError(f"scale={options['scale']}; expected small or paper")
-    small = options["scale"] == "small"
+    mixer, small = options["mixer"], options["scale"] == "small"
     dims, points = (5, 11) if small else (20, 41)
 
     config = ConfigDict()
@@ -33,9 +34,10 @@ def get_config(arg: str = "") -> ConfigDict:
         kind="regressor",
         width=int(options["width"] or (64 if small else 256)),
         depth=int(options["depth"] or (4 if small else 12)),
-        pattern=(options["mixer"],),
+        pattern=(mixer,),
         # Twice the pairs, as the further split has, and two tokens a pair.
-        mixer_defaults=dict(heads=4 if small else 8, causal=True, max_length=4 * points),
+        mixers={mixer: dict(max_length=4 * points)} if mixer in NEEDS_LENGTH else {},
+        mixer_defaults=dict(heads=4 if small else 8, causal=True),
         channel="mlp",
     )
     config.data = {}
