@@ -129,7 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if study == "long_rows":
         return _long_rows(values)
     if study == "weak_scaling":
-        return _weak_scaling(values)
+        options = values.size, values.batch, values.time, values.unrolled, values.rounds or 5
+        setting = weak_scaling.Setting(*options, _preferred(values.prefer) or {})
+        return weak_scaling.study(
+            values.out, setting, values.only, values.num_devices, values.patience or PATIENCE
+        )
     if study == "pretrained":
         return pretrained.study(values.out, values.size, values.only, values.rounds, values.patience)
     _share_memory(1 if study in (*MODELS, "parallel", "tune") else values.workers or kernels.Options.workers)
@@ -279,33 +283,6 @@ def _long_rows(values: Any) -> int:
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = preallocate or ("false" if workers > 1 else "true")
         alone.run(measure, group, patience, add, workers)
     return 1 if any("failed" in row for row in record["rows"]) else 0
-
-
-def _weak_scaling(values: Any) -> int:
-    """Measures every case in a process of its own; this one leaves the devices alone."""
-    options = values.size, values.batch, values.time, values.unrolled, values.rounds or 5
-    setting = weak_scaling.Setting(*options, _preferred(values.prefer) or {})
-    models.chosen(values.only)  # raises for an unknown one
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
-    patience, wanted = values.patience or PATIENCE, str(values.num_devices or "all")
-    (found,) = alone.run(weak_scaling.look, [wanted], patience, lambda _: None)
-    if "failed" in found:
-        raise ArgumentError(found["failed"].removeprefix("ValueError: "))
-    print(found["device"], flush=True)
-    record = dict(command=["experiments.benchmark", *sys.argv[1:]], device=found["device"])
-    rows: list[dict[str, Any]] = []
-    record |= dict(versions=versions(), git=git_revision(), rows=rows)
-
-    def add(row: dict[str, Any]) -> None:
-        rows.append(weak_scaling.compared(row, rows))
-        print(weak_scaling.line(rows[-1]), flush=True)
-        values.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(values.out / "weak_scaling.json", to_json_text(record))
-
-    measure = functools.partial(weak_scaling.measure, setting)
-    alone.run(measure, weak_scaling.cases(found["count"], values.only), patience, add)
-    weak_scaling.draw(rows, values.out / "weak_scaling.png", found["device"])
-    return 1 if any("failed" in row for row in rows) else 0
 
 
 def _preferred(pairs: Sequence[str] | None) -> dict[str, str] | None:

@@ -10,6 +10,9 @@ that a device sends per step, counted from the compiled program, and the memory 
 share are those of the study `long_rows`.
 """
 
+import functools
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +21,12 @@ import jax
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.benchmark import models, steps
+from experiments.benchmark import alone, models, steps
+from experiments.config.command_line import ArgumentError
 from experiments.config.loading import MeshConfig
 from experiments.parallel.mesh import Devices
+from experiments.runs.files import to_json_text, write_atomically
+from experiments.runs.sessions import git_revision, versions
 from layers.kernels import dispatch
 
 MODELS = "attention", "gated_deltanet", "mamba2"
@@ -44,6 +50,37 @@ class Setting(NamedTuple):
     unrolled: bool = False
     rounds: int = 5
     prefer: Mapping[str, str] = {}
+
+
+def study(out: Path, setting: Setting, only: Sequence[str], count: int | None, patience: float) -> int:
+    """Measures every case in a process of its own, writes weak_scaling.json and weak_scaling.png, and returns the exit code.
+
+    This process leaves the devices alone.
+
+    Args:
+      only: models; the usual ones if empty.
+      count: number of devices to go up to; all if None.
+      patience: seconds that a case may prepare, and that its steps may take.
+    """
+    models.chosen(only)  # raises for an unknown one
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
+    (found,) = alone.run(look, [str(count or "all")], patience, lambda _: None)
+    if "failed" in found:
+        raise ArgumentError(found["failed"].removeprefix("ValueError: "))
+    print(found["device"], flush=True)
+    record = dict(command=["experiments.benchmark", *sys.argv[1:]], device=found["device"])
+    rows: list[dict[str, Any]] = []
+    record |= dict(versions=versions(), git=git_revision(), rows=rows)
+    out.mkdir(parents=True, exist_ok=True)
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(compared(row, rows))
+        print(line(rows[-1]), flush=True)
+        write_atomically(out / "weak_scaling.json", to_json_text(record))
+
+    alone.run(functools.partial(measure, setting), cases(found["count"], only), patience, add)
+    draw(rows, out / "weak_scaling.png", found["device"])
+    return 1 if any("failed" in row for row in rows) else 0
 
 
 def look(name: str) -> dict[str, Any]:
