@@ -13,17 +13,20 @@ from seqmodels.config import (
     AutoencoderConfig,
     ClassifierConfig,
     DualEncoderConfig,
+    EncoderDecoderConfig,
     LanguageModelConfig,
     MaskedLanguageModelConfig,
     parse,
 )
 from seqmodels.dual_encoder import DualEncoder
+from seqmodels.encoder_decoder import EncoderDecoder
 from seqmodels.language_model import LanguageModel
 from seqmodels.masked_language_model import MaskedLanguageModel
 
 MODELS = {
     ClassifierConfig: Classifier,
     DualEncoderConfig: DualEncoder,
+    EncoderDecoderConfig: EncoderDecoder,
     LanguageModelConfig: LanguageModel,
     MaskedLanguageModelConfig: MaskedLanguageModel,
     AutoencoderConfig: Autoencoder,
@@ -32,11 +35,11 @@ MODELS = {
 
 def build_model(
     config: Mapping[str, Any], *, rngs: nnx.Rngs
-) -> Classifier | DualEncoder | LanguageModel | MaskedLanguageModel | Autoencoder:
+) -> Classifier | DualEncoder | EncoderDecoder | LanguageModel | MaskedLanguageModel | Autoencoder:
     """Returns the model that a mapping describes.
 
     Args:
-      config: "kind" ("classifier", "dual_encoder", "language_model", "masked_language_model" or "autoencoder") and, flat, the fields of `InputConfig`,
+      config: "kind" (a key of `seqmodels.config.KINDS`, such as "classifier", "language_model" or "encoder_decoder") and, flat, the fields of `InputConfig`,
         `StackConfig` and of the config of that kind in `seqmodels.config`.
       rngs: source of the keys that initialize parameters.
 

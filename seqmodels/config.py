@@ -349,6 +349,42 @@ class MaskedLanguageModelConfig:
 
 
 @checked_dataclass
+class EncoderDecoderConfig(LanguageModelConfig):
+    """Config of a model that gives the logits of the next token of a target, given a source.
+
+    Attributes:
+      input, stack: those of the decoder; the encoder embeds its tokens by the same table.
+      encoder: fields of `StackConfig` in which the encoder differs from the decoder. Unless they say otherwise, its mixers with an option
+        `causal` or `bidirectional` see whole sequences.
+      cross: options of the cross-attention of each layer of the decoder; a key "mixer" names it ("attention" if left out).
+    """
+
+    encoder: Mapping[str, Any] | StackConfig = dataclasses.field(default_factory=dict)
+    cross: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stack.residual != "separate":
+            raise ValueError(
+                f"residual={self.stack.residual!r}; layers with a cross-attention need residual='separate'"
+            )
+        if not isinstance(self.encoder, StackConfig):
+            own = {field.name: getattr(self.stack, field.name) for field in dataclasses.fields(StackConfig)}
+            values = own | dict(self.encoder)
+            whole = {"causal": False, "bidirectional": True}
+            values["mixer_defaults"] = {
+                **values["mixer_defaults"],
+                **whole,
+                **self.encoder.get("mixer_defaults", {}),
+            }
+            object.__setattr__(self, "encoder", make_config("encoder", StackConfig, values))
+        if self.encoder.width != self.stack.width:
+            raise ValueError(
+                f"encoder.width={self.encoder.width}; expected that of the decoder, {self.stack.width}"
+            )
+
+
+@checked_dataclass
 class AutoencoderConfig:
     """Config of a model that reconstructs its input from one vector.
 
@@ -367,11 +403,17 @@ class AutoencoderConfig:
 
 
 ModelConfig = (
-    ClassifierConfig | DualEncoderConfig | LanguageModelConfig | MaskedLanguageModelConfig | AutoencoderConfig
+    ClassifierConfig
+    | DualEncoderConfig
+    | LanguageModelConfig
+    | EncoderDecoderConfig
+    | MaskedLanguageModelConfig
+    | AutoencoderConfig
 )
 KINDS = {
     "classifier": ClassifierConfig,
     "dual_encoder": DualEncoderConfig,
+    "encoder_decoder": EncoderDecoderConfig,
     "language_model": LanguageModelConfig,
     "masked_language_model": MaskedLanguageModelConfig,
     "autoencoder": AutoencoderConfig,

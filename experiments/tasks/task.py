@@ -22,6 +22,8 @@ class Task(Protocol):
       num_classes: number of labels of whole sequences, if the task has them.
       pairs: whether the labels belong to pairs of sequences; inputs and segment ids then are (b, 2, t), and the model is a
         `DualEncoder`.
+      has_source: whether rows are pairs of a source and a target; inputs and segment ids then are (b, 2, t), labels are those of the
+        target, and the model is an `EncoderDecoder`.
       sizes: static method that a task may have: it returns the sizes above that its options give, without data.
       makes_no_data: whether creating an object of the class is cheap, so that it can be created only for its sizes.
       padding: places where padding may occur in a row: "end", after all tokens, or "anywhere".
@@ -41,6 +43,7 @@ class Task(Protocol):
     input_size: int | None = None
     num_classes: int | None = None
     pairs: ClassVar[bool] = False
+    has_source: ClassVar[bool] = False
     makes_no_data: ClassVar[bool] = False
     padding: ClassVar[Padding] = "anywhere"
     packed: ClassVar[bool | int] = True

@@ -33,6 +33,8 @@ SCALES = [
     "associative_recall:scale=long",
     *(f"mad:task={task}" for task in MAD),
     "mad:scale=paper,task=memorization",
+    "source_target:",
+    "source_target:task=copy,scale=paper,mixer=gla,encoder=nystromformer",
     "regular_languages:",
     "regular_languages:scale=paper",
     *(f"algorithms:task={task}" for task in (

@@ -162,6 +162,16 @@ FIELDS = [
     ("--config=MQAR --config.model.kind=classifier", "the labels of the task 'mqar' belong to tokens"),
     ("--config=MQAR --config.model.kind=masked_language_model", "reads the tokens that the task 'mqar' asks"),
     ("--config=SHORT --config.model.kind=language_model", "the task 'listops' has one label per row"),
+    (
+        "--config=MQAR --config.model.kind=encoder_decoder",
+        "rows of the task 'mqar' are single sequences, not pairs of a source and a target; expected a task",
+    ),
+    (
+        "--config=synthetic/source_target --config.model.kind=language_model",
+        "expected kind='encoder_decoder'",
+    ),
+    ("--config=synthetic/source_target:task=parity", "task=parity,scale=small; expected copy"),
+    ("--config=synthetic/source_target:steps=2", "source_target.py takes task, mixer, encoder, width,"),
     ("--config=SHORT --config.model.kind=clasifier", "did you mean 'classifier'?"),
     ("--config=MQAR --config.model.vocab_size=8", "config.model sets vocab_size, which the task gives"),
     ("--config=MQAR --config.model.input_size=8", "the inputs of the task 'mqar' are tokens"),

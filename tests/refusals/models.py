@@ -51,6 +51,11 @@ def traced(call):
     return lambda: jax.eval_shape(call)
 
 
+def crossing():
+    """A mixer of width 8 that reads sources."""
+    return small("attention", heads=2, position="none")
+
+
 def ones(*shape, dtype="float32"):
     return jnp.asarray(np.ones(shape, dtype))
 
@@ -413,6 +418,26 @@ MODELS = [
     (model(kind="classifier"), ValueError, "model needs the option num_classes"),
     (model(kind="classifier", num_classes=1), ValueError, "num_classes=1; expected"),
     (model(kind="classifier", num_classes=2, pooling="max"), ValueError, "pooling='max'; expected"),
+    (model(kind="encoder_decoder", residual="parallel"), ValueError, "need residual='separate'"),
+    (model(kind="encoder_decoder", encoder=dict(dept=1)), ValueError, "did you mean 'depth'?"),
+    (model(kind="encoder_decoder", encoder=dict(width=4)), ValueError, "encoder.width=4; expected that of"),
+    (model(kind="encoder_decoder", cross=dict(mixer="gla")), ValueError, "cross.mixer='gla' reads no source"),
+    (
+        lambda: scales(MODEL | dict(kind="encoder_decoder"), batch=1, length=2, seed=0),
+        ValueError,
+        "kind='encoder_decoder' has two stacks",
+    ),
+    (traced(lambda: small().source(ones(1, 2, 8))), ValueError, "GLA reads no source"),
+    (
+        traced(lambda: small("attention", heads=2).source(ones(1, 2, 8))),
+        ValueError,
+        "expected position='none' and window=None",
+    ),
+    (
+        traced(lambda: crossing().cross(ones(2, 2, 8), crossing().source(ones(1, 3, 8)))),
+        ValueError,
+        "has 1 rows, and x has 2; expected one source per row",
+    ),
     (model(kind="autoencoder", pooling="first"), ValueError, "pooling='first'; expected"),
     (model(kind="masked_language_model", transform="gelo"), ValueError, "did you mean 'gelu'?"),
     (

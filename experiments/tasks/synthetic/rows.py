@@ -99,6 +99,17 @@ class Rows:
         return {name: array.astype(np.int32) for name, array in arrays.items()}
 
 
+class PairRows(Rows):
+    """A split of pairs of a source and a target, of which `make` also returns "source", "source_ids" and "target_ids" (b, width)."""
+
+    def gather(self, indices: np.ndarray, width: int) -> Arrays:
+        """Returns the rows at `indices`: inputs and segment_ids (b, 2, width), labels of the targets (b, width), all int32."""
+        rows = super().gather(indices, width)
+        inputs = np.stack([rows["source"], rows["inputs"]], axis=1)
+        ids = np.stack([rows["source_ids"], rows["target_ids"]], axis=1)
+        return {"inputs": inputs, "labels": rows["labels"], "segment_ids": ids}
+
+
 def _resize(array: np.ndarray, width: int, fill: int) -> np.ndarray:
     missing = max(0, width - array.shape[1])
     return np.pad(array[:, :width], ((0, 0), (0, missing)), constant_values=fill)
