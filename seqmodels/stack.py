@@ -10,12 +10,13 @@ from flax import nnx
 from layers.kernels import kept
 from layers.mixer import Mixer, Source
 from layers.parameters import axes_of
+from layers.reduction.kept import kept_segments, returned, taken
 from layers.segments import SegmentIds, Segments, select_real
 from layers.sharding import divide_batch
 from layers.typing import Array, Float, Key
 from seqmodels.block import Block, Encoded
 from seqmodels.config import StackConfig
-from seqmodels.routing import kept_segments, kept_tokens, returned, taken
+from seqmodels.routing import kept_tokens
 from seqmodels.shared import SharedBlock, Use
 
 # What the backward pass of a scan computes again rather than reads: one pass over memory gives many of these at once,

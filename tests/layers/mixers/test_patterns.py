@@ -19,7 +19,8 @@ GIVEN = dict(width=8, heads=2, position="none", causal=False)
 def test_every_mixer_of_the_table_is_used_in_a_pattern_that_it_names():
     used = {}
     for name, options in TABLE.values():
-        made = nnx.eval_shape(partial(make_mixer, name, options, given=dict(width=8), rngs=nnx.Rngs(0)))
+        make = partial(make_mixer, name, options, given=dict(width=8))
+        made = nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0)))
         used.setdefault(name, set()).add("causal_self" if made.causal else "noncausal_self")
     for name, found in used.items():
         assert found <= set(MIXERS[name][1].patterns) <= set(EVERY), name
