@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.norms import LayerNorm, LayerNormConfig
+from layers.norms import NormConfig, RMSNorm
 from layers.options import ActivationDtype, Count, NonNegative, Positive, checked_dataclass
 from layers.parameters import linear, xavier_uniform
 from layers.reduction.kept import kept_segments, places_of, returned, taken
@@ -36,12 +36,13 @@ class DeletionGate(nnx.Module):
 
     In training, nothing leaves: G of the key is added to every logit of attention in later layers and in the cross-attention of a decoder
     (`layers.kernels.attention.Logits(bias=gates[:, None, None, :])`), and the loss has alpha times `share`. In inference, tokens with
-    G <= K / 2 leave: `remaining(kept(gates), ...)`. b starts at 1, so that most tokens stay.
+    G <= K / 2 leave: `remaining(kept(gates), ...)`. b starts at 1, so that most tokens stay;
+    norm is RMSNorm, as in T5 and the authors' code.
     """
 
     def __init__(self, config: DeletionGateConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.norm = LayerNorm(LayerNormConfig(config.width, config.epsilon, dtype=config.dtype), rngs=rngs)
+        self.norm = RMSNorm(NormConfig(config.width, config.epsilon, dtype=config.dtype), rngs=rngs)
         self.gate = linear(
             config.width, 1, axes=("embed", None), init=xavier_uniform(), dtype=config.dtype, rngs=rngs
         )

@@ -10,6 +10,7 @@ from layers.channel import CHANNEL_MIXERS
 from layers.mixers import MIXERS
 from layers.norms import NORMS
 from layers.positions.position import read_position
+from layers.reduction import CharacterConfig, DeletionGateConfig, HashEmbeddingConfig, remaining
 from layers.registry import build
 from seqmodels import LengthenConfig, build_model, lengthen
 
@@ -418,6 +419,12 @@ MODELS = [
     (model(kind="classifier"), ValueError, "model needs the option num_classes"),
     (model(kind="classifier", num_classes=1), ValueError, "num_classes=1; expected"),
     (model(kind="classifier", num_classes=2, pooling="max"), ValueError, "pooling='max'; expected"),
+    (lambda: HashEmbeddingConfig(8, hashes=3), ValueError, "hashes=3 of width=8; expected a divisor"),
+    (lambda: HashEmbeddingConfig(8, buckets=0), ValueError, "buckets=0; expected at least 1"),
+    (lambda: CharacterConfig(8, rate=1), ValueError, "rate=1; expected at least 2"),
+    (lambda: CharacterConfig(8, activation="gelo"), ValueError, "did you mean 'gelu'?"),
+    (lambda: DeletionGateConfig(8, strength=0.0), ValueError, "strength=0.0; expected"),
+    (traced(lambda: remaining(ones(1, 4) == 1, 0).places), ValueError, "size=0; expected at least 1"),
     (model(kind="encoder_decoder", residual="parallel"), ValueError, "need residual='separate'"),
     (model(kind="encoder_decoder", encoder=dict(dept=1)), ValueError, "did you mean 'depth'?"),
     (model(kind="encoder_decoder", encoder=dict(width=4)), ValueError, "encoder.width=4; expected that of"),
