@@ -12,7 +12,7 @@ from layers.norms import NORMS
 from layers.positions.position import read_position
 from layers.reduction import CharacterConfig, DeletionGateConfig, HashEmbeddingConfig, remaining
 from layers.registry import build
-from seqmodels import LengthenConfig, build_model, lengthen
+from seqmodels import LengthenConfig, build_model, generate_from, lengthen
 
 
 def mixer(name, **options):
@@ -50,6 +50,15 @@ def small(name="gla", **options):
 def traced(call):
     """A call that looks at shapes and types alone."""
     return lambda: jax.eval_shape(call)
+
+
+SOURCED = MODEL | dict(kind="encoder_decoder", absolute_positions="learned", max_positions=4)
+
+
+def wrote(sources=((1,),), start=0, max_new_tokens=1):
+    """Generation from sources by a model without arrays, which is never run."""
+    made = nnx.eval_shape(lambda: build_model(SOURCED, rngs=nnx.Rngs(0)))
+    return generate_from(made, sources, start=start, max_new_tokens=max_new_tokens)
 
 
 def crossing():
@@ -425,6 +434,34 @@ MODELS = [
     (lambda: CharacterConfig(8, activation="gelo"), ValueError, "did you mean 'gelu'?"),
     (lambda: DeletionGateConfig(8, strength=0.0), ValueError, "strength=0.0; expected"),
     (traced(lambda: remaining(ones(1, 4) == 1, 0).places), ValueError, "size=0; expected at least 1"),
+    (lambda: wrote(start=9), ValueError, "start"),
+    (lambda: wrote(max_new_tokens=0), ValueError, "max_new_tokens=0; expected an integer of at least 1"),
+    (lambda: wrote(sources=[]), ValueError, "sources holds no source; expected at least one"),
+    (lambda: wrote(sources=[[]]), ValueError, "sources[0] is empty"),
+    (
+        lambda: wrote(sources=[[1] * 5]),
+        ValueError,
+        "5 tokens of a source or target, but the table of positions",
+    ),
+    (
+        lambda: generate_from(model()(), [[1]], start=0, max_new_tokens=1),
+        TypeError,
+        "model is a LanguageModel; expected an EncoderDecoder",
+    ),
+    (
+        traced(
+            lambda: build_model(SOURCED, rngs=nnx.Rngs(0))(
+                ones(2, 3, dtype="int32"), ones(1, 3, dtype="int32")
+            )[0]
+        ),
+        ValueError,
+        "source has 2 rows, and target has 1; expected one source per target",
+    ),
+    (
+        traced(lambda: build_model(SOURCED, rngs=nnx.Rngs(0)).decoder(ones(2, 3, dtype="int32"))[0]),
+        ValueError,
+        "was called without a source; expected the output of an encoder",
+    ),
     (model(kind="encoder_decoder", residual="parallel"), ValueError, "need residual='separate'"),
     (model(kind="encoder_decoder", encoder=dict(dept=1)), ValueError, "did you mean 'depth'?"),
     (model(kind="encoder_decoder", encoder=dict(width=4)), ValueError, "encoder.width=4; expected that of"),
