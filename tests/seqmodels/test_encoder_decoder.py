@@ -145,9 +145,13 @@ def test_packed_pairs_give_what_they_give_alone(model):
     sources, targets = ([3, 1, 4], [1, 5]), ([2, 6], [5, 3, 5])
     rows = [jnp.asarray([both[0] + both[1]]) for both in (sources, targets)]
     ids = [jnp.asarray([[1] * len(both[0]) + [2] * len(both[1])]) for both in (sources, targets)]
-    packed, _ = model(*rows, source_segment_ids=ids[0], segment_ids=ids[1])
     alone = [equation(model, *map(np.asarray, pair)) for pair in zip(sources, targets, strict=True)]
+    packed, _ = model(*rows, source_segment_ids=ids[0], segment_ids=ids[1])
     np.testing.assert_allclose(packed[0], np.concatenate(alone), atol=2e-6)
+    state = model.init_state(rows[0], max_length=5, segment_ids=ids[0])
+    first, state = model.decoder(rows[1][:, :3], state, segment_ids=ids[1][:, :3])
+    second, _ = model.decoder(rows[1][:, 3:], state, segment_ids=ids[1][:, 3:])
+    np.testing.assert_allclose(jnp.concatenate([first, second], 1)[0], np.concatenate(alone), atol=2e-6)
 
 
 @pytest.mark.slow
