@@ -42,6 +42,11 @@ class _Shifted(nnx.Module):
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> tuple[Array, Any]:
         return self.inner(x + self.shift[...], *args, **kwargs)
 
+    @property
+    def mixer(self) -> Any:
+        """The mixer of a block."""
+        return self.inner.mixer
+
     def sharing(self, x: Array, *args: Any, **kwargs: Any) -> tuple[Array, Any, Any]:
         y, *rest = self.inner.sharing(x, *args, **kwargs)
         return y + self.shift[...], *rest
