@@ -32,8 +32,10 @@ from experiments.config.models import sizes_without_data, with_sizes
 from experiments.runs.files import to_json_text
 from experiments.training import experiment
 from layers.kernels import devices, dispatch
-from seqmodels import DualEncoder
+from seqmodels import DualEncoder, EncoderDecoder
 from seqmodels.block import Block
+from seqmodels.encoder_decoder import of_pairs
+from seqmodels.stack import Stack
 
 PREFIXES = ("", "k", "M", "G", "T", "P")
 LENGTHS = (1024, 4096, 16384, 65536)
@@ -95,10 +97,9 @@ def implementations(config: Mapping[str, Any], length: int, batch: int, backend:
       length, batch: number of tokens and of rows of the inputs.
       backend: "cpu", "gpu" (Hopper) or "tpu"; it need not be present.
     """
-    stack = experiment.model_without_data(config).stack
-    x = jax.ShapeDtypeStruct((batch, length, stack.config.width), jnp.dtype(stack.config.dtype))
     rows = []
-    for layer in range(stack.config.depth):
+    for number, (stack, layer) in enumerate(_places(experiment.model_without_data(config))):
+        x = jax.ShapeDtypeStruct((batch, length, stack.config.width), jnp.dtype(stack.config.dtype))
         graph, variables = nnx.split(stack.blocks[layer])
         with devices.as_on(backend), dispatch.explained() as choices:
             jax.eval_shape(
@@ -108,7 +109,7 @@ def implementations(config: Mapping[str, Any], length: int, batch: int, backend:
             choice._asdict() | {"passed_over": [list(one) for one in choice.passed_over]}
             for choice in choices
         ]
-        rows.append(dict(layer=layer, mixer=_mixer(stack.config, layer), calls=calls))
+        rows.append(dict(layer=number, mixer=_mixer(stack.config, layer), calls=calls))
     return rows
 
 
@@ -154,17 +155,18 @@ def describe(config: Mapping[str, Any], lengths: Sequence[int] = LENGTHS) -> dic
     if not lengths or min(lengths) < 1:
         raise ValueError(f"lengths={list(lengths)}; expected one or more, of at least 1 token")
     model = experiment.model_without_data(config)
-    stack, total = model.stack, _parameters(model)
+    stacks, total = _stacks(model), _parameters(model)
+    stack = stacks[-1]
     layers = [
         dict(
-            layer=i,
-            mixer=_mixer(stack.config, i),
-            channel=_channel(stack.config, i),
-            **_layer(stack, i, lengths[0]),
+            layer=number,
+            mixer=_mixer(one.config, i),
+            channel=_channel(one.config, i),
+            **_layer(one, i, lengths[0]),
         )
-        for i in range(stack.config.depth)
+        for number, (one, i) in enumerate(_places(model))
     ]
-    rest, shared = total - _parameters(stack), _parameters(stack.shared)
+    rest, shared = total - sum(map(_parameters, stacks)), _parameters(stack.shared)
     return dict(
         kind=config["model"]["kind"],
         width=stack.config.width,
@@ -178,6 +180,16 @@ def describe(config: Mapping[str, Any], lengths: Sequence[int] = LENGTHS) -> dic
         parameter_bytes=4 * total,
         lengths=[_at_length(model, length) for length in lengths],
     )
+
+
+def _stacks(model: nnx.Module) -> tuple[Stack, ...]:
+    """Returns the stacks of a model, that which gives its outputs last."""
+    return (model.encoder, model.decoder.stack) if isinstance(model, EncoderDecoder) else (model.stack,)
+
+
+def _places(model: nnx.Module) -> list[tuple[Stack, int]]:
+    """Returns the stack of each layer and its number there."""
+    return [(stack, layer) for stack in _stacks(model) for layer in range(stack.config.depth)]
 
 
 def _parameters(module: nnx.Module) -> int:
@@ -219,6 +231,8 @@ def _flops(module: nnx.Module, inputs: jax.ShapeDtypeStruct) -> Flops | str:
 
     def run(variables: nnx.State, x: jax.Array) -> jax.Array:
         merged = nnx.merge(graph, variables)
+        if isinstance(merged, EncoderDecoder):
+            return of_pairs(merged, x, segment_ids=None)
         return merged.alone(x) if isinstance(merged, Block) else merged(x)[0]
 
     try:
@@ -231,7 +245,7 @@ def _at_length(model: nnx.Module, length: int) -> dict[str, Any]:
     """Returns the operations of one row, or pair of rows, of this length, and the bytes of the state carried after it."""
     size, shape = (
         model.config.input.input_size,
-        (1, 2, length) if isinstance(model, DualEncoder) else (1, length),
+        (1, 2, length) if isinstance(model, DualEncoder | EncoderDecoder) else (1, length),
     )
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     inputs = tokens if size is None else jax.ShapeDtypeStruct((*shape, size), jnp.float32)
@@ -239,8 +253,9 @@ def _at_length(model: nnx.Module, length: int) -> dict[str, Any]:
     if isinstance(flops, str):
         return dict(length=length, refused=flops)
     state = None
-    if model.stack.causal:
-        graph, variables = nnx.split(model.stack)  # a trained initial state is a parameter
+    stack = _stacks(model)[-1]
+    if stack.causal:
+        graph, variables = nnx.split(stack)  # a trained initial state is a parameter
         shapes = jax.eval_shape(
             lambda variables: nnx.merge(graph, variables).init_state(1, max_length=length), variables
         )

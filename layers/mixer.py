@@ -12,7 +12,7 @@ A mixer writes `mix`, its equation, and `initial`, what it carries before the fi
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,11 @@ from layers.segments import (
     select_real,
     visit,
 )
-from layers.typing import Array, Float
+from layers.typing import Array, Float, Int
+
+# Patterns of mixers with an option for either direction, and of those that also read a source.
+SELF = ("causal_self", "noncausal_self")
+EVERY = (*SELF, "causal_cross", "noncausal_cross")
 
 
 class MixerState(NamedTuple):
@@ -44,6 +48,18 @@ class MixerState(NamedTuple):
 
     carried: Any
     place: Place
+
+
+class Source(NamedTuple):
+    """What a cross-attention reads, computed once per source.
+
+    Attributes:
+      entries: arrays per token of the source, such as keys and values.
+      numbers: the segment of each token, counted from 1; 0 is padding. The n-th segment of a target reads the n-th of the source.
+    """
+
+    entries: Any
+    numbers: Int[Array, "b s"]
 
 
 class Mixer(nnx.Module):
@@ -69,10 +85,15 @@ class Mixer(nnx.Module):
         segments, values)`, which returns the outputs, what to carry, and the values for later layers (b, t, d); `values` are
         those of earlier ones or None.
       takes_values: whether it needs the values of an earlier layer.
+      patterns: the uses that options can give it, of "causal_self", "noncausal_self", "causal_cross" and "noncausal_cross", the four of
+        CAB (Zhang et al. 2023, arXiv:2210.07661). In the latter two, queries of the target read keys of a source, all of them; the target is
+        causal in the former. A mixer that has them defines `entries_of(y, segments)`, what `Source` holds of a source y (b, s, d), and
+        `read(x, source, numbers)`, the outputs (b, t, d) for targets x, whose segments `numbers` counts.
       takes_gaps: whether positions of a segment may have gaps, because all that `mix` does with them is to compare or encode them.
     """
 
     causal: bool = True
+    patterns: ClassVar[tuple[str, ...]] = ("causal_self",)
     takes_intervals: bool = False
     keeps_segments: bool = False
     isolates_tokens: bool = False
@@ -170,6 +191,47 @@ class Mixer(nnx.Module):
             carried = keep_where(here.continues, carried, self.initial(x.shape[0], None))
         y, carried, values = self._mix(x, carried, segments, *more)
         return y, MixerState(carried, here.place), values
+
+    def source(self, y: Float[Array, "b s d"], *, segment_ids: SegmentIds = None) -> Source:
+        """Returns what `cross` reads of a source.
+
+        Args:
+          y: outputs of an encoder (b, s, d).
+          segment_ids: (b, s), as for `__call__`.
+
+        Raises:
+          ValueError, TypeError: as for `__call__`, or the mixer has no cross-attention.
+        """
+        if "noncausal_cross" not in self.patterns:
+            raise ValueError(
+                f"{type(self).__name__} reads no source; mixers with a pattern 'noncausal_cross' do, such as 'attention'"
+            )
+        self._check(y, segment_ids)
+        segments = Segments.of(segment_ids)
+        numbers = jnp.ones(y.shape[:2], jnp.int32) if segments is None else segments.numbers
+        return Source(self._run(self.entries_of, select_real(y, segments), segments), numbers)
+
+    def cross(
+        self, x: Float[Array, "b t d"], source: Source, *, numbers: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b t d"]:
+        """Returns what the tokens x of a target read of a source; no token of x reads another.
+
+        Args:
+          x: tokens of the target (b, t, d), any t.
+          source: what `source` returns, for as many rows.
+          numbers: the segments of x in their rows, counted from 1; 0 is padding. None for one segment per row.
+
+        Raises:
+          ValueError: x does not fit the mixer, or the source has other rows.
+        """
+        self._check(x, numbers)
+        if source.numbers.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"source of {type(self).__name__} has {source.numbers.shape[0]} rows, and x has {x.shape[0]}; expected one source per row"
+            )
+        numbers = jnp.ones(x.shape[:2], jnp.int32) if numbers is None else numbers
+        x = jnp.where(numbers[..., None] == 0, 0, x)
+        return jnp.where(numbers[..., None] == 0, 0, self._run(self.read, x, source, numbers))
 
     def alone(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Returns outputs along time of the mixer without its model: x stands for values of an earlier layer that it reads."""
@@ -284,4 +346,4 @@ def _check_leaf(name: str, leaf: Any, want: Any, batch_size: int) -> None:
         raise TypeError(f"{name} has dtype {jnp.result_type(leaf)}; expected {want.dtype}")
 
 
-__all__ = ["Mixer", "MixerState", "Visit", "check_place"]
+__all__ = ["EVERY", "SELF", "Mixer", "MixerState", "Source", "Visit", "check_place"]

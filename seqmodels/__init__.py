@@ -10,6 +10,8 @@ from seqmodels.autoencoder import Autoencoder
 from seqmodels.building import build_model
 from seqmodels.classifier import Classifier
 from seqmodels.dual_encoder import DualEncoder
+from seqmodels.encoder_decoder import EncoderDecoder
+from seqmodels.from_source import generate_from
 from seqmodels.generation import Generation, generate, stream
 from seqmodels.interop import load_adapter, load_pretrained, save_adapter, save_pretrained
 from seqmodels.language_model import LanguageModel
@@ -21,6 +23,7 @@ __all__ = [
     "Autoencoder",
     "Classifier",
     "DualEncoder",
+    "EncoderDecoder",
     "Generation",
     "LanguageModel",
     "LengthenConfig",
@@ -31,6 +34,7 @@ __all__ = [
     "adapt",
     "build_model",
     "generate",
+    "generate_from",
     "lengthen",
     "load_adapter",
     "load_pretrained",

@@ -1,6 +1,7 @@
 """One layer of a stack: a mixer, a channel mixer, norms and residual connections."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,19 @@ from flax import nnx
 from layers.adapters import dropping
 from layers.channel import make_channel_mixer
 from layers.dropout import dropout
+from layers.mixer import Source
 from layers.mixers import make_mixer
 from layers.norms import make_norm
-from layers.segments import SegmentIds, Segments
-from layers.typing import Array, Float, Key
+from layers.segments import SegmentIds, Segments, visit
+from layers.typing import Array, Float, Int, Key
 from seqmodels.config import StackConfig
+
+
+class Encoded(NamedTuple):
+    """The output of an encoder, which all layers of a decoder read, and its segments; None for whole rows."""
+
+    x: Float[Array, "b s d"]
+    segments: Segments | None
 
 
 class Block(nnx.Module):
@@ -29,11 +38,15 @@ class Block(nnx.Module):
     both norms may be one. Each x
     before a plus is multiplied by `residual_scale`, and each branch after one by `branch_scale`.
 
+    With a cross-attention, a layer of a decoder has a third branch between these two, x = x + dropout(cross(norm(x), source)).
+
     Attributes:
       use: what this layer's use of a shared block has of its own (`seqmodels.shared.Use`), which the stack sets and runs; or None.
     """
 
-    def __init__(self, config: StackConfig, layer: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: StackConfig, layer: int, *, cross: Mapping[str, Any] | None = None, rngs: nnx.Rngs
+    ):
         self.config = config
         given = {"width": config.width, "dtype": jnp.dtype(config.dtype)}
         given |= {"layer": layer, "depth": config.depth}
@@ -43,6 +56,12 @@ class Block(nnx.Module):
         after = config.norm_position in ("output", "both")
         self.mixer_norm = self._norm(rngs) if before else None
         self.mixer_output_norm = self._norm(rngs) if after else None
+        if cross is None:
+            self.cross = self.cross_norm = self.cross_output_norm = None
+        else:
+            self.cross = make_cross(cross, given={**config.mixer_defaults, **given}, rngs=rngs)
+            self.cross_norm = self._norm(rngs) if before else None
+            self.cross_output_norm = self._norm(rngs) if after else None
         self.use: nnx.Module | None = nnx.data(None)
         channel = config.channel_of(layer)
         if channel is None:
@@ -53,6 +72,10 @@ class Block(nnx.Module):
         own = config.residual != "joint"
         self.channel_norm = self._norm(rngs) if own and before and not config.shared_norm else None
         self.channel_output_norm = self._norm(rngs) if own and after else None
+
+    def source(self, encoded: Encoded) -> Source:
+        """Returns what the cross-attention of this layer reads of a source."""
+        return self.cross.source(encoded.x, segment_ids=encoded.segments)
 
     def _norm(self, rngs: nnx.Rngs) -> nnx.Module:
         config = self.config
@@ -72,8 +95,9 @@ class Block(nnx.Module):
         return x, state
 
     def alone(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """Returns the output of the layer without its model; see `Mixer.alone`."""
-        return self.sharing(x, None, x if self.mixer.takes_values else None)[0]
+        """Returns the output of the layer without its model, with x as source too; see `Mixer.alone`."""
+        source = None if self.cross is None else Encoded(x, None)
+        return self.sharing(x, None, x if self.mixer.takes_values else None, source=source)[0]
 
     def read_by_mixer(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Returns what the mixer reads of the stream x, in inference and without padding."""
@@ -89,16 +113,18 @@ class Block(nnx.Module):
         segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
         beside: Float[Array, "b t d"] | None = None,
+        source: Encoded | Source | None = None,
     ) -> tuple[Float[Array, "b t d"], Any, Float[Array, "b t d"] | None]:
         """Returns the output of the layer, the mixer's state and the values for later layers; see `Mixer.sharing`.
 
         Args:
           beside: what the branch of the mixer reads in addition to x: x + mixer(norm(x + beside)).
+          source: what the cross-attention reads, or what `source` returns for it.
         """
         with dropping(key):
-            return self._sharing(x, state, values, Segments.of(segment_ids), key, beside)
+            return self._sharing(x, state, values, Segments.of(segment_ids), key, beside, source)
 
-    def _sharing(self, x, state, values, segments, key, beside):
+    def _sharing(self, x, state, values, segments, key, beside, source):
         mask = None if segments is None else segments.real
         norms = {"mask": mask, "training": key is not None}
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
@@ -122,18 +148,50 @@ class Block(nnx.Module):
                 return self.channel(y, mask=mask, key=keys[0]), out
             return dropout(y, self.config.dropout, keys[0]), out
 
+        def cross(u):
+            there = self.source(source) if isinstance(source, Encoded) else source
+            y = self.cross.cross(u, there, numbers=_numbers(state, segments, u.shape[1]))
+            # Not a key of another dropout.
+            own = None if key is None else jax.random.fold_in(key, 3)
+            return dropout(y, self.config.dropout, own), None
+
         def channel(u):
             return dropout(self.channel(u, mask=mask, key=keys[1]), self.config.dropout, keys[2]), None
 
         x = before(x, self.mixer_norm)
         read = x if beside is None else x + beside
         mixed, out = branch(mix, read, self.mixer_norm, self.mixer_output_norm)
+        last = self.mixer_norm
+        if self.cross is not None:
+            x = before(add(x, mixed, last), self.cross_norm)
+            mixed, _ = branch(cross, x, self.cross_norm, self.cross_output_norm)
+            last = self.cross_norm
         if self.channel is None or self.config.residual == "joint":
-            return add(x, mixed, self.mixer_norm), *out
+            return add(x, mixed, last), *out
         if self.config.residual == "separate":
-            x = before(add(x, mixed, self.mixer_norm), self.channel_norm)
+            x = before(add(x, mixed, last), self.channel_norm)
         channel_norm = self.mixer_norm if self.config.shared_norm else self.channel_norm
         y, _ = branch(channel, x, channel_norm, self.channel_output_norm)
         if self.config.residual == "parallel":
             y = mixed + y
         return add(x, y, self.channel_norm), *out
+
+
+def make_cross(options: Mapping[str, Any], *, given: Mapping[str, Any], rngs: nnx.Rngs) -> nnx.Module:
+    """Returns the mixer of a cross-attention, "attention" unless the options have a key "mixer"."""
+    options = dict(options)
+    name = options.pop("mixer", "attention")
+    plain = {"causal": False, "position": "none", "window": None, "sink_tokens": 0}
+    mixer = make_mixer(name, options, given={**given, **plain}, rngs=rngs)
+    if "causal_cross" not in mixer.patterns:
+        raise ValueError(
+            f"cross.mixer={name!r} reads no source; expected a mixer with the pattern 'causal_cross', such as 'attention'"
+        )
+    return mixer
+
+
+def _numbers(state: Any, segments: Segments | None, time: int) -> Int[Array, "b t"] | None:
+    """Returns the segments of new tokens, counted over all calls; None for one segment per row."""
+    if state is not None:
+        return visit(state.place, segments, time).numbers
+    return None if segments is None else segments.numbers

@@ -13,12 +13,14 @@ from seqmodels.config import (
     AutoencoderConfig,
     ClassifierConfig,
     DualEncoderConfig,
+    EncoderDecoderConfig,
     LanguageModelConfig,
     MaskedLanguageModelConfig,
     RegressorConfig,
     parse,
 )
 from seqmodels.dual_encoder import DualEncoder
+from seqmodels.encoder_decoder import EncoderDecoder
 from seqmodels.language_model import LanguageModel
 from seqmodels.masked_language_model import MaskedLanguageModel
 from seqmodels.regressor import Regressor
@@ -26,6 +28,7 @@ from seqmodels.regressor import Regressor
 MODELS = {
     ClassifierConfig: Classifier,
     DualEncoderConfig: DualEncoder,
+    EncoderDecoderConfig: EncoderDecoder,
     LanguageModelConfig: LanguageModel,
     MaskedLanguageModelConfig: MaskedLanguageModel,
     AutoencoderConfig: Autoencoder,
@@ -35,12 +38,14 @@ MODELS = {
 
 def build_model(
     config: Mapping[str, Any], *, rngs: nnx.Rngs
-) -> Classifier | DualEncoder | LanguageModel | MaskedLanguageModel | Autoencoder | Regressor:
+) -> (
+    Classifier | DualEncoder | EncoderDecoder | LanguageModel | MaskedLanguageModel | Autoencoder | Regressor
+):
     """Returns the model that a mapping describes.
 
     Args:
-      config: "kind" ("classifier", "dual_encoder", "language_model", "masked_language_model", "autoencoder" or "regressor") and,
-        flat, the fields of `InputConfig`, `StackConfig` and of the config of that kind in `seqmodels.config`.
+      config: "kind" (a key of `seqmodels.config.KINDS`, such as "classifier", "language_model" or "encoder_decoder") and, flat, the
+        fields of `InputConfig`, `StackConfig` and of the config of that kind in `seqmodels.config`.
       rngs: source of the keys that initialize parameters.
 
     Raises:

@@ -55,7 +55,7 @@ def _mapped(config: StackConfig, state: LanguageModelState, change: Any) -> Lang
         nodes, tree = jax.tree.flatten_with_path(layer, is_leaf=_is_node)
         nodes = [_changed(node, (spec, path), change) for path, node in nodes]
         layers.append(jax.tree.unflatten(tree, nodes))
-    return LanguageModelState(place, tuple(layers))
+    return state._replace(place=place, layers=tuple(layers))
 
 
 def _is_node(node: Any) -> bool:

@@ -9,43 +9,11 @@ from layers.channel.glu import ACTIVATIONS
 from layers.mixers import MIXERS
 from layers.options import Bound, Count, DtypeNames, Fraction, NonNegative, Positive, checked_dataclass
 from layers.registry import choose, make_config, suggestion
+from seqmodels.input_config import InputConfig
+from seqmodels.shared_config import SharedConfig
 
 # Options of mixers that a block fills in.
 SUPPLIED = {"width", "dtype", "layer", "depth"}
-
-
-@checked_dataclass(section="shared")
-class SharedConfig:
-    """Blocks whose parameters several layers share; see `seqmodels.shared`.
-
-    Attributes:
-      layers: numbers of the layers that use a block, in order.
-      blocks: number of blocks, which these layers use in turn.
-      mixer: options of the mixer, of twice the width of the model; a key "mixer" names it ("attention" if left out).
-      channel: options of the channel mixer; a key "channel" names it ("swiglu" if left out).
-      adapters: linear maps of the block, such as "mixer/query", to which each use adds a low-rank matrix of its own; those of
-        a name like "channel/gate+channel/up" share its first factor.
-      rank: rank of these matrices.
-    """
-
-    layers: tuple[Count, ...]
-    blocks: int = 1
-    mixer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    channel: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    adapters: tuple[str, ...] = ()
-    rank: int = 8
-
-    def __post_init__(self) -> None:
-        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
-            raise ValueError(f"shared.layers={self.layers}; expected numbers of layers in increasing order")
-        if self.blocks > len(self.layers):
-            raise ValueError(
-                f"shared.blocks={self.blocks} for {len(self.layers)} layers; expected at most one per layer"
-            )
-
-    def block_of(self, layer: int) -> int:
-        """Returns the number of the block that a layer uses."""
-        return self.layers.index(layer) % self.blocks
 
 
 @checked_dataclass
@@ -191,76 +159,6 @@ class StackConfig:
 
 
 @checked_dataclass
-class InputConfig:
-    """Config of the map from inputs to vectors.
-
-    Attributes:
-      vocab_size: number of tokens, if inputs are token ids (b, t).
-      input_size: number of features, if inputs are vectors (b, t, input_size), mapped linearly. Exactly one of the two is
-        set.
-      embedding_stddev: standard deviation of initial embeddings; 1 / sqrt(width) if None.
-      absolute_positions: encoding of the position in the segment that is added to inputs: "none", "learned" (a table) or
-        "sinusoidal", where token embeddings are first multiplied by sqrt(width), as in the original Transformer.
-      max_positions: number of rows of the learned table; tokens at later positions give NaN.
-      first_position: row of the learned table for the first token of a segment; RoBERTa and Longformer have 2.
-      token_types: number of vectors, one of which is added to each token by its type, such as 2 for pairs of sentences (BERT).
-      embedding_scale: factor on token embeddings, before positions are added, such as sqrt(width) in Gemma; None for 1.
-      embedding_norm: whether LayerNorm normalizes the embeddings of tokens, as in Bloom.
-      embedding_norm_epsilon: epsilon of this norm.
-      embedding_norm_place: "tokens", before positions and types are added, or "sum", after them (BERT).
-      embedding_map: whether a linear map of the width follows, the last (FNet).
-    """
-
-    vocab_size: int | None = None
-    input_size: int | None = None
-    embedding_stddev: NonNegative | None = None
-    absolute_positions: Literal["none", "learned", "sinusoidal"] = "none"
-    max_positions: int | None = None
-    first_position: Count = 0
-    token_types: int | None = None
-    embedding_scale: Positive | None = None
-    embedding_norm: bool = False
-    embedding_norm_epsilon: NonNegative = 1e-5
-    embedding_norm_place: Literal["tokens", "sum"] = "tokens"
-    embedding_map: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.max_positions is None) == (self.absolute_positions == "learned"):
-            raise ValueError(
-                f"max_positions={self.max_positions} with absolute_positions={self.absolute_positions!r}; "
-                "learned positions need the size of their table, others have none"
-            )
-        if (self.vocab_size is None) == (self.input_size is None):
-            raise ValueError(
-                f"vocab_size={self.vocab_size} and input_size={self.input_size}; "
-                "set vocab_size for tokens or input_size for vectors, and not both"
-            )
-        if self.embedding_norm_place == "sum" and not self.embedding_norm:
-            raise ValueError(
-                "embedding_norm_place='sum' has no effect without a norm; expected embedding_norm=True too"
-            )
-        if self.first_position and (self.max_positions or 0) <= self.first_position:
-            raise ValueError(
-                f"first_position={self.first_position} with max_positions={self.max_positions}; expected a row of the table of "
-                "learned positions"
-            )
-        if self.vocab_size is None and (
-            self.embedding_scale is not None
-            or self.embedding_norm
-            or self.embedding_map
-            or self.token_types is not None
-        ):
-            raise ValueError(
-                "embedding_scale, embedding_norm, embedding_map and token_types are for tokens; vectors (input_size) have none"
-            )
-
-    @property
-    def longest(self) -> int | None:
-        """The most tokens of a segment that have learned positions; None where these are not learned."""
-        return None if self.max_positions is None else self.max_positions - self.first_position
-
-
-@checked_dataclass
 class ClassifierConfig:
     """Config of a model that gives one label per sequence.
 
@@ -357,6 +255,42 @@ class MaskedLanguageModelConfig:
 
 
 @checked_dataclass
+class EncoderDecoderConfig(LanguageModelConfig):
+    """Config of a model that gives the logits of the next token of a target, given a source.
+
+    Attributes:
+      input, stack: those of the decoder; the encoder embeds its tokens by the same table.
+      encoder: fields of `StackConfig` in which the encoder differs from the decoder. Unless they say otherwise, its mixers with an option
+        `causal` or `bidirectional` see whole sequences.
+      cross: options of the cross-attention of each layer of the decoder; a key "mixer" names it ("attention" if left out).
+    """
+
+    encoder: Mapping[str, Any] | StackConfig = dataclasses.field(default_factory=dict)
+    cross: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stack.residual != "separate":
+            raise ValueError(
+                f"residual={self.stack.residual!r}; layers with a cross-attention need residual='separate'"
+            )
+        if not isinstance(self.encoder, StackConfig):
+            own = {field.name: getattr(self.stack, field.name) for field in dataclasses.fields(StackConfig)}
+            values = own | dict(self.encoder)
+            whole = {"causal": False, "bidirectional": True}
+            values["mixer_defaults"] = {
+                **values["mixer_defaults"],
+                **whole,
+                **self.encoder.get("mixer_defaults", {}),
+            }
+            object.__setattr__(self, "encoder", make_config("encoder", StackConfig, values))
+        if self.encoder.width != self.stack.width:
+            raise ValueError(
+                f"encoder.width={self.encoder.width}; expected that of the decoder, {self.stack.width}"
+            )
+
+
+@checked_dataclass
 class AutoencoderConfig:
     """Config of a model that reconstructs its input from one vector.
 
@@ -396,6 +330,7 @@ ModelConfig = (
     ClassifierConfig
     | DualEncoderConfig
     | LanguageModelConfig
+    | EncoderDecoderConfig
     | MaskedLanguageModelConfig
     | AutoencoderConfig
     | RegressorConfig
@@ -403,6 +338,7 @@ ModelConfig = (
 KINDS = {
     "classifier": ClassifierConfig,
     "dual_encoder": DualEncoderConfig,
+    "encoder_decoder": EncoderDecoderConfig,
     "language_model": LanguageModelConfig,
     "masked_language_model": MaskedLanguageModelConfig,
     "autoencoder": AutoencoderConfig,

@@ -174,10 +174,10 @@ def stream(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    prompts = _sequences("tokens", tokens, vocab_size)
+    prompts = sequences("tokens", tokens, vocab_size)
     if not prompts:
         raise ValueError("tokens holds no prompt; expected at least one")
-    stops = _sequences("stop", stop, vocab_size)
+    stops = sequences("stop", stop, vocab_size)
     longest = max(map(len, prompts))
     read = longest + max_new_tokens - 1  # the last new token is not read
     table, first = model.config.input.longest, model.config.input.first_position
@@ -203,7 +203,7 @@ def stream(
         own = FULL if draft_cache is None else read_cache(draft_cache)
         drafting.check(model, draft, own, longest, int(max_new_tokens), cache=draft_cache)
         drafts = draft, own, int(counts["draft_tokens"]), None
-    stops = _aligned(stops) if stops else None
+    stops = aligned(stops) if stops else None
     key = jax.random.key(np.uint32(seed))
     sizes = int(max_new_tokens), int(chunk), int(block)
     return _blocks(model, prompts, sampling, stops, key, *sizes, drafts, policy)
@@ -245,7 +245,7 @@ def _blocks(
             made = speculative.decode(model, rows, history, drafter, stands, *given, **options)
             rows, history, stands, new = made
         new = jax.tree.map(np.asarray, new)
-        _check_finite(new.log_probabilities, start)
+        check_finite(new.log_probabilities, start)
         done = int(new.lengths.max())
         yield Generation(new.tokens[:, :done], new.lengths, new.log_probabilities[:, :done], int(new.calls))
         if rows.stopped.all():
@@ -390,7 +390,7 @@ def _read_with_losses(model, inputs, state, ids, labels):
     return state, jax.nn.logsumexp(logits, axis=2) - chosen
 
 
-def _sequences(name: str, given: Any, vocab_size: int) -> list[np.ndarray]:
+def sequences(name: str, given: Any, vocab_size: int) -> list[np.ndarray]:
     """Returns sequences of token ids as int32 arrays; raises unless each has a token and all are in the vocabulary."""
     if isinstance(given, str | bytes) or not hasattr(given, "__len__"):
         raise TypeError(f"{name} is {given!r}; expected sequences of token ids")
@@ -408,13 +408,13 @@ def _sequences(name: str, given: Any, vocab_size: int) -> list[np.ndarray]:
     return found
 
 
-def _aligned(stops: Sequence[np.ndarray]) -> np.ndarray:
+def aligned(stops: Sequence[np.ndarray]) -> np.ndarray:
     """Returns the stop sequences (n, l), the shorter ones with ANY in front."""
     longest = max(map(len, stops))
     return np.stack([np.pad(one, (longest - len(one), 0), constant_values=ANY) for one in stops])
 
 
-def _check_finite(chances: np.ndarray, start: int) -> None:
+def check_finite(chances: np.ndarray, start: int) -> None:
     """Raises FloatingPointError if a log-probability is not finite."""
     wrong = np.argwhere(~np.isfinite(chances))
     if len(wrong):

@@ -1,5 +1,6 @@
 """A language model: embedding, stack, norm, output matrix."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -7,11 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.cross_entropy import Unprojected
-from layers.mixer import check_place
+from layers.mixer import Source, check_place
 from layers.norms import make_norm
 from layers.parameters import linear
 from layers.segments import Place, SegmentIds, Segments
 from layers.typing import Array, Float, Int, Key
+from seqmodels.block import Encoded
 from seqmodels.causality import check_causal
 from seqmodels.config import LanguageModelConfig
 from seqmodels.embedding import Embedding
@@ -19,25 +21,30 @@ from seqmodels.stack import Stack
 
 
 class LanguageModelState(NamedTuple):
-    """The place of the rows, if the embedding adds positions, and the state of each layer."""
+    """The place of the rows, if the embedding adds positions, the state of each layer, and what a decoder's layers read of a source."""
 
     place: Place | None
     layers: tuple[Any, ...]
+    sources: tuple[Source, ...] | None = None
 
 
 class LanguageModel(nnx.Module):
     """Logits of the next token at each position.
 
+    With `cross`, options of a cross-attention, it is the decoder of an `EncoderDecoder`, and calls need a source.
+
     Raises:
       ValueError: a mixer of the pattern or the norm is not causal.
     """
 
-    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LanguageModelConfig, *, cross: Mapping[str, Any] | None = None, rngs: nnx.Rngs
+    ):
         self.config = config
         stack = config.stack
         dtype = jnp.dtype(stack.dtype)
         self.embedding = Embedding(config.input, stack.width, dtype, rngs=rngs)
-        self.stack = Stack(stack, rngs=rngs)
+        self.stack = Stack(stack, cross=cross, rngs=rngs)
         check_causal(self.stack, "a language model")
         norm = partial(
             make_norm, stack.norm, dict(stack.norm_options), width=stack.width, dtype=dtype, rngs=rngs
@@ -98,16 +105,20 @@ class LanguageModel(nnx.Module):
         *,
         segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
+        source: Encoded | None = None,
     ) -> tuple[Unprojected, LanguageModelState | None]:
         """Returns what the logits are computed from, and the next state; see `__call__`.
+
+        A decoder reads `source`, or with a state the sources in it.
 
         `layers.cross_entropy.linear_cross_entropy` takes it in place of logits.
         """
         segments = Segments.of(segment_ids)
-        place, layers = (None, None) if state is None else self._checked(state, inputs.shape[0])
+        place, layers = (None, None) if state is None else self._checked(state, inputs.shape[0])[:2]
         x, place = self.embedding(inputs, place, segment_ids=segments)
-        x, layers = self.stack(x, layers, segment_ids=segments, key=key)
-        state = None if state is None else LanguageModelState(place, layers)
+        source = source if state is None else state.sources
+        x, layers = self.stack(x, layers, segment_ids=segments, key=key, source=source)
+        state = None if state is None else state._replace(place=place, layers=layers)
         if self.norm is not None:
             x = self.norm(x, mask=None if segments is None else segments.real, training=key is not None)
         if self.config.logit_scale != 1:

@@ -1,6 +1,6 @@
 """A stack of blocks: a pattern repeated over the depth."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.kernels import kept
-from layers.mixer import Mixer
+from layers.mixer import Mixer, Source
 from layers.parameters import axes_of
+from layers.reduction.kept import kept_segments, returned, taken
 from layers.segments import SegmentIds, Segments, select_real
 from layers.sharding import divide_batch
 from layers.typing import Array, Float, Key
-from seqmodels.block import Block
+from seqmodels.block import Block, Encoded
 from seqmodels.config import StackConfig
-from seqmodels.routing import kept_segments, kept_tokens, returned, taken
+from seqmodels.routing import kept_tokens
 from seqmodels.shared import SharedBlock, Use
 
 # What the backward pass of a scan computes again rather than reads: one pass over memory gives many of these at once,
@@ -94,13 +95,15 @@ class Stack(nnx.Module):
     and each of the layers what its use has of its own, `use`. Then all layers run one by one, and the states of the uses follow
     those of the layers.
 
+    With `cross`, options of a cross-attention, it is the stack of a decoder: each layer also reads a source.
+
     The metadata `layers` of each variable lists the layers that it belongs to, so that checkpoints name it by layer and
     do not depend on `scan`.
     """
 
-    def __init__(self, config: StackConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        blocks = [Block(config, layer, rngs=rngs) for layer in range(config.depth)]
+    def __init__(self, config: StackConfig, *, cross: Mapping[str, Any] | None = None, rngs: nnx.Rngs):
+        self.config, self.reads_source = config, cross is not None
+        blocks = [Block(config, layer, cross=cross, rngs=rngs) for layer in range(config.depth)]
         self.shared = nnx.List(
             SharedBlock(config, rngs=rngs)
             for _ in range(0 if config.shared is None else config.shared.blocks)
@@ -172,6 +175,10 @@ class Stack(nnx.Module):
         mixers += [self.shared[self.config.shared.block_of(layer)].mixer for layer in self.uses]
         return tuple(mixer.init_state(batch_size, max_length=max_length) for mixer in mixers)
 
+    def sources(self, encoded: Encoded) -> tuple[Source, ...]:
+        """Returns what each layer reads of a source, for calls with a state."""
+        return tuple(self.block(layer).source(encoded) for layer in range(self.config.depth))
+
     def __call__(
         self,
         x: Float[Array, "b t d"],
@@ -179,8 +186,18 @@ class Stack(nnx.Module):
         *,
         segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
+        source: Encoded | tuple[Source, ...] | None = None,
     ) -> tuple[Float[Array, "b t d"], tuple[Any, ...] | None]:
-        """Returns the output of all layers and the states. A key means training."""
+        """Returns the output of all layers and the states. A key means training.
+
+        `source` is what layers with a cross-attention read: an encoder's output, or with a state what `sources` returns for it.
+        """
+        if self.reads_source != (source is not None):
+            raise ValueError(
+                "a stack with a cross-attention was called without a source; expected the output of an encoder"
+                if self.reads_source
+                else "a source was given to a stack without a cross-attention; expected None"
+            )
         config, segments, values = self.config, Segments.of(segment_ids), None
         keys = None if key is None else jax.random.split(key, config.depth)
         # Padding holds zeros from here on, whatever the embedding made of it.
@@ -196,12 +213,18 @@ class Stack(nnx.Module):
                     uses.append(new)
                 run = self.block(layer).sharing
                 x, new, values = run(
-                    x, state[layer], values, segment_ids=segments, key=layer_key, beside=beside
+                    x,
+                    state[layer],
+                    values,
+                    segment_ids=segments,
+                    key=layer_key,
+                    beside=beside,
+                    source=None if source is None else source[layer],
                 )
                 states.append(new)
             return x, (*states, *uses)
         if self.repeats:
-            x = self._scan(x, segments, keys)
+            x = self._scan(x, segments, keys, source)
         start, end = config.route if config.route is not None and keys is not None else (None, None)
         seen, whole, kept = (segments, segments), None, None
         for number, layer in enumerate(range(self.repeats * len(self.stacked), config.depth)):
@@ -214,7 +237,7 @@ class Stack(nnx.Module):
                 x, seen = taken(x, kept), kept_segments(kept, x.shape[1], segments)
             beside = self._use(layer, x, entered, None, segments)[0] if layer in self.uses else None
             gaps = self.blocks[number].mixer.takes_gaps
-            x, values = self._one(x, values, seen[gaps], keys, number, layer, beside)
+            x, values = self._one(x, values, seen[gaps], keys, number, layer, beside, source)
         return (returned(whole, x, kept) if end == config.depth else x), None
 
     def _check_state(self, state: Any) -> None:
@@ -238,17 +261,17 @@ class Stack(nnx.Module):
         beside, state = run(x, entered, params, segments, state, graph)
         return divide_batch(beside), state
 
-    def _one(self, x, values, segments, keys, number, layer, beside):
+    def _one(self, x, values, segments, keys, number, layer, beside, source):
         """Runs one layer outside the scan."""
         graph, params, rest = nnx.split(self.blocks[number], nnx.Param, ...)
         run = self._rematerialised(_run_blocks)
         keys = None if keys is None else keys[layer : layer + 1]
-        x, values, (rest,) = run(x, values, ((params, rest),), segments, keys, (graph,), beside)
+        x, values, (rest,) = run(x, values, ((params, rest),), segments, keys, (graph,), beside, source)
         if keys is not None:
             nnx.update(self.blocks[number], rest)
         return x, values
 
-    def _scan(self, x, segments, keys):
+    def _scan(self, x, segments, keys, source):
         """Runs all whole repeats of the pattern under one scan."""
         split = [nnx.split(block, nnx.Param, ...) for block in self.stacked]
         graphs = tuple(graph for graph, _, _ in split)
@@ -258,14 +281,14 @@ class Stack(nnx.Module):
         variables = tuple((params, rest) for _, params, rest in split)
         if self.config.remat != "none":
             run = self._rematerialised(_run_blocks)
-        elif _uses_complex(x, variables, segments, keys, graphs):
+        elif _uses_complex(x, variables, segments, keys, graphs, source):
             run = _run_blocks  # jax.checkpoint cannot save complex arrays
         else:
             run = jax.checkpoint(_run_blocks, policy=_all_but_cheap, static_argnums=(5,), prevent_cse=False)
 
         def body(x, layers):
             variables, keys = layers
-            x, _, rests = run(x, None, variables, segments, keys, graphs)
+            x, _, rests = run(x, None, variables, segments, keys, graphs, None, source)
             return x, rests
 
         x, rests = jax.lax.scan(body, x, (variables, keys))
@@ -302,14 +325,14 @@ def _at(variables: Any, number: int) -> Any:
     return jax.tree.map(lambda value: value[number], variables)
 
 
-def _uses_complex(x, variables, segments, keys, graphs) -> bool:
+def _uses_complex(x, variables, segments, keys, graphs, source) -> bool:
     """Returns whether the blocks compute with complex numbers, from a trace of one repeat of the pattern."""
 
     def one(tree):
         return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), tree)
 
     traced = jax.make_jaxpr(
-        lambda x, variables, keys: _run_blocks(x, None, variables, segments, keys, graphs)
+        lambda x, variables, keys: _run_blocks(x, None, variables, segments, keys, graphs, None, source)
     )(jax.ShapeDtypeStruct(x.shape, x.dtype), one(variables), one(keys))
     return _holds_complex(traced.jaxpr)
 
@@ -332,13 +355,14 @@ def _run_use(x, entered, params, segments, state, graph):
     return use(block, x, entered, state, segment_ids=segments)
 
 
-def _run_blocks(x, values, variables, segments, keys, graphs, beside=None):
+def _run_blocks(x, values, variables, segments, keys, graphs, beside=None, source=None):
     """Runs blocks given as pairs (params, rest); returns x, shared values and the rests, which norms may have updated."""
     rests = []
     for place, (graph, (params, rest)) in enumerate(zip(graphs, variables, strict=True)):
         block = nnx.merge(graph, params, rest)
         key = None if keys is None else keys[place]
-        x, _, values = block.sharing(x, None, values, segment_ids=segments, key=key, beside=beside)
+        given = dict(segment_ids=segments, key=key, beside=beside, source=source)
+        x, _, values = block.sharing(x, None, values, **given)
         x = divide_batch(x)
         rests.append(nnx.split(block, nnx.Param, ...)[2])
     return x, values, tuple(rests)

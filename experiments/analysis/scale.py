@@ -64,8 +64,12 @@ def scales(values: Mapping[str, Any], *, batch: int, length: int, seed: int) -> 
       seed: seed of parameters, inputs and labels.
 
     Raises:
-      ValueError: layers of the model share blocks.
+      ValueError: layers of the model share blocks, or it is an encoder-decoder.
     """
+    if values.get("kind") == "encoder_decoder":
+        raise ValueError(
+            "kind='encoder_decoder' has two stacks, and scales are those of one; expected another kind"
+        )
     model = build_model({**values, "scan": False, "dropout": 0.0}, rngs=nnx.Rngs(seed))
     if model.stack.uses:
         raise ValueError(

@@ -29,8 +29,6 @@ our implementations failed or a process ended, the others are in the table; 2 an
 """
 
 import dataclasses
-import functools
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -39,7 +37,6 @@ from typing import Any
 import jax
 
 from experiments.benchmark import (
-    alone,
     decode,
     kernels,
     long_rows,
@@ -127,7 +124,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = values.study
     _check_read(values)
     if study == "long_rows":
-        return _long_rows(values)
+        given = dict(rounds=values.rounds, remat=values.remat, prefer=_preferred(values.prefer))
+        given = {name: value for name, value in given.items() if value is not None}
+        setting = long_rows.Setting(values.time, values.size, values.num_devices, **given)
+        patience = values.patience or PATIENCE
+        return long_rows.study(values.out, setting, values.only, patience, values.workers or 1)
     if study == "weak_scaling":
         options = values.size, values.batch, values.time, values.unrolled, values.rounds or 5
         setting = weak_scaling.Setting(*options, _preferred(values.prefer) or {})
@@ -257,32 +258,6 @@ def _tune(only: tuple[str, ...], values: Any, record: dict[str, Any]) -> int:
 
     tune.run(only, sizes, limit.bytes, lambda line: print(line, flush=True), keep)
     return 0
-
-
-def _long_rows(values: Any) -> int:
-    """Measures every case in a process of its own; this one leaves the devices alone."""
-    record = dict(
-        command=["experiments.benchmark", *sys.argv[1:]], versions=versions(), git=git_revision(), rows=[]
-    )
-    given = dict(rounds=values.rounds, remat=values.remat, prefer=_preferred(values.prefer))
-    setting = long_rows.Setting(
-        values.time, values.size, values.num_devices, **{k: v for k, v in given.items() if v is not None}
-    )
-
-    def add(row: dict[str, Any]) -> None:
-        record["rows"].append(long_rows.compared(row, record["rows"]))
-        print(json.dumps(record["rows"][-1]), flush=True)
-        values.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(values.out / "long_rows.json", to_json_text(record))
-
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
-    measure = functools.partial(long_rows.measure, setting)
-    patience, preallocate = values.patience or PATIENCE, os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE")
-    for group, workers in long_rows.grouped(long_rows.chosen(values.only), values.workers or 1):
-        # Processes inherit it. One pool of all memory leaves no gaps between what a large step allocates.
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = preallocate or ("false" if workers > 1 else "true")
-        alone.run(measure, group, patience, add, workers)
-    return 1 if any("failed" in row for row in record["rows"]) else 0
 
 
 def _preferred(pairs: Sequence[str] | None) -> dict[str, str] | None:

@@ -52,6 +52,17 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str,
             f"config.model.kind='masked_language_model', which reads the tokens that the task {task!r} asks for; expected "
             "another kind, such as 'language_model'"
         )
+    kind, sourced = model.get("kind"), getattr(TASKS.get(task), "has_source", False)
+    if kind in KINDS and (kind == "encoder_decoder") != sourced:
+        rows = (
+            "pairs of a source and a target"
+            if sourced
+            else "single sequences, not pairs of a source and a target"
+        )
+        raise ValueError(
+            f"config.model.kind={kind!r}, but rows of the task {task!r} are {rows}; expected "
+            + ("kind='encoder_decoder'" if sourced else "a task such as 'copy_source'")
+        )
     if (folder := config.get("train", {}).get("pretrained")) and "vocab_size" in sizes:
         if sizes["vocab_size"] > model["vocab_size"]:
             raise ValueError(
@@ -67,7 +78,7 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str,
         raise ValueError(
             f"config.model sets {other}, but the inputs of the task {task!r} are {inputs[given]}; leave it out"
         )
-    kind, wanted = model.get("kind"), classifier_of(task)
+    wanted = classifier_of(task)
     if kind in KINDS and "num_classes" in sizes and kind != wanted:
         rows = "pair of rows" if wanted == "dual_encoder" else "row"
         raise ValueError(

@@ -32,6 +32,7 @@ from experiments.tasks.synthetic.mqar import MQAR
 from experiments.tasks.synthetic.rasp import Counting, Mode, UniqueCopy
 from experiments.tasks.synthetic.regular_languages import RegularLanguages
 from experiments.tasks.synthetic.selective_copying import SelectiveCopying
+from experiments.tasks.synthetic.source_target import SourceCopy, SourceSorting
 from experiments.tasks.task import Task
 from layers.registry import suggestion
 
@@ -44,6 +45,7 @@ TASKS: dict[str, type[Task]] = {
     "associative_recall": AssociativeRecall,
     "cifar10": CIFAR10,
     "copy": Copy,
+    "copy_source": SourceCopy,
     "copy_unique": UniqueCopy,
     "count": Counting,
     "emails": Emails,
@@ -71,6 +73,7 @@ TASKS: dict[str, type[Task]] = {
     "selective_copying": SelectiveCopying,
     "sorting": Sorting,
     "sorting_hints": HintedSorting,
+    "sorting_source": SourceSorting,
     "speech_commands": SpeechCommands,
 }
 

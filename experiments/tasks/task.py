@@ -24,6 +24,8 @@ class Task(Protocol):
       causal: whether inputs hold what earlier tokens are asked for, so that a regressor must be causal.
       pairs: whether the labels belong to pairs of sequences; inputs and segment ids then are (b, 2, t), and the model is a
         `DualEncoder`.
+      has_source: whether rows are pairs of a source and a target; inputs and segment ids then are (b, 2, t), labels are those of the
+        target, and the model is an `EncoderDecoder`.
       sizes: static method that a task may have: it returns the sizes above that its options give, without data.
       makes_no_data: whether creating an object of the class is cheap, so that it can be created only for its sizes.
       padding: places where padding may occur in a row: "end", after all tokens, or "anywhere".
@@ -45,6 +47,7 @@ class Task(Protocol):
     output_size: int | None = None
     causal: ClassVar[bool] = False
     pairs: ClassVar[bool] = False
+    has_source: ClassVar[bool] = False
     makes_no_data: ClassVar[bool] = False
     padding: ClassVar[Padding] = "anywhere"
     packed: ClassVar[bool | int] = True

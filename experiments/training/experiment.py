@@ -143,6 +143,11 @@ class Experiment:
             devices.check_heads(name, options)
         devices.check_experts(self.model.parameters | self.model.statistics)
         if devices.mesh.shape["sequence"] > 1:
+            if self.task.has_source:
+                raise ValueError(
+                    f"mesh.sequence={devices.mesh.shape['sequence']} divides the time of rows, and rows of the task "
+                    f"{self.config['task']['name']!r} are pairs of a source and a target; expected mesh.sequence=1"
+                )
             for batch in self.example_train_batches():
                 devices.check_time("a training batch", _tokens(batch["inputs"]))
                 check_mixers(devices, self.model.mixers, len(batch["inputs"]), _tokens(batch["inputs"]))

@@ -20,6 +20,7 @@ from layers.parameters import AuxiliaryLoss, Axes, Constant, axes_of, group_of
 from layers.segments import Segments
 from layers.typing import Array
 from seqmodels.dual_encoder import as_rows
+from seqmodels.encoder_decoder import EncoderDecoder, of_pairs
 from seqmodels.language_model import LanguageModel
 from seqmodels.names import Names, join_layers, names_of, split_layers
 
@@ -177,6 +178,10 @@ class SplitModel:
         zeros = {path: jnp.zeros_like(statistics[path]) for path in self._auxiliary}
         model = self.module(parameters, {**statistics, **zeros})
         ids = batch.get("segment_ids")
+        if isinstance(model, EncoderDecoder):
+            facts = dict(padding=self._padding, packed=self._packed)
+            output = of_pairs(model, batch["inputs"], segment_ids=ids, key=key, **facts)
+            return output, self._after(model, statistics)
         if ids is not None and ids.ndim == 3:
             ids = as_rows(ids)
         segments = Segments.of(
@@ -186,9 +191,13 @@ class SplitModel:
         if self._unprojected and isinstance(model, LanguageModel):
             call = model.unprojected
         output, _ = call(batch["inputs"], segment_ids=segments, key=key)
+        return output, self._after(model, statistics)
+
+    def _after(self, model: nnx.Module, statistics: Mapping[str, Array]) -> Arrays:
+        """Returns the statistics after a call of the model."""
         new = nnx.to_flat_state(nnx.state(model, STATISTICS))
         frozen = {path: statistics[path] for path in self.frozen}
-        return output, frozen | {_path(path): variable[...] for path, variable in new}
+        return frozen | {_path(path): variable[...] for path, variable in new}
 
 
 def arrays_of(model: nnx.Module) -> tuple[Arrays, Arrays]:

@@ -53,6 +53,7 @@ class Bidirectional(Mixer):
     projection is linear, projecting the sum is the sum of the projections.
     """
 
+    patterns = ("noncausal_self",)
     causal = False
 
     def __init__(self, config: BidirectionalConfig, *, rngs: nnx.Rngs):

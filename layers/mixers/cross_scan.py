@@ -58,6 +58,7 @@ class CrossScan(Mixer):
     projections, gate and convolution.
     """
 
+    patterns = ("noncausal_self",)
     causal = False
 
     def __init__(self, config: CrossScanConfig, *, rngs: nnx.Rngs):

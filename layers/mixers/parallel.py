@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers import mixers
-from layers.mixer import Mixer, MixerState, Visit
+from layers.mixer import SELF, Mixer, MixerState, Visit
 from layers.options import ActivationDtype, Count, checked_dataclass
 from layers.segments import Segments
 from layers.typing import Array, Float
@@ -57,6 +57,7 @@ class Parallel(Mixer):
     Each mixer has its own projections, and is a part of this one by its name. A state is that of every mixer.
     """
 
+    patterns = SELF
     keeps_segments = True  # The mixers do what is to be done where a segment begins.
 
     def __init__(self, config: ParallelConfig, *, rngs: nnx.Rngs):

@@ -49,6 +49,7 @@ class WholeAttention(Mixer):
         weights()                                  what `attend` reads besides, floating arrays; none by default
     """
 
+    patterns = ("noncausal_self",)
     causal = False
     projections: Sequence[str] = ("query", "key", "value")
 

@@ -35,6 +35,8 @@ SCALES = [
     "mad:scale=paper,task=memorization",
     "linear_regression:",
     "linear_regression:scale=paper",
+    "source_target:",
+    "source_target:task=copy,scale=paper,mixer=gla,encoder=nystromformer",
     "regular_languages:",
     "regular_languages:scale=paper",
     *(f"algorithms:task={task}" for task in (

@@ -187,6 +187,16 @@ FIELDS = [
     ("--config=REGRESSION --config.task.sparse=9", "sparse=9 of dims=5 weights; expected at most 5"),
     ("--config=REGRESSION --config.task.measured=(11,)", "measured has 11, but points=11 have at most 10"),
     ("--config=SHORT --config.model.kind=language_model", "the task 'listops' has one label per row"),
+    (
+        "--config=MQAR --config.model.kind=encoder_decoder",
+        "rows of the task 'mqar' are single sequences, not pairs of a source and a target; expected a task",
+    ),
+    (
+        "--config=synthetic/source_target --config.model.kind=language_model",
+        "expected kind='encoder_decoder'",
+    ),
+    ("--config=synthetic/source_target:task=parity", "task=parity,scale=small; expected copy"),
+    ("--config=synthetic/source_target:steps=2", "source_target.py takes task, mixer, encoder, width,"),
     ("--config=SHORT --config.model.kind=clasifier", "did you mean 'classifier'?"),
     ("--config=MQAR --config.model.vocab_size=8", "config.model sets vocab_size, which the task gives"),
     ("--config=MQAR --config.model.input_size=8", "the inputs of the task 'mqar' are tokens"),

@@ -10,8 +10,9 @@ from layers.channel import CHANNEL_MIXERS
 from layers.mixers import MIXERS
 from layers.norms import NORMS
 from layers.positions.position import read_position
+from layers.reduction import CharacterConfig, DeletionGateConfig, HashEmbeddingConfig, remaining
 from layers.registry import build
-from seqmodels import LengthenConfig, build_model, lengthen
+from seqmodels import LengthenConfig, build_model, generate_from, lengthen
 
 
 def mixer(name, **options):
@@ -49,6 +50,20 @@ def small(name="gla", **options):
 def traced(call):
     """A call that looks at shapes and types alone."""
     return lambda: jax.eval_shape(call)
+
+
+SOURCED = MODEL | dict(kind="encoder_decoder", absolute_positions="learned", max_positions=4)
+
+
+def wrote(sources=((1,),), start=0, max_new_tokens=1):
+    """Generation from sources by a model without arrays, which is never run."""
+    made = nnx.eval_shape(lambda: build_model(SOURCED, rngs=nnx.Rngs(0)))
+    return generate_from(made, sources, start=start, max_new_tokens=max_new_tokens)
+
+
+def crossing():
+    """A mixer of width 8 that reads sources."""
+    return small("attention", heads=2, position="none")
 
 
 def ones(*shape, dtype="float32"):
@@ -420,6 +435,60 @@ MODELS = [
     (model(kind="classifier"), ValueError, "model needs the option num_classes"),
     (model(kind="classifier", num_classes=1), ValueError, "num_classes=1; expected"),
     (model(kind="classifier", num_classes=2, pooling="max"), ValueError, "pooling='max'; expected"),
+    (lambda: HashEmbeddingConfig(8, hashes=3), ValueError, "hashes=3 of width=8; expected a divisor"),
+    (lambda: HashEmbeddingConfig(8, buckets=0), ValueError, "buckets=0; expected at least 1"),
+    (lambda: CharacterConfig(8, rate=1), ValueError, "rate=1; expected at least 2"),
+    (lambda: CharacterConfig(8, activation="gelo"), ValueError, "did you mean 'gelu'?"),
+    (lambda: DeletionGateConfig(8, strength=0.0), ValueError, "strength=0.0; expected"),
+    (traced(lambda: remaining(ones(1, 4) == 1, 0).places), ValueError, "size=0; expected at least 1"),
+    (lambda: wrote(start=9), ValueError, "start"),
+    (lambda: wrote(max_new_tokens=0), ValueError, "max_new_tokens=0; expected an integer of at least 1"),
+    (lambda: wrote(sources=[]), ValueError, "sources holds no source; expected at least one"),
+    (lambda: wrote(sources=[[]]), ValueError, "sources[0] is empty"),
+    (
+        lambda: wrote(sources=[[1] * 5]),
+        ValueError,
+        "5 tokens of a source or target, but the table of positions",
+    ),
+    (
+        lambda: generate_from(model()(), [[1]], start=0, max_new_tokens=1),
+        TypeError,
+        "model is a LanguageModel; expected an EncoderDecoder",
+    ),
+    (
+        traced(
+            lambda: build_model(SOURCED, rngs=nnx.Rngs(0))(
+                ones(2, 3, dtype="int32"), ones(1, 3, dtype="int32")
+            )[0]
+        ),
+        ValueError,
+        "source has 2 rows, and target has 1; expected one source per target",
+    ),
+    (
+        traced(lambda: build_model(SOURCED, rngs=nnx.Rngs(0)).decoder(ones(2, 3, dtype="int32"))[0]),
+        ValueError,
+        "was called without a source; expected the output of an encoder",
+    ),
+    (model(kind="encoder_decoder", residual="parallel"), ValueError, "need residual='separate'"),
+    (model(kind="encoder_decoder", encoder=dict(dept=1)), ValueError, "did you mean 'depth'?"),
+    (model(kind="encoder_decoder", encoder=dict(width=4)), ValueError, "encoder.width=4; expected that of"),
+    (model(kind="encoder_decoder", cross=dict(mixer="gla")), ValueError, "cross.mixer='gla' reads no source"),
+    (
+        lambda: scales(MODEL | dict(kind="encoder_decoder"), batch=1, length=2, seed=0),
+        ValueError,
+        "kind='encoder_decoder' has two stacks",
+    ),
+    (traced(lambda: small().source(ones(1, 2, 8))), ValueError, "GLA reads no source"),
+    (
+        traced(lambda: small("attention", heads=2).source(ones(1, 2, 8))),
+        ValueError,
+        "expected position='none' and window=None",
+    ),
+    (
+        traced(lambda: crossing().cross(ones(2, 2, 8), crossing().source(ones(1, 3, 8)))),
+        ValueError,
+        "has 1 rows, and x has 2; expected one source per row",
+    ),
     (model(kind="autoencoder", pooling="first"), ValueError, "pooling='first'; expected"),
     (model(kind="regressor"), ValueError, "model needs the option output_size"),
     (model(kind="regressor", output_size=0), ValueError, "output_size=0; expected"),

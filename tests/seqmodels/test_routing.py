@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from layers.reduction.kept import kept_segments
 from layers.segments import Segments
 from seqmodels import build_model
-from seqmodels.routing import kept_segments, kept_tokens
+from seqmodels.routing import kept_tokens
 from tests.layers.mixers.literal import apply, heads, masked_softmax, rms, wide
 
 TIME, HEADS = 12, 2

@@ -109,6 +109,17 @@ class Rows:
         }
 
 
+class PairRows(Rows):
+    """A split of pairs of a source and a target, of which `make` also returns "source", "source_ids" and "target_ids" (b, width)."""
+
+    def gather(self, indices: np.ndarray, width: int) -> Arrays:
+        """Returns the rows at `indices`: inputs and segment_ids (b, 2, width), labels of the targets (b, width), all int32."""
+        rows = super().gather(indices, width)
+        inputs = np.stack([rows["source"], rows["inputs"]], axis=1)
+        ids = np.stack([rows["source_ids"], rows["target_ids"]], axis=1)
+        return {"inputs": inputs, "labels": rows["labels"], "segment_ids": ids}
+
+
 def _ignored(labels: np.ndarray) -> float:
     """Returns the label of a position with nothing to predict."""
     return np.nan if np.issubdtype(labels.dtype, np.floating) else IGNORE

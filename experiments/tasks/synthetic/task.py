@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from experiments.tasks import tokens
 from experiments.tasks.synthetic.draws import Draws
-from experiments.tasks.synthetic.rows import Arrays, Rows
+from experiments.tasks.synthetic.rows import Arrays, PairRows, Rows
 from experiments.tasks.task import Task
 from layers.kernels.segments import Padding
 from layers.options import Count, check_integer, checked_dataclass
@@ -65,7 +65,7 @@ class SyntheticTask(Task, abc.ABC):
         counts = {"train": self.train, "validation": self.validation, "test": self.test}
         counts |= dict.fromkeys(self.further_splits, self.test)
         return {
-            split: Rows(
+            split: (PairRows if self.has_source else Rows)(
                 functools.partial(self.make, split=split),
                 (type(self).__name__, VERSION, self.seed, split),
                 count=count,

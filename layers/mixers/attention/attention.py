@@ -11,11 +11,12 @@ from flax import nnx
 
 from layers.caches.state import CacheState, View
 from layers.kernels.attention import Logits, Mask, Tokens
-from layers.mixer import Mixer, Visit
+from layers.mixer import Visit
 from layers.norms import NormConfig, RMSNorm
 from layers.options import ActivationDtype, Count, NonNegative, Positive, checked_dataclass
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.parts.cache import Cache, empty_cache, extend
+from layers.parts.cross_attention import CrossAttention
 from layers.parts.heads import join_heads, shared_heads, split_heads
 from layers.parts.relative_attention import relative_attention
 from layers.parts.streaming_attention import streaming_attention
@@ -145,7 +146,7 @@ def refuse_options(
         raise ValueError(f"position={config.position!r}; {mixer} {taken}")
 
 
-class Attention(Mixer):
+class Attention(CrossAttention):
     """Attention: softmax attention with grouped heads and a choice of positions (Vaswani et al. 2017, arXiv:1706.03762).
 
         q, k, v = W_q x, W_k x, W_v x;  y = W_o softmax(q k^T / sqrt(head_dim)) v

@@ -45,6 +45,8 @@ class Landmark(Attention):
     on the tokens of earlier blocks. Quadratic in t, some queries at a time. The cache holds all keys.
     """
 
+    patterns = ("causal_self",)
+
     def mix(
         self,
         x: Float[Array, "b t d"],

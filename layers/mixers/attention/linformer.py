@@ -59,6 +59,7 @@ class Linformer(Mixer):
     with E and F (n x T) per head. A sequence of t < T tokens uses the first t columns. Linear in t, not causal.
     """
 
+    patterns = ("noncausal_self",)
     causal = False
 
     def __init__(self, config: LinformerConfig, *, rngs: nnx.Rngs):

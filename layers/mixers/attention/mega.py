@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.mixer import Mixer, Visit
+from layers.mixer import SELF, Mixer, Visit
 from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.parts.blocks import in_blocks, with_neighbours
@@ -97,6 +97,7 @@ class Mega(Mixer):
     Without a chunk the cache has `max_length` slots, and outputs of later tokens are NaN.
     """
 
+    patterns = SELF
     keeps_segments = True
 
     def __init__(self, config: MegaConfig, *, rngs: nnx.Rngs):

@@ -44,6 +44,8 @@ class MoBA(Attention):
     is a mask over all of them.
     """
 
+    patterns = ("causal_self",)
+
     def mix(
         self,
         x: Float[Array, "b t d"],

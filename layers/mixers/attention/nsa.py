@@ -67,6 +67,8 @@ class NSA(Attention):
     which holds all keys, the choice is a mask over all of them.
     """
 
+    patterns = ("causal_self",)
+
     def __init__(self, config: NSAConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         options = {"axes": ("embed", "heads"), "bias": False, "dtype": config.dtype, "rngs": rngs}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.mixer import SELF
 from layers.mixers.attention.attention import Attention, AttentionConfig
 from layers.options import checked_dataclass
 from layers.parameters import NO_DECAY, parameter
@@ -56,6 +57,8 @@ class SelectiveAttention(Attention):
     the token parts are tanh(f), are added to the position part, and share the weights of attention. That f applies w to
     gelu of the projected query or value, and the 1 + of the values, are our reading.
     """
+
+    patterns = SELF
 
     def __init__(self, config: SelectiveAttentionConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)

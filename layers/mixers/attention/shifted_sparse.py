@@ -58,6 +58,8 @@ class ShiftedSparse(Attention):
     cache holds G tokens and the sinks.
     """
 
+    patterns = ("causal_self",)
+
     def initial(self, batch_size: int, max_length: int | None) -> Cache:
         config = self.config
         shapes = ((config.groups, config.size),) * 2

@@ -44,6 +44,8 @@ class Shortformer(Attention):
     embeddings. Linear in t. The cache holds the last 2 n - 1 tokens, with the keys of both kinds.
     """
 
+    patterns = ("causal_self",)
+
     def initial(self, batch_size: int, max_length: int | None) -> Cache:
         config = self.config
         shapes = ((config.groups, config.size),) * 3

@@ -47,6 +47,8 @@ class SoftplusAttention(Attention):
     cache holds all keys.
     """
 
+    patterns = ("causal_self",)
+
     def mix(
         self,
         x: Float[Array, "b t d"],

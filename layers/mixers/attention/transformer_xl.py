@@ -52,6 +52,8 @@ class TransformerXL(Attention):
     keys and values without positions, of the window or of all tokens.
     """
 
+    patterns = ("causal_self",)
+
     def __init__(self, config: TransformerXLConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         size, options = config.heads * config.size, {"dtype": config.dtype, "rngs": rngs}

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.mixer import Mixer
+from layers.mixer import SELF, Mixer
 from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import Constant, parameter
 from layers.parts.past_inputs import enter_call, filter_next, no_inputs
@@ -62,6 +62,7 @@ class SGConv(Mixer):
     `max_length`, it holds as many inputs as segments of that length need, and outputs of later tokens are NaN.
     """
 
+    patterns = SELF
     keeps_segments = True
 
     def __init__(self, config: SGConvConfig, *, rngs: nnx.Rngs):

@@ -60,6 +60,7 @@ class MSVMamba(Mixer):
     authors put behind it is not here. Not causal.
     """
 
+    patterns = ("noncausal_self",)
     causal = False
 
     def __init__(self, config: MSVMambaConfig, *, rngs: nnx.Rngs):

@@ -72,6 +72,7 @@ class S4ND(Mixer):
     the linear map that the paper puts after it are a channel mixer, such as `half_glu2`.
     """
 
+    patterns = ("noncausal_self",)
     causal = False
 
     def __init__(self, config: S4NDConfig, *, rngs: nnx.Rngs):

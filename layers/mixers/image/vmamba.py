@@ -82,6 +82,7 @@ class VMamba(Mixer):
     of `columns`, of which the last may be shorter; packed images cost one convolution per segment of the fullest row. Not causal.
     """
 
+    patterns = ("noncausal_self",)
     causal = False
 
     def __init__(self, config: VMambaConfig, *, rngs: nnx.Rngs):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.mixer import Mixer
+from layers.mixer import SELF, Mixer
 from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import linear
 from layers.parts.feature_attention import feature_attention
@@ -51,6 +51,8 @@ class Based(Mixer):
     The weights are at least 1/2. The paper alternates these layers with attention over a small window, and with gated short
     convolutions; `configs/hybrids.py` has the former as `based`.
     """
+
+    patterns = SELF
 
     def __init__(self, config: BasedConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.mixer import Mixer
+from layers.mixer import SELF, Mixer
 from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import linear
 from layers.parts.feature_attention import feature_attention
@@ -56,6 +56,8 @@ class LinearAttention(Mixer):
 
     Without `causal`, every token uses S and z of the end of its segment.
     """
+
+    patterns = SELF
 
     def __init__(self, config: LinearAttentionConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -7,7 +7,7 @@ from flax import nnx
 
 from layers import hippo
 from layers.kernels.ssm_kernel import RealSystem, real_system, restore_output, ssm_kernel, truncate_output
-from layers.mixer import Mixer
+from layers.mixer import SELF, Mixer
 from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import parameter
 from layers.parts.segmented_convolution import convolve
@@ -66,6 +66,8 @@ class S4(Mixer):
     eigenbasis of its normal part. The activation and the linear map that the paper puts after it are a channel mixer,
     such as `half_glu2`, in a joint residual branch.
     """
+
+    patterns = SELF
 
     def __init__(self, config: S4Config, *, rngs: nnx.Rngs):
         self.config = config

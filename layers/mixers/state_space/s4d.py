@@ -8,7 +8,7 @@ from flax import nnx
 
 from layers import hippo
 from layers.kernels.ssm_kernel import bilinear, ssm_kernel, zoh
-from layers.mixer import Mixer
+from layers.mixer import SELF, Mixer
 from layers.options import ActivationDtype, checked_dataclass
 from layers.parameters import parameter
 from layers.parts.segmented_convolution import convolve
@@ -72,6 +72,8 @@ class S4D(Mixer):
     Args:
       axis: logical axis of the channels; "embed" where they are those of the residual stream.
     """
+
+    patterns = SELF
 
     def __init__(self, config: S4DConfig, *, axis: str = "embed", rngs: nnx.Rngs):
         self.config = config

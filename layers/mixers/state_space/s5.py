@@ -11,7 +11,7 @@ from flax import nnx
 from layers import hippo
 from layers.kernels.linear_recurrence import linear_recurrence
 from layers.kernels.ssm_kernel.discretize import bilinear, zoh
-from layers.mixer import Mixer
+from layers.mixer import SELF, Mixer
 from layers.options import ActivationDtype, Positive, checked_dataclass
 from layers.parameters import declared, parameter
 from layers.parts.state_space import check_steps, log_uniform
@@ -81,6 +81,8 @@ class S5(Mixer):
 
     Where tokens are not evenly spaced, `segments.intervals` multiplies dt at each token; not with `bidirectional`.
     """
+
+    patterns = SELF
 
     def __init__(self, config: S5Config, *, rngs: nnx.Rngs):
         self.config = config

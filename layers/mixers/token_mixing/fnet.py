@@ -37,6 +37,7 @@ class FNet(Mixer):
     with t the length of the sequence, or of its segment in packed or padded rows. Not causal, and without parameters.
     """
 
+    patterns = ("noncausal_self",)
     causal = False
 
     def __init__(self, config: FNetConfig, *, rngs: nnx.Rngs):

@@ -61,6 +61,7 @@ class HyperMixer(Mixer):
     Linear in t, for sequences of any length, and not causal. With several heads all matrices are block diagonal.
     """
 
+    patterns = ("noncausal_self",)
     causal = False
 
     def __init__(self, config: HyperMixerConfig, *, rngs: nnx.Rngs):

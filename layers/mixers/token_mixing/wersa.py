@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.kernels.linear_recurrence import linear_recurrence
-from layers.mixer import Mixer
+from layers.mixer import SELF, Mixer
 from layers.mixers.linear_attention.performer import LARGEST_EXPONENT, orthogonal_directions
 from layers.options import ActivationDtype, NonNegative, checked_dataclass
 from layers.parameters import NO_DECAY, Constant, linear, parameter
@@ -93,6 +93,7 @@ class WERSA(Mixer):
     head, the exponential features and the causal form are our reading.
     """
 
+    patterns = SELF
     isolates_tokens = True
 
     def __init__(self, config: WERSAConfig, *, rngs: nnx.Rngs):

@@ -36,6 +36,22 @@ def test_copy_and_sorting(name, solve, split):
     assert seen == ({9} if split == "length_9" else {2, 3, 4, 5, 6})
 
 
+@pytest.mark.parametrize("name, solve", [("copy_source", list), ("sorting_source", sorted)])
+@pytest.mark.parametrize("split", ["train", "length_9"])
+def test_copy_and_sorting_from_a_source(name, solve, split):
+    task = make_task(name, **SIZES, symbols=7, lengths=(2, 6), extrapolate=(9,))
+    source = task.splits[split]
+    width = int(source.lengths.max()) + 2
+    data = source.gather(np.arange(len(source)), width)
+    assert data["inputs"].shape == data["segment_ids"].shape == (len(source), 2, width)
+    for (given, target), (there, here), labels in zip(
+        data["inputs"], data["segment_ids"] == 1, data["labels"], strict=True
+    ):
+        answer = solve(given[there].tolist())
+        assert target[here].tolist() == [7, *answer]
+        assert labels.tolist() == [*answer, 8] + [IGNORE] * (width - len(answer) - 1)
+
+
 @pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize("split", ["train", "test", "length_12"])
 def test_parity(running, split):

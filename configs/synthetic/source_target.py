@@ -1,0 +1,60 @@
+"""Copying and sorting a source to a target by an encoder-decoder, trained on short sources and evaluated on longer ones.
+
+    python -m experiments.train --config=configs/synthetic/source_target.py:task=sorting --workdir=runs/sorting-source
+    python -m experiments.evaluate --workdir=runs/sorting-source --split=length_20
+
+    task=copy|sorting
+
+mixer=NAME, any causal one, is that of the decoder; encoder=NAME that of the encoder, which sees whole sources where it has an option for it;
+width, depth, learning_rate, scale=small|paper. Small trains on lengths up to 10, paper up to 20.
+
+On two busy CPU cores, sorting takes 5 min: test accuracy 0.997 of tokens and 0.983 of strings. At length 20, twice that of training, it is
+0.86 and 0.05.
+"""
+
+from ml_collections import ConfigDict
+
+OPTIONS = dict(
+    task="sorting",
+    mixer="attention",
+    encoder="attention",
+    width="64",
+    depth="2",
+    learning_rate="1e-3",
+    scale="small",
+)
+LENGTHS = {  # of training, and of the further splits
+    "small": ((1, 10), (10, 12, 15, 20)),
+    "paper": ((1, 20), (20, 24, 30, 40)),
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    given = dict(pair.partition("=")[::2] for pair in arg.split(",") if pair)
+    if unknown := given.keys() - OPTIONS.keys():
+        raise ValueError(f"source_target.py takes {', '.join(OPTIONS)}, not {', '.join(unknown)}")
+    options = OPTIONS | given
+    task, scale = options["task"], options["scale"]
+    if task not in ("copy", "sorting") or scale not in LENGTHS:
+        raise ValueError(f"task={task},scale={scale}; expected copy or sorting, and small or paper")
+    config = ConfigDict()
+    config.seed = 0
+    lengths, extrapolate = LENGTHS[scale]
+    config.task = dict(name=f"{task}_source", lengths=lengths, extrapolate=extrapolate)
+    config.model = dict(
+        kind="encoder_decoder",
+        width=int(options["width"]),
+        depth=int(options["depth"]),
+        pattern=(options["mixer"],),
+        mixer_defaults=dict(heads=4),
+        encoder=dict(pattern=(options["encoder"],)),
+        channel="swiglu",
+    )
+    config.data = {}
+    config.train = dict(
+        batch_size=64, steps=2000 if scale == "small" else 20_000, eval_every=0.32, log_every=50
+    )
+    config.optimizer = dict(
+        learning_rate=float(options["learning_rate"]), weight_decay=0.01, warmup_steps=100, clip_norm=1.0
+    )
+    return config
