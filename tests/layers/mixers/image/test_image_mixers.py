@@ -86,7 +86,8 @@ def vmamba(model, row):
     ],
 )
 def test_vmamba_equals_the_equation(orders):
-    model = drawn("vmamba", WIDTH, columns=COLUMNS, orders=orders, window=2, state_size=3, dt_rank=2)
+    window = {"window": 2} if "window" in orders else {}
+    model = drawn("vmamba", WIDTH, columns=COLUMNS, orders=orders, **window, state_size=3, dt_rank=2)
     x = tokens(3 * COLUMNS - 1, WIDTH)  # The last row misses a pixel.
     np.testing.assert_allclose(run(model, x), by_row(lambda row: vmamba(model, row), x), atol=1e-5)
 
