@@ -116,6 +116,7 @@ def test_scanned_and_unrolled_models_hold_the_same_parameters():
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
+@pytest.mark.slow
 def test_training_updates_every_running_statistic_and_inference_none():
     model = make()
     run = jitted(model)

@@ -157,7 +157,9 @@ def test_embeddings_are_scaled_then_normalized():
     want = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 0.5)
     np.testing.assert_allclose(normed(IDS)[0], want, atol=1e-5)
     vectors = {"kind": "classifier", "input_size": 3, "num_classes": 2, "vocab_size": None}
-    with pytest.raises(ValueError, match="embedding_scale, embedding_norm, embedding_map and token_types are for tokens"):
+    with pytest.raises(
+        ValueError, match="embedding_scale, embedding_norm, embedding_map and token_types are for tokens"
+    ):
         make(**vectors, embedding_scale=2.0)
 
 

@@ -133,9 +133,8 @@ def test_losses_are_those_of_one_device(model, mesh):
 FEWER = {1: MeshConfig(), 2: MeshConfig(fsdp=-1), 4: MeshConfig(tensor=2)}
 
 
-@pytest.mark.parametrize(
-    "counts", [(2,), pytest.param((1, 4), marks=pytest.mark.slow)], ids=["two", "one and four"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [(2,), (1, 4)], ids=["two", "one and four"])
 def test_a_checkpoint_of_eight_devices_resumes_on_fewer(tmp_path, counts):
     half = STEPS // 2
     _, state, layout = steps("hybrid", on(MESHES["fsdp 8"]), half)

@@ -55,7 +55,8 @@ def check_steps(policy, found, first, evict=None):
             assert list(map(sorted, there)) == tokens
 
 
-@pytest.mark.parametrize("pooling", ["mean", pytest.param("max", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", ["mean", "max"])
 def test_snapkv(pooling):
     policy = read_cache(f"snapkv(budget=9, window=4, kernel=3, pooling={pooling})")
     found = given(policy, calls=2)

@@ -95,10 +95,8 @@ def in_turn(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize(
-    "key_dim, value_dim",
-    [(64, 64), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((128, 128), (64, 128)))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("key_dim, value_dim", [(64, 64), (128, 128), (64, 128)])
 def test_interpreted_chunks_in_turn(in_turn, monkeypatch, key_dim, value_dim):
     """Five chunks, of which blocks take two, or one warpgroup four, in turn."""
     monkeypatch.setattr(gpu, "SETTINGS", Settings(turns=2, workers=1))
