@@ -4,14 +4,10 @@ import numpy as np
 
 import seqmodels
 from experiments.analysis.positions import losses_by_position
-from experiments.training.gating import train_gates
-from experiments.training.retaining import train_heads
 from layers.caches import read_cache
 from layers.caches.attention_gate import AttentionGate
 from layers.caches.locret import Locret
 from layers.caches.trained import Trained
-from seqmodels import spans
-from seqmodels.sparse_prefill import search
 from tests.refusals.models import model
 
 LRU = dict(pattern=("lru",), mixer_defaults={})
@@ -27,12 +23,6 @@ def continued(cache, *, lookup=None, **changes):
     return lambda: seqmodels.stream(
         model(**changes)(), [[1, 2, 3, 4, 5]], max_new_tokens=4, cache=cache, lookup=lookup
     )
-
-
-def drafted(draft=True, *, new=4, **options):
-    """A call of `generate` with a draft model of shapes alone, or with what is given for one."""
-    given = model(**draft)() if isinstance(draft, dict) else model()() if draft is True else draft
-    return lambda: seqmodels.stream(model()(), [[1, 2, 3]], max_new_tokens=new, draft=given, **options)
 
 
 ROWS = [
@@ -180,16 +170,6 @@ ROWS = [
         "heads of the cache 'locret' map 8 features to 2 scores in layer 0; expected 24 and 2",
     ),
     (
-        lambda: train_heads(model()(), np.ones((2, 4), np.int32), prompt=4),
-        ValueError,
-        "prompt=4 in tokens [2, 4]; expected rows (n, t) with a prompt and an answer",
-    ),
-    (
-        lambda: train_heads(model(**LRU)(), np.ones((2, 4), np.int32), prompt=2),
-        ValueError,
-        "model: no layer (lru) holds keys",
-    ),
-    (
         read("attention_gate"),
         ValueError,
         "gates=None of the cache 'attention_gate', whose gates are trained for the model",
@@ -209,52 +189,6 @@ ROWS = [
         ),
         ValueError,
         "gates of the cache 'attention_gate' map 8 features to 3 gates in layer 0; expected 24 and 2",
-    ),
-    (
-        lambda: train_gates(model()(), np.ones((0, 4), np.int32)),
-        ValueError,
-        "tokens [0, 4]; expected one or more rows (n, t)",
-    ),
-    (lambda: train_gates(model()(), np.ones((1, 4))), TypeError, "tokens are float64; expected integers"),
-    (
-        lambda: train_gates(model()(), np.full((1, 4), 9)),
-        ValueError,
-        "tokens[0, 0] is 9; expected 0 to 8, as vocab_size=9",
-    ),
-    (
-        lambda: train_heads(model()(), np.ones((0, 4), np.int32), prompt=2),
-        ValueError,
-        "tokens [0, 4]; expected one or more rows (n, t)",
-    ),
-    (
-        lambda: search(model()(), np.full((1, 4), -1)),
-        ValueError,
-        "tokens[0, 0] is -1; expected 0 to 8, as vocab_size=9",
-    ),
-    (
-        lambda: spans.search(model()(), np.ones((0, 4), np.int32)),
-        ValueError,
-        "tokens [0, 4]; expected one or more rows (n, t)",
-    ),
-    (
-        lambda: spans.search(model()(), np.ones((1, 4), np.int32), rules=[(1, 0.0), (2,)]),
-        ValueError,
-        "rules=[(1, 0.0), (2,)]; expected one or more pairs (alpha, beta)",
-    ),
-    (
-        lambda: spans.search(model()(), np.ones((1, 4), np.int32), rules=[("all", 0.0)]),
-        TypeError,
-        "alpha of rules[0]='all'; expected a number",
-    ),
-    (
-        lambda: train_gates(model()(), np.ones((2, 1), np.int32)),
-        ValueError,
-        "tokens [2, 1]; expected one or more rows (n, t) with t of at least 2",
-    ),
-    (
-        lambda: train_gates(model(**LRU)(), np.ones((2, 4), np.int32)),
-        ValueError,
-        "model: no layer (lru) holds keys",
     ),
     (read("minference(heads='none.json')"), ValueError, "heads='none.json' cannot be read: No such file"),
     (
@@ -288,11 +222,6 @@ ROWS = [
         "of layer 0 does not fit the cache 'minference'; expected rope, alibi or none",
     ),
     (
-        lambda: search(model()(), np.ones((2, 4), np.int32), skip=4),
-        ValueError,
-        "skip=4 in tokens [2, 4]; expected rows (n, t) and 0 <= skip < t",
-    ),
-    (
         read("hip(budget=12)"),
         ValueError,
         "budget=12 of the cache 'hip' with block=8; expected a multiple of the block",
@@ -323,26 +252,6 @@ ROWS = [
         continued("moa(alphas=[[1]], betas=[[0.5]])"),
         ValueError,
         "alphas of the cache has 1 heads for layer 0; expected 2, its key/value heads",
-    ),
-    (
-        lambda: spans.search(model()(), np.ones((2, 1), np.int32)),
-        ValueError,
-        "tokens [2, 1]; expected one or more rows (n, t) with t of at least 2",
-    ),
-    (
-        lambda: spans.search(model()(), np.ones((2, 4), np.int32), density=0.0),
-        ValueError,
-        "density=0.0; expected more than 0 and at most 1",
-    ),
-    (
-        lambda: spans.search(model(**LRU)(), np.ones((2, 4), np.int32)),
-        ValueError,
-        "model: no layer (lru) holds keys",
-    ),
-    (
-        lambda: spans.choose(np.zeros((2, 1)), np.array([4]), 6),
-        ValueError,
-        "rules of 4 tokens at least for each of 2 heads, which may see 6 together; expected a larger density",
     ),
     (read("unlimiformer(budget=0)"), ValueError, "budget=0; expected at least 1"),
     (continued("unlimiformer(budget=9)"), ValueError, "budget=9 of the cache is more than the 8 tokens"),
@@ -375,30 +284,6 @@ ROWS = [
         ValueError,
         "lookup=2 with cache='h2o(budget=4)': a draft that fails",
     ),
-    (drafted(cache="h2o(budget=4)"), ValueError, "draft with cache='h2o(budget=4)': a draft that fails"),
-    (drafted("runs/small"), TypeError, "draft is a str; expected a LanguageModel"),
-    (drafted(draft_tokens=0), ValueError, "draft_tokens=0; expected an integer of at least 1"),
-    (drafted(None, draft_tokens=2), ValueError, "draft_tokens=2 has no effect without draft"),
-    (drafted(None, draft_cache="full"), ValueError, "draft_cache='full' has no effect without draft"),
-    (drafted(lookup=2), ValueError, "lookup=2 with a draft model: each makes drafts; expected one of them"),
-    (drafted(dict(vocab_size=8)), ValueError, "draft has vocab_size=8; expected 9, that of the model"),
-    (
-        drafted(dict(absolute_positions="learned", max_positions=5)),
-        ValueError,
-        "draft has max_positions=5, but a prompt of 3 tokens and max_new_tokens=4 need 6",
-    ),
-    (
-        drafted(dict(absolute_positions="learned", max_positions=7, first_position=2)),
-        ValueError,
-        "draft has max_positions=7, but a prompt of 3 tokens and max_new_tokens=4 need 8",
-    ),
-    (
-        drafted(LRU, draft_cache="streaming(budget=4, sinks=1)"),
-        ValueError,
-        "draft_cache=Streaming has nothing to act on: no layer (lru) holds keys",
-    ),
-    (drafted(draft_cache="snapkv"), ValueError, "draft_cache='snapkv' acts on whole prompts; expected a"),
-    (drafted(draft_cache="streaming(budget=9)"), ValueError, "budget=9 of the cache is more than the 6"),
     (
         continued("prepacking", shared=dict(layers=(0,))),
         ValueError,
