@@ -144,7 +144,9 @@ def launch(
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=not barriers),
         **({} if warpgroups is None else {"num_threads": warpgroups, "thread_name": "warpgroup"}),
     )
-    arrays = flat[: len(flat) - len(flat_outputs)]
+    # XLA passes a part of an array, such as one of several packed parameters, where it lies, and Mosaic GPU refuses addresses
+    # that are no multiple of 256 bytes. It copies parts behind a barrier.
+    arrays = jax.lax.optimization_barrier(flat[: len(flat) - len(flat_outputs)])
     results = [vary_as(result, *arrays) for result in call(*arrays)]
     return jax.tree.unflatten(outputs_structure, results)
 

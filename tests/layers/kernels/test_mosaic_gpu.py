@@ -1,5 +1,7 @@
 """What every kernel that uses `product` must hold to, for the compiler's sake; checked in what it is given."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from layers.kernels.delta_rule import gpu as delta_rule
 from layers.kernels.gated_linear_attention import gpu as gated_linear_attention
 from layers.kernels.segments import Segments
+from layers.kernels.short_conv import gpu as short_conv
 
 TOKENS = jax.ShapeDtypeStruct((1, 130, 1, 128), jnp.bfloat16)
 NUMBERS = jax.ShapeDtypeStruct((1, 130, 1), jnp.float32)
@@ -73,3 +76,22 @@ def test_what_a_product_starts_with_is_used_nowhere_else(call):
     uses = list(_starts(jax.jit(both).trace(TOKENS, TOKENS, TOKENS, NUMBERS, STATE).jaxpr.jaxpr))
     assert len(uses) > 5
     assert set(uses) == {1}
+
+
+def test_operands_are_copied_where_they_are_parts_of_an_array():
+    """A bias that starts within 256 bytes of a packed array: every operand comes from a barrier, behind which XLA copies parts."""
+
+    def run(packed, x):
+        weight, bias = packed[: 4 * 128].reshape(4, 128), packed[4 * 128 + 24 :]
+        return short_conv.short_conv(x, weight, bias, None, None, None)[0]
+
+    packed = jax.ShapeDtypeStruct((4 * 128 + 24 + 128,), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, 64, 128), jnp.float32)
+    text = jax.jit(run).trace(packed, x).lower(lowering_platforms=("cuda",)).as_text()
+    behind = set()
+    for name, count in re.findall(r"(%\w+)(?::(\d+))? = stablehlo.optimization_barrier", text):
+        behind.update([name] if not count else [f"{name}#{number}" for number in range(int(count))])
+    [operands] = re.findall(r"custom_call @mosaic_gpu_v2\(([^)]*)\)", text)
+    operands = operands.split(", ")
+    assert len(operands) == 3
+    assert behind.issuperset(operands)

@@ -1,5 +1,8 @@
 """The Triton kernels of `selective_scan` in pieces of time: interpreted, lowered, and on a GPU."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +97,23 @@ def test_lowers_for_a_gpu_by_shards():
         assert "tensor<2x256x64xbf16>" in text
         assert "selective_scan_effects_backward" in text
         assert [aval.sharding.spec for aval in traced.jaxpr.out_avals] == [spec] * 2
+
+
+def test_lines_of_ptx_take_numbers(monkeypatch, capfd):
+    """A start of a segment reaches the assembly as a number: that backend lowers some selections between two numbers to booleans."""
+    monkeypatch.setattr(
+        pallas_triton.pl, "pallas_call", functools.partial(pallas_triton.pl.pallas_call, debug=True)
+    )
+    x, vectors, a = (jnp.zeros(shape) for shape in ((1, 16, 32), (1, 16, 1, 32), (2, 32)))
+    series = gpu_pieces.kernels.Series(x, x, vectors, None, jnp.zeros((1, 16), jnp.int32))
+    with jax.sharding.use_abstract_mesh(pallas_triton.hopper_mesh()):
+        traced = jax.jit(
+            lambda series, a: gpu_pieces.kernels.effects(series, a, None, softplus=False, length=8)
+        ).trace(series, a)
+        traced.lower(lowering_platforms=("cuda",))
+    found = re.findall(r"tt.elementwise_inline_asm.* : \(?([^()]*)\)? ->", capfd.readouterr().out)
+    assert found
+    assert {kind for kinds in found for kind in kinds.split(", ")} == {"tensor<32xf32>"}
 
 
 @pytest.mark.gpu

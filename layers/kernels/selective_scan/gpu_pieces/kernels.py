@@ -162,7 +162,8 @@ def prepared(loaded: Any, series: Series, bias: Any, at: Place, number: Any, sof
     if series.flags is not None:
         flag = series.flags[at.row, place]
         taken = real & (flag != PADDING)
-        start = jnp.full((LANES,), jnp.where(real & (flag == START), 1.0, 0.0))
+        # Not jnp.where(..., 1.0, 0.0), which Pallas's Triton backend lowers to a boolean where the condition is a scalar.
+        start = jnp.full((LANES,), (real & (flag == START)).astype(jnp.float32))
     dt, slope, x = (jnp.where(taken, v, 0.0) for v in (dt, slope, x))
     return Step(dt, slope, x, start, place, real)
 
