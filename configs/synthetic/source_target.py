@@ -5,11 +5,11 @@
 
     task=copy|sorting
 
-mixer=NAME, any causal one, is that of the decoder; encoder=NAME that of the encoder, which sees whole sources where it has an option for it;
-width, depth, learning_rate, scale=small|paper. Small trains on lengths up to 10, paper up to 20.
+mixer=NAME, any causal one, is that of the decoder; encoder=NAME is that of the encoder, which sees whole sources where it has an option
+for that. width, depth, learning_rate, scale=small|paper. Small trains on lengths up to 10, paper up to 20.
 
-On two busy CPU cores, sorting takes 5 min: test accuracy 0.997 of tokens and 0.983 of strings. At length 20, twice that of training, it is
-0.86 and 0.05.
+On two busy CPU cores sorting takes 5 minutes; 0.996 of the tokens and 0.979 of the strings of the test split are right. At length 20, twice
+that of training, it is 0.82 and 0.01 (experiments/results/source_target).
 """
 
 import pathlib
