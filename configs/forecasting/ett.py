@@ -1,7 +1,8 @@
 """Long-horizon forecasting by Informer's protocol, with any mixer.
 
     python -m experiments.train --config=configs/forecasting/ett.py:mixer=s4d --workdir=runs/series-s4d
-    python -m experiments.train --config=configs/forecasting/ett.py:mixer=s4d,horizon=168 --config.task.file=ETTh1.csv --workdir=runs/etth1-s4d
+    python -m experiments.train --config=configs/forecasting/ett.py:mixer=s4d,horizon=168 --workdir=runs/etth1-s4d \
+        --config.task.file=ETTh1.csv
 
 Without a file the series is a stand-in that is drawn from a seed, an hourly one with periods of a day and a week. The test results
 print the losses of repeating the last step and of a linear map beside that of the model.

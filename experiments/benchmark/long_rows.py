@@ -12,9 +12,9 @@ Each case runs in a process of its own (`alone`), of which `--workers` compile b
     prefill/float32, /bfloat16        4 T tokens read in chunks by one device that carries the state, and cut over all: a small
                                       Gated DeltaNet in float32, and the one of `--size` (`parallel_row`)
 
-Steps are those of the study `steps`, with layers under a scan but on a CPU. Rows of several devices have the bytes that each sends per step,
-counted from the compiled program. A device without memory for a step is a result. Cases
-of `memory` run one after the other, whatever `--workers` is.
+Steps are those of the study `steps`, with layers under a scan but on a CPU. Rows of several devices have the bytes that each
+sends per step, counted from the compiled program. A device without memory for a step is a result. Cases of `memory` run one after
+the other, whatever `--workers` is.
 """
 
 import functools
