@@ -27,9 +27,9 @@ tokenizer.json is the tokenizer, and `size` then says only the learning rate, th
 
     python -m experiments.train --config=configs/lm/models.py:size=350m,pretrained=checkpoints/Qwen3-0.6B --workdir=runs/finetuned
 
-Options: `size=`, `mixer=`, `pretrained=`, `source=`, `tokenizer=` (bytes, characters, or bpe:32768), `length=`, `tokens=` (how many to train
-on, padding included, such as 200m; one epoch without it) and `rule=` (adamw or muon). The learning rate of `125m` is that of a sweep over a Transformer, Gated DeltaNet and
-their hybrid; the others are customary ones.
+Options: `size=`, `mixer=`, `pretrained=`, `source=`, `tokenizer=` (bytes, characters, or bpe:32768), `length=`, `tokens=` (how many to
+train on, padding included, such as 200m; one epoch without it) and `rule=` (adamw or muon). The learning rate of `125m` is that of a sweep
+over a Transformer, Gated DeltaNet and their hybrid; the others are customary ones.
 
 Sources are stdlib, enwik8, text8, wikitext103, rfc, pg19, lm1b, wiki40b and tiny_shakespeare, each with its usual tokens; all but the
 first need `--config.task.official_dir`, an archive or, for the last four, the folder of tensorflow-datasets; for rfc, that of the

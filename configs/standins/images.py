@@ -1,7 +1,8 @@
 """Small images by mixers that know rows and columns: digits of 28 x 28 pixels, or CIFAR-10 in colour.
 
     python -m experiments.train --config=configs/standins/images.py:mixer=vmamba --workdir=runs/digits-vmamba
-    python -m experiments.train --config=configs/standins/images.py:mixer=cross_scan,inner=mamba2,orders=snake+hilbert --workdir=runs/digits-snake
+    python -m experiments.train --config=configs/standins/images.py:mixer=cross_scan,inner=mamba2,orders=snake+hilbert \
+        --workdir=runs/digits-snake
     python -m experiments.train --config=configs/standins/images.py:mixer=s4nd,data=cifar10 --workdir=runs/cifar-s4nd
 
 Mixers: vmamba, msvmamba, s4nd, and cross_scan around the mixer `inner`. `orders` are the scan orders of vmamba and cross_scan, joined

@@ -9,8 +9,8 @@ Any causal mixer; mixer=NAME, width, depth, learning_rate, scale=small|paper. Sm
 up to 20); paper up to 20 for copying and sorting (Kazemnejad et al. 2023, arXiv:2305.19466), from 3 to 40 for parity
 (Grazzi et al. 2025, arXiv:2411.12537) and up to 40 digits for addition (Zhou et al. 2024, arXiv:2402.09371). Mixers with
 an option `negative_eigenvalues` use it, as only those can learn parity. `running_parity` asks for the parity at every bit.
-`copy_unique`, `count` and `mode` are the tasks of Zhou et al. 2024 (arXiv:2310.16028) with programs in RASP-L, `addition_hints` has a letter
-before every digit (arXiv:2402.09371), and `sorting_hints` asks for the next larger element in half of the training examples
+`copy_unique`, `count` and `mode` are tasks of Zhou et al. 2024 (arXiv:2310.16028) with short programs in RASP-L. `addition_hints` has a
+letter before every digit (arXiv:2402.09371), and `sorting_hints` asks for the next larger element in half of the training examples
 (arXiv:2310.00726).
 """
 

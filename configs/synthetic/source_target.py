@@ -5,24 +5,21 @@
 
     task=copy|sorting
 
-mixer=NAME, any causal one, is that of the decoder; encoder=NAME that of the encoder, which sees whole sources where it has an option for it;
-width, depth, learning_rate, scale=small|paper. Small trains on lengths up to 10, paper up to 20.
+mixer=NAME, any causal one, is that of the decoder; encoder=NAME is that of the encoder, which sees whole sources where it has an option
+for that. width, depth, learning_rate, scale=small|paper. Small trains on lengths up to 10, paper up to 20.
 
-On two busy CPU cores, sorting takes 5 min: test accuracy 0.997 of tokens and 0.983 of strings. At length 20, twice that of training, it is
-0.86 and 0.05.
+On two busy CPU cores sorting takes 5 minutes; 0.996 of the tokens and 0.979 of the strings of the test split are right. At length 20, twice
+that of training, it is 0.82 and 0.01 (experiments/results/source_target).
 """
+
+import pathlib
+import runpy
 
 from ml_collections import ConfigDict
 
-OPTIONS = dict(
-    task="sorting",
-    mixer="attention",
-    encoder="attention",
-    width="64",
-    depth="2",
-    learning_rate="1e-3",
-    scale="small",
-)
+RECIPE = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "standins" / "_recipe.py"))
+MIXERS = dict(mixer="attention", encoder="attention")
+SIZES = dict(width=64, depth=2, learning_rate=1e-3)
 LENGTHS = {  # of training, and of the further splits
     "small": ((1, 10), (10, 12, 15, 20)),
     "paper": ((1, 20), (20, 24, 30, 40)),
@@ -30,10 +27,7 @@ LENGTHS = {  # of training, and of the further splits
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    given = dict(pair.partition("=")[::2] for pair in arg.split(",") if pair)
-    if unknown := given.keys() - OPTIONS.keys():
-        raise ValueError(f"source_target.py takes {', '.join(OPTIONS)}, not {', '.join(unknown)}")
-    options = OPTIONS | given
+    options = RECIPE["parse"]("source_target.py", arg, task="sorting", scale="small", **MIXERS, **SIZES)
     task, scale = options["task"], options["scale"]
     if task not in ("copy", "sorting") or scale not in LENGTHS:
         raise ValueError(f"task={task},scale={scale}; expected copy or sorting, and small or paper")
@@ -43,8 +37,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.task = dict(name=f"{task}_source", lengths=lengths, extrapolate=extrapolate)
     config.model = dict(
         kind="encoder_decoder",
-        width=int(options["width"]),
-        depth=int(options["depth"]),
+        width=options["width"],
+        depth=options["depth"],
         pattern=(options["mixer"],),
         mixer_defaults=dict(heads=4),
         encoder=dict(pattern=(options["encoder"],)),
@@ -55,6 +49,6 @@ def get_config(arg: str = "") -> ConfigDict:
         batch_size=64, steps=2000 if scale == "small" else 20_000, eval_every=0.32, log_every=50
     )
     config.optimizer = dict(
-        learning_rate=float(options["learning_rate"]), weight_decay=0.01, warmup_steps=100, clip_norm=1.0
+        learning_rate=options["learning_rate"], weight_decay=0.01, warmup_steps=100, clip_norm=1.0
     )
     return config

@@ -10,22 +10,21 @@
     python -m experiments.benchmark pretrained [--only=load,decode/llama] [--size=1.5b] [--out=FOLDER]
     python -m experiments.benchmark tune [--only=linear_recurrence/real] [--out=FOLDER]
 
-`kernels` prints a table and writes kernels.json and kernels.png: milliseconds (median of interleaved measurements) of
-the forward pass and of both passes, the ratio to the floor, the ratio to what `impl=None` takes, memory, and errors
-against the float64 reference. The floor is the larger of the fewest bytes over the bandwidth of a copy and the
-arithmetic over the rate of the unit that does it, both measured at the start. On a CPU the sizes are smaller and the
-inputs float32. On a GPU `--workers` processes compile and check in parallel, which takes longer than timing;
-`--patience` bounds it. `steps` times whole training steps of language models (`experiments/benchmark/steps.py`), with `--workers`
-in processes that compile beside each other and measure in turn, and `decode` steps of their generation against batch and
-context. `parallel` counts what divided time sends between devices, beside
-the published formulas, times it on those that there are, and extends the formulas to 1,024 devices by a model of links
-(`experiments/benchmark/parallel.py`), in parallel.json and parallel.png; `--links` takes the links from what `long_rows` measured. `long_rows` trains and reads rows that
-devices share (`experiments/benchmark/long_rows.py`), prints a line of JSON per case and writes long_rows.json. `weak_scaling` takes training steps with
-as many rows per device on 1, 2, 4, ... devices (`experiments/benchmark/weak_scaling.py`), in weak_scaling.json and weak_scaling.png. `pretrained` writes random checkpoints
-in the format of transformers, loads them, and generates beside transformers where that can be imported
-(`experiments/benchmark/pretrained.py`); it writes pretrained.json. `tune` checks and times layouts of the GPU kernels and writes
-tune.json. Exit codes: 0 done; 1 one of
-our implementations failed or a process ended, the others are in the table; 2 an argument cannot be used.
+`kernels` prints a table and writes kernels.json and kernels.png: milliseconds (median of interleaved measurements) of the forward pass and
+of both passes, the ratio to the floor, the ratio to what `impl=None` takes, memory, and errors against the float64 reference. The floor is
+the larger of the fewest bytes over the bandwidth of a copy and the arithmetic over the rate of the unit that does it, both measured at the
+start. On a CPU the sizes are smaller and the inputs float32. On a GPU `--workers` processes compile and check in parallel, which takes
+longer than timing; `--patience` bounds it. `steps` times whole training steps of language models (`experiments/benchmark/steps.py`), with
+`--workers` in processes that compile beside each other and measure in turn, and `decode` steps of their generation against batch and
+context. `parallel` counts what divided time sends between devices, beside the published formulas, times it on those that there are, and
+extends the formulas to 1,024 devices by a model of links (`experiments/benchmark/parallel.py`), in parallel.json and parallel.png;
+`--links` takes the links from what `long_rows` measured. `long_rows` trains and reads rows that devices share
+(`experiments/benchmark/long_rows.py`), prints a line of JSON per case and writes long_rows.json. `weak_scaling` takes training steps with
+as many rows per device on 1, 2, 4, ... devices (`experiments/benchmark/weak_scaling.py`), in weak_scaling.json and weak_scaling.png.
+`pretrained` writes random checkpoints in the format of transformers, loads them, and generates beside transformers where that can be
+imported (`experiments/benchmark/pretrained.py`); it writes pretrained.json. `tune` checks and times layouts of the GPU kernels and writes
+tune.json. Exit codes: 0 done; 1 one of our implementations failed or a process ended, the others are in the table; 2 an argument cannot be
+used.
 """
 
 import dataclasses

@@ -12,16 +12,15 @@ Each case runs in a process of its own (`alone`), of which `--workers` compile b
     prefill/float32, /bfloat16        4 T tokens read in chunks by one device that carries the state, and cut over all: a small
                                       Gated DeltaNet in float32, and the one of `--size` (`parallel_row`)
 
-Steps are those of the study `steps`, with layers under a scan but on a CPU. Rows of several devices have the bytes that each sends per step,
-counted from the compiled program. A device without memory for a step is a result. Cases
-of `memory` run one after the other, whatever `--workers` is.
+Steps are those of the study `steps`, with layers under a scan but on a CPU. Rows of several devices have the bytes that each
+sends per step, counted from the compiled program. A device without memory for a step is a result. Cases of `memory` run one after
+the other, whatever `--workers` is.
 """
 
 import functools
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,12 +32,11 @@ import numpy as np
 from experiments.analysis.utilization import training_flops
 from experiments.benchmark import alone, links, models, parallel_row
 from experiments.benchmark.collectives import total_sent
+from experiments.benchmark.record import Record
 from experiments.benchmark.steps import random_batch, step_functions
 from experiments.benchmark.timing import peak_bytes
 from experiments.config.loading import MeshConfig
 from experiments.parallel.mesh import Devices
-from experiments.runs.files import to_json_text, write_atomically
-from experiments.runs.sessions import git_revision, versions
 from experiments.tasks import tokens as token_task
 from layers.kernels import dispatch
 from layers.kernels.sequence_parallel import AttentionMethod
@@ -94,25 +92,16 @@ def study(out: Path, setting: Setting, only: Sequence[str], patience: float, wor
       patience: seconds that a case may prepare, and that its turn may take.
       workers: the most processes at a time.
     """
-    rows: list[dict[str, Any]] = []
-    record = dict(
-        command=["experiments.benchmark", *sys.argv[1:]], versions=versions(), git=git_revision(), rows=rows
-    )
-
-    def add(row: dict[str, Any]) -> None:
-        rows.append(compared(row, rows))
-        print(json.dumps(rows[-1]), flush=True)
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "long_rows.json", to_json_text(record))
-
+    groups = grouped(chosen(only), workers)
+    record = Record(out / "long_rows.json", compared, json.dumps)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
     measured = functools.partial(measure, setting)
     preallocate = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE")
-    for group, count in grouped(chosen(only), workers):
+    for group, count in groups:
         # Processes inherit it. One pool of all memory leaves no gaps between what a large step allocates.
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = preallocate or ("false" if count > 1 else "true")
-        alone.run(measured, group, patience, add, count)
-    return 1 if any("failed" in row for row in rows) else 0
+        alone.run(measured, group, patience, record.add, count)
+    return 1 if any("failed" in row for row in record.rows) else 0
 
 
 def cases() -> tuple[str, ...]:

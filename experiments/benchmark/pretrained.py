@@ -15,7 +15,6 @@ import functools
 import importlib.util
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -26,8 +25,7 @@ import jax
 import numpy as np
 
 from experiments.benchmark import alone, random_checkpoints, transformers_decode
-from experiments.runs.files import to_json_text, write_atomically
-from experiments.runs.sessions import git_revision, versions
+from experiments.benchmark.record import Record
 from layers.kernels import dispatch
 from layers.registry import suggestion
 from seqmodels import LanguageModel, load_pretrained, stream
@@ -107,20 +105,11 @@ def study(out: Path, size: str | None, only: Sequence[str], rounds: int | None, 
       seconds: the longest that a case may take; `PATIENCE` if None.
     """
     names = chosen(only)
-    record: dict[str, Any] = dict(
-        command=["experiments.benchmark", *sys.argv[1:]], versions=versions(), git=git_revision(), rows=[]
-    )
-
-    def add(row: dict[str, Any]) -> None:
-        record["rows"].append(compared(row, record["rows"]))
-        print(line(record["rows"][-1]), flush=True)
-        write_atomically(out / "pretrained.json", to_json_text(record))
-
-    out.mkdir(parents=True, exist_ok=True)
+    record = Record(out / "pretrained.json", compared, line)
     with tempfile.TemporaryDirectory(dir=out) as folder:
         measured = functools.partial(measure, Setting(Path(folder), size, rounds or ROUNDS))
-        rows = alone.run(measured, names, seconds or PATIENCE, add)
-    return 1 if any("failed" in row or "out_of_memory" in row for row in rows) else 0
+        alone.run(measured, names, seconds or PATIENCE, record.add)
+    return 1 if any("failed" in row or "out_of_memory" in row for row in record.rows) else 0
 
 
 def compared(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ share are those of the study `long_rows`.
 
 import functools
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +21,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.benchmark import alone, models, steps
+from experiments.benchmark.record import Record
 from experiments.config.command_line import ArgumentError
 from experiments.config.loading import MeshConfig
 from experiments.parallel.mesh import Devices
-from experiments.runs.files import to_json_text, write_atomically
-from experiments.runs.sessions import git_revision, versions
 from layers.kernels import dispatch
 
 MODELS = "attention", "gated_deltanet", "mamba2"
@@ -68,19 +66,10 @@ def study(out: Path, setting: Setting, only: Sequence[str], count: int | None, p
     if "failed" in found:
         raise ArgumentError(found["failed"].removeprefix("ValueError: "))
     print(found["device"], flush=True)
-    record = dict(command=["experiments.benchmark", *sys.argv[1:]], device=found["device"])
-    rows: list[dict[str, Any]] = []
-    record |= dict(versions=versions(), git=git_revision(), rows=rows)
-    out.mkdir(parents=True, exist_ok=True)
-
-    def add(row: dict[str, Any]) -> None:
-        rows.append(compared(row, rows))
-        print(line(rows[-1]), flush=True)
-        write_atomically(out / "weak_scaling.json", to_json_text(record))
-
-    alone.run(functools.partial(measure, setting), cases(found["count"], only), patience, add)
-    draw(rows, out / "weak_scaling.png", found["device"])
-    return 1 if any("failed" in row for row in rows) else 0
+    record = Record(out / "weak_scaling.json", compared, line, device=found["device"])
+    alone.run(functools.partial(measure, setting), cases(found["count"], only), patience, record.add)
+    draw(record.rows, out / "weak_scaling.png", found["device"])
+    return 1 if any("failed" in row for row in record.rows) else 0
 
 
 def look(name: str) -> dict[str, Any]:

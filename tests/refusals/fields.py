@@ -196,7 +196,11 @@ FIELDS = [
         "expected kind='encoder_decoder'",
     ),
     ("--config=synthetic/source_target:task=parity", "task=parity,scale=small; expected copy"),
-    ("--config=synthetic/source_target:steps=2", "source_target.py takes task, mixer, encoder, width,"),
+    (
+        "--config=synthetic/source_target:steps=2",
+        "source_target.py takes mixer, width, depth, learning_rate, task,",
+    ),
+    ("--config=synthetic/source_target:width=wide", "width='wide'; expected a number, such as 64"),
     ("--config=SHORT --config.model.kind=clasifier", "did you mean 'classifier'?"),
     ("--config=MQAR --config.model.vocab_size=8", "config.model sets vocab_size, which the task gives"),
     ("--config=MQAR --config.model.input_size=8", "the inputs of the task 'mqar' are tokens"),

@@ -1,9 +1,9 @@
 """Documents of a corpus by split: the sources of the standard library, text files, JSON lines, parquet, FASTA, and published corpora.
 
-Published corpora have splits of their own (see `official` and `tensorflow_datasets`). Of others, a document belongs to the split that the SHA-256 of its name says: 90% to "train" and 5% each to "validation" and "test".
-It stays there when others come and go. The name of a file is its path within the corpus; a record of JSON lines,
-parquet or FASTA is named by its text, so that equal records share a split. A corpus that is one text file is cut once after 90%
-and once after 95% of its lines.
+Published corpora have splits of their own (see `official` and `tensorflow_datasets`). Of others, a document belongs to the split that the
+SHA-256 of its name says: 90% to "train" and 5% each to "validation" and "test". It stays there when others come and go. The name of a file is
+its path within the corpus; a record of JSON lines, parquet or FASTA is named by its text, so that equal records share a split. A corpus that
+is one text file is cut once after 90% and once after 95% of its lines.
 """
 
 import json
@@ -41,9 +41,8 @@ def read_documents(
       source: "stdlib", the *.py files of the running Python's standard library without tests, IDLE, lib2to3, tables of
         encodings and generated documentation; or the path of a text file, of a file of JSON lines with the field "text",
         of a parquet file with the column "text", of a FASTA file (.fa, .fasta or .fna; see `nucleotides`), or of a folder with
-        such files at any depth. Published corpora are
-        "enwik8", "text8", "wikitext103" and "rfc" (see `official`), and "tfds:NAME" or "tfds:NAME/CONFIG", such as tfds:pg19 (see
-        `tensorflow_datasets`).
+        such files at any depth. Published corpora are "enwik8", "text8", "wikitext103" and "rfc" (see `official`), and "tfds:NAME" or
+        "tfds:NAME/CONFIG", such as tfds:pg19 (see `tensorflow_datasets`).
       invalid: "error" refuses bytes that are not UTF-8, and "replace" puts U+FFFD in their place.
       official_dir: where the files of a published corpus are; other sources take none.
 

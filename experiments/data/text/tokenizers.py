@@ -169,8 +169,9 @@ def make_tokenizer(
     """Returns the tokenizer of a name or of a tokenizer.json.
 
     Args:
-      name: "bytes"; "characters", those of the training text; "nucleotides" or "nucleotides:6" (see `nucleotides`); "bpe:VOCAB", a byte-pair encoding of VOCAB tokens that is
-        trained on the training text and kept in the folder of data sets; or the path of a tokenizer.json.
+      name: "bytes"; "characters", those of the training text; "nucleotides" or "nucleotides:6" (see `nucleotides`); "bpe:VOCAB", a
+        byte-pair encoding of VOCAB tokens that is trained on the training text and kept in the folder of data sets; or the path of a
+        tokenizer.json.
       texts: function that returns the documents of the training split; called for what is trained on them.
       data_dir: folder of data sets; by default $SEQMODELS_DATA, else ~/.cache/seqmodels.
 

@@ -37,3 +37,6 @@ class SourceCopy(Copy):
 @checked_dataclass(kw_only=True, eq=False)
 class SourceSorting(SourceCopy, Sorting):
     """Sorting a source string to the target (Vinyals et al. 2016, arXiv:1511.06391, who sort numbers)."""
+
+    # Of the two bases, `SourceCopy` would give its own.
+    symbols: int = Sorting.symbols

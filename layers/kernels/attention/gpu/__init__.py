@@ -1,6 +1,6 @@
 """`attention` of one query per row, as in decoding from a cache, by Pallas's Triton backend.
 
-It is taken by name alone: as it is it has not run on a GPU. The gradients are those of plain JAX, which attends once more.
+It is taken by name alone: it passes its tests on an H200, and has not been timed there as it is. The gradients are those of plain JAX, which attends once more.
 """
 
 import functools
