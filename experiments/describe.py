@@ -166,7 +166,8 @@ def describe(config: Mapping[str, Any], lengths: Sequence[int] = LENGTHS) -> dic
         )
         for number, (one, i) in enumerate(_places(model))
     ]
-    rest, shared = total - sum(map(_parameters, stacks)), _parameters(stack.shared)
+    rest = total - sum(map(_parameters, stacks))
+    shared = sum(_parameters(one.shared) for one in stacks)
     return dict(
         kind=config["model"]["kind"],
         width=stack.config.width,
@@ -174,7 +175,7 @@ def describe(config: Mapping[str, Any], lengths: Sequence[int] = LENGTHS) -> dic
         causal=stack.causal,
         backend=jax.default_backend(),
         layers=layers,
-        **({"shared_blocks": dict(parameters=shared)} if stack.uses else {}),
+        **({"shared_blocks": dict(parameters=shared)} if shared else {}),
         embedding_and_head=dict(parameters=rest),
         parameters=total,
         parameter_bytes=4 * total,
@@ -242,7 +243,10 @@ def _flops(module: nnx.Module, inputs: jax.ShapeDtypeStruct) -> Flops | str:
 
 
 def _at_length(model: nnx.Module, length: int) -> dict[str, Any]:
-    """Returns the operations of one row, or pair of rows, of this length, and the bytes of the state carried after it."""
+    """Returns the operations of one row, or pair of rows, of this length, and the bytes of the state carried after it.
+
+    The state of an encoder-decoder holds what its layers read of the source too.
+    """
     size, shape = (
         model.config.input.input_size,
         (1, 2, length) if isinstance(model, DualEncoder | EncoderDecoder) else (1, length),
@@ -255,10 +259,16 @@ def _at_length(model: nnx.Module, length: int) -> dict[str, Any]:
     state = None
     stack = _stacks(model)[-1]
     if stack.causal:
-        graph, variables = nnx.split(stack)  # a trained initial state is a parameter
-        shapes = jax.eval_shape(
-            lambda variables: nnx.merge(graph, variables).init_state(1, max_length=length), variables
-        )
+        graph, variables = nnx.split(model)  # a trained initial state is a parameter
+
+        def carried(variables: nnx.State) -> Any:
+            merged = nnx.merge(graph, variables)
+            if isinstance(merged, EncoderDecoder):
+                state = merged.init_state(jnp.zeros((1, length), jnp.int32), max_length=length)
+                return state.layers, state.sources
+            return merged.stack.init_state(1, max_length=length)
+
+        shapes = jax.eval_shape(carried, variables)
         state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     return dict(
         length=length,

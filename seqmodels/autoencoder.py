@@ -1,24 +1,21 @@
 """An autoencoder: embedding, stack, one vector, and a small decoder that reconstructs the sequence from it."""
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.norms import make_norm
 from layers.parameters import linear
 from layers.positions import sinusoidal
 from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Float, Int, Key
+from seqmodels.backbone import Backbone, final_norm
 from seqmodels.config import AutoencoderConfig
-from seqmodels.embedding import Embedding
 from seqmodels.encoder import pool
-from seqmodels.stack import Stack
 
 
-class Autoencoder(nnx.Module):
+class Autoencoder(Backbone):
     """Logits of the token at each position, from one vector per row and the position alone.
 
         z_t = pooled + sinusoidal(t)
@@ -28,14 +25,10 @@ class Autoencoder(nnx.Module):
     """
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
-        self.config = config
+        super().__init__(config, rngs=rngs)
         stack = config.stack
         dtype = jnp.dtype(stack.dtype)
-        options = dict(stack.norm_options)
-        self.embedding = Embedding(config.input, stack.width, dtype, rngs=rngs)
-        self.stack = Stack(stack, rngs=rngs)
-        norm = partial(make_norm, stack.norm, options, width=stack.width, dtype=dtype, rngs=rngs)
-        self.norms = nnx.List(norm() for _ in range(3))
+        self.norms = nnx.List(final_norm(stack, rngs) for _ in range(3))
         self.maps = nnx.List(
             linear(stack.width, stack.width, axes=("embed", None), dtype=dtype, rngs=rngs) for _ in range(2)
         )
@@ -62,13 +55,9 @@ class Autoencoder(nnx.Module):
         Returns:
           float32 logits (b, t, v), and None.
         """
-        if state is not None:
-            raise ValueError(
-                "an autoencoder takes no state; call it on the whole sequence, or its .stack step by step"
-            )
+        self._refuse(state, "an autoencoder")
         segments = Segments.of(segment_ids)
-        x, _ = self.embedding(inputs, segment_ids=segments)
-        x, _ = self.stack(x, segment_ids=segments, key=key)
+        x = self.features(inputs, segments, key=key)
         mask = jnp.ones(x.shape[:2], bool) if segments is None else segments.real
         pooled = pool(x, mask, self.config.pooling)
         x = pooled[:, None] + sinusoidal(jnp.arange(x.shape[1])[None], x.shape[2]).astype(x.dtype)

@@ -37,8 +37,5 @@ class Classifier(Encoder):
         Returns:
           float32 logits (b, c), and None.
         """
-        if state is not None:
-            raise ValueError(
-                "a classifier takes no state; call it on the whole sequence, or its .stack step by step"
-            )
+        self._refuse(state, "a classifier")
         return self.head(self.encode(inputs, segments=Segments.of(segment_ids), key=key)), None

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from layers.channel import CHANNEL_MIXERS
 from layers.channel.glu import ACTIVATIONS
@@ -298,6 +298,9 @@ class AutoencoderConfig:
       input, stack: see `InputConfig` and `StackConfig`; inputs must be tokens.
       pooling: vector per row: the output at the "last" real token, or the "mean" over real tokens.
     """
+
+    # Norms stand in the decoder, behind the pooling.
+    final_norm: ClassVar[bool] = False
 
     input: InputConfig
     stack: StackConfig

@@ -57,8 +57,7 @@ class DualEncoder(Encoder):
         Raises:
           ValueError: if the inputs are no pairs, or a state is given.
         """
-        if state is not None:
-            raise ValueError("a dual encoder takes no state; call it on whole sequences")
+        self._refuse(state, "a dual encoder")
         if inputs.ndim < 3 or inputs.shape[1] != 2:
             raise ValueError(f"inputs have shape {inputs.shape}; expected pairs (b, 2, t) or (b, 2, t, c)")
         if segment_ids is not None and not isinstance(segment_ids, Segments):

@@ -1,38 +1,28 @@
-"""An encoder of whole sequences: embedding, stack, norm, one vector per row."""
+"""An encoder of whole sequences: a backbone, and one vector per row."""
 
 import functools
 import logging
-from functools import partial
 
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixers import MIXERS
-from layers.norms import make_norm
 from layers.segments import Segments, select_masked
 from layers.typing import Array, Bool, Float, Key, Num
+from seqmodels.backbone import Backbone
 from seqmodels.config import ClassifierConfig, DualEncoderConfig
-from seqmodels.embedding import Embedding
-from seqmodels.stack import Stack
 
 _log = logging.getLogger(__name__)
 
 
-class Encoder(nnx.Module):
+class Encoder(Backbone):
     """What a `Classifier` and a `DualEncoder` share: all but the head."""
 
     def __init__(self, config: ClassifierConfig | DualEncoderConfig, *, rngs: nnx.Rngs):
-        self.config = config
+        super().__init__(config, rngs=rngs)
         stack = config.stack
-        dtype = jnp.dtype(stack.dtype)
-        self.embedding = Embedding(config.input, stack.width, dtype, rngs=rngs)
-        self.stack = Stack(stack, rngs=rngs)
         if self.stack.causal:
             _say_causal(tuple(dict.fromkeys(stack.mixer_of(layer)[0] for layer in range(stack.depth))))
-        norm = partial(
-            make_norm, stack.norm, dict(stack.norm_options), width=stack.width, dtype=dtype, rngs=rngs
-        )
-        self.norm = norm() if config.final_norm else None
 
     def encode(
         self,
@@ -41,18 +31,9 @@ class Encoder(nnx.Module):
         segments: Segments | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b d"]:
-        """Returns one float32 vector per row.
-
-        Args:
-          inputs: token ids (b, t) or vectors (b, t, c).
-          segments: 0 marks padding.
-          key: random key of the dropout; passed in training only, where BatchNorm uses and updates batch statistics.
-        """
-        x, _ = self.embedding(inputs, segment_ids=segments)
-        x, _ = self.stack(x, segment_ids=segments, key=key)
+        """Returns one float32 vector per row; arguments are those of `features`."""
+        x = self.features(inputs, segments, key=key)
         mask = jnp.ones(x.shape[:2], bool) if segments is None else segments.real
-        if self.norm is not None:
-            x = self.norm(x, mask=mask, training=key is not None)
         return pool(x.astype(jnp.float32), mask, self.config.pooling)
 
 

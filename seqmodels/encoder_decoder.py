@@ -1,16 +1,15 @@
 """An encoder-decoder: an encoder of whole sources, and a decoder of targets whose layers read them."""
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.norms import make_norm
 from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Float, Int, Key
+from seqmodels.backbone import final_norm, normalized
 from seqmodels.block import Encoded
 from seqmodels.config import EncoderDecoderConfig, LanguageModelConfig
 from seqmodels.language_model import LanguageModel, LanguageModelState
@@ -36,10 +35,8 @@ class EncoderDecoder(nnx.Module):
         self.config = config
         fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(LanguageModelConfig)}
         self.decoder = LanguageModel(LanguageModelConfig(**fields), cross=config.cross, rngs=rngs)
-        stack = config.encoder
-        self.encoder = Stack(stack, rngs=rngs)
-        norm = partial(make_norm, stack.norm, dict(stack.norm_options), width=stack.width, rngs=rngs)
-        self.encoder_norm = norm(dtype=jnp.dtype(stack.dtype)) if config.final_norm else None
+        self.encoder = Stack(config.encoder, rngs=rngs)
+        self.encoder_norm = final_norm(config.encoder, rngs) if config.final_norm else None
 
     def encode(
         self,
@@ -52,10 +49,7 @@ class EncoderDecoder(nnx.Module):
         segments = Segments.of(segment_ids)
         x, _ = self.decoder.embedding(source, segment_ids=segments)
         x, _ = self.encoder(x, segment_ids=segments, key=key)
-        if self.encoder_norm is not None:
-            mask = None if segments is None else segments.real
-            x = self.encoder_norm(x, mask=mask, training=key is not None)
-        return Encoded(x, segments)
+        return Encoded(normalized(self.encoder_norm, x, segments, key), segments)
 
     def init_state(
         self,

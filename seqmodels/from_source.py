@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.indices import check_indices
 from layers.segments import Segments
-from seqmodels.decoding import NOTHING, Generation, Rows, decode, flat
+from seqmodels.decoding import Generation, Rows, decode, flat
 from seqmodels.encoder_decoder import EncoderDecoder
-from seqmodels.generation import Prompts, aligned, check_finite, sequences
-from seqmodels.sampling import Number, make_sampling
+from seqmodels.request import Prompts, read_request, received, remembering
+from seqmodels.sampling import Number
 
 
 def generate_from(
@@ -49,45 +48,39 @@ def generate_from(
     """
     if not isinstance(model, EncoderDecoder):
         raise TypeError(f"model is a {type(model).__name__}; expected an EncoderDecoder")
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens!r}; expected an integer of at least 1")
     vocab_size, longest = model.config.input.vocab_size, model.config.input.longest
-    check_indices("start", np.asarray(start), vocab_size, of="vocab_size")
-    given = sequences("sources", sources, vocab_size)
-    if not given:
-        raise ValueError("sources holds no source; expected at least one")
-    needed = max(max_new_tokens, *map(len, given))
-    if longest is not None and needed > longest:
-        raise ValueError(
-            f"{needed} tokens of a source or target, but the table of positions has {longest}; expected at most as many"
-        )
-    sampling = make_sampling(
+    request = read_request(
+        "sources",
+        sources,
         vocab_size=vocab_size,
+        counts={"max_new_tokens": max_new_tokens},
+        stop=stop,
+        seed=seed,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    stops = sequences("stop", stop, vocab_size)
-    stops = aligned(stops) if stops else None
-    count, size = len(given), max(map(len, given))
+    if isinstance(start, bool) or not isinstance(start, int | np.integer) or not 0 <= start < vocab_size:
+        raise ValueError(
+            f"start={start!r}; expected an integer from 0 to {vocab_size - 1}, as vocab_size={vocab_size}"
+        )
+    count, size, most = len(request.given), max(map(len, request.given)), int(max_new_tokens)
+    # The last new token is not read, and the first one is.
+    if longest is not None and max(size, most) > longest:
+        raise ValueError(
+            f"{max(size, most)} tokens of a source or target, but the table of positions has {longest}; expected at most as many"
+        )
     inputs, ids = np.zeros((2, count, size), np.int32)
-    for row, source in enumerate(given):
+    for row, source in enumerate(request.given):
         inputs[row, : len(source)], ids[row, : len(source)] = source, 1
-    token = jnp.full(count, start, jnp.int32)
-    recent = None if stops is None else jnp.full((count, stops.shape[1]), NOTHING, jnp.int32)
-    seen = None
-    if sampling.repetition_penalty is not None:
-        seen = jnp.zeros((count, vocab_size), bool).at[:, start].set(True)
-    state = _begun(model, jnp.asarray(inputs), jnp.asarray(ids), max_length=max_new_tokens)
-    rows = Rows(state, token, jnp.zeros(count, bool), recent, seen)
-    key = jax.random.key(np.uint32(seed))
-    _, new = decode(flat(model.decoder), rows, sampling, stops, key, 0, max_new_tokens, size=max_new_tokens)
-    new = jax.tree.map(np.asarray, new)
-    check_finite(new.log_probabilities, 0)
-    done = int(new.lengths.max())
-    return Generation(new.tokens[:, :done], new.lengths, new.log_probabilities[:, :done], int(new.calls))
+    state = _begun(model, jnp.asarray(inputs), jnp.asarray(ids), max_length=most)
+    rows = Rows(state, jnp.full(count, start, jnp.int32), jnp.zeros(count, bool), None, None)
+    rows = remembering(rows, [[start]] * count, request, vocab_size)
+    given = request.sampling, request.stops, request.key, 0, most
+    _, new = decode(flat(model.decoder), rows, *given, size=most)
+    return received(new, 0)
 
 
 @partial(jax.jit, static_argnames="max_length")

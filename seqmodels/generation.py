@@ -15,14 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.caches import CachePolicy, read_cache
-from layers.indices import check_indices
 from layers.typing import Array, Float
 from seqmodels import caching, drafting, prepacking, speculative
-from seqmodels.decoding import ANY, NOTHING, Generation, Rows, decode, flat
+from seqmodels.decoding import Generation, Rows, decode, flat
 from seqmodels.language_model import LanguageModel
-from seqmodels.sampling import Number, make_sampling
-
-Prompts = Array | np.ndarray | Sequence[Any]
+from seqmodels.request import Prompts, Request, read_request, received, remembering
+from seqmodels.sampling import Number
 
 # Caches have a multiple of so many slots, so that prompts of similar lengths share what is compiled.
 SLOTS = 128
@@ -160,25 +158,20 @@ def stream(
             raise ValueError(
                 f"{name}={value!r} has no effect without draft; expected None, or a draft model too"
             )
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name}={value!r}; expected an integer of at least 1")
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed!r}; expected an integer from 0 to {2**32 - 1}")
-    vocab_size = model.config.input.vocab_size
-    sampling = make_sampling(
-        vocab_size=vocab_size,
+    request = read_request(
+        "tokens",
+        tokens,
+        vocab_size=model.config.input.vocab_size,
+        counts=counts,
+        stop=stop,
+        seed=seed,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    prompts = sequences("tokens", tokens, vocab_size)
-    if not prompts:
-        raise ValueError("tokens holds no prompt; expected at least one")
-    stops = sequences("stop", stop, vocab_size)
-    longest = max(map(len, prompts))
+    longest = max(map(len, request.given))
     read = longest + max_new_tokens - 1  # the last new token is not read
     table, first = model.config.input.longest, model.config.input.first_position
     if table is not None and read > table:
@@ -203,27 +196,18 @@ def stream(
         own = FULL if draft_cache is None else read_cache(draft_cache)
         drafting.check(model, draft, own, longest, int(max_new_tokens), cache=draft_cache)
         drafts = draft, own, int(counts["draft_tokens"]), None
-    stops = aligned(stops) if stops else None
-    key = jax.random.key(np.uint32(seed))
-    sizes = int(max_new_tokens), int(chunk), int(block)
-    return _blocks(model, prompts, sampling, stops, key, *sizes, drafts, policy)
+    return _blocks(model, request, int(max_new_tokens), int(chunk), int(block), drafts, policy)
 
 
 def _blocks(
-    model, prompts, sampling, stops, key, max_new_tokens, chunk, size, drafts, policy
+    model: LanguageModel, request: Request, max_new_tokens: int, chunk: int, size: int, drafts, policy
 ) -> Iterator[Generation]:
     """Yields the new tokens, `size` of each row at a time; with a policy that compresses prompts, first one of each."""
+    prompts = request.given
     if policy.filters:
         prompts, policy = filtered(model, prompts, chunk, policy), FULL
     rows, surprise = prefill(model, prompts, max_new_tokens, chunk, policy)
-    if stops is not None:
-        rows = rows._replace(recent=jnp.full((len(prompts), stops.shape[1]), NOTHING, jnp.int32))
-    if sampling.repetition_penalty is not None:
-        seen = np.zeros((len(prompts), model.config.input.vocab_size), bool)
-        for row, prompt in enumerate(prompts):
-            seen[row, prompt] = True
-        rows = rows._replace(seen=jnp.asarray(seen))
-    state, *others = rows
+    state, *others = remembering(rows, prompts, request, model.config.input.vocab_size)
     rows = Rows(state, *_beside(model, others))
     if drafts is not None:
         drafter, own, most, ngram = drafts
@@ -237,17 +221,14 @@ def _blocks(
         if start == first > 0:
             options = dict(policy=policy, room=max_new_tokens - 1, call=1, surprise=surprise)
             rows = rows._replace(state=caching.compress(model, rows.state, **options))
-        given = (sampling, stops, key, start, min(some, max_new_tokens - start))
+        given = (request.sampling, request.stops, request.key, start, min(some, max_new_tokens - start))
         if drafts is None:
             rows, new = decode(flattened, rows, *given, size=some)
         else:
             options = dict(size=size, most=most, ngram=ngram)
             made = speculative.decode(model, rows, history, drafter, stands, *given, **options)
             rows, history, stands, new = made
-        new = jax.tree.map(np.asarray, new)
-        check_finite(new.log_probabilities, start)
-        done = int(new.lengths.max())
-        yield Generation(new.tokens[:, :done], new.lengths, new.log_probabilities[:, :done], int(new.calls))
+        yield received(new, start)
         if rows.stopped.all():
             return
 
@@ -388,38 +369,3 @@ def _read_with_losses(model, inputs, state, ids, labels):
     logits, state = model(inputs, state, segment_ids=ids)
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=2)[..., 0]
     return state, jax.nn.logsumexp(logits, axis=2) - chosen
-
-
-def sequences(name: str, given: Any, vocab_size: int) -> list[np.ndarray]:
-    """Returns sequences of token ids as int32 arrays; raises unless each has a token and all are in the vocabulary."""
-    if isinstance(given, str | bytes) or not hasattr(given, "__len__"):
-        raise TypeError(f"{name} is {given!r}; expected sequences of token ids")
-    found = []
-    for number, one in enumerate(given):
-        ids = np.asarray(one)
-        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-            raise TypeError(
-                f"{name}[{number}] is {ids.dtype}{list(ids.shape)}; expected integer token ids (t,)"
-            )
-        if not ids.size:
-            raise ValueError(f"{name}[{number}] is empty; expected at least one token id")
-        check_indices(f"{name}[{number}]", ids, vocab_size, of="vocab_size")
-        found.append(ids.astype(np.int32))
-    return found
-
-
-def aligned(stops: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the stop sequences (n, l), the shorter ones with ANY in front."""
-    longest = max(map(len, stops))
-    return np.stack([np.pad(one, (longest - len(one), 0), constant_values=ANY) for one in stops])
-
-
-def check_finite(chances: np.ndarray, start: int) -> None:
-    """Raises FloatingPointError if a log-probability is not finite."""
-    wrong = np.argwhere(~np.isfinite(chances))
-    if len(wrong):
-        row, step = wrong[0]
-        raise FloatingPointError(
-            f"the logits of row {row} are not finite at new token {start + step}: the row is longer than a mixer's max_length, "
-            "or the parameters are not finite"
-        )

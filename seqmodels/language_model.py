@@ -1,4 +1,4 @@
-"""A language model: embedding, stack, norm, output matrix."""
+"""A language model: a backbone and an output matrix."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -9,15 +9,13 @@ from flax import nnx
 
 from layers.cross_entropy import Unprojected
 from layers.mixer import Source, check_place
-from layers.norms import make_norm
 from layers.parameters import linear
 from layers.segments import Place, SegmentIds, Segments
 from layers.typing import Array, Float, Int, Key
+from seqmodels.backbone import Backbone, normalized
 from seqmodels.block import Encoded
 from seqmodels.causality import check_causal
 from seqmodels.config import LanguageModelConfig
-from seqmodels.embedding import Embedding
-from seqmodels.stack import Stack
 
 
 class LanguageModelState(NamedTuple):
@@ -28,7 +26,7 @@ class LanguageModelState(NamedTuple):
     sources: tuple[Source, ...] | None = None
 
 
-class LanguageModel(nnx.Module):
+class LanguageModel(Backbone):
     """Logits of the next token at each position.
 
     With `cross`, options of a cross-attention, it is the decoder of an `EncoderDecoder`, and calls need a source.
@@ -40,17 +38,10 @@ class LanguageModel(nnx.Module):
     def __init__(
         self, config: LanguageModelConfig, *, cross: Mapping[str, Any] | None = None, rngs: nnx.Rngs
     ):
-        self.config = config
-        stack = config.stack
-        dtype = jnp.dtype(stack.dtype)
-        self.embedding = Embedding(config.input, stack.width, dtype, rngs=rngs)
-        self.stack = Stack(stack, cross=cross, rngs=rngs)
+        super().__init__(config, cross=cross, rngs=rngs)
         check_causal(self.stack, "a language model")
-        norm = partial(
-            make_norm, stack.norm, dict(stack.norm_options), width=stack.width, dtype=dtype, rngs=rngs
-        )
-        self.norm = norm() if config.final_norm else None
-        options = {"axes": ("embed", "vocab"), "bias": False, "dtype": dtype, "rngs": rngs}
+        stack = config.stack
+        options = {"axes": ("embed", "vocab"), "bias": False, "dtype": jnp.dtype(stack.dtype), "rngs": rngs}
         head = partial(linear, stack.width, config.input.vocab_size, **options)
         self.head = None if config.tie_embeddings else head()
 
@@ -119,8 +110,7 @@ class LanguageModel(nnx.Module):
         source = source if state is None else state.sources
         x, layers = self.stack(x, layers, segment_ids=segments, key=key, source=source)
         state = None if state is None else state._replace(place=place, layers=layers)
-        if self.norm is not None:
-            x = self.norm(x, mask=None if segments is None else segments.real, training=key is not None)
+        x = normalized(self.norm, x, segments, key)
         if self.config.logit_scale != 1:
             x = self.config.logit_scale * x
         matrix = self.embedding.table[...] if self.head is None else self.head.matrix.T

@@ -6,33 +6,25 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.channel.glu import ACTIVATIONS
-from layers.norms import LayerNorm, LayerNormConfig, make_norm
+from layers.norms import LayerNorm, LayerNormConfig
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Float, Int, Key
+from seqmodels.backbone import Backbone
 from seqmodels.config import MaskedLanguageModelConfig
-from seqmodels.embedding import Embedding
-from seqmodels.stack import Stack
 
 
-class MaskedLanguageModel(nnx.Module):
+class MaskedLanguageModel(Backbone):
     """Logits of the token at each position, of which some were replaced by a mask (BERT, Devlin et al. 2019, arXiv:1810.04805).
 
-        y_t = E norm(f(W h_t + a)) + c,   h the output of the stack
+        y_t = E norm(f(W h_t + a)) + c,   h of a `Backbone`
 
     with E the embedding matrix or one of its own, and f the activation `transform`; without it y_t = E h_t + c.
     """
 
     def __init__(self, config: MaskedLanguageModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        stack = config.stack
-        width, vocab, dtype = stack.width, config.input.vocab_size, jnp.dtype(stack.dtype)
-        self.embedding = Embedding(config.input, width, dtype, rngs=rngs)
-        self.stack = Stack(stack, rngs=rngs)
-        options = dict(stack.norm_options)
-        self.norm = (
-            make_norm(stack.norm, options, width=width, dtype=dtype, rngs=rngs) if config.final_norm else None
-        )
+        super().__init__(config, rngs=rngs)
+        width, vocab, dtype = config.stack.width, config.input.vocab_size, jnp.dtype(config.stack.dtype)
         if config.transform is not None:
             self.transform = linear(width, width, axes=("embed", None), dtype=dtype, rngs=rngs)
             inner = LayerNormConfig(width, config.transform_epsilon, dtype=dtype)
@@ -63,13 +55,8 @@ class MaskedLanguageModel(nnx.Module):
         Returns:
           float32 logits (b, t, v), and None.
         """
-        if state is not None:
-            raise ValueError("a masked language model takes no state; call it on the whole sequence")
-        segments = Segments.of(segment_ids)
-        x, _ = self.embedding(inputs, segment_ids=segments, types=types)
-        x, _ = self.stack(x, segment_ids=segments, key=key)
-        if self.norm is not None:
-            x = self.norm(x, mask=None if segments is None else segments.real, training=key is not None)
+        self._refuse(state, "a masked language model")
+        x = self.features(inputs, Segments.of(segment_ids), types=types, key=key)
         if self.config.transform is not None:
             x = self.transform_norm(ACTIVATIONS[self.config.transform](self.transform(x)))
         matrix = self.embedding.table[...].T if self.head is None else self.head.matrix

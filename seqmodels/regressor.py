@@ -5,40 +5,28 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.norms import make_norm
 from layers.parameters import linear
 from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Float, Key, Num
+from seqmodels.backbone import Backbone
 from seqmodels.causality import check_causal
 from seqmodels.config import RegressorConfig
-from seqmodels.embedding import Embedding
-from seqmodels.stack import Stack
 
 
-class Regressor(nnx.Module):
+class Regressor(Backbone):
     """A vector of real numbers at each position.
 
-        y_t = W norm(h_t) + c,   h the output of the stack
+        y_t = W h_t + c,   h of a `Backbone`
 
     Raises:
       ValueError: with `causal`, a mixer of the pattern or the norm is not causal.
     """
 
     def __init__(self, config: RegressorConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        stack = config.stack
-        dtype = jnp.dtype(stack.dtype)
-        self.embedding = Embedding(config.input, stack.width, dtype, rngs=rngs)
-        self.stack = Stack(stack, rngs=rngs)
+        super().__init__(config, rngs=rngs)
         if config.causal:
             check_causal(self.stack, "a regressor with causal=True")
-        options = dict(stack.norm_options)
-        self.norm = (
-            make_norm(stack.norm, options, width=stack.width, dtype=dtype, rngs=rngs)
-            if config.final_norm
-            else None
-        )
-        self.head = linear(stack.width, config.output_size, axes=("embed", None), rngs=rngs)
+        self.head = linear(config.stack.width, config.output_size, axes=("embed", None), rngs=rngs)
 
     def __call__(
         self,
@@ -59,13 +47,6 @@ class Regressor(nnx.Module):
         Returns:
           float32 outputs (b, t, o), and None.
         """
-        if state is not None:
-            raise ValueError(
-                "a regressor takes no state; call it on the whole sequence, or its .stack step by step"
-            )
-        segments = Segments.of(segment_ids)
-        x, _ = self.embedding(inputs, segment_ids=segments)
-        x, _ = self.stack(x, segment_ids=segments, key=key)
-        if self.norm is not None:
-            x = self.norm(x, mask=None if segments is None else segments.real, training=key is not None)
+        self._refuse(state, "a regressor")
+        x = self.features(inputs, Segments.of(segment_ids), key=key)
         return self.head(x.astype(jnp.float32)), None

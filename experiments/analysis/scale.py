@@ -11,6 +11,7 @@ from flax import nnx
 
 from layers.typing import Array
 from seqmodels import DualEncoder, Regressor, build_model
+from seqmodels.config import StackConfig
 from seqmodels.dual_encoder import as_rows
 
 
@@ -55,8 +56,8 @@ class _Shifted(nnx.Module):
 def scales(values: Mapping[str, Any], *, batch: int, length: int, seed: int) -> list[Scale]:
     """Returns the scale after the embedding, after each layer and of the logits, of a model with random parameters.
 
-    Inputs and labels are random too, and the loss is the cross-entropy of all logits, or half the squared error of a regressor. Norms take the statistics of the
-    batch, as in training; dropout is left out.
+    Inputs and labels are random too, and the loss is the cross-entropy of all logits, or half the squared error of a regressor.
+    Norms take the statistics of the batch, as in training; dropout and the route past layers are left out.
 
     Args:
       values: the section `model` with its sizes, for `build_model`.
@@ -70,7 +71,8 @@ def scales(values: Mapping[str, Any], *, batch: int, length: int, seed: int) -> 
         raise ValueError(
             "kind='encoder_decoder' has two stacks, and scales are those of one; expected another kind"
         )
-    model = build_model({**values, "scan": False, "dropout": 0.0}, rngs=nnx.Rngs(seed))
+    plain = {"scan": False, "dropout": 0.0, "route": None, "route_rate": StackConfig.route_rate}
+    model = build_model({**values, **plain}, rngs=nnx.Rngs(seed))
     if model.stack.uses:
         raise ValueError(
             f"shared.layers={model.stack.uses} read shared blocks, which scales by layer leave out; expected shared=None"

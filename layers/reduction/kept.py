@@ -31,7 +31,9 @@ def returned(
 def kept_segments(kept: Int[Array, "b n"], time: int, segments: Segments | None) -> tuple[Segments, Segments]:
     """Returns the segments of the tokens that are kept: as rows of their own, and with the positions that they had.
 
-    The first are for mixers that go by neighbours, the second for those whose every use of a position is its number.
+    The first are for mixers that go by neighbours, the second for those whose every use of a position is its number. Both keep the
+    numbers of segments, also of those behind a segment that loses all its tokens: the n-th segment of a target reads the n-th of
+    its source.
 
     Raises:
       ValueError: the tokens are not evenly spaced.
@@ -45,6 +47,7 @@ def kept_segments(kept: Int[Array, "b n"], time: int, segments: Segments | None)
         own = Segments.of((kept < time).astype(jnp.int32), packed=False)
     else:
         positions = segments.positions
-        own = Segments.of(taken(segments.numbers, kept), packed=segments.packed)
+        numbers = taken(segments.numbers, kept)
+        own = dataclasses.replace(Segments.of(numbers, packed=segments.packed), numbers=numbers)
     placed = dataclasses.replace(own, positions=taken(positions, kept), packed=True)
     return own, placed

@@ -182,3 +182,29 @@ def test_a_layer_that_reads_values_of_the_first_one_is_described_by_itself():
     assert second["flops_per_token"] > first["flops_per_token"] > 0
     rows = describe.implementations(given, length=16, batch=2, backend="cpu")
     assert [call["primitive"] for call in rows[1]["calls"]] == ["short_conv", "dplr_delta_rule"]
+
+
+def test_both_stacks_of_an_encoder_decoder_and_what_its_state_holds_of_a_source():
+    shared = dict(layers=(0,), mixer=dict(heads=2, causal=False))
+    options = dict(kind="encoder_decoder", mixer_defaults=dict(heads=2, position="none"), depth=1)
+    given = config(**options, encoder=dict(depth=2, pattern=("s5",), shared=shared))
+    given["task"] = dict(name="copy_source", symbols=14)
+    record = describe.describe(given, [16])
+    model = build_model(given["model"] | dict(vocab_size=16), rngs=nnx.Rngs(0))
+
+    def parameters(part):
+        return sum(p.size for p in jax.tree.leaves(nnx.state(part, nnx.Param)))
+
+    blocks = [*model.encoder.blocks, *model.decoder.stack.blocks]
+    assert [row["parameters"] for row in record["layers"]] == [parameters(block) for block in blocks]
+    assert [row["mixer"] for row in record["layers"]] == ["s5", "s5", "attention"]
+    assert record["shared_blocks"]["parameters"] == parameters(model.encoder.shared)
+    assert record["embedding_and_head"]["parameters"] == parameters(
+        [model.decoder.embedding, model.decoder.norm, model.encoder_norm]
+    )
+    state = jax.eval_shape(lambda: model.init_state(jnp.zeros((1, 16), jnp.int32), max_length=16))
+    assert record["lengths"][0]["state_bytes"] == sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.layers, state.sources))
+    )
+    # Keys and values of 16 tokens of the source and of the target, at least.
+    assert record["lengths"][0]["state_bytes"] > 2 * 2 * 16 * 8 * 4

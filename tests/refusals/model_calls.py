@@ -14,10 +14,10 @@ ENCODER = MODEL | dict(kind="masked_language_model", token_types=2)
 TOKENS = np.zeros((1, 3), np.int32)
 
 
-def wrote(sources=((1,),), start=0, max_new_tokens=1):
+def wrote(sources=((1,),), **options):
     """Generation from sources by a model without arrays, which is never run."""
     made = nnx.eval_shape(lambda: build_model(SOURCED, rngs=nnx.Rngs(0)))
-    return generate_from(made, sources, start=start, max_new_tokens=max_new_tokens)
+    return generate_from(made, sources, **dict(start=0, max_new_tokens=1) | options)
 
 
 def crossing():
@@ -58,9 +58,11 @@ ROWS = [
     (lambda: CharacterConfig(8, activation="gelo"), ValueError, "did you mean 'gelu'?"),
     (lambda: DeletionGateConfig(8, strength=0.0), ValueError, "strength=0.0; expected"),
     (traced(lambda: remaining(ones(1, 4) == 1, 0).places), ValueError, "size=0; expected at least 1"),
-    (lambda: wrote(start=9), ValueError, "start"),
+    (lambda: wrote(start=9), ValueError, "start=9; expected an integer from 0 to 8, as vocab_size=9"),
+    (lambda: wrote(start=1.5), ValueError, "start=1.5; expected an integer"),
+    (lambda: wrote(seed=-1), ValueError, "seed=-1; expected an integer from 0"),
     (lambda: wrote(max_new_tokens=0), ValueError, "max_new_tokens=0; expected an integer of at least 1"),
-    (lambda: wrote(sources=[]), ValueError, "sources holds no source; expected at least one"),
+    (lambda: wrote(sources=[]), ValueError, "sources holds no sequence; expected at least one"),
     (lambda: wrote(sources=[[]]), ValueError, "sources[0] is empty"),
     (
         lambda: wrote(sources=[[1] * 5]),

@@ -1,5 +1,7 @@
 """An encoder-decoder is its equation, reads no padding and no later target, and generates what whole targets give."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,9 +31,8 @@ SOURCE_IDS = np.array([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 IDS = np.array([[1, 1, 1, 1, 1], [0, 1, 1, 1, 0]])
 
 
-@pytest.fixture(scope="module")
-def model():
-    made = build_model(MODEL, rngs=nnx.Rngs(0))
+def built(**options):
+    made = build_model(MODEL | options, rngs=nnx.Rngs(0))
     # Norms of factor 1 would hide which of them is taken.
     for number, (path, variable) in enumerate(nnx.to_flat_state(nnx.state(made, nnx.Param))):
         if path[-1] == "scale":
@@ -39,6 +40,11 @@ def model():
                 variable[...] + 0.1 * jax.random.normal(jax.random.key(number), variable.shape)
             )
     return made
+
+
+@pytest.fixture(scope="module")
+def model():
+    return built()
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +63,14 @@ def outputs(model):
 
 
 def equation(model, source, target):
-    """The logits of one row without padding, in float64: Vaswani et al. 2017 with norms before branches."""
+    """The logits of one row without padding, in float64: Vaswani et al. 2017 with norms where the config has them."""
 
     def array(variable):
         return np.asarray(variable[...], np.float64)
 
     def norm(x, layer):
+        if layer is None:
+            return x
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + layer.config.epsilon) * array(layer.scale)
 
     def heads(x, layer):
@@ -79,6 +87,15 @@ def equation(model, source, target):
         gate = x @ array(layer.gate.kernel)
         return (gate / (1 + np.exp(-gate)) * (x @ array(layer.up.kernel))) @ array(layer.down.kernel)
 
+    position = model.decoder.config.stack.norm_position
+
+    def add(x, branch, inner, outer):
+        """x and the branch of what is read of it, with norms where `position` says."""
+        if position == "stream":
+            x = norm(x, inner)
+        y = norm(branch(norm(x, inner if position in ("pre", "both") else None)), outer)
+        return norm(x + y, inner) if position == "post" else x + y
+
     embedding = model.decoder.embedding
 
     def embed(tokens):
@@ -86,15 +103,28 @@ def equation(model, source, target):
 
     e, x = embed(source), embed(target)
     for block in model.encoder.layers:
-        read = norm(e, block.mixer_norm)
-        e = e + attend(block.mixer, read, read, causal=False)
-        e = e + channel(block.channel, norm(e, block.channel_norm))
+        e = add(
+            e,
+            partial(lambda f, u: attend(f, u, u, causal=False), block.mixer),
+            block.mixer_norm,
+            block.mixer_output_norm,
+        )
+        e = add(e, partial(channel, block.channel), block.channel_norm, block.channel_output_norm)
     e = norm(e, model.encoder_norm)
     for block in model.decoder.stack.layers:
-        read = norm(x, block.mixer_norm)
-        x = x + attend(block.mixer, read, read, causal=True)
-        x = x + attend(block.cross, norm(x, block.cross_norm), e, causal=False)
-        x = x + channel(block.channel, norm(x, block.channel_norm))
+        x = add(
+            x,
+            partial(lambda f, u: attend(f, u, u, causal=True), block.mixer),
+            block.mixer_norm,
+            block.mixer_output_norm,
+        )
+        x = add(
+            x,
+            partial(lambda f, u: attend(f, u, e, causal=False), block.cross),
+            block.cross_norm,
+            block.cross_output_norm,
+        )
+        x = add(x, partial(channel, block.channel), block.channel_norm, block.channel_output_norm)
     return norm(x, model.decoder.norm) @ array(embedding.table).T
 
 
@@ -178,9 +208,11 @@ def test_training_reads_pairs_and_no_padding(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("norm_position", ["post", "output", "both", "stream"])
 def test_norms_stand_elsewhere_too(norm_position):
-    made = build_model(MODEL | dict(norm_position=norm_position, depth=2), rngs=nnx.Rngs(0))
+    made = built(norm_position=norm_position, depth=2)
     source, target = jnp.asarray(SOURCE), jnp.asarray(TARGET)
     whole, _ = made(source, target)
+    for row in range(2):
+        np.testing.assert_allclose(whole[row], equation(made, SOURCE[row], TARGET[row]), atol=5e-6)
     state = made.init_state(source, max_length=5)
     first, state = made.decoder(target[:, :2], state)
     second, _ = made.decoder(target[:, 2:], state)

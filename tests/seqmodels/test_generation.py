@@ -147,7 +147,7 @@ def test_a_repetition_penalty_counts_the_prompt_and_the_output():
 @pytest.mark.parametrize(
     "tokens, options, message",
     [
-        ([], {}, "tokens holds no prompt; expected at least one"),
+        ([], {}, "tokens holds no sequence; expected at least one"),
         ([[1], []], {}, r"tokens\[1\] is empty"),
         ("text", {}, "tokens is 'text'; expected sequences of token ids"),
         ([1, 2], {}, r"tokens\[0\] is int64\[\]; expected integer token ids \(t,\)"),

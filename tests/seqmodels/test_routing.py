@@ -61,6 +61,13 @@ def test_which_tokens_are_kept():
     np.testing.assert_array_equal(own.positions, alone.positions)
 
 
+def test_a_segment_that_loses_all_its_tokens_leaves_the_numbers_of_others():
+    kept = jnp.asarray([[5, 8, 11], [2, 3, 9]])
+    for found in kept_segments(kept, TIME, Segments.of(jnp.asarray(IDS))):
+        np.testing.assert_array_equal(found.numbers, [[2, 2, 2], [1, 1, 0]])
+        assert not found.starts.any()
+
+
 @pytest.mark.slow
 def test_kept_tokens_meet_at_their_positions_and_the_others_pass():
     routed = stack(route=(1, 2), route_rate=0.6)

@@ -66,6 +66,12 @@ def test_growing_depth_and_classifiers_of_vectors():
 
 
 @pytest.mark.slow
+def test_a_route_past_layers_is_left_out():
+    values = dict(batch=BATCH, length=LENGTH, seed=SEED)
+    assert scales(VALUES | dict(route=(1, 2), route_rate=0.6), **values) == scales(VALUES, **values)
+
+
+@pytest.mark.slow
 def test_the_loss_of_a_regressor_is_half_the_squared_error():
     values = VALUES | dict(kind="regressor", output_size=2)
     rows = scales(values, batch=BATCH, length=LENGTH, seed=SEED)
