@@ -16,7 +16,7 @@ from layers.options import ActivationDtype, Count, NonNegative, Positive, checke
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.parts.cache import Cache, empty_cache, extend
 from layers.parts.cross_attention import CrossAttention
-from layers.parts.heads import join_heads, shared_heads, split_heads
+from layers.parts.heads import SharedHeads, join_heads, split_heads
 from layers.parts.relative_attention import relative_attention
 from layers.parts.streaming_attention import streaming_attention
 from layers.positions import Position, PositionConfig, Rotary, read_position
@@ -25,7 +25,7 @@ from layers.typing import Array, Float, Int
 
 
 @checked_dataclass
-class AttentionConfig:
+class AttentionConfig(SharedHeads):
     """Options of `Attention`.
 
     Attributes:
@@ -113,11 +113,6 @@ class AttentionConfig:
     def size(self) -> int:
         """Features per head."""
         return self.head_dim or self.width // self.heads
-
-    @property
-    def groups(self) -> int:
-        """Number of key/value heads."""
-        return shared_heads(self)
 
 
 class Attention(CrossAttention):
