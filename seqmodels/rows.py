@@ -1,5 +1,6 @@
 """Rows of text that something is found or trained on for a language model."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,3 +26,15 @@ def read_rows(model: LanguageModel, tokens: Any, *, least: int = 1) -> Int[np.nd
         raise TypeError(f"tokens are {tokens.dtype}; expected integers")
     check_indices("tokens", tokens, model.config.input.vocab_size, of="vocab_size")
     return tokens.astype(np.int32)
+
+
+def shuffled(
+    tokens: Int[np.ndarray, "n t"], *, steps: int, batch: int, seed: int
+) -> Iterator[Int[np.ndarray, "b t"]]:
+    """Yields batches of rows, `steps` of them, in an order that is drawn anew for every pass over the rows."""
+    order, rows = np.random.default_rng(seed), np.zeros(0, np.int64)
+    for _ in range(steps):
+        while len(rows) < batch:
+            rows = np.concatenate([rows, order.permutation(len(tokens))])
+        yield tokens[rows[:batch]]
+        rows = rows[batch:]

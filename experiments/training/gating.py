@@ -21,7 +21,7 @@ from layers.segments import Visit
 from layers.typing import Array, Float, Int
 from seqmodels import caching
 from seqmodels.language_model import LanguageModel
-from seqmodels.rows import read_rows
+from seqmodels.rows import read_rows, shuffled
 
 
 @checked_dataclass
@@ -88,15 +88,10 @@ def train_gates(
         parameters.append(made | {"bias": jnp.ones(sizes.groups)})
     optimizer = optax.adamw(config.learning_rate)
     state, found = optimizer.init(parameters), []
-    order, rows = np.random.default_rng(config.seed), np.zeros(0, np.int64)
-    while len(rows) < config.steps * config.batch:
-        rows = np.concatenate([rows, order.permutation(len(tokens))])
-    for step in range(config.steps):
-        chosen = jnp.asarray(tokens[rows[step * config.batch : (step + 1) * config.batch]])
-        parameters, state, losses = _step(
-            optimizer, config.keep, config.weight, model, parameters, state, chosen
-        )
-        found.append(np.asarray(losses))
+    options = (optimizer, config.keep, config.weight)
+    for chosen in shuffled(tokens, steps=config.steps, batch=config.batch, seed=config.seed):
+        parameters, state, one = _step(*options, model, parameters, state, jnp.asarray(chosen))
+        found.append(np.asarray(one))
     return Trained(parameters), np.stack(found)
 
 
@@ -159,10 +154,9 @@ class Straight(CacheState):
         seen = Seen(tuple(entries), visit.numbers, visit.positions)
         chance = jax.nn.sigmoid(gate_logits(self.arrays, query, seen, visit))
         kept = jnp.where(chance > 0.5, 1.0, 0.0) + chance - jax.lax.stop_gradient(chance)
-        numbers, positions = (
-            jnp.broadcast_to(x[..., None], k.shape[:3]) for x in (visit.numbers, visit.positions)
-        )
-        logits = view.products(q, k, view.bias(visit.numbers, visit.positions, numbers, positions))
+        numbers, positions = visit.numbers, visit.positions
+        bias = view.bias(numbers, positions, numbers[..., None], positions[..., None])
+        logits = view.products(q, k, bias)
         top = logits.max(3, keepdims=True)
         own = jnp.eye(q.shape[1], dtype=bool)[None, None]
         weights = jnp.where(own, 1.0, to_heads(jnp.moveaxis(kept, 2, 1), q.shape[2])[:, :, None])

@@ -16,7 +16,7 @@ from layers.options import NonNegative, Positive, checked_dataclass
 from layers.typing import Array, Float, Int
 from seqmodels import caching
 from seqmodels.language_model import LanguageModel
-from seqmodels.rows import read_rows
+from seqmodels.rows import read_rows, shuffled
 
 
 @checked_dataclass
@@ -94,11 +94,7 @@ def train_heads(
     )
     optimizer = optax.chain(optax.clip(config.clip), optax.adamw(rate, 0.9, 0.95, weight_decay=0.01))
     state, losses = optimizer.init(parameters), []
-    order, rows = np.random.default_rng(config.seed), np.zeros(0, np.int64)
-    while len(rows) < config.steps * config.batch:
-        rows = np.concatenate([rows, order.permutation(len(tokens))])
-    for step in range(config.steps):
-        chosen = tokens[rows[step * config.batch : (step + 1) * config.batch]]
+    for chosen in shuffled(tokens, steps=config.steps, batch=config.batch, seed=config.seed):
         given = _attention(model, jnp.asarray(chosen), policy, prompt)
         parameters, state, loss = _step(optimizer, config.smoothness, parameters, state, given)
         losses.append(float(loss))

@@ -14,7 +14,7 @@ from layers.caches.locret import features_of
 from layers.caches.policy import CachePolicy
 from layers.caches.selecting import to_heads
 from layers.caches.state import CacheState, View
-from layers.caches.trained import read_trained
+from layers.caches.trained import check_trained, read_trained
 from layers.kernels.attention import Tokens, attention
 from layers.options import Fraction, checked_dataclass
 from layers.parts.cache import Cache, Seen, empty_cache, extend
@@ -51,28 +51,13 @@ class AttentionGate(CachePolicy):
     compresses = False
 
     def __post_init__(self) -> None:
-        if self.gates is None:
-            raise ValueError(
-                "gates=None of the cache 'attention_gate', whose gates are trained for the model; expected a file that "
-                "experiments.training.gating.train_gates makes"
-            )
-        object.__setattr__(self, "gates", read_trained("gates", self.gates, ARRAYS))
+        maker = "experiments.training.gating.train_gates"
+        given = read_trained("gates", self.gates, ARRAYS, policy="attention_gate", maker=maker)
+        object.__setattr__(self, "gates", given)
 
     def check(self, total: int, layers: Mapping[int, Any]) -> None:
         super().check(total, layers)
-        if len(self.gates.layers) != len(layers):
-            raise ValueError(
-                f"gates of the cache 'attention_gate' has {len(self.gates.layers)} layers; expected {len(layers)}, the layers "
-                f"{', '.join(map(str, layers))} of the model, which have a cache"
-            )
-        for arrays, (layer, config) in zip(self.gates.layers, layers.items(), strict=True):
-            features = (config.heads + 2 * config.groups) * config.size
-            found = arrays["query"].shape[0], arrays["output"].shape[-1]
-            if found != (features, config.groups):
-                raise ValueError(
-                    f"gates of the cache 'attention_gate' map {found[0]} features to {found[1]} gates in layer {layer}; expected "
-                    f"{features} and {config.groups}, as the model has"
-                )
+        check_trained("gates", self.gates, layers, policy="attention_gate", ends=("query", "output"))
 
     @property
     def least(self) -> float:
@@ -81,14 +66,9 @@ class AttentionGate(CachePolicy):
 
     def begin(self, cache: Cache, heads: int, place: int) -> CacheState:
         rows, whole = cache.numbers.shape
-        keys, values = (entry[:, : min(whole, self.budget + self.chunk)] for entry in cache.entries)
-        empty = jnp.zeros(keys.shape[:3], jnp.int32)
-        extra = {"gate": jnp.zeros(keys.shape[:3], jnp.float32)}
-        kept = Kept(keys, values, empty, empty, extra, jnp.zeros(rows, jnp.int32), self)
-        shape = self.gates.layers[place]["query"].shape[1:]
-        return Gated(
-            kept, empty_cache("attention_gate", rows, (shape, shape), jnp.float32, max_length=whole), place
-        )
+        shapes = (self.gates.layers[place]["query"].shape[1:],) * 2
+        gates = empty_cache("attention_gate", rows, shapes, jnp.float32, max_length=whole)
+        return Gated(Kept.empty(self, cache, self.budget + self.chunk, "gate"), gates, place)
 
     def best(self, kept: Kept) -> Kept:
         """Returns the tokens of each row's current segment that stay."""

@@ -142,12 +142,7 @@ class Narrow(CacheState):
         keys = view.position.turn(keys, codes.positions)
 
         def piece(keys, values, numbers, positions, sinks, far):
-            shape = keys.shape[:3]
-            bias = view.bias(
-                visit.numbers,
-                visit.positions,
-                *(jnp.broadcast_to(x[..., None], shape) for x in (numbers, positions)),
-            )
+            bias = view.bias(visit.numbers, visit.positions, numbers[..., None], positions[..., None])
             outside = visit.positions[..., None] - positions[:, None] >= self.policy.window
             bias = jnp.where((outside == far)[:, None], bias, -jnp.inf)
             logits = dataclasses.replace(view.logits, bias=bias, sink_logits=sinks)

@@ -108,10 +108,8 @@ class Memory(CacheState):
             far_keys = view.position.turn(keys, -cache.positions)
         unread = self.unread(cache, salience, far_q, far_keys, same, distance)
         # What the bias of positions hides stays hidden.
-        numbers, positions = (
-            jnp.broadcast_to(x[..., None], keys.shape[:3]) for x in (cache.numbers, cache.positions)
-        )
-        bias = view.bias(visit.numbers, visit.positions, numbers, positions)
+        held = cache.numbers[..., None], cache.positions[..., None]
+        bias = view.bias(visit.numbers, visit.positions, *held)
 
         def piece(queries, keys, chosen, sinks):
             logits = dataclasses.replace(

@@ -43,6 +43,21 @@ class Kept(CacheState):
     policy: Any
     held: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def empty(cls, policy: Any, cache: Cache, slots: int, *extra: str) -> "Kept":
+        """Returns the state before the first token, with the first of the slots of an empty cache.
+
+        Args:
+          policy: the policy.
+          cache: the empty cache.
+          slots: the most slots.
+          extra: names of what the policy keeps per slot, float32.
+        """
+        keys, values = (entry[:, :slots] for entry in cache.entries)
+        none = jnp.zeros(keys.shape[:3], jnp.int32)
+        kept = {name: none.astype(jnp.float32) for name in extra}
+        return cls(keys, values, none, none, kept, jnp.zeros(len(keys), jnp.int32), policy)
+
     @property
     def slots(self) -> int:
         return self.keys.shape[1]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from layers.caches.kept import Kept, kept_best
 from layers.caches.policy import CachePolicy
 from layers.caches.state import CacheState, View
-from layers.caches.trained import read_trained
+from layers.caches.trained import check_trained, read_trained
 from layers.kernels.attention import attention
 from layers.options import Count, checked_dataclass
 from layers.parts.cache import Cache
@@ -45,12 +45,10 @@ class Locret(CachePolicy):
     compresses = False
 
     def __post_init__(self) -> None:
-        if self.heads is None:
-            raise ValueError(
-                "heads=None of the cache 'locret', whose heads are trained for the model; expected a file that "
-                "experiments.training.retaining.train_heads makes"
-            )
-        object.__setattr__(self, "heads", read_trained("heads", self.heads, ARRAYS))
+        maker = "experiments.training.retaining.train_heads"
+        object.__setattr__(
+            self, "heads", read_trained("heads", self.heads, ARRAYS, policy="locret", maker=maker)
+        )
         if self.recent > self.budget:
             raise ValueError(
                 f"budget={self.budget} of the cache 'locret' with recent={self.recent}; expected at least the recent tokens"
@@ -58,27 +56,10 @@ class Locret(CachePolicy):
 
     def check(self, total: int, layers: Mapping[int, Any]) -> None:
         super().check(total, layers)
-        if len(self.heads.layers) != len(layers):
-            raise ValueError(
-                f"heads of the cache 'locret' has {len(self.heads.layers)} layers; expected {len(layers)}, the layers "
-                f"{', '.join(map(str, layers))} of the model, which have a cache"
-            )
-        for arrays, (layer, config) in zip(self.heads.layers, layers.items(), strict=True):
-            features = (config.heads + 2 * config.groups) * config.size
-            found = arrays["first"].shape[0], arrays["second"].shape[1]
-            if found != (features, config.groups):
-                raise ValueError(
-                    f"heads of the cache 'locret' map {found[0]} features to {found[1]} scores in layer {layer}; expected {features} and "
-                    f"{config.groups}, as the model has"
-                )
+        check_trained("heads", self.heads, layers, policy="locret", ends=("first", "second"))
 
     def begin(self, cache: Cache, heads: int, place: int) -> CacheState:
-        slots = min(cache.numbers.shape[1], self.budget + self.chunk)
-        keys, values = (entry[:, :slots] for entry in cache.entries)
-        empty = jnp.zeros(keys.shape[:3], jnp.int32)
-        extra = {"score": jnp.zeros(keys.shape[:3], jnp.float32)}
-        kept = Kept(keys, values, empty, empty, extra, jnp.zeros(len(keys), jnp.int32), self)
-        return Retained(kept, place)
+        return Retained(Kept.empty(self, cache, self.budget + self.chunk, "score"), place)
 
     def best(self, kept: Kept) -> Kept:
         """Returns the tokens of each row's current segment that stay."""

@@ -118,9 +118,8 @@ class MInference(SparsePrefill):
 
     def _weights(self, view, q, cache, visit):
         """Returns the weights of attention of the last queries, (b, h, w, s)."""
-        piece, shape = slice(-self.window, None), (*cache.numbers.shape, cache.entries[0].shape[2])
-        numbers, positions = (jnp.broadcast_to(x[..., None], shape) for x in (cache.numbers, cache.positions))
-        bias = view.bias(visit.numbers[:, piece], visit.positions[:, piece], numbers, positions)
+        piece, held = slice(-self.window, None), (cache.numbers[..., None], cache.positions[..., None])
+        bias = view.bias(visit.numbers[:, piece], visit.positions[:, piece], *held)
         return view.weights(q[:, piece], cache.entries[0], bias)
 
     def _diagonals(self, weights, cache, visit):

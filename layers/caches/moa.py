@@ -143,11 +143,8 @@ class Spanned(Prompt):
         visit: Visit,
     ) -> tuple[Float[Array, "b t h v"], "Spanned"]:
         cache, seen, beyond = extend(self.cache, (k, v), visit)
-        numbers, positions = (
-            jnp.broadcast_to(x[..., None], seen.entries[0].shape[:3])
-            for x in (cache.numbers, cache.positions)
-        )
-        bias = view.bias(visit.numbers, visit.positions, numbers, positions)
+        held = cache.numbers[..., None], cache.positions[..., None]
+        bias = view.bias(visit.numbers, visit.positions, *held)
         spans = jnp.asarray(self.policy.spans(self.place, self.slots))
         own = jnp.moveaxis(spans[jnp.minimum(visit.positions + 1, self.slots)], 2, 1)[..., None]
         distance = (visit.positions[..., None] - cache.positions[:, None])[:, None]

@@ -56,10 +56,8 @@ class Perturbed(CacheState):
         v: Float[Array, "b t g v"],
         visit: Visit,
     ) -> tuple[Float[Array, "b t h v"], "Perturbed"]:
-        numbers, positions = (
-            jnp.broadcast_to(x[..., None], k.shape[:3]) for x in (visit.numbers, visit.positions)
-        )
-        bias = view.bias(visit.numbers, visit.positions, numbers, positions) + self.added
+        numbers, positions = visit.numbers, visit.positions
+        bias = view.bias(numbers, positions, numbers[..., None], positions[..., None]) + self.added
         logits = dataclasses.replace(view.logits, bias=bias)
         o = attention(q, k, v, logits=logits, scale=view.scale)
         return o, dataclasses.replace(self, weights=view.weights(q, k, bias))

@@ -117,9 +117,6 @@ class Prompt(CacheState):
 
         p_ij = softmax_j(scale q_i . k_j),   j <= i
         """
-        numbers, positions = (
-            jnp.broadcast_to(x[..., None], self.keys.shape[:3])
-            for x in (self.cache.numbers, self.cache.positions)
-        )
-        bias = view.bias(self.query_numbers, self.query_positions, numbers, positions)
+        held = self.cache.numbers[..., None], self.cache.positions[..., None]
+        bias = view.bias(self.query_numbers, self.query_positions, *held)
         return view.weights(self.queries, self.keys, bias)

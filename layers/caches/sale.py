@@ -115,13 +115,7 @@ class SALE(SparsePrefill):
     ) -> Float[Array, "b h n"]:
         """Returns log max r of each block of keys, for a block of queries; -inf where there is no pair."""
         keys = cache.entries[0]
-        bias = view.bias(
-            *(numbers, positions),
-            *(
-                jnp.broadcast_to(x[..., None], keys.shape[:3]).astype(jnp.int32)
-                for x in (cache.numbers, cache.positions)
-            ),
-        )
+        bias = view.bias(numbers, positions, cache.numbers[..., None], cache.positions[..., None])
         block = cache.positions // self.block
         count = -(-cache.numbers.shape[1] // self.block)
         near = jnp.take_along_axis(self.near(positions[:, 0] // self.queries, count), block, axis=1)

@@ -34,16 +34,16 @@ class View:
         self,
         q_numbers: Int[Array, "b t"],
         q_positions: Int[Array, "b t"],
-        numbers: Int[Array, "b n g"],
-        positions: Int[Array, "b n g"],
+        numbers: Int[Array, "b n #g"],
+        positions: Int[Array, "b n #g"],
     ) -> Float[Array, "b h t n"]:
-        """Returns what is added to the logits of keys that each key/value head holds by itself; -inf hides a key.
+        """Returns what is added to the logits of keys; -inf hides a key.
 
         A query sees the keys of its segment whose position is not beyond its own.
 
         Args:
           q_numbers, q_positions: segments of the queries, 0 at padding, and their positions.
-          numbers, positions: those of the keys per key/value head; number 0 is an empty slot.
+          numbers, positions: those of the keys per key/value head, with g = 1 where all heads hold the same; number 0 is an empty slot.
         """
         groups, each = numbers.shape[2], self.position.heads // numbers.shape[2]
         seen = (numbers[:, None] == q_numbers[..., None, None]) & (q_numbers != 0)[..., None, None]

@@ -43,18 +43,24 @@ class Trained:
             )
 
 
-def read_trained(option: str, given: Any, names: Sequence[str]) -> Trained:
+def read_trained(option: str, given: Any, names: Sequence[str], *, policy: str, maker: str) -> Trained:
     """Returns the arrays of an npz file, or those given.
 
     Args:
       option: the name of the option, for messages.
       given: `Trained`, or the path of a file that `Trained.save` wrote.
       names: of the arrays of a layer.
+      policy: the name of the policy, for messages.
+      maker: the function that makes such files, for messages.
 
     Raises:
-      ValueError: the file cannot be read, or does not have these arrays.
+      ValueError: nothing is given, the file cannot be read, or does not have these arrays.
       TypeError: something else is given.
     """
+    if given is None:
+        raise ValueError(
+            f"{option}=None of the cache {policy!r}, whose {option} are trained for the model; expected a file that {maker} makes"
+        )
     if isinstance(given, Trained):
         return given
     if not isinstance(given, str):
@@ -76,3 +82,29 @@ def read_trained(option: str, given: Any, names: Sequence[str]) -> Trained:
             f"0/{names[0]}"
         )
     return Trained([{name: found[f"{layer}/{name}"] for name in names} for layer in range(count)])
+
+
+def check_trained(
+    option: str, given: Trained, layers: Mapping[int, Any], *, policy: str, ends: tuple[str, str]
+) -> None:
+    """Raises ValueError unless arrays are those of the layers with a cache, in order, and map their [q, k, v] to a number per key/value head.
+
+    Args:
+      option, policy: their names, for messages.
+      given: the arrays.
+      layers: the config of each layer with a cache, by its number.
+      ends: the arrays whose first axis is that of the features, and whose last axis is that of the heads.
+    """
+    if len(given.layers) != len(layers):
+        raise ValueError(
+            f"{option} of the cache {policy!r} has {len(given.layers)} layers; expected {len(layers)}, the layers "
+            f"{', '.join(map(str, layers))} of the model, which have a cache"
+        )
+    for arrays, (layer, config) in zip(given.layers, layers.items(), strict=True):
+        expected = (config.heads + 2 * config.groups) * config.size, config.groups
+        found = arrays[ends[0]].shape[0], arrays[ends[1]].shape[-1]
+        if found != expected:
+            raise ValueError(
+                f"{option} of the cache {policy!r} map {found[0]} features to {found[1]} numbers in layer {layer}; expected "
+                f"{expected[0]} and {expected[1]}, as the model has"
+            )

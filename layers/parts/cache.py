@@ -53,7 +53,7 @@ def empty_cache(
     """
     if max_length is None and window is None:
         raise ValueError(
-            f"{mixer} without a window needs max_length, the most tokens that its cache will hold"
+            f"max_length=None, but the cache of {mixer} holds all tokens; expected the most tokens that it will hold"
         )
     slots = max_length if window is None else sinks + window
     entries = tuple(jnp.zeros((batch_size, slots, *shape), dtype) for shape in shapes)

@@ -29,17 +29,21 @@ def head_size(field: str, given: int | None, config: Any, part: float = 1.0) -> 
     return int(size)
 
 
-def shared_heads(config: Any) -> int:
-    """Returns the number of key/value heads of a config: `kv_heads`, or `heads` if None.
+class SharedHeads:
+    """Base class of configs with `heads` and `kv_heads`, whose query heads share heads of keys and values."""
 
-    Raises:
-      ValueError: they do not divide the heads.
-    """
-    if config.kv_heads is None:
-        return config.heads
-    if config.heads % config.kv_heads:
-        raise ValueError(f"kv_heads={config.kv_heads} does not divide heads={config.heads}")
-    return config.kv_heads
+    @property
+    def groups(self) -> int:
+        """Number of heads of keys and values: `kv_heads`, or `heads` if None.
+
+        Raises:
+          ValueError: they do not divide the heads.
+        """
+        if self.kv_heads is None:
+            return self.heads
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+        return self.kv_heads
 
 
 def split_heads(x: Float[Array, "b t d"], heads: int) -> Float[Array, "b t h k"]:

@@ -1,5 +1,6 @@
 """Parts shared by linear state space models: initial values, parameters, and the recurrence of diagonal modes."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,20 @@ def check_steps(low: float, high: float) -> None:
     """Raises ValueError unless 0 < dt_min <= dt_max."""
     if not 0 < low <= high:
         raise ValueError(f"dt_min={low}, dt_max={high}; expected 0 < dt_min <= dt_max")
+
+
+class SelectiveSizes:
+    """Base class of configs of Mamba's selective state spaces, with `width`, `expand` and `dt_rank`."""
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the state spaces."""
+        return self.expand * self.width
+
+    @property
+    def rank(self) -> int:
+        """Rank of the maps to step sizes."""
+        return self.dt_rank or math.ceil(self.width / 16)
 
 
 def check_systems(config: Any) -> None:

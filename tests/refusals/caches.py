@@ -167,7 +167,7 @@ ROWS = [
             Locret(heads=Trained([dict(first=np.ones((8, 3)), second=np.ones((3, 2)))]), budget=4, recent=2)
         ),
         ValueError,
-        "heads of the cache 'locret' map 8 features to 2 scores in layer 0; expected 24 and 2",
+        "heads of the cache 'locret' map 8 features to 2 numbers in layer 0; expected 24 and 2",
     ),
     (
         read("attention_gate"),
@@ -188,7 +188,7 @@ ROWS = [
             )
         ),
         ValueError,
-        "gates of the cache 'attention_gate' map 8 features to 3 gates in layer 0; expected 24 and 2",
+        "gates of the cache 'attention_gate' map 8 features to 3 numbers in layer 0; expected 24 and 2",
     ),
     (read("minference(heads='none.json')"), ValueError, "heads='none.json' cannot be read: No such file"),
     (

@@ -1,6 +1,5 @@
 """Attention: softmax attention with grouped heads, windows, sinks and a cache (Vaswani et al. 2017, arXiv:1706.03762)."""
 
-import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
@@ -17,17 +16,16 @@ from layers.options import ActivationDtype, Count, NonNegative, Positive, checke
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.parts.cache import Cache, empty_cache, extend
 from layers.parts.cross_attention import CrossAttention
-from layers.parts.heads import join_heads, shared_heads, split_heads
+from layers.parts.heads import SharedHeads, join_heads, split_heads
 from layers.parts.relative_attention import relative_attention
 from layers.parts.streaming_attention import streaming_attention
 from layers.positions import Position, PositionConfig, Rotary, read_position
-from layers.positions.position import NoPosition
 from layers.segments import Segments
 from layers.typing import Array, Float, Int
 
 
 @checked_dataclass
-class AttentionConfig:
+class AttentionConfig(SharedHeads):
     """Options of `Attention`.
 
     Attributes:
@@ -116,35 +114,6 @@ class AttentionConfig:
         """Features per head."""
         return self.head_dim or self.width // self.heads
 
-    @property
-    def groups(self) -> int:
-        """Number of key/value heads."""
-        return shared_heads(self)
-
-
-def refuse_options(
-    config: AttentionConfig,
-    mixer: str,
-    names: tuple[str, ...],
-    *,
-    positions: tuple[type, ...] = (Rotary, NoPosition),
-) -> None:
-    """Raises ValueError for options of attention that a mixer with a pattern of its own leaves at their defaults.
-
-    Other positions are refused too: such a mixer takes rotary ones or none, or none but its own.
-    """
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name in names and value != field.default:
-            raise ValueError(
-                f"{field.name}={value!r}; {mixer} has a pattern of its own, expected {field.default!r}"
-            )
-    if not isinstance(config.position, positions):
-        taken = (
-            "takes 'rope' or 'none'" if Rotary in positions else "has positions of its own, expected 'none'"
-        )
-        raise ValueError(f"position={config.position!r}; {mixer} {taken}")
-
 
 class Attention(CrossAttention):
     """Attention: softmax attention with grouped heads and a choice of positions (Vaswani et al. 2017, arXiv:1706.03762).
@@ -193,13 +162,12 @@ class Attention(CrossAttention):
     def initial(self, batch_size: int, max_length: int | None) -> Cache:
         config = self.config
         return empty_cache(
-            "attention",
+            type(self).__name__,
             batch_size,
             ((config.groups, config.size),) * 2,
             config.dtype,
             max_length=max_length,
-            window=config.window,
-            sinks=config.sink_tokens,
+            **self.kept,
         )
 
     def mix(
@@ -228,11 +196,15 @@ class Attention(CrossAttention):
         if isinstance(carried, CacheState):
             o, carried = carried.attend(self.view(), q, k, v, visit)
             return self.finish(o, x), carried
-        rule = {"window": config.window, "sinks": config.sink_tokens}
-        carried, seen, beyond = extend(carried, (k, v), visit, **rule)
+        carried, seen, beyond = extend(carried, (k, v), visit, **self.kept)
         tokens = Tokens(seen.numbers, visit.positions, seen.positions)
         o = attend(self.position, q, *seen.entries, segment_ids=visit.numbers, tokens=tokens, **options)
         return jnp.where(beyond[..., None], jnp.nan, self.finish(o, x)), carried
+
+    @property
+    def kept(self) -> dict[str, int | None]:
+        """Which tokens the cache holds: the `window` and `sinks` of `empty_cache` and `extend`."""
+        return {"window": self.config.window, "sinks": self.config.sink_tokens}
 
     @property
     def takes_cache_policy(self) -> bool:

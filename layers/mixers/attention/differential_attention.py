@@ -10,14 +10,14 @@ from layers.mixer import Mixer, Visit
 from layers.options import ActivationDtype, Count, NonNegative, checked_dataclass
 from layers.parameters import NO_DECAY, Constant, linear, parameter
 from layers.parts.cache import Cache, empty_cache, extend
-from layers.parts.heads import HeadNorm, head_size, shared_heads, split_heads
+from layers.parts.heads import HeadNorm, SharedHeads, head_size, split_heads
 from layers.positions import rotary
 from layers.segments import Segments
 from layers.typing import Array, Float
 
 
 @checked_dataclass
-class DifferentialAttentionConfig:
+class DifferentialAttentionConfig(SharedHeads):
     """Options of `DifferentialAttention`.
 
     Attributes:
@@ -57,11 +57,6 @@ class DifferentialAttentionConfig:
     def size(self) -> int:
         """K."""
         return head_size("head_dim", self.head_dim, self, 0.5)
-
-    @property
-    def groups(self) -> int:
-        """Number of key/value heads."""
-        return shared_heads(self)
 
 
 class DifferentialAttention(Mixer):

@@ -13,13 +13,13 @@ from layers.norms import NormConfig, RMSNorm
 from layers.options import ActivationDtype, NonNegative, checked_dataclass
 from layers.parameters import linear
 from layers.parts.cache import Cache, empty_cache, extend
-from layers.parts.heads import HeadRMSNorm, head_size, join_heads, shared_heads, split_heads
+from layers.parts.heads import HeadRMSNorm, SharedHeads, head_size, join_heads, split_heads
 from layers.segments import Segments, keep_where
 from layers.typing import Array, Float
 
 
 @checked_dataclass
-class ForgettingAttentionConfig:
+class ForgettingAttentionConfig(SharedHeads):
     """Options of `ForgettingAttention`.
 
     Attributes:
@@ -53,11 +53,6 @@ class ForgettingAttentionConfig:
     def size(self) -> int:
         """Features per head."""
         return head_size("head_dim", self.head_dim, self)
-
-    @property
-    def groups(self) -> int:
-        """Number of key/value heads."""
-        return shared_heads(self)
 
 
 class ForgettingCarry(NamedTuple):

@@ -4,13 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.attention import Logits, Tokens, attention
-from layers.mixer import Visit
-from layers.mixers.attention.attention import Attention, AttentionConfig, refuse_options
+from layers.mixers.attention.attention import AttentionConfig
+from layers.mixers.attention.patterned import Patterned, refuse_options
 from layers.options import checked_dataclass
-from layers.parts.cache import Cache, extend
-from layers.parts.position_blocks import block_index, numbers_and_positions, some_at_a_time
-from layers.segments import Segments
-from layers.typing import Array, Float
+from layers.parts.position_blocks import block_index, some_at_a_time
 
 # Queries whose bias is held at once.
 QUERIES = 128
@@ -34,7 +31,7 @@ class LandmarkConfig(AttentionConfig):
             raise ValueError(f"block={self.block}; expected at least 2, a token and its landmark")
 
 
-class Landmark(Attention):
+class Landmark(Patterned):
     """Landmark attention: grouped softmax (Mohtashami and Jaggi 2023, arXiv:2305.16300).
 
         a_ij = q_i . k_j / sqrt(head_dim);   own_i: tokens j <= i of the block of i but no landmark, and landmarks of earlier blocks
@@ -45,26 +42,8 @@ class Landmark(Attention):
     on the tokens of earlier blocks. Quadratic in t, some queries at a time. The cache holds all keys.
     """
 
-    patterns = ("causal_self",)
-
-    def mix(
-        self,
-        x: Float[Array, "b t d"],
-        carried: Cache | None,
-        segments: Segments | None,
-        visit: Visit | None,
-    ) -> tuple[Float[Array, "b t d"], Cache | None]:
-        if visit is None:
-            here = numbers_and_positions(x, segments)
-            q, k, v = self.project(x, here[1], segments)
-            return self.finish(self._attend(q, k, v, here, here), x), None
-        q, k, v = self.project(x, visit.positions, segments)
-        carried, seen, beyond = extend(carried, (k, v), visit)
-        o = self._attend(q, *seen.entries, (visit.numbers, visit.positions), (seen.numbers, seen.positions))
-        return self.finish(jnp.where(beyond[..., None, None], jnp.nan, o), x), carried
-
-    def _attend(self, q, k, v, here, there):
-        config = self.config
+    def attend(self, q, entries, here, there, given):
+        config, (k, v) = self.config, entries
         scale = q.shape[3] ** -0.5 if config.scale is None else config.scale
 
         def attend(q, q_numbers, q_positions):

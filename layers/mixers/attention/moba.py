@@ -4,13 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.attention import Logits, Mask, Tokens, attention
-from layers.mixer import Visit
-from layers.mixers.attention.attention import Attention, AttentionConfig, refuse_options
+from layers.mixers.attention.attention import AttentionConfig
+from layers.mixers.attention.patterned import Patterned, refuse_options
 from layers.options import checked_dataclass
-from layers.parts.cache import Cache, extend
-from layers.parts.position_blocks import block_means, numbers_and_positions, row_block_means, some_at_a_time
-from layers.segments import Segments
-from layers.typing import Array, Float
+from layers.parts.position_blocks import block_means, row_block_means, some_at_a_time
 
 # Queries whose choice is held as a mask at once, where rows are packed or cached.
 QUERIES = 128
@@ -33,7 +30,7 @@ class MoBAConfig(AttentionConfig):
         refuse_options(self, "moba", ("window", "causal", "sink_logits"))
 
 
-class MoBA(Attention):
+class MoBA(Patterned):
     """MoBA: mixture of block attention (Lu et al. 2025, arXiv:2502.13189).
 
         s_ib = q_i . mean_{j in b} k_j,   b before the block of i
@@ -44,31 +41,13 @@ class MoBA(Attention):
     is a mask over all of them.
     """
 
-    patterns = ("causal_self",)
-
-    def mix(
-        self,
-        x: Float[Array, "b t d"],
-        carried: Cache | None,
-        segments: Segments | None,
-        visit: Visit | None,
-    ) -> tuple[Float[Array, "b t d"], Cache | None]:
+    def attend(self, q, entries, here, there, given):
+        k, v = entries
         options = {"causal": True, "scale": self.config.scale}
-        if visit is None and segments is None:
-            q, k, v = self.project(x, jnp.arange(x.shape[1])[None], None)
-            mask = Mask(block_indices=self._lists(q, k), block_size=self.config.block, query_block_size=1)
-            return self.finish(attention(q, k, v, mask=mask, logits=self.logits(), **options), x), None
-        if visit is None:
-            here = there = numbers_and_positions(x, segments)
-            q, k, v = self.project(x, here[1], segments)
-            beyond = jnp.zeros(x.shape[:2], bool)
-        else:
-            q, k, v = self.project(x, visit.positions, segments)
-            carried, seen, beyond = extend(carried, (k, v), visit)
-            k, v = seen.entries
-            here, there = (visit.numbers, visit.positions), (seen.numbers, seen.positions)
-        o = self._masked(q, k, v, here, there, options)
-        return self.finish(jnp.where(beyond[..., None, None], jnp.nan, o), x), carried
+        if given is not None:
+            return self._masked(q, k, v, here, there, options)
+        mask = Mask(block_indices=self._lists(q, k), block_size=self.config.block, query_block_size=1)
+        return attention(q, k, v, mask=mask, logits=self.logits(), **options)
 
     def _lists(self, q, k):
         """The blocks that every query of whole rows sees, (b, h, t, top_k): its own, and -1 where there are too few."""

@@ -8,13 +8,12 @@ from flax import nnx
 
 from layers.kernels.attention import Logits, Mask, Tokens, attention
 from layers.mixer import Visit
-from layers.mixers.attention.attention import Attention, AttentionConfig, refuse_options
+from layers.mixers.attention.attention import AttentionConfig
 from layers.mixers.attention.moba import QUERIES
+from layers.mixers.attention.patterned import Patterned, refuse_options
 from layers.options import checked_dataclass
 from layers.parameters import linear
-from layers.parts.cache import Cache, empty_cache, extend
-from layers.parts.position_blocks import block_means, numbers_and_positions, row_block_means, some_at_a_time
-from layers.segments import Segments
+from layers.parts.position_blocks import block_means, row_block_means, some_at_a_time
 from layers.typing import Array, Float, Int
 
 # Blocks that every query sees: the first of its segment, its own and the one before.
@@ -53,7 +52,7 @@ class Blocks(NamedTuple):
     places: Int[Array, "#b n"]
 
 
-class NSA(Attention):
+class NSA(Patterned):
     """NSA: native sparse attention to compressed, chosen and recent tokens (Yuan et al. 2025, arXiv:2502.11089).
 
         k~_b, v~_b = means of k and v over block b,   seen where the block ends at i or before
@@ -67,36 +66,22 @@ class NSA(Attention):
     which holds all keys, the choice is a mask over all of them.
     """
 
-    patterns = ("causal_self",)
-
     def __init__(self, config: NSAConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         options = {"axes": ("embed", "heads"), "bias": False, "dtype": config.dtype, "rngs": rngs}
         self.gate = linear(config.width, 3 * config.heads, **options)
 
-    def initial(self, batch_size: int, max_length: int | None) -> Cache:
-        shapes = ((self.config.groups, self.config.size),) * 2
-        return empty_cache("nsa", batch_size, shapes, self.config.dtype, max_length=max_length)
+    @property
+    def kept(self) -> dict[str, int | None]:
+        return {}
 
-    def mix(
-        self,
-        x: Float[Array, "b t d"],
-        carried: Cache | None,
-        segments: Segments | None,
-        visit: Visit | None,
-    ) -> tuple[Float[Array, "b t d"], Cache | None]:
-        config, options = self.config, {"causal": True, "scale": self.config.scale}
-        if visit is None:
-            here = there = numbers_and_positions(x, segments)
-            q, k, v = self.project(x, here[1], segments)
-            own, beyond = {"segment_ids": segments}, jnp.zeros(x.shape[:2], bool)
-        else:
-            q, k, v = self.project(x, visit.positions, segments)
-            carried, seen, beyond = extend(carried, (k, v), visit)
-            k, v = seen.entries
-            here, there = (visit.numbers, visit.positions), (seen.numbers, seen.positions)
+    def attend(self, q, entries, here, there, given):
+        """Returns what the queries read of compressed, of chosen and of recent tokens."""
+        config, options, (k, v) = self.config, {"causal": True, "scale": self.config.scale}, entries
+        own = {"segment_ids": given}
+        if isinstance(given, Visit):
             own = {"segment_ids": here[0], "tokens": Tokens(there[0], here[1], there[1])}
-        if visit is None and segments is None:
+        if given is None:
             means = tuple(row_block_means(y, config.block) for y in (k, v))
             places = jnp.arange(means[0].shape[1], dtype=jnp.int32)[None]
             blocks = Blocks(*means, jnp.ones_like(places), places)
@@ -108,17 +93,24 @@ class NSA(Attention):
             index, means, places = block_means(there[0], there[1] // config.block, k, v)
             blocks = Blocks(*means, *places)
             picked = self._masked(q, k, v, here, there, index, blocks)
+        rows = (q.shape[0], blocks.places.shape[1])
         ends = Tokens(
-            jnp.broadcast_to(jnp.maximum(blocks.numbers, 0), (x.shape[0], blocks.places.shape[1])),
+            jnp.broadcast_to(jnp.maximum(blocks.numbers, 0), rows),
             here[1],
-            jnp.broadcast_to((blocks.places + 1) * config.block - 1, (x.shape[0], blocks.places.shape[1])),
+            jnp.broadcast_to((blocks.places + 1) * config.block - 1, rows),
         )
         keys, values = (y.astype(q.dtype) for y in (blocks.keys, blocks.values))
         coarse = attention(q, keys, values, segment_ids=here[0], tokens=ends, **options)
         recent = attention(q, k, v, mask=Mask(window=config.window), **own, **options)
-        gates = jax.nn.sigmoid(self.gate(x)).reshape(*x.shape[:2], config.heads, 3, 1)
+        return coarse, picked, recent
+
+    def finish(
+        self, o: tuple[Float[Array, "b t h k"], ...], x: Float[Array, "b t d"]
+    ) -> Float[Array, "b t d"]:
+        coarse, picked, recent = o
+        gates = jax.nn.sigmoid(self.gate(x)).reshape(*x.shape[:2], self.config.heads, 3, 1)
         o = gates[..., 0, :] * coarse + gates[..., 1, :] * picked + gates[..., 2, :] * recent
-        return self.finish(jnp.where(beyond[..., None, None], jnp.nan, o), x), carried
+        return super().finish(o, x)
 
     def _masked(self, q, k, v, here, there, index, blocks):
         """Attention to the chosen blocks where these are told by segment and position, some queries at a time."""

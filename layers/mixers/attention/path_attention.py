@@ -14,7 +14,7 @@ from layers.norms import NormConfig, RMSNorm
 from layers.options import ActivationDtype, NonNegative, checked_dataclass
 from layers.parameters import linear
 from layers.parts.cache import Cache, empty_cache, extend
-from layers.parts.heads import head_size, join_heads, shared_heads, split_heads, unit
+from layers.parts.heads import SharedHeads, head_size, join_heads, split_heads, unit
 from layers.parts.householder_path import path_attention
 from layers.parts.low_rank import LowRank
 from layers.parts.short_convolution import ShortConvolution
@@ -23,7 +23,7 @@ from layers.typing import Array, Float
 
 
 @checked_dataclass
-class PaTHAttentionConfig:
+class PaTHAttentionConfig(SharedHeads):
     """Options of `PaTHAttention`.
 
     Attributes:
@@ -57,11 +57,6 @@ class PaTHAttentionConfig:
     def size(self) -> int:
         """Features per head."""
         return head_size("head_dim", self.head_dim, self)
-
-    @property
-    def groups(self) -> int:
-        """Number of key/value heads."""
-        return shared_heads(self)
 
 
 class PaTHCarry(NamedTuple):

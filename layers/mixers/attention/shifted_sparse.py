@@ -3,14 +3,10 @@
 import jax.numpy as jnp
 
 from layers.kernels.attention import Tokens, attention_with_lse, compose
-from layers.mixer import Visit
-from layers.mixers.attention.attention import Attention, AttentionConfig, refuse_options
+from layers.mixers.attention.attention import AttentionConfig
+from layers.mixers.attention.patterned import Patterned, refuse_options
 from layers.options import Count, checked_dataclass
-from layers.parts.cache import Cache, empty_cache, extend
 from layers.parts.grouped_attention import Grouped, grouped_attention
-from layers.parts.position_blocks import numbers_and_positions
-from layers.segments import Segments
-from layers.typing import Array, Float
 
 
 @checked_dataclass
@@ -48,7 +44,7 @@ class ShiftedSparseConfig(AttentionConfig):
         return self.heads // 2 if self.shifted_heads is None else self.shifted_heads
 
 
-class ShiftedSparse(Attention):
+class ShiftedSparse(Patterned):
     """S2-Attn: attention within groups of G tokens (Chen et al. 2023, arXiv:2309.12307).
 
         y_i = W_o softmax_j(q_i . k_j / sqrt(head_dim)) v_j,   j <= i with floor((j + s) / G) = floor((i + s) / G), or j < sinks
@@ -58,47 +54,25 @@ class ShiftedSparse(Attention):
     cache holds G tokens and the sinks.
     """
 
-    patterns = ("causal_self",)
+    @property
+    def kept(self) -> dict[str, int | None]:
+        return {"window": self.config.group, "sinks": self.config.group_sinks}
 
-    def initial(self, batch_size: int, max_length: int | None) -> Cache:
-        config = self.config
-        shapes = ((config.groups, config.size),) * 2
-        kept = {"window": config.group, "sinks": config.group_sinks}
-        return empty_cache("shifted_sparse", batch_size, shapes, config.dtype, max_length=max_length, **kept)
-
-    def mix(
-        self,
-        x: Float[Array, "b t d"],
-        carried: Cache | None,
-        segments: Segments | None,
-        visit: Visit | None,
-    ) -> tuple[Float[Array, "b t d"], Cache | None]:
-        if visit is None:
-            here = numbers_and_positions(x, segments)
-            q, k, v = self.project(x, here[1], segments)
-            return self.finish(self._attend(q, k, v, here, here, segments), x), None
-        q, k, v = self.project(x, visit.positions, segments)
-        rule = {"window": self.config.group, "sinks": self.config.group_sinks}
-        carried, seen, _ = extend(carried, (k, v), visit, **rule)
-        queries, keys = (visit.numbers, visit.positions), (seen.numbers, seen.positions)
-        return self.finish(self._attend(q, *seen.entries, queries, keys, visit), x), carried
-
-    def _attend(self, q, k, v, queries, keys, given):
-        """Heads' outputs for segments and positions of queries and keys, and the `Segments` or the `Visit` they are from."""
-        config = self.config
+    def attend(self, q, entries, here, there, given):
+        config, (k, v) = self.config, entries
         plain, each = config.heads - config.shifted, config.heads // config.groups
         parts = []
         for own, shift in ((slice(plain), 0), (slice(plain, None), config.group // 2)):
             mine = slice(plain // each) if shift == 0 else slice(plain // each, None)
             if q[:, :, own].shape[2]:
                 parts.append(
-                    self._in_groups(q[:, :, own], k[:, :, mine], v[:, :, mine], queries, keys, shift, given)
+                    self._in_groups(q[:, :, own], k[:, :, mine], v[:, :, mine], here, there, shift, given)
                 )
         return jnp.concatenate(parts, axis=2)
 
-    def _in_groups(self, q, k, v, queries, keys, shift, given):
+    def _in_groups(self, q, k, v, here, there, shift, given):
         config = self.config
-        q_at, k_at = (Grouped(*side, (side[1] + shift) // config.group) for side in (queries, keys))
+        q_at, k_at = (Grouped(*side, (side[1] + shift) // config.group) for side in (here, there))
         options = {"scale": config.scale, "logits": self.logits()}
         piece = grouped_attention(q, k, v, q_at, k_at, given, reach=config.group, **options)
         if config.group_sinks:

@@ -5,12 +5,11 @@ import dataclasses
 import jax.numpy as jnp
 
 from layers.kernels.attention import compose
-from layers.mixer import Visit
-from layers.mixers.attention.attention import Attention, AttentionConfig, refuse_options
+from layers.mixers.attention.attention import AttentionConfig
+from layers.mixers.attention.patterned import Patterned, refuse_options
 from layers.options import checked_dataclass
-from layers.parts.cache import Cache, empty_cache, extend
+from layers.parts.cache import Cache, empty_cache
 from layers.parts.grouped_attention import Grouped, grouped_attention
-from layers.parts.position_blocks import numbers_and_positions
 from layers.positions import sinusoidal
 from layers.positions.position import NoPosition
 from layers.segments import Segments
@@ -33,7 +32,7 @@ class ShortformerConfig(AttentionConfig):
         refuse_options(self, "shortformer", ("window", "causal"), positions=(NoPosition,))
 
 
-class Shortformer(Attention):
+class Shortformer(Patterned):
     """Position-infused attention to the own and the previous subsequence (Press et al. 2021, arXiv:2012.15832).
 
         q_i = W_q (x_i + p_{a(i)}),   v_j = W_v x_j,   k_ij = W_k (x_j + p_{a(j)}) or W_k (x_j + p_{j mod n})
@@ -44,38 +43,20 @@ class Shortformer(Attention):
     embeddings. Linear in t. The cache holds the last 2 n - 1 tokens, with the keys of both kinds.
     """
 
-    patterns = ("causal_self",)
-
     def initial(self, batch_size: int, max_length: int | None) -> Cache:
         config = self.config
         shapes = ((config.groups, config.size),) * 3
         return empty_cache(
-            "shortformer", batch_size, shapes, config.dtype, max_length=max_length, window=self._seen
+            "shortformer", batch_size, shapes, config.dtype, max_length=max_length, **self.kept
         )
 
     @property
-    def _seen(self) -> int:
-        """Most tokens that a query sees outside its own place: the subsequence before, and its own but for itself."""
-        return 2 * self.config.subsequence - 1
+    def kept(self) -> dict[str, int | None]:
+        # The subsequence before, and the own one but for the query itself.
+        return {"window": 2 * self.config.subsequence - 1}
 
-    def mix(
-        self,
-        x: Float[Array, "b t d"],
-        carried: Cache | None,
-        segments: Segments | None,
-        visit: Visit | None,
-    ) -> tuple[Float[Array, "b t d"], Cache | None]:
-        if visit is None:
-            here = numbers_and_positions(x, segments)
-            q, *entries = self._place(x, here[1])
-            return self.finish(self._attend(q, entries, here, here, segments), x), None
-        q, *entries = self._place(x, visit.positions)
-        carried, seen, _ = extend(carried, tuple(entries), visit, window=self._seen)
-        queries, keys = (visit.numbers, visit.positions), (seen.numbers, seen.positions)
-        return self.finish(self._attend(q, seen.entries, queries, keys, visit), x), carried
-
-    def _place(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"]
+    def project(
+        self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], segments: Segments | None
     ) -> tuple[Array, Array, Array, Array]:
         """Returns queries, keys for the own subsequence and for the next one, and values."""
         n = self.config.subsequence
@@ -88,10 +69,10 @@ class Shortformer(Attention):
         _, before, _ = self.heads(x, infused(inside))
         return q, own, before, v
 
-    def _attend(self, q, entries, queries, keys, given):
+    def attend(self, q, entries, here, there, given):
         config = self.config
         own, before, v = entries
-        q_at, k_at = (Grouped(*side, side[1] // config.subsequence) for side in (queries, keys))
+        q_at, k_at = (Grouped(*side, side[1] // config.subsequence) for side in (here, there))
         options = {"scale": config.scale, "logits": self.logits()}
         near = grouped_attention(q, own, v, q_at, k_at, given, reach=config.subsequence, **options)
         options["logits"] = dataclasses.replace(options["logits"], sink_logits=None)

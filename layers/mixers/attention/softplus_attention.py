@@ -6,13 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.attention import Logits, Tokens, attention
-from layers.mixer import Visit
-from layers.mixers.attention.attention import Attention, AttentionConfig, refuse_options
+from layers.mixers.attention.attention import AttentionConfig
+from layers.mixers.attention.patterned import Patterned, refuse_options
 from layers.options import NonNegative, Positive, checked_dataclass
-from layers.parts.cache import Cache, extend
-from layers.parts.position_blocks import numbers_and_positions, some_at_a_time
-from layers.segments import Segments
-from layers.typing import Array, Float
+from layers.parts.position_blocks import some_at_a_time
 
 # Queries whose weights are held at once.
 QUERIES = 128
@@ -35,7 +32,7 @@ class SoftplusAttentionConfig(AttentionConfig):
         refuse_options(self, "softplus_attention", ("window", "causal", "sink_logits", "logit_cap", "scale"))
 
 
-class SoftplusAttention(Attention):
+class SoftplusAttention(Patterned):
     """Softplus attention with re-weighting (Gao and Spratling 2025, arXiv:2501.13428).
 
         b_ij = softplus(log(e) log(n_i) / sqrt(e) q_i . k_j),   a_ij = b_ij / sum_j b_ij             j <= i
@@ -47,26 +44,8 @@ class SoftplusAttention(Attention):
     cache holds all keys.
     """
 
-    patterns = ("causal_self",)
-
-    def mix(
-        self,
-        x: Float[Array, "b t d"],
-        carried: Cache | None,
-        segments: Segments | None,
-        visit: Visit | None,
-    ) -> tuple[Float[Array, "b t d"], Cache | None]:
-        if visit is None:
-            here = numbers_and_positions(x, segments)
-            q, k, v = self.project(x, here[1], segments)
-            return self.finish(self._attend(q, k, v, here, here), x), None
-        q, k, v = self.project(x, visit.positions, segments)
-        carried, seen, beyond = extend(carried, (k, v), visit)
-        o = self._attend(q, *seen.entries, (visit.numbers, visit.positions), (seen.numbers, seen.positions))
-        return self.finish(jnp.where(beyond[..., None, None], jnp.nan, o), x), carried
-
-    def _attend(self, q, k, v, here, there):
-        config = self.config
+    def attend(self, q, entries, here, there, given):
+        config, (k, v) = self.config, entries
 
         def attend(q, q_numbers, q_positions):
             weights = _log_weights(q, k, (q_numbers, q_positions), there, config.power, config.offset)

@@ -5,17 +5,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.kernels.attention import Logits, Mask, Tokens, attention
-from layers.mixer import Visit
-from layers.mixers.attention.attention import Attention, AttentionConfig, refuse_options
+from layers.mixers.attention.attention import AttentionConfig
+from layers.mixers.attention.patterned import Patterned, refuse_options
 from layers.options import checked_dataclass
 from layers.parameters import NO_DECAY, linear, parameter
-from layers.parts.cache import Cache, extend
 from layers.parts.heads import split_heads
-from layers.parts.position_blocks import numbers_and_positions, some_at_a_time
+from layers.parts.position_blocks import some_at_a_time
 from layers.positions import sinusoidal
 from layers.positions.position import NoPosition
-from layers.segments import Segments
-from layers.typing import Array, Float
 
 # Queries whose relative positions are held at once.
 QUERIES = 128
@@ -41,7 +38,7 @@ class TransformerXLConfig(AttentionConfig):
         refuse_options(self, "transformer_xl", names, positions=(NoPosition,))
 
 
-class TransformerXL(Attention):
+class TransformerXL(Patterned):
     """Attention with relative positions in two terms (Dai et al. 2019, arXiv:1901.02860).
 
         a_ij = ((q_i + u) . k_j + (q_i + v) . W_r p_{i-j}) / sqrt(head_dim),   j <= i,  i - j < window
@@ -52,8 +49,6 @@ class TransformerXL(Attention):
     keys and values without positions, of the window or of all tokens.
     """
 
-    patterns = ("causal_self",)
-
     def __init__(self, config: TransformerXLConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         size, options = config.heads * config.size, {"dtype": config.dtype, "rngs": rngs}
@@ -62,23 +57,8 @@ class TransformerXL(Attention):
         self.content_bias = parameter(rngs, small, (config.heads, config.size), **by_head)
         self.position_bias = parameter(rngs, small, (config.heads, config.size), **by_head)
 
-    def mix(
-        self,
-        x: Float[Array, "b t d"],
-        carried: Cache | None,
-        segments: Segments | None,
-        visit: Visit | None,
-    ) -> tuple[Float[Array, "b t d"], Cache | None]:
-        q, k, v = self.heads(x)
-        if visit is None:
-            here = numbers_and_positions(x, segments)
-            return self.finish(self._attend(q, k, v, here, here), x), None
-        carried, seen, beyond = extend(carried, (k, v), visit, window=self.config.window)
-        o = self._attend(q, *seen.entries, (visit.numbers, visit.positions), (seen.numbers, seen.positions))
-        return self.finish(jnp.where(beyond[..., None, None], jnp.nan, o), x), carried
-
-    def _attend(self, q, k, v, here, there):
-        config, (numbers, positions) = self.config, there
+    def attend(self, q, entries, here, there, given):
+        config, (k, v), (numbers, positions) = self.config, entries, there
         scale = config.size**-0.5 if config.scale is None else config.scale
         # Every distance that is seen is below the window, or the number of keys.
         count = k.shape[1] if config.window is None else config.window

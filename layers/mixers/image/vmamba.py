@@ -1,7 +1,5 @@
 """VMamba: a selective state space that reads an image in four directions (Liu et al. 2024, arXiv:2401.10166)."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,13 +11,13 @@ from layers.parameters import linear
 from layers.parts.images import CROSS, ImageFilter, check_orders, scans
 from layers.parts.projection import project
 from layers.parts.selective_scans import SelectiveScans
-from layers.parts.state_space import check_steps
+from layers.parts.state_space import SelectiveSizes, check_steps
 from layers.segments import Segments
 from layers.typing import Array, Float
 
 
 @checked_dataclass
-class VMambaConfig:
+class VMambaConfig(SelectiveSizes):
     """Options of `VMamba`.
 
     Attributes:
@@ -58,16 +56,6 @@ class VMambaConfig:
         check_orders(self)
         if self.taps % 2 == 0:
             raise ValueError(f"taps={self.taps}; expected an odd number, for a filter centred at the pixel")
-
-    @property
-    def channels(self) -> int:
-        """Number of channels of the state spaces."""
-        return self.expand * self.width
-
-    @property
-    def rank(self) -> int:
-        """Rank of the maps to step sizes."""
-        return self.dt_rank or math.ceil(self.width / 16)
 
 
 class VMamba(Mixer):

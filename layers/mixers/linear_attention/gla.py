@@ -10,7 +10,7 @@ from layers.kernels.gated_linear_attention import gated_linear_attention
 from layers.mixer import Mixer
 from layers.options import ActivationDtype, NonNegative, Positive, checked_dataclass
 from layers.parameters import linear, xavier_uniform
-from layers.parts.heads import HeadNorm, head_size, shared_heads, split_heads
+from layers.parts.heads import HeadNorm, SharedHeads, head_size, split_heads
 from layers.parts.low_rank import LowRank
 from layers.parts.short_convolution import ShortConvolution
 from layers.segments import Segments
@@ -18,7 +18,7 @@ from layers.typing import Array, Float
 
 
 @checked_dataclass
-class GLAConfig:
+class GLAConfig(SharedHeads):
     """Options of `GLA`.
 
     Attributes:
@@ -53,11 +53,6 @@ class GLAConfig:
     def sizes(self) -> tuple[int, int]:
         """K and V."""
         return head_size("key_dim", self.key_dim, self, 0.5), head_size("value_dim", self.value_dim, self)
-
-    @property
-    def groups(self) -> int:
-        """Number of heads of keys, values and decays."""
-        return shared_heads(self)
 
 
 class GLACarry(NamedTuple):

@@ -8,14 +8,14 @@ from layers.kernels.gated_linear_attention import gated_linear_attention
 from layers.mixer import Mixer
 from layers.options import ActivationDtype, NonNegative, checked_dataclass
 from layers.parameters import linear, xavier_uniform
-from layers.parts.heads import HeadNorm, head_size, shared_heads, split_heads
+from layers.parts.heads import HeadNorm, SharedHeads, head_size, split_heads
 from layers.positions import rotary
 from layers.segments import Segments, Visit, initial_place, keep_where, visit
 from layers.typing import Array, Float
 
 
 @checked_dataclass
-class RetNetConfig:
+class RetNetConfig(SharedHeads):
     """Options of `RetNet`.
 
     Attributes:
@@ -53,11 +53,6 @@ class RetNetConfig:
     def sizes(self) -> tuple[int, int]:
         """K and V."""
         return head_size("key_dim", self.key_dim, self), head_size("value_dim", self.value_dim, self, 2.0)
-
-    @property
-    def groups(self) -> int:
-        """Number of heads of keys and values."""
-        return shared_heads(self)
 
     @property
     def base(self) -> float:

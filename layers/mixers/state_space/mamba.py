@@ -1,6 +1,5 @@
 """Mamba: a gated state space whose step, input and output depend on the token (Gu and Dao 2023, arXiv:2312.00752)."""
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -13,14 +12,14 @@ from layers.options import ActivationDtype, NonNegative, checked_dataclass
 from layers.parameters import NO_DECAY, declared, linear, parameter, uniform_fan_in
 from layers.parts.projection import project
 from layers.parts.short_convolution import ShortConvolution
-from layers.parts.state_space import check_steps
+from layers.parts.state_space import SelectiveSizes, check_steps
 from layers.parts.step_size import step_size_bias
 from layers.segments import Segments
 from layers.typing import Array, Float
 
 
 @checked_dataclass
-class MambaConfig:
+class MambaConfig(SelectiveSizes):
     """Options of `Mamba`.
 
     Attributes:
@@ -56,16 +55,6 @@ class MambaConfig:
 
     def __post_init__(self) -> None:
         check_steps(self.dt_min, self.dt_max)
-
-    @property
-    def channels(self) -> int:
-        """Number of channels of the state space."""
-        return self.expand * self.width
-
-    @property
-    def rank(self) -> int:
-        """Rank of the map to step sizes."""
-        return self.dt_rank or math.ceil(self.width / 16)
 
 
 class MambaCarry(NamedTuple):

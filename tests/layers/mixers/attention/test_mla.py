@@ -102,5 +102,5 @@ def test_the_cache_holds_latent_and_turned_numbers_alone():
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
-    with pytest.raises(ValueError, match="mla without a window needs max_length"):
+    with pytest.raises(ValueError, match="max_length=None, but the cache of mla holds all tokens"):
         make().init_state(1)
