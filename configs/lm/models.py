@@ -4,7 +4,8 @@
     python -m experiments.train --config=configs/lm/models.py:size=40m,mixer=mamba2,source=enwik8,length=2048 \
         --config.task.official_dir=enwik8.zip --workdir=runs/enwik8-mamba2-40m
 
-Results: no run is finished yet; experiments/results/lm_rfc_h200 has learning rates and speeds of `125m`.
+Results: experiments/results/lm_rfc_h200 has a Transformer, Gated DeltaNet and their hybrid of `125m`, learning rates of five models, and
+speeds. Test, bits per byte: 0.762, 0.696 and 0.707.
 
     size   width  layers   sizes include tied embeddings of 32,768 tokens; with `tokenizer=bytes` they are less
     10m      192       8

@@ -34,7 +34,9 @@ DELTA_RULE = {
     ),
 }
 DPLR_DELTA_RULE = {
-    "gpu": Implementation(gpu.dplr_delta_rule, gpu.dplr_unsupported_reason, by_name_only, "gpu"),
+    "gpu": Implementation(
+        gpu.dplr_delta_rule, gpu.dplr_unsupported_reason, gpu.dplr_passed_over_reason, "gpu"
+    ),
     "xla": Implementation(isolated(xla.dplr_delta_rule, *DPLR_SERIES, readers=READERS)),
     "reference": Implementation(
         isolated(reference.dplr_delta_rule, *DPLR_SERIES, readers=READERS),
@@ -82,8 +84,7 @@ def delta_rule(
       segment_ids: 0 is padding, which leaves the state as it is and outputs zero; a change of id resets the state
         (see `layers.kernels.segments`).
       impl: "gpu", "tpu", "xla", "reference", or None for the best. "gpu", for Hopper, takes bfloat16 values, and bfloat16 queries
-        and keys of at most 128 features per head. With a decay per key channel it is taken by name only. "tpu" takes at most one
-        decay per head and step.
+        and keys of at most 128 features per head. "tpu" takes at most one decay per head and step.
 
     Returns:
       o: (b, t, h, v) in the type of v.
@@ -143,7 +144,7 @@ def dplr_delta_rule(
       log_decay: log w <= 0, per head (b, t, h) or key channel (b, t, h, k); None for no decay. As for `delta_rule`.
       scale: factor of the queries; k^-1/2 if None.
       initial_state, segment_ids: as for `delta_rule`.
-      impl: "gpu", "xla", "reference", or None for the best. "gpu", for Hopper, is taken by name only; it takes what it takes of
+      impl: "gpu", "xla", "reference", or None for the best. "gpu", for Hopper, takes what it takes of
         `delta_rule`, and b and a in bfloat16.
 
     Returns:

@@ -215,7 +215,7 @@ def test_explicit_mesh(rule):
 
 @by_rule
 def test_refusals(rule):
-    """The reason is given when asked for by name; by default XLA computes, also on a GPU."""
+    """The reason is given when asked for by name; by default XLA computes short calls, and those with few heads."""
     arguments = arguments_of(np.random.default_rng(4), rule, 1, 5, heads=2, key_dim=4, value_dim=4)
     many = arguments_of(np.random.default_rng(4), rule, 2**15, 1, heads=2, key_dim=2, value_dim=2)
     wide = arguments_of(np.random.default_rng(4), rule, 1, 2, key_dim=130, value_dim=2)
@@ -229,7 +229,11 @@ def test_refusals(rule):
             SUITES[rule].function(**given, impl="gpu")
     with devices.as_on("gpu"):
         implementation = {"kda": DELTA_RULE, "rwkv7": DPLR_DELTA_RULE}[rule]["gpu"]
-        assert implementation.passed_over_reason(**arguments) == "it is taken by name only"
+        assert "timed from 2048 on" in implementation.passed_over_reason(**arguments)
+        long = jax.eval_shape(lambda: arguments_of(np.random.default_rng(4), rule, 4, 2048, heads=8))
+        assert implementation.passed_over_reason(**long) is None
+        few = jax.eval_shape(lambda: arguments_of(np.random.default_rng(4), rule, 1, 2048, heads=8))
+        assert "batch x heads is 8; from 32 on" in implementation.passed_over_reason(**few)
 
 
 @pytest.mark.gpu

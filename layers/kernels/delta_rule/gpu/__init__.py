@@ -22,7 +22,6 @@ from layers.kernels.delta_rule.gpu import gradients as gradient_kernel
 from layers.kernels.delta_rule.gpu import pieces as time_pieces
 from layers.kernels.delta_rule.gpu.tiles import BLOCK, CHUNK
 from layers.kernels.delta_rule.unit_norm import normalized
-from layers.kernels.dispatch import by_name_only
 from layers.kernels.promotion import promoting
 from layers.kernels.segments import select_real
 from layers.kernels.sequence_parallel import of_first
@@ -123,11 +122,26 @@ def passed_over_reason(v, log_decay=None, **_: Any) -> str | None:
     if devices.backend() != "gpu":
         return devices.hopper_refusal()
     if log_decay is not None and log_decay.ndim == 4:
-        return by_name_only()
+        return _passed_over_by_channel(v)
     if time < SHORTEST:
         return f"v has {time} tokens; the kernels are timed from {SHORTEST} on"
     if batch * heads < fewest:
         return f"batch x heads is {batch * heads}; from {fewest} on they fill the GPU"
+    return partition.passed_over_reason(v)
+
+
+def dplr_passed_over_reason(v, **_: Any) -> str | None:
+    """`passed_over_reason` of the general rule."""
+    return devices.hopper_refusal() if devices.backend() != "gpu" else _passed_over_by_channel(v)
+
+
+def _passed_over_by_channel(v):
+    """Why `impl=None` does not take the kernels for a decay per key channel, or None."""
+    batch, time, heads, _ = v.shape
+    if time < LONG:
+        return f"v has {time} tokens; with a decay per key channel the kernels are timed from {LONG} on"
+    if batch * heads < channels.FEWEST:
+        return f"batch x heads is {batch * heads}; from {channels.FEWEST} on they fill the GPU"
     return partition.passed_over_reason(v)
 
 

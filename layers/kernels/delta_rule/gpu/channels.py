@@ -18,6 +18,8 @@ from layers.kernels.promotion import promoting
 from layers.kernels.segments import select_real
 from layers.kernels.shard_map_types import vary_alike
 
+FEWEST = 32  # smallest batch x heads for which `impl=None` takes these kernels
+
 
 def delta_rule(scale, normalized, q, k, v, beta, log_decay, state, segments):
     """Runs `delta_rule` on one device; `normalized` divides queries and keys by their norms, or is None."""
