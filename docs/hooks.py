@@ -11,13 +11,14 @@ sys.path.insert(0, str(ROOT))
 from mkdocs.exceptions import PluginError  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
 
-from docs import api, mixers, notebooks, repository, slower, support  # noqa: E402
+from docs import api, gallery, mixers, notebooks, repository, slower, support  # noqa: E402
 from docs.mathematics import Mathematics  # noqa: E402
 
 STORED = ROOT / "build" / "docs"
 # A line of a page that stands for what a module of this folder makes.
 MADE = re.compile(
-    r"^<!-- (slower\.(?:faster|floors)): (\S+) -->$|^<!-- (mixers\.overview|support\.page) -->$", re.MULTILINE
+    r"^<!-- (slower\.(?:faster|floors)): (\S+) -->$|^<!-- (mixers\.overview|support\.page|gallery\.page) -->$",
+    re.MULTILINE,
 )
 _state: dict[str, Any] = {}
 
@@ -59,6 +60,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
 def _made(match: re.Match) -> str:
     if match[3] == "mixers.overview":
         return mixers.overview()
+    if match[3] == "gallery.page":
+        return gallery.page()
     if match[3] == "support.page":
         return support.page(_state["facts"])
     return {"slower.faster": slower.faster, "slower.floors": slower.floors}[match[1]](match[2])

@@ -9,7 +9,7 @@ import tomllib
 import jax
 import pytest
 
-from docs import api, mixers, notebooks, repository, slower, support
+from docs import api, gallery, mixers, notebooks, repository, slower, support
 from docs.mathematics import DISPLAYED, INLINE, to_mathml
 from layers.mixers import MIXERS
 
@@ -209,6 +209,16 @@ def test_figures_written_by_hand_are_those_of_the_notes():
     notes = (ROOT / "experiments/results/steps_h200/NOTES.md").read_text(encoding="utf-8")
     (ratio,) = re.findall(r"took ([\d.]+) times as long with four documents", page)
     assert f"({ratio})" in notes
+
+
+@pytest.mark.parametrize("study", gallery.studies(), ids=lambda study: study.name)
+def test_the_gallery_says_what_a_study_is_and_how_it_is_made(study):
+    """Notes with a heading and a paragraph, and a command of this project; titles tell studies apart."""
+    assert study.title != study.name
+    assert study.summary
+    assert study.commands
+    assert all(re.search(r"python -m (experiments|pytest)|^make ", command) for command in study.commands)
+    assert [other.title for other in gallery.studies()].count(study.title) == 1
 
 
 def test_the_reference_lists_every_package():
