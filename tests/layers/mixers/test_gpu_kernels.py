@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from layers.kernels import devices
+from layers.kernels import devices, pallas_triton
 from layers.mixers import make_mixer
 
 MIXERS = {
@@ -20,8 +20,14 @@ MIXERS = {
     "gated_deltanet": {"heads": 2},
     "linear_attention": {"heads": 2},
     "hgrn": {},
+    "gla": {"heads": 8},
+    "kda": {"heads": 8},
+    "rwkv7": {},
 }
-SHAPES = dict.fromkeys(MIXERS, (32, 128, 128)) | dict.fromkeys(("s5", "lru"), (4, 704, 128))
+# Calls that are long enough, with enough rows times heads or channels.
+BY_CHANNEL = dict.fromkeys(("gla", "kda", "rwkv7"), (4, 2048, 512))
+SHAPES = dict.fromkeys(MIXERS, (32, 128, 128)) | dict.fromkeys(("s5", "lru"), (4, 704, 128)) | BY_CHANNEL
+KERNELS = dict.fromkeys(MIXERS, "@mosaic_gpu_v2") | dict.fromkeys(BY_CHANNEL, "xla.gpu.triton")
 
 
 def both_passes(name, dtype="bfloat16"):
@@ -45,9 +51,9 @@ def both_passes(name, dtype="bfloat16"):
 def test_mixers_take_kernels(name):
     run, variables = both_passes(name)
     x, weights = (jax.ShapeDtypeStruct(SHAPES[name], dtype) for dtype in (jnp.bfloat16, jnp.float32))
-    with devices.as_on("gpu"):
+    with devices.as_on("gpu"), jax.sharding.use_abstract_mesh(pallas_triton.hopper_mesh()):
         text = jax.jit(run).trace(variables, x, weights).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@mosaic_gpu_v2") >= 2  # of either pass
+    assert text.count(KERNELS[name]) >= 2  # of either pass
 
 
 @pytest.mark.gpu
@@ -58,10 +64,10 @@ def test_kernels_are_as_exact_as_xla_on_gpu(monkeypatch, name):
     x, weights = np.random.default_rng().standard_normal((2, *SHAPES[name]))
     x, weights = jnp.asarray(x, jnp.bfloat16), jnp.asarray(weights, jnp.float32)
     kernels = jax.jit(run).lower(variables, x, weights)
-    assert "@mosaic_gpu_v2" in kernels.as_text()
+    assert KERNELS[name] in kernels.as_text()
     monkeypatch.setattr(devices, "hopper_refusal", lambda: "XLA is asked for")
     plain = jax.jit(lambda *given: run(*given)).lower(variables, x, weights)
-    assert "@mosaic_gpu_v2" not in plain.as_text()
+    assert not any(kernel in plain.as_text() for kernel in set(KERNELS.values()))
     exact, _ = both_passes(name, "float32")
     with jax.default_matmul_precision("highest"):
         wanted = jax.jit(exact)(variables, x.astype(jnp.float32), weights)
