@@ -9,6 +9,7 @@ from experiments.config.command_line import ArgumentError, Parser, folder, repor
 from experiments.data import (
     aan,
     cache,
+    chorales,
     cifar10,
     emails,
     imdb,
@@ -193,6 +194,16 @@ def _prepare_emails(options: argparse.Namespace) -> cache.Dataset:
     return emails.load(options.package, part=options.part, length=options.length, data_dir=options.data_dir)
 
 
+def _add_chorales(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("chorales", help="Bach's chorales as frames of notes", allow_abbrev=False)
+    parser.add_argument("--official_file", help="JSB_Chorales.mat instead of the chorales of music21")
+    parser.set_defaults(prepare=_prepare_chorales)
+
+
+def _prepare_chorales(options: argparse.Namespace) -> cache.Dataset:
+    return chorales.load(options.official_file, data_dir=options.data_dir)
+
+
 def _add_speech_commands(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("speech_commands", help="one second of speech, 35 words", allow_abbrev=False)
     parser.add_argument("--official_dir", required=True, help="folder of speech_commands_v0.02")
@@ -241,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_emails(commands)
     _add_mnist(commands)
     _add_packages(commands)
+    _add_chorales(commands)
     _add_speech_commands(commands)
     for command in commands.choices.values():
         command.add_argument(

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from experiments.tasks.aan import AAN
+from experiments.tasks.chorales import ChoraleEvents, Chorales
 from experiments.tasks.cifar10 import CIFAR10
 from experiments.tasks.emails import Emails
 from experiments.tasks.forecasting import Forecasting
@@ -43,6 +44,8 @@ TASKS: dict[str, type[Task]] = {
     "addition": Addition,
     "addition_hints": HintedAddition,
     "associative_recall": AssociativeRecall,
+    "chorale_events": ChoraleEvents,
+    "chorales": Chorales,
     "cifar10": CIFAR10,
     "copy": Copy,
     "copy_source": SourceCopy,
