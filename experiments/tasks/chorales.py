@@ -40,7 +40,7 @@ class Chorales(Task):
     def __init__(
         self,
         *,
-        official_file: str | os.PathLike | None = None,
+        official_file: str | None = None,
         data_dir: str | os.PathLike | None = None,
     ):
         """Reads the pieces.
@@ -113,7 +113,7 @@ class ChoraleEvents(Task):
     def __init__(
         self,
         *,
-        official_file: str | os.PathLike | None = None,
+        official_file: str | None = None,
         data_dir: str | os.PathLike | None = None,
     ):
         """Reads the pieces; arguments and errors are those of `Chorales`."""

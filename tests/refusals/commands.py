@@ -38,6 +38,8 @@ COMMANDS = [
     ("prepare imdb --official_dir=TMP --length=1", "--length=1: expected at least 2"),
     ("prepare aan", "the following arguments are required: --official_dir"),
     ("prepare aan --official_dir=TMP --vocabulary=words", "invalid choice: 'words'"),
+    ("prepare chorales --official_file=TMP", "is no file; expected JSB_Chorales.mat"),
+    ("prepare chorales --official_file=FILES/digits", "is no file"),
     ("prepare mnist --official_dir=TMP", "lacks train-images-idx3-ubyte"),
     ("prepare mnist --seed=-1", "--seed=-1: expected at least 0"),
     ("prepare package_pairs --length=0", "--length=0: expected at least 2"),
