@@ -19,7 +19,7 @@ import runpy
 from ml_collections import ConfigDict
 
 RECIPE = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "standins" / "_recipe.py"))
-SIZES = dict(width=64, depth=2, learning_rate=3e-3, steps=600)
+SIZES = dict(width=64, depth=2, learning_rate=3e-3, steps=300)
 TASKS = {"rolls": ("chorales", "regressor"), "events": ("chorale_events", "language_model")}
 
 

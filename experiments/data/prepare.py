@@ -19,6 +19,7 @@ from experiments.data import (
     packages,
     pathfinder,
     pathfinder_datasets,
+    species,
     speech_commands,
 )
 from experiments.data.text.characters import VOCABULARIES
@@ -204,6 +205,22 @@ def _prepare_chorales(options: argparse.Namespace) -> cache.Dataset:
     return chorales.load(options.official_file, data_dir=options.data_dir)
 
 
+def _add_species(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "species", help="windows of genomes, labelled by species", allow_abbrev=False
+    )
+    parser.add_argument("files", nargs="*", help="a FASTA file per species; by default five that are drawn")
+    parser.add_argument("--length", type=int, default=1024, help="bases per window")
+    parser.add_argument("--seed", type=int, default=0, help="seed of those that are drawn")
+    parser.set_defaults(prepare=_prepare_species)
+
+
+def _prepare_species(options: argparse.Namespace) -> cache.Dataset:
+    return species.load(
+        options.files or None, length=options.length, seed=options.seed, data_dir=options.data_dir
+    )
+
+
 def _add_speech_commands(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("speech_commands", help="one second of speech, 35 words", allow_abbrev=False)
     parser.add_argument("--official_dir", required=True, help="folder of speech_commands_v0.02")
@@ -253,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_mnist(commands)
     _add_packages(commands)
     _add_chorales(commands)
+    _add_species(commands)
     _add_speech_commands(commands)
     for command in commands.choices.values():
         command.add_argument(

@@ -21,6 +21,7 @@ from experiments.tasks.mnist import MNIST
 from experiments.tasks.oscillations import IrregularOscillations
 from experiments.tasks.packages import PackagePairs, PackageText
 from experiments.tasks.pathfinder import Pathfinder
+from experiments.tasks.species import Species
 from experiments.tasks.speech_commands import SpeechCommands
 from experiments.tasks.synthetic.algorithms import Addition, Copy, Parity, Sorting
 from experiments.tasks.synthetic.associative_recall import AssociativeRecall
@@ -77,6 +78,7 @@ TASKS: dict[str, type[Task]] = {
     "sorting": Sorting,
     "sorting_hints": HintedSorting,
     "sorting_source": SourceSorting,
+    "species": Species,
     "speech_commands": SpeechCommands,
 }
 

@@ -38,6 +38,8 @@ COMMANDS = [
     ("prepare imdb --official_dir=TMP --length=1", "--length=1: expected at least 2"),
     ("prepare aan", "the following arguments are required: --official_dir"),
     ("prepare aan --official_dir=TMP --vocabulary=words", "invalid choice: 'words'"),
+    ("prepare species one.fa", "expected two files or more, one per species"),
+    ("prepare species one.fa two.fa", "'one.fa' is no file of .fa, .fasta, .fna"),
     ("prepare chorales --official_file=TMP", "is no file; expected JSB_Chorales.mat"),
     ("prepare chorales --official_file=FILES/digits", "is no file"),
     ("prepare mnist --official_dir=TMP", "lacks train-images-idx3-ubyte"),
