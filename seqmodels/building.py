@@ -16,6 +16,7 @@ from seqmodels.config import (
     EncoderDecoderConfig,
     LanguageModelConfig,
     MaskedLanguageModelConfig,
+    PointerNetworkConfig,
     RegressorConfig,
     parse,
 )
@@ -23,6 +24,7 @@ from seqmodels.dual_encoder import DualEncoder
 from seqmodels.encoder_decoder import EncoderDecoder
 from seqmodels.language_model import LanguageModel
 from seqmodels.masked_language_model import MaskedLanguageModel
+from seqmodels.pointer_network import PointerNetwork
 from seqmodels.regressor import Regressor
 
 MODELS = {
@@ -33,13 +35,21 @@ MODELS = {
     MaskedLanguageModelConfig: MaskedLanguageModel,
     AutoencoderConfig: Autoencoder,
     RegressorConfig: Regressor,
+    PointerNetworkConfig: PointerNetwork,
 }
 
 
 def build_model(
     config: Mapping[str, Any], *, rngs: nnx.Rngs
 ) -> (
-    Classifier | DualEncoder | EncoderDecoder | LanguageModel | MaskedLanguageModel | Autoencoder | Regressor
+    Classifier
+    | DualEncoder
+    | EncoderDecoder
+    | LanguageModel
+    | MaskedLanguageModel
+    | Autoencoder
+    | Regressor
+    | PointerNetwork
 ):
     """Returns the model that a mapping describes.
 

@@ -37,6 +37,8 @@ SCALES = [
     "linear_regression:scale=paper",
     "source_target:",
     "source_target:task=copy,scale=paper,mixer=gla,encoder=nystromformer",
+    "pointing:",
+    "pointing:task=hull,reader=set,process=2,glimpse=yes,mixer=attention",
     "regular_languages:",
     "regular_languages:scale=paper",
     *(f"algorithms:task={task}" for task in (

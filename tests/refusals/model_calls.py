@@ -84,6 +84,22 @@ ROWS = [
         "was called without a source; expected the output of an encoder",
     ),
     (
+        traced(
+            lambda: build_model(MODEL | dict(kind="pointer_network"), rngs=nnx.Rngs(0))(
+                ones(2, 3, dtype="int32"), ones(1, 3, dtype="int32")
+            )[0]
+        ),
+        ValueError,
+        "source has 2 rows, and target has 1; expected one source per target",
+    ),
+    (
+        lambda: build_model(MODEL | dict(kind="pointer_network"), rngs=nnx.Rngs(0))(
+            ones(1, 2, dtype="int32"), 3 * ones(1, 1, dtype="int32")
+        ),
+        ValueError,
+        "target[0, 0] is 3; expected 0 to 2, as the items and the end=3",
+    ),
+    (
         lambda: scales(MODEL | dict(kind="encoder_decoder"), batch=1, length=2, seed=0),
         ValueError,
         "kind='encoder_decoder' has two stacks",

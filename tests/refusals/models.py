@@ -92,6 +92,12 @@ ROWS = [
     (model(kind="encoder_decoder", encoder=dict(dept=1)), ValueError, "did you mean 'depth'?"),
     (model(kind="encoder_decoder", encoder=dict(width=4)), ValueError, "encoder.width=4; expected that of"),
     (model(kind="encoder_decoder", cross=dict(mixer="gla")), ValueError, "cross.mixer='gla' reads no source"),
+    (
+        model(kind="pointer_network", pattern=("fnet",)),
+        ValueError,
+        "the decoder of a pointer network must be",
+    ),
+    (model(kind="pointer_network", encoder=dict(width=4)), ValueError, "encoder.width=4; expected that of"),
     (model(kind="autoencoder", pooling="first"), ValueError, "pooling='first'; expected"),
     (model(kind="regressor"), ValueError, "model needs the option output_size"),
     (model(kind="regressor", output_size=0), ValueError, "output_size=0; expected"),

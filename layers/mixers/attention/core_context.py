@@ -144,7 +144,8 @@ class CoreContext(Attention):
         a = scale * jnp.sum(spread(asking) * k, axis=-1)
         top = jax.lax.stop_gradient(spread(joined(jax.ops.segment_max, a)))
         weights = jnp.exp(jnp.where(index[..., None] < count, a - top, 0))
-        weights /= spread(joined(jax.ops.segment_sum, weights))
+        total = joined(jax.ops.segment_sum, weights)
+        weights /= spread(jnp.where(total > 0, total, 1))
         spoiled = ~asks | (joined(jax.ops.segment_max, (~fit).astype(jnp.int32)) > 0)
         cores = tuple(joined(jax.ops.segment_sum, weights[..., None] * x) for x in (k, v))
         return *(jnp.where(spoiled[..., None, None], jnp.nan, x).astype(q.dtype) for x in cores), last

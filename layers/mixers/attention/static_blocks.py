@@ -26,7 +26,9 @@ class StaticBlocksConfig(AttentionConfig):
         super().__post_init__()
         for name, instead in (("window", "local_blocks"), ("sink_tokens", "sink_blocks")):
             if getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)}; expected {instead} where patterns are of blocks")
+                raise ValueError(
+                    f"{name}={getattr(self, name)}; expected {instead} where patterns are of blocks"
+                )
         if not self.causal:
             raise ValueError("causal=False; a pattern of blocks looks back, expected True")
 

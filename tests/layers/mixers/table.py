@@ -143,7 +143,10 @@ MIXERS = {
     "moba": ("moba", {"heads": 4, "kv_heads": 2, "block": 3, "top_k": 2}),
     "nsa": ("nsa", {"heads": 4, "kv_heads": 2, "block": 3, "top_k": 4, "window": 4}),
     "power_attention": ("power_attention", {"heads": 4, "kv_heads": 2, "block": 2, "sink_blocks": 1}),
-    "strided_attention": ("strided_attention", {"heads": 4, "kv_heads": 2, "block": 2, "local_blocks": 2, "stride": 3}),
+    "strided_attention": (
+        "strided_attention",
+        {"heads": 4, "kv_heads": 2, "block": 2, "local_blocks": 2, "stride": 3},
+    ),
     "core_context": ("core_context", {"heads": 4, "kv_heads": 2, "group": 3, "near": 4}),
     "landmark": ("landmark", {"heads": 4, "kv_heads": 2, "block": 4}),
     "log_linear_mamba2": ("log_linear_mamba2", {"state_size": 4, "head_dim": 4, "groups": 2, "levels": 4}),
