@@ -7,9 +7,9 @@
     task=sorting|hull
 
 reader=NAME is the mixer that reads the source in both directions, or "set" for a map of each item by itself; mixer=NAME that of the decoder;
-process=STEPS, glimpse=yes|no, width, learning_rate, steps, lengths=5-10 (of training). reader=set and process=5 is read-process-write.
+process=STEPS, glimpse=yes|no, width, learning_rate, scale=small|paper, and in place of those of the scale lengths=5-10 (of training), steps. reader=set and process=5 is read-process-write.
 
-RESULTS
+On two busy CPU cores, sorting takes 12 min: test accuracy 0.977 of pointers and 0.861 of rows.
 """
 
 from ml_collections import ConfigDict
@@ -22,21 +22,22 @@ OPTIONS = dict(
     glimpse="no",
     width="64",
     learning_rate="2e-3",
-    steps="2000",
-    lengths="5-10",
+    scale="small",
 )
+SCALES = dict(small=dict(lengths="5-10", steps="2000"), paper=dict(lengths="5-50", steps="20000"))
 TASKS = dict(sorting="sorting_pointers", hull="convex_hull")
 
 
 def get_config(arg: str = "") -> ConfigDict:
     given = dict(pair.partition("=")[::2] for pair in arg.split(",") if pair)
-    if unknown := given.keys() - OPTIONS.keys():
-        raise ValueError(f"pointing.py takes {', '.join(OPTIONS)}, not {', '.join(unknown)}")
+    known = OPTIONS | SCALES["small"]
+    if unknown := given.keys() - known.keys():
+        raise ValueError(f"pointing.py takes {', '.join(known)}, not {', '.join(unknown)}")
     options = OPTIONS | given
-    if options["task"] not in TASKS or options["glimpse"] not in ("yes", "no"):
-        raise ValueError(
-            f"task={options['task']},glimpse={options['glimpse']}; expected task={'|'.join(TASKS)} and glimpse=yes|no"
-        )
+    for name, values in dict(task=TASKS, glimpse=("yes", "no"), scale=SCALES).items():
+        if options[name] not in values:
+            raise ValueError(f"{name}={options[name]}; expected {'|'.join(values)}")
+    options = SCALES[options["scale"]] | options
     config = ConfigDict()
     config.seed = 0
     low, _, high = options["lengths"].partition("-")

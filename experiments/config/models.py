@@ -82,7 +82,7 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str,
 
 def _check_sources(kind: str | None, task: str | None) -> None:
     """Raises ValueError unless the model reads a source just where rows have one, and points where targets name its items."""
-    has_source, points = (getattr(TASKS.get(task), name, False) for name in ("has_source", "points"))
+    has_source, points = (getattr(TASKS.get(task), name, False) for name in ("has_source", "names_items"))
     wanted = "pointer_network" if points else "encoder_decoder" if has_source else None
     readers = {"encoder_decoder": "copy_source", "pointer_network": "sorting_pointers"}
     if kind not in KINDS or kind == wanted or (wanted is None and kind not in readers):

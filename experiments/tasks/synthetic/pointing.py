@@ -21,7 +21,7 @@ class Pointing(Algorithm):
     """The base class: sources of uniform numbers in [0, 1), `input_size` per item, and `answer`."""
 
     has_source: ClassVar[bool] = True
-    points: ClassVar[bool] = True
+    names_items: ClassVar[bool] = True
 
     lengths: tuple[int, int] = (5, 10)
     extrapolate: tuple[int, ...] = (10, 15, 20)
