@@ -18,6 +18,7 @@ from seqmodels.language_model import LanguageModel
 from seqmodels.lengthen import LengthenConfig, lengthen
 from seqmodels.masked_language_model import MaskedLanguageModel
 from seqmodels.pointer_network import PointerNetwork
+from seqmodels.recurrent_memory import RecurrentMemory
 from seqmodels.regressor import Regressor
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "LoraConfig",
     "MaskedLanguageModel",
     "PointerNetwork",
+    "RecurrentMemory",
     "Regressor",
     "__version__",
     "adapt",

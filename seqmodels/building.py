@@ -17,6 +17,7 @@ from seqmodels.config import (
     LanguageModelConfig,
     MaskedLanguageModelConfig,
     PointerNetworkConfig,
+    RecurrentMemoryConfig,
     RegressorConfig,
     parse,
 )
@@ -25,6 +26,7 @@ from seqmodels.encoder_decoder import EncoderDecoder
 from seqmodels.language_model import LanguageModel
 from seqmodels.masked_language_model import MaskedLanguageModel
 from seqmodels.pointer_network import PointerNetwork
+from seqmodels.recurrent_memory import RecurrentMemory
 from seqmodels.regressor import Regressor
 
 MODELS = {
@@ -36,6 +38,7 @@ MODELS = {
     AutoencoderConfig: Autoencoder,
     RegressorConfig: Regressor,
     PointerNetworkConfig: PointerNetwork,
+    RecurrentMemoryConfig: RecurrentMemory,
 }
 
 

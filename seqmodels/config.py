@@ -226,6 +226,21 @@ class LanguageModelConfig:
 
 
 @checked_dataclass
+class RecurrentMemoryConfig(LanguageModelConfig):
+    """Config of a language model that reads a text in segments and hands a memory from one to the next.
+
+    Attributes:
+      memory: m, vectors of the memory.
+      segment: tokens of a segment.
+      unroll: segments through which gradients pass; None for all.
+    """
+
+    memory: int = 16
+    segment: int = 512
+    unroll: int | None = None
+
+
+@checked_dataclass
 class MaskedLanguageModelConfig:
     """Config of a model that gives the logits of the token at each position of a whole sequence.
 
@@ -360,6 +375,7 @@ ModelConfig = (
     | AutoencoderConfig
     | RegressorConfig
     | PointerNetworkConfig
+    | RecurrentMemoryConfig
 )
 KINDS = {
     "classifier": ClassifierConfig,
@@ -369,6 +385,7 @@ KINDS = {
     "masked_language_model": MaskedLanguageModelConfig,
     "autoencoder": AutoencoderConfig,
     "pointer_network": PointerNetworkConfig,
+    "recurrent_memory": RecurrentMemoryConfig,
     "regressor": RegressorConfig,
 }
 

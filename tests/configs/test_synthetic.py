@@ -44,6 +44,7 @@ SCALES = [
     *(f"algorithms:task={task}" for task in (
         "copy", "copy_unique", "count", "mode", "parity", "running_parity", "sorting", "sorting_hints", "addition", "addition_hints",
     )),
+    "algorithms:task=running_parity,mixer=attention,segment=5,memory=2",
     *(f"algorithms:task={task},scale=paper" for task in ("copy", "count", "mode", "parity", "sorting", "addition", "addition_hints")),
 ]  # fmt: skip
 

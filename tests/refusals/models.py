@@ -97,6 +97,8 @@ ROWS = [
         ValueError,
         "the decoder of a pointer network must be",
     ),
+    (model(kind="recurrent_memory", channel="moe"), ValueError, "would add that of the last segment alone"),
+    (model(kind="recurrent_memory", segment=0), ValueError, "segment=0; expected at least 1"),
     (model(kind="pointer_network", encoder=dict(width=4)), ValueError, "encoder.width=4; expected that of"),
     (model(kind="autoencoder", pooling="first"), ValueError, "pooling='first'; expected"),
     (model(kind="regressor"), ValueError, "model needs the option output_size"),
