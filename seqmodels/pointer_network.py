@@ -1,16 +1,14 @@
 """Pointer networks: at each step of a target, logits over the items of its source (Vinyals et al. 2015, arXiv:1506.03134)."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.indices import check_indices, nan_outside
-from layers.norms import make_norm
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Bool, Float, Int, Key, Num
+from seqmodels.backbone import final_norm, normalized
 from seqmodels.causality import check_causal
 from seqmodels.config import PointerNetworkConfig
 from seqmodels.embedding import Embedding
@@ -79,13 +77,12 @@ class PointerNetwork(nnx.Module):
     def __init__(self, config: PointerNetworkConfig, *, rngs: nnx.Rngs):
         self.config = config
         stack, width = config.stack, config.stack.width
-        dtype = jnp.dtype(stack.dtype)
-        self.embedding = Embedding(config.input, width, dtype, rngs=rngs)
+        self.embedding = Embedding(config.input, width, jnp.dtype(stack.dtype), rngs=rngs)
         self.encoder = None if config.encoder is None else Stack(config.encoder, rngs=rngs)
         self.stack = Stack(stack, rngs=rngs)
         check_causal(self.stack, "the decoder of a pointer network")
-        norm = partial(make_norm, stack.norm, dict(stack.norm_options), width=width, dtype=dtype, rngs=rngs)
-        self.norm, self.encoder_norm = norm(), None if self.encoder is None else norm()
+        self.norm = final_norm(stack, rngs)
+        self.encoder_norm = None if config.encoder is None else final_norm(config.encoder, rngs)
         if self.encoder is None:
             self.up = linear(width, width, axes=("embed", "mlp"), rngs=rngs)
             self.down = linear(width, width, axes=("mlp", "embed"), rngs=rngs)
@@ -113,7 +110,7 @@ class PointerNetwork(nnx.Module):
             items = x + self.down(jax.nn.relu(self.up(x)))
         else:
             items, _ = self.encoder(x, segment_ids=segments, key=key)
-            items = self.encoder_norm(items, mask=real, training=key is not None)
+            items = normalized(self.encoder_norm, items, segments, key)
         x, items = (jnp.where(real[..., None], y, 0).astype(jnp.float32) for y in (x, items))
         read = pool(items, real, "mean") if self.processing is None else self.processing(items, real)
         end = jnp.broadcast_to(self.end[...], (len(x), 1, x.shape[2]))
@@ -126,12 +123,11 @@ class PointerNetwork(nnx.Module):
         d: Float[Array, "b t d"],
         items: Float[Array, "b s d"],
         real: Bool[Array, "b s"],
-        *,
-        mask: Bool[Array, "b t"] | None = None,
-        training: bool = False,
+        segments: Segments | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t s"]:
-        """Returns the logits of outputs of the decoder; -inf where there is no item."""
-        d = self.norm(d, mask=mask, training=training).astype(jnp.float32)
+        """Returns the logits of outputs of the decoder, whose segments these are; -inf where there is no item."""
+        d = normalized(self.norm, d, segments, key).astype(jnp.float32)
         seen = real[:, None]
         if self.glimpse is not None:
             d = d + _softmax(self.glimpse(items, d), seen) @ items
@@ -174,8 +170,7 @@ class PointerNetwork(nnx.Module):
         x = jnp.take_along_axis(inputs, jnp.clip(target, 0, count - 1)[..., None], axis=1)
         x = nan_outside(x, target[..., None], count, counted=True).astype(self.config.stack.dtype)
         d, _ = self.stack(x, segment_ids=segments, key=keys[1])
-        mask = None if segments is None else segments.real
-        return self.point(d, items, real, mask=mask, training=key is not None), None
+        return self.point(d, items, real, segments, key), None
 
     def points(
         self,

@@ -10,6 +10,7 @@ from layers.cross_entropy import Unprojected
 from layers.parameters import NO_DECAY, AuxiliaryLoss, parameter
 from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Bool, Float, Int, Key
+from seqmodels.backbone import normalized
 from seqmodels.block import Encoded
 from seqmodels.config import RecurrentMemoryConfig
 from seqmodels.language_model import LanguageModel
@@ -129,9 +130,7 @@ class RecurrentMemory(LanguageModel):
             ids = jnp.concatenate([kept, real, kept], axis=1).astype(jnp.int32)
             segments = Segments.of(ids, packed=False)
         y, _ = self.stack(jnp.concatenate([ends, x, ends], axis=1), segment_ids=segments, key=key)
-        if self.norm is not None:
-            mask = None if segments is None else segments.real
-            y = self.norm(y, mask=mask, training=key is not None)
+        y = normalized(self.norm, y, segments, key)
         _, h, written = jnp.split(y, (config.memory, config.memory + x.shape[1]), axis=1)
         written = written.astype(jnp.float32)
         if real is None:

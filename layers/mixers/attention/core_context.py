@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.attention import Logits, Mask, Piece, Tokens, attention_with_lse, compose
-from layers.mixer import Visit
-from layers.mixers.attention.attention import Attention, AttentionConfig, refuse_options
+from layers.mixers.attention.attention import AttentionConfig
+from layers.mixers.attention.patterned import Patterned, refuse_options
 from layers.options import checked_dataclass
-from layers.parts.cache import Cache, empty_cache, extend
+from layers.parts.cache import Cache, empty_cache
 from layers.parts.grouped_attention import Grouped, grouped_attention
-from layers.parts.position_blocks import block_index, numbers_and_positions, some_at_a_time
+from layers.parts.position_blocks import block_index, some_at_a_time
 from layers.segments import Segments
-from layers.typing import Array, Float
+from layers.typing import Array, Float, Int
 
 # Queries whose near keys are held as a mask at once, where rows are packed or cached.
 QUERIES = 128
@@ -34,7 +34,7 @@ class CoreContextConfig(AttentionConfig):
         refuse_options(self, "core_context", ("window", "causal", "sink_logits"))
 
 
-class CoreContext(Attention):
+class CoreContext(Patterned):
     """CCA: core context aware attention (Chen et al. 2024, arXiv:2412.12465).
 
         w_Gj = softmax_{j in G}(q_last(G) . k_j / sqrt(head_dim)),   k~_G = sum_j w_Gj k_j,   v~_G = sum_j w_Gj v_j
@@ -46,32 +46,19 @@ class CoreContext(Attention):
     packed rows, and rows in a cache, are masks over all keys. The cache holds queries, keys and values of all tokens.
     """
 
-    patterns = ("causal_self",)
-
     def initial(self, batch_size: int, max_length: int | None) -> Cache:
         config = self.config
         shapes = tuple((count, config.size) for count in (config.groups, config.groups, config.heads))
-        return empty_cache("core_context", batch_size, shapes, config.dtype, max_length=max_length)
+        return empty_cache(type(self).__name__, batch_size, shapes, config.dtype, max_length=max_length)
 
-    def mix(
-        self,
-        x: Float[Array, "b t d"],
-        carried: Cache | None,
-        segments: Segments | None,
-        visit: Visit | None,
-    ) -> tuple[Float[Array, "b t d"], Cache | None]:
-        if visit is None:
-            here = numbers_and_positions(x, segments)
-            q, k, v = self.project(x, here[1], segments)
-            return self.finish(self._attend(q, (k, v, q), here, here, segments), x), None
-        q, k, v = self.project(x, visit.positions, segments)
-        carried, seen, beyond = extend(carried, (k, v, q), visit)
-        here, there = (visit.numbers, visit.positions), (seen.numbers, seen.positions)
-        o = self._attend(q, seen.entries, here, there, visit)
-        return self.finish(jnp.where(beyond[..., None, None], jnp.nan, o), x), carried
+    def project(
+        self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], segments: Segments | None
+    ) -> tuple[Float[Array, "b t _ k"], ...]:
+        """Returns queries, and what the cache holds: keys, values, and queries, of which those of last tokens ask for cores."""
+        q, k, v = super().project(x, positions, segments)
+        return q, k, v, q
 
-    def _attend(self, q, entries, here, there, given):
-        """Heads' outputs for segments and positions of queries and entries, and what they are from, None for whole rows."""
+    def attend(self, q, entries, here, there, given):
         k, v, _ = entries
         if given is None:
             return self._in_rows(q, k, v).output.astype(v.dtype)
