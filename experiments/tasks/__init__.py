@@ -29,6 +29,7 @@ from experiments.tasks.synthetic.linear_regression import LinearRegression
 from experiments.tasks.synthetic.mad_memory import Compression, MADSelectiveCopying, Memorization
 from experiments.tasks.synthetic.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
 from experiments.tasks.synthetic.mqar import MQAR
+from experiments.tasks.synthetic.pointing import ConvexHull, PointerSorting
 from experiments.tasks.synthetic.rasp import Counting, Mode, UniqueCopy
 from experiments.tasks.synthetic.regular_languages import RegularLanguages
 from experiments.tasks.synthetic.selective_copying import SelectiveCopying
@@ -44,6 +45,7 @@ TASKS: dict[str, type[Task]] = {
     "addition_hints": HintedAddition,
     "associative_recall": AssociativeRecall,
     "cifar10": CIFAR10,
+    "convex_hull": ConvexHull,
     "copy": Copy,
     "copy_source": SourceCopy,
     "copy_unique": UniqueCopy,
@@ -73,6 +75,7 @@ TASKS: dict[str, type[Task]] = {
     "selective_copying": SelectiveCopying,
     "sorting": Sorting,
     "sorting_hints": HintedSorting,
+    "sorting_pointers": PointerSorting,
     "sorting_source": SourceSorting,
     "speech_commands": SpeechCommands,
 }
