@@ -11,6 +11,8 @@
     qwen3_next      3 Gated DeltaNet to 1 gated attention, experts (2505.06708)
     hybridna        7 Mamba-2 to 1 attention (2502.10807)
     masformer       full attention in the lowest layer alone, windows above (2310.12442)
+    longgen         full attention in the middle third of the layers, windows and first tokens in the others (2410.01485)
+    longgen_blocks  the same with strided blocks in the others
     xlstm           7 mLSTM to 1 sLSTM, which alone has a channel mixer (2405.04517)
     lfm2            10 gated short convolutions to 6 attention (2511.23404)
     falcon_h1       Mamba-2 and attention side by side in every layer (2507.22448)
@@ -110,6 +112,22 @@ MODELS = {
         mixers={"attention": dict(heads=4), "local": dict(mixer="attention", heads=4, window=32)},
         channel="mlp",
         norm="layer_norm",
+    ),
+    "longgen": dict(
+        depth=6,
+        pattern=("local", "local", "attention", "attention", "local", "local"),
+        mixers={
+            "attention": dict(heads=4),
+            "local": dict(mixer="attention", heads=4, window=32, sink_tokens=4),
+        },
+    ),
+    "longgen_blocks": dict(
+        depth=6,
+        pattern=("strided", "strided", "attention", "attention", "strided", "strided"),
+        mixers={
+            "attention": dict(heads=4),
+            "strided": dict(mixer="strided_attention", heads=4, block=8, local_blocks=2, stride=4),
+        },
     ),
     "xlstm": dict(
         depth=8,

@@ -32,7 +32,7 @@ from experiments.config.models import sizes_without_data, with_sizes
 from experiments.runs.files import to_json_text
 from experiments.training import experiment
 from layers.kernels import devices, dispatch
-from seqmodels import DualEncoder, EncoderDecoder
+from seqmodels import DualEncoder, EncoderDecoder, PointerNetwork
 from seqmodels.block import Block
 from seqmodels.encoder_decoder import of_pairs
 from seqmodels.stack import Stack
@@ -185,7 +185,11 @@ def describe(config: Mapping[str, Any], lengths: Sequence[int] = LENGTHS) -> dic
 
 def _stacks(model: nnx.Module) -> tuple[Stack, ...]:
     """Returns the stacks of a model, that which gives its outputs last."""
-    return (model.encoder, model.decoder.stack) if isinstance(model, EncoderDecoder) else (model.stack,)
+    if isinstance(model, EncoderDecoder):
+        return model.encoder, model.decoder.stack
+    if isinstance(model, PointerNetwork) and model.encoder is not None:
+        return model.encoder, model.stack
+    return (model.stack,)
 
 
 def _places(model: nnx.Module) -> list[tuple[Stack, int]]:
@@ -232,7 +236,7 @@ def _flops(module: nnx.Module, inputs: jax.ShapeDtypeStruct) -> Flops | str:
 
     def run(variables: nnx.State, x: jax.Array) -> jax.Array:
         merged = nnx.merge(graph, variables)
-        if isinstance(merged, EncoderDecoder):
+        if isinstance(merged, EncoderDecoder | PointerNetwork):
             return of_pairs(merged, x, segment_ids=None)
         return merged.alone(x) if isinstance(merged, Block) else merged(x)[0]
 
@@ -249,7 +253,7 @@ def _at_length(model: nnx.Module, length: int) -> dict[str, Any]:
     """
     size, shape = (
         model.config.input.input_size,
-        (1, 2, length) if isinstance(model, DualEncoder | EncoderDecoder) else (1, length),
+        (1, 2, length) if isinstance(model, DualEncoder | EncoderDecoder | PointerNetwork) else (1, length),
     )
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     inputs = tokens if size is None else jax.ShapeDtypeStruct((*shape, size), jnp.float32)

@@ -17,6 +17,8 @@ from seqmodels.interop import load_adapter, load_pretrained, save_adapter, save_
 from seqmodels.language_model import LanguageModel
 from seqmodels.lengthen import LengthenConfig, lengthen
 from seqmodels.masked_language_model import MaskedLanguageModel
+from seqmodels.pointer_network import PointerNetwork
+from seqmodels.recurrent_memory import RecurrentMemory
 from seqmodels.regressor import Regressor
 
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "LengthenConfig",
     "LoraConfig",
     "MaskedLanguageModel",
+    "PointerNetwork",
+    "RecurrentMemory",
     "Regressor",
     "__version__",
     "adapt",

@@ -16,6 +16,8 @@ from seqmodels.config import (
     EncoderDecoderConfig,
     LanguageModelConfig,
     MaskedLanguageModelConfig,
+    PointerNetworkConfig,
+    RecurrentMemoryConfig,
     RegressorConfig,
     parse,
 )
@@ -23,6 +25,8 @@ from seqmodels.dual_encoder import DualEncoder
 from seqmodels.encoder_decoder import EncoderDecoder
 from seqmodels.language_model import LanguageModel
 from seqmodels.masked_language_model import MaskedLanguageModel
+from seqmodels.pointer_network import PointerNetwork
+from seqmodels.recurrent_memory import RecurrentMemory
 from seqmodels.regressor import Regressor
 
 MODELS = {
@@ -33,13 +37,22 @@ MODELS = {
     MaskedLanguageModelConfig: MaskedLanguageModel,
     AutoencoderConfig: Autoencoder,
     RegressorConfig: Regressor,
+    PointerNetworkConfig: PointerNetwork,
+    RecurrentMemoryConfig: RecurrentMemory,
 }
 
 
 def build_model(
     config: Mapping[str, Any], *, rngs: nnx.Rngs
 ) -> (
-    Classifier | DualEncoder | EncoderDecoder | LanguageModel | MaskedLanguageModel | Autoencoder | Regressor
+    Classifier
+    | DualEncoder
+    | EncoderDecoder
+    | LanguageModel
+    | MaskedLanguageModel
+    | Autoencoder
+    | Regressor
+    | PointerNetwork
 ):
     """Returns the model that a mapping describes.
 

@@ -226,6 +226,21 @@ class LanguageModelConfig:
 
 
 @checked_dataclass
+class RecurrentMemoryConfig(LanguageModelConfig):
+    """Config of a language model that reads a text in segments and hands a memory from one to the next.
+
+    Attributes:
+      memory: m, vectors of the memory.
+      segment: tokens of a segment.
+      unroll: segments through which gradients pass; None for all.
+    """
+
+    memory: int = 16
+    segment: int = 512
+    unroll: int | None = None
+
+
+@checked_dataclass
 class MaskedLanguageModelConfig:
     """Config of a model that gives the logits of the token at each position of a whole sequence.
 
@@ -274,20 +289,42 @@ class EncoderDecoderConfig(LanguageModelConfig):
             raise ValueError(
                 f"residual={self.stack.residual!r}; layers with a cross-attention need residual='separate'"
             )
-        if not isinstance(self.encoder, StackConfig):
-            own = {field.name: getattr(self.stack, field.name) for field in dataclasses.fields(StackConfig)}
-            values = own | dict(self.encoder)
-            whole = {"causal": False, "bidirectional": True}
-            values["mixer_defaults"] = {
-                **values["mixer_defaults"],
-                **whole,
-                **self.encoder.get("mixer_defaults", {}),
-            }
-            object.__setattr__(self, "encoder", make_config("encoder", StackConfig, values))
-        if self.encoder.width != self.stack.width:
-            raise ValueError(
-                f"encoder.width={self.encoder.width}; expected that of the decoder, {self.stack.width}"
-            )
+        object.__setattr__(self, "encoder", _encoder_of(self.stack, self.encoder))
+
+
+@checked_dataclass
+class PointerNetworkConfig:
+    """Config of a model that gives the logits of items of a source at each step of a target.
+
+    Attributes:
+      input, stack: the embedding of items, and the decoder.
+      encoder: fields of `StackConfig` in which the encoder differs from the decoder, as in `EncoderDecoderConfig`; None for a map of each
+        item by itself.
+      process_steps: steps that read the items as a set before the first one is named (Vinyals et al. 2016, arXiv:1511.06391).
+      glimpse: whether the decoder attends to the items before it points.
+    """
+
+    input: InputConfig
+    stack: StackConfig
+    encoder: Mapping[str, Any] | StackConfig | None = dataclasses.field(default_factory=dict)
+    process_steps: Count = 0
+    glimpse: bool = False
+
+    def __post_init__(self) -> None:
+        if self.encoder is not None:
+            object.__setattr__(self, "encoder", _encoder_of(self.stack, self.encoder))
+
+
+def _encoder_of(stack: StackConfig, given: Mapping[str, Any] | StackConfig) -> StackConfig:
+    """Returns the config of the encoder of a decoder, from the fields in which it differs."""
+    if not isinstance(given, StackConfig):
+        own = {field.name: getattr(stack, field.name) for field in dataclasses.fields(StackConfig)}
+        whole = {"causal": False, "bidirectional": True}
+        defaults = {**own["mixer_defaults"], **whole, **given.get("mixer_defaults", {})}
+        given = make_config("encoder", StackConfig, own | dict(given) | {"mixer_defaults": defaults})
+    if given.width != stack.width:
+        raise ValueError(f"encoder.width={given.width}; expected that of the decoder, {stack.width}")
+    return given
 
 
 @checked_dataclass
@@ -337,6 +374,8 @@ ModelConfig = (
     | MaskedLanguageModelConfig
     | AutoencoderConfig
     | RegressorConfig
+    | PointerNetworkConfig
+    | RecurrentMemoryConfig
 )
 KINDS = {
     "classifier": ClassifierConfig,
@@ -345,6 +384,8 @@ KINDS = {
     "language_model": LanguageModelConfig,
     "masked_language_model": MaskedLanguageModelConfig,
     "autoencoder": AutoencoderConfig,
+    "pointer_network": PointerNetworkConfig,
+    "recurrent_memory": RecurrentMemoryConfig,
     "regressor": RegressorConfig,
 }
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.segments import SegmentIds, Segments
-from layers.typing import Array, Float, Int, Key
+from layers.typing import Array, Float, Int, Key, Num
 from seqmodels.backbone import final_norm, normalized
 from seqmodels.block import Encoded
 from seqmodels.config import EncoderDecoderConfig, LanguageModelConfig
@@ -105,17 +105,19 @@ class EncoderDecoder(nnx.Module):
 
 
 def of_pairs(
-    model: EncoderDecoder,
-    inputs: Int[Array, "b 2 t"],
+    model: Any,
+    inputs: Num[Array, "b 2 t *c"],
     *,
     segment_ids: Int[Array, "b 2 t"] | None,
     **options: Any,
 ) -> Float[Array, "b t v"]:
-    """Returns the logits of `model` on pairs of a source and a target; `options` are those of `Segments.of` and `key`."""
+    """Returns the logits of an `EncoderDecoder` or a `PointerNetwork` on pairs of a source and a target.
+
+    Where sources are vectors, targets are the first of their numbers. `options` are those of `Segments.of` and `key`.
+    """
     key = options.pop("key", None)
     ids = (None, None) if segment_ids is None else jnp.moveaxis(segment_ids, 1, 0)
     source_segments, segments = (Segments.of(one, **options) for one in ids)
-    logits, _ = model(
-        inputs[:, 0], inputs[:, 1], source_segment_ids=source_segments, segment_ids=segments, key=key
-    )
-    return logits
+    source, target = inputs[:, 0], inputs[:, 1]
+    target = target if inputs.ndim == 3 else target[..., 0].astype(jnp.int32)
+    return model(source, target, source_segment_ids=source_segments, segment_ids=segments, key=key)[0]

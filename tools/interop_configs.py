@@ -37,6 +37,10 @@ MAMBA2 = {
     "mamba_chunk_size": 8,
 }
 ENCODER = COMMON | {"num_attention_heads": 4, "intermediate_size": 24}
+LONGT5 = {"vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+LONGT5 |= {"local_radius": 3, "global_block_size": 4, "decoder_start_token_id": 0}
+LONGT5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
+GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 3}
 GRANITE = {
     "embedding_multiplier": 3.0,
     "logits_scaling": 2.0,
@@ -416,6 +420,8 @@ FAMILIES = {
         "BigBirdConfig",
         ENCODER | {"attention_type": "original_full", "rescale_embeddings": True, "sep_token_id": 2},
     ),
+    "longt5": ("LongT5Config", LONGT5 | {"encoder_attention_type": "local", "feed_forward_proj": "relu"}),
+    "longt5_global": ("LongT5Config", LONGT5 | GATED | {"encoder_attention_type": "transient-global"}),
     "nystromformer": (
         "NystromformerConfig",
         ENCODER | {"num_landmarks": 6, "segment_means_seq_len": 24, "conv_kernel_size": 5},

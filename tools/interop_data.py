@@ -17,7 +17,8 @@ matrix.
 
 Per family: config.json and model.safetensors as `save_pretrained` writes them, with random weights in which biases and norms
 matter too, and expected.safetensors with tokens (2, 24), their logits (2, 24, v), and greedy (2, 32), with which the first 8
-tokens continue; where positions depend on the number of tokens, also longer (1, 72) and longer_logits. Masked language models have no continuation, and where tokens have types also types and typed_logits. Every step of the continuation is a full pass, in float32. A continuation is kept only if no step is nearly a tie.
+tokens continue; where positions depend on the number of tokens, also longer (1, 72) and longer_logits. Masked language models have no continuation, and where tokens have types also types and typed_logits. Encoder-decoders have a source (2, 24) besides, and their
+continuation is that of the token 0. Every step of the continuation is a full pass, in float32. A continuation is kept only if no step is nearly a tie.
 """
 
 import copy
@@ -33,6 +34,7 @@ from safetensors.numpy import save_file
 
 TOKENS, PROMPT, NEW, LONGER = 24, 8, 32, 72
 TIE = 2e-3
+SOURCED = ("LongT5Config",)
 MASKED = ("FNetConfig", "LongformerConfig", "BigBirdConfig", "NystromformerConfig")
 DERIVED = re.compile(r"self_attn\.(slope_rate|(query|key|diagonal)_decay)$")
 torch.set_num_threads(1)
@@ -99,13 +101,21 @@ def make(folder, name):
             xLSTMPreTrainedModel._init_weights = lambda *_: None
     config._attn_implementation = "eager"
     auto = transformers.AutoModelForMaskedLM if kind in MASKED else transformers.AutoModelForCausalLM
+    auto = transformers.AutoModelForSeq2SeqLM if kind in SOURCED else auto
     model = auto.from_config(config, dtype=torch.float32).eval()
     settle(model)
     for seed in range(20):
         scramble(model, seed)
         rows = np.random.default_rng(seed).integers(1, VOCAB, (2, TOKENS))
 
-        def logits(ids, **more):
+        source = np.random.default_rng([seed, 1]).integers(1, VOCAB, (2, TOKENS))
+
+        def logits(ids, source=source, **more):
+            if kind in SOURCED:
+                everything = torch.ones(source.shape, dtype=torch.long)
+                more |= {"input_ids": torch.tensor(source), "attention_mask": everything, "use_cache": False}
+                with torch.no_grad():
+                    return model(decoder_input_ids=torch.tensor(ids), **more).logits.numpy()
             with torch.no_grad():
                 return model(
                     torch.tensor(ids), **({} if kind in MASKED else {"use_cache": False}), **more
@@ -114,13 +124,14 @@ def make(folder, name):
         if kind in MASKED:
             made, gap = None, 0.0
             break
-        made, gap = rows[:, :PROMPT], np.inf
+        made, gap = (np.zeros((2, 1), int) if kind in SOURCED else rows[:, :PROMPT]), np.inf
+        given = made.shape[1]
         for _ in range(NEW):
             last = logits(made)[:, -1]
             best = np.sort(last, axis=-1)
             gap = min(gap, (best[:, -1] - best[:, -2]).min())
             made = np.concatenate([made, last.argmax(-1)[:, None]], axis=1)
-        if gap > TIE and len(np.unique(made[:, PROMPT:])) > 2:
+        if gap > TIE and len(np.unique(made[:, given:])) > 2:
             break
     else:
         raise SystemExit(f"{name}: no seed gives a varied continuation without near ties")
@@ -138,7 +149,8 @@ def make(folder, name):
         expected |= {"logits": logits(rows, **everything), "types": types.astype(np.int32)}
         expected["typed_logits"] = logits(rows, **everything, token_type_ids=torch.tensor(types))
     else:
-        expected |= {"logits": logits(rows), "greedy": made[:, PROMPT:].astype(np.int32)}
+        expected |= {"logits": logits(rows), "greedy": made[:, given:].astype(np.int32)}
+        expected |= {"source": source.astype(np.int32)} if kind in SOURCED else {}
     if options.get("rope_parameters", {}).get("rope_type") in ("dynamic", "longrope"):
         longer = np.random.default_rng(seed).integers(1, VOCAB, (1, LONGER))
         expected |= {"longer": longer.astype(np.int32), "longer_logits": logits(longer)}

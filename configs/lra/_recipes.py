@@ -29,7 +29,7 @@ ATTENTIONS = ("attention", "local_attention", "linformer", "performer", "linear_
 # Longformer and other sparse patterns, and attention through landmarks and latents.
 SPARSE = (
     *("longformer", "bigbird", "etc", "longt5", "nystromformer", "luna", "reformer", "informer"),
-    *("shifted_sparse", "moba", "landmark"),
+    *("shifted_sparse", "moba", "landmark", "power_attention", "strided_attention", "core_context"),
 )
 # Those of them that take no positions by themselves.
 UNPLACED = ("longformer", "bigbird", "nystromformer", "luna", "reformer", "informer")
@@ -141,6 +141,9 @@ def mixer_options(mixer: str, length: int, heads: int = 8, head_dim: int | None 
         shifted_sparse=dict(heads=heads, group=length // 4),
         moba=dict(heads=heads, block=max(16, length // 32), top_k=4),
         landmark=dict(heads=heads, block=51),
+        power_attention=dict(heads=heads, block=max(16, length // 64)),
+        strided_attention=dict(heads=heads, block=max(16, length // 64)),
+        core_context=dict(heads=heads, near=length // 8),
         mamba=dict(),
         b2s6=dict(),
         bimamba=dict(mixer="bidirectional", inner="mamba", tied="projections"),

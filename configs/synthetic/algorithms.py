@@ -11,12 +11,15 @@ up to 20); paper up to 20 for copying and sorting (Kazemnejad et al. 2023, arXiv
 an option `negative_eigenvalues` use it, as only those can learn parity. `running_parity` asks for the parity at every bit.
 `copy_unique`, `count` and `mode` are tasks of Zhou et al. 2024 (arXiv:2310.16028) with short programs in RASP-L. `addition_hints` has a
 letter before every digit (arXiv:2402.09371), and `sorting_hints` asks for the next larger element in half of the training examples
-(arXiv:2310.00726).
+(arXiv:2310.00726). With segment=TOKENS, rows are read in segments, between which memory=VECTORS (4) are carried (RMT, arXiv:2207.06881):
+
+    python -m experiments.train --config=configs/synthetic/algorithms.py:task=running_parity,mixer=attention,segment=5 --workdir=runs/memory
 """
 
 from ml_collections import ConfigDict
 
 OPTIONS = dict(task="parity", mixer="deltanet", width="64", depth="2", learning_rate="1e-3", scale="small")
+OPTIONS |= dict(segment="", memory="4")
 LENGTHS = {  # of training, and of the further splits
     ("copy", "small"): ((1, 10), (10, 12, 15, 20, 40)),
     ("copy", "paper"): ((1, 20), (20, 24, 30, 40, 80)),
@@ -58,6 +61,9 @@ def get_config(arg: str = "") -> ConfigDict:
         mixer_defaults=dict(heads=4, causal=True, negative_eigenvalues=True),
         channel="swiglu",
     )
+    if options["segment"]:
+        config.model.kind = "recurrent_memory"
+        config.model.update(segment=int(options["segment"]), memory=int(options["memory"]))
     config.data = {}
     steps = 2000 if scale == "small" else 20_000
     config.train = dict(batch_size=64, steps=steps, eval_every=0.32, log_every=50)

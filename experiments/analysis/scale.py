@@ -67,10 +67,8 @@ def scales(values: Mapping[str, Any], *, batch: int, length: int, seed: int) -> 
     Raises:
       ValueError: layers of the model share blocks, or it is an encoder-decoder.
     """
-    if values.get("kind") == "encoder_decoder":
-        raise ValueError(
-            "kind='encoder_decoder' has two stacks, and scales are those of one; expected another kind"
-        )
+    if (kind := values.get("kind")) in ("encoder_decoder", "pointer_network"):
+        raise ValueError(f"kind={kind!r} has two stacks, and scales are those of one; expected another kind")
     plain = {"scan": False, "dropout": 0.0, "route": None, "route_rate": StackConfig.route_rate}
     model = build_model({**values, **plain}, rngs=nnx.Rngs(seed))
     if model.stack.uses:

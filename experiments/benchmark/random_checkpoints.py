@@ -130,7 +130,7 @@ def write(folder: Path, config: Mapping[str, Any], seed: int = 0) -> int:
     """
     family = FAMILIES[config["architectures"][0]]
     ours = read_config(family, dict(config), of="the config")
-    shapes = make_table(family, parse(ours).stack, shapes_of(ours)).shapes
+    shapes = make_table(family, parse(ours), shapes_of(ours)).shapes
     folder.mkdir(parents=True, exist_ok=True)
     files.write_tensors(folder, _drawn(shapes, np.random.default_rng(seed)), shard_size=SHARD)
     files.write_json(folder / files.CONFIG, config)

@@ -52,17 +52,8 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str,
             f"config.model.kind='masked_language_model', which reads the tokens that the task {task!r} asks for; expected "
             "another kind, such as 'language_model'"
         )
-    kind, sourced = model.get("kind"), getattr(TASKS.get(task), "has_source", False)
-    if kind in KINDS and (kind == "encoder_decoder") != sourced:
-        rows = (
-            "pairs of a source and a target"
-            if sourced
-            else "single sequences, not pairs of a source and a target"
-        )
-        raise ValueError(
-            f"config.model.kind={kind!r}, but rows of the task {task!r} are {rows}; expected "
-            + ("kind='encoder_decoder'" if sourced else "a task such as 'copy_source'")
-        )
+    kind = model.get("kind")
+    _check_sources(kind, task)
     if (folder := config.get("train", {}).get("pretrained")) and "vocab_size" in sizes:
         if sizes["vocab_size"] > model["vocab_size"]:
             raise ValueError(
@@ -87,6 +78,22 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str,
         )
     _check_regression(config, sizes)
     return model | sizes
+
+
+def _check_sources(kind: str | None, task: str | None) -> None:
+    """Raises ValueError unless the model reads a source just where rows have one, and points where targets name its items."""
+    has_source, points = (getattr(TASKS.get(task), name, False) for name in ("has_source", "names_items"))
+    wanted = "pointer_network" if points else "encoder_decoder" if has_source else None
+    readers = {"encoder_decoder": "copy_source", "pointer_network": "sorting_pointers"}
+    if kind not in KINDS or kind == wanted or (wanted is None and kind not in readers):
+        return
+    rows = "single sequences, not pairs of a source and a target"
+    if has_source:
+        rows = "pairs of a source and a target" + (" that names its items" if points else "")
+    raise ValueError(
+        f"config.model.kind={kind!r}, but rows of the task {task!r} are {rows}; expected "
+        + (f"kind={wanted!r}" if wanted else f"a task such as {readers[kind]!r}")
+    )
 
 
 def _check_regression(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:

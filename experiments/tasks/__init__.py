@@ -31,6 +31,7 @@ from experiments.tasks.synthetic.linear_regression import LinearRegression
 from experiments.tasks.synthetic.mad_memory import Compression, MADSelectiveCopying, Memorization
 from experiments.tasks.synthetic.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
 from experiments.tasks.synthetic.mqar import MQAR
+from experiments.tasks.synthetic.pointing import ConvexHull, PointerSorting
 from experiments.tasks.synthetic.rasp import Counting, Mode, UniqueCopy
 from experiments.tasks.synthetic.regular_languages import RegularLanguages
 from experiments.tasks.synthetic.selective_copying import SelectiveCopying
@@ -48,6 +49,7 @@ TASKS: dict[str, type[Task]] = {
     "chorale_events": ChoraleEvents,
     "chorales": Chorales,
     "cifar10": CIFAR10,
+    "convex_hull": ConvexHull,
     "copy": Copy,
     "copy_source": SourceCopy,
     "copy_unique": UniqueCopy,
@@ -77,6 +79,7 @@ TASKS: dict[str, type[Task]] = {
     "selective_copying": SelectiveCopying,
     "sorting": Sorting,
     "sorting_hints": HintedSorting,
+    "sorting_pointers": PointerSorting,
     "sorting_source": SourceSorting,
     "species": Species,
     "speech_commands": SpeechCommands,

@@ -23,6 +23,7 @@ from seqmodels.dual_encoder import as_rows
 from seqmodels.encoder_decoder import EncoderDecoder, of_pairs
 from seqmodels.language_model import LanguageModel
 from seqmodels.names import Names, join_layers, names_of, split_layers
+from seqmodels.pointer_network import PointerNetwork
 
 Arrays = dict[str, Array]
 STATISTICS = (nnx.BatchStat, Constant, AuxiliaryLoss)
@@ -178,7 +179,7 @@ class SplitModel:
         zeros = {path: jnp.zeros_like(statistics[path]) for path in self._auxiliary}
         model = self.module(parameters, {**statistics, **zeros})
         ids = batch.get("segment_ids")
-        if isinstance(model, EncoderDecoder):
+        if isinstance(model, EncoderDecoder | PointerNetwork):
             facts = dict(padding=self._padding, packed=self._packed)
             output = of_pairs(model, batch["inputs"], segment_ids=ids, key=key, **facts)
             return output, self._after(model, statistics)

@@ -7,6 +7,7 @@ from flax import nnx
 
 from layers.mixers.attention.attention import Attention, AttentionConfig
 from layers.mixers.attention.bigbird import BigBird, BigBirdConfig
+from layers.mixers.attention.core_context import CoreContext, CoreContextConfig
 from layers.mixers.attention.differential_attention import DifferentialAttention, DifferentialAttentionConfig
 from layers.mixers.attention.etc import ETC, ETCConfig
 from layers.mixers.attention.forgetting_attention import ForgettingAttention, ForgettingAttentionConfig
@@ -23,11 +24,14 @@ from layers.mixers.attention.moba import MoBA, MoBAConfig
 from layers.mixers.attention.nsa import NSA, NSAConfig
 from layers.mixers.attention.nystromformer import Nystromformer, NystromformerConfig
 from layers.mixers.attention.path_attention import PaTHAttention, PaTHAttentionConfig
+from layers.mixers.attention.power_attention import PowerAttention
 from layers.mixers.attention.reformer import Reformer, ReformerConfig
 from layers.mixers.attention.selective_attention import SelectiveAttention, SelectiveAttentionConfig
 from layers.mixers.attention.shifted_sparse import ShiftedSparse, ShiftedSparseConfig
 from layers.mixers.attention.shortformer import Shortformer, ShortformerConfig
 from layers.mixers.attention.softplus_attention import SoftplusAttention, SoftplusAttentionConfig
+from layers.mixers.attention.static_blocks import StaticBlocksConfig
+from layers.mixers.attention.strided_attention import StridedAttention, StridedAttentionConfig
 from layers.mixers.attention.transformer_xl import TransformerXL, TransformerXLConfig
 from layers.mixers.bidirectional import Bidirectional, BidirectionalConfig
 from layers.mixers.convolution.gated_short_conv import GatedShortConv, GatedShortConvConfig
@@ -92,6 +96,7 @@ MIXERS = {
     "bidirectional": (BidirectionalConfig, Bidirectional),
     "bigbird": (BigBirdConfig, BigBird),
     "comba": (CombaConfig, Comba),
+    "core_context": (CoreContextConfig, CoreContext),
     "cross_scan": (CrossScanConfig, CrossScan),
     "deltanet": (DeltaNetConfig, DeltaNet),
     "differential_attention": (DifferentialAttentionConfig, DifferentialAttention),
@@ -141,6 +146,7 @@ MIXERS = {
     "parallel": (ParallelConfig, Parallel),
     "path_attention": (PaTHAttentionConfig, PaTHAttention),
     "performer": (PerformerConfig, Performer),
+    "power_attention": (StaticBlocksConfig, PowerAttention),
     "reformer": (ReformerConfig, Reformer),
     "retnet": (RetNetConfig, RetNet),
     "rg_lru": (RGLRUConfig, RGLRU),
@@ -158,6 +164,7 @@ MIXERS = {
     "shortformer": (ShortformerConfig, Shortformer),
     "slstm": (SLSTMConfig, SLSTM),
     "softplus_attention": (SoftplusAttentionConfig, SoftplusAttention),
+    "strided_attention": (StridedAttentionConfig, StridedAttention),
     "titans": (TitansConfig, Titans),
     "transformer_xl": (TransformerXLConfig, TransformerXL),
     "ttt_linear": (TTTLinearConfig, TTTLinear),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from seqmodels.config import StackConfig
+from seqmodels.config import EncoderDecoderConfig, ModelConfig, StackConfig
 from seqmodels.interop.options import Options
 
 Arrays = tuple[np.ndarray, ...]
@@ -60,6 +60,8 @@ class Family:
       alternating: whether gates and inputs of stacked experts take turns in transformers; one follows the other otherwise.
       joined: function from the config of the stack to patterns of names of tensors that some checkpoints have in place of several,
         each with what to put in its place for each of these and how many rows that one has. They are never written.
+      sides: function from the config of an encoder-decoder to the pairs of the layers of both sides, with full names; `layer` and
+        `parts` then name nothing.
       numbers: function from the config of the stack to the numbers of their layers that hold the mixer and the channel mixer of
         each layer of ours; by default both are the number of ours.
     """
@@ -77,13 +79,17 @@ class Family:
     base: str = "model."
     aliases: Sequence[tuple[str, str]] = ()
     alternating: bool = False
+    sides: Callable[[EncoderDecoderConfig], Pairs] | None = None
     joined: Callable[[StackConfig], Mapping[str, Mapping[str, int]]] = lambda _: {}
     numbers: Callable[[StackConfig], Sequence[tuple[int, int]]] = lambda stack: [
         (layer, layer) for layer in range(stack.depth)
     ]
 
-    def pairs(self, stack: StackConfig) -> Pairs:
+    def pairs(self, config: ModelConfig) -> Pairs:
         """Returns all pairs of a model, with full names."""
+        if self.sides is not None:
+            return *self.outer, *self.sides(config)
+        stack = config.stack
         found, parts = [*self.outer, *self.more(stack)], self.parts(stack)
         for layer, (mixer_number, channel_number) in enumerate(self.numbers(stack)):
             channel = stack.channel_of(layer)

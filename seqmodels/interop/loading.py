@@ -16,6 +16,7 @@ from layers.options import suggestion
 from layers.sharding_rules import ShardingRules
 from seqmodels.building import build_model
 from seqmodels.config import StackConfig, parse
+from seqmodels.encoder_decoder import EncoderDecoder
 from seqmodels.interop import files
 from seqmodels.interop.families import FAMILIES
 from seqmodels.interop.family import Family
@@ -28,6 +29,7 @@ from seqmodels.language_model import LanguageModel
 from seqmodels.masked_language_model import MaskedLanguageModel
 from seqmodels.names import Names, names_of
 
+Model = LanguageModel | MaskedLanguageModel | EncoderDecoder
 OTHERS = nnx.Not(nnx.Any(*STORED))
 # Tensors that are read at once.
 READERS = 8
@@ -43,7 +45,7 @@ def load_pretrained(
     scan: bool = True,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
-) -> tuple[LanguageModel | MaskedLanguageModel, dict[str, Any]]:
+) -> tuple[Model, dict[str, Any]]:
     """Returns the model of a checkpoint in the format of transformers, and its config.
 
     Beside the model, memory holds a few tensors at a time, and the largest variables are read first.
@@ -62,7 +64,7 @@ def load_pretrained(
       rules: which axis of the mesh divides which axis of parameters; `ShardingRules()` if None.
 
     Returns:
-      The model, masked or not, whose logits are those of the published one, and the config for `seqmodels.build_model`.
+      The model, masked or not or an encoder-decoder, whose logits are those of the published one, and the config for `seqmodels.build_model`.
 
     Raises:
       ImportError: the package safetensors is not installed.
@@ -80,7 +82,7 @@ def load_weights(
     adapter: str | os.PathLike | None = None,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
-) -> LanguageModel | MaskedLanguageModel:
+) -> Model:
     """Returns the model of a config with the weights of a checkpoint.
 
     Args:
@@ -92,7 +94,7 @@ def load_weights(
     check_vocabulary(folder, config["vocab_size"])
     model = shapes_of(config)
     family = family_of(files.read_json(folder / files.CONFIG), folder / files.CONFIG)
-    table = make_table(family, parse(config).stack, model)
+    table = make_table(family, parse(config), model)
     with contextlib.ExitStack() as stack:
         opened, joined = stack.enter_context(files.opened_tensors(folder)), family.joined(parse(config).stack)
         tensors = files.parted(opened, joined, of=str(folder))
@@ -145,7 +147,7 @@ def read_config(
     return config
 
 
-def shapes_of(config: dict[str, Any]) -> LanguageModel | MaskedLanguageModel:
+def shapes_of(config: dict[str, Any]) -> Model:
     """Returns the model of a config with shapes in place of arrays."""
     return nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
 
@@ -220,7 +222,7 @@ class _Source:
 
 
 def _fill(
-    model: LanguageModel | MaskedLanguageModel,
+    model: Model,
     config: dict[str, Any],
     source: _Source,
     mesh: Mesh | None,

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,27 +14,29 @@ from layers.registry import choose
 from seqmodels.adapters import has_adapters
 from seqmodels.block import Block
 from seqmodels.config import parse
+from seqmodels.encoder_decoder import EncoderDecoder
 from seqmodels.interop import files
 from seqmodels.interop.families import FAMILIES
 from seqmodels.interop.family import Family
-from seqmodels.interop.loading import read_config, shapes_of
+from seqmodels.interop.loading import Model, read_config, shapes_of
 from seqmodels.interop.tensors import STORED, Table, make_table
-from seqmodels.language_model import LanguageModel
-from seqmodels.masked_language_model import MaskedLanguageModel
 from seqmodels.names import names_of
 from seqmodels.stack import Stack
 
-Model = LanguageModel | MaskedLanguageModel
 SHARD = 5_000_000_000
 # Parts of the block of a layer.
 _PARTS = (
     "mixer",
+    "cross",
     "channel",
     "mixer_norm",
+    "cross_norm",
     "mixer_output_norm",
+    "cross_output_norm",
     "channel_norm",
     "channel_output_norm",
 )
+_OF_STACKS = ("width", "depth", "residual", "shared_norm", "norm_position", "residual_scale", "branch_scale")
 # Options of training and initial values, which a published config does not have.
 _OF_TRAINING = {
     "dtype",
@@ -76,7 +78,7 @@ def save_pretrained(
     """Writes a model in the format of transformers: config.json, and model.safetensors or shards with an index.
 
     Args:
-      model: a language model, masked or not, that one of the families of `load_pretrained` can express.
+      model: a language model, masked or not, or an encoder-decoder that one of the families of `load_pretrained` can express.
       architecture: name of the family, such as "MistralForCausalLM"; by default the first that expresses the model.
       folder: a folder, which is made if it does not exist and must not hold a checkpoint.
       shard_size: about the most bytes per file.
@@ -125,7 +127,7 @@ def express(model: Model, architecture: str | None = None) -> tuple[Family, dict
             continue  # a mixer or channel mixer of another kind
         reasons[name] = differences(model, twin)
         if not reasons[name]:
-            return family, theirs, make_table(family, parse(config).stack, twin)
+            return family, theirs, make_table(family, parse(config), twin)
     if not reasons:
         pattern = ", ".join(model.config.stack.pattern)
         raise ValueError(
@@ -143,32 +145,45 @@ def differences(model: Model, twin: Model) -> list[str]:
     if found := _compare("kind", type(model).__name__, type(twin).__name__):
         return found
     for field in dataclasses.fields(model.config):
-        if field.name not in ("input", "stack"):
+        # Those of stacks are compared layer by layer.
+        if field.name not in ("input", "stack", "encoder", "cross"):
             found += _compare(field.name, *(getattr(each.config, field.name) for each in (model, twin)))
     found += _options("", model.config.input, twin.config.input)
-    stacks = model.config.stack, twin.config.stack
-    for name in (
-        "width",
-        "depth",
-        "residual",
-        "shared_norm",
-        "norm_position",
-        "residual_scale",
-        "branch_scale",
-    ):
-        found += _compare(name, *(getattr(stack, name) for stack in stacks))
+    sides = list(zip(_sides(model), _sides(twin), strict=True))
+    for where, stacks in ((own.where, (own.stack.config, other.stack.config)) for own, other in sides):
+        for name in _OF_STACKS:
+            found += _compare(where + name, *(getattr(stack, name) for stack in stacks))
     if found:
         return found
-    if model.norm is not None:
-        found += _options("norm.", model.norm.config, twin.norm.config)
-    for layer, (ours, theirs) in enumerate(zip(_blocks(model.stack), _blocks(twin.stack), strict=True)):
-        found += _block(f"layer {layer}: ", ours, theirs)
-    for number, pair in enumerate(zip(model.stack.shared, twin.stack.shared, strict=False)):
-        found += _block(f"shared {number}: ", *pair, parts=("mixer", "channel", "mixer_norm", "channel_norm"))
+    for own, other in sides:
+        where, stack = own.where, own.stack
+        if own.norm is not None:
+            found += _options(f"{where}norm.", own.norm.config, other.norm.config)
+        for layer, (ours, theirs) in enumerate(zip(_blocks(stack), _blocks(other.stack), strict=True)):
+            found += _block(f"{where}layer {layer}: ", ours, theirs)
+        for number, pair in enumerate(zip(stack.shared, other.stack.shared, strict=False)):
+            parts = ("mixer", "channel", "mixer_norm", "channel_norm")
+            found += _block(f"{where}shared {number}: ", *pair, parts=parts)
     own, other = _shapes(model), _shapes(twin)
     found += [f"no {name} {list(own[name])}" for name in own if own[name] != other.get(name)]
     found += [f"a further {name}" for name in other if name not in own]
     return found
+
+
+class _Side(NamedTuple):
+    """A stack of a model, the norm behind it, and what its messages begin with."""
+
+    where: str
+    stack: Stack
+    norm: Any
+
+
+def _sides(model: Model) -> list[_Side]:
+    """The stacks of a model."""
+    if not isinstance(model, EncoderDecoder):
+        return [_Side("", model.stack, model.norm)]
+    decoder = model.decoder
+    return [_Side("", decoder.stack, decoder.norm), _Side("encoder: ", model.encoder, model.encoder_norm)]
 
 
 def _block(where: str, ours: Any, theirs: Any, *, parts: Sequence[str] = _PARTS) -> list[str]:

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from layers.options import suggestion
-from seqmodels.config import StackConfig
+from seqmodels.config import ModelConfig
 from seqmodels.interop.family import Family, Pair
 from seqmodels.names import names_of
 
@@ -30,7 +30,7 @@ class Table(NamedTuple):
     constants: Mapping[str, float]
 
 
-def make_table(family: Family, stack: StackConfig, model: nnx.Module) -> Table:
+def make_table(family: Family, config: ModelConfig, model: nnx.Module) -> Table:
     """Returns the table of a model, of which only shapes are used.
 
     Raises:
@@ -42,7 +42,7 @@ def make_table(family: Family, stack: StackConfig, model: nnx.Module) -> Table:
         own |= dict.fromkeys(names.names, variable.shape[1:] if names.stacked else variable.shape)
     pairs: dict[str, tuple[Pair, int]] = {}
     shapes: dict[str, Shape] = {}
-    for pair in family.pairs(stack):
+    for pair in family.pairs(config):
         present = [name in own for name in pair.ours]
         if not any(present):
             continue

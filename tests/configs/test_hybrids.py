@@ -31,6 +31,8 @@ PATTERNS = {
     "qwen3_next": "GatedDeltaNet:E GatedDeltaNet:E GatedDeltaNet:E GatedAttention:E",
     "hybridna": "Mamba2:G " * 7 + "Attention:G",
     "masformer": "Attention:P Attention:P Attention:P Attention:P",
+    "longgen": "Attention:G " * 6,
+    "longgen_blocks": "StridedAttention:G " * 2 + "Attention:G " * 2 + "StridedAttention:G " * 2,
     "xlstm": "MLSTM:- SLSTM:G " + "MLSTM:- " * 6,
     "lfm2": "GatedShortConv:G GatedShortConv:G Attention:G " * 3
     + "GatedShortConv:G Attention:G " * 3
@@ -41,7 +43,7 @@ PATTERNS = {
     "based": "Based:G Attention:G Based:G Attention:G",
 }
 # Those that default tests do not build.
-SLOW = ("xlstm", "lfm2", "falcon_h1", "nemotron_h", "zamba2", "based")
+SLOW = ("longgen", "longgen_blocks", "xlstm", "lfm2", "falcon_h1", "nemotron_h", "zamba2", "based")
 by_hybrid = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PATTERNS]
 )
@@ -104,6 +106,14 @@ def test_positions_and_windows_are_the_papers():
     assert attention_of("griffin").config.window == attention_of("samba").config.window == 64
     windows = [block.mixer.config.window for block in model_of("masformer").stack.layers]
     assert windows == [None, 32, 32, 32]
+
+
+@pytest.mark.slow
+def test_longgen_keeps_all_keys_in_a_third_of_its_layers():
+    """Bytes of the cache are those of a third of the layers and of as many slots as windows and first tokens have in the others."""
+    state = jax.eval_shape(lambda: model_of("longgen").stack.init_state(1, max_length=3200))
+    slots = [leaf.shape[1] for leaf in jax.tree.leaves(state) if leaf.ndim == 4]
+    assert slots == [36] * 4 + [3200] * 4 + [36] * 4
 
 
 @pytest.mark.slow

@@ -37,11 +37,14 @@ SCALES = [
     "linear_regression:scale=paper",
     "source_target:",
     "source_target:task=copy,scale=paper,mixer=gla,encoder=nystromformer",
+    "pointing:",
+    "pointing:task=hull,reader=set,process=2,glimpse=yes,mixer=attention",
     "regular_languages:",
     "regular_languages:scale=paper",
     *(f"algorithms:task={task}" for task in (
         "copy", "copy_unique", "count", "mode", "parity", "running_parity", "sorting", "sorting_hints", "addition", "addition_hints",
     )),
+    "algorithms:task=running_parity,mixer=attention,segment=5,memory=2",
     *(f"algorithms:task={task},scale=paper" for task in ("copy", "count", "mode", "parity", "sorting", "addition", "addition_hints")),
 ]  # fmt: skip
 

@@ -195,6 +195,18 @@ FIELDS = [
         "--config=synthetic/source_target --config.model.kind=language_model",
         "expected kind='encoder_decoder'",
     ),
+    (
+        "--config=synthetic/source_target --config.model.kind=pointer_network",
+        "rows of the task 'sorting_source' are pairs of a source and a target; expected kind='encoder_decoder'",
+    ),
+    (
+        "--config=synthetic/pointing --config.model.kind=encoder_decoder",
+        "are pairs of a source and a target that names its items; expected kind='pointer_network'",
+    ),
+    ("--config=MQAR --config.model.kind=pointer_network", "expected a task such as 'sorting_pointers'"),
+    ("--config=synthetic/pointing:task=tour", "task=tour; expected sorting|hull"),
+    ("--config=synthetic/pointing:depth=2", "pointing.py takes task, reader, mixer, process,"),
+    ("--config=synthetic/pointing:task=hull,lengths=2-5", "expected at least 3 points, which have a hull"),
     ("--config=synthetic/source_target:task=parity", "task=parity,scale=small; expected copy"),
     (
         "--config=synthetic/source_target:steps=2",

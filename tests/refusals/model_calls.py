@@ -20,6 +20,12 @@ def wrote(sources=((1,),), **options):
     return generate_from(made, sources, **dict(start=0, max_new_tokens=1) | options)
 
 
+def remembered(tokens, carried=False, **keywords):
+    """A call of a model with a memory between segments of two tokens."""
+    made = build_model(MODEL | dict(kind="recurrent_memory", segment=2), rngs=nnx.Rngs(0))
+    return made(tokens, made.init_state(1) if carried else None, **keywords)[0]
+
+
 def crossing():
     """A mixer of width 8 that reads sources."""
     return small("attention", heads=2, position="none")
@@ -82,6 +88,32 @@ ROWS = [
         traced(lambda: build_model(SOURCED, rngs=nnx.Rngs(0)).decoder(ones(2, 3, dtype="int32"))[0]),
         ValueError,
         "was called without a source; expected the output of an encoder",
+    ),
+    (
+        traced(
+            lambda: build_model(MODEL | dict(kind="pointer_network"), rngs=nnx.Rngs(0))(
+                ones(2, 3, dtype="int32"), ones(1, 3, dtype="int32")
+            )[0]
+        ),
+        ValueError,
+        "source has 2 rows, and target has 1; expected one source per target",
+    ),
+    (
+        lambda: build_model(MODEL | dict(kind="pointer_network"), rngs=nnx.Rngs(0))(
+            ones(1, 2, dtype="int32"), 3 * ones(1, 1, dtype="int32")
+        ),
+        ValueError,
+        "target[0, 0] is 3; expected 0 to 2, as the items and the end=3",
+    ),
+    (
+        traced(lambda: remembered(ones(1, 3, dtype="int32"), segment_ids=ones(1, 3, dtype="int32"))),
+        ValueError,
+        "expected one text per row, as Segments.of(ids, packed=False) says",
+    ),
+    (
+        traced(lambda: remembered(ones(1, 3, dtype="int32"), True)),
+        ValueError,
+        "3 tokens with a state; a memory is carried between whole segments, expected a multiple of segment=2",
     ),
     (
         lambda: scales(MODEL | dict(kind="encoder_decoder"), batch=1, length=2, seed=0),

@@ -180,7 +180,6 @@ class Attention(CrossAttention):
         config = self.config
         options = {
             "causal": config.causal,
-            "mask": Mask(window=config.window, sink_tokens=config.sink_tokens),
             "logits": self.logits(),
             "scale": config.scale,
         }
@@ -190,7 +189,8 @@ class Attention(CrossAttention):
         if visit is None:
             positions = jnp.arange(x.shape[1])[None] if segments is None else segments.positions
             q, k, v = self.project(x, positions, segments)
-            o = attend(self.position, q, k, v, segment_ids=segments, **options)
+            options |= {"mask": self.mask(x.shape[1]), "segment_ids": segments}
+            o = attend(self.position, q, k, v, **options)
             return self.finish(o, x), None
         q, k, v = self.project(x, visit.positions, segments)
         if isinstance(carried, CacheState):
@@ -198,8 +198,13 @@ class Attention(CrossAttention):
             return self.finish(o, x), carried
         carried, seen, beyond = extend(carried, (k, v), visit, **self.kept)
         tokens = Tokens(seen.numbers, visit.positions, seen.positions)
-        o = attend(self.position, q, *seen.entries, segment_ids=visit.numbers, tokens=tokens, **options)
+        options |= {"mask": self.mask(seen.numbers.shape[1]), "segment_ids": visit.numbers}
+        o = attend(self.position, q, *seen.entries, tokens=tokens, **options)
         return jnp.where(beyond[..., None], jnp.nan, self.finish(o, x)), carried
+
+    def mask(self, length: int) -> Mask:
+        """Returns which keys at positions below `length` a query sees, besides `causal`."""
+        return Mask(window=self.config.window, sink_tokens=self.config.sink_tokens)
 
     @property
     def kept(self) -> dict[str, int | None]:
@@ -209,12 +214,12 @@ class Attention(CrossAttention):
     @property
     def takes_cache_policy(self) -> bool:
         """Whether a policy of `layers.caches` may stand in place of the cache: one of all tokens, which `mix` here reads."""
-        return type(self).mix is Attention.mix and self.causal and self.config.window is None
+        return self.takes_gaps and self.causal and self.config.window is None
 
     @property
     def takes_gaps(self) -> bool:
-        """Whether positions may have gaps: those that are read by `mix` here are compared and encoded."""
-        return type(self).mix is Attention.mix
+        """Whether positions may have gaps: those that are read by `mix` and `mask` here are compared and encoded."""
+        return type(self).mix is Attention.mix and type(self).mask is Attention.mask
 
     def view(self) -> View:
         """Returns how queries weigh keys, for a policy."""

@@ -21,6 +21,7 @@ from seqmodels.interop.families import (
     lfm2,
     llama,
     longformer,
+    longt5,
     mamba,
     mamba2,
     minimax,
@@ -91,5 +92,6 @@ FAMILIES = {
         longformer.LONGFORMER,
         big_bird.BIG_BIRD,
         nystromformer.NYSTROMFORMER,
+        longt5.LONGT5,
     )
 }

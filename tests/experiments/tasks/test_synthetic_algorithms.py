@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.spatial import ConvexHull
 
 from experiments.tasks import make_task
 from experiments.tasks.tokens import IGNORE
@@ -184,3 +185,30 @@ def test_digits_are_uniform():
     np.testing.assert_allclose(np.bincount(digits[:, 0], minlength=10) / 4000, 0.1, atol=0.02)
     np.testing.assert_allclose(np.bincount(digits[:, 2], minlength=10)[1:] / 4000, 1 / 9, atol=0.02)
     assert np.all(digits[:, 2] > 0)
+
+
+def hull(points):
+    """The corners counter-clockwise from the first, by SciPy."""
+    corners = ConvexHull(points).vertices.tolist()
+    start = corners.index(min(corners))
+    return corners[start:] + corners[:start]
+
+
+@pytest.mark.parametrize(
+    "name, solve",
+    [("sorting_pointers", lambda points: np.argsort(points[:, 0]).tolist()), ("convex_hull", hull)],
+)
+@pytest.mark.parametrize("split", ["train", "length_9"])
+def test_pointers_name_sorted_numbers_and_corners(name, solve, split):
+    task = make_task(name, **SIZES, lengths=(3, 6), extrapolate=(9,))
+    source = task.splits[split]
+    width = int(source.lengths.max()) + 2
+    data = source.gather(np.arange(len(source)), width)
+    assert data["inputs"].shape == (len(source), 2, width, task.input_size)
+    for (given, target), (there, here), labels in zip(
+        data["inputs"], data["segment_ids"] == 1, data["labels"], strict=True
+    ):
+        answer = [item + 1 for item in solve(given[there])]
+        assert there.sum() in ([9] if split == "length_9" else [3, 4, 5, 6])
+        assert target[here, 0].tolist() == [0, *answer]
+        assert labels.tolist() == [*answer, 0] + [IGNORE] * (width - len(answer) - 1)

@@ -142,6 +142,12 @@ MIXERS = {
     "shifted_sparse": ("shifted_sparse", {"heads": 4, "kv_heads": 2, "group": 6, "group_sinks": 2}),
     "moba": ("moba", {"heads": 4, "kv_heads": 2, "block": 3, "top_k": 2}),
     "nsa": ("nsa", {"heads": 4, "kv_heads": 2, "block": 3, "top_k": 4, "window": 4}),
+    "power_attention": ("power_attention", {"heads": 4, "kv_heads": 2, "block": 2, "sink_blocks": 1}),
+    "strided_attention": (
+        "strided_attention",
+        {"heads": 4, "kv_heads": 2, "block": 2, "local_blocks": 2, "stride": 3},
+    ),
+    "core_context": ("core_context", {"heads": 4, "kv_heads": 2, "group": 3, "near": 4}),
     "landmark": ("landmark", {"heads": 4, "kv_heads": 2, "block": 4}),
     "log_linear_mamba2": ("log_linear_mamba2", {"state_size": 4, "head_dim": 4, "groups": 2, "levels": 4}),
     "mesa_net": ("mesa_net", {"heads": 2, "steps": 8, "gate": True}),
@@ -209,6 +215,7 @@ LIGHT = {
     *("forgetting_attention", "differential_attention", "longformer", "bigbird", "longt5"),
     *("etc", "nystromformer", "luna", "reformer", "informer", "shifted_sparse", "moba", "landmark"),
     *("shortformer", "softplus_attention", "transformer_xl"),
+    *("power_attention", "strided_attention", "core_context"),
     *("log_linear_mamba2", "ttt_linear", "titans", "mesa_net"),
     *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention", "nsa", "b2s6"),
 }

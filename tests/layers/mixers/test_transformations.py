@@ -19,6 +19,7 @@ NEED_A_LENGTH = {
     *("longformer", "bigbird", "longt5", "etc", "nystromformer", "luna-carried", "reformer", "informer"),
     *("moba", "landmark", "softplus_attention", "transformer_xl"),
     *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention", "nsa"),
+    *("power_attention", "strided_attention", "core_context"),
 }
 
 

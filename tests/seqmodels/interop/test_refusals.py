@@ -81,6 +81,10 @@ def test_configs(folder, options, words):
 @pytest.mark.parametrize(
     "name, options, words",
     [
+        ("longt5", {"d_kv": 6}, ["d_kv=6", "expected d_model / num_heads = 8"]),
+        ("longt5", {"encoder_attention_type": "full"}, ["encoder_attention_type='full'", "'local' or 'transient-global'"]),
+        ("longt5", {"feed_forward_proj": "gated-silu"}, ["feed_forward_proj='gated-silu'", "'relu' or 'gated-gelu'"]),
+        ("longt5", {"num_layers": 3}, ["lacks the tensors encoder.block.2."]),
         ("rwkv4", {"attention_hidden_size": 32}, ["attention_hidden_size=32", "expected hidden_size=16"]),
         ("rwkv6", {"expand_k": 0.5}, ["expand_k=0.5", "expected 1.0"]),
         ("rwkv6", {"num_heads": 3}, ["num_heads=3", "a divisor of hidden_size=16"]),
