@@ -17,8 +17,9 @@
     nemotron_h      Mamba-2, attention without positions and squared ReLU, most layers by themselves (2504.03624)
     zamba2          Mamba-2, with two shared blocks of attention and gated MLP that every third layer reads in turn (2411.15242)
     based           linear attention with Taylor features and small windows alternating (2402.18668)
+    sse_h           3 SSE to 1 attention (2507.16577); the ratio is ours
 
-Orders of layers, ratios and positions are the papers'; widths, depths, windows and numbers of experts are smaller. All
+Other orders of layers, ratios and positions are the papers'; widths, depths, windows and numbers of experts are smaller. All
 are causal and pool over time.
 """
 
@@ -167,6 +168,11 @@ MODELS = {
         depth=4,
         pattern=("based", "attention"),
         mixers={"based": dict(heads=4, feature_dim=16), "attention": dict(heads=4, window=64)},
+    ),
+    "sse_h": dict(
+        depth=4,
+        pattern=("sse", "sse", "sse", "attention"),
+        mixers={"sse": dict(heads=4, partitions=4, top_k=2), "attention": dict(heads=4)},
     ),
 }
 

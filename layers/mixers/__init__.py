@@ -54,6 +54,7 @@ from layers.mixers.linear_attention.mlstm import MLSTM, MLSTMConfig
 from layers.mixers.linear_attention.performer import Performer, PerformerConfig
 from layers.mixers.linear_attention.retnet import RetNet, RetNetConfig
 from layers.mixers.linear_attention.rwkv6 import RWKV6, RWKV6Config
+from layers.mixers.linear_attention.sse import SSE, SSEConfig
 from layers.mixers.linear_attention.xlstm7b import XLSTM7B, XLSTM7BConfig
 from layers.mixers.parallel import Parallel, ParallelConfig
 from layers.mixers.recurrence.hgrn import HGRN, HGRNConfig
@@ -158,6 +159,7 @@ MIXERS = {
     "shortformer": (ShortformerConfig, Shortformer),
     "slstm": (SLSTMConfig, SLSTM),
     "softplus_attention": (SoftplusAttentionConfig, SoftplusAttention),
+    "sse": (SSEConfig, SSE),
     "titans": (TitansConfig, Titans),
     "transformer_xl": (TransformerXLConfig, TransformerXL),
     "ttt_linear": (TTTLinearConfig, TTTLinear),

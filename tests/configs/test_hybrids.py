@@ -39,9 +39,10 @@ PATTERNS = {
     "nemotron_h": "Mamba2:P " * 4 + "Mamba2:- Attention:P",
     "zamba2": "Mamba2:- " * 9,
     "based": "Based:G Attention:G Based:G Attention:G",
+    "sse_h": "SSE:G SSE:G SSE:G Attention:G",
 }
 # Those that default tests do not build.
-SLOW = ("xlstm", "lfm2", "falcon_h1", "nemotron_h", "zamba2", "based")
+SLOW = ("xlstm", "lfm2", "falcon_h1", "nemotron_h", "zamba2", "based", "sse_h")
 by_hybrid = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PATTERNS]
 )

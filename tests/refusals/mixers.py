@@ -177,6 +177,8 @@ OPTIONS = [
     (mixer("hgrn2", layer=2, depth=2), ValueError, "layer=2, depth=2; expected 0 <= layer < depth"),
     (mixer("rwkv6", head_dim=3), ValueError, "head_dim=3 does not divide width=8"),
     (mixer("rwkv6", head_dim=4, layer=2, depth=2), ValueError, "layer=2, depth=2; expected"),
+    (mixer("sse", heads=3), ValueError, "heads=3 cannot share 1 x width=8 equally"),
+    (mixer("sse", heads=2, top_k=4), ValueError, "top_k=4; expected fewer than partitions=4"),
     (mixer("mlstm", heads=3), ValueError, "heads=3 does not divide expand * width = 16"),
     (mixer("mlstm", heads=2, block=5), ValueError, "block=5 does not divide expand * width = 16"),
     (mixer("slstm", heads=3), ValueError, "heads=3 cannot share 1 x width=8 equally"),

@@ -98,6 +98,7 @@ MIXERS = {
         "rwkv6",
         {"head_dim": 4, "mix_rank": 3, "decay_rank": 2, "zero_init": False, "layer": 1, "depth": 2},
     ),
+    "sse": ("sse", {"heads": 2, "partitions": 3, "top_k": 2, "gate_rank": 3}),
     "mlstm": ("mlstm", {"heads": 2}),
     "slstm": ("slstm", {"heads": 2}),
     "xlstm7b": ("xlstm7b", {"heads": 2, "key_dim": 3}),
@@ -199,7 +200,7 @@ NOT_CAUSAL = {
 }
 
 # Mixers that choose tokens by numbers of their own, so that rounding may change what a token sees.
-CHOOSES = {"informer", "moba", "nsa", "reformer"}
+CHOOSES = {"informer", "moba", "nsa", "reformer", "sse"}
 
 # Mixers whose part of the suite is slow. By default their own tests compare two calls, with a state, with the equation.
 LIGHT = {
@@ -210,5 +211,5 @@ LIGHT = {
     *("etc", "nystromformer", "luna", "reformer", "informer", "shifted_sparse", "moba", "landmark"),
     *("shortformer", "softplus_attention", "transformer_xl"),
     *("log_linear_mamba2", "ttt_linear", "titans", "mesa_net"),
-    *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention", "nsa", "b2s6"),
+    *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention", "nsa", "b2s6", "sse"),
 }
