@@ -8,6 +8,7 @@
     griffin         2 recurrent blocks to 1 local multi-query attention (2402.19427)
     minimax         7 lightning attention to 1 softmax attention, experts, DeepNorm (2501.08313)
     kimi_linear     3 KDA to 1 latent attention without positions, experts (2510.26692)
+    kimi_gated      the same with decays of at least exp(-5), full gates of KDA and gated latent attention, as in later models
     qwen3_next      3 Gated DeltaNet to 1 gated attention, experts (2505.06708)
     hybridna        7 Mamba-2 to 1 attention (2502.10807)
     masformer       full attention in the lowest layer alone, windows above (2310.12442)
@@ -30,6 +31,7 @@ SHARED = EXPERTS | dict(shared=1)
 # Balanced by a bias instead of losses.
 BY_BIAS = dict(scores="sigmoid", bias_rate=0.001, balance=0.0, z_loss=0.0)
 HALF_ROPE = dict(name="rope", fraction=0.5)
+LATENT = dict(heads=4, latent=32, head_dim=16, rope_dim=8, value_dim=16, position="none")
 MAMBA2 = dict(state_size=32, head_dim=16)
 
 MODELS = {
@@ -83,7 +85,17 @@ MODELS = {
         pattern=("kda+swiglu", "kda", "kda", "mla"),
         mixers={
             "kda": dict(heads=4),
-            "mla": dict(heads=4, latent=32, head_dim=16, rope_dim=8, value_dim=16, position="none"),
+            "mla": LATENT,
+        },
+        channel="moe",
+        channels={"moe": SHARED | BY_BIAS | dict(scale=2.446)},
+    ),
+    "kimi_gated": dict(
+        depth=4,
+        pattern=("kda+swiglu", "kda", "kda", "mla"),
+        mixers={
+            "kda": dict(heads=4, lowest_decay=-5.0, full_gate=True),
+            "mla": LATENT | dict(gate=True),
         },
         channel="moe",
         channels={"moe": SHARED | BY_BIAS | dict(scale=2.446)},
