@@ -8,6 +8,7 @@ from flax import nnx
 from layers.mixers.attention.attention import Attention, AttentionConfig
 from layers.mixers.attention.bigbird import BigBird, BigBirdConfig
 from layers.mixers.attention.differential_attention import DifferentialAttention, DifferentialAttentionConfig
+from layers.mixers.attention.dsa import DSA, DSAConfig
 from layers.mixers.attention.etc import ETC, ETCConfig
 from layers.mixers.attention.forgetting_attention import ForgettingAttention, ForgettingAttentionConfig
 from layers.mixers.attention.gated_attention import GatedAttention, GatedAttentionConfig
@@ -77,6 +78,7 @@ from layers.mixers.state_space.mamba3 import Mamba3, Mamba3Config
 from layers.mixers.state_space.s4 import S4, S4Config
 from layers.mixers.state_space.s4d import S4D, S4DConfig
 from layers.mixers.state_space.s5 import S5, S5Config
+from layers.mixers.test_time.atlas import Atlas, AtlasConfig
 from layers.mixers.test_time.mesa_net import MesaNet, MesaNetConfig
 from layers.mixers.test_time.titans import Titans, TitansConfig
 from layers.mixers.test_time.ttt_linear import TTTLinear, TTTLinearConfig
@@ -87,6 +89,7 @@ from layers.mixers.tuned_state import TunedState, TunedStateConfig
 from layers.registry import build
 
 MIXERS = {
+    "atlas": (AtlasConfig, Atlas),
     "attention": (AttentionConfig, Attention),
     "b2s6": (B2S6Config, B2S6),
     "based": (BasedConfig, Based),
@@ -96,6 +99,7 @@ MIXERS = {
     "cross_scan": (CrossScanConfig, CrossScan),
     "deltanet": (DeltaNetConfig, DeltaNet),
     "differential_attention": (DifferentialAttentionConfig, DifferentialAttention),
+    "dsa": (DSAConfig, DSA),
     "dss": (DSSConfig, DSS),
     "dynamic_conv": (LightweightConvConfig, DynamicConv),
     "etc": (ETCConfig, ETC),

@@ -143,10 +143,12 @@ MIXERS = {
     "shifted_sparse": ("shifted_sparse", {"heads": 4, "kv_heads": 2, "group": 6, "group_sinks": 2}),
     "moba": ("moba", {"heads": 4, "kv_heads": 2, "block": 3, "top_k": 2}),
     "nsa": ("nsa", {"heads": 4, "kv_heads": 2, "block": 3, "top_k": 4, "window": 4}),
+    "dsa": ("dsa", {"heads": 4, "kv_heads": 2, "top_k": 5, "index_heads": 2, "index_dim": 4}),
     "landmark": ("landmark", {"heads": 4, "kv_heads": 2, "block": 4}),
     "log_linear_mamba2": ("log_linear_mamba2", {"state_size": 4, "head_dim": 4, "groups": 2, "levels": 4}),
     "mesa_net": ("mesa_net", {"heads": 2, "steps": 8, "gate": True}),
     "titans": ("titans", {"heads": 2, "chunk": 5}),
+    "atlas": ("atlas", {"heads": 2, "head_dim": 3, "chunk": 5, "window": 3}),
     "ttt_linear": ("ttt_linear", {"heads": 2, "mini_batch": 5}),
     "shortformer": ("shortformer", {"heads": 4, "kv_heads": 2, "subsequence": 4, "sink_logits": True}),
     "softplus_attention": ("softplus_attention", {"heads": 4, "kv_heads": 2, "power": 3.0}),
@@ -200,7 +202,7 @@ NOT_CAUSAL = {
 }
 
 # Mixers that choose tokens by numbers of their own, so that rounding may change what a token sees.
-CHOOSES = {"informer", "moba", "nsa", "reformer", "sse"}
+CHOOSES = {"dsa", "informer", "moba", "nsa", "reformer", "sse"}
 
 # Mixers whose part of the suite is slow. By default their own tests compare two calls, with a state, with the equation.
 LIGHT = {
@@ -211,5 +213,5 @@ LIGHT = {
     *("etc", "nystromformer", "luna", "reformer", "informer", "shifted_sparse", "moba", "landmark"),
     *("shortformer", "softplus_attention", "transformer_xl"),
     *("log_linear_mamba2", "ttt_linear", "titans", "mesa_net"),
-    *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention", "nsa", "b2s6", "sse"),
+    *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention", "nsa", "b2s6", "sse", "atlas", "dsa"),
 }
