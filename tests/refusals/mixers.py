@@ -196,7 +196,7 @@ OPTIONS = [
     (mixer("titans", heads=3), ValueError, "heads=3 cannot share 1 x width=8 equally"),
     (mixer("titans", heads=2, chunk=0), ValueError, "chunk=0; expected at least 1"),
     (mixer("atlas", heads=2, window=0), ValueError, "window=0; expected at least 1"),
-    (mixer("atlas", heads=2, degree=3), ValueError, "degree=3; expected"),
+    (mixer("atlas", heads=2, degree=3), TypeError, "degree=3; expected 1 or 2"),
     (mixer("mesa_net", heads=3), ValueError, "heads=3 cannot share 1 x width=8 equally"),
     (mixer("mesa_net", heads=2, steps=0), ValueError, "steps=0; expected at least 1"),
     (mixer("mesa_net", heads=2, least=0.0), ValueError, "least=0.0; expected 0 < least < 1"),

@@ -107,7 +107,7 @@ class DSA(Patterned):
         if in_training():
             real = here[0] != 0
             loss = jnp.where(real, self._divergence(q, entries, here, there), 0).sum()
-            self.auxiliary[...] = config.index_loss * loss / jnp.maximum(real.sum(), 1)
+            self.auxiliary[...] = config.index_loss * loss / jnp.maximum(real.sum(dtype=jnp.float32), 1)
         return some_at_a_time(attend, QUERIES, *q, *here)
 
     def _choose(

@@ -138,9 +138,10 @@ class SSE(Mixer):
         chosen = jax.nn.one_hot(jax.lax.top_k(chance, top_k)[1], count, dtype=jnp.int32).sum(2) > 0
         if in_training():
             real = jnp.ones(x.shape[:2], bool) if segments is None else segments.real
-            total = jnp.maximum(real.sum(), 1)
+            total = jnp.maximum(real.sum(dtype=jnp.float32), 1)
             shares, load = (
-                jnp.where(real[..., None], part, 0).sum((0, 1)) / total for part in (chance, chosen)
+                jnp.where(real[..., None], part.astype(jnp.float32), 0).sum((0, 1)) / total
+                for part in (chance, chosen)
             )
             self.auxiliary[...] = self.config.balance * count / top_k * jnp.sum(shares * load)
         return chance, chosen

@@ -64,6 +64,7 @@ def test_equals_the_equation(monkeypatch, queries):
     np.testing.assert_allclose(in_two_calls(model, x)[0], want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_in_training_is_of_real_tokens_and_trains_the_indexer_alone():
     model, x = drawn("dsa", WIDTH, index_loss=0.5, **OPTIONS), tokens(TIME, WIDTH)
     ids = jnp.ones((2, TIME), jnp.int32).at[0, 7:].set(0)

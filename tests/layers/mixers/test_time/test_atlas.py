@@ -77,6 +77,7 @@ def test_equals_the_equation(options):
     np.testing.assert_allclose(got, by_row(lambda row: literal(model, row), x), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_orthogonalized_matrices_keep_their_directions_and_zero_stays_zero():
     x = np.random.default_rng(0).standard_normal((7, 3))
     left, _, right = np.linalg.svd(x, full_matrices=False)
