@@ -71,16 +71,17 @@ def test_the_loss_in_training_is_of_real_tokens_and_trains_the_indexer_alone():
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
 
     @jax.jit
-    def loss(parameters):
-        def of(parameters):
+    def loss(parameters, x):
+        def of(parameters, x):
             model = nnx.merge(graph, parameters, rest, copy=True)
             with dropping(jax.random.key(0)):
                 model(x, segment_ids=ids)
             return model.auxiliary[...]
 
-        return jax.value_and_grad(of)(parameters)
+        return jax.value_and_grad(of, (0, 1))(parameters, x)
 
-    value, gradients = loss(parameters)
+    value, (gradients, of_x) = loss(parameters, x)
+    assert (of_x == 0).all()
     rows = np.asarray(x, np.float64)
     each = np.concatenate([literal(model, rows[0, :7])[1], literal(model, rows[1])[1]])
     np.testing.assert_allclose(value, 0.5 * each.mean(), rtol=1e-5)
