@@ -8,6 +8,7 @@
     griffin         2 recurrent blocks to 1 local multi-query attention (2402.19427)
     minimax         7 lightning attention to 1 softmax attention, experts, DeepNorm (2501.08313)
     kimi_linear     3 KDA to 1 latent attention without positions, experts (2510.26692)
+    kimi_gated      the same with decays of at least exp(-5), full gates of KDA and gated latent attention, as in later models
     qwen3_next      3 Gated DeltaNet to 1 gated attention, experts (2505.06708)
     hybridna        7 Mamba-2 to 1 attention (2502.10807)
     masformer       full attention in the lowest layer alone, windows above (2310.12442)
@@ -19,8 +20,9 @@
     nemotron_h      Mamba-2, attention without positions and squared ReLU, most layers by themselves (2504.03624)
     zamba2          Mamba-2, with two shared blocks of attention and gated MLP that every third layer reads in turn (2411.15242)
     based           linear attention with Taylor features and small windows alternating (2402.18668)
+    sse_h           3 SSE to 1 attention (2507.16577); the ratio is ours
 
-Orders of layers, ratios and positions are the papers'; widths, depths, windows and numbers of experts are smaller. All
+Other orders of layers, ratios and positions are the papers'; widths, depths, windows and numbers of experts are smaller. All
 are causal and pool over time.
 """
 
@@ -31,6 +33,7 @@ SHARED = EXPERTS | dict(shared=1)
 # Balanced by a bias instead of losses.
 BY_BIAS = dict(scores="sigmoid", bias_rate=0.001, balance=0.0, z_loss=0.0)
 HALF_ROPE = dict(name="rope", fraction=0.5)
+LATENT = dict(heads=4, latent=32, head_dim=16, rope_dim=8, value_dim=16, position="none")
 MAMBA2 = dict(state_size=32, head_dim=16)
 
 MODELS = {
@@ -84,7 +87,17 @@ MODELS = {
         pattern=("kda+swiglu", "kda", "kda", "mla"),
         mixers={
             "kda": dict(heads=4),
-            "mla": dict(heads=4, latent=32, head_dim=16, rope_dim=8, value_dim=16, position="none"),
+            "mla": LATENT,
+        },
+        channel="moe",
+        channels={"moe": SHARED | BY_BIAS | dict(scale=2.446)},
+    ),
+    "kimi_gated": dict(
+        depth=4,
+        pattern=("kda+swiglu", "kda", "kda", "mla"),
+        mixers={
+            "kda": dict(heads=4, lowest_decay=-5.0, full_gate=True),
+            "mla": LATENT | dict(gate=True),
         },
         channel="moe",
         channels={"moe": SHARED | BY_BIAS | dict(scale=2.446)},
@@ -185,6 +198,11 @@ MODELS = {
         depth=4,
         pattern=("based", "attention"),
         mixers={"based": dict(heads=4, feature_dim=16), "attention": dict(heads=4, window=64)},
+    ),
+    "sse_h": dict(
+        depth=4,
+        pattern=("sse", "sse", "sse", "attention"),
+        mixers={"sse": dict(heads=4, partitions=4, top_k=2), "attention": dict(heads=4)},
     ),
 }
 

@@ -32,6 +32,11 @@ def dropping(key: Key[Array, ""] | None) -> Iterator[None]:
         _draws.reset(token)
 
 
+def in_training() -> bool:
+    """Returns whether layers are called inside `dropping` with a key, as in training."""
+    return _draws.get() is not None
+
+
 def scale_of(alpha: float, rank: int, stabilized: bool) -> float:
     """Returns the scale s of an adapter; see `LowRank`."""
     return alpha / (math.sqrt(rank) if stabilized else rank)

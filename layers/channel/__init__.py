@@ -9,6 +9,7 @@ from layers.channel.glu import GEGLU, GLU, MLP, MLPConfig
 from layers.channel.moe import MoE, MoEConfig
 from layers.channel.product_key import ProductKeyConfig, ProductKeyMemory
 from layers.channel.ssm_output import FullGLU, Gelu, HalfGLU1, HalfGLU2, OutputConfig
+from layers.channel.ultra_memory import UltraMemory, UltraMemoryConfig
 from layers.registry import build
 
 CHANNEL_MIXERS = {
@@ -17,6 +18,7 @@ CHANNEL_MIXERS = {
     "geglu": (MLPConfig, GEGLU),
     "moe": (MoEConfig, MoE),
     "product_key": (ProductKeyConfig, ProductKeyMemory),
+    "ultra_memory": (UltraMemoryConfig, UltraMemory),
     "gelu": (OutputConfig, Gelu),
     "half_glu1": (OutputConfig, HalfGLU1),
     "half_glu2": (OutputConfig, HalfGLU2),

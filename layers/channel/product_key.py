@@ -9,7 +9,7 @@ from layers.norms import LayerNorm, LayerNormConfig
 from layers.options import ActivationDtype, Fraction, NonNegative, checked_dataclass
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.segments import select_masked
-from layers.typing import Array, Bool, Float, Key
+from layers.typing import Array, Bool, Float, Int, Key
 
 
 @checked_dataclass
@@ -87,9 +87,7 @@ class ProductKeyMemory(nnx.Module):
         scores = jnp.einsum("bthsk,hsnk->hbtsn", q, self.keys[...], precision=jax.lax.Precision.HIGHEST)
         best, index = jax.lax.top_k(scores, config.top_k)
         pairs = best[..., 0, :, None] + best[..., 1, None, :]
-        best, pair = jax.lax.top_k(pairs.reshape(*pairs.shape[:3], config.top_k**2), config.top_k)
-        rows = jnp.take_along_axis(index[..., 0, :], pair // config.top_k, axis=-1)
-        columns = jnp.take_along_axis(index[..., 1, :], pair % config.top_k, axis=-1)
+        best, _, chosen = best_pairs(pairs, index, config.keys)
         weights = jax.nn.softmax(best, axis=-1).astype(config.dtype)
         values = self.values[...]
 
@@ -103,5 +101,22 @@ class ProductKeyMemory(nnx.Module):
 
         # Head by head, so that the values of one alone are in memory.
         zeros = jnp.zeros((*x.shape[:2], config.width), jnp.float32)
-        y, _ = jax.lax.scan(add, zeros, (weights, rows * config.keys + columns))
+        y, _ = jax.lax.scan(add, zeros, (weights, chosen))
         return dropout(y.astype(config.dtype), config.dropout, key)
+
+
+def best_pairs(
+    scores: Float[Array, "h b t k k"], index: Int[Array, "h b t 2 k"], keys: int
+) -> tuple[Float[Array, "h b t k"], Int[Array, "h b t k"], Int[Array, "h b t k"]]:
+    """Returns the k largest scores of the pairs of two short lists of keys, their places among the pairs, and their values' numbers.
+
+    Args:
+      scores: those of all pairs.
+      index: the numbers of the keys in either list.
+      keys: n; the value of keys i and j has the number i n + j.
+    """
+    k = index.shape[-1]
+    best, pair = jax.lax.top_k(scores.reshape(*scores.shape[:3], k * k), k)
+    rows = jnp.take_along_axis(index[..., 0, :], pair // k, axis=-1)
+    columns = jnp.take_along_axis(index[..., 1, :], pair % k, axis=-1)
+    return best, pair, rows * keys + columns

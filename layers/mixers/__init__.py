@@ -9,6 +9,7 @@ from layers.mixers.attention.attention import Attention, AttentionConfig
 from layers.mixers.attention.bigbird import BigBird, BigBirdConfig
 from layers.mixers.attention.core_context import CoreContext, CoreContextConfig
 from layers.mixers.attention.differential_attention import DifferentialAttention, DifferentialAttentionConfig
+from layers.mixers.attention.dsa import DSA, DSAConfig
 from layers.mixers.attention.etc import ETC, ETCConfig
 from layers.mixers.attention.forgetting_attention import ForgettingAttention, ForgettingAttentionConfig
 from layers.mixers.attention.gated_attention import GatedAttention, GatedAttentionConfig
@@ -58,6 +59,7 @@ from layers.mixers.linear_attention.mlstm import MLSTM, MLSTMConfig
 from layers.mixers.linear_attention.performer import Performer, PerformerConfig
 from layers.mixers.linear_attention.retnet import RetNet, RetNetConfig
 from layers.mixers.linear_attention.rwkv6 import RWKV6, RWKV6Config
+from layers.mixers.linear_attention.sse import SSE, SSEConfig
 from layers.mixers.linear_attention.xlstm7b import XLSTM7B, XLSTM7BConfig
 from layers.mixers.parallel import Parallel, ParallelConfig
 from layers.mixers.recurrence.hgrn import HGRN, HGRNConfig
@@ -80,6 +82,7 @@ from layers.mixers.state_space.mamba3 import Mamba3, Mamba3Config
 from layers.mixers.state_space.s4 import S4, S4Config
 from layers.mixers.state_space.s4d import S4D, S4DConfig
 from layers.mixers.state_space.s5 import S5, S5Config
+from layers.mixers.test_time.atlas import Atlas, AtlasConfig
 from layers.mixers.test_time.mesa_net import MesaNet, MesaNetConfig
 from layers.mixers.test_time.titans import Titans, TitansConfig
 from layers.mixers.test_time.ttt_linear import TTTLinear, TTTLinearConfig
@@ -90,6 +93,7 @@ from layers.mixers.tuned_state import TunedState, TunedStateConfig
 from layers.registry import build
 
 MIXERS = {
+    "atlas": (AtlasConfig, Atlas),
     "attention": (AttentionConfig, Attention),
     "b2s6": (B2S6Config, B2S6),
     "based": (BasedConfig, Based),
@@ -100,6 +104,7 @@ MIXERS = {
     "cross_scan": (CrossScanConfig, CrossScan),
     "deltanet": (DeltaNetConfig, DeltaNet),
     "differential_attention": (DifferentialAttentionConfig, DifferentialAttention),
+    "dsa": (DSAConfig, DSA),
     "dss": (DSSConfig, DSS),
     "dynamic_conv": (LightweightConvConfig, DynamicConv),
     "etc": (ETCConfig, ETC),
@@ -165,6 +170,7 @@ MIXERS = {
     "slstm": (SLSTMConfig, SLSTM),
     "softplus_attention": (SoftplusAttentionConfig, SoftplusAttention),
     "strided_attention": (StridedAttentionConfig, StridedAttention),
+    "sse": (SSEConfig, SSE),
     "titans": (TitansConfig, Titans),
     "transformer_xl": (TransformerXLConfig, TransformerXL),
     "ttt_linear": (TTTLinearConfig, TTTLinear),

@@ -28,6 +28,7 @@ PATTERNS = {
     "griffin": "RGLRU:G RGLRU:G Attention:G RGLRU:G RGLRU:G Attention:G",
     "minimax": "LightningAttention:E " * 7 + "Attention:E",
     "kimi_linear": "KDA:G KDA:E KDA:E MLA:E",
+    "kimi_gated": "KDA:G KDA:E KDA:E MLA:E",
     "qwen3_next": "GatedDeltaNet:E GatedDeltaNet:E GatedDeltaNet:E GatedAttention:E",
     "hybridna": "Mamba2:G " * 7 + "Attention:G",
     "masformer": "Attention:P Attention:P Attention:P Attention:P",
@@ -41,9 +42,21 @@ PATTERNS = {
     "nemotron_h": "Mamba2:P " * 4 + "Mamba2:- Attention:P",
     "zamba2": "Mamba2:- " * 9,
     "based": "Based:G Attention:G Based:G Attention:G",
+    "sse_h": "SSE:G SSE:G SSE:G Attention:G",
 }
 # Those that default tests do not build.
-SLOW = ("longgen", "longgen_blocks", "xlstm", "lfm2", "falcon_h1", "nemotron_h", "zamba2", "based")
+SLOW = (
+    "longgen",
+    "longgen_blocks",
+    "xlstm",
+    "lfm2",
+    "falcon_h1",
+    "nemotron_h",
+    "zamba2",
+    "based",
+    "sse_h",
+    "kimi_gated",
+)
 by_hybrid = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PATTERNS]
 )
@@ -127,15 +140,22 @@ def test_zamba2_shares_two_blocks_in_turn():
     assert first.adapters[0].a is not second.adapters[0].a
 
 
+@pytest.mark.slow
+def test_kimi_gated_bounds_decays_and_gates_by_whole_matrices():
+    kda, *_, latent = (block.mixer for block in model_of("kimi_gated").stack.layers)
+    assert kda.decay.lowest == -5.0
+    assert kda.gate.kernel.shape == latent.gate.kernel.shape == (64, 64)
+    assert isinstance(latent.config.position, NoPosition)
+
+
 def test_jamba_norms_what_selects():
     assert model_of("jamba").stack.layers[0].mixer.inner_norms is not None
     assert model_of("samba").stack.layers[0].mixer.inner_norms is None
 
 
 def test_routers_are_the_papers():
-    routers = {
-        name: model_of(name).stack.layers[-1].channel.config for name in PATTERNS if "E" in PATTERNS[name]
-    }
+    names = [name for name in PATTERNS if "E" in PATTERNS[name] and name not in SLOW]
+    routers = {name: model_of(name).stack.layers[-1].channel.config for name in names}
     kimi = routers.pop("kimi_linear")
     assert (kimi.scores, kimi.scale, kimi.bias_rate, kimi.balance) == ("sigmoid", 2.446, 0.001, 0.0)
     assert all((r.scores, r.bias_rate) == ("softmax", 0.0) and r.balance > 0 for r in routers.values())

@@ -12,10 +12,13 @@ from layers.dropout import dropout
 
 X = np.random.default_rng(0).standard_normal((2, 5, 6)).astype(np.float32)
 
-# What a product-key memory takes to compile is left to the slow tests.
+# What a memory takes to compile is left to the slow tests.
+MEMORIES = ("product_key", "ultra_memory")
+# Few keys of many, so that it matters in which order they are.
+SMALL = {"ultra_memory": {"keys": 20, "heads": 2, "top_k": 3, "rank": 3, "key_dim": 8}}
 by_name = pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name == "product_key")) for name in CHANNEL_MIXERS],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in MEMORIES)) for name in CHANNEL_MIXERS],
 )
 
 
@@ -54,6 +57,8 @@ def literal(name, m, x):
             return apply(m.value, gelu(x)) * expit(apply(m.gate, gelu(x)))
         case "product_key":
             return np.stack([[remembered(m, token) for token in row] for row in x])
+        case "ultra_memory":
+            return np.stack([[recalled(m, token) for token in row] for row in x])
         case "moe":
             return np.stack([[mixture(m, token) for token in row] for row in x])
 
@@ -72,6 +77,35 @@ def remembered(m, x):
     return y
 
 
+def recalled(m, x):
+    """The best pairs of the keys that the largest singular value rates best, one by one."""
+    config, total = m.config, np.zeros(m.config.value_dim)
+    keys, grids, values, gates = (
+        np.asarray(v[...], np.float64) for v in (m.keys, m.grids, m.values, m.gates)
+    )
+
+    def norm(scale, v):
+        return (
+            v / np.sqrt((v**2).mean(-1, keepdims=True) + config.epsilon) * np.asarray(scale[...], np.float64)
+        )
+
+    queries = norm(m.query_norm.scale, apply(m.query, x).reshape(config.heads, 2, config.key_dim))
+    for h in range(config.heads):
+        scores = np.einsum("sk,snrk->snr", queries[h], norm(m.key_norm.scale, keys[h]))
+        left, _, right = np.linalg.svd(grids[:, h].sum(0))
+        both = np.stack([left[:, 0], right[0]])
+        lists = np.einsum("snr,sr->sn", scores, both * np.sign(both.sum()))
+        found = {}
+        for i in np.argsort(-lists[0])[: config.top_k]:
+            for j in np.argsort(-lists[1])[: config.top_k]:
+                found[i, j] = [scores[0, i] @ grid @ scores[1, j] for grid in grids[:, h]]
+        for i, j in sorted(found, key=lambda pair: -sum(found[pair]))[: config.top_k]:
+            value = values[i * config.keys + j].reshape(config.parts, -1)
+            gate = gates[i * config.keys + j] @ apply(m.gate, x)
+            total += (np.array(found[i, j])[:, None] * gate * value).reshape(-1)
+    return apply(m.output, total)
+
+
 def mixture(m, x):
     logits = x @ np.asarray(m.router.kernel[...], np.float64)
     p = np.exp(logits) / np.exp(logits).sum()
@@ -83,7 +117,7 @@ def mixture(m, x):
 
 @by_name
 def test_equals_the_equation(name):
-    mixer = make(name)
+    mixer = make(name, **SMALL.get(name, {}))
     for _, variable in nnx.to_flat_state(nnx.state(mixer, nnx.Param)):
         if variable.ndim == 1:
             variable[...] = jnp.linspace(-1, 1, variable.shape[0])

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -38,6 +39,7 @@ class MLAConfig:
         outputs, or over keys and values. If None, calls with a state choose the form with fewer products, other calls the
         latter.
       scale: factor on the logits; 1 / sqrt(head_dim + rope_dim) if None.
+      gate: whether a sigmoid of the input gates each feature of the heads' outputs, as in `gated_attention`.
       dtype: dtype of the activations and of the cache.
     """
 
@@ -51,6 +53,7 @@ class MLAConfig:
     position: str | Mapping[str, Any] | PositionConfig = "rope"
     absorbed: bool | None = None
     scale: float | None = None
+    gate: bool = False
     dtype: ActivationDtype = jnp.float32
 
     def __post_init__(self) -> None:
@@ -72,7 +75,7 @@ class MLA(Mixer):
         c = norm(W_c x),  k_r = R W_r x               (b t r), (b t rope_dim): all that the cache holds
         k, v = W_k c, W_v c                           (b t h head_dim), (b t h value_dim)
         q, q_r = W_q x, R W_q' x                      or from norm(W_a x)
-        y = W_o softmax((q k^T + q_r k_r^T) scale) v
+        y = W_o softmax((q k^T + q_r k_r^T) scale) v        with `gate`, W_o (softmax(.) v * sigmoid(W_g x))
 
     R rotates by the position in the segment. Since q . W_k c = (W_k^T q) . c, attention with one key/value head over the
     vectors c gives the same outputs (absorbed), with W_v after the softmax. The amplitude a of YaRN multiplies all logits
@@ -99,9 +102,9 @@ class MLA(Mixer):
         self.latent_norm = RMSNorm(NormConfig(config.latent, dtype=config.dtype), rngs=rngs)
         expanded = config.heads * (config.head_dim + config.value_dim)
         self.expand = linear(config.latent, expanded, axes=(None, "heads"), **options)
-        self.output = linear(
-            config.heads * config.value_dim, config.width, axes=("heads", "embed"), **options
-        )
+        values = config.heads * config.value_dim
+        self.gate = linear(config.width, values, axes=("embed", "heads"), **options) if config.gate else None
+        self.output = linear(values, config.width, axes=("heads", "embed"), **options)
 
     def initial(self, batch_size: int, max_length: int | None) -> Cache:
         shapes = ((self.config.latent,), (self.config.rope_dim,))
@@ -118,13 +121,17 @@ class MLA(Mixer):
             positions = jnp.arange(x.shape[1])[None] if segments is None else segments.positions
             q, q_turned = self._queries(x, positions)
             o = self._attend(q, q_turned, *self._latents(x, positions), segments)
-            return self.output(join_heads(o)), None
+            return self._finish(o, x), None
         q, q_turned = self._queries(x, visit.positions)
         carried, seen, beyond = extend(carried, self._latents(x, visit.positions), visit)
         tokens = Tokens(seen.numbers, visit.positions, seen.positions)
         o = self._attend(q, q_turned, *seen.entries, visit.numbers, tokens)
-        o = jnp.where(beyond[..., None, None], jnp.nan, o)
-        return self.output(join_heads(o)), carried
+        return jnp.where(beyond[..., None], jnp.nan, self._finish(o, x)), carried
+
+    def _finish(self, o, x):
+        """Returns the output, given those of the heads."""
+        o = join_heads(o)
+        return self.output(o if self.gate is None else o * jax.nn.sigmoid(self.gate(x)))
 
     def _queries(self, x, positions):
         """Returns queries without position (b t h head_dim) and rotated ones (b t h rope_dim)."""

@@ -13,7 +13,7 @@ from layers.parts.heads import HeadNorm, head_size, split_heads, unit
 from layers.parts.mini_batches import MiniBatches
 from layers.parts.short_convolution import ShortConvolution
 from layers.segments import Segments, keep_where
-from layers.typing import Array, Float, Int
+from layers.typing import Array, Bool, Float, Int
 
 
 @checked_dataclass
@@ -63,7 +63,7 @@ class TitansCarry(NamedTuple):
     """What `Titans` carries: the last inputs of its convolution, its memory, and the tokens of the current chunk."""
 
     inputs: Float[Array, "b w-1 n"]
-    memory: Memory
+    memory: tuple[Array, ...]
     place: Int[Array, "b"]
 
 
@@ -82,6 +82,8 @@ class Titans(Mixer):
     """
 
     isolates_tokens = True
+    # Where the biases of eta, theta and alpha start.
+    rate_biases = (0.0, 0.0, -4.0)
 
     def __init__(self, config: TitansConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -91,18 +93,22 @@ class Titans(Mixer):
         self.convolution = ShortConvolution(
             3 * features, config.taps, axis="heads", dtype=config.dtype, rngs=rngs
         )
-        self.rates = linear(config.width, 3 * config.heads, **options)
-        starts = jnp.repeat(jnp.asarray([0.0, 0.0, -4.0], jnp.float32), config.heads)
+        self.rates = linear(config.width, len(self.rate_biases) * config.heads, **options)
+        starts = jnp.repeat(jnp.asarray(self.rate_biases, jnp.float32), config.heads)
         self.rate_bias = declared(starts, axes=("heads",), **NO_DECAY)
         self.gate = linear(config.width, features, **options)
         self.norm = HeadNorm(config.size, gate="silu", epsilon=config.epsilon, dtype=config.dtype, rngs=rngs)
         self.output = linear(features, config.width, **options | {"axes": ("heads", "embed")})
 
     def initial(self, batch_size: int, max_length: int | None) -> TitansCarry:
+        place = jnp.zeros((batch_size,), jnp.int32)
+        return TitansCarry(self.convolution.init_state(batch_size), self.empty(batch_size), place)
+
+    def empty(self, batch_size: int) -> tuple[Array, ...]:
+        """Returns the memory where a segment begins."""
         size = self.config.size
         zero = jnp.zeros((batch_size, self.config.heads, size, size), jnp.float32)
-        place = jnp.zeros((batch_size,), jnp.int32)
-        return TitansCarry(self.convolution.init_state(batch_size), Memory(zero, zero, zero), place)
+        return Memory(zero, zero, zero)
 
     def mix(
         self, x: Float[Array, "b t d"], carried: TitansCarry | None, segments: Segments | None
@@ -113,19 +119,32 @@ class Titans(Mixer):
         chunks = MiniBatches(x.shape[1], config.chunk, known.place, segments, whole=carried is None)
         features, inputs = self.convolution(self.projection(x), known.inputs, segment_ids=segments)
         q, k, v = (split_heads(part, config.heads) for part in jnp.split(features, 3, axis=-1))
-        rates = jax.nn.sigmoid(self.rates(x).astype(jnp.float32) + self.rate_bias[...][None, None])
-        eta, theta, alpha = (chunks.gather(part) for part in jnp.split(rates, 3, axis=-1))
-        weights = _weights(eta, alpha, chunks.live)
+        rates = self.rates(x).astype(jnp.float32) + self.rate_bias[...][None, None]
+        rates = tuple(chunks.gather(part) for part in jnp.split(rates, len(self.rate_biases), axis=-1))
 
         def step(memory, inputs):
-            q, k, v, theta, weights, live, begins = inputs
-            return _descend(keep_where(~begins, memory, fresh.memory), q, k, v, theta, weights, live)
+            begins, *inputs = inputs
+            return self.descend(keep_where(~begins, memory, fresh.memory), *inputs)
 
         parts = (chunks.gather(part) for part in (unit(q), unit(k), v.astype(jnp.float32)))
-        theta = config.rate / config.chunk * theta
-        memory, o = jax.lax.scan(step, known.memory, (*parts, theta, weights, chunks.live, chunks.begins))
+        given = (chunks.begins, *parts, chunks.live, *self.in_chunks(rates, chunks.live))
+        memory, o = jax.lax.scan(step, known.memory, given)
         y = self.norm(chunks.scatter(o), self.gate(x))
         return self.output(y), TitansCarry(inputs, memory, chunks.last)
+
+    def in_chunks(
+        self, rates: tuple[Float[Array, "n b c h"], ...], live: Bool[Array, "n b c"]
+    ) -> tuple[Array, ...]:
+        """Returns what `descend` takes behind q, k, v and the live tokens, for all chunks at once, from the logits of the rates."""
+        eta, theta, alpha = (jax.nn.sigmoid(rate) for rate in rates)
+        return self.config.rate / self.config.chunk * theta, *_weights(eta, alpha, live)
+
+    def descend(
+        self, memory: tuple[Array, ...], q: Array, k: Array, v: Array, live: Bool[Array, "b c"], *rest: Array
+    ) -> tuple[tuple[Array, ...], Float[Array, "b c h v"]]:
+        """Returns the memory after a chunk, and its outputs; q, k and v are (b, c, h, k)."""
+        theta, *weights = rest
+        return _descend(memory, q, k, v, theta, weights, live)
 
 
 def _weights(eta, alpha, live):

@@ -98,6 +98,7 @@ MIXERS = {
         "rwkv6",
         {"head_dim": 4, "mix_rank": 3, "decay_rank": 2, "zero_init": False, "layer": 1, "depth": 2},
     ),
+    "sse": ("sse", {"heads": 2, "partitions": 3, "top_k": 2, "gate_rank": 3}),
     "mlstm": ("mlstm", {"heads": 2}),
     "slstm": ("slstm", {"heads": 2}),
     "xlstm7b": ("xlstm7b", {"heads": 2, "key_dim": 3}),
@@ -148,10 +149,12 @@ MIXERS = {
         {"heads": 4, "kv_heads": 2, "block": 2, "local_blocks": 2, "stride": 3},
     ),
     "core_context": ("core_context", {"heads": 4, "kv_heads": 2, "group": 3, "near": 4}),
+    "dsa": ("dsa", {"heads": 4, "kv_heads": 2, "top_k": 5, "index_heads": 2, "index_dim": 4}),
     "landmark": ("landmark", {"heads": 4, "kv_heads": 2, "block": 4}),
     "log_linear_mamba2": ("log_linear_mamba2", {"state_size": 4, "head_dim": 4, "groups": 2, "levels": 4}),
     "mesa_net": ("mesa_net", {"heads": 2, "steps": 8, "gate": True}),
     "titans": ("titans", {"heads": 2, "chunk": 5}),
+    "atlas": ("atlas", {"heads": 2, "head_dim": 3, "chunk": 5, "window": 3}),
     "ttt_linear": ("ttt_linear", {"heads": 2, "mini_batch": 5}),
     "shortformer": ("shortformer", {"heads": 4, "kv_heads": 2, "subsequence": 4, "sink_logits": True}),
     "softplus_attention": ("softplus_attention", {"heads": 4, "kv_heads": 2, "power": 3.0}),
@@ -205,7 +208,7 @@ NOT_CAUSAL = {
 }
 
 # Mixers that choose tokens by numbers of their own, so that rounding may change what a token sees.
-CHOOSES = {"informer", "moba", "nsa", "reformer"}
+CHOOSES = {"dsa", "informer", "moba", "nsa", "reformer", "sse"}
 
 # Mixers whose part of the suite is slow. By default their own tests compare two calls, with a state, with the equation.
 LIGHT = {
@@ -217,5 +220,5 @@ LIGHT = {
     *("shortformer", "softplus_attention", "transformer_xl"),
     *("power_attention", "strided_attention", "core_context"),
     *("log_linear_mamba2", "ttt_linear", "titans", "mesa_net"),
-    *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention", "nsa", "b2s6"),
+    *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention", "nsa", "b2s6", "sse", "atlas", "dsa"),
 }

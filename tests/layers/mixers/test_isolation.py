@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from layers.adapters import dropping
+from layers.parameters import AuxiliaryLoss
 from tests.layers.mixers.test_contract import (
     BATCH,
     TIME,
@@ -64,9 +66,12 @@ def test_gradients_are_finite_and_reach_every_parameter(entry):
     @jax.jit
     def gradients(params, x, weights):
         def loss(params, x):
-            with jax.numpy_dtype_promotion("strict"):
-                y, _ = nnx.merge(graph, params, rest, copy=True)(x, segment_ids=ids)
-            return jnp.sum(jnp.where(weights != 0, y * weights, 0)), y
+            model = nnx.merge(graph, params, rest, copy=True)
+            # As in training: what chooses tokens may learn by a loss of its own alone.
+            with jax.numpy_dtype_promotion("strict"), dropping(jax.random.key(0)):
+                y, _ = model(x, segment_ids=ids)
+            own = sum(jax.tree.leaves(nnx.state(model, AuxiliaryLoss)), jnp.zeros(()))
+            return jnp.sum(jnp.where(weights != 0, y * weights, 0)) + own, y
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 

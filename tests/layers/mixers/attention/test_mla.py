@@ -45,7 +45,8 @@ def literal(model, x):
         logits = (qh[:, :4] @ kvh[:, :4].T + turn(qh[:, 4:]) @ k_turned.T) / np.sqrt(6) * gain**2
         weights = np.exp(logits) * np.tril(np.ones_like(logits))
         heads.append(weights / weights.sum(1, keepdims=True) @ kvh[:, 4:])
-    return apply("output", np.concatenate(heads, 1))
+    o = np.concatenate(heads, 1)
+    return apply("output", o if model.gate is None else o / (1 + np.exp(-apply("gate", x))))
 
 
 YARN = {"name": "rope", "scaling": "yarn", "factor": 8.0, "length": 4}
@@ -53,7 +54,14 @@ YARN = {"name": "rope", "scaling": "yarn", "factor": 8.0, "length": 4}
 
 @pytest.mark.sample(4)
 @pytest.mark.parametrize(
-    "options", [{}, {"query_latent": 5}, {"position": "none"}, {"position": YARN, "absorbed": True}]
+    "options",
+    [
+        {"query_latent": 5, "gate": True},
+        {"query_latent": 5},
+        {"position": "none", "gate": True},
+        {"position": YARN, "absorbed": True},
+        {},
+    ],
 )
 def test_equals_the_equation(options):
     model = make(**options)
