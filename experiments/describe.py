@@ -189,7 +189,8 @@ def _stacks(model: nnx.Module) -> tuple[Stack, ...]:
         return model.encoder, model.decoder.stack
     if isinstance(model, PointerNetwork) and model.encoder is not None:
         return model.encoder, model.stack
-    return (model.stack,)
+    before = getattr(model, "characters", None)
+    return (model.stack,) if before is None else (before, model.stack)
 
 
 def _places(model: nnx.Module) -> list[tuple[Stack, int]]:

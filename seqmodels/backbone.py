@@ -49,6 +49,13 @@ class Backbone(nnx.Module):
         x, _ = self.stack(x, segment_ids=segments, key=key)
         return normalized(self.norm, x, segments, key)
 
+    def _check_tied(self, tied: bool) -> None:
+        """Raises ValueError if a head reads a table of tokens that hash embeddings do not have."""
+        if tied and (hashes := self.config.input.hashes) is not None:
+            raise ValueError(
+                f"tie_embeddings=True with hashes={hashes}, which have no row per token; expected tie_embeddings=False"
+            )
+
     def _refuse(self, state: Any, model: str) -> None:
         """Raises ValueError if a state is given to a model of whole sequences; `model` says which, such as "a classifier"."""
         if state is not None:

@@ -14,6 +14,7 @@ from seqmodels.shared_config import SharedConfig
 
 # Options of mixers that a block fills in.
 SUPPLIED = {"width", "dtype", "layer", "depth"}
+WHOLE = {"mixer_defaults": {"causal": False, "bidirectional": True}}  # of an encoder
 
 
 @checked_dataclass
@@ -167,6 +168,8 @@ class ClassifierConfig:
       num_classes: c, number of classes.
       pooling: vector per row: "mean" over real tokens, the "last" real token, or the "first".
       final_norm: whether a norm lies between stack and pooling.
+      molecules: number of tokens that the stack reads as one, after a layer of single ones (CANINE); None for 1.
+      characters: fields of `StackConfig` in which the layers before differ, of which there is one by default.
     """
 
     input: InputConfig
@@ -174,6 +177,18 @@ class ClassifierConfig:
     num_classes: Annotated[int, Bound(least=2)]
     pooling: Literal["mean", "last", "first"] = "mean"
     final_norm: bool = True
+    molecules: Annotated[int, Bound(least=2)] | None = None
+    characters: Mapping[str, Any] | StackConfig = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.molecules is not None:
+            object.__setattr__(
+                self, "characters", _other_stack("characters", self.stack, {"depth": 1}, self.characters)
+            )
+        elif self.characters:
+            raise ValueError(
+                f"characters={self.characters!r} has no effect without molecules; expected molecules=4 or more"
+            )
 
 
 @checked_dataclass
@@ -289,7 +304,7 @@ class EncoderDecoderConfig(LanguageModelConfig):
             raise ValueError(
                 f"residual={self.stack.residual!r}; layers with a cross-attention need residual='separate'"
             )
-        object.__setattr__(self, "encoder", _encoder_of(self.stack, self.encoder))
+        object.__setattr__(self, "encoder", _other_stack("encoder", self.stack, WHOLE, self.encoder))
 
 
 @checked_dataclass
@@ -312,18 +327,21 @@ class PointerNetworkConfig:
 
     def __post_init__(self) -> None:
         if self.encoder is not None:
-            object.__setattr__(self, "encoder", _encoder_of(self.stack, self.encoder))
+            object.__setattr__(self, "encoder", _other_stack("encoder", self.stack, WHOLE, self.encoder))
 
 
-def _encoder_of(stack: StackConfig, given: Mapping[str, Any] | StackConfig) -> StackConfig:
-    """Returns the config of the encoder of a decoder, from the fields in which it differs."""
+def _other_stack(name: str, stack: StackConfig, defaults: Mapping[str, Any], given: Any) -> StackConfig:
+    """Returns the config of a further stack, from the fields in which it differs, or itself."""
     if not isinstance(given, StackConfig):
-        own = {field.name: getattr(stack, field.name) for field in dataclasses.fields(StackConfig)}
-        whole = {"causal": False, "bidirectional": True}
-        defaults = {**own["mixer_defaults"], **whole, **given.get("mixer_defaults", {})}
-        given = make_config("encoder", StackConfig, own | dict(given) | {"mixer_defaults": defaults})
+        own = {field.name: getattr(stack, field.name) for field in dataclasses.fields(StackConfig)} | defaults
+        mixers = {
+            **stack.mixer_defaults,
+            **defaults.get("mixer_defaults", {}),
+            **given.get("mixer_defaults", {}),
+        }
+        given = make_config(name, StackConfig, own | dict(given) | {"mixer_defaults": mixers})
     if given.width != stack.width:
-        raise ValueError(f"encoder.width={given.width}; expected that of the decoder, {stack.width}")
+        raise ValueError(f"{name}.width={given.width}; expected that of the other stack, {stack.width}")
     return given
 
 

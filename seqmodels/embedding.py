@@ -11,6 +11,7 @@ from layers.kernels.forward_mode import no_forward_mode, reverse_mode_only
 from layers.norms import LayerNorm, LayerNormConfig
 from layers.parameters import NO_DECAY, linear, parameter
 from layers.positions import sinusoidal
+from layers.reduction import HashEmbedding, HashEmbeddingConfig
 from layers.segments import Place, SegmentIds, Segments, initial_place, select_real, visit
 from layers.typing import Array, Float, Int, Num
 from seqmodels.config import InputConfig
@@ -29,7 +30,10 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: InputConfig, width: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
-        if config.vocab_size is not None:
+        if config.hashes is not None:
+            hashed = HashEmbeddingConfig(width, config.hashes, config.buckets, dtype)
+            self.hashed = HashEmbedding(hashed, rngs=rngs)
+        elif config.vocab_size is not None:
             stddev = 1 / math.sqrt(width) if config.embedding_stddev is None else config.embedding_stddev
             self.table = parameter(
                 rngs, nnx.initializers.normal(stddev), (config.vocab_size, width), axes=("vocab", "embed")
@@ -130,7 +134,10 @@ class Embedding(nnx.Module):
                 )
             inputs = select_real(inputs, segments)
             check_indices("inputs", inputs, self.config.vocab_size, of="vocab_size")
-            x = look_up(self.table[...], inputs, self.dtype)
+            if self.config.hashes is not None:
+                x = self.hashed(inputs)
+            else:
+                x = look_up(self.table[...], inputs, self.dtype)
             if self.adapter is not None:
                 x = x + self.adapter.rows(inputs, self.dtype)
             if self.config.embedding_scale is not None:

@@ -13,6 +13,9 @@ class InputConfig:
       vocab_size: number of tokens, if inputs are token ids (b, t).
       input_size: number of features, if inputs are vectors (b, t, input_size), mapped linearly. Exactly one of the two is
         set.
+      hashes: number of hash functions of CANINE's embeddings of code points (`layers.reduction.HashEmbedding`) in place of a table with
+        a row per token; None for the table.
+      buckets: rows of the table of each hash function.
       embedding_stddev: standard deviation of initial embeddings; 1 / sqrt(width) if None.
       absolute_positions: encoding of the position in the segment that is added to inputs: "none", "learned" (a table) or
         "sinusoidal", where token embeddings are first multiplied by sqrt(width), as in the original Transformer.
@@ -28,6 +31,8 @@ class InputConfig:
 
     vocab_size: int | None = None
     input_size: int | None = None
+    hashes: int | None = None
+    buckets: int = 16384
     embedding_stddev: NonNegative | None = None
     absolute_positions: Literal["none", "learned", "sinusoidal"] = "none"
     max_positions: int | None = None
@@ -49,6 +54,11 @@ class InputConfig:
             raise ValueError(
                 f"vocab_size={self.vocab_size} and input_size={self.input_size}; "
                 "set vocab_size for tokens or input_size for vectors, and not both"
+            )
+        if self.hashes is not None and (self.vocab_size is None or self.embedding_stddev is not None):
+            raise ValueError(
+                f"hashes={self.hashes} with vocab_size={self.vocab_size} and embedding_stddev={self.embedding_stddev}; hash embeddings "
+                "are for tokens, and start with one deviation"
             )
         if self.embedding_norm_place == "sum" and not self.embedding_norm:
             raise ValueError(

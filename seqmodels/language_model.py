@@ -39,6 +39,7 @@ class LanguageModel(Backbone):
         self, config: LanguageModelConfig, *, cross: Mapping[str, Any] | None = None, rngs: nnx.Rngs
     ):
         super().__init__(config, cross=cross, rngs=rngs)
+        self._check_tied(config.tie_embeddings)
         check_causal(self.stack, "a language model")
         stack = config.stack
         options = {"axes": ("embed", "vocab"), "bias": False, "dtype": jnp.dtype(stack.dtype), "rngs": rngs}

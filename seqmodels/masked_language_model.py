@@ -24,6 +24,7 @@ class MaskedLanguageModel(Backbone):
 
     def __init__(self, config: MaskedLanguageModelConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
+        self._check_tied(config.tie_embeddings)
         width, vocab, dtype = config.stack.width, config.input.vocab_size, jnp.dtype(config.stack.dtype)
         if config.transform is not None:
             self.transform = linear(width, width, axes=("embed", None), dtype=dtype, rngs=rngs)
