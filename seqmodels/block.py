@@ -1,7 +1,7 @@
 """One layer of a stack: a mixer, a channel mixer, norms and residual connections."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from layers.norms import make_norm
 from layers.segments import SegmentIds, Segments, visit
 from layers.typing import Array, Float, Int, Key
 from seqmodels.config import StackConfig
+from seqmodels.reversible import doubled
 
 
 class Encoded(NamedTuple):
@@ -35,8 +36,8 @@ class Block(nnx.Module):
         x = x + dropout(channel(norm(x)))
 
     Joint residual: x = x + channel(mixer(norm(x))). Parallel residual: x = x + mixer(norm(x)) + channel(norm(x)), where
-    both norms may be one. Each x
-    before a plus is multiplied by `residual_scale`, and each branch after one by `branch_scale`.
+    both norms may be one. Reversible residual: x_1 = x_1 + mixer(norm(x_2)), then x_2 = x_2 + channel(norm(x_1)), where x is both side
+    by side. Each x before a plus is multiplied by `residual_scale`, and each branch after one by `branch_scale`.
 
     With a cross-attention, a layer of a decoder has a third branch between these two, x = x + dropout(cross(norm(x), source)).
 
@@ -94,13 +95,43 @@ class Block(nnx.Module):
         x, state, _ = self.sharing(x, state, None, segment_ids=segment_ids, key=key)
         return x, state
 
-    def alone(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def alone(self, x: Float[Array, "b t d"]) -> Float[Array, "b t _"]:
         """Returns the output of the layer without its model, with x as source too; see `Mixer.alone`."""
+        if self.config.residual == "reversible":
+            x = doubled(x)
         source = None if self.cross is None else Encoded(x, None)
         return self.sharing(x, None, x if self.mixer.takes_values else None, source=source)[0]
 
-    def read_by_mixer(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def branch(
+        self,
+        name: Literal["mixer", "channel"],
+        x: Float[Array, "b t d"],
+        segments: Segments | None,
+        key: Key[Array, ""] | None,
+    ) -> Float[Array, "b t d"]:
+        """Returns what a branch of a reversible layer adds to one stream, given the other one."""
+        with dropping(key):
+            return self._branch(name, x, None, segments, key)[0]
+
+    def _branch(self, name, x, state, segments, key):
+        mask = None if segments is None else segments.real
+        keys = (None, None, None) if key is None else jax.random.split(key, 3)
+        norm, out = self.mixer_norm if name == "mixer" else self.channel_norm, [state, None]
+        u = norm(x, mask=mask, training=key is not None)
+        if name == "mixer":
+            y, *out = self.mixer.sharing(u, state, None, segment_ids=segments)
+            y = dropout(y, self.config.dropout, keys[0])
+        else:
+            y = self._channelled(u, mask, keys)
+        return y.astype(x.dtype), *out
+
+    def _channelled(self, u, mask, keys):
+        return dropout(self.channel(u, mask=mask, key=keys[1]), self.config.dropout, keys[2])
+
+    def read_by_mixer(self, x: Float[Array, "b t _"]) -> Float[Array, "b t d"]:
         """Returns what the mixer reads of the stream x, in inference and without padding."""
+        if self.config.residual == "reversible":
+            x = jnp.split(x, 2, axis=-1)[1]
         norm = None if self.config.norm_position == "post" else self.mixer_norm
         return x if norm is None else norm(x, mask=None, training=False)
 
@@ -125,6 +156,12 @@ class Block(nnx.Module):
             return self._sharing(x, state, values, Segments.of(segment_ids), key, beside, source)
 
     def _sharing(self, x, state, values, segments, key, beside, source):
+        if self.config.residual == "reversible":
+            first, second = jnp.split(x, 2, axis=-1)
+            y, *out = self._branch("mixer", second, state, segments, key)
+            first = first + y
+            y, *_ = self._branch("channel", first, None, segments, key)
+            return jnp.concatenate([first, second + y], axis=-1), *out
         mask = None if segments is None else segments.real
         norms = {"mask": mask, "training": key is not None}
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
@@ -156,7 +193,7 @@ class Block(nnx.Module):
             return dropout(y, self.config.dropout, own), None
 
         def channel(u):
-            return dropout(self.channel(u, mask=mask, key=keys[1]), self.config.dropout, keys[2]), None
+            return self._channelled(u, mask, keys), None
 
         x = before(x, self.mixer_norm)
         read = x if beside is None else x + beside

@@ -33,7 +33,10 @@ class StackConfig:
       channel: channel mixer of blocks that name none; "none" for no channel mixer.
       channels: options of channel mixers by their names; an alias has a key "channel".
       residual: "separate": x + mixer, then x + channel mixer; "joint": x + channel(mixer(x)), as in S4, S5 and LRU;
-        "parallel": x + mixer(norm(x)) + channel(norm(x)), each with its own norm, as in GPT-NeoX.
+        "parallel": x + mixer(norm(x)) + channel(norm(x)), each with its own norm, as in GPT-NeoX; "reversible": two streams in
+        float32, x_1 + mixer(norm(x_2)), then x_2 + channel(norm(x_1)), both of which begin as the input and whose mean is the output
+        (Gomez et al. 2017, arXiv:1707.04585; Reformer, arXiv:2001.04451). The backward pass computes the inputs of layers from their
+        outputs, so that memory does not grow with the depth.
       shared_norm: whether the branches of "parallel" share one norm of their input (Falcon, GPT-J).
       norm, norm_options: name of the norm and its options.
       norm_position: "pre" normalizes the input of each branch, "post" the sum, "output" the output of each branch (OLMo 2),
@@ -66,7 +69,7 @@ class StackConfig:
     mixer_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     channel: str = "swiglu"
     channels: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    residual: Literal["separate", "joint", "parallel"] = "separate"
+    residual: Literal["separate", "joint", "parallel", "reversible"] = "separate"
     shared_norm: bool = False
     norm: str = "rms_norm"
     norm_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -95,10 +98,13 @@ class StackConfig:
         _all_used(
             "channels", self.channels, {entry.partition("+")[2] or self.channel for entry in self.pattern}
         )
-        if self.residual == "joint" and any(self.channel_of(i) is None for i in range(len(self.pattern))):
+        bare = any(self.channel_of(i) is None for i in range(len(self.pattern)))
+        if self.residual in ("joint", "reversible") and bare:
             raise ValueError(
-                "residual='joint' needs a channel mixer in every block; use residual='separate' with 'none'"
+                f"residual={self.residual!r} needs a channel mixer in every block; use residual='separate' with 'none'"
             )
+        if self.residual == "reversible":
+            self._check_reversible()
         if self.shared_norm and (self.residual != "parallel" or self.norm_position == "output"):
             raise ValueError(
                 f"shared_norm=True with residual={self.residual!r} and norm_position={self.norm_position!r}; only branches "
@@ -121,6 +127,22 @@ class StackConfig:
             raise ValueError(
                 "route is given, and shared blocks, which read all tokens; expected one of the two"
             )
+
+    def _check_reversible(self) -> None:
+        """Raises where a layer could not be undone, or would be run in another way."""
+        plain = {
+            "norm_position": "pre",
+            "residual_scale": 1.0,
+            "branch_scale": 1.0,
+            "shared": None,
+            "route": None,
+            "remat": "none",
+        }
+        for name, value in plain.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} with residual='reversible'; expected {value!r}"
+                )
 
     def _check_shared(self) -> None:
         """Makes `shared` a config, and raises unless its layers exist."""

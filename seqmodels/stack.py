@@ -14,6 +14,7 @@ from layers.reduction.kept import kept_segments, returned, taken
 from layers.segments import SegmentIds, Segments, select_real
 from layers.sharding import divide_batch
 from layers.typing import Array, Float, Key
+from seqmodels import reversible
 from seqmodels.block import Block, Encoded
 from seqmodels.config import StackConfig
 from seqmodels.routing import kept_tokens
@@ -119,6 +120,13 @@ class Stack(nnx.Module):
             raise ValueError(
                 "route is given, and layers read values of an earlier one; expected one of the two"
             )
+        if config.residual == "reversible":
+            if cross is not None or any(block.mixer.takes_values for block in blocks):
+                raise ValueError(
+                    "residual='reversible', and layers read more than the streams: a source, or values of an earlier layer; expected "
+                    "residual='separate'"
+                )
+            reversible.check(blocks)
         repeats = config.depth // period if config.scan and alike else 0
         self.repeats = repeats if repeats > 1 else 0
         scanned = self.repeats * period
@@ -202,6 +210,9 @@ class Stack(nnx.Module):
         keys = None if key is None else jax.random.split(key, config.depth)
         # Padding holds zeros from here on, whatever the embedding made of it.
         entered = x = divide_batch(select_real(x, segments))
+        undone = config.residual == "reversible"
+        if undone:
+            x = reversible.doubled(x)
         if state is not None:
             self._check_state(state)
             # Runs layers one by one: a scan would copy the states of all layers.
@@ -222,7 +233,10 @@ class Stack(nnx.Module):
                     source=None if source is None else source[layer],
                 )
                 states.append(new)
-            return x, (*states, *uses)
+            return reversible.merged(x, entered.dtype) if undone else x, (*states, *uses)
+        if undone:
+            x = reversible.run(x, self.stacked, self.blocks, segments, keys)
+            return reversible.merged(x, entered.dtype), None
         if self.repeats:
             x = self._scan(x, segments, keys, source)
         start, end = config.route if config.route is not None and keys is not None else (None, None)

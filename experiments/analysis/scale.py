@@ -71,6 +71,10 @@ def scales(values: Mapping[str, Any], *, batch: int, length: int, seed: int) -> 
         raise ValueError(f"kind={kind!r} has two stacks, and scales are those of one; expected another kind")
     plain = {"scan": False, "dropout": 0.0, "route": None, "route_rate": StackConfig.route_rate}
     model = build_model({**values, **plain}, rngs=nnx.Rngs(seed))
+    if model.stack.config.residual == "reversible":
+        raise ValueError(
+            "residual='reversible' has two streams, and scales are those of one; expected another residual"
+        )
     if model.stack.uses:
         raise ValueError(
             f"shared.layers={model.stack.uses} read shared blocks, which scales by layer leave out; expected shared=None"

@@ -88,6 +88,29 @@ ROWS = [
     (model(kind="classifier"), ValueError, "model needs the option num_classes"),
     (model(kind="classifier", num_classes=1), ValueError, "num_classes=1; expected"),
     (model(kind="classifier", num_classes=2, pooling="max"), ValueError, "pooling='max'; expected"),
+    (
+        model(residual="reversible", channel="none"),
+        ValueError,
+        "'reversible' needs a channel mixer in every block",
+    ),
+    (
+        model(residual="reversible", norm_position="post"),
+        ValueError,
+        "with residual='reversible'; expected 'pre'",
+    ),
+    (
+        model(residual="reversible", remat="full"),
+        ValueError,
+        "remat='full' with residual='reversible'; expected 'none'",
+    ),
+    (model(residual="reversible", norm="batch_norm"), ValueError, "layer 0 keeps mixer_norm"),
+    (
+        model(
+            residual="reversible", pattern=("rwkv7",), mixers={"rwkv7": dict(head_dim=4, value_residual=True)}
+        ),
+        ValueError,
+        "layers read more than the streams",
+    ),
     (model(kind="encoder_decoder", residual="parallel"), ValueError, "need residual='separate'"),
     (model(kind="encoder_decoder", encoder=dict(dept=1)), ValueError, "did you mean 'depth'?"),
     (model(kind="encoder_decoder", encoder=dict(width=4)), ValueError, "encoder.width=4; expected that of"),
