@@ -31,6 +31,7 @@ class Mamba3Config:
       expand: e / d, channels inside per feature.
       head_dim: p, channels per head.
       groups: g, number of groups of B and C; divides the heads.
+      rank: r, inputs and outputs of the state per channel; more than 1 for multiple inputs and outputs (MIMO), 4 in the authors' code.
       rotated: share of the state's features that rotate, in pairs.
       rate_floor: smallest rate of decay, -A.
       dt_min, dt_max, dt_floor: range of the initial step sizes, log-uniform, and their least value.
@@ -43,6 +44,7 @@ class Mamba3Config:
     expand: int = 2
     head_dim: int = 64
     groups: int = 1
+    rank: int = 1
     rotated: Positive = 0.5
     rate_floor: Positive = 1e-4
     dt_min: float = 0.001
@@ -89,42 +91,56 @@ class Mamba3Carry(NamedTuple):
 
 
 class Mamba3(Mixer):
-    """Mamba-3's single-input, single-output block, with e = expand d channels in h heads of p inside.
+    """Mamba-3's block, with e = expand d channels in h heads of p inside, and r inputs and outputs of the state.
 
-        [z, u, B, C, dt, a, l, w] = W_in x                               (e, e, g n, g n, h, h, h, pairs)
+        [z, u, B, C, dt, a, l, w] = W_in x                               (e, e, r g n, r g n, h, h, h, pairs)
         dt_t = softplus(dt_t + b_dt),   A_t = -max(f(a_t), rate_floor),   lambda_t = sigmoid(l_t)
-        B_t, C_t = R_t (RMSNorm(B_t) + b_B), R_t (RMSNorm(C_t) + b_C)    b: (h, n)
+        B_t, C_t = R_t (RMSNorm(B_t) + b_B), R_t (RMSNorm(C_t) + b_C)    b: (h, r, n)
         S_t = alpha_t S_{t-1} + (1 - lambda_t) dt_t alpha_t B_{t-1} u_{t-1}^T + lambda_t dt_t B_t u_t^T
         y   = W_out ((S_t^T C_t + D u_t) silu(z))                        alpha_t = exp(dt_t A_t), per head
+
+    This is r = 1. With r > 1, B_t u_t^T is sum_j B_tj (f_j u_t)^T, and (.) silu(z) is sum_j o_j (S_t^T C_tj + D f_j u_t) silu(g_j z), where
+    f, g and o (h, r, p) are learned and start at 1 / r, 1 and 1 / r: one state that r products write and read per token.
 
     R_t turns pairs (2 i, 2 i + 1) of features by the sum of dt pi tanh(w_i) over the tokens of the segment so far, which makes
     the state complex. lambda = 1 is Mamba-2's discretization, and 1/2 the trapezoidal rule. f(a) = 1 + a for a >= 0 and
     1 / (1 - a) below, as in the authors' code; all else that the paper leaves open is theirs as well. Head i reads group
-    i // (h / g). Both terms of S are one call of linear attention with twice the heads.
+    i // (h / g). Both terms of S are one call of linear attention with 2 r^2 times the heads, a state for each pair of an input and an output, so
+    that time grows with r^2; the state that is carried does not grow.
     """
 
     def __init__(self, config: Mamba3Config, *, rngs: nnx.Rngs):
         self.config = config
         channels, heads, n = config.channels, config.heads, config.state_size
         options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
-        features = 2 * channels + 2 * config.groups * n + 3 * heads + config.pairs
+        features = 2 * channels + 2 * config.rank * config.groups * n + 3 * heads + config.pairs
         self.input = linear(config.width, features, axes=("embed", "inner"), **options)
         steps = step_size_bias(config.dt_min, config.dt_max, config.dt_floor)
         ones = nnx.initializers.ones_init()
         self.dt_bias = parameter(rngs, steps, (heads,), axes=("heads",), **NO_DECAY)
         # Of B, then of C.
-        self.offsets = parameter(rngs, ones, (2, heads, n), axes=(None, "heads", None), **NO_DECAY)
+        shape = (2, heads, config.rank, n)
+        self.offsets = parameter(rngs, ones, shape, axes=(None, "heads", None, None), **NO_DECAY)
         norm = NormConfig(n, config.epsilon)
         self.key_norm, self.query_norm = RMSNorm(norm, rngs=rngs), RMSNorm(norm, rngs=rngs)
         self.d = parameter(rngs, ones, (heads,), axes=("heads",), **NO_DECAY)
+        self.inputs = self._factors(1 / config.rank, rngs)
+        self.gates = self._factors(1.0, rngs)
+        self.outputs = self._factors(1 / config.rank, rngs)
         self.output = linear(channels, config.width, axes=("inner", "embed"), **options)
+
+    def _factors(self, start: float, rngs: nnx.Rngs) -> nnx.Param | None:
+        """Returns a factor for each input or output of each channel, if there are several."""
+        config = self.config
+        shape, init = (config.heads, config.rank, config.head_dim), nnx.initializers.constant(start)
+        return parameter(rngs, init, shape, axes=("heads", None, None)) if config.rank > 1 else None
 
     def initial(self, batch_size: int, max_length: int | None) -> Mamba3Carry:
         config = self.config
         heads, n, p = config.heads, config.state_size, config.head_dim
         return Mamba3Carry(
             jnp.ones((batch_size, heads * config.pairs), jnp.complex64),
-            jnp.zeros((batch_size, 1, heads * (n + p)), jnp.float32),
+            jnp.zeros((batch_size, 1, heads * (config.rank * n + p)), jnp.float32),
             jnp.zeros((batch_size, heads, n, p), jnp.float32),
         )
 
@@ -133,13 +149,8 @@ class Mamba3(Mixer):
     ) -> tuple[Float[Array, "b t d"], Mamba3Carry]:
         config = self.config
         turn, last, s = self.initial(x.shape[0], None) if carried is None else carried
-        heads, n, p, shared = (
-            config.heads,
-            config.state_size,
-            config.head_dim,
-            config.groups * config.state_size,
-        )
-        rows = x.shape[:2]
+        heads, n, p, r = config.heads, config.state_size, config.head_dim, config.rank
+        rows, shared = x.shape[:2], config.groups * config.state_size * r
         z, u, *bc, dt, rate, share, angle = project(
             self.input, x, (*(config.channels,) * 2, shared, shared, *(heads,) * 3, config.pairs)
         )
@@ -147,39 +158,51 @@ class Mamba3(Mixer):
         dt = jax.nn.softplus(dt + self.dt_bias[...][None, None])
         log_decay = -dt * jnp.maximum(_rate(rate), config.rate_floor)
         turns, turn = self._turns(dt[..., None] * (math.pi * jnp.tanh(angle))[:, :, None], turn, segments)
-        key, query = (
-            _rotated(
-                jnp.repeat(norm(part.reshape(*rows, config.groups, n)), heads // config.groups, axis=2)
-                + offset[None, None],
-                turns,
-            )
-            for norm, part, offset in zip(
-                (self.key_norm, self.query_norm), bc, self.offsets[...], strict=True
-            )
-        )
+
+        def vectors(norm, part, offset):
+            """Rotated B or C by head, (b, t, h, r, n)."""
+            part = jnp.moveaxis(norm(part.reshape(*rows, r, config.groups, n)), 2, 3)
+            part = jnp.repeat(part, heads // config.groups, axis=2) + offset[None, None]
+            return _rotated(part, turns[:, :, :, None])
+
+        key = vectors(self.key_norm, bc[0], self.offsets[0])
+        query = vectors(self.query_norm, bc[1], self.offsets[1])
         u = u.reshape(*rows, heads, p)
-        now = jnp.concatenate([key.reshape(*rows, heads * n), u.reshape(*rows, heads * p)], axis=-1)
+        now = jnp.concatenate([key.reshape(*rows, heads * r * n), u.reshape(*rows, heads * p)], axis=-1)
         before, last = token_shift(now.astype(config.dtype), last, segment_ids=segments)
-        key_before, u_before = jnp.split(before, [heads * n], axis=-1)
+        key_before, u_before = jnp.split(before, [heads * r * n], axis=-1)
         share = jax.nn.sigmoid(share)
+        u = _each(u, self.inputs)
         values = (
-            (share * dt)[..., None] * u,
-            ((1 - share) * dt * jnp.exp(log_decay))[..., None] * u_before.reshape(u.shape),
+            (share * dt)[..., None, None] * u,
+            ((1 - share) * dt * jnp.exp(log_decay))[..., None, None]
+            * _each(u_before.reshape(*rows, heads, p), self.inputs),
         )
+
+        def of_heads(*terms):
+            """Both terms of S, in the type of activations, as heads side by side."""
+            joined = jnp.stack(terms, axis=2).astype(config.dtype)
+            return joined.reshape(*rows, math.prod(joined.shape[2:-1]), joined.shape[-1])
+
+        # Every output reads what every input writes: a head for each pair, which shares keys and values with r - 1 others.
+        query = jnp.broadcast_to(query[:, :, :, None], (*rows, heads, r, r, n))
+        s = jnp.zeros((s.shape[0], 2, heads, r, r, n, p), s.dtype).at[:, 0, :, 0].set(s[:, :, None])
         y, s = gated_linear_attention(
-            jnp.concatenate([query, query], axis=2).astype(config.dtype),
-            jnp.concatenate([key, key_before.reshape(key.shape)], axis=2).astype(config.dtype),
-            jnp.concatenate(values, axis=2).astype(config.dtype),
-            log_decay=jnp.concatenate([log_decay, log_decay], axis=2),
+            of_heads(query, query),
+            of_heads(key, key_before.reshape(key.shape)),
+            of_heads(*values),
+            log_decay=jnp.tile(jnp.repeat(log_decay, r * r, axis=2), (1, 1, 2)),
             scale=1.0,
-            initial_state=jnp.concatenate([s, jnp.zeros_like(s)], axis=1),
+            initial_state=s.reshape(s.shape[0], 2 * heads * r * r, n, p),
             segment_ids=segments,
         )
-        y = y.astype(jnp.float32).reshape(*rows, 2, heads, p).sum(2)
-        y = (y + self.d[...][None, None, :, None] * u).reshape(*rows, config.channels)
-        y = y * jax.nn.silu(z.astype(jnp.float32))
-        s = s.reshape(s.shape[0], 2, heads, n, p).sum(1)
-        return self.output(y.astype(config.dtype)), Mamba3Carry(turn, last, s)
+        y = y.astype(jnp.float32).reshape(*rows, 2, heads, r, r, p).sum((2, 4))
+        y = y + self.d[...][None, None, :, None, None] * u
+        y = y * jax.nn.silu(_each(z.astype(jnp.float32).reshape(*rows, heads, p), self.gates))
+        y = (y if self.outputs is None else y * self.outputs[...][None, None]).sum(3)
+        s = s.reshape(s.shape[0], 2, heads, r, r, n, p)[:, :, :, :, 0].sum((1, 3))
+        y = self.output(y.astype(config.dtype).reshape(*rows, config.channels))
+        return y, Mamba3Carry(turn, last, s)
 
     def _turns(
         self, angles: Float[Array, "b t h m"], turn: Complex[Array, "b f"], segments: Segments | None
@@ -201,10 +224,15 @@ def _rate(a: jax.Array) -> jax.Array:
     return jnp.maximum(a, 0) + 1 / (1 - jnp.minimum(a, 0))
 
 
-def _rotated(x: Float[Array, "b t h n"], turns: Complex[Array, "b t h m"]) -> Float[Array, "b t h n"]:
+def _each(x: Float[Array, "b t h p"], factors: nnx.Param | None) -> Float[Array, "b t h r p"]:
+    """Returns x times the factors of each input or output, float32 where there are several."""
+    return x[:, :, :, None] if factors is None else x[:, :, :, None] * factors[...][None, None]
+
+
+def _rotated(x: Float[Array, "b t h r n"], turns: Complex[Array, "b t h 1 m"]) -> Float[Array, "b t h r n"]:
     """Returns x with its first 2 m features turned in pairs."""
-    size = 2 * turns.shape[3]
-    pairs = x[..., :size].reshape(*turns.shape, 2)
+    size = 2 * turns.shape[4]
+    pairs = x[..., :size].reshape(*x.shape[:4], turns.shape[4], 2)
     turned = jax.lax.complex(pairs[..., 0], pairs[..., 1]) * turns
-    turned = jnp.stack([turned.real, turned.imag], axis=-1).reshape(*x.shape[:3], size)
+    turned = jnp.stack([turned.real, turned.imag], axis=-1).reshape(*x.shape[:4], size)
     return jnp.concatenate([turned, x[..., size:]], axis=-1)

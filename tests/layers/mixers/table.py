@@ -125,6 +125,7 @@ MIXERS = {
     "b2s6": ("b2s6", {"state_size": 4, "blocks": 2}),
     "linoss": ("linoss", {"state_size": 6}),
     "mamba3": ("mamba3", {"state_size": 4, "head_dim": 4, "groups": 2}),
+    "mamba3-mimo": ("mamba3", {"state_size": 4, "head_dim": 4, "rank": 2}),
     "gated_short_conv": ("gated_short_conv", {}),
     "tuned_state": ("tuned_state", {"inner": "gla", "options": {"heads": 2, "taps": 2}}),
     "longformer": (

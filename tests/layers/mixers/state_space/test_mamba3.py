@@ -24,23 +24,22 @@ OPTIONS = {"state_size": 8, "head_dim": 3, "groups": 2, "rotated": 0.5}
 def literal(model, row):
     """The pairs that rotate are complex numbers, and states turn in place of B and C."""
     config = model.config
-    channels, n, p, count, pairs = (
-        config.channels,
-        config.state_size,
-        config.head_dim,
-        config.heads,
-        config.pairs,
-    )
-    parts = np.cumsum([channels, channels, config.groups * n, config.groups * n, count, count, count])
+    n, p, count, pairs, rank = config.state_size, config.head_dim, config.heads, config.pairs, config.rank
+    channels, shared = config.channels, rank * config.groups * n
+    parts = np.cumsum([channels, channels, shared, shared, count, count, count])
     z, u, b, c, dt, rate, share, angle = np.split(apply(model.input, row), parts, axis=1)
     dt, share = softplus(dt + wide(model.dt_bias)), sigmoid(share)
     fast = np.where(rate >= 0, 1 + rate, 1 / (1 - np.minimum(rate, 0)))
     alpha = np.exp(-dt * np.maximum(fast, config.rate_floor))
-    u = heads(u, count)
+    inputs, gates, outputs = (
+        np.ones((count, 1, p)) if rank == 1 else wide(factors)
+        for factors in (model.inputs, model.gates, model.outputs)
+    )
+    u, z = heads(u, count)[:, :, None] * inputs, heads(z, count)[:, :, None] * gates
 
     def by_head(x, norm, offset):
-        x = rms(heads(x, config.groups), config.epsilon) * wide(norm.scale)
-        return np.repeat(x, count // config.groups, axis=1) + offset
+        x = rms(x.reshape(len(x), rank, config.groups, n), config.epsilon) * wide(norm.scale)
+        return np.repeat(x.swapaxes(1, 2), count // config.groups, axis=1) + offset
 
     def as_pairs(x):
         """Complex numbers: pairs that rotate, then the rest."""
@@ -48,7 +47,7 @@ def literal(model, row):
 
     b = by_head(b, model.key_norm, wide(model.offsets)[0])
     c = by_head(c, model.query_norm, wide(model.offsets)[1])
-    outputs = np.zeros((len(row), count, p))
+    y = np.zeros((len(row), count, p))
     for h in range(count):
         state = np.zeros((n - pairs, p), complex)
         write = np.zeros_like(state)
@@ -57,15 +56,21 @@ def literal(model, row):
             turn = np.ones(n - pairs, complex)
             turn[:pairs] = np.exp(-1j * dt[t, h] * np.pi * np.tanh(angle[t]))
             state = turn[:, None] * alpha[t, h] * (state + (1 - share[t, h]) * dt[t, h] * write)
-            write = np.outer(as_pairs(b[t, h]), u[t, h])
+            write = sum(np.outer(as_pairs(b[t, h, j]), u[t, h, j]) for j in range(rank))
             state = state + share[t, h] * dt[t, h] * write
-            outputs[t, h] = (as_pairs(c[t, h]).conj() @ state).real + wide(model.d)[h] * u[t, h]
-    return apply(model.output, outputs.reshape(len(row), -1) * silu(z))
+            for j in range(rank):
+                read = (as_pairs(c[t, h, j]).conj() @ state).real + wide(model.d)[h] * u[t, h, j]
+                y[t, h] += outputs[h, j] * read * silu(z[t, h, j])
+    return apply(model.output, y.reshape(len(row), -1))
 
 
 @pytest.mark.parametrize(
     "options",
-    [OPTIONS, pytest.param({"state_size": 5, "head_dim": 4, "rotated": 1.0}, marks=pytest.mark.slow)],
+    [
+        OPTIONS | {"rank": 2},
+        pytest.param(OPTIONS, marks=pytest.mark.slow),
+        pytest.param({"state_size": 5, "head_dim": 4, "rotated": 1.0}, marks=pytest.mark.slow),
+    ],
 )
 def test_equals_the_equation(options):
     model, x = drawn("mamba3", WIDTH, **options), tokens(TIME, WIDTH)
