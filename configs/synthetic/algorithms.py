@@ -15,7 +15,7 @@ letter before every digit (arXiv:2402.09371), and `sorting_hints` asks for the n
 
     python -m experiments.train --config=configs/synthetic/algorithms.py:task=running_parity,mixer=attention,segment=5 --workdir=runs/memory
 
-Stopped after 652 of its 2000 steps it has an accuracy of 0.999 of bits in the test, whose rows have up to 20, 0.986 at 40 and 0.903 at 160.
+It has an accuracy of 0.9999 of bits in the test, whose rows have up to 20, and 0.965 at 160 (experiments/results/recurrent_memory).
 """
 
 from ml_collections import ConfigDict
