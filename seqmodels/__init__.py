@@ -9,6 +9,7 @@ from seqmodels.adapters import LoraConfig, adapt, merge_adapters
 from seqmodels.autoencoder import Autoencoder
 from seqmodels.building import build_model
 from seqmodels.classifier import Classifier
+from seqmodels.decimate import DecimateConfig, decimate
 from seqmodels.dual_encoder import DualEncoder
 from seqmodels.encoder_decoder import EncoderDecoder
 from seqmodels.from_source import generate_from
@@ -24,6 +25,7 @@ from seqmodels.regressor import Regressor
 __all__ = [
     "Autoencoder",
     "Classifier",
+    "DecimateConfig",
     "DualEncoder",
     "EncoderDecoder",
     "Generation",
@@ -37,6 +39,7 @@ __all__ = [
     "__version__",
     "adapt",
     "build_model",
+    "decimate",
     "generate",
     "generate_from",
     "lengthen",

@@ -111,8 +111,11 @@ class LanguageModel(Backbone):
         source = source if state is None else state.sources
         x, layers = self.stack(x, layers, segment_ids=segments, key=key, source=source)
         state = None if state is None else state._replace(place=place, layers=layers)
-        x = normalized(self.norm, x, segments, key)
+        return self.outputs(normalized(self.norm, x, segments, key)), state
+
+    def outputs(self, x: Float[Array, "b t d"]) -> Unprojected:
+        """Returns what the logits of features behind the last norm are computed from."""
         if self.config.logit_scale != 1:
             x = self.config.logit_scale * x
         matrix = self.embedding.table[...] if self.head is None else self.head.matrix.T
-        return Unprojected(x, matrix, self.config.logit_cap), state
+        return Unprojected(x, matrix, self.config.logit_cap)

@@ -107,9 +107,7 @@ class RecurrentMemory(LanguageModel):
 
         last, h = jax.lax.scan(read, first, (jnp.arange(len(x)), x, real))
         h = jnp.moveaxis(h, 0, 1).reshape(b, -1, h.shape[3])[:, :t]
-        matrix = self.embedding.table[...] if self.head is None else self.head.matrix.T
-        outputs = Unprojected(self.config.logit_scale * h, matrix, self.config.logit_cap)
-        return outputs, None if state is None else last
+        return self.outputs(h), None if state is None else last
 
     def _read(
         self,

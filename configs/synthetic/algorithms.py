@@ -14,6 +14,8 @@ letter before every digit (arXiv:2402.09371), and `sorting_hints` asks for the n
 (arXiv:2310.00726). With segment=TOKENS, rows are read in segments, between which memory=VECTORS (4) are carried (RMT, arXiv:2207.06881):
 
     python -m experiments.train --config=configs/synthetic/algorithms.py:task=running_parity,mixer=attention,segment=5 --workdir=runs/memory
+
+It has an accuracy of 0.9999 of bits in the test, whose rows have up to 20, and 0.965 at 160 (experiments/results/recurrent_memory).
 """
 
 from ml_collections import ConfigDict

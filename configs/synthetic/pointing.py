@@ -6,10 +6,13 @@
 
     task=sorting|hull
 
-reader=NAME is the mixer that reads the source in both directions, or "set" for a map of each item by itself; mixer=NAME that of the decoder;
-process=STEPS, glimpse=yes|no, width, learning_rate, scale=small|paper, and in place of those of the scale lengths=5-10 (of training), steps. reader=set and process=5 is read-process-write.
+reader=NAME is the mixer that reads the source in both directions, or "set" for a map of each item by itself; mixer=NAME that of the
+decoder; process=STEPS, glimpse=yes|no, width, learning_rate, scale=small|paper, and in place of those of the scale lengths=5-10 (of
+training), steps. reader=set and process=5 is read-process-write.
 
-On two busy CPU cores, sorting takes 12 min: test accuracy 0.977 of pointers and 0.861 of rows.
+On two busy CPU cores, sorting takes 12 min: test accuracy 0.977 of pointers and 0.861 of rows; with 15 items 0.433 and 0. Hulls: 0.943 and
+0.699; of 15 points 0.881 and 0.395. Sets of 5 numbers in 1000 steps (reader=set,lengths=5,steps=1000): 0.987 of pointers and 0.934 of
+rows with process=0, 0.986 and 0.925 with process=5, and 0.997 and 0.982 with process=5,glimpse=yes (experiments/results/pointing).
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@ from flax import nnx
 
 from experiments.analysis.scale import scales
 from layers.reduction import CharacterConfig, DeletionGateConfig, HashEmbeddingConfig, remaining
-from seqmodels import LengthenConfig, build_model, generate_from, lengthen
+from seqmodels import DecimateConfig, LengthenConfig, build_model, decimate, generate_from, lengthen
 from tests.refusals.mixers import ones, small, traced
 from tests.refusals.models import MODEL, model
 
@@ -18,6 +18,15 @@ def wrote(sources=((1,),), **options):
     """Generation from sources by a model without arrays, which is never run."""
     made = nnx.eval_shape(lambda: build_model(SOURCED, rngs=nnx.Rngs(0)))
     return generate_from(made, sources, **dict(start=0, max_new_tokens=1) | options)
+
+
+def decimated(layers=(0,), **options):
+    def call():
+        fields = dict(mixer_defaults={}, pattern=("mamba+none",), mixers=dict(mamba=dict(state_size=2)))
+        made = nnx.eval_shape(lambda: build_model(MODEL | fields | options, rngs=nnx.Rngs(0)))
+        return decimate(made, TOKENS, DecimateConfig(layers=layers, length=8))
+
+    return call
 
 
 def remembered(tokens, carried=False, **keywords):
@@ -105,6 +114,14 @@ ROWS = [
         ValueError,
         "target[0, 0] is 3; expected 0 to 2, as the items and the end=3",
     ),
+    (
+        decimated(pattern=("mamba",)),
+        ValueError,
+        "model has layers of mamba; expected mamba+none in every one",
+    ),
+    (decimated(norm_position="post"), ValueError, "has other residuals, norms or positions than Mamba"),
+    (decimated(layers=(5,)), ValueError, "layers=(5,); expected numbers below depth="),
+    (decimated(layers=(1, 0)), ValueError, "layers=(1, 0); expected one or more layers in order"),
     (
         traced(lambda: remembered(ones(1, 3, dtype="int32"), segment_ids=ones(1, 3, dtype="int32"))),
         ValueError,

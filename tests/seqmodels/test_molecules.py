@@ -8,7 +8,7 @@ from flax import nnx
 
 from layers.segments import Segments
 from seqmodels import build_model
-from tests.layers.mixers.literal import apply, layer_norm, rms, softmax, stirred, wide
+from tests.layers.mixers.literal import apply, filled, layer_norm, rms, softmax, wide
 
 WIDTH, RATE, PRIMES, BUCKETS = 6, 3, (31, 43), 7
 MODEL = dict(
@@ -58,7 +58,7 @@ def equation(model, codes):
 
 @pytest.mark.slow
 def test_logits_are_those_of_the_equation_and_padding_is_not_read():
-    model = stirred(build_model(MODEL, rngs=nnx.Rngs(0)))
+    model = filled(lambda: build_model(MODEL, rngs=nnx.Rngs(0)))
     run = nnx.jit(
         lambda model, tokens: model(tokens, segment_ids=Segments.of(IDS, padding="end", packed=False))[0]
     )

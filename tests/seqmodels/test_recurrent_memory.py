@@ -10,7 +10,7 @@ from flax import nnx
 
 from layers.segments import Segments
 from seqmodels import build_model
-from tests.layers.mixers.literal import apply, rms, softmax, stirred, wide
+from tests.layers.mixers.literal import apply, filled, rms, softmax, wide
 
 VOCABULARY, WIDTH, MEMORY, SEGMENT = 5, 6, 2, 3
 MODEL = dict(
@@ -32,7 +32,7 @@ IDS = jnp.asarray([[1] * 8 + [0], [1] * 5 + [0] * 4])
 
 
 def made(**options):
-    return stirred(build_model(MODEL | options, rngs=nnx.Rngs(0)))
+    return filled(lambda: build_model(MODEL | options, rngs=nnx.Rngs(0)))
 
 
 @pytest.fixture(scope="module")

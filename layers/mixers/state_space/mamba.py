@@ -127,22 +127,31 @@ class Mamba(Mixer):
     def mix(
         self, x: Float[Array, "b t d"], carried: MambaCarry | None, segments: Segments | None
     ) -> tuple[Float[Array, "b t d"], MambaCarry]:
-        config = self.config
         inputs, h = (None, None) if carried is None else carried
-        u, gate = project(self.input, x, (config.channels, config.channels))
+        read, inputs = self.read(x, inputs, segments)
+        y, h = self.scan(*read, h, segments)
+        return y, MambaCarry(inputs, h)
+
+    def read(
+        self, x: Float[Array, "b t d"], inputs: Float[Array, "b taps e"] | None, segments: Segments | None
+    ) -> tuple[tuple[Float[Array, "b t *_f"], ...], Float[Array, "b taps e"]]:
+        """Returns what the scan takes of each token, u, z, dt before its bias, B and C, and the last inputs of the convolution."""
+        u, gate = project(self.input, x, (self.config.channels, self.config.channels))
         u, inputs = self.convolution(u, inputs, segment_ids=segments)
-        dt, b, c = self._select(u)
-        y, h = selective_scan(
-            u,
-            dt,
-            -jnp.exp(self.log_a[...]),
-            b,
-            c,
-            skip=self.d[...],
-            gate=gate,
-            dt_bias=self.dt_bias[...],
-            dt_softplus=True,
-            initial_state=h,
-            segment_ids=segments,
-        )
-        return self.output(y), MambaCarry(inputs, h)
+        return (u, gate, *self._select(u)), inputs
+
+    def scan(
+        self,
+        u: Float[Array, "b t e"],
+        gate: Float[Array, "b t e"],
+        dt: Float[Array, "b t e"],
+        b: Float[Array, "b t g n"],
+        c: Float[Array, "b t g n"],
+        h: Float[Array, "b e n"] | None,
+        segments: Segments | None,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b e n"]]:
+        """Returns the outputs of tokens, and the state after them."""
+        options = {"skip": self.d[...], "gate": gate, "dt_bias": self.dt_bias[...], "dt_softplus": True}
+        rate = -jnp.exp(self.log_a[...])
+        y, h = selective_scan(u, dt, rate, b, c, initial_state=h, segment_ids=segments, **options)
+        return self.output(y), h

@@ -19,7 +19,12 @@ def stirred(model):
 def drawn(name, width, **options):
     """A mixer in which every number is drawn at random; nothing but what a test calls is compiled."""
     given = {"width": width, "dtype": jnp.dtype("float32")}
-    model = nnx.eval_shape(lambda: make_mixer(name, options, given=given, rngs=nnx.Rngs(0)))
+    return filled(lambda: make_mixer(name, options, given=given, rngs=nnx.Rngs(0)))
+
+
+def filled(make):
+    """What `make` returns with every number drawn at random, without running it."""
+    model = nnx.eval_shape(make)
     rng = np.random.default_rng(0)
     graph, variables = nnx.split(model)
     numbers = jax.tree.map(lambda v: jnp.asarray(0.4 * rng.standard_normal(v.shape), jnp.float32), variables)

@@ -32,6 +32,7 @@ WITHOUT = (
     "ttt_linear",
     *(
         "bigbird",
+        "core_context",
         "etc",
         "informer",
         "longformer",
@@ -42,9 +43,11 @@ WITHOUT = (
         "moba",
         "nsa",
         "nystromformer",
+        "power_attention",
         "shifted_sparse",
         "shortformer",
         "softplus_attention",
+        "strided_attention",
         "transformer_xl",
     ),
 )

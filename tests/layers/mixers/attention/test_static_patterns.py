@@ -103,7 +103,7 @@ def core_context(model, x):
     return apply(model.output, y.reshape(t, -1))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "queries, options",
     [(128, {"group": 3, "near": 4}), (5, {"group": 4, "near": 2}), (128, {"group": 5, "near": 24})],
