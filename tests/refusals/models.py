@@ -88,6 +88,11 @@ ROWS = [
     (model(kind="classifier"), ValueError, "model needs the option num_classes"),
     (model(kind="classifier", num_classes=1), ValueError, "num_classes=1; expected"),
     (model(kind="classifier", num_classes=2, pooling="max"), ValueError, "pooling='max'; expected"),
+    (
+        model(kind="encoder_decoder", reading="prefix", cross=dict(heads=2)),
+        ValueError,
+        "reading='prefix', which has no cross-attention; leave it out",
+    ),
     (model(kind="encoder_decoder", residual="parallel"), ValueError, "need residual='separate'"),
     (model(kind="encoder_decoder", encoder=dict(dept=1)), ValueError, "did you mean 'depth'?"),
     (model(kind="encoder_decoder", encoder=dict(width=4)), ValueError, "encoder.width=4; expected that of"),
