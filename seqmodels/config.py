@@ -290,8 +290,7 @@ class EncoderDecoderConfig(LanguageModelConfig):
 
     Attributes:
       input, stack: those of the decoder; the encoder embeds its tokens by the same table.
-      encoder: fields of `StackConfig` in which the encoder differs from the decoder. Unless they say otherwise, its mixers with an option
-        `causal` or `bidirectional` see whole sequences.
+      encoder: fields of `StackConfig` in which the encoder differs from the decoder. By default its mixers see whole sequences if they can.
       cross: options of the cross-attention of each layer of the decoder; a key "mixer" names it ("attention" if left out).
       reading: how the decoder reads a source: by "attention", or as a "prefix", the encoder's outputs as tokens before those of the target.
     """
@@ -302,14 +301,8 @@ class EncoderDecoderConfig(LanguageModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reading == "prefix" and self.cross:
-            raise ValueError(
-                f"cross={dict(self.cross)} with reading='prefix', which has no cross-attention; leave it out"
-            )
         if self.reading == "attention" and self.stack.residual != "separate":
-            raise ValueError(
-                f"residual={self.stack.residual!r}; layers with a cross-attention need residual='separate'"
-            )
+            raise ValueError(f"residual={self.stack.residual!r}; cross-attentions need residual='separate'")
         object.__setattr__(self, "encoder", _other_stack("encoder", self.stack, WHOLE, self.encoder))
 
 

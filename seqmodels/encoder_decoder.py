@@ -37,6 +37,10 @@ class EncoderDecoder(nnx.Module):
     def __init__(self, config: EncoderDecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(LanguageModelConfig)}
+        if config.reading == "prefix" and config.cross:
+            raise ValueError(
+                f"cross={dict(config.cross)} with reading='prefix', which has no cross-attention; leave it out"
+            )
         cross = config.cross if config.reading == "attention" else None
         self.decoder = LanguageModel(LanguageModelConfig(**fields), cross=cross, rngs=rngs)
         self.encoder = Stack(config.encoder, rngs=rngs)
