@@ -312,20 +312,19 @@ class EncoderDecoderConfig(LanguageModelConfig):
 
     Attributes:
       input, stack: those of the decoder; the encoder embeds its tokens by the same table.
-      encoder: fields of `StackConfig` in which the encoder differs from the decoder. Unless they say otherwise, its mixers with an option
-        `causal` or `bidirectional` see whole sequences.
+      encoder: fields of `StackConfig` in which the encoder differs from the decoder. By default its mixers see whole sequences if they can.
       cross: options of the cross-attention of each layer of the decoder; a key "mixer" names it ("attention" if left out).
+      reading: how the decoder reads a source: by "attention", or as a "prefix", the encoder's outputs as tokens before those of the target.
     """
 
     encoder: Mapping[str, Any] | StackConfig = dataclasses.field(default_factory=dict)
     cross: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reading: Literal["attention", "prefix"] = "attention"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stack.residual != "separate":
-            raise ValueError(
-                f"residual={self.stack.residual!r}; layers with a cross-attention need residual='separate'"
-            )
+        if self.reading == "attention" and self.stack.residual != "separate":
+            raise ValueError(f"residual={self.stack.residual!r}; cross-attentions need residual='separate'")
         object.__setattr__(self, "encoder", _other_stack("encoder", self.stack, WHOLE, self.encoder))
 
 

@@ -26,15 +26,23 @@ class EncoderDecoder(nnx.Module):
     Both embed tokens by one table. The mixers of the decoder are causal, the keys of the cross-attention are all tokens of the source: in
     the words of CAB (arXiv:2210.07661) the encoder is noncausal self, the decoder causal self and causal cross.
 
+    With `reading="prefix"` there is no cross-attention: the decoder reads e as what stands before the target, and a recurrent one keeps of
+    it what its state holds. Then a row of a source is one segment, and so is that of its target, with the same id.
+
     Attributes:
-      decoder: a `LanguageModel` with a cross-attention. It is called by itself where a state is carried:
+      decoder: a `LanguageModel`, with a cross-attention unless sources are prefixes. It is called by itself where a state is carried:
         `decoder(target, model.init_state(source))`.
     """
 
     def __init__(self, config: EncoderDecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(LanguageModelConfig)}
-        self.decoder = LanguageModel(LanguageModelConfig(**fields), cross=config.cross, rngs=rngs)
+        if config.reading == "prefix" and config.cross:
+            raise ValueError(
+                f"cross={dict(config.cross)} with reading='prefix', which has no cross-attention; leave it out"
+            )
+        cross = config.cross if config.reading == "attention" else None
+        self.decoder = LanguageModel(LanguageModelConfig(**fields), cross=cross, rngs=rngs)
         self.encoder = Stack(config.encoder, rngs=rngs)
         self.encoder_norm = final_norm(config.encoder, rngs) if config.final_norm else None
 
@@ -60,16 +68,27 @@ class EncoderDecoder(nnx.Module):
     ) -> LanguageModelState:
         """Returns the state of the decoder before the first token of a target.
 
-        The encoder and the keys and values that each layer reads are computed here, once.
+        The encoder and what each layer reads are computed here, once.
 
         Args:
           source: token ids (b, s).
           max_length: the most tokens of a target, for caches of the decoder.
           segment_ids: 0 marks padding of the source.
         """
+        encoded = self.encode(source, segment_ids=segment_ids)
+        if self.config.reading == "prefix":
+            return self._after(encoded, max_length, None)
         state = self.decoder.init_state(source.shape[0], max_length=max_length)
-        sources = self.decoder.stack.sources(self.encode(source, segment_ids=segment_ids))
-        return state._replace(sources=sources)
+        return state._replace(sources=self.decoder.stack.sources(encoded))
+
+    def _after(
+        self, encoded: Encoded, max_length: int | None, key: Key[Array, ""] | None
+    ) -> LanguageModelState:
+        """Returns the state of the decoder after a source as a prefix, with room for `max_length` tokens of a target."""
+        rows, length = encoded.x.shape[:2]
+        state = self.decoder.init_state(rows, max_length=None if max_length is None else length + max_length)
+        _, layers = self.decoder.stack(encoded.x, state.layers, segment_ids=encoded.segments, key=key)
+        return state._replace(layers=layers)
 
     def __call__(
         self,
@@ -100,6 +119,11 @@ class EncoderDecoder(nnx.Module):
             )
         keys = (None, None) if key is None else jax.random.split(key)
         encoded = self.encode(source, segment_ids=source_segment_ids, key=keys[0])
+        if self.config.reading == "prefix":
+            keys = (None, None) if key is None else jax.random.split(keys[1])
+            state = self._after(encoded, target.shape[1], keys[0])
+            outputs, _ = self.decoder.unprojected(target, state, segment_ids=segment_ids, key=keys[1])
+            return outputs.logits, None
         outputs, _ = self.decoder.unprojected(target, segment_ids=segment_ids, key=keys[1], source=encoded)
         return outputs.logits, None
 

@@ -5,6 +5,9 @@
 
     task=copy|sorting
 
+reading=attention|prefix: by a cross-attention in each layer of the decoder, or as what stands before the target, whose state then holds the
+source: with mixer=mamba,encoder=mamba,reading=prefix our reading of the decoder of Samba-ASR (2501.02832), whose code is not public.
+
 mixer=NAME, any causal one, is that of the decoder; encoder=NAME is that of the encoder, which sees whole sources where it has an option
 for that. width, depth, learning_rate, scale=small|paper. Small trains on lengths up to 10, paper up to 20.
 
@@ -18,7 +21,7 @@ import runpy
 from ml_collections import ConfigDict
 
 RECIPE = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "standins" / "_recipe.py"))
-MIXERS = dict(mixer="attention", encoder="attention")
+MIXERS = dict(mixer="attention", encoder="attention", reading="attention")
 SIZES = dict(width=64, depth=2, learning_rate=1e-3)
 LENGTHS = {  # of training, and of the further splits
     "small": ((1, 10), (10, 12, 15, 20)),
@@ -42,6 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
         pattern=(options["mixer"],),
         mixer_defaults=dict(heads=4),
         encoder=dict(pattern=(options["encoder"],)),
+        reading=options["reading"],
         channel="swiglu",
     )
     config.data = {}

@@ -219,3 +219,37 @@ def test_norms_stand_elsewhere_too(norm_position):
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, atol=1e-5)
     longer = Segments.of(jnp.ones(source.shape, jnp.int32))
     np.testing.assert_allclose(made(source, target, source_segment_ids=longer)[0], whole, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["mamba", "attention"])
+def test_a_prefix_is_what_stands_before_the_target(mixer):
+    model = built(
+        reading="prefix",
+        pattern=(mixer,),
+        absolute_positions="none",
+        max_positions=None,
+        mixer_defaults=dict(heads=2, state_size=4),
+    )
+    source, target = jnp.asarray(SOURCE), jnp.asarray(TARGET)
+
+    @nnx.jit
+    def run(model, source, target, ids):
+        padded, _ = model(source, target, source_segment_ids=ids)
+        state = model.init_state(source, max_length=5, segment_ids=ids)
+        first, state = model.decoder(target[:, :2], state)
+        return padded, jnp.concatenate([first, model.decoder(target[:, 2:], state)[0]], axis=1)
+
+    @nnx.jit
+    def alone(model, source, target):
+        """The decoder on one sequence without a state: what the encoder makes of the source, and the tokens of the target."""
+        x = model.encode(source).x
+        whole = jnp.concatenate([x, model.decoder.embedding(target)[0]], axis=1)
+        y = model.decoder.norm(model.decoder.stack(whole)[0][:, x.shape[1] :])
+        return y @ model.decoder.embedding.table[...].T
+
+    padded, stepped = run(model, source, target, jnp.asarray(SOURCE_IDS))
+    for row, real in enumerate(SOURCE_IDS == 1):
+        want = alone(model, source[row : row + 1, real], target[row : row + 1])[0]
+        np.testing.assert_allclose(padded[row], want, atol=2e-5)
+        np.testing.assert_allclose(stepped[row], want, atol=2e-5)
