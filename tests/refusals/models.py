@@ -110,6 +110,8 @@ ROWS = [
         ),
         ValueError,
         "layers read more than the streams",
+    ),
+    (
         model(kind="encoder_decoder", reading="prefix", cross=dict(heads=2)),
         ValueError,
         "reading='prefix', which has no cross-attention; leave it out",
