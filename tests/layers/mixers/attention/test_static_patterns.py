@@ -44,8 +44,7 @@ def blocks(rule, model, x):
     return apply(model.output, y.reshape(t, -1))
 
 
-@pytest.mark.sample(4)
-@pytest.mark.parametrize(
+of_blocks = pytest.mark.parametrize(
     "name, rule, options",
     [
         ("power_attention", seen_by_powers, {"block": 2, "sink_blocks": 1}),
@@ -54,15 +53,25 @@ def blocks(rule, model, x):
         ("strided_attention", seen_by_stride, {"block": 3, "sink_blocks": 2, "stride": 4}),
     ],
 )
-def test_blocks_of_fixed_patterns(name, rule, options):
-    """In whole rows, in two calls and in packed rows with padding in front."""
+
+
+@pytest.mark.sample(4)
+@of_blocks
+def test_blocks_of_fixed_patterns_in_two_calls(name, rule, options):
     model = drawn(name, WIDTH, **ATTENTION, **options)
     x = tokens(TIME, WIDTH)
-    run = jax.jit(lambda x: (model(x)[0], model(x, segment_ids=IDS)[0]))
-    whole, packed = run(x)
     want = by_row(lambda x: blocks(rule, model, x), x)
-    np.testing.assert_allclose(whole, want, atol=1e-5)
     np.testing.assert_allclose(in_two_calls(model, x)[0], want, atol=1e-5)
+
+
+@pytest.mark.slow
+@of_blocks
+def test_blocks_of_fixed_patterns_in_rows(name, rule, options):
+    """In whole rows, and in packed ones with padding in front."""
+    model = drawn(name, WIDTH, **ATTENTION, **options)
+    x = tokens(TIME, WIDTH)
+    whole, packed = jax.jit(lambda x: (model(x)[0], model(x, segment_ids=IDS)[0]))(x)
+    np.testing.assert_allclose(whole, by_row(lambda x: blocks(rule, model, x), x), atol=1e-5)
     for row, part in PARTS:
         want = blocks(rule, model, np.asarray(x[row, part], np.float64))
         np.testing.assert_allclose(packed[row, part], want, atol=1e-5)
