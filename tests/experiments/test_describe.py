@@ -184,6 +184,19 @@ def test_a_layer_that_reads_values_of_the_first_one_is_described_by_itself():
     assert [call["primitive"] for call in rows[1]["calls"]] == ["short_conv", "dplr_delta_rule"]
 
 
+@pytest.mark.slow
+def test_models_that_name_items_or_carry_a_memory():
+    """Both stacks of the first, and the memory of the second, which does not grow."""
+    pointing = config(kind="pointer_network", depth=1, mixer_defaults=dict(heads=2), encoder=dict(depth=2))
+    pointing["task"] = dict(name="convex_hull")
+    assert [row["layer"] for row in describe.describe(pointing, [8])["layers"]] == [0, 1, 2]
+    options = dict(kind="recurrent_memory", depth=1, mixer_defaults=dict(heads=2), memory=3, segment=4)
+    given = config(**options)
+    given["task"] = dict(name="copy")
+    found = describe.describe(given, [8, 16])["lengths"]
+    assert [row["state_bytes"] for row in found] == [4 * 3 * 8] * 2
+
+
 def test_both_stacks_of_an_encoder_decoder_and_what_its_state_holds_of_a_source():
     shared = dict(layers=(0,), mixer=dict(heads=2, causal=False))
     options = dict(kind="encoder_decoder", mixer_defaults=dict(heads=2, position="none"), depth=1)
