@@ -15,7 +15,8 @@ from layers.norms import make_norm
 from layers.parameters import AuxiliaryLoss, Linear, axes_of, declared, linear
 from layers.segments import Segments
 from layers.typing import Array, Float
-from seqmodels.config import SharedConfig, StackConfig
+from seqmodels.config import StackConfig
+from seqmodels.shared_config import SharedConfig
 
 
 class SharedBlock(nnx.Module):
