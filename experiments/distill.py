@@ -112,16 +112,16 @@ def _plan(args: Any, overrides: list[tuple[str, str]]) -> Experiment:
         raise ArgumentError(f"--mixer={args.mixer}: there is no such mixer{suggestion(args.mixer, MIXERS)}")
     own = f"model.mixers.{args.mixer}."
     config = load(args.config, [(name, text) for name, text in overrides if not name.startswith(own)])
+    depth = config["model"]["depth"]
+    if list(args.replace) != sorted(set(args.replace)) or args.replace[-1] > depth:
+        raise ArgumentError(
+            f"--replace={','.join(map(str, args.replace))}; expected rising numbers of at most the depth, {depth}"
+        )
     theirs = RunDirectory(args.teacher).config()
     if lines := differences({"model": theirs["model"]}, {"model": config["model"]}):
         raise ArgumentError(
             f"--teacher={args.teacher} has another model than --config; give the config of the teacher:\n"
             + "\n".join(f"  {line}" for line in lines)
-        )
-    depth = config["model"]["depth"]
-    if list(args.replace) != sorted(set(args.replace)) or args.replace[-1] > depth:
-        raise ArgumentError(
-            f"--replace={','.join(map(str, args.replace))}; expected rising numbers of at most the depth, {depth}"
         )
     return experiment.build(config)
 
