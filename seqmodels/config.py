@@ -51,6 +51,8 @@ class StackConfig:
         Krause et al. 2025, arXiv:2501.04765, which has (2, 8) of 12); None for none. They rejoin as they were, and inference has no
         route. The others keep their order, and in `attention` their positions. Layers run without `scan`.
       route_rate: the part of the tokens that pass them by.
+      base_width: width of a narrower model whose learning rate and initial values carry over by muP (`seqmodels.width_transfer`);
+        None for none.
       dropout: dropout rate of branch outputs if separate; passed to the channel mixer if joint.
       scan: whether repeats of the pattern run under `jax.lax.scan`, which compiles them once.
       remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products), "attention" (all
@@ -79,6 +81,7 @@ class StackConfig:
     shared: Mapping[str, Any] | SharedConfig | None = None
     route: tuple[Count, Count] | None = None
     route_rate: Fraction = 0.5
+    base_width: int | None = None
     dropout: Fraction = 0.0
     scan: bool = True
     remat: Literal["none", "full", "dots", "attention"] = "none"
@@ -260,6 +263,12 @@ class LanguageModelConfig:
     def __post_init__(self) -> None:
         if self.input.vocab_size is None:
             raise ValueError("a language model needs vocab_size; input_size is for classifiers of vectors")
+
+    @property
+    def logit_factor(self) -> float:
+        """The factor on the logits: `logit_scale`, with `base_width` also that of a tied head (`seqmodels.width_transfer`)."""
+        tied = self.tie_embeddings and self.stack.base_width is not None
+        return self.logit_scale * (self.stack.base_width / self.stack.width if tied else 1.0)
 
 
 @checked_dataclass

@@ -115,7 +115,7 @@ class LanguageModel(Backbone):
 
     def outputs(self, x: Float[Array, "b t d"]) -> Unprojected:
         """Returns what the logits of features behind the last norm are computed from."""
-        if self.config.logit_scale != 1:
-            x = self.config.logit_scale * x
+        if (factor := self.config.logit_factor) != 1:
+            x = factor * x
         matrix = self.embedding.table[...] if self.head is None else self.head.matrix.T
         return Unprojected(x, matrix, self.config.logit_cap)
