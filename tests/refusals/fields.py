@@ -165,6 +165,7 @@ FIELDS = [
     ("--config=MODELS --config.task.packing=decompose --config.task.shortest=3", "expected a power of two"),
     ("--config=MODELS --config.task.curriculum=grow_p2", "has no effect with packing='best_fit'"),
     ("--config=MODELS --config.task.order=similar", "expected packing='concatenate' and reset=False"),
+    ("--config=MODELS --config.task.knots=4", "reads the parts between; expected packing='concatenate'"),
     # Models that do not fit.
     ("--config=MQAR:mixer=s5x", "unknown mixer 's5x'; did you mean 's5'?"),
     ("--config=SHORT --config.model.pattern=s5x", "pattern='s5x' is unknown; did you mean 's5'?"),
