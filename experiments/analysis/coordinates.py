@@ -25,7 +25,7 @@ def coordinate_check(
     length: int = 16,
     seed: int = 0,
 ) -> dict[int, dict[str, float]]:
-    """Returns by width the root mean square of the change of each layer's stream, and of the logits, after some steps of Adam.
+    """Returns by width the root mean square of the change of the logits, the embeddings and each layer's stream by some steps of Adam.
 
     With muP the changes of all layers are about the same at every width (Yang et al. 2022, arXiv:2203.03466, appendix D.1);
     without it some grow. Inputs and labels are random tokens, the same at every width.
@@ -47,9 +47,10 @@ def coordinate_check(
         parameters, statistics = jax.jit(model.initialise)(jax.random.key(seed))
 
         def outputs(parameters, model=model, statistics=statistics):
+            module = model.module(parameters, statistics)
             with recording() as streams:
-                logits, _ = model(parameters, statistics, {"inputs": jnp.asarray(inputs)}, key=None)
-            return logits, streams
+                logits, _ = module(jnp.asarray(inputs))
+            return logits, [module.embedding(jnp.asarray(inputs))[0], *streams]
 
         def loss(parameters, outputs=outputs):
             logits, streams = outputs(parameters)
@@ -67,6 +68,6 @@ def coordinate_check(
             parameters, state, given = step(parameters, state)
             first = given if first is None else first
         changes = [float(jnp.sqrt(jnp.mean((b - a) ** 2))) for a, b in zip(first, given, strict=True)]
-        names = ["logits", *(f"layer {layer}" for layer in range(len(changes) - 1))]
+        names = ["logits", "embedding", *(f"layer {layer}" for layer in range(len(changes) - 2))]
         found[width] = dict(zip(names, changes, strict=True))
     return found

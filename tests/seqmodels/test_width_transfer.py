@@ -85,29 +85,44 @@ def test_initial_values_are_those_of_the_kinds(tied):
         np.testing.assert_array_equal(variable[...], base[path][...])
 
 
-@pytest.mark.slow
-def test_the_coordinate_check_fails_where_a_rule_is_wrong(monkeypatch):
-    def ratios():
-        found = coordinate_check(BASE, (32, 128), steps=4, learning_rate=1e-2)
-        return {place: found[128][place] / found[32][place] for place in found[32]}
+def changes(width):
+    return coordinate_check(BASE, (width,), steps=4, learning_rate=1e-2)[width]
 
-    right = ratios()
-    assert len(right) == 3
-    for place, ratio in right.items():
-        assert 0.7 < ratio < 1.3, (place, ratio)
-    with monkeypatch.context() as patch:
-        patch.setattr(width_transfer, "kind_of", lambda *_: ("hidden", 1.0))
-        assert ratios()["layer 1"] > 1.6
-    with monkeypatch.context() as patch:
-        patch.setattr(LanguageModelConfig, "logit_factor", 1.0)
-        assert ratios()["logits"] > 1.6
-    with monkeypatch.context() as patch:
-        # A rate that falls with the width where it should not.
-        patch.setattr(
-            width_transfer,
-            "kind_of",
-            lambda path, shape, base: (
-                ("hidden", 1 / 4) if path[-1] == "table" else kind_of(path, shape, base)
-            ),
-        )
-        assert ratios()["layer 0"] < 0.7
+
+@pytest.fixture(scope="module")
+def narrow():
+    """What the first steps change at the width of the base, to which no rule applies."""
+    return changes(32)
+
+
+@pytest.mark.slow
+def test_first_steps_change_as_much_at_every_width(narrow):
+    wide = changes(128)
+    assert wide.keys() == narrow.keys() == {"logits", "embedding", "layer 0", "layer 1"}
+    for place, change in wide.items():
+        assert 0.7 < change / narrow[place] < 1.3, (place, change, narrow[place])
+
+
+def no_rate_falls(path, shape, base):
+    return "input", 1.0
+
+
+def that_of_the_table_falls(path, shape, base):
+    return ("hidden", 1 / 4) if path[-1] == "table" else kind_of(path, shape, base)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rule, place, bounds",
+    [
+        (no_rate_falls, "layer 1", (1.6, 9)),
+        (that_of_the_table_falls, "embedding", (0, 0.4)),
+        (None, "logits", (1.6, 9)),
+    ],
+)
+def test_the_coordinate_check_fails_where_a_rule_is_wrong(narrow, rule, place, bounds, monkeypatch):
+    if rule is None:  # the head is the table as it is
+        monkeypatch.setattr(LanguageModelConfig, "logit_factor", 1.0)
+    else:
+        monkeypatch.setattr(width_transfer, "kind_of", rule)
+    assert bounds[0] < changes(128)[place] / narrow[place] < bounds[1]
