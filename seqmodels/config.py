@@ -42,8 +42,7 @@ class StackConfig:
       norm_position: "pre" normalizes the input of each branch, "post" the sum, "output" the output of each branch (OLMo 2),
         "both" its input and its output (Gemma 2), and "stream" x itself before each branch, so that what the branch is added to
         is normalized too (MiniMax).
-      residual_scale: factor on x before a branch is added; DeepNorm (Wang et al. 2022, arXiv:2203.00555) uses (2
-        depth)^(1/4) with norm_position="post".
+      residual_scale: factor on x before a branch is added; DeepNorm (arXiv:2203.00555) uses (2 depth)^(1/4) with norm_position="post".
       branch_scale: factor on the output of each branch before it is added (Granite).
       shared: options of blocks that several layers share (`SharedConfig`), whose output the mixers of these layers read beside
         x: x + mixer(norm(x + shared(x, x_0))), with x_0 the input of the stack (Zamba2); None for none. Layers run without `scan`.
@@ -51,8 +50,7 @@ class StackConfig:
         Krause et al. 2025, arXiv:2501.04765, which has (2, 8) of 12); None for none. They rejoin as they were, and inference has no
         route. The others keep their order, and in `attention` their positions. Layers run without `scan`.
       route_rate: the part of the tokens that pass them by.
-      base_width: width of a narrower model whose learning rate and initial values carry over by muP (`seqmodels.width_transfer`);
-        None for none.
+      base_width: width of the model whose learning rates and initial values carry over by muP (`seqmodels.width_transfer`), or None.
       dropout: dropout rate of branch outputs if separate; passed to the channel mixer if joint.
       scan: whether repeats of the pattern run under `jax.lax.scan`, which compiles them once.
       remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products), "attention" (all
@@ -117,7 +115,6 @@ class StackConfig:
             raise ValueError(
                 f"residual='parallel' adds both branches at once; norm_position={self.norm_position!r} needs 'separate'"
             )
-
         if self.route is not None and not self.route[0] < self.route[1] <= self.depth:
             raise ValueError(
                 f"route={self.route}; expected two layers in order, the second at most depth={self.depth}"
@@ -263,12 +260,6 @@ class LanguageModelConfig:
     def __post_init__(self) -> None:
         if self.input.vocab_size is None:
             raise ValueError("a language model needs vocab_size; input_size is for classifiers of vectors")
-
-    @property
-    def logit_factor(self) -> float:
-        """The factor on the logits: `logit_scale`, with `base_width` also that of a tied head (`seqmodels.width_transfer`)."""
-        tied = self.tie_embeddings and self.stack.base_width is not None
-        return self.logit_scale * (self.stack.base_width / self.stack.width if tied else 1.0)
 
 
 @checked_dataclass

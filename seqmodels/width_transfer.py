@@ -20,13 +20,19 @@ from typing import Any
 from flax import nnx
 
 from layers.mixer import Mixer
-from seqmodels.config import StackConfig
+from seqmodels.config import LanguageModelConfig, StackConfig
 
 KINDS = ("language_model", "classifier", "regressor")
 # Options of mixers and channel mixers that count what grows with the width.
 COUNTS = ("heads", "kv_heads", "inner", "hidden")
 # Parameters of more than one axis that are applied feature by feature.
 BY_FEATURE = ("log_a", "positions", "types")
+
+
+def logit_factor(config: LanguageModelConfig) -> float:
+    """Returns the factor on the logits of a language model: `logit_scale`, with `base_width` also that of a tied head."""
+    tied = config.tie_embeddings and config.stack.base_width is not None
+    return config.logit_scale * (config.stack.base_width / config.stack.width if tied else 1.0)
 
 
 def at_width(values: Mapping[str, Any], width: int) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from experiments.analysis.coordinates import coordinate_check
 from experiments.training.model import SplitModel
 from experiments.training.optimizers import Optimizer, OptimizerConfig
 from layers.parameters import rate_of
-from seqmodels import build_model, width_transfer
-from seqmodels.config import LanguageModelConfig
+from seqmodels import build_model, language_model, width_transfer
 from seqmodels.width_transfer import at_width, kind_of
 
 BASE = dict(
@@ -122,7 +121,7 @@ def that_of_the_table_falls(path, shape, base):
 )
 def test_the_coordinate_check_fails_where_a_rule_is_wrong(narrow, rule, place, bounds, monkeypatch):
     if rule is None:  # the head is the table as it is
-        monkeypatch.setattr(LanguageModelConfig, "logit_factor", 1.0)
+        monkeypatch.setattr(language_model, "logit_factor", lambda config: 1.0)
     else:
         monkeypatch.setattr(width_transfer, "kind_of", rule)
     assert bounds[0] < changes(128)[place] / narrow[place] < bounds[1]
