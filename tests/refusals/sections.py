@@ -154,7 +154,7 @@ CONFIGS = [
         "kind='regressor'; distillation is for language_model and classifier",
     ),
     (taught(depth=2), ValueError, "depth and width (1, 8) and the teacher (2, 8); expected the same"),
-    (taught(route=(0, 1)), ValueError, "reads all tokens after each layer; expected model.route=None"),
+    (taught(route=(0, 1)), ValueError, "reads all tokens of one stream after each layer; expected"),
     (train(steps=-3), ValueError, "train.steps=-3; expected"),
     (train(tensorboard="yes"), TypeError, "train.tensorboard='yes'; expected True or False"),
     (train(eval_every="1"), TypeError, "train.eval_every='1'; expected a number"),
