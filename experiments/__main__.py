@@ -24,6 +24,7 @@ MODULES = {
     "convert": "experiments.convert",
     "harness": "experiments.harness",
     "compare": "experiments.compare",
+    "distill": "experiments.distill",
     "sweep": "experiments.sweep.__main__",
     "report": "experiments.report.__main__",
     "list": "experiments.list",

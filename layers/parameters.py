@@ -107,6 +107,11 @@ def group_of(variable: nnx.Variable) -> str:
     return variable.get_metadata().get("group", "default")
 
 
+def rate_of(variable: nnx.Variable) -> float:
+    """Returns the factor on the learning rate of a parameter's group, 1 unless one was set (`seqmodels.width_transfer`)."""
+    return variable.get_metadata().get("rate", 1.0)
+
+
 def axes_of(variable: nnx.Variable) -> Axes:
     """Returns the logical axes that a parameter declared; None for each if it declared none."""
     return variable.get_metadata().get("axes") or (None,) * variable.ndim

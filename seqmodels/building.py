@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.parameters import group_of
+from seqmodels import width_transfer
 from seqmodels.autoencoder import Autoencoder
 from seqmodels.classifier import Classifier
 from seqmodels.config import (
@@ -65,7 +66,16 @@ def build_model(
       ValueError: an unknown field or name (with the nearest one), or inconsistent values.
     """
     parsed = parse(config)
-    model = MODELS[type(parsed)](parsed, rngs=rngs)
+    make = MODELS[type(parsed)]
+    model = make(parsed, rngs=rngs)
+    if (width := parsed.stack.base_width) is not None:
+        if config["kind"] not in width_transfer.KINDS:
+            raise ValueError(
+                f"base_width={width} with kind={config['kind']!r}; muP is for {', '.join(width_transfer.KINDS)}"
+            )
+        narrow = parse({**width_transfer.at_width(config, width), "base_width": None})
+        base = nnx.eval_shape(lambda: make(narrow, rngs=nnx.Rngs(0)))
+        width_transfer.transfer(model, base, parsed.stack)
     dtype = jnp.dtype(parsed.stack.param_dtype)
     if dtype != jnp.float32:
         _store_matrices(model, dtype)

@@ -16,6 +16,7 @@ from seqmodels.backbone import Backbone, normalized
 from seqmodels.block import Encoded
 from seqmodels.causality import check_causal
 from seqmodels.config import LanguageModelConfig
+from seqmodels.width_transfer import logit_factor
 
 
 class LanguageModelState(NamedTuple):
@@ -115,7 +116,7 @@ class LanguageModel(Backbone):
 
     def outputs(self, x: Float[Array, "b t d"]) -> Unprojected:
         """Returns what the logits of features behind the last norm are computed from."""
-        if self.config.logit_scale != 1:
-            x = self.config.logit_scale * x
+        if (factor := logit_factor(self.config)) != 1:
+            x = factor * x
         matrix = self.embedding.table[...] if self.head is None else self.head.matrix.T
         return Unprojected(x, matrix, self.config.logit_cap)

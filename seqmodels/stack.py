@@ -17,6 +17,7 @@ from layers.typing import Array, Float, Key
 from seqmodels import reversible
 from seqmodels.block import Block, Encoded
 from seqmodels.config import StackConfig
+from seqmodels.recording import is_recording, record
 from seqmodels.routing import kept_tokens
 from seqmodels.shared import SharedBlock, Use
 
@@ -207,6 +208,11 @@ class Stack(nnx.Module):
                 else "a source was given to a stack without a cross-attention; expected None"
             )
         config, segments, values = self.config, Segments.of(segment_ids), None
+        if is_recording() and (self.repeats or config.route is not None or config.residual == "reversible"):
+            raise ValueError(
+                f"layers are recorded, and a stack has stacked={self.repeats > 0}, route={config.route} and "
+                f"residual={config.residual!r}; expected scan=False, route=None and one stream"
+            )
         keys = None if key is None else jax.random.split(key, config.depth)
         # Padding holds zeros from here on, whatever the embedding made of it.
         entered = x = divide_batch(select_real(x, segments))
@@ -233,6 +239,7 @@ class Stack(nnx.Module):
                     source=None if source is None else source[layer],
                 )
                 states.append(new)
+                record(x)
             return reversible.merged(x, entered.dtype) if undone else x, (*states, *uses)
         if undone:
             x = reversible.run(x, self.stacked, self.blocks, segments, keys)
@@ -252,6 +259,7 @@ class Stack(nnx.Module):
             beside = self._use(layer, x, entered, None, segments)[0] if layer in self.uses else None
             gaps = self.blocks[number].mixer.takes_gaps
             x, values = self._one(x, values, seen[gaps], keys, number, layer, beside, source)
+            record(x)
         return (returned(whole, x, kept) if end == config.depth else x), None
 
     def _check_state(self, state: Any) -> None:

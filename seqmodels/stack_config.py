@@ -48,6 +48,7 @@ class StackConfig:
         Krause et al. 2025, arXiv:2501.04765, which has (2, 8) of 12); None for none. They rejoin as they were, and inference has no
         route. The others keep their order, and in `attention` their positions. Layers run without `scan`.
       route_rate: the part of the tokens that pass them by.
+      base_width: width of the model whose learning rates and initial values carry over by muP (`seqmodels.width_transfer`), or None.
       dropout: dropout rate of branch outputs if separate; passed to the channel mixer if joint.
       scan: whether repeats of the pattern run under `jax.lax.scan`, which compiles them once.
       remat: what the backward pass recomputes: "none", "full" (every block), "dots" (all but matrix products), "attention" (all
@@ -76,6 +77,7 @@ class StackConfig:
     shared: Mapping[str, Any] | SharedConfig | None = None
     route: tuple[Count, Count] | None = None
     route_rate: Fraction = 0.5
+    base_width: int | None = None
     dropout: Fraction = 0.0
     scan: bool = True
     remat: Literal["none", "full", "dots", "attention"] = "none"
@@ -111,7 +113,6 @@ class StackConfig:
             raise ValueError(
                 f"residual='parallel' adds both branches at once; norm_position={self.norm_position!r} needs 'separate'"
             )
-
         if self.route is not None and not self.route[0] < self.route[1] <= self.depth:
             raise ValueError(
                 f"route={self.route}; expected two layers in order, the second at most depth={self.depth}"

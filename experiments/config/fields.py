@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from experiments.config.loading import DataConfig, MeshConfig, TrainConfig
 from experiments.tasks import TASKS
+from experiments.training.distillation import DistillConfig
 from experiments.training.optimizers import OptimizerConfig
 from layers.channel import CHANNEL_MIXERS
 from layers.mixers import MIXERS
@@ -123,6 +124,8 @@ def _fields(config: MAPPING, place: Place, field: Field, values: MAPPING) -> dic
             return fields_of(SECTION_CLASSES[section])
         case ("train", "lora"):
             return fields_of(LoraConfig)
+        case ("train", "distill"):
+            return fields_of(DistillConfig)
         case ("task",):
             return _task_fields(values)
         case ("model",):

@@ -53,6 +53,7 @@ class TrainConfig:
         then needs nothing but its options of training (see `experiments.config.pretrained`).
       lora: options of adapters, such as rank (see `seqmodels.LoraConfig`), which are then trained in place of the parameters of
         `pretrained`; None trains these. Checkpoints hold the adapters alone.
+      distill: options of distillation, such as the teacher (see `experiments.training.distillation`); None for the task's loss alone.
       protocol: name of the published protocol that the config follows, such as "s4", by which `experiments.report` keeps
         figures apart; it changes nothing.
     """
@@ -70,6 +71,7 @@ class TrainConfig:
     wandb: str | None = None
     pretrained: str | None = None
     lora: Mapping[str, Any] | None = None
+    distill: Mapping[str, Any] | None = None
     protocol: str | None = None
 
     def __post_init__(self) -> None:
@@ -84,6 +86,10 @@ class TrainConfig:
         if self.lora is not None and self.pretrained is None:
             raise ValueError(
                 f"train.lora={dict(self.lora)} without train.pretrained; expected the folder of a published checkpoint too"
+            )
+        if self.distill is not None and self.pretrained is not None:
+            raise ValueError(
+                f"train.pretrained={self.pretrained!r} with train.distill; expected the folder as train.distill.start"
             )
 
 

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -276,7 +277,10 @@ class Checkpoints:
         names = self.shapes(step)
         wanted = None if like is None else {STATE: {name: like[name] for name in names}, NOTE: ""}
         try:
-            content = ocp.load(self.folder / str(step), wanted)
+            with warnings.catch_warnings():
+                # NumPy arrays have no sharding that could be given.
+                warnings.filterwarnings("ignore", message="Sharding info not provided")
+                content = ocp.load(self.folder / str(step), wanted)
             note = json.loads(content[NOTE])
         except Exception as error:
             raise self._cannot_read(step, error) from error

@@ -9,7 +9,7 @@ With --file, get_sweep() of that file returns or yields a dict of values by fiel
 with --index only one of them. All configs are checked first; finished runs are skipped, interrupted ones resumed, and the others
 go on if one fails. OUT/table.md and OUT/sweep.json show all runs so far.
 
-Studies: copying, induction, mqar, mad, parity (see `studies`). Runs that differ in learning rate and seed alone are
+Studies: copying, induction, mqar, mad, parity, width_transfer (see `studies`). Runs that differ in learning rate and seed alone are
 trained together. Every finished run is a line of OUT/runs.jsonl; the same command skips those, so it may be stopped and
 repeated. OUT/table.md and OUT/plot.png show all runs so far. Cut or damaged lines of OUT/runs.jsonl are named, and their
 runs are run again. Exit codes: 0 all runs are done; 75 some are left at the time limit, and the same command resumes; 1 all

@@ -66,6 +66,8 @@ class Replicas:
             raise ValueError(
                 f"train.pretrained={self._train.pretrained!r}; a sweep of rates trains from random parameters, use --file"
             )
+        if self._train.distill is not None:
+            raise ValueError("train.distill is given; a sweep of rates trains on the task's loss, use --file")
         if self._train.steps is None:
             raise ValueError("train.steps is None; a sweep counts in steps")
         self._steps_at_once = math.gcd(self._train.steps, STEPS_AT_ONCE)

@@ -197,4 +197,40 @@ def _parity() -> Study:
     return Study("Parity of every prefix: trained on 3 to 40 bits", jobs, chance=0.5, axis="length")
 
 
-STUDIES = {"copying": _copying, "induction": _induction, "mqar": _mqar, "mad": _mad, "parity": _parity}
+def _width_transfer() -> Study:
+    """Mamba-2 and attention, at the rates of a model of width 64 by muP, and without; 200 steps, small enough for a CPU."""
+    jobs = tuple(
+        Job(
+            row,
+            f"mqar:width={width}",
+            {
+                "task.vocab_size": 32,
+                "task.length": 16,
+                "task.pairs": 4,
+                "task.train": 20_000,
+                "train.batch_size": 32,
+                "train.steps": 200,
+                "optimizer.warmup_steps": 20,
+                "model.pattern": ("mamba2", "attention"),
+                "model.mixers": {"mamba2": {"head_dim": 16, "state_size": 16}},
+                "model.mixer_defaults": {"heads": width // 16},
+                "model.base_width": base,
+            },
+            (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+            (0,),
+            {str(width): "test"},
+        )
+        for width in (64, 128, 256)
+        for row, base in (("muP", 64), ("standard", None))
+    )
+    return Study("Transfer of learning rates: 4 pairs in 16 tokens", jobs, chance=1 / 16, axis="width")
+
+
+STUDIES = {
+    "copying": _copying,
+    "induction": _induction,
+    "mqar": _mqar,
+    "mad": _mad,
+    "parity": _parity,
+    "width_transfer": _width_transfer,
+}

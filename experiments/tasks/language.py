@@ -30,7 +30,7 @@ class LanguageModeling(Task):
 
     Attributes:
       tokenizer: the map between text and token ids.
-      vocab_size: number of tokens of the tokenizer, the end of a document included.
+      vocab_size: number of tokens of the tokenizer, the end of a document included, and of tags of `knots`, which follow them.
       splits: splits "train", "validation" and "test", of different documents.
       manifest: manifest of the data set (see `data.cache`) with the options of the rows.
       packed: largest number of segments of a row, or False if documents see each other.
@@ -56,6 +56,7 @@ class LanguageModeling(Task):
         shortest: int | None = None,
         curriculum: str | None = None,
         cycles: int | None = None,
+        knots: int = 0,
         invalid: str = "error",
         official_dir: str | os.PathLike | None = None,
         z_loss: float = 0.0,
@@ -76,7 +77,7 @@ class LanguageModeling(Task):
           packing: "best_fit", which cuts only documents that are longer than a row, "concatenate" (see
             `data.text.packing`), or "decompose", rows of single documents by powers of two (see `data.text.decomposition`).
           reset: whether documents of a row are kept apart; False needs "concatenate".
-          stages, order, shortest, curriculum, cycles: options of training (see `data.text.rows.RowOptions`).
+          stages, order, shortest, curriculum, cycles, knots: options of training (see `data.text.rows.RowOptions`).
           invalid: what to do with bytes that are not UTF-8: "error" or "replace".
           official_dir: the archive or folder of a published corpus, or the folder in which tensorflow-datasets prepared it.
           z_loss: weight of the z-loss (see `tasks.tokens.cross_entropy`), in training and evaluation; 1e-4 is usual.
@@ -100,6 +101,7 @@ class LanguageModeling(Task):
             shortest=shortest,
             curriculum=curriculum,
             cycles=cycles,
+            knots=knots,
         )
         check_number("task.z_loss", z_loss, least=0.0)
         self._z_loss = float(z_loss)
@@ -107,11 +109,12 @@ class LanguageModeling(Task):
             source, tokenizer=tokenizer, invalid=invalid, official_dir=official_dir, data_dir=data_dir
         )
         self.tokenizer = corpus.tokenizer
-        self.vocab_size = self.tokenizer.vocab_size
+        end, first_tag = self.tokenizer.end, self.tokenizer.vocab_size
+        self.vocab_size = first_tag + knots
         self.splits = {
-            split: (rows.trained if split == "train" else rows.evaluated)(
-                documents, self.tokenizer.end, most[split]
-            )
+            split: rows.trained(documents, end, most[split], first_tag)
+            if split == "train"
+            else rows.evaluated(documents, end, most[split])
             for split, documents in corpus.dataset.splits.items()
         }
         self.packed = max(split.segments for split in self.splits.values()) if reset else False
@@ -120,9 +123,9 @@ class LanguageModeling(Task):
             self.manifest["rows"]["decomposed"] = train_rows.summary()
 
     @staticmethod
-    def sizes(*, tokenizer: str | os.PathLike = "bytes", **_: Any) -> dict[str, int]:
+    def sizes(*, tokenizer: str | os.PathLike = "bytes", knots: int = 0, **_: Any) -> dict[str, int]:
         """Returns the number of tokens if they are bytes; that of other tokenizers depends on the text."""
-        return {"vocab_size": Bytes.vocab_size} if tokenizer == "bytes" else {}
+        return {"vocab_size": Bytes.vocab_size + knots} if tokenizer == "bytes" else {}
 
     def loss(
         self, outputs: Float[Array, "b t v"] | Unprojected, batch: Mapping[str, Array]

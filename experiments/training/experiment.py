@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,11 +23,13 @@ from experiments.parallel.mesh import Devices
 from experiments.parallel.over_time import check_mixers
 from experiments.tasks import TASKS, make_task
 from experiments.tasks.task import Task
+from experiments.training.distillation import DistillConfig
 from experiments.training.model import SplitModel
 from experiments.training.optimizers import Optimizer, OptimizerConfig
 from experiments.training.published import read_arrays
 from experiments.training.step import StepFunctions, metric_names_of
-from layers.registry import suggestion
+from experiments.training.teacher import Source, Teacher, check_teacher, open_source
+from layers.registry import make_config, suggestion
 from seqmodels import build_model
 
 
@@ -41,6 +43,8 @@ class Experiment:
       steps_per_epoch: number of full batches per pass over the training split.
       eval_interval: number of steps between evaluations.
       metric_names: names of the task's sums.
+      values: what `seqmodels.build_model` makes the model of.
+      distill: options of distillation; None for the task's loss.
     """
 
     config: Mapping[str, Any]
@@ -52,6 +56,8 @@ class Experiment:
     optimizer: Optimizer
     steps_per_epoch: int
     metric_names: tuple[str, ...]
+    values: Mapping[str, Any]
+    distill: DistillConfig | None = None
 
     @property
     def groups_table(self) -> str:
@@ -197,6 +203,28 @@ class Experiment:
         widest = max(examples, key=lambda batch: batch["inputs"].size)
         with devices.active():
             metric_names_of(self.model, self.task.loss, widest)
+        if self.distill is not None:
+            narrow = self.example_train_batches()[0]
+            check_teacher(self.distill, self.source("teacher"), self.values, self.task, narrow)
+            if self.distill.start != "seed":
+                self.source("start")
+
+    def source(self, name: Literal["teacher", "start"]) -> Source:
+        """Returns the trained model that teaches, or that the student begins with.
+
+        Raises:
+          ValueError: there is no such model.
+        """
+        folder = getattr(self.distill, name)
+        if name == "start" and folder == "teacher":
+            return self.source("teacher")
+        return open_source(f"config.train.distill.{name}", folder, self.config, self.task)
+
+    def teacher(self, devices: Devices) -> Teacher | None:
+        """Returns the teacher of a distillation; None without one."""
+        if self.distill is None:
+            return None
+        return Teacher(self.distill, self.source("teacher"), self.task, devices)
 
     def step_functions(self, devices: Devices) -> StepFunctions:
         """Returns the jitted steps on these devices."""
@@ -209,6 +237,7 @@ class Experiment:
             devices=devices,
             accumulate=self.train.accumulate,
             frozen=lambda: read_arrays(self.config, devices)[0],
+            distill=self.distill,
         )
 
 
@@ -236,7 +265,10 @@ def build(config: Mapping[str, Any]) -> Experiment:
             bucketing.check_bucket_bounds(split.lengths, data.bucket_bounds)
         except ValueError as error:
             raise ValueError(f"split {name!r}: {error}") from None
+    distill = train.distill and make_config("config.train.distill", DistillConfig, train.distill)
     values = with_sizes(config, sizes_of(task))
+    if distill and distill.hidden:
+        values |= {"scan": False}  # the streams after single layers are read
     model = SplitModel(
         lambda rngs: adapted(build_model(values, rngs=rngs), config, rngs=rngs),
         padding=task.padding,
@@ -268,6 +300,8 @@ def build(config: Mapping[str, Any]) -> Experiment:
         optimizer=optimizer,
         steps_per_epoch=steps_per_epoch,
         metric_names=metric_names_of(model, task.loss, example | {"weight": np.ones(1, np.float32)}),
+        values=values,
+        distill=distill,
     )
     for split in ("train", "validation", "test"):
         if split in task.splits:

@@ -150,7 +150,9 @@ class _Training:
         self._checkpoints.prune(provisional=self._is_provisional(self._step))
         part = devices.my_rows(experiment.train.batch_size)
         self._compiled_before = self._note.compile_seconds
-        self._batches = TrainBatches(experiment.train_batches(part), devices, self._note.data)
+        self._teacher = experiment.teacher(devices) if self._step < experiment.total_steps else None
+        batches = experiment.train_batches(part)
+        self._batches = TrainBatches(batches, devices, self._note.data, self._teacher)
         self._logs = None
         if hosts.is_main():
             if change := run.add_session(step=self._step, devices=devices.describe()):
@@ -224,8 +226,10 @@ class _Training:
 
     def _compile(self) -> None:
         with elapsing(self._bar, "compiling"):
-            examples = self._experiment.example_train_batches()
-            self._train_step.compile(self._state, batches=map(self._devices.abstract_batch, examples))
+            batches = map(self._devices.abstract_batch, self._experiment.example_train_batches())
+            if self._teacher is not None:
+                batches = map(self._teacher.abstract, batches)
+            self._train_step.compile(self._state, batches=batches)
             self._evaluate.compile(self._state, VALIDATION)
         self._bar.unpause()
 

@@ -16,7 +16,7 @@ from flax import nnx, traverse_util
 from layers.adapters import GROUP as LORA
 from layers.kernels.segments import Padding
 from layers.mixer import Mixer
-from layers.parameters import AuxiliaryLoss, Axes, Constant, axes_of, group_of
+from layers.parameters import AuxiliaryLoss, Axes, Constant, axes_of, group_of, rate_of
 from layers.segments import Segments
 from layers.typing import Array
 from seqmodels.dual_encoder import as_rows
@@ -40,6 +40,7 @@ class Declaration:
       axes: logical axes (see `layers.parameters`).
       names: names by layer.
       members: declarations of the parts of a vector by path.
+      rate: factor on the learning rate of the group.
     """
 
     shape: tuple[int, ...]
@@ -48,6 +49,7 @@ class Declaration:
     axes: Axes
     names: Names
     members: Mapping[str, "Declaration"] = dataclasses.field(default_factory=dict)
+    rate: float = 1.0
 
     @classmethod
     def of_vector(cls, members: Mapping[str, "Declaration"]) -> "Declaration":
@@ -235,6 +237,11 @@ def _declarations(state: nnx.State) -> dict[str, Declaration]:
             )
         axes = axes_of(variable) if isinstance(variable, nnx.Param) else (None,) * len(array.shape)
         found[_path(path)] = Declaration(
-            tuple(array.shape), array.dtype, group_of(variable), axes, names_of(path, variable)
+            tuple(array.shape),
+            array.dtype,
+            group_of(variable),
+            axes,
+            names_of(path, variable),
+            rate=rate_of(variable),
         )
     return found

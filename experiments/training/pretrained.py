@@ -1,4 +1,4 @@
-"""The state of training that starts from a published checkpoint."""
+"""The state of training that starts from a trained model."""
 
 import os
 
@@ -6,17 +6,20 @@ from experiments.parallel.mesh import Devices
 from experiments.training.experiment import Experiment
 from experiments.training.published import read_arrays
 from experiments.training.state import StateLayout, TrainState
+from experiments.training.teacher import begun
 
 
 def initial_state(
     plan: Experiment, layout: StateLayout, devices: Devices, adapter: str | os.PathLike | None = None
 ) -> TrainState:
-    """Returns the state before the first step: of `train.pretrained` if it names a checkpoint, and else from the seed.
+    """Returns the state before the first step: of `train.pretrained` or `train.distill.start` if given, and else from the seed.
 
     Args:
       adapter: folder of a low-rank adapter that is added to the matrices of the checkpoint.
     """
     seed = plan.config["seed"]
+    if plan.distill is not None and plan.distill.start != "seed":
+        return layout.initial(seed, begun(plan.model, plan.values, plan.source("start"), plan.task, seed))
     if plan.train.pretrained is None:
         return layout.initial(seed)
     parameters, statistics = read_arrays(plan.config, devices, adapter)

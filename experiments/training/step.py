@@ -3,12 +3,13 @@
 `StepFunctions.step` is the function that the loop, the sweeps (under `jax.vmap`) and the profiler share. Training steps
 and evaluation return their metrics as one float32 vector. Its first entries are the task's sums over examples, named by
 `metric_names`. In a training step, these are followed by the auxiliary loss of the model if it has one (see
-`layers.parameters`), also as a sum over examples, the global gradient norm, the learning rate and the number of real
-tokens.
+`layers.parameters`) and the parts of the loss of distillation (see `experiments.training.distillation`), also as sums over
+examples, the global gradient norm, the learning rate and the number of real tokens.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -17,11 +18,13 @@ import numpy as np
 import optax
 
 from experiments.parallel.mesh import Devices
+from experiments.training.distillation import DistillConfig, distilled
 from experiments.training.model import Arrays, SplitModel
 from experiments.training.optimizers import Optimizer, StepCount
 from experiments.training.state import StateLayout, TrainState
 from layers.kernels import dispatch
 from layers.typing import Array, Float
+from seqmodels.recording import recording
 
 Batch = Mapping[str, Array]
 AUXILIARY = "auxiliary_loss"
@@ -65,6 +68,7 @@ class StepFunctions:
         devices: Devices,
         accumulate: int = 1,
         frozen: Callable[[], Arrays] | None = None,
+        distill: DistillConfig | None = None,
     ):
         """Creates the functions without compiling anything.
 
@@ -73,12 +77,15 @@ class StepFunctions:
           metric_names: names of those sums.
           accumulate: number of micro-batches per step.
           frozen: see `StateLayout`.
+          distill: options of distillation, with which training batches are those that a teacher has read.
         """
         self._model, self._loss = model, loss
         self._optimizer, self._devices, self._accumulate = optimizer, devices, accumulate
+        self._distill = distill
         self.layout = StateLayout(model, optimizer, devices, frozen)
         self.metric_names = metric_names
-        self.train_metric_names = (*metric_names, *([AUXILIARY] if model.has_auxiliary_loss else []))
+        beside = (AUXILIARY,) if model.has_auxiliary_loss else ()
+        self.train_metric_names = (*metric_names, *beside, *(distill.metrics if distill else ()))
         shardings = (self.layout.shardings, devices.replicated)
         self.train = OnMesh(jax.jit(self.step, donate_argnums=0, out_shardings=shardings), devices)
         self.evaluate = OnMesh(
@@ -135,12 +142,17 @@ class StepFunctions:
         parameters = self.layout.packing.cut(state.parameters)
 
         def loss(parameters, statistics, batch, key):
-            output, statistics = self._model(parameters, statistics, batch, key=key)
+            with recording() if self._distill and self._distill.hidden else nullcontext() as hidden:
+                output, statistics = self._model(parameters, statistics, batch, key=key)
             _, sums = self._loss(output, batch)
+            total = sums["loss"]
+            if self._distill:
+                total, parts = distilled(self._distill, sums, output, hidden or (), batch)
+                sums |= parts
             if not self._model.has_auxiliary_loss:
-                return sums["loss"], (statistics, sums)
+                return total, (statistics, sums)
             auxiliary = self._model.auxiliary_loss(statistics) * sums["count"]
-            return sums["loss"] + auxiliary, (statistics, sums | {AUXILIARY: auxiliary})
+            return total + auxiliary, (statistics, sums | {AUXILIARY: auxiliary})
 
         def micro_batch(statistics, batch, key):
             (_, (statistics, sums)), gradients = jax.value_and_grad(loss, has_aux=True)(

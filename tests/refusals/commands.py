@@ -13,6 +13,23 @@ COMMANDS = [
     ("evaluate --workdir=", "'' names no file or folder"),
     ("compare --config=MQAR --workdir= --mixers=s5", "'' names no file or folder"),
     ("compare --config=MQAR --workdir=TMP/both --mixers=s5,,gla", "--mixers=s5,,gla: a name is empty"),
+    (
+        "distill --config=MQAR --teacher=FILES/run --mixer=mambo2 --replace=1 --workdir=TMP/out",
+        "--mixer=mambo2: there is no such mixer; did you mean 'mamba2'?",
+    ),
+    ("distill --config=MQAR --teacher=TMP/none --mixer=gla --replace=1 --workdir=TMP/out", "holds no run"),
+    (
+        "distill --config=MQAR --teacher=FILES/run --mixer=gla --replace=1 --workdir=TMP/out",
+        "has another model than --config; give the config of the teacher",
+    ),
+    (
+        "distill --config=MQAR --teacher=FILES/run --mixer=gla --replace=2,1 --workdir=TMP/out",
+        "--replace=2,1; expected rising numbers of at most the depth, 2",
+    ),
+    (
+        "distill --config=MQAR --teacher=FILES/run --mixer=gla --replace=one --workdir=TMP/out",
+        "'one'; expected an integer of at least 1",
+    ),
     ("generate --pretrained= --prompt=a", "'' names no file or folder"),
     ("sweep --file= --out=TMP/out", "'' names no file or folder"),
     ("sweep --study=mqar --out=", "'' names no file or folder"),

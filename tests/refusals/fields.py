@@ -75,6 +75,21 @@ FIELDS = [
     ),
     ("--config=SHORT --config.train.lora.rank=eight", "config.train.lora.rank='eight'; expected an integer"),
     ("--config=SHORT --config.train.lora.rank=8", "without train.pretrained"),
+    (
+        "--config=SHORT --config.train.distill.techer=a",
+        "config.train.distill has no field 'techer'; did you mean 'teacher'?",
+    ),
+    ("--config=MQAR --config.train.distill.temperature=2", "config.train.distill", "teacher"),
+    (
+        "--config=MQAR --config.train.distill.teacher=TMP/none",
+        "config.train.distill.teacher='",
+        "none'",
+    ),
+    (
+        "--config=MQAR --config.train.distill.teacher=FILES/no_steps",
+        "config.train.distill.teacher='",
+        "there is no such checkpoint",
+    ),
     ("--config=SHORT --config.train.epochs=none --config.train.steps=none", "set one of the two"),
     ("--config=SHORT --config.train.accumulate=7", "train.accumulate=7 does not divide train.batch_size"),
     ("--config=SHORT --config.train.eval_every=0", "train.eval_every=0.0; expected a number above 0"),
@@ -150,6 +165,7 @@ FIELDS = [
     ("--config=MODELS --config.task.packing=decompose --config.task.shortest=3", "expected a power of two"),
     ("--config=MODELS --config.task.curriculum=grow_p2", "has no effect with packing='best_fit'"),
     ("--config=MODELS --config.task.order=similar", "expected packing='concatenate' and reset=False"),
+    ("--config=MODELS --config.task.knots=4", "reads the parts between; expected packing='concatenate'"),
     # Models that do not fit.
     ("--config=MQAR:mixer=s5x", "unknown mixer 's5x'; did you mean 's5'?"),
     ("--config=SHORT --config.model.pattern=s5x", "pattern='s5x' is unknown; did you mean 's5'?"),

@@ -36,6 +36,8 @@ FILES = {
     "digits/t10k-labels-idx1-ubyte": b"",
     "run/config.json": RUN,
     "null_run/config.json": b"null",
+    "no_steps/config.json": RUN,
+    "no_steps/checkpoints/notes": b"",
     "unfinished/config.json": RUN,
     "unfinished/results.json": b"{}",
     "listed/config.json": RUN,

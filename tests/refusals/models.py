@@ -20,6 +20,26 @@ def model(**changes):
 
 
 ROWS = [
+    (
+        model(base_width=4, mixer_defaults=dict(heads=1)),
+        ValueError,
+        "mixer_defaults.heads=1 at width=8 would be 0.5 at width=4",
+    ),
+    (
+        model(base_width=4, mixer_defaults={}, pattern=("s5",)),
+        ValueError,
+        "is no matrix of a linear map, for which muP has rules; expected other mixers",
+    ),
+    (
+        model(width=16, base_width=8, mixer_defaults={}, mixers=dict(attention=dict(position="none"))),
+        ValueError,
+        "2 features, 1 in the base; expected a number of heads that grows with the width",
+    ),
+    (
+        model(base_width=4, kind="masked_language_model"),
+        ValueError,
+        "base_width=4 with kind='masked_language_model'; muP is for language_model, classifier, regressor",
+    ),
     (model(kind="transformer"), ValueError, "kind='transformer'; expected one of"),
     (model(kind="languagemodel"), ValueError, "kind='languagemodel'; did you mean 'language_model'?"),
     (model(kind=...), ValueError, "kind=None; expected one of"),

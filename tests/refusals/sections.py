@@ -16,7 +16,9 @@ from experiments.parallel.mesh import Devices
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.directory import RunDirectory
 from experiments.tasks import make_task
+from experiments.training.distillation import DistillConfig
 from experiments.training.optimizers import OptimizerConfig
+from experiments.training.teacher import Source, check_teacher
 
 PLAIN = dict(seed=0, task={}, model={}, optimizer={}, train={})
 RATE = {"learning_rate": 1e-3}
@@ -34,6 +36,25 @@ def made(name, config_class, /, **values):
 
 def train(**values):
     return made("train", TrainConfig, **dict(batch_size=4, steps=2) | values)
+
+
+def distill(**values):
+    return made("distill", DistillConfig, teacher="a", **values)
+
+
+def taught(kind="language_model", **options):
+    """The check of a teacher for a student that is a language model of one layer."""
+    model = dict(
+        kind="language_model", vocab_size=5, width=8, depth=1, pattern=("gla",), mixer_defaults=dict(heads=2)
+    )
+
+    def run():
+        config = DistillConfig(teacher="a", hidden=1.0)
+        source = Source(model | dict(kind=kind) | options, dict)
+        mqar = make_task("mqar", **SIZES, vocab_size=5, length=4, pairs=1)
+        check_teacher(config, source, model, mqar, dict(inputs=np.zeros((1, 4), np.int32)))
+
+    return run
 
 
 def optimizer(**values):
@@ -114,6 +135,26 @@ CONFIGS = [
         "without train.pretrained; expected the folder of a published checkpoint too",
     ),
     (train(lora=8), TypeError, "train.lora=8; expected"),
+    (
+        train(distill={"teacher": "a"}, pretrained="b"),
+        ValueError,
+        "train.pretrained='b' with train.distill; expected the folder as train.distill.start",
+    ),
+    (distill(logits=0.0), ValueError, "leave nothing to distill; expected one of them above 0"),
+    (distill(temperature=0.0), ValueError, "train.distill.temperature=0.0; expected"),
+    (distill(divergence="backward"), ValueError, "train.distill.divergence='backward'; expected"),
+    (
+        taught("classifier", num_classes=2),
+        ValueError,
+        "expected a teacher of the same vocabulary or classes",
+    ),
+    (
+        taught("regressor", output_size=2),
+        ValueError,
+        "kind='regressor'; distillation is for language_model and classifier",
+    ),
+    (taught(depth=2), ValueError, "depth and width (1, 8) and the teacher (2, 8); expected the same"),
+    (taught(route=(0, 1)), ValueError, "reads all tokens of one stream after each layer; expected"),
     (train(steps=-3), ValueError, "train.steps=-3; expected"),
     (train(tensorboard="yes"), TypeError, "train.tensorboard='yes'; expected True or False"),
     (train(eval_every="1"), TypeError, "train.eval_every='1'; expected a number"),

@@ -7,14 +7,15 @@ import numpy as np
 
 from experiments.data.sequences import Sequences
 from experiments.data.text.decomposition import CURRICULA, Decomposed
+from experiments.data.text.knots import Knotted
 from experiments.data.text.packing import PACKINGS, Packed, pack
 from experiments.data.text.similarity import SPAN, similar_order
 from experiments.data.text.stages import Staged, check_stages
-from layers.options import checked_dataclass
+from layers.options import Count, checked_dataclass
 
 DECOMPOSE = "decompose"
 # Options of training and what they are if they are not set.
-TRAINING = {"stages": (), "order": "given", "shortest": None, "curriculum": None, "cycles": None}
+TRAINING = {"stages": (), "order": "given", "shortest": None, "curriculum": None, "cycles": None, "knots": 0}
 
 
 @checked_dataclass(section="task")
@@ -32,6 +33,8 @@ class RowOptions:
       shortest: tokens of the shortest rows of "decompose"; by default length / 32.
       curriculum: order of their lengths; by default "grow_p2".
       cycles: number of its cycles per epoch; by default 8.
+      knots: most places at which a row of training is cut, before its parts are shuffled, each with a token of its own (see `knots`);
+        0 for none. It needs "concatenate" and reset=False.
     """
 
     length: int
@@ -42,6 +45,7 @@ class RowOptions:
     shortest: int | None = None
     curriculum: str | None = None
     cycles: int | None = None
+    knots: Count = 0
 
     def __post_init__(self) -> None:
         known = (*PACKINGS, DECOMPOSE)
@@ -62,6 +66,11 @@ class RowOptions:
             raise ValueError(
                 f"{given[0]}={getattr(self, given[0])!r} has no effect with packing={self.packing!r}; expected None, or "
                 "packing='decompose'"
+            )
+        if self.knots and (self.packing != "concatenate" or self.reset):
+            raise ValueError(
+                f"knots={self.knots} with packing={self.packing!r} and reset={self.reset}: text that goes on in another part reads the "
+                "parts between; expected packing='concatenate' and reset=False"
             )
         if self.packing == DECOMPOSE and self.stages:
             raise ValueError(
@@ -86,11 +95,12 @@ class RowOptions:
         packing = "best_fit" if self.packing == DECOMPOSE else self.packing
         return pack(documents, end, packing=packing, length=self.length, reset=self.reset, most=most)
 
-    def trained(self, documents: Sequences, end: int, most: int | None) -> Packed | Staged:
+    def trained(self, documents: Sequences, end: int, most: int | None, first_tag: int) -> Packed | Staged:
         """Returns the rows of the training split.
 
         Args:
           documents: their labels are their numbers of bytes.
+          first_tag: token id of the first tag of `knots`.
         """
         if self.packing == DECOMPOSE:
             given = {"shortest": self.shortest, "curriculum": self.curriculum, "cycles": self.cycles}
@@ -101,8 +111,11 @@ class RowOptions:
             ngram = max(1, round(SPAN * len(documents.tokens) / text_bytes))
             documents = documents.taken(similar_order(documents, ngram=ngram))
         stages = check_stages(self.stages, self.length)
-        parts = {
-            length: pack(documents, end, packing=self.packing, length=length, reset=self.reset, most=most)
-            for length in (*(length for length, _ in stages), self.length)
-        }
+
+        def rows(length: int) -> Packed:
+            if self.knots:
+                return Knotted(documents, end, length=length, tags=self.knots, first_tag=first_tag, most=most)
+            return pack(documents, end, packing=self.packing, length=length, reset=self.reset, most=most)
+
+        parts = {length: rows(length) for length in (*(length for length, _ in stages), self.length)}
         return Staged(parts, stages) if stages else parts[self.length]

@@ -13,6 +13,9 @@ from experiments.training.optimizers.schedules import schedule
 from experiments.training.optimizers.transforms import StepCount, decay_and_scale, direction
 from layers.typing import Array, Float, Int
 
+# Rules whose updates have a size that gradients do not change.
+WITH_RATES = ("adamw", "lion")
+
 __all__ = ["Group", "Optimizer", "OptimizerConfig", "StepCount", "assign_groups"]
 
 
@@ -40,13 +43,19 @@ class Optimizer:
 
     @functools.cached_property
     def groups(self) -> dict[str, Group]:
-        """The group of each parameter.
+        """The group of each parameter, with its factor on the learning rate, which leaves that times the weight decay as it is.
 
         Raises:
-          ValueError: if an entry of `config.groups` covers no parameter.
+          ValueError: if an entry of `config.groups` covers no parameter, or the rule has no factors.
         """
         chosen, groups = assign_groups(self.config, {n: d.group for n, d in self.declarations.items()})
-        return {name: groups[entry] for name, entry in chosen.items()}
+        rates = {name: d.rate for name, d in self.declarations.items()}
+        if self.config.name not in WITH_RATES and any(rate != 1 for rate in rates.values()):
+            raise ValueError(
+                f"model.base_width is given, whose learning rates are those of Adam, with optimizer.name={self.config.name!r}; "
+                f"expected one of {', '.join(WITH_RATES)}"
+            )
+        return {name: _with_rate(groups[entry], rates[name]) for name, entry in chosen.items()}
 
     def schedule(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
         """Returns the factor on all learning rates in update number `step`, counted from 0."""
@@ -77,13 +86,12 @@ class Optimizer:
 
     def table(self) -> str:
         """Returns a readable table of the groups in use, their sizes, rates and declared groups."""
-        chosen, groups = assign_groups(self.config, {n: d.group for n, d in self.declarations.items()})
         rows = [("group", "arrays", "numbers", "learning rate", "weight decay", "declared as")]
-        for entry, group in groups.items():
-            members = [self.declarations[name] for name in chosen if chosen[name] == entry]
+        for group in sorted(set(self.groups.values()), key=lambda group: group.name):
+            members = [self.declarations[name] for name in self.groups if self.groups[name] == group]
             rows.append(
                 (
-                    entry,
+                    group.name,
                     f"{sum(len(d.names.names) for d in members)}",
                     f"{sum(d.size for d in members)}",
                     f"{group.learning_rate:g}",
@@ -92,6 +100,13 @@ class Optimizer:
                 )
             )
         return _aligned(rows)
+
+
+def _with_rate(group: Group, rate: float) -> Group:
+    """Returns the group with a factor on its learning rate."""
+    if rate == 1:
+        return group
+    return Group(f"{group.name}*{rate:.4g}", group.learning_rate * rate, group.weight_decay / rate)
 
 
 def _aligned(rows: list[tuple[Any, ...]]) -> str:

@@ -88,3 +88,8 @@ def test_the_deadline_is_kept(trained):
 def test_errors():
     with pytest.raises(ValueError, match="steps is None"):
         Replicas(CONFIG | dict(train=dict(batch_size=8, epochs=1)), (0.1,), (0,))
+    taught = dict(batch_size=8, steps=1, distill=dict(teacher="runs/teacher"))
+    with pytest.raises(
+        ValueError, match="train.distill is given; a sweep of rates trains on the task's loss"
+    ):
+        Replicas(CONFIG | dict(train=taught), (0.1,), (0,))
