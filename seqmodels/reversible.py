@@ -27,7 +27,7 @@ def merged(x: Float[Array, "b t e"], dtype: Any) -> Float[Array, "b t e//2"]:
 def check(blocks: Sequence[nnx.Module]) -> None:
     """Raises ValueError if a block keeps statistics or losses, which a second run of a layer would write twice."""
     for layer, block in enumerate(blocks):
-        kept = [path for path, _ in nnx.to_flat_state(nnx.state(block, nnx.Not(nnx.Param)))]
+        kept = sorted(path for path, _ in nnx.to_flat_state(nnx.state(block, nnx.Not(nnx.Param))))
         if kept:
             raise ValueError(
                 f"residual='reversible' runs layers twice, and layer {layer} keeps {'.'.join(map(str, kept[0]))}; expected a norm "

@@ -2,6 +2,7 @@
 
 - `--share=K/N` takes the K-th of N shares of the slow tests; all others run as without it.
 - Of a test with the mark `sample(n)`, every n-th case runs by default, the first one included; the others are slow.
+- So are the cases that long.txt names: they took four seconds or more on one core, compilation included.
 
 - JAX runs on the CPU with eight emulated devices, so that tests of sharding need no special process. `-m gpu` leaves
   the choice of device to JAX.
@@ -113,6 +114,13 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"platform: {platforms}; annotations: {checked}"
 
 
+def _mark_what_is_long(items: list[pytest.Item]) -> None:
+    named = set((pathlib.Path(__file__).parent / "long.txt").read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid in named:
+            item.add_marker(pytest.mark.slow)
+
+
 def _mark_what_is_not_sampled(items: list[pytest.Item]) -> None:
     cases: collections.Counter[str] = collections.Counter()
     for item in items:
@@ -128,6 +136,7 @@ def _mark_what_is_not_sampled(items: list[pytest.Item]) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out other shares, and GPU tests whenever JAX is held on the CPU, whatever else `-m` or a path selects."""
     _mark_what_is_not_sampled(items)
+    _mark_what_is_long(items)
     share = config.getoption("share")
     try:
         share = share and read_share(share)

@@ -136,3 +136,12 @@ def test_the_address_of_the_repository_and_the_version_are_the_same_everywhere()
 def test_commits_are_formatted_by_the_pinned_ruff():
     (version,) = (specifier.version for specifier in pins()["ruff"].specifier)
     assert f"rev: v{version} " in (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+
+
+def test_long_tests_exist():
+    """A test that has another name by now would run by default again."""
+    named = (ROOT / "tests" / "long.txt").read_text(encoding="utf-8").splitlines()
+    assert named == sorted(set(named))
+    for name in named:
+        file, _, function = name.partition("[")[0].partition("::")
+        assert f"def {function}(" in (ROOT / file).read_text(encoding="utf-8"), name

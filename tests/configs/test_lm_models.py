@@ -21,7 +21,18 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 MODELS = runpy.run_path(str(CONFIGS / "lm" / "models.py"))
 HYBRIDS = set(runpy.run_path(str(CONFIGS / "hybrids.py"))["MODELS"])
 # Hybrids that configs/hybrids.py alone has, at one size.
-SMALL = {"based", "falcon_h1", "kimi_gated", "lfm2", "nemotron_h", "sse_h", "xlstm", "zamba2"}
+SMALL = {
+    "based",
+    "falcon_h1",
+    "kimi_gated",
+    "lfm2",
+    "longgen",
+    "longgen_blocks",
+    "nemotron_h",
+    "sse_h",
+    "xlstm",
+    "zamba2",
+}
 EXPERTS = {"jamba", "hunyuan_turbos", "minimax", "kimi_linear", "qwen3_next"}
 SIZES = {"10m": 10e6, "40m": 40e6, "125m": 115e6, "350m": 340e6, "1.3b": 1300e6}
 

@@ -188,7 +188,7 @@ def test_models_have_the_parameters_of_the_paper(task, argument):
         (
             "pathfinder",
             "mixer=s6",
-            "mixer='s6' has no recipe of the protocol 's4'; available: attention, b2s6, bigbird, bimamba, dss",
+            "mixer='s6' has no recipe of the protocol 's4'; available: attention, b2s6, bigbird, bimamba, core_context, dss",
         ),
         (
             "text",

@@ -123,7 +123,7 @@ ROWS = [
         ValueError,
         "remat='full' with residual='reversible'; expected 'none'",
     ),
-    (model(residual="reversible", norm="batch_norm"), ValueError, "layer 0 keeps mixer_norm"),
+    (model(residual="reversible", norm="batch_norm"), ValueError, "layer 0 keeps channel_norm.mean"),
     (
         model(
             residual="reversible", pattern=("rwkv7",), mixers={"rwkv7": dict(head_dim=4, value_residual=True)}

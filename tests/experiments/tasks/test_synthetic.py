@@ -193,6 +193,8 @@ def guessed(name, rows):
     answers = [labels[labels != IGNORE] for labels in rows["labels"]]
     ends = {answer[-1] for answer in answers}
     kinds = set().union(*map(set, answers)) - (ends if len(ends) == 1 else set())
+    if getattr(TASKS[name], "names_items", False):  # the end is one of the items that are pointed at
+        kinds |= ends
     if name == "addition_hints":  # the letters before digits are known
         kinds &= set(range(10))
     if name == "mode":  # the symbol is one of those of its string

@@ -32,7 +32,7 @@ def larger(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(config))
     family = loading.family_of(config, folder)
     own = loading.load_config(folder)
-    shapes = make_table(family, parse(own).stack, loading.shapes_of(own)).shapes
+    shapes = make_table(family, parse(own), loading.shapes_of(own)).shapes
     draw = np.random.default_rng(0)
     made = ((name, draw.normal(size=shape).astype(np.float32)) for name, shape in shapes.items())
     files.write_tensors(folder, made, shard_size=10**6)
