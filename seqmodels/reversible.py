@@ -31,7 +31,7 @@ def check(blocks: Sequence[nnx.Module]) -> None:
         if kept:
             raise ValueError(
                 f"residual='reversible' runs layers twice, and layer {layer} keeps {'.'.join(map(str, kept[0]))}; expected a norm "
-                "without statistics and a channel mixer without a loss"
+                "without statistics, and mixers and channel mixers without losses"
             )
 
 
@@ -53,7 +53,7 @@ def run(
     graphs, variables = zip(*(nnx.split(block) for block in (*stacked, *blocks)), strict=True)
     repeats = len(jax.tree.leaves(variables[0])[0]) if stacked else 0
     scanned = repeats * len(stacked)
-    in_scan = None if keys is None else keys[:scanned].reshape(repeats, len(stacked))
+    in_scan = None if keys is None else keys[:scanned].reshape(repeats, len(stacked), *keys.shape[1:])
     behind = None if keys is None else keys[scanned:]
     graphs = graphs[: len(stacked)], graphs[len(stacked) :]
     variables = variables[: len(stacked)], variables[len(stacked) :]

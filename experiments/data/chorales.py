@@ -9,13 +9,11 @@ import importlib.metadata
 import importlib.util
 import os
 import shlex
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import scipy.io
-from scipy.io.matlab import MatReadError
 
 from experiments.data import cache
 from experiments.data.sequences import Sequences
@@ -77,8 +75,11 @@ def read_rolls(path: Path) -> dict[str, list[np.ndarray]]:
     """
     try:
         content = scipy.io.loadmat(path)
-    except (MatReadError, ValueError, TypeError, OSError, NotImplementedError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read as a file of MATLAB: {error}") from None
+    except Exception as error:  # noqa: BLE001 - damage lets SciPy's reader raise anything, such as UnboundLocalError
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{path} cannot be read as a file of MATLAB ({reason}); expected JSB_Chorales.mat, of version 5"
+        ) from None
     if missing := [name for name in PARTS.values() if name not in content]:
         raise ValueError(f"{path} lacks {', '.join(missing)}; expected {', '.join(PARTS.values())}")
     pieces = {}
