@@ -119,8 +119,9 @@ class Mamba3(Mixer):
         ones = nnx.initializers.ones_init()
         self.dt_bias = parameter(rngs, steps, (heads,), axes=("heads",), **NO_DECAY)
         # Of B, then of C.
-        shape = (2, heads, config.rank, n)
-        self.offsets = parameter(rngs, ones, shape, axes=(None, "heads", None, None), **NO_DECAY)
+        shape = (2, heads, n) if config.rank == 1 else (2, heads, config.rank, n)
+        axes = (None, "heads", *[None] * (len(shape) - 2))
+        self.offsets = parameter(rngs, ones, shape, axes=axes, **NO_DECAY)
         norm = NormConfig(n, config.epsilon)
         self.key_norm, self.query_norm = RMSNorm(norm, rngs=rngs), RMSNorm(norm, rngs=rngs)
         self.d = parameter(rngs, ones, (heads,), axes=("heads",), **NO_DECAY)
@@ -165,8 +166,9 @@ class Mamba3(Mixer):
             part = jnp.repeat(part, heads // config.groups, axis=2) + offset[None, None]
             return _rotated(part, turns[:, :, :, None])
 
-        key = vectors(self.key_norm, bc[0], self.offsets[0])
-        query = vectors(self.query_norm, bc[1], self.offsets[1])
+        of_keys, of_queries = self.offsets[...].reshape(2, heads, r, n)
+        key = vectors(self.key_norm, bc[0], of_keys)
+        query = vectors(self.query_norm, bc[1], of_queries)
         u = u.reshape(*rows, heads, p)
         now = jnp.concatenate([key.reshape(*rows, heads * r * n), u.reshape(*rows, heads * p)], axis=-1)
         before, last = token_shift(now.astype(config.dtype), last, segment_ids=segments)

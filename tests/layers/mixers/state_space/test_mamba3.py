@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from flax import nnx
 
+from layers.mixers.state_space.mamba3 import Mamba3, Mamba3Config
 from tests.layers.mixers.literal import (
     apply,
     by_row,
@@ -45,8 +47,9 @@ def literal(model, row):
         """Complex numbers: pairs that rotate, then the rest."""
         return np.concatenate([x[: 2 * pairs : 2] + 1j * x[1 : 2 * pairs : 2], x[2 * pairs :]])
 
-    b = by_head(b, model.key_norm, wide(model.offsets)[0])
-    c = by_head(c, model.query_norm, wide(model.offsets)[1])
+    of_keys, of_queries = wide(model.offsets).reshape(2, count, rank, n)
+    b = by_head(b, model.key_norm, of_keys)
+    c = by_head(c, model.query_norm, of_queries)
     y = np.zeros((len(row), count, p))
     for h in range(count):
         state = np.zeros((n - pairs, p), complex)
@@ -76,3 +79,11 @@ def test_equals_the_equation(options):
     model, x = drawn("mamba3", WIDTH, **options), tokens(TIME, WIDTH)
     got, _ = in_two_calls(model, x)
     np.testing.assert_allclose(got, by_row(lambda row: literal(model, row), x), atol=1e-5)
+
+
+@pytest.mark.parametrize("rank, shape", [(1, (2, 4, 5)), (3, (2, 4, 3, 5))])
+def test_offsets_have_an_axis_of_inputs_only_where_there_are_several(rank, shape):
+    """Checkpoints of a model with one input load as before."""
+    options = {"width": 8, "expand": 2, "head_dim": 4, "state_size": 5, "rank": rank}
+    model = nnx.eval_shape(lambda: Mamba3(Mamba3Config(**options), rngs=nnx.Rngs(0)))
+    assert model.offsets.shape == shape
