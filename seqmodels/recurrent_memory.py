@@ -11,7 +11,6 @@ from layers.parameters import NO_DECAY, AuxiliaryLoss, parameter
 from layers.segments import SegmentIds, Segments
 from layers.typing import Array, Bool, Float, Int, Key
 from seqmodels.backbone import normalized
-from seqmodels.block import Encoded
 from seqmodels.config import RecurrentMemoryConfig
 from seqmodels.language_model import LanguageModel
 
@@ -73,7 +72,6 @@ class RecurrentMemory(LanguageModel):
         *,
         segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
-        source: Encoded | None = None,
     ) -> tuple[Unprojected, MemoryState | None]:
         """Returns what the logits are computed from, and the next state, as `LanguageModel.unprojected` does.
 
