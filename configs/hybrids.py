@@ -35,6 +35,13 @@ BY_BIAS = dict(scores="sigmoid", bias_rate=0.001, balance=0.0, z_loss=0.0)
 HALF_ROPE = dict(name="rope", fraction=0.5)
 LATENT = dict(heads=4, latent=32, head_dim=16, rope_dim=8, value_dim=16, position="none")
 MAMBA2 = dict(state_size=32, head_dim=16)
+# The first layer is dense.
+KIMI = dict(
+    depth=4,
+    pattern=("kda+swiglu", "kda", "kda", "mla"),
+    channel="moe",
+    channels={"moe": SHARED | BY_BIAS | dict(scale=2.446)},
+)
 
 MODELS = {
     "jamba": dict(
@@ -82,25 +89,12 @@ MODELS = {
         residual_scale=(2 * 8) ** 0.25,
     ),
     "kimi_linear": dict(
-        depth=4,
-        # The first layer is dense.
-        pattern=("kda+swiglu", "kda", "kda", "mla"),
-        mixers={
-            "kda": dict(heads=4),
-            "mla": LATENT,
-        },
-        channel="moe",
-        channels={"moe": SHARED | BY_BIAS | dict(scale=2.446)},
+        **KIMI,
+        mixers={"kda": dict(heads=4), "mla": LATENT},
     ),
     "kimi_gated": dict(
-        depth=4,
-        pattern=("kda+swiglu", "kda", "kda", "mla"),
-        mixers={
-            "kda": dict(heads=4, lowest_decay=-5.0, full_gate=True),
-            "mla": LATENT | dict(gate=True),
-        },
-        channel="moe",
-        channels={"moe": SHARED | BY_BIAS | dict(scale=2.446)},
+        **KIMI,
+        mixers={"kda": dict(heads=4, lowest_decay=-5.0, full_gate=True), "mla": LATENT | dict(gate=True)},
     ),
     "qwen3_next": dict(
         depth=4,

@@ -32,7 +32,7 @@ def load(
 
     Args:
       files: a FASTA file per species; None for five species that are drawn, whose next base depends on the last three.
-      seed: seed of those; has no effect on files.
+      seed: seed of those; 0 with files.
 
     Raises:
       ValueError: a file is missing or no FASTA, a name occurs twice, a part of a genome has no window, or a number is invalid.

@@ -15,26 +15,14 @@ from experiments.tasks.tokens import cross_entropy
 from layers.typing import Array, Float
 
 
-class Chorales(Task):
-    """The notes of the next frame from the frames so far, each note by itself (Boulanger-Lewandowski et al. 2012, arXiv:1206.6392).
+class _Pieces(Task):
+    """What both tasks share: their data, in the form of `source`."""
 
-        loss = mean_t sum_n -log p(x_tn | x_1 ... x_{t-1}),   p = sigmoid(outputs)
-
-    in nats per frame, over all frames of all pieces but the first of each. Published for JSB_Chorales.mat (Bai et al. 2018,
-    arXiv:1803.01271), which nothing here was compared with: TCN 8.10, GRU 8.43, LSTM 8.45.
-
-    Attributes:
-      input_size, output_size: 88 notes.
-      splits: "train", "validation" and "test": 229, 76 and 77 pieces of the file, or those of music21, a stand-in.
-      manifest: manifest of the data set (see `data.cache`).
-    """
-
-    input_size = output_size = chorales.NOTES
-    causal: ClassVar[bool] = True
+    source: ClassVar[type[Rolls] | type[Events]]
     padding = "end"
     packed = False
     selection_metric: ClassVar[tuple[str, str]] = ("loss", "min")
-    splits: dict[str, Rolls]
+    splits: dict[str, Rolls | Events]
     manifest: dict[str, Any]
 
     def __init__(
@@ -54,8 +42,27 @@ class Chorales(Task):
           CorruptCacheError: if the cached data set is damaged.
         """
         dataset = chorales.load(official_file, data_dir=data_dir)
-        self.splits = {split: Rolls(stored) for split, stored in dataset.splits.items()}
+        self.splits = {split: self.source(stored) for split, stored in dataset.splits.items()}
         self.manifest = dataset.manifest
+
+
+class Chorales(_Pieces):
+    """The notes of the next frame from the frames so far, each note by itself (Boulanger-Lewandowski et al. 2012, arXiv:1206.6392).
+
+        loss = mean_t sum_n -log p(x_tn | x_1 ... x_{t-1}),   p = sigmoid(outputs)
+
+    in nats per frame, over all frames of all pieces but the first of each. Published for JSB_Chorales.mat (Bai et al. 2018,
+    arXiv:1803.01271), which nothing here was compared with: TCN 8.10, GRU 8.43, LSTM 8.45.
+
+    Attributes:
+      input_size, output_size: 88 notes.
+      splits: "train", "validation" and "test": 229, 76 and 77 pieces of the file, or those of music21, a stand-in.
+      manifest: manifest of the data set (see `data.cache`).
+    """
+
+    input_size = output_size = chorales.NOTES
+    causal: ClassVar[bool] = True
+    source = Rolls
 
     def loss(
         self, outputs: Float[Array, "b t n"], batch: Mapping[str, Array]
@@ -91,11 +98,11 @@ def _loss(chance: np.ndarray, frames: np.ndarray) -> float:
     return float(-np.log(np.where(frames, chance, 1 - chance)).sum(1).mean())
 
 
-class ChoraleEvents(Task):
+class ChoraleEvents(_Pieces):
     """The next event of a chorale: a note of the frame, lowest first, or the end of the frame, by a language model.
 
-    The loss is the cross-entropy in nats per event. A frame has its number of notes plus one events, so that the sum over the
-    events of a frame is what `Chorales` measures, for a model that knows which notes of the frame sound below.
+    The loss is the cross-entropy in nats per event. A frame of n notes has n + 1 events, and the sum of their losses is -log p of the
+    frame, whose notes `Chorales` takes for independent of each other.
 
     Attributes:
       vocab_size: 88 notes and the end of a frame.
@@ -103,23 +110,8 @@ class ChoraleEvents(Task):
     """
 
     vocab_size = len(chorales.VOCABULARY)
-    padding = "end"
-    packed = False
     unprojected: ClassVar[bool] = True
-    selection_metric: ClassVar[tuple[str, str]] = ("loss", "min")
-    splits: dict[str, Events]
-    manifest: dict[str, Any]
-
-    def __init__(
-        self,
-        *,
-        official_file: str | None = None,
-        data_dir: str | os.PathLike | None = None,
-    ):
-        """Reads the pieces; arguments and errors are those of `Chorales`."""
-        dataset = chorales.load(official_file, data_dir=data_dir)
-        self.splits = {split: Events(stored) for split, stored in dataset.splits.items()}
-        self.manifest = dataset.manifest
+    source = Events
 
     def loss(
         self, outputs: Any, batch: Mapping[str, Array]
