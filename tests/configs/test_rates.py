@@ -9,7 +9,8 @@ from experiments.config.files import shipped
 from experiments.config.loading import section, to_plain
 from experiments.training.optimizers import OptimizerConfig, assign_groups
 from layers.parameters import group_of
-from tests.layers.mixers.test_contract import build, every_mixer, leaves
+from tests.layers.mixers.table import MIXERS
+from tests.layers.mixers.test_contract import build, leaves
 
 CONFIGS = sorted(shipped().values())
 DECLARED = {name: name for name in ("default", "no_decay", "ssm", "ssm/b", "ssm/dt", "ssm_output")}
@@ -34,12 +35,14 @@ DECAYED = {
     "d",
     "shift_c",
     "shift_d",
+    "selection",  # maps to the B, C and step sizes of B2S6 and of scans of images
+    "dt",  # the second map to step sizes of scans of images
     "beta",  # what MEGA's averages take in and give out
     "eta",
 }
 
 
-@every_mixer
+@pytest.mark.parametrize("entry", MIXERS)
 def test_only_weights_are_decayed(entry):
     config = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)
     declared = {

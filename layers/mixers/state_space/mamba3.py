@@ -134,7 +134,9 @@ class Mamba3(Mixer):
         """Returns a factor for each input or output of each channel, if there are several."""
         config = self.config
         shape, init = (config.heads, config.rank, config.head_dim), nnx.initializers.constant(start)
-        return parameter(rngs, init, shape, axes=("heads", None, None)) if config.rank > 1 else None
+        if config.rank == 1:
+            return None
+        return parameter(rngs, init, shape, axes=("heads", None, None), **NO_DECAY)
 
     def initial(self, batch_size: int, max_length: int | None) -> Mamba3Carry:
         config = self.config
