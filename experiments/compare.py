@@ -8,8 +8,6 @@ interrupted and resumed in the same way, and receives all further flags, such as
 command prints a table, and writes it to compare.json and the curves of all runs to curves.png in the work directory.
 """
 
-import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +16,9 @@ from typing import Any
 from experiments.config.command_line import REFUSALS, ArgumentError, Parser, refuse
 from experiments.runs.directory import RunDirectory
 from experiments.runs.files import to_json_text, write_atomically
-from experiments.runs.interrupts import SIGNALS
 from experiments.runs.plots import draw_curves
 from experiments.runs.results import number, total_seconds
+from experiments.runs.trainings import run_training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,19 +61,6 @@ def with_argument(config: str, argument: str) -> str:
     """Returns the config string with one more argument for its `get_config`."""
     path, colon, arguments = config.partition(":")
     return f"{path}:{arguments},{argument}" if colon and arguments else f"{path}:{argument}"
-
-
-def run_training(arguments: Sequence[str]) -> int:
-    """Runs `experiments.train` in its own process, passes signals to it, and returns its exit code."""
-    # It has its own process group, so that Ctrl-C reaches it once, from this process.
-    process = subprocess.Popen([sys.executable, "-m", "experiments.train", *arguments], process_group=0)
-    previous = {n: signal.signal(n, lambda n, _: process.send_signal(n)) for n in SIGNALS}
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return code if code >= 0 else 128 - code  # the exit code of shells for a signal
 
 
 def report(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.analysis.importance import leave_one_out
-from experiments.compare import run_training, table
+from experiments.compare import table
 from experiments.config.command_line import (
     REFUSALS,
     ArgumentError,
@@ -37,6 +37,7 @@ from experiments.data import cache
 from experiments.runs.directory import RunDirectory
 from experiments.runs.files import to_json_text, write_atomically
 from experiments.runs.results import total_seconds
+from experiments.runs.trainings import run_training
 from experiments.training import experiment
 from experiments.training.experiment import Experiment
 from experiments.training.teacher import open_source, split

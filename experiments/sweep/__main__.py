@@ -2,11 +2,13 @@
 
     python -m experiments.sweep --study=mqar --out=sweeps/mqar --stop_after_seconds=540
     python -m experiments.sweep --file=rates.py --config=configs/lra/listops.py:mixer=s5 --out=runs/rates
+    python -m experiments.sweep --file=rates.py --config=configs/lra/listops.py --out=runs/rates --devices 0 1 2 3
     sbatch --array=0-7 --wrap "python -m experiments.sweep --file=rates.py --config=... --out=runs/rates --index=slurm"
 
 With --file, get_sweep() of that file returns or yields a dict of values by field, or a list of FIELD=VALUE, for each run; the field
-"config" is the config of that run (see `points`). The runs are trained one after the other, each in its folder OUT/NUMBER-WHAT, or
-with --index only one of them. All configs are checked first; finished runs are skipped, interrupted ones resumed, and the others
+"config" is the config of that run (see `points`). The runs are trained one after the other, each in its folder OUT/NUMBER-WHAT; with
+--index only one of them; with --devices as many at a time as it has items, each on the GPUs of its item and with its output in
+OUT/NUMBER.log. All configs are checked first; finished runs are skipped, interrupted ones resumed, and the others
 go on if one fails. OUT/table.md and OUT/sweep.json show all runs so far.
 
 Studies: copying, induction, mqar, mad, parity, width_transfer (see `studies`). Runs that differ in learning rate and seed alone are
@@ -64,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--index", help="with --file: number of the only run to train, or slurm for the array's"
     )
+    parser.add_argument(
+        "--devices",
+        nargs="+",
+        metavar="GPU",
+        help="with --file: runs at a time, one per item, on these GPUs each: 0 1, or 0,1 2,3; 0 0 for two runs on one GPU",
+    )
     parser.add_argument("--out", required=True, type=folder, help="folder of the results")
     parser.add_argument(
         "--stop_after_seconds", type=positive_number, help="leave after this time, and start nothing more"
@@ -78,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_options(args)
         if args.file is not None:
             found = points.read(args.file, args.config)
-            return points.run(points.chosen(found, args.index), found, args.out, deadline)
+            return points.run(points.chosen(found, args.index), found, args.out, deadline, args.devices)
         study = _shortened(STUDIES[args.study](), args.steps)
         chosen = _chosen(study, args.rows)
         args.out.mkdir(parents=True, exist_ok=True)
@@ -103,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_options(args: argparse.Namespace) -> None:
     """Raises ArgumentError for an option that has no effect on what is run."""
-    others = ("rows", "steps") if args.study is None else ("config", "index")
+    others = ("rows", "steps") if args.study is None else ("config", "index", "devices")
     for name in others:
         if getattr(args, name) is not None:
             wanted = "--file" if args.study is not None else "--study"

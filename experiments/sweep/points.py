@@ -6,25 +6,28 @@ The file defines get_sweep(), which returns or yields one item per run: a dict o
 """
 
 import dataclasses
+import math
 import os
 import re
 import runpy
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.compare import run_training
 from experiments.config.command_line import EXIT_INTERRUPTED, ArgumentError, ConfigFileError, load
 from experiments.runs.directory import RunDirectory
 from experiments.runs.files import DamagedFileError, to_json_text, write_atomically
 from experiments.runs.results import number as metric_text
 from experiments.runs.results import total_seconds
+from experiments.runs.trainings import Trainings
 
 PREFIX = "--config."
 ARRAY_TASK = "SLURM_ARRAY_TASK_ID"
 LONGEST_NAME = 80
+MEMORY = 0.9  # part of a device's memory that runs share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +134,43 @@ def chosen(points: Sequence[Point], index: str | None) -> list[Point]:
     return [points[int(given)]]
 
 
-def run(points: Sequence[Point], everything: Sequence[Point], out: Path, deadline: float | None) -> int:
-    """Trains the points that are not finished, one after the other; writes the table of `everything` after each.
+def environments(devices: Sequence[str] | None) -> list[dict[str, str]]:
+    """Returns the variables of the processes of the runs that go on at the same time, one for each item of --devices.
 
-    A point with a damaged file is named and counts as failed.
+    A device that is named k times has k runs at a time, each with a k-th of its memory.
 
     Args:
-      deadline: time of `time.monotonic` at which the run that is under way saves and leaves.
+      devices: values of CUDA_VISIBLE_DEVICES; None for one run at a time, on the devices that this process sees.
+
+    Raises:
+      ArgumentError: if an item is not one or several names of devices, separated by commas.
+    """
+    if devices is None:
+        return [{}]
+    found = []
+    for device in devices:
+        if not re.fullmatch(r"[\w-]+(,[\w-]+)*", device):
+            raise ArgumentError(f"--devices has {device!r}; expected numbers of GPUs, such as 0 1 or 0,1 2,3")
+        found.append({"CUDA_VISIBLE_DEVICES": device})
+        if (times := devices.count(device)) > 1:
+            found[-1]["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{MEMORY / times:.3f}"
+    return found
+
+
+def run(
+    points: Sequence[Point],
+    everything: Sequence[Point],
+    out: Path,
+    deadline: float | None,
+    devices: Sequence[str] | None = None,
+) -> int:
+    """Trains the points that are not finished; writes the table of `everything` after each.
+
+    A point with a damaged file is named and counts as failed. With `devices`, the output of each run is appended to OUT/NUMBER.log.
+
+    Args:
+      deadline: time of `time.monotonic` at which the runs that are under way save and leave.
+      devices: what each of the runs that go on at the same time sees, see `environments`; None for one after the other.
 
     Returns:
       0 if all are finished; 75 if some are left, and the same command resumes; 1 if some failed.
@@ -145,7 +178,47 @@ def run(points: Sequence[Point], everything: Sequence[Point], out: Path, deadlin
     Raises:
       ArgumentError, ValueError, TypeError: if a config is invalid or a folder holds another run, before any is trained.
     """
-    waiting, failed = [], 0
+    free = deque(environments(devices))
+    waiting, failed = _unfinished(points, out)
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{len(points) - len(waiting) - failed} of {len(points)} runs are finished", flush=True)
+    total, names = len(waiting), {point.number: point.name for point in waiting}
+    interrupted, used = False, {}
+    with Trainings() as trainings:
+        while True:
+            left = math.inf if deadline is None else deadline - time.monotonic()
+            while waiting and free and left > 0 and not interrupted and not trainings.signalled:
+                point = waiting.popleft()
+                print(f"[{total - len(waiting)}/{total}] {point.name}", flush=True)
+                limit = [] if deadline is None else [f"--stop_after_seconds={left:.1f}"]
+                used[point.number] = free.popleft()
+                log = None if devices is None else out / f"{point.number:03d}.log"
+                flags = [*point.flags(out / point.name), *limit]
+                trainings.start(point.number, flags, used[point.number], log)
+            if not trainings:
+                break
+            number, code = trainings.ended()
+            free.append(used.pop(number))
+            report(everything, out)
+            if code in (EXIT_INTERRUPTED, 130, 143):
+                interrupted = True
+            elif code:
+                failed += 1
+                where = "" if devices is None else f"; see {out / f'{number:03d}.log'}"
+                print(f"{names[number]} failed with exit code {code}{where}", file=sys.stderr, flush=True)
+    report(everything, out)
+    if waiting and not interrupted and not trainings.signalled:
+        print(f"{len(waiting)} runs are left; the same command resumes", file=sys.stderr)
+    if waiting or interrupted:
+        return EXIT_INTERRUPTED
+    if failed:
+        print(f"{failed} of {len(points)} runs failed; the same command tries them again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _unfinished(points: Sequence[Point], out: Path) -> tuple[deque[Point], int]:
+    """Returns the points without results, and the number of those whose files are damaged, which are named."""
+    waiting, failed = deque[Point](), 0
     for point in points:
         said = f"run {point.number} ({point.name})"
         try:
@@ -157,26 +230,7 @@ def run(points: Sequence[Point], everything: Sequence[Point], out: Path, deadlin
             failed += 1
         except (ValueError, TypeError) as error:
             raise ArgumentError(f"{said}: {error}") from None
-    out.mkdir(parents=True, exist_ok=True)
-    print(f"{len(points) - len(waiting) - failed} of {len(points)} runs are finished", flush=True)
-    for place, point in enumerate(waiting):
-        left = None if deadline is None else deadline - time.monotonic()
-        if left is not None and left <= 0:
-            print(f"{len(waiting) - place} runs are left; the same command resumes", file=sys.stderr)
-            return EXIT_INTERRUPTED
-        print(f"[{place + 1}/{len(waiting)}] {point.name}", flush=True)
-        limit = [] if left is None else [f"--stop_after_seconds={left:.1f}"]
-        code = run_training([*point.flags(out / point.name), *limit])
-        report(everything, out)
-        if code in (EXIT_INTERRUPTED, 130, 143):
-            return EXIT_INTERRUPTED
-        if code:
-            failed += 1
-            print(f"{point.name} failed with exit code {code}", file=sys.stderr, flush=True)
-    report(everything, out)
-    if failed:
-        print(f"{failed} of {len(points)} runs failed; the same command tries them again", file=sys.stderr)
-    return 1 if failed else 0
+    return waiting, failed
 
 
 def report(points: Sequence[Point], out: Path) -> None:

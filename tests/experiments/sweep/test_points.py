@@ -84,24 +84,33 @@ def test_an_index_is_a_number_or_that_of_the_slurm_array(tmp_path, monkeypatch):
         points.chosen(found, "-1")
 
 
-class Training:
+class Training(points.Trainings):
     """Stands for `experiments.train`: writes what it leaves behind, and fails or is interrupted as it is told."""
 
-    def __init__(self, codes=()):
-        self.codes, self.calls = dict(codes), []
+    def __init__(self, codes=(), signal_at=None):
+        super().__init__()
+        self.codes, self.calls, self.most, self.signal_at = dict(codes), [], 0, signal_at
 
-    def __call__(self, flags):
-        self.calls.append(flags)
-        config, *overrides, folder = flags
+    def start(self, key, arguments, environment=None, log=None):
+        self.calls.append((key, environment, log))
+        self._running[key] = arguments
+        self.most = max(self.most, len(self))
+
+    def ended(self):
+        number, flags = next(iter(self._running.items()))
+        del self._running[number]
+        if number == self.signal_at:
+            self._pass_on(15, None)
+        return number, self.codes.pop(number, 0) or self.finish(number, *flags)
+
+    def finish(self, number, config, *flags):
         (folder,) = [flag.removeprefix("--workdir=") for flag in flags if flag.startswith("--workdir=")]
-        number = int(folder.rpartition("/")[2][:3])
-        if code := self.codes.pop(number, 0):
-            return code
+        assert int(folder.rpartition("/")[2][:3]) == number
         plain = points.load(
             config.removeprefix("--config="),
             [
                 tuple(flag.removeprefix("--config.").split("="))
-                for flag in overrides
+                for flag in flags
                 if flag.startswith("--config.")
             ],
         )
@@ -123,18 +132,58 @@ class Training:
 
 
 @pytest.fixture
-def sweep(tmp_path, monkeypatch):
-    """Runs the command on three points; returns its exit code and the numbers of the runs that it trained."""
+def trainings(tmp_path, monkeypatch):
+    """Runs the command on three points; returns its exit code and what stood for the trainings."""
     file = write(tmp_path, "return [{'seed': n} for n in range(3)]")
 
-    def run(*more, codes=()):
-        training = Training(codes)
-        monkeypatch.setattr(points, "run_training", training)
+    def run(*more, **options):
+        training = Training(**options)
+        monkeypatch.setattr(points, "Trainings", lambda: training)
         code = command.main([f"--file={file}", f"--config={CONFIG}", f"--out={tmp_path / 'out'}", *more])
-        workdirs = [next(f for f in flags if f.startswith("--workdir=")) for flags in training.calls]
-        return code, [int(workdir.rpartition("/")[2][:3]) for workdir in workdirs]
+        return code, training
 
     return run
+
+
+@pytest.fixture
+def sweep(trainings):
+    """Runs the command on three points; returns its exit code and the numbers of the runs that it trained."""
+
+    def run(*more, **options):
+        code, training = trainings(*more, **options)
+        return code, [number for number, *_ in training.calls]
+
+    return run
+
+
+def test_runs_share_devices(trainings, tmp_path, capsys):
+    code, training = trainings("--devices", "0", "2,3", codes={1: 65})
+    assert (code, training.most) == (1, 2)
+    assert f"001-seed=1 failed with exit code 65; see {tmp_path / 'out/001.log'}" in capsys.readouterr().err
+    # The first device is free first, and then takes the third run.
+    first, second = ({"CUDA_VISIBLE_DEVICES": value} for value in ("0", "2,3"))
+    logs = [tmp_path / f"out/00{number}.log" for number in range(3)]
+    assert training.calls == [(0, first, logs[0]), (1, second, logs[1]), (2, first, logs[2])]
+    code, training = trainings("--devices", "5", "5")
+    half = {"CUDA_VISIBLE_DEVICES": "5", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.450"}
+    assert (code, training.calls) == (0, [(1, half, logs[1])])
+
+
+def test_an_interrupted_run_starts_no_other(trainings):
+    code, training = trainings("--devices", "0", "1", codes={0: 75})
+    assert (code, len(training), [number for number, *_ in training.calls]) == (75, 0, [0, 1])
+
+
+def test_a_signal_starts_no_other_run(sweep):
+    assert sweep(signal_at=0) == (75, [0])
+    assert sweep() == (0, [1, 2])
+
+
+def test_devices_are_refused(sweep, capsys):
+    assert sweep("--devices", "0", "1;2") == (2, [])
+    assert "--devices has '1;2'; expected numbers of GPUs, such as 0 1 or 0,1 2,3" in capsys.readouterr().err
+    assert command.main(["--study=mqar", "--out=nowhere", "--devices", "0"]) == 2
+    assert "--devices has no effect here; it goes with --file" in capsys.readouterr().err
 
 
 def test_a_sweep_goes_on_where_it_stopped(sweep, tmp_path, capsys):
@@ -199,7 +248,8 @@ def test_runs_are_those_of_experiments_train(tmp_path, capfd):
         "    return config\n"
     )
     options = [f"--file={file}", f"--config={tmp_path / 'tiny.py'}", f"--out={tmp_path / 'out'}"]
-    assert command.main(options) == 0
+    assert command.main([*options, "--devices", "0", "0"]) == 0
+    assert "722 parameters" in (tmp_path / "out/000.log").read_text()
     assert "Best validation accuracy" in (tmp_path / "out/table.md").read_text()
     assert command.main(options) == 0
     assert "2 of 2 runs are finished" in capfd.readouterr().out
