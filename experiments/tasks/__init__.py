@@ -36,6 +36,7 @@ from experiments.tasks.synthetic.rasp import Counting, Mode, UniqueCopy
 from experiments.tasks.synthetic.regular_languages import RegularLanguages
 from experiments.tasks.synthetic.selective_copying import SelectiveCopying
 from experiments.tasks.synthetic.source_target import SourceCopy, SourceSorting
+from experiments.tasks.synthetic.word_problem import WordProblem
 from experiments.tasks.task import Task
 from layers.registry import suggestion
 
@@ -83,6 +84,7 @@ TASKS: dict[str, type[Task]] = {
     "sorting_source": SourceSorting,
     "species": Species,
     "speech_commands": SpeechCommands,
+    "word_problem": WordProblem,
 }
 
 

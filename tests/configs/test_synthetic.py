@@ -41,6 +41,8 @@ SCALES = [
     "pointing:task=hull,reader=set,process=2,glimpse=yes,mixer=attention",
     "regular_languages:",
     "regular_languages:scale=paper",
+    "state_tracking:",
+    "state_tracking:scale=paper,group=S5,moved=2,mixer=mamba3",
     *(f"algorithms:task={task}" for task in (
         "copy", "copy_unique", "count", "mode", "parity", "running_parity", "sorting", "sorting_hints", "addition", "addition_hints",
     )),
@@ -78,7 +80,7 @@ def test_every_section_holds(config):
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
 def test_every_causal_mixer_can_be_named(mixer):
-    for name in ("mqar", "selective_copying", "associative_recall", "mad", "algorithms"):
+    for name in ("mqar", "selective_copying", "associative_recall", "mad", "algorithms", "state_tracking"):
         config = plain(f"{name}:mixer={mixer}")
         if mixer in NOT_CAUSAL:
             with pytest.raises(ValueError, match=r"is not causal|needs the option"):

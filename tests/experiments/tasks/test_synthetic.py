@@ -28,7 +28,7 @@ SMALL = {
 OF_TOKENS = [name for name, task in SYNTHETIC.items() if task.output_size is None]
 OF_ONE = [name for name, task in SYNTHETIC.items() if not task.has_source]
 EXTRA = {"addition": 4, "addition_hints": 4, "copy": 3, "copy_unique": 3, "count": 3, "induction_heads": 2}
-EXTRA |= {"mode": 3, "parity": 4, "sorting": 3, "sorting_hints": 3}
+EXTRA |= {"mode": 3, "parity": 4, "sorting": 3, "sorting_hints": 3, "word_problem": 4}
 
 
 def small(name, **options):
@@ -158,7 +158,7 @@ def test_shapes_types_and_ranges(name):
 def test_segment_ids_are_there_only_where_rows_of_a_split_are_shorter_than_the_batch(name):
     task = small(name)
     ragged = {"addition", "copy", "parity", "sorting", "regular_languages"}
-    ragged |= {"addition_hints", "copy_unique", "count", "mode", "sorting_hints"}
+    ragged |= {"addition_hints", "copy_unique", "count", "mode", "sorting_hints", "word_problem"}
     assert {"train", "validation", "test"} <= task.splits.keys()
     for split, source in task.splits.items():
         width, shortest = int(source.lengths.max()), int(source.lengths.min())
