@@ -11,7 +11,8 @@ With --file, get_sweep() of that file returns or yields a dict of values by fiel
 OUT/NUMBER.log. All configs are checked first; finished runs are skipped, interrupted ones resumed, and the others
 go on if one fails. OUT/table.md and OUT/sweep.json show all runs so far.
 
-Studies: copying, induction, mqar, mad, parity, width_transfer (see `studies`). Runs that differ in learning rate and seed alone are
+Studies: copying, induction, mqar, mad, parity, state_tracking, recall_state, mqar_paper, mad_harder, width_transfer (see `studies` and
+`paper_studies`). Runs that differ in learning rate and seed alone are
 trained together. Every finished run is a line of OUT/runs.jsonl; the same command skips those, so it may be stopped and
 repeated. OUT/table.md and OUT/plot.png show all runs so far. Cut or damaged lines of OUT/runs.jsonl are named, and their
 runs are run again. Exit codes: 0 all runs are done; 75 some are left at the time limit, and the same command resumes; 1 all
@@ -49,7 +50,8 @@ from experiments.runs.sessions import git_revision, versions
 from experiments.sweep import points
 from experiments.sweep.replicas import Replicas
 from experiments.sweep.report import draw, made_by, summarize, table
-from experiments.sweep.studies import STUDIES, Job, Study
+from experiments.sweep.studies import STUDIES
+from experiments.sweep.study import Job, Study
 
 AHEAD = 2  # number of jobs prepared and compiled while another trains
 

@@ -8,16 +8,17 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.sweep.studies import Study
+from experiments.sweep.study import Study
 
-Cells = dict[str, dict[str, tuple[float, float, float]]]
+Cells = dict[str, dict[str, tuple[float, float, tuple[float, ...]]]]
 
 
 def summarize(study: Study, records: Iterable[Mapping[str, Any]]) -> Cells:
-    """Returns, by row and column, the mean over seeds, the spread (highest minus lowest) and the chosen learning rate.
+    """Returns, by row and column, the mean over seeds, the spread (highest minus lowest) and the chosen learning rates.
 
     The rate is the one with the best mean validation over seeds. A value that is not finite, null in the records, counts
-    as the lowest.
+    as the lowest. Columns that are merged have the means of their values and spreads, and all their rates; where one is missing, there is
+    none.
     """
     groups: dict[tuple[str, str], dict[float, list[Mapping[str, Any]]]] = {}
     for record in records:
@@ -32,8 +33,31 @@ def summarize(study: Study, records: Iterable[Mapping[str, Any]]) -> Cells:
         }
         best = max(scores, key=lambda rate: (scores[rate], -rate))
         values = [_or(run["test"][column], 0.0) for run in by_rate[best]]
-        cells[row][column] = float(np.mean(values)), float(np.ptp(values)), best
+        cells[row][column] = float(np.mean(values)), float(np.ptp(values)), (best,)
+    if study.merged:
+        cells = {row: _merged(study, row, found) for row, found in cells.items()}
     return {row: columns for row, columns in cells.items() if columns}
+
+
+def _merged(
+    study: Study, row: str, found: Mapping[str, tuple[float, float, tuple[float, ...]]]
+) -> dict[str, tuple[float, float, tuple[float, ...]]]:
+    parts: dict[str, list[str]] = {}
+    for job in study.jobs:
+        if job.row == row:
+            for column in job.columns:
+                parts.setdefault(_shown(study, column), []).append(column)
+    merged = {}
+    for name, columns in parts.items():
+        if found.keys() >= set(columns):
+            values, spreads, rates = zip(*(found[column] for column in columns), strict=True)
+            chosen = tuple(sorted({rate for several in rates for rate in several}))
+            merged[name] = float(np.mean(values)), float(np.mean(spreads)), chosen
+    return merged
+
+
+def _shown(study: Study, column: str) -> str:
+    return column.partition(": ")[0] if study.merged else column
 
 
 def _or(value: float | None, lowest: float) -> float:
@@ -42,7 +66,7 @@ def _or(value: float | None, lowest: float) -> float:
 
 def table(study: Study, cells: Cells) -> str:
     """Returns a Markdown table in percent; with several seeds, values are followed by their spread."""
-    columns = list(dict.fromkeys(column for job in study.jobs for column in job.columns))
+    columns = list(dict.fromkeys(_shown(study, column) for job in study.jobs for column in job.columns))
     lines = [["", *columns, *(["average"] if study.average else []), "learning rates"]]
     for row, found in cells.items():
         line = [row]
@@ -54,7 +78,7 @@ def table(study: Study, cells: Cells) -> str:
         if study.average:
             complete = len(found) == len(columns)
             line.append(f"{100 * np.mean([value for value, _, _ in found.values()]):.1f}" if complete else "")
-        rates = dict.fromkeys(f"{rate:g}" for _, _, rate in found.values())
+        rates = dict.fromkeys(f"{rate:g}" for _, _, several in found.values() for rate in several)
         lines.append([*line, ", ".join(rates)])
     lines.insert(1, ["---"] * len(lines[0]))
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -3,68 +3,8 @@
 With these sizes one GPU runs a study in minutes; each study states the differences from the papers.
 """
 
-import dataclasses
-import runpy
-from collections.abc import Mapping
-from typing import Any
-
-from experiments.config.files import shipped
-from experiments.config.loading import to_plain
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Runs that differ only in learning rate and seed.
-
-    Attributes:
-      row: name of the row in the table, usually the mixer.
-      config: name of a file in configs/synthetic and, after a colon, its arguments.
-      changes: changed values of config fields, by path.
-      rates, seeds: learning rates and seeds of the runs.
-      columns: split whose accuracy each column of the table shows.
-    """
-
-    row: str
-    config: str
-    changes: Mapping[str, Any]
-    rates: tuple[float, ...]
-    seeds: tuple[int, ...]
-    columns: Mapping[str, str]
-
-    def plain_config(self) -> dict[str, Any]:
-        """Returns the config with its changes."""
-        name, _, arguments = self.config.partition(":")
-        file = shipped()[f"configs/synthetic/{name}.py"]
-        config = to_plain(runpy.run_path(str(file))["get_config"](arguments))
-        config["train"] |= {"epochs": None, "steps": 1}
-        for path, value in self.changes.items():
-            *parents, last = path.split(".")
-            section = config
-            for parent in parents:
-                section = section[parent]
-            section[last] = value
-        return config
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """Jobs, and how their results are shown.
-
-    Attributes:
-      title: title of the table and the plot.
-      jobs: jobs to run.
-      metric: metric in the cells.
-      chance: metric of guessing.
-      average: whether a column with the mean of the others is added.
-      axis: name of the columns, if they are numbers to draw curves against.
-    """
-
-    title: str
-    jobs: tuple[Job, ...]
-    chance: float | None = None
-    metric: str = "accuracy"
-    average: bool = False
-    axis: str | None = None
+from experiments.sweep import paper_studies
+from experiments.sweep.study import Job, Study
 
 
 def _copying() -> Study:
@@ -233,4 +173,8 @@ STUDIES = {
     "mad": _mad,
     "parity": _parity,
     "width_transfer": _width_transfer,
+    "state_tracking": paper_studies.state_tracking,
+    "recall_state": paper_studies.recall_state,
+    "mqar_paper": paper_studies.mqar,
+    "mad_harder": paper_studies.mad,
 }

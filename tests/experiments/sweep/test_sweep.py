@@ -2,15 +2,19 @@
 
 import json
 
+import jax
 import pytest
+from flax import nnx
 
 from experiments import sweep
 from experiments.config.loading import TrainConfig, section
 from experiments.sweep import __main__ as command
 from experiments.sweep.report import summarize, table
-from experiments.sweep.studies import STUDIES, Job, Study
+from experiments.sweep.studies import STUDIES
+from experiments.sweep.study import Job, Study
 from experiments.tasks import make_task
 from experiments.training.experiment import model_without_data
+from seqmodels import build_model
 
 TINY = {
     "task.train": 40,
@@ -30,10 +34,14 @@ JOBS = tuple(
     )
     for row in ("s5", "lru")
 )
+BY_DEFAULT = ("induction", "parity", "width_transfer")
 STUDY = Study("Tiny", JOBS, chance=0.5, axis="length")
 
 
-@pytest.mark.parametrize("name", STUDIES)
+# Large studies take seconds to build.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in BY_DEFAULT)) for name in STUDIES]
+)
 def test_every_job_of_every_study_can_be_built(name):
     study = STUDIES[name]()
     kinds = set()
@@ -68,12 +76,48 @@ def test_the_best_rate_is_chosen_by_validation():
         record("lru", 0.2, 0, 0.8, **{"7": 0.125}),
     ]
     cells = summarize(study, records)
-    assert cells["s5"]["7"] == pytest.approx((0.6, 0.2, 0.1))
-    assert cells["s5"]["9"] == pytest.approx((0.4, 0.0, 0.1))
+    assert cells["s5"]["7"] == (pytest.approx(0.6), pytest.approx(0.2), (0.1,))
+    assert cells["s5"]["9"] == (pytest.approx(0.4), 0.0, (0.1,))
     lines = table(study, cells).splitlines()
     assert "| s5 | 60.0 (20.0) | 40.0 | 50.0 | 0.1 |" in lines
     assert "| lru | 12.5 |  |  | 0.2 |" in lines
     assert lines[-1] == "Guessing gives 50.0."
+
+
+@pytest.mark.slow
+def test_states_have_the_features_that_their_columns_say():
+    doubled = {"mlstm": 2, "mamba": 2, "mamba2": 2, "mamba3": 2, "sse": 5}
+    for job in STUDIES["recall_state"]().jobs:
+        (features,) = map(int, job.columns)
+        if job.row == "atlas" or features not in (8, 64):
+            continue
+        config = job.plain_config()["model"] | {"vocab_size": 2}
+        state = jax.eval_shape(
+            lambda config=config: build_model(config, rngs=nnx.Rngs(0)).init_state(1, max_length=8)
+        )
+        largest = max(array.size for array in jax.tree.leaves(state))
+        # Some keep a sum of keys, or the last values, beside the state in the same array.
+        assert 0.9 <= largest / (features * 128 * doubled.get(job.row, 1)) <= 1.2, job.row
+
+
+def test_columns_are_merged():
+    jobs = tuple(
+        Job("s5", "algorithms:", {}, (1e-3,), (0, 1), {column: "test"})
+        for column in ("a: 1", "a: 2", "b: 1", "c: 1", "c: 2")
+    )
+    study = Study("T", jobs, average=True, merged=True)
+    records = [
+        record("s5", rate, seed, value, **{column: value})
+        for column, rate, values in (
+            ("a: 1", 0.1, (0.5, 0.7)), ("a: 2", 0.2, (1.0, 1.0)), ("b: 1", 0.1, (0.3, 0.3)), ("c: 1", 0.1, (1.0, 1.0))
+        )
+        for seed, value in enumerate(values)
+    ]  # fmt: skip
+    cells = summarize(study, records)["s5"]
+    assert cells == {"a": (pytest.approx(0.8), pytest.approx(0.1), (0.1, 0.2)), "b": (0.3, 0.0, (0.1,))}
+    assert "| s5 | 80.0 (10.0) | 30.0 |  |  | 0.1, 0.2 |" in table(study, {"s5": cells})
+    records.append(record("s5", 0.1, 0, 0.5, **{"c: 2": 0.5}))
+    assert "| s5 | 80.0 (10.0) | 30.0 | 75.0 | 61.7 | 0.1, 0.2 |" in table(study, summarize(study, records))
 
 
 @pytest.mark.slow
