@@ -13,6 +13,8 @@ Papers: HiPPO (Gu et al. 2020, arXiv:2008.07669), S4 (Gu et al. 2022, arXiv:2111
 al. 2022, arXiv:2206.12037).
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +48,20 @@ class DPLR(NamedTuple):
     p: np.ndarray
     b: np.ndarray
     v: np.ndarray
+
+
+def _kept(make: Callable[..., DPLR]) -> Callable[..., DPLR]:
+    """Returns `make` with its latest results kept, as arrays that cannot be written: all layers of a model have the same."""
+
+    @functools.lru_cache(maxsize=8)
+    @functools.wraps(make)
+    def kept(n: int, *, half: bool = False) -> DPLR:
+        system = make(n, half=half)
+        for array in system:
+            array.flags.writeable = False
+        return system
+
+    return kept
 
 
 def hippo_legs(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -120,6 +136,7 @@ def nplr_fout(n: int) -> NPLR:
     return NPLR(a, b[:, None], b)
 
 
+@_kept
 def dplr_legs(n: int, *, half: bool = False) -> DPLR:
     """HiPPO-LegS with its normal part diagonalised.
 
@@ -133,11 +150,13 @@ def dplr_legs(n: int, *, half: bool = False) -> DPLR:
     return _diagonalise(nplr_legs(n), half)
 
 
+@_kept
 def dplr_legt(n: int, *, half: bool = False) -> DPLR:
     """HiPPO-LegT with its normal part diagonalised; arguments as for `dplr_legs`."""
     return _diagonalise(nplr_legt(n), half)
 
 
+@_kept
 def dplr_fout(n: int, *, half: bool = False) -> DPLR:
     """HiPPO-FouT with its normal part diagonalised; arguments as for `dplr_legs`.
 

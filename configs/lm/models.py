@@ -39,7 +39,9 @@ texts in Debian's packages doc-rfc-*, /usr/share/doc/RFC, some of which are not 
 with the bytes and words of the test split, a line's end counted as a word in WikiText-103.
 """
 
+import pathlib
 import re
+import runpy
 
 from ml_collections import ConfigDict
 
@@ -64,121 +66,7 @@ SOURCES = {
     "wiki40b": ("tfds:wiki40b/en", "bpe:32768", "best_fit"),
     "tiny_shakespeare": ("tfds:tiny_shakespeare", "bytes", "concatenate"),
 }
-HALF_ROPE = dict(name="rope", fraction=0.5)
-
-
-def mixers(width: int, length: int) -> dict[str, dict]:
-    """Returns the models of one mixer, and 3:1 hybrids with attention."""
-    heads = width // (64 if width <= 768 else 128)
-    wide = width // (128 if width >= 768 else 64)
-    options = {
-        "attention": dict(heads=heads),
-        "mamba": {},
-        "mamba2": {},
-        "gla": {},
-        "gated_deltanet": dict(heads=wide, key_dim=width // wide, value_dim=width // wide),
-        "kda": dict(heads=wide, head_dim=width // wide),
-        "retnet": dict(heads=wide),
-        "lightning_attention": dict(heads=heads),
-        "rwkv7": {},
-        "hyena": dict(max_length=length),
-        "rg_lru": dict(heads=heads),
-        "s5": dict(state_size=2 * width),
-    }
-    found = {name: dict(pattern=(name,), mixers={name: given}) for name, given in options.items()}
-    for name in ("mamba", "mamba2"):
-        found[name]["pattern"] = (f"{name}+none",) * 2
-    # Values of RetNet are twice as wide, and its channel mixer is half as wide.
-    found["retnet"]["channels"] = {"swiglu": dict(hidden=-(-width * 4 // 3 // 64) * 64)}
-    for name in ("gated_deltanet", "kda", "mamba2"):
-        given = {name: options[name], "attention": options["attention"]}
-        found[f"{name}_3_1"] = dict(pattern=(name,) * 3 + ("attention",), mixers=given)
-    return found
-
-
-def hybrids(width: int, depth: int) -> dict[str, dict]:
-    """Returns hybrids of configs/hybrids.py at a width."""
-    heads = width // (64 if width <= 768 else 128)
-    size = width // heads
-    experts = dict(experts=8, top_k=2, hidden=width)
-    shared = experts | dict(shared=1)
-    by_bias = dict(scores="sigmoid", bias_rate=0.001, balance=0.0, z_loss=0.0)
-    lone, local = dict(heads=heads, kv_heads=1), dict(heads=heads, window=1024)
-    return {
-        "jamba": dict(
-            pattern=("mamba", "mamba+moe") * 2 + ("attention", "mamba+moe") + ("mamba", "mamba+moe"),
-            mixers={"mamba": dict(inner_norm=True), "attention": lone | dict(position="none")},
-            channels={"moe": experts | dict(normalize=False)},
-        ),
-        "hunyuan_turbos": dict(
-            pattern=("attention+none", "mamba2", "mamba2", "mamba2", "mamba2"),
-            mixers={"attention": dict(heads=heads)},
-            channel="moe",
-            channels={"moe": shared},
-        ),
-        "samba": dict(pattern=("mamba", "attention"), mixers={"attention": local}),
-        "griffin": dict(
-            pattern=("rg_lru", "rg_lru", "attention"),
-            mixers={
-                "rg_lru": dict(heads=heads),
-                "attention": local | dict(kv_heads=1, position=HALF_ROPE),
-            },
-            channel="geglu",
-            channels={"geglu": dict(hidden=3 * width)},
-        ),
-        "minimax": dict(
-            pattern=("lightning_attention",) * 7 + ("attention",),
-            mixers={
-                "lightning_attention": dict(heads=heads),
-                "attention": lone | dict(position=HALF_ROPE | dict(base=1e7)),
-            },
-            channel="moe",
-            channels={"moe": experts | dict(balance=0.001)},
-            norm_position="post",
-            residual_scale=(2 * depth) ** 0.25,
-        ),
-        "kimi_linear": dict(
-            pattern=("kda", "kda", "kda", "mla"),
-            mixers={
-                "kda": dict(heads=heads, head_dim=size),
-                "mla": dict(
-                    heads=heads,
-                    latent=width // 4,
-                    head_dim=size,
-                    rope_dim=size // 2,
-                    value_dim=size,
-                    position="none",
-                ),
-            },
-            channel="moe",
-            channels={"moe": shared | by_bias | dict(scale=2.446)},
-        ),
-        "qwen3_next": dict(
-            pattern=("gated_deltanet",) * 3 + ("gated_attention",),
-            mixers={
-                "gated_deltanet": dict(heads=heads, value_heads=2 * heads, key_dim=size, value_dim=size),
-                "gated_attention": lone | dict(head_dim=2 * size, position=dict(name="rope", fraction=0.25)),
-            },
-            channel="moe",
-            channels={"moe": shared | dict(shared_gate=True, balance=0.001)},
-        ),
-        "hybridna": dict(pattern=("mamba2",) * 7 + ("attention",), mixers={"attention": dict(heads=heads)}),
-        "masformer": dict(
-            pattern=("attention",) + ("local",) * (depth - 1),
-            mixers={"attention": dict(heads=heads), "local": local | dict(mixer="attention")},
-            channel="mlp",
-            norm="layer_norm",
-        ),
-    }
-
-
-def models(width: int, depth: int, length: int) -> dict[str, dict]:
-    """Returns the options of every model by its name; `depth` is that of blocks with a channel mixer."""
-    found = mixers(width, length) | hybrids(width, depth)
-    for model in found.values():
-        alone = all(entry.endswith("+none") for entry in model["pattern"])
-        model |= dict(width=width, depth=depth * (1 + alone))
-    return found
+models = runpy.run_path(str(pathlib.Path(__file__).with_name("_architectures.py")))["models"]
 
 
 def get_config(arg: str = "size=10m,mixer=attention") -> ConfigDict:

@@ -98,3 +98,12 @@ def test_odd_sizes_are_refused_where_modes_come_in_pairs():
     with pytest.raises(ValueError, match="n is 5.*half"):
         hippo.dplr_legs(5, half=True)
     assert hippo.dplr_legs(5).eigenvalues.shape == (5,)
+
+
+@pytest.mark.parametrize("make", [hippo.dplr_legs, hippo.dplr_legt, hippo.dplr_fout])
+def test_systems_are_made_once_and_cannot_be_written(make):
+    system = make(6, half=True)
+    assert make(6, half=True) is system
+    assert len(make(6).eigenvalues) == 6
+    with pytest.raises(ValueError, match="read-only"):
+        system.v[0] = 1.0
