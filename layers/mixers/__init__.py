@@ -31,6 +31,7 @@ from layers.mixers.attention.selective_attention import SelectiveAttention, Sele
 from layers.mixers.attention.shifted_sparse import ShiftedSparse, ShiftedSparseConfig
 from layers.mixers.attention.shortformer import Shortformer, ShortformerConfig
 from layers.mixers.attention.softplus_attention import SoftplusAttention, SoftplusAttentionConfig
+from layers.mixers.attention.sparse_mla import SparseMLA, SparseMLAConfig
 from layers.mixers.attention.static_blocks import StaticBlocksConfig
 from layers.mixers.attention.strided_attention import StridedAttention, StridedAttentionConfig
 from layers.mixers.attention.transformer_xl import TransformerXL, TransformerXLConfig
@@ -169,6 +170,7 @@ MIXERS = {
     "shortformer": (ShortformerConfig, Shortformer),
     "slstm": (SLSTMConfig, SLSTM),
     "softplus_attention": (SoftplusAttentionConfig, SoftplusAttention),
+    "sparse_mla": (SparseMLAConfig, SparseMLA),
     "strided_attention": (StridedAttentionConfig, StridedAttention),
     "sse": (SSEConfig, SSE),
     "titans": (TitansConfig, Titans),

@@ -8,6 +8,7 @@ attention, t5             T5Attention, causal and not (2e-5)
 attention, sink_logits    GptOssAttention with its window (2e-5)
 gated_attention           Qwen3NextAttention: q/k norm, part of the head turned, elementwise gate (2e-5)
 mla                       DeepseekV3Attention, with and without query compression, and YaRN's scale (2e-5)
+sparse_mla                DeepseekV32Attention, whose indexer chooses some of the tokens (2e-5)
 """
 
 import jax.numpy as jnp
@@ -15,10 +16,18 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from transformers import DeepseekV3Config, GptOssConfig, LlamaConfig, Qwen3NextConfig, T5Config
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV32Config,
+    GptOssConfig,
+    LlamaConfig,
+    Qwen3NextConfig,
+    T5Config,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
+from transformers.models.deepseek_v32 import modeling_deepseek_v32
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama import modeling_llama
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
@@ -187,6 +196,22 @@ def test_qwen3_next():
     compare(mixer, module(torch.tensor(inputs()), places, HIDDEN)[0])
 
 
+def copy_latent(mixer, module, pairs):
+    """Latent attention of 4 heads of 6 + 8 features; `pairs` is the order of the rotated ones."""
+    head = np.concatenate([np.arange(6), 6 + pairs])
+    queries = (14 * np.arange(4)[:, None] + head).ravel()
+    if mixer.query_down is None:
+        copy(mixer.query, module.q_proj, queries)
+    else:
+        copy(mixer.query_down, module.q_a_proj)
+        copy(mixer.query, module.q_b_proj, queries)
+        mixer.query_norm.scale[...] = jnp.asarray(module.q_a_layernorm.weight.detach().numpy())
+    copy(mixer.latent, module.kv_a_proj_with_mqa, np.concatenate([np.arange(10), 10 + pairs]))
+    mixer.latent_norm.scale[...] = jnp.asarray(module.kv_a_layernorm.weight.detach().numpy())
+    copy(mixer.expand, module.kv_b_proj)
+    copy(mixer.output, module.o_proj)
+
+
 @pytest.mark.parametrize("query_latent", [None, 12])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("yarn", [False, True])
@@ -206,18 +231,30 @@ def test_deepseek(query_latent, interleaved, yarn):
         position=OUR_YARN if yarn else "rope",
     )  # fmt: skip
     # Interleaved pairs (2i, 2i+1) become ours (i, i + 4), on queries and keys alike.
-    pairs = np.arange(8).reshape(4, 2).T.ravel() if interleaved else np.arange(8)
-    head = np.concatenate([np.arange(6), 6 + pairs])
-    queries = (14 * np.arange(4)[:, None] + head).ravel()
-    if query_latent is None:
-        copy(mixer.query, module.q_proj, queries)
-    else:
-        copy(mixer.query_down, module.q_a_proj)
-        copy(mixer.query, module.q_b_proj, queries)
-        mixer.query_norm.scale[...] = jnp.asarray(module.q_a_layernorm.weight.detach().numpy())
-    copy(mixer.latent, module.kv_a_proj_with_mqa, np.concatenate([np.arange(10), 10 + pairs]))
-    mixer.latent_norm.scale[...] = jnp.asarray(module.kv_a_layernorm.weight.detach().numpy())
-    copy(mixer.expand, module.kv_b_proj)
-    copy(mixer.output, module.o_proj)
+    copy_latent(mixer, module, np.arange(8).reshape(4, 2).T.ravel() if interleaved else np.arange(8))
     places = angles(modeling_deepseek_v3.DeepseekV3RotaryEmbedding(config))
+    compare(mixer, module(torch.tensor(inputs()), places, HIDDEN)[0])
+
+
+def test_deepseek_sparse():
+    config = DeepseekV32Config(
+        hidden_size=WIDTH, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=12, kv_lora_rank=10,
+        qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5, max_position_embeddings=256,
+        index_topk=5, index_n_heads=3, index_head_dim=14,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
+    module = fill(modeling_deepseek_v32.DeepseekV32Attention(config, 0))
+    mixer = build(
+        "sparse_mla", heads=4, latent=10, query_latent=12, head_dim=6, rope_dim=8, value_dim=5,
+        top_k=5, index_heads=3, index_dim=14,
+    )  # fmt: skip
+    copy_latent(mixer, module, np.arange(8).reshape(4, 2).T.ravel())
+    ours, theirs = mixer.indexer, module.indexer
+    for linear, name in ((ours.query, "wq_b"), (ours.key, "wk"), (ours.weight, "weights_proj")):
+        copy(linear, getattr(theirs, name))
+    for name in ("weight", "bias"):
+        value = jnp.asarray(getattr(theirs.k_norm, name).detach().numpy())
+        getattr(ours.norm, "scale" if name == "weight" else name)[...] = value
+    places = angles(modeling_deepseek_v32.DeepseekV32RotaryEmbedding(config))
     compare(mixer, module(torch.tensor(inputs()), places, HIDDEN)[0])

@@ -227,6 +227,13 @@ OPTIONS = [
     (mixer("dsa", heads=2, top_k=0), ValueError, "top_k=0; expected at least 1"),
     (mixer("dsa", heads=2, index_dim=3), ValueError, "index_dim=3; rotary positions need an even number"),
     (mixer("dsa", heads=2, window=4), ValueError, "window=4; dsa has a pattern of its own"),
+    (mixer("sparse_mla", top_k=0), ValueError, "top_k=0; expected at least 1"),
+    (
+        mixer("sparse_mla", index_dim=4, rope_dim=8),
+        ValueError,
+        "index_dim=4 with rope_dim=8; expected at least",
+    ),
+    (mixer("sparse_mla", position="t5"), ValueError, "latent attention takes 'rope' or 'none'"),
     (mixer("nsa", heads=2, block=0), ValueError, "block=0; expected at least 1"),
     (mixer("nsa", heads=2, position="t5"), ValueError, "nsa takes 'rope' or 'none'"),
     (mixer("nsa", heads=2, logit_cap=5.0), ValueError, "logit_cap=5.0; nsa has a pattern of its own"),

@@ -18,7 +18,7 @@ from layers.parts.heads import join_heads, split_heads
 from layers.positions import PositionConfig, Rotary, read_position, rotary
 from layers.positions.position import NoPosition
 from layers.segments import Segments
-from layers.typing import Array, Float
+from layers.typing import Array, Float, Int
 
 
 @checked_dataclass
@@ -119,58 +119,81 @@ class MLA(Mixer):
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         if visit is None:
             positions = jnp.arange(x.shape[1])[None] if segments is None else segments.positions
-            q, q_turned = self._queries(x, positions)
-            o = self._attend(q, q_turned, *self._latents(x, positions), segments)
-            return self._finish(o, x), None
-        q, q_turned = self._queries(x, visit.positions)
-        carried, seen, beyond = extend(carried, self._latents(x, visit.positions), visit)
+            queries, entries = self.project(x, positions)
+            return self._finish(self.attend(queries, entries, segments), x), None
+        queries, entries = self.project(x, visit.positions)
+        carried, seen, beyond = extend(carried, entries, visit)
         tokens = Tokens(seen.numbers, visit.positions, seen.positions)
-        o = self._attend(q, q_turned, *seen.entries, visit.numbers, tokens)
+        o = self.attend(queries, seen.entries, visit.numbers, tokens)
         return jnp.where(beyond[..., None], jnp.nan, self._finish(o, x)), carried
+
+    def project(
+        self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"]
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """Returns what queries are, without position and rotated; and what the cache holds per token."""
+        return self._queries(self.query_source(x), positions), self._latents(x, positions)
+
+    def query_source(self, x: Float[Array, "b t d"]) -> Float[Array, "b t u"]:
+        """Returns what queries are computed from: x or its small vector."""
+        return x if self.query_down is None else self.query_norm(self.query_down(x))
 
     def _finish(self, o, x):
         """Returns the output, given those of the heads."""
         o = join_heads(o)
         return self.output(o if self.gate is None else o * jax.nn.sigmoid(self.gate(x)))
 
-    def _queries(self, x, positions):
+    def _queries(self, source, positions):
         """Returns queries without position (b t h head_dim) and rotated ones (b t h rope_dim)."""
-        if self.query_down is not None:
-            x = self.query_norm(self.query_down(x))
-        q = split_heads(self.query(x), self.config.heads)
-        return q[..., : self.config.head_dim], self._turn(q[..., self.config.head_dim :], positions)
+        q = split_heads(self.query(source), self.config.heads)
+        return q[..., : self.config.head_dim], self.turn(q[..., self.config.head_dim :], positions)
 
     def _latents(self, x, positions):
         """Returns what the cache holds: latent vectors (b t r) and rotated keys (b t rope_dim)."""
         c = self.latent(x)
-        turned = self._turn(c[:, :, None, self.config.latent :], positions)
+        turned = self.turn(c[:, :, None, self.config.latent :], positions)
         return self.latent_norm(c[..., : self.config.latent]), turned[:, :, 0]
 
-    def _turn(self, x, positions):
+    def turn(self, x: Float[Array, "b t h k"], positions: Int[Array, "#b t"]) -> Float[Array, "b t h k"]:
+        """Returns heads rotated by position, without the amplitude of the positions."""
         rope = self.config.position
         return (
             rotary(x, positions, dataclasses.replace(rope, amplitude=1.0)) if isinstance(rope, Rotary) else x
         )
 
-    def _attend(self, q, q_turned, c, k_turned, segment_ids, tokens=None):
-        """Returns the heads' outputs (b t h value_dim) over latent vectors c (b s r) and rotated keys (b s rope_dim)."""
+    @property
+    def scale(self) -> float:
+        """Factor on the logits."""
         config = self.config
         scale = (config.head_dim + config.rope_dim) ** -0.5 if config.scale is None else config.scale
-        scale *= config.position.gain**2 if isinstance(config.position, Rotary) else 1
-        options = {"causal": True, "scale": scale, "segment_ids": segment_ids, "tokens": tokens}
+        return scale * (config.position.gain**2 if isinstance(config.position, Rotary) else 1)
+
+    def attend(self, queries, entries, segment_ids, tokens=None) -> Float[Array, "b t h v"]:
+        """Returns the heads' outputs, given what `project` returns, with the entries of all tokens."""
+        q, k, v, outer = self.heads(*queries, *entries, cached=tokens is not None)
+        return outer(
+            attention(q, k, v, causal=True, scale=self.scale, segment_ids=segment_ids, tokens=tokens)
+        )
+
+    def heads(self, q, q_turned, c, k_turned, *, cached):
+        """Returns queries, keys and values over latent vectors c (b s r) and rotated keys (b s rope_dim).
+
+        Attention is over the vectors c, or over what they are expanded to; the last result is the map from what it gives to the
+        outputs of the heads (b t h value_dim).
+        """
+        config = self.config
         to_key, to_value = jnp.split(
             self.expand.matrix.astype(config.dtype).reshape(config.latent, config.heads, -1),
             [config.head_dim],
             axis=2,
         )
-        if self._absorbs(q.shape[1], c.shape[1], cached=tokens is not None):
+        if self._absorbs(q.shape[1], c.shape[1], cached=cached):
             q = jnp.concatenate([jnp.einsum("bthk,rhk->bthr", q, to_key), q_turned], axis=-1)
             k = jnp.concatenate([c, k_turned], axis=-1)[:, :, None]
-            return jnp.einsum("bthr,rhv->bthv", attention(q, k, c[:, :, None], **options), to_value)
+            return q, k, c[:, :, None], lambda o: jnp.einsum("bthr,rhv->bthv", o, to_value)
         k, v = jnp.einsum("bsr,rhk->bshk", c, to_key), jnp.einsum("bsr,rhv->bshv", c, to_value)
         k_turned = jnp.broadcast_to(k_turned[:, :, None], (*k.shape[:3], config.rope_dim))
         q, k = jnp.concatenate([q, q_turned], axis=-1), jnp.concatenate([k, k_turned], axis=-1)
-        return attention(q, k, v, **options)
+        return q, k, v, lambda o: o
 
     def _absorbs(self, t, s, *, cached):
         """Returns whether to attend to latent vectors: as configured, or where that takes fewer products per head."""

@@ -151,6 +151,18 @@ MIXERS = {
     ),
     "core_context": ("core_context", {"heads": 4, "kv_heads": 2, "group": 3, "near": 4}),
     "dsa": ("dsa", {"heads": 4, "kv_heads": 2, "top_k": 5, "index_heads": 2, "index_dim": 4}),
+    "sparse_mla": (
+        "sparse_mla",
+        {
+            "heads": 2,
+            "latent": 6,
+            "query_latent": 5,
+            "head_dim": 4,
+            "rope_dim": 2,
+            "value_dim": 3,
+            "top_k": 5,
+        },
+    ),
     "landmark": ("landmark", {"heads": 4, "kv_heads": 2, "block": 4}),
     "log_linear_mamba2": ("log_linear_mamba2", {"state_size": 4, "head_dim": 4, "groups": 2, "levels": 4}),
     "mesa_net": ("mesa_net", {"heads": 2, "steps": 8, "gate": True}),
@@ -209,7 +221,7 @@ NOT_CAUSAL = {
 }
 
 # Mixers that choose tokens by numbers of their own, so that rounding may change what a token sees.
-CHOOSES = {"dsa", "informer", "moba", "nsa", "reformer", "sse"}
+CHOOSES = {"dsa", "informer", "moba", "nsa", "reformer", "sparse_mla", "sse"}
 
 # Mixers whose part of the suite is slow. By default their own tests compare two calls, with a state, with the equation.
 LIGHT = {
@@ -222,4 +234,5 @@ LIGHT = {
     *("power_attention", "strided_attention", "core_context"),
     *("log_linear_mamba2", "ttt_linear", "titans", "mesa_net"),
     *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention", "nsa", "b2s6", "sse", "atlas", "dsa"),
+    "sparse_mla",
 }

@@ -17,7 +17,7 @@ NEED_A_LENGTH = {
     *("s4", "s4d", "dss", "gss", "h3", "liquid_s4", "sgconv", "hyena", "mega"),
     *("rwkv4", "mlstm", "xlstm7b", "linformer"),
     *("longformer", "bigbird", "longt5", "etc", "nystromformer", "luna-carried", "reformer", "informer"),
-    *("moba", "dsa", "landmark", "softplus_attention", "transformer_xl"),
+    *("moba", "dsa", "sparse_mla", "landmark", "softplus_attention", "transformer_xl"),
     *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention", "nsa"),
     *("power_attention", "strided_attention", "core_context"),
 }

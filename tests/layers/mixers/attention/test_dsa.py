@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from layers.adapters import dropping
-from layers.mixers.attention import dsa as dsa_module
+from layers.parts import lightning_indexer
 from tests.layers.mixers.literal import (
     apply,
     by_row,
@@ -34,13 +34,13 @@ def rotated(x):
 
 def literal(model, x):
     """Outputs, and KL(p || softmax(s)) over what each query sees."""
-    t, config = len(x), model.config
+    t, config, indexer = len(x), model.config, model.indexer
     q, k = rotated(heads(apply(model.query, x), HEADS)), rotated(heads(apply(model.key, x), KV))
     v = heads(apply(model.value, x), KV)
-    index_q = rotated(heads(apply(model.index_query, x), config.index_heads))
-    index_k = layer_norm(apply(model.index_key, x), 1e-6) * wide(model.index_norm.scale)
-    index_k = rotated((index_k + wide(model.index_norm.bias))[:, None])[:, 0]
-    weight = apply(model.index_weight, x) / np.sqrt(config.index_heads)
+    index_q = rotated(heads(apply(indexer.query, x), config.index_heads))
+    index_k = layer_norm(apply(indexer.key, x), 1e-6) * wide(indexer.norm.scale)
+    index_k = rotated((index_k + wide(indexer.norm.bias))[:, None])[:, 0]
+    weight = apply(indexer.weight, x) / np.sqrt(config.index_heads)
     scores = np.zeros((t, t))
     for n in range(config.index_heads):
         scores += weight[:, n : n + 1] * np.maximum(index_q[:, n] @ index_k.T / np.sqrt(6), 0)
@@ -58,7 +58,7 @@ def literal(model, x):
 
 @pytest.mark.parametrize("queries", [128, pytest.param(5, marks=pytest.mark.slow)])
 def test_equals_the_equation(monkeypatch, queries):
-    monkeypatch.setattr(dsa_module, "QUERIES", queries)
+    monkeypatch.setattr(lightning_indexer, "QUERIES", queries)
     model, x = drawn("dsa", WIDTH, **OPTIONS), tokens(TIME, WIDTH)
     want = by_row(lambda row: literal(model, row)[0], x)
     np.testing.assert_allclose(in_two_calls(model, x)[0], want, atol=1e-5)
@@ -76,7 +76,7 @@ def test_the_loss_in_training_is_of_real_tokens_and_trains_the_indexer_alone():
             model = nnx.merge(graph, parameters, rest, copy=True)
             with dropping(jax.random.key(0)):
                 model(x, segment_ids=ids)
-            return model.auxiliary[...]
+            return model.indexer.auxiliary[...]
 
         return jax.value_and_grad(of, (0, 1))(parameters, x)
 
@@ -85,5 +85,5 @@ def test_the_loss_in_training_is_of_real_tokens_and_trains_the_indexer_alone():
     rows = np.asarray(x, np.float64)
     each = np.concatenate([literal(model, rows[0, :7])[1], literal(model, rows[1])[1]])
     np.testing.assert_allclose(value, 0.5 * each.mean(), rtol=1e-5)
-    moved = {name[0] for name, g in nnx.to_flat_state(gradients) if jnp.any(g[...] != 0)}
-    assert moved == {"index_query", "index_key", "index_norm", "index_weight"}
+    moved = {name[:2] for name, g in nnx.to_flat_state(gradients) if jnp.any(g[...] != 0)}
+    assert moved == {("indexer", name) for name in ("query", "key", "norm", "weight")}
