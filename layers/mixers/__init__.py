@@ -48,6 +48,7 @@ from layers.mixers.delta_rule.gated_deltanet2 import GatedDeltaNet2, GatedDeltaN
 from layers.mixers.delta_rule.gated_deltaproduct import GatedDeltaProduct, GatedDeltaProductConfig
 from layers.mixers.delta_rule.kda import KDA, KDAConfig
 from layers.mixers.delta_rule.rwkv7 import RWKV7, RWKV7Config
+from layers.mixers.delta_rule.sse_gdn import SSEGatedDeltaNet, SSEGatedDeltaNetConfig
 from layers.mixers.image.msvmamba import MSVMamba, MSVMambaConfig
 from layers.mixers.image.s4nd import S4ND, S4NDConfig
 from layers.mixers.image.vmamba import VMamba, VMambaConfig
@@ -173,6 +174,7 @@ MIXERS = {
     "sparse_mla": (SparseMLAConfig, SparseMLA),
     "strided_attention": (StridedAttentionConfig, StridedAttention),
     "sse": (SSEConfig, SSE),
+    "sse_gdn": (SSEGatedDeltaNetConfig, SSEGatedDeltaNet),
     "titans": (TitansConfig, Titans),
     "transformer_xl": (TransformerXLConfig, TransformerXL),
     "ttt_linear": (TTTLinearConfig, TTTLinear),

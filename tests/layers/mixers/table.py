@@ -99,6 +99,7 @@ MIXERS = {
         {"head_dim": 4, "mix_rank": 3, "decay_rank": 2, "zero_init": False, "layer": 1, "depth": 2},
     ),
     "sse": ("sse", {"heads": 2, "partitions": 3, "top_k": 2, "gate_rank": 3}),
+    "sse_gdn": ("sse_gdn", {"heads": 2, "partitions": 3, "top_k": 1}),
     "mlstm": ("mlstm", {"heads": 2}),
     "slstm": ("slstm", {"heads": 2}),
     "xlstm7b": ("xlstm7b", {"heads": 2, "key_dim": 3}),
@@ -221,7 +222,7 @@ NOT_CAUSAL = {
 }
 
 # Mixers that choose tokens by numbers of their own, so that rounding may change what a token sees.
-CHOOSES = {"dsa", "informer", "moba", "nsa", "reformer", "sparse_mla", "sse"}
+CHOOSES = {"dsa", "informer", "moba", "nsa", "reformer", "sparse_mla", "sse", "sse_gdn"}
 
 # Mixers whose part of the suite is slow. By default their own tests compare two calls, with a state, with the equation.
 LIGHT = {
@@ -234,5 +235,5 @@ LIGHT = {
     *("power_attention", "strided_attention", "core_context"),
     *("log_linear_mamba2", "ttt_linear", "titans", "mesa_net"),
     *("cross_scan", "vmamba", "msvmamba", "s4nd", "path_attention", "nsa", "b2s6", "sse", "atlas", "dsa"),
-    "sparse_mla",
+    *("sparse_mla", "sse_gdn"),
 }
