@@ -237,17 +237,18 @@ def test_deepseek(query_latent, interleaved, yarn):
 
 
 def test_deepseek_sparse():
+    """With many heads: where few are, no product may be above zero, and which of equal scores are best is the library's choice."""
     config = DeepseekV32Config(
         hidden_size=WIDTH, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=12, kv_lora_rank=10,
         qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5, max_position_embeddings=256,
-        index_topk=5, index_n_heads=3, index_head_dim=14,
+        index_topk=5, index_n_heads=16, index_head_dim=14,
     )  # fmt: skip
     config._attn_implementation = "eager"
     config.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
     module = fill(modeling_deepseek_v32.DeepseekV32Attention(config, 0))
     mixer = build(
         "sparse_mla", heads=4, latent=10, query_latent=12, head_dim=6, rope_dim=8, value_dim=5,
-        top_k=5, index_heads=3, index_dim=14,
+        top_k=5, index_heads=16, index_dim=14,
     )  # fmt: skip
     copy_latent(mixer, module, np.arange(8).reshape(4, 2).T.ravel())
     ours, theirs = mixer.indexer, module.indexer
