@@ -23,6 +23,8 @@ def make_config(
 ) -> Any:
     """Returns the frozen dataclass `config_class` made from options, and from those of `given` that are fields of it.
 
+    Fields in its class attribute `fixed` have one value only, such as `causal` of a pattern that looks back; `given` leaves them as they are.
+
     Raises:
       ValueError: an option is not a field, a required field is missing, or a value is impossible.
       TypeError: a value is of another kind than the annotation of its field.
@@ -33,7 +35,8 @@ def make_config(
             raise ValueError(
                 f"{kind} has no option {option!r}{suggestion(option, fields)}; options: {', '.join(fields)}"
             )
-    values = {k: v for k, v in (given or {}).items() if k in fields}
+    fixed = getattr(config_class, "fixed", ())
+    values = {k: v for k, v in (given or {}).items() if k in fields and k not in fixed}
     values.update(options)
     missing = [
         n

@@ -35,6 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
         width=options["width"],
         depth=options["depth"],
         pattern=(options["mixer"],),
+        mixers={"mega": dict(max_length=None)} if options["mixer"] == "mega" else {},
         mixer_defaults=dict(heads=4, state_size=32, max_length=options["length"]),
         channel="half_glu1",
         residual="joint",

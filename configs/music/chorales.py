@@ -37,6 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
         width=options["width"],
         depth=options["depth"],
         pattern=(options["mixer"],),
+        mixers={"mega": dict(max_length=None)} if options["mixer"] == "mega" else {},
         mixer_defaults=dict(heads=4, causal=True, max_length=1024),
         channel="mlp",
         dropout=0.2,

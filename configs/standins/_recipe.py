@@ -33,7 +33,9 @@ def stand_in(
     body = dict(channel="mlp", norm="layer_norm")
     if mixer in BARE:
         body = dict(channel="half_glu1", residual="joint", norm="batch_norm")
-    given = dict(mixer_options) | (dict(max_length=None) if mixer == "mega" else {})
+    own = dict(mega=dict(max_length=None), rwkv6=dict(head_dim=options["width"] // 4))
+    own["rwkv7"] = own["rwkv6"]
+    given = dict(mixer_options) | own.get(mixer, {})
     config = ConfigDict()
     config.seed = 0
     config.task = task

@@ -7,6 +7,7 @@ import pytest
 
 from experiments.config.loading import to_plain
 from experiments.training.experiment import model_without_data
+from layers.mixers import MIXERS
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "configs/standins"
 
@@ -15,7 +16,10 @@ def load(name, argument=""):
     return to_plain(runpy.run_path(str(FOLDER / f"{name}.py"))["get_config"](argument))
 
 
-@pytest.mark.parametrize("mixer", ["s5", "dss", "mega", "attention", "linformer", "hyena", "mamba2"])
+@pytest.mark.parametrize(
+    "mixer",
+    ["s5", "dss", "mega", "attention", "linformer", "hyena", "mamba2", "moba", "power_attention", "rwkv7"],
+)
 def test_any_mixer_by_name(mixer):
     model = model_without_data(load("smnist", f"mixer={mixer},width=64,depth=2"))
     assert model.embedding.map.kernel.shape == (1, 64)
@@ -23,6 +27,14 @@ def test_any_mixer_by_name(mixer):
 
 
 @pytest.mark.sample(3)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mixer", sorted(MIXERS.keys() - {"bidirectional", "cross_scan", "parallel", "tuned_state"})
+)
+def test_every_mixer_that_needs_no_option(mixer):
+    model_without_data(load("package_text", f"mixer={mixer}"))
+
+
 @pytest.mark.parametrize("argument", ["", "mixer=cross_scan,inner=gla", "mixer=s4nd,data=cifar10"])
 def test_images_have_rows(argument):
     model = model_without_data(load("images", f"{argument},width=64,depth=2"))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,9 @@ class AttentionConfig(SharedHeads):
     output_bias: bool | None = None
     output_projection: bool = True
     dtype: ActivationDtype = jnp.float32
+
+    # Options that mixers of a base class inherit and cannot change.
+    fixed: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.head_dim is None and self.width % self.heads:

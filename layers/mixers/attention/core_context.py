@@ -29,9 +29,11 @@ class CoreContextConfig(AttentionConfig):
     group: int = 16
     near: int = 1024
 
+    fixed = ("window", "causal", "sink_logits")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_options(self, "core_context", ("window", "causal", "sink_logits"))
+        refuse_options(self, "core_context")
 
 
 class CoreContext(Patterned):

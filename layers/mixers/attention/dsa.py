@@ -19,9 +19,11 @@ class DSAConfig(IndexerOptions, AttentionConfig):
       top_k, index_heads, index_dim, index_loss: those of `IndexerOptions`.
     """
 
+    fixed = ("window", "causal", "sink_logits")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_options(self, "dsa", ("window", "causal", "sink_logits"))
+        refuse_options(self, "dsa")
         if self.index_dim is not None and self.index_dim % 2:
             raise ValueError(f"index_dim={self.index_dim}; rotary positions need an even number")
 

@@ -24,9 +24,11 @@ class LandmarkConfig(AttentionConfig):
 
     block: int = 51
 
+    fixed = ("window", "causal", "sink_logits", "logit_cap")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_options(self, "landmark", ("window", "causal", "sink_logits", "logit_cap"))
+        refuse_options(self, "landmark")
         if self.block < 2:
             raise ValueError(f"block={self.block}; expected at least 2, a token and its landmark")
 

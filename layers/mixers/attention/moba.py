@@ -25,9 +25,11 @@ class MoBAConfig(AttentionConfig):
     block: int = 512
     top_k: int = 3
 
+    fixed = ("window", "causal", "sink_logits")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_options(self, "moba", ("window", "causal", "sink_logits"))
+        refuse_options(self, "moba")
 
 
 class MoBA(Patterned):

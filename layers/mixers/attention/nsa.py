@@ -34,9 +34,11 @@ class NSAConfig(AttentionConfig):
     top_k: int = 16
     window: int = 512
 
+    fixed = ("causal", "sink_logits", "sink_tokens", "logit_cap")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_options(self, "nsa", ("causal", "sink_logits", "sink_tokens", "logit_cap"))
+        refuse_options(self, "nsa")
         if self.top_k < ALWAYS:
             raise ValueError(
                 f"top_k={self.top_k}; a query sees the first block, its own and the one before, expected at least {ALWAYS}"

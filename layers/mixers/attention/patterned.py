@@ -46,17 +46,16 @@ class Patterned(Attention):
 def refuse_options(
     config: AttentionConfig,
     mixer: str,
-    names: tuple[str, ...],
     *,
     positions: tuple[type, ...] = (Rotary, NoPosition),
 ) -> None:
-    """Raises ValueError for options of attention that a mixer with a pattern of its own leaves at their defaults.
+    """Raises ValueError for options of attention, those in `fixed`, that a mixer with a pattern of its own leaves at their defaults.
 
     Other positions are refused too: such a mixer takes rotary ones or none, or none but its own.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in names and value != field.default:
+        if field.name in config.fixed and value != field.default:
             raise ValueError(
                 f"{field.name}={value!r}; {mixer} has a pattern of its own, expected {field.default!r}"
             )

@@ -24,9 +24,11 @@ class ShiftedSparseConfig(AttentionConfig):
     shifted_heads: Count | None = None
     group_sinks: Count = 0
 
+    fixed = ("window", "causal", "sink_logits")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_options(self, "shifted_sparse", ("window", "causal", "sink_logits"))
+        refuse_options(self, "shifted_sparse")
         if self.group % 2:
             raise ValueError(f"group={self.group}; expected an even number")
         if self.group_sinks > self.group // 2:

@@ -27,9 +27,11 @@ class ShortformerConfig(AttentionConfig):
     subsequence: int = 512
     position: str = "none"
 
+    fixed = ("window", "causal")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_options(self, "shortformer", ("window", "causal"), positions=(NoPosition,))
+        refuse_options(self, "shortformer", positions=(NoPosition,))
 
 
 class Shortformer(Patterned):

@@ -27,9 +27,11 @@ class SoftplusAttentionConfig(AttentionConfig):
     power: Positive = 15.0
     offset: NonNegative = 1.0
 
+    fixed = ("window", "causal", "sink_logits", "logit_cap", "scale")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_options(self, "softplus_attention", ("window", "causal", "sink_logits", "logit_cap", "scale"))
+        refuse_options(self, "softplus_attention")
 
 
 class SoftplusAttention(Patterned):

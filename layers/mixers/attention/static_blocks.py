@@ -22,6 +22,8 @@ class StaticBlocksConfig(AttentionConfig):
     local_blocks: int = 1
     sink_blocks: Count = 0
 
+    fixed = ("causal",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, instead in (("window", "local_blocks"), ("sink_tokens", "sink_blocks")):

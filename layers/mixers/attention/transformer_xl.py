@@ -32,10 +32,11 @@ class TransformerXLConfig(AttentionConfig):
     position: str = "none"
     max_distance: int | None = None
 
+    fixed = ("causal", "sink_tokens", "sink_logits", "logit_cap")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = ("causal", "sink_tokens", "sink_logits", "logit_cap")
-        refuse_options(self, "transformer_xl", names, positions=(NoPosition,))
+        refuse_options(self, "transformer_xl", positions=(NoPosition,))
 
 
 class TransformerXL(Patterned):
