@@ -190,7 +190,6 @@ OPTIONS = [
     (mixer("sse", heads=3), ValueError, "heads=3 cannot share 1 x width=8 equally"),
     (mixer("sse_gdn", heads=3), ValueError, "heads=3 cannot share 1 x width=8 equally"),
     (mixer("sse_gdn", heads=2, top_k=4), ValueError, "top_k=4; expected fewer than partitions=4"),
-    (mixer("sse_gdn", gate_rank=2), ValueError, "gate_rank"),
     (mixer("sse", heads=2, top_k=4), ValueError, "top_k=4; expected fewer than partitions=4"),
     (mixer("mlstm", heads=3), ValueError, "heads=3 does not divide expand * width = 16"),
     (mixer("mlstm", heads=2, block=5), ValueError, "block=5 does not divide expand * width = 16"),
