@@ -12,7 +12,8 @@ OUT/NUMBER.log. All configs are checked first; finished runs are skipped, interr
 go on if one fails. OUT/table.md and OUT/sweep.json show all runs so far.
 
 Studies: copying, induction, mqar, mad, parity, state_tracking, recall_state, mqar_paper, mad_harder, width_transfer (see `studies` and
-`paper_studies`). Runs that differ in learning rate and seed alone are
+`paper_studies`), and on a CPU in minutes linear_regression, copy_unique, count, mode, addition, scratchpad (see `small_studies`). Runs that
+differ in learning rate and seed alone are
 trained together. Every finished run is a line of OUT/runs.jsonl; the same command skips those, so it may be stopped and
 repeated. OUT/table.md and OUT/plot.png show all runs so far. Cut or damaged lines of OUT/runs.jsonl are named, and their
 runs are run again. Exit codes: 0 all runs are done; 75 some are left at the time limit, and the same command resumes; 1 all
@@ -22,7 +23,6 @@ others are done but some failed; 2 the arguments or the folder cannot be used.
 import argparse
 import concurrent.futures
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except REFUSALS as error:
         return refuse(error)
     try:
-        left, failed = _run(chosen, args.out / "runs.jsonl", deadline)
+        left, failed = _run(study, chosen, args.out / "runs.jsonl", deadline)
         _report(args.study, study, args.out)
     except OSError as error:  # such as a full disk
         return refuse(error)
@@ -148,7 +148,7 @@ def _chosen(study: Study, rows: Sequence[str] | None) -> tuple[Job, ...]:
     return tuple(job for job in study.jobs if rows is None or job.row in rows)
 
 
-def _run(jobs: Sequence[Job], file: Path, deadline: float | None) -> tuple[int, int]:
+def _run(study: Study, jobs: Sequence[Job], file: Path, deadline: float | None) -> tuple[int, int]:
     """Runs the jobs without lines in the file; returns how many are left at the deadline, and how many failed."""
     known, problems = _known(file)
     for problem in problems:
@@ -165,7 +165,7 @@ def _run(jobs: Sequence[Job], file: Path, deadline: float | None) -> tuple[int, 
             if number + AHEAD < len(missing):
                 prepared.append(pool.submit(_prepare, missing[number + AHEAD]))
             try:
-                records = _train(job, prepared.pop(0).result(), deadline)
+                records = _train(study, job, prepared.pop(0).result(), deadline)
             except Interrupted:
                 return len(missing) - number, failed
             except (
@@ -176,7 +176,7 @@ def _run(jobs: Sequence[Job], file: Path, deadline: float | None) -> tuple[int, 
                 print(f"[{number + 1}/{len(missing)}] {job.row} failed: {error}", file=sys.stderr, flush=True)
                 continue
             append_json_lines(file, records)
-            _progress(number + 1, len(missing), job, records)
+            _progress(study, number + 1, len(missing), job, records)
         return 0, failed
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -186,12 +186,17 @@ def _prepare(job: Job) -> Replicas:
     return Replicas(job.plain_config(), job.rates, job.seeds)
 
 
-def _train(job: Job, replicas: Replicas, deadline: float | None) -> list[dict[str, Any]]:
+def _train(study: Study, job: Job, replicas: Replicas, deadline: float | None) -> list[dict[str, Any]]:
     """Trains and evaluates the runs of a job; returns a record per run."""
     found = replicas.train(deadline=deadline)
     start = time.perf_counter()
     validation = replicas.evaluate("validation")
-    test = {column: replicas.evaluate(split) for column, split in job.columns.items()}
+    splits = dict.fromkeys(study.place(job, column)[0] for column in job.columns)
+    metrics = {split: replicas.evaluate(split) for split in splits}
+    test = {
+        column: [found[study.place(job, column)[1]] for found in metrics[study.place(job, column)[0]]]
+        for column in job.columns
+    }
     common = dict(
         row=job.row,
         parameters=replicas.num_parameters,
@@ -205,13 +210,15 @@ def _train(job: Job, replicas: Replicas, deadline: float | None) -> list[dict[st
         versions=versions(),
         git=git_revision(),
     )
+    if study.beside:
+        common["baselines"] = {split: replicas.baselines(split) for split in splits}
     return [
         dict(
             learning_rate=rate,
             seed=seed,
-            validation=validation[copy]["accuracy"],
-            test={column: metrics[copy]["accuracy"] for column, metrics in test.items()},
-            metrics={column: metrics[copy] for column, metrics in test.items()},
+            validation=validation[copy][study.metric],
+            test={column: values[copy] for column, values in test.items()},
+            metrics={column: metrics[study.place(job, column)[0]][copy] for column in job.columns},
             losses=[round(float(loss), 5) for loss in found["losses"][:, copy]],
             **common,
         )
@@ -236,12 +243,10 @@ def _done(job: Job, known: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     return list(runs.values())
 
 
-def _progress(number: int, count: int, job: Job, records: Sequence[Mapping[str, Any]]) -> None:
-    best = max(
-        records, key=lambda record: -math.inf if math.isnan(record["validation"]) else record["validation"]
-    )
+def _progress(study: Study, number: int, count: int, job: Job, records: Sequence[Mapping[str, Any]]) -> None:
+    best = max(records, key=lambda record: study.score(record["validation"]))
     seconds = best["seconds_together"]
-    shown = ", ".join(f"{column} {100 * value:.1f}" for column, value in best["test"].items())
+    shown = ", ".join(f"{column} {study.shown(value)}" for column, value in best["test"].items())
     print(
         f"[{number}/{count}] {job.row}: {shown} at {best['learning_rate']:g}; "
         f"{seconds['compiling']:.0f} s compiling, {seconds['training']:.0f} s training {len(records)} runs",

@@ -18,6 +18,7 @@ import numpy as np
 
 from experiments.config import loading as config_loading
 from experiments.config.loading import TrainConfig
+from experiments.config.models import sizes_of, with_sizes
 from experiments.data import pipeline
 from experiments.parallel.mesh import Devices
 from experiments.runs.interrupts import Interrupted
@@ -71,7 +72,7 @@ class Replicas:
         if self._train.steps is None:
             raise ValueError("train.steps is None; a sweep counts in steps")
         self._steps_at_once = math.gcd(self._train.steps, STEPS_AT_ONCE)
-        values = config["model"] | {"vocab_size": self._task.vocab_size}
+        values = with_sizes(config, sizes_of(self._task))
         model = SplitModel(
             lambda rngs: build_model(values, rngs=rngs),
             padding=self._task.padding,
@@ -171,6 +172,10 @@ class Replicas:
                     raise Interrupted("the time limit")
         self._trained = state
         return dict(losses=np.stack(jax.device_get(losses)), seconds=time.perf_counter() - start)
+
+    def baselines(self, split: str) -> dict[str, float]:
+        """Returns the metrics of the task's trivial predictors on a split."""
+        return self._task.baselines(split)
 
     def evaluate(self, split: str) -> list[dict[str, float]]:
         """Returns the metrics of each copy on a split, after training.

@@ -17,8 +17,8 @@ def summarize(study: Study, records: Iterable[Mapping[str, Any]]) -> Cells:
     """Returns, by row and column, the mean over seeds, the spread (highest minus lowest) and the chosen learning rates.
 
     The rate is the one with the best mean validation over seeds. A value that is not finite, null in the records, counts
-    as the lowest. Columns that are merged have the means of their values and spreads, and all their rates; where one is missing, there is
-    none.
+    as the worst: 0, or infinity where less is better. Columns that are merged have the means of their values and spreads, and all their
+    rates; where one is missing, there is none. Trivial predictors have no rate.
     """
     groups: dict[tuple[str, str], dict[float, list[Mapping[str, Any]]]] = {}
     for record in records:
@@ -29,11 +29,13 @@ def summarize(study: Study, records: Iterable[Mapping[str, Any]]) -> Cells:
     cells: Cells = {row: {} for row in dict.fromkeys(job.row for job in study.jobs)}
     for (row, column), by_rate in groups.items():
         scores = {
-            rate: np.mean([_or(run["validation"], -np.inf) for run in runs]) for rate, runs in by_rate.items()
+            rate: np.mean([study.score(run["validation"]) for run in runs]) for rate, runs in by_rate.items()
         }
         best = max(scores, key=lambda rate: (scores[rate], -rate))
-        values = [_or(run["test"][column], 0.0) for run in by_rate[best]]
+        worst = np.inf if study.lower else 0.0
+        values = [_or(run["test"][column], worst) for run in by_rate[best]]
         cells[row][column] = float(np.mean(values)), float(np.ptp(values)), (best,)
+    cells |= _beside(study, groups)
     if study.merged:
         cells = {row: _merged(study, row, found) for row, found in cells.items()}
     return {row: columns for row, columns in cells.items() if columns}
@@ -60,12 +62,24 @@ def _shown(study: Study, column: str) -> str:
     return column.partition(": ")[0] if study.merged else column
 
 
+def _beside(study: Study, groups: Mapping[tuple[str, str], Mapping[float, Any]]) -> Cells:
+    """Returns the cells of trivial predictors, which every run has found alike."""
+    cells: Cells = {}
+    for job in study.jobs:
+        for column in job.columns:
+            for run, *_ in groups.get((job.row, column), {}).values():
+                found = run["baselines"][study.place(job, column)[0]] if study.beside else {}
+                for row, name in study.beside.items():
+                    cells.setdefault(row, {})[column] = found[name.format(column)], 0.0, ()
+    return cells
+
+
 def _or(value: float | None, lowest: float) -> float:
     return lowest if value is None or not np.isfinite(value) else value
 
 
 def table(study: Study, cells: Cells) -> str:
-    """Returns a Markdown table in percent; with several seeds, values are followed by their spread."""
+    """Returns a Markdown table, in percent unless of losses; with several seeds, values are followed by their spread."""
     columns = list(dict.fromkeys(_shown(study, column) for job in study.jobs for column in job.columns))
     lines = [["", *columns, *(["average"] if study.average else []), "learning rates"]]
     for row, found in cells.items():
@@ -73,17 +87,18 @@ def table(study: Study, cells: Cells) -> str:
         for column in columns:
             value, spread, _ = found.get(column, (None, 0, 0))
             line.append(
-                "" if value is None else f"{100 * value:.1f}" + (f" ({100 * spread:.1f})" if spread else "")
+                "" if value is None else study.shown(value) + (f" ({study.shown(spread)})" if spread else "")
             )
         if study.average:
             complete = len(found) == len(columns)
-            line.append(f"{100 * np.mean([value for value, _, _ in found.values()]):.1f}" if complete else "")
+            line.append(study.shown(np.mean([value for value, _, _ in found.values()])) if complete else "")
         rates = dict.fromkeys(f"{rate:g}" for _, _, several in found.values() for rate in several)
         lines.append([*line, ", ".join(rates)])
     lines.insert(1, ["---"] * len(lines[0]))
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    chance = "" if study.chance is None else f"\n\nGuessing gives {100 * study.chance:.1f}."
-    return f"{study.title}: {study.metric} on the test split, percent\n\n{body}{chance}\n"
+    chance = "" if study.chance is None else f"\n\nGuessing gives {study.shown(study.chance)}."
+    unit = "" if study.lower else ", percent"
+    return f"{study.title}: {study.metric} on the test split{unit}\n\n{body}{chance}\n"
 
 
 def made_by(name: str, records: Iterable[Mapping[str, Any]], missing: int) -> str:
@@ -107,7 +122,7 @@ def made_by(name: str, records: Iterable[Mapping[str, Any]], missing: int) -> st
 
 
 def draw(study: Study, cells: Cells, path: Path) -> None:
-    """Draws curves against the numbers in the columns' names, or bars of the average over columns."""
+    """Draws curves against the numbers in the columns' names, with bars as long as the spread, or bars of the average over columns."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if study.axis is None:
@@ -121,11 +136,17 @@ def draw(study: Study, cells: Cells, path: Path) -> None:
             axes.axvline(study.chance, color="0.4", linestyle="--", linewidth=1)
     else:
         for number, (row, found) in enumerate(cells.items()):
-            points = sorted((float(column), value) for column, (value, _, _) in found.items())
-            style = ("-", "--", ":")[number // 10 % 3]
-            axes.plot(*zip(*points), marker="o", markersize=3, linestyle=style, label=row)
+            points = sorted(
+                (float(column), value, spread / 2) for column, (value, spread, _) in found.items()
+            )
+            style = ("-", "--", ":")[number // 10 % 3] if row not in study.beside else "--"
+            x, y, half = zip(*points)
+            axes.errorbar(x, y, half, marker="o", markersize=3, capsize=2, linestyle=style, label=row)
         axes.set_xscale("log", base=2)
-        axes.set(xlabel=study.axis, ylabel=study.metric, ylim=(-0.02, 1.02))
+        ticks = sorted({float(column) for found in cells.values() for column in found})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        limits = {"yscale": "log"} if study.lower else {"ylim": (-0.02, 1.02)}
+        axes.set(xlabel=study.axis, ylabel=study.metric, **limits)
         if study.chance is not None:
             axes.axhline(study.chance, color="0.4", linestyle="--", linewidth=1, label="guessing")
         figure.legend(fontsize=8, loc="outside right upper")

@@ -3,7 +3,7 @@
 With these sizes one GPU runs a study in minutes; each study states the differences from the papers.
 """
 
-from experiments.sweep import paper_studies
+from experiments.sweep import paper_studies, small_studies
 from experiments.sweep.study import Job, Study
 
 
@@ -177,4 +177,5 @@ STUDIES = {
     "recall_state": paper_studies.recall_state,
     "mqar_paper": paper_studies.mqar,
     "mad_harder": paper_studies.mad,
+    **small_studies.STUDIES,
 }

@@ -1,6 +1,7 @@
 """A study: jobs that are trained one after the other, each a config with changed fields at several learning rates and seeds."""
 
 import dataclasses
+import math
 import runpy
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +19,7 @@ class Job:
       config: name of a file in configs/synthetic and, after a colon, its arguments.
       changes: changed values of config fields, by path.
       rates, seeds: learning rates and seeds of the runs.
-      columns: split whose accuracy each column of the table shows.
+      columns: what each column of the table shows: the study's metric on a split, or "SPLIT:METRIC", another one.
     """
 
     row: str
@@ -50,11 +51,13 @@ class Study:
     Attributes:
       title: title of the table and the plot.
       jobs: jobs to run.
-      metric: metric in the cells.
+      metric: metric in the cells, whose validation chooses the rate.
       chance: metric of guessing.
       average: whether a column with the mean of the others is added.
       axis: name of the columns, if they are numbers to draw curves against.
       merged: whether columns that share what is before ": " are shown as one, with their mean.
+      lower: whether less is better; then cells are not in percent.
+      beside: trivial predictors of the task to show in rows of their own: the names of their metrics, with {} for the column.
     """
 
     title: str
@@ -64,3 +67,20 @@ class Study:
     average: bool = False
     axis: str | None = None
     merged: bool = False
+    lower: bool = False
+    beside: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def place(self, job: Job, column: str) -> tuple[str, str]:
+        """Returns the split and the metric of a column."""
+        split, _, metric = job.columns[column].partition(":")
+        return split, metric or self.metric
+
+    def score(self, value: float | None) -> float:
+        """Returns the value of the metric, larger for better; one that is not finite is the worst."""
+        if value is None or not math.isfinite(value):
+            return -math.inf
+        return -value if self.lower else value
+
+    def shown(self, value: float) -> str:
+        """Returns the value of the metric as text, in percent unless it is a loss."""
+        return f"{value:.3f}" if self.lower else f"{100 * value:.1f}"

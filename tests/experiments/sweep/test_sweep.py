@@ -50,7 +50,7 @@ def test_every_job_of_every_study_can_be_built(name):
         assert section(config, "train", TrainConfig).steps % sweep.replicas.STEPS_AT_ONCE == 0
         task = dict(config["task"])
         splits = make_task(task.pop("name"), **task).splits
-        assert set(job.columns.values()) <= set(splits)
+        assert {study.place(job, column)[0] for column in job.columns} <= set(splits)
         assert study.axis is None or all(column.isdecimal() for column in job.columns)
         kind = json.dumps(config["model"])
         if kind not in kinds:
@@ -82,6 +82,24 @@ def test_the_best_rate_is_chosen_by_validation():
     assert "| s5 | 60.0 (20.0) | 40.0 | 50.0 | 0.1 |" in lines
     assert "| lru | 12.5 |  |  | 0.2 |" in lines
     assert lines[-1] == "Guessing gives 50.0."
+
+
+def test_of_losses_the_least_is_best_and_trivial_predictors_have_rows():
+    job = Job("gla", "linear_regression", {}, (0.1, 0.2), (0, 1), {"3": "test:error_after_3"})
+    study = Study("T", (job,), metric="loss", lower=True, beside={"one step": "step_after_{}"})
+    assert study.place(job, "3") == ("test", "error_after_3")
+    found = {"baselines": {"test": {"step_after_3": 0.5}}}
+    records = [
+        record("gla", 0.1, 0, 0.5, **{"3": 0.25}) | found,
+        record("gla", 0.1, 1, 0.75, **{"3": 0.125}) | found,
+        record("gla", 0.2, 0, 0.75, **{"3": 0.0}) | found,
+        record("gla", 0.2, 1, float("nan"), **{"3": 0.0}) | found,
+    ]
+    cells = summarize(study, records)
+    assert cells["gla"]["3"] == (0.1875, 0.125, (0.1,))
+    lines = table(study, cells).splitlines()
+    assert "| gla | 0.188 (0.125) | 0.1 |" in lines
+    assert "| one step | 0.500 |  |" in lines
 
 
 @pytest.mark.slow
@@ -173,7 +191,9 @@ def test_damaged_lines_are_named_and_the_rest_goes_on(tmp_path, monkeypatch, cap
 
     trained = []
     monkeypatch.setattr(command, "_prepare", lambda job: job)
-    monkeypatch.setattr(command, "_train", lambda job, _, deadline: trained.append(job.row) or records(job))
+    monkeypatch.setattr(
+        command, "_train", lambda study, job, _, deadline: trained.append(job.row) or records(job)
+    )
     arguments = ["--study=parity", f"--out={tmp_path}"]
     assert command.main(arguments) == 0
     file = tmp_path / "runs.jsonl"
