@@ -21,6 +21,7 @@ from seqmodels.masked_language_model import MaskedLanguageModel
 from seqmodels.pointer_network import PointerNetwork
 from seqmodels.recurrent_memory import RecurrentMemory
 from seqmodels.regressor import Regressor
+from seqmodels.replaced_token_detector import ReplacedTokenDetector, ReplacedTokens
 
 __all__ = [
     "Autoencoder",
@@ -36,6 +37,8 @@ __all__ = [
     "PointerNetwork",
     "RecurrentMemory",
     "Regressor",
+    "ReplacedTokenDetector",
+    "ReplacedTokens",
     "__version__",
     "adapt",
     "build_model",

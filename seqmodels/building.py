@@ -20,6 +20,7 @@ from seqmodels.config import (
     PointerNetworkConfig,
     RecurrentMemoryConfig,
     RegressorConfig,
+    ReplacedTokenDetectorConfig,
     parse,
 )
 from seqmodels.dual_encoder import DualEncoder
@@ -29,6 +30,7 @@ from seqmodels.masked_language_model import MaskedLanguageModel
 from seqmodels.pointer_network import PointerNetwork
 from seqmodels.recurrent_memory import RecurrentMemory
 from seqmodels.regressor import Regressor
+from seqmodels.replaced_token_detector import ReplacedTokenDetector
 
 MODELS = {
     ClassifierConfig: Classifier,
@@ -38,6 +40,7 @@ MODELS = {
     MaskedLanguageModelConfig: MaskedLanguageModel,
     AutoencoderConfig: Autoencoder,
     RegressorConfig: Regressor,
+    ReplacedTokenDetectorConfig: ReplacedTokenDetector,
     PointerNetworkConfig: PointerNetwork,
     RecurrentMemoryConfig: RecurrentMemory,
 }
@@ -54,6 +57,7 @@ def build_model(
     | Autoencoder
     | Regressor
     | PointerNetwork
+    | ReplacedTokenDetector
 ):
     """Returns the model that a mapping describes.
 

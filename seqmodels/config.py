@@ -139,6 +139,38 @@ class MaskedLanguageModelConfig:
 
 
 @checked_dataclass
+class ReplacedTokenDetectorConfig:
+    """Config of a model that tells of each token of a whole sequence whether a small generator replaced it.
+
+    Attributes:
+      input, stack: see `InputConfig` and `StackConfig`; inputs must be tokens. The stack is the discriminator's.
+      generator: fields of `StackConfig` in which the generator differs. By default it has a quarter of the width.
+      final_norm: whether a norm follows each stack, which ones with norm_position="post" do not need.
+      transform: activation between the two maps of each head.
+      transform_epsilon: epsilon of the norm in the generator's head.
+      detection_weight: factor on the discriminator's loss.
+    """
+
+    input: InputConfig
+    stack: StackConfig
+    generator: Mapping[str, Any] | StackConfig = dataclasses.field(default_factory=dict)
+    final_norm: bool = True
+    transform: str = "gelu_erf"
+    transform_epsilon: NonNegative = 1e-12
+    detection_weight: Positive = 50.0
+
+    def __post_init__(self) -> None:
+        if self.input.vocab_size is None:
+            raise ValueError(
+                "a replaced-token detector needs vocab_size; input_size is for classifiers of vectors"
+            )
+        choose("transform", ACTIVATIONS, self.transform)
+        narrow = {"width": max(1, self.stack.width // 4)}
+        own = _other_stack("generator", self.stack, narrow, self.generator, same_width=False)
+        object.__setattr__(self, "generator", own)
+
+
+@checked_dataclass
 class EncoderDecoderConfig(LanguageModelConfig):
     """Config of a model that gives the logits of the next token of a target, given a source.
 
@@ -183,7 +215,9 @@ class PointerNetworkConfig:
             object.__setattr__(self, "encoder", _other_stack("encoder", self.stack, WHOLE, self.encoder))
 
 
-def _other_stack(name: str, stack: StackConfig, defaults: Mapping[str, Any], given: Any) -> StackConfig:
+def _other_stack(
+    name: str, stack: StackConfig, defaults: Mapping[str, Any], given: Any, *, same_width: bool = True
+) -> StackConfig:
     """Returns the config of a further stack, from the fields in which it differs, or itself."""
     if not isinstance(given, StackConfig):
         own = {field.name: getattr(stack, field.name) for field in dataclasses.fields(StackConfig)} | defaults
@@ -193,7 +227,7 @@ def _other_stack(name: str, stack: StackConfig, defaults: Mapping[str, Any], giv
             **given.get("mixer_defaults", {}),
         }
         given = make_config(name, StackConfig, own | dict(given) | {"mixer_defaults": mixers})
-    if given.width != stack.width:
+    if same_width and given.width != stack.width:
         raise ValueError(f"{name}.width={given.width}; expected that of the other stack, {stack.width}")
     return given
 
@@ -243,6 +277,7 @@ ModelConfig = (
     | LanguageModelConfig
     | EncoderDecoderConfig
     | MaskedLanguageModelConfig
+    | ReplacedTokenDetectorConfig
     | AutoencoderConfig
     | RegressorConfig
     | PointerNetworkConfig
@@ -258,6 +293,7 @@ KINDS = {
     "pointer_network": PointerNetworkConfig,
     "recurrent_memory": RecurrentMemoryConfig,
     "regressor": RegressorConfig,
+    "replaced_token_detector": ReplacedTokenDetectorConfig,
 }
 
 

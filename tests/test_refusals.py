@@ -12,6 +12,7 @@ from experiments.__main__ import main
 from tests.refusals import calls, commands, files
 
 CONFIGS = {
+    "MASKED": "configs/lm/masked.py",
     "MQAR": "configs/synthetic/mqar.py",
     "REGRESSION": "configs/synthetic/linear_regression.py",
     "SHORT": "configs/lra/listops_short.py",

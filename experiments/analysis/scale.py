@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from layers.typing import Array
-from seqmodels import DualEncoder, Regressor, build_model
+from seqmodels import DualEncoder, Regressor, ReplacedTokenDetector, build_model
 from seqmodels.config import StackConfig
 from seqmodels.dual_encoder import as_rows
 
@@ -74,6 +74,10 @@ def scales(values: Mapping[str, Any], *, batch: int, length: int, seed: int) -> 
     if model.stack.config.residual == "reversible":
         raise ValueError(
             "residual='reversible' has two streams, and scales are those of one; expected another residual"
+        )
+    if isinstance(model, ReplacedTokenDetector):
+        raise ValueError(
+            "kind='replaced_token_detector' is two models, and scales are those of one; expected 'masked_language_model'"
         )
     if model.stack.uses:
         raise ValueError(

@@ -13,6 +13,7 @@ from seqmodels.config import KINDS
 
 CLASSIFIERS = ("classifier", "dual_encoder")
 REGRESSOR = "regressor"
+MASKED = ("masked_language_model", "replaced_token_detector")
 SIZES = ("vocab_size", "input_size", "num_classes", "output_size")
 # Placeholders for the sizes of a task that knows them only once it has its data.
 PLACEHOLDERS = {"vocab_size": 2, "num_classes": 2}
@@ -47,12 +48,8 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str,
       ValueError: the section sets one of them, or its kind of model has no use for one.
     """
     model, task = config["model"], config["task"].get("name")
-    if model.get("kind") == "masked_language_model":
-        raise ValueError(
-            f"config.model.kind='masked_language_model', which reads the tokens that the task {task!r} asks for; expected "
-            "another kind, such as 'language_model'"
-        )
     kind = model.get("kind")
+    _check_masks(kind, task)
     _check_sources(kind, task)
     if (folder := config.get("train", {}).get("pretrained")) and "vocab_size" in sizes:
         if sizes["vocab_size"] > model["vocab_size"]:
@@ -78,6 +75,20 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str,
         )
     _check_regression(config, sizes)
     return model | sizes
+
+
+def _check_masks(kind: str | None, task: str | None) -> None:
+    """Raises ValueError unless the model reads both sides of a token just where tokens are hidden."""
+    masks = getattr(TASKS.get(task), "masks", False)
+    if kind in MASKED and not masks:
+        raise ValueError(
+            f"config.model.kind={kind!r}, which reads the tokens that the task {task!r} asks for; expected "
+            "another kind, such as 'language_model', or the task 'masked_language'"
+        )
+    if kind in KINDS and kind not in MASKED and masks:
+        raise ValueError(
+            f"config.model.kind={kind!r}, but the task {task!r} hides tokens of whole rows; expected {' or '.join(MASKED)}"
+        )
 
 
 def _check_sources(kind: str | None, task: str | None) -> None:

@@ -17,6 +17,7 @@ from experiments.tasks.forecasting import Forecasting
 from experiments.tasks.imdb import IMDB
 from experiments.tasks.language import LanguageModeling
 from experiments.tasks.listops import ListOps
+from experiments.tasks.masked import MaskedLanguageModeling
 from experiments.tasks.mnist import MNIST
 from experiments.tasks.oscillations import IrregularOscillations
 from experiments.tasks.packages import PackagePairs, PackageText
@@ -68,6 +69,7 @@ TASKS: dict[str, type[Task]] = {
     "mad_memorization": Memorization,
     "mad_noisy_recall": NoisyRecall,
     "mad_selective_copying": MADSelectiveCopying,
+    "masked_language": MaskedLanguageModeling,
     "mnist": MNIST,
     "mode": Mode,
     "mqar": MQAR,

@@ -28,6 +28,8 @@ class Task(Protocol):
         target, and the model is an `EncoderDecoder`.
       names_items: whether targets name the items of their source, from 1 on, with 0 for start and end; then the model is a `PointerNetwork`.
         Where items are vectors, inputs are (b, 2, t, c), and targets are the first of their numbers.
+      masks: whether inputs are rows of which some tokens are hidden, the labels, so that the model is a `MaskedLanguageModel` or a
+        `ReplacedTokenDetector`.
       sizes: static method that a task may have: it returns the sizes above that its options give, without data.
       makes_no_data: whether creating an object of the class is cheap, so that it can be created only for its sizes.
       padding: places where padding may occur in a row: "end", after all tokens, or "anywhere".
@@ -51,6 +53,7 @@ class Task(Protocol):
     pairs: ClassVar[bool] = False
     has_source: ClassVar[bool] = False
     names_items: ClassVar[bool] = False
+    masks: ClassVar[bool] = False
     makes_no_data: ClassVar[bool] = False
     padding: ClassVar[Padding] = "anywhere"
     packed: ClassVar[bool | int] = True

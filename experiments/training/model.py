@@ -7,6 +7,7 @@ Parameters and statistics are dicts of arrays by the path of their variable in t
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from seqmodels.encoder_decoder import EncoderDecoder, of_pairs
 from seqmodels.language_model import LanguageModel
 from seqmodels.names import Names, join_layers, names_of, split_layers
 from seqmodels.pointer_network import PointerNetwork
+from seqmodels.replaced_token_detector import ReplacedTokenDetector
 
 Arrays = dict[str, Array]
 STATISTICS = (nnx.BatchStat, Constant, AuxiliaryLoss)
@@ -193,6 +195,8 @@ class SplitModel:
         call = model
         if self._unprojected and isinstance(model, LanguageModel):
             call = model.unprojected
+        if isinstance(model, ReplacedTokenDetector):
+            call = partial(model, labels=batch.get("labels"))
         output, _ = call(batch["inputs"], segment_ids=segments, key=key)
         return output, self._after(model, statistics)
 

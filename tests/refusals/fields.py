@@ -183,6 +183,19 @@ FIELDS = [
     ("--config=MQAR --config.model.kind=classifier", "the labels of the task 'mqar' belong to tokens"),
     ("--config=MQAR --config.model.kind=masked_language_model", "reads the tokens that the task 'mqar' asks"),
     (
+        "--config=MQAR --config.model.kind=replaced_token_detector",
+        "reads the tokens that the task 'mqar' asks",
+    ),
+    (
+        "--config=MASKED --config.model.kind=language_model",
+        "the task 'masked_language' hides tokens of whole rows; expected masked_language_model or replaced",
+    ),
+    ("--config=MASKED:kind=both", "kind='both'; expected masked or replaced"),
+    ("--config=MASKED:generator=8", "generator=8 with kind='masked'; expected kind='replaced'"),
+    ("--config=MASKED --config.task.mask_rate=0", "mask_rate=0 hides no token; expected more than 0"),
+    ("--config=MASKED --config.task.random=0.5", "masked=0.8 and random=0.5 are parts of the chosen tokens"),
+    ("--config=MASKED --config.task.packing=decompose", "packing='decompose' is for the task 'language'"),
+    (
         "--config=MQAR --config.model.kind=regressor",
         "the task 'mqar' asks for no vectors of numbers; expected",
     ),

@@ -176,6 +176,14 @@ ROWS = [
         "layer 0 (fnet) is not causal; a regressor with causal=True must be",
     ),
     (model(kind="masked_language_model", transform="gelo"), ValueError, "did you mean 'gelu'?"),
+    (model(kind="replaced_token_detector", transform="gelo"), ValueError, "did you mean 'gelu'?"),
+    (
+        model(kind="replaced_token_detector", vocab_size=..., input_size=3),
+        ValueError,
+        "a replaced-token detector needs vocab_size",
+    ),
+    (model(kind="replaced_token_detector", hashes=4), ValueError, "tie_embeddings=True with hashes=4"),
+    (model(kind="replaced_token_detector", generator=dict(widht=4)), ValueError, "did you mean 'width'?"),
     (
         model(kind="masked_language_model", vocab_size=..., input_size=3),
         ValueError,
