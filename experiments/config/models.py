@@ -7,8 +7,9 @@ import numpy as np
 from flax import nnx
 
 from experiments.tasks import TASKS, make_task
+from layers.mixer import Mixer
 from layers.registry import make_config
-from seqmodels import LoraConfig, adapt, build_model
+from seqmodels import LanguageModel, LoraConfig, adapt, build_model
 from seqmodels.config import KINDS
 
 CLASSIFIERS = ("classifier", "dual_encoder")
@@ -192,4 +193,22 @@ def check_model(config: Mapping[str, Any]) -> None:
         classifies = config["model"].get("kind") in CLASSIFIERS
         sizes = PLACEHOLDERS if classifies else {"vocab_size": PLACEHOLDERS["vocab_size"]}
     if sizes:
-        abstract_model(config, sizes)
+        _check_extent(config, abstract_model(config, sizes))
+
+
+def _check_extent(config: Mapping[str, Any], model: Any) -> None:
+    """Raises ValueError if rows have gaps and a layer does not read positions, or their table is shorter than the stretches."""
+    if not isinstance(extent := config["task"].get("extent"), int):
+        return
+    if isinstance(model, LanguageModel):
+        mixers = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, Mixer)]
+        refusing = ["/".join(map(str, path)) for path, mixer in mixers if not mixer.takes_gaps]
+        what = f"the mixer {refusing[0]}" if refusing else None
+    else:
+        what = f"a model of kind={config['model'].get('kind')!r}"
+    if what is not None:
+        raise ValueError(
+            f"task.extent={extent} leaves gaps between the positions of a row, and {what} takes tokens as neighbours; expected a "
+            "language_model whose mixers are 'attention', or task.extent=None"
+        )
+    check_positions(config, "train", np.array([extent]))

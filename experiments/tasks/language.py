@@ -12,6 +12,7 @@ import numpy as np
 from experiments.data.text.datasets import load_corpus
 from experiments.data.text.decomposition import Decomposed
 from experiments.data.text.packing import Packed
+from experiments.data.text.pieces import Pieces
 from experiments.data.text.rows import RowOptions
 from experiments.data.text.stages import Staged
 from experiments.data.text.tokenizers import Bytes, Tokenizer
@@ -40,7 +41,7 @@ class LanguageModeling(Task):
     unprojected: ClassVar[bool] = True
     selection_metric: ClassVar[tuple[str, str]] = ("bits_per_byte", "min")
     tokenizer: Tokenizer
-    splits: dict[str, Packed | Staged]
+    splits: dict[str, Packed | Staged | Pieces]
     manifest: dict[str, Any]
 
     def __init__(
@@ -57,6 +58,8 @@ class LanguageModeling(Task):
         curriculum: str | None = None,
         cycles: int | None = None,
         knots: int = 0,
+        extent: int | None = None,
+        pieces: int | None = None,
         invalid: str = "error",
         official_dir: str | os.PathLike | None = None,
         z_loss: float = 0.0,
@@ -77,7 +80,7 @@ class LanguageModeling(Task):
           packing: "best_fit", which cuts only documents that are longer than a row, "concatenate" (see
             `data.text.packing`), or "decompose", rows of single documents by powers of two (see `data.text.decomposition`).
           reset: whether documents of a row are kept apart; False needs "concatenate".
-          stages, order, shortest, curriculum, cycles, knots: options of training (see `data.text.rows.RowOptions`).
+          stages, order, shortest, curriculum, cycles, knots, extent, pieces: options of training (see `data.text.rows.RowOptions`).
           invalid: what to do with bytes that are not UTF-8: "error" or "replace".
           official_dir: the archive or folder of a published corpus, or the folder in which tensorflow-datasets prepared it.
           z_loss: weight of the z-loss (see `tasks.tokens.cross_entropy`), in training and evaluation; 1e-4 is usual.
@@ -102,6 +105,8 @@ class LanguageModeling(Task):
             curriculum=curriculum,
             cycles=cycles,
             knots=knots,
+            extent=extent,
+            pieces=pieces,
         )
         check_number("task.z_loss", z_loss, least=0.0)
         self._z_loss = float(z_loss)

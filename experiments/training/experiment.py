@@ -155,6 +155,11 @@ class Experiment:
                     f"{self.config['task']['name']!r} are pairs of a source and a target; expected mesh.sequence=1"
                 )
             for batch in self.example_train_batches():
+                if "positions" in batch:
+                    raise ValueError(
+                        f"mesh.sequence={devices.mesh.shape['sequence']} divides the time of rows, and task.extent leaves gaps between "
+                        "their positions; expected mesh.sequence=1"
+                    )
                 devices.check_time("a training batch", _tokens(batch["inputs"]))
                 check_mixers(devices, self.model.mixers, len(batch["inputs"]), _tokens(batch["inputs"]))
             for split in self.task.splits.keys() - {"train"}:

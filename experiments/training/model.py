@@ -18,6 +18,7 @@ from layers.adapters import GROUP as LORA
 from layers.kernels.segments import Padding
 from layers.mixer import Mixer
 from layers.parameters import AuxiliaryLoss, Axes, Constant, axes_of, group_of, rate_of
+from layers.reduction.kept import placed
 from layers.segments import Segments
 from layers.typing import Array
 from seqmodels.dual_encoder import as_rows
@@ -192,6 +193,8 @@ class SplitModel:
         segments = Segments.of(
             ids, padding=self._padding, packed=self._packed, intervals=batch.get("intervals")
         )
+        if "positions" in batch:
+            segments = placed(segments, batch["positions"])
         call = model
         if self._unprojected and isinstance(model, LanguageModel):
             call = model.unprojected

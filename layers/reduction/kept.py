@@ -49,5 +49,15 @@ def kept_segments(kept: Int[Array, "b n"], time: int, segments: Segments | None)
         positions = segments.positions
         numbers = taken(segments.numbers, kept)
         own = dataclasses.replace(Segments.of(numbers, packed=segments.packed), numbers=numbers)
-    placed = dataclasses.replace(own, positions=taken(positions, kept), packed=True)
-    return own, placed
+    return own, placed(own, taken(positions, kept))
+
+
+def placed(segments: Segments | None, positions: Int[Array, "b n"]) -> Segments:
+    """Returns segments at these positions, which rise but may have gaps, for mixers whose every use of a position is its number.
+
+    Args:
+      segments: None for rows of one segment each, without padding.
+    """
+    if segments is None:
+        segments = Segments.of(jnp.ones(positions.shape, jnp.int32), padding="end", packed=False)
+    return dataclasses.replace(segments, positions=positions, packed=True)

@@ -166,6 +166,19 @@ FIELDS = [
     ("--config=MODELS --config.task.curriculum=grow_p2", "has no effect with packing='best_fit'"),
     ("--config=MODELS --config.task.order=similar", "expected packing='concatenate' and reset=False"),
     ("--config=MODELS --config.task.knots=4", "reads the parts between; expected packing='concatenate'"),
+    (
+        "--config=MODELS --config.task.extent=4096",
+        "and the mixer stack/blocks/0/mixer takes tokens as neighbours",
+    ),
+    ("--config=MODELS --config.task.pieces=4", "pieces=4 has no effect without extent"),
+    (
+        "--config=MODELS:mixer=attention --config.task.extent=4096",
+        "extent=4096 with packing='best_fit', reset=True",
+    ),
+    (
+        "--config=MODELS:mixer=attention --config.task.extent=4099 --config.task.packing=concatenate --config.task.reset=false",
+        "expected pieces of equal length, of which an extent",
+    ),
     # Models that do not fit.
     ("--config=MQAR:mixer=s5x", "unknown mixer 's5x'; did you mean 's5'?"),
     ("--config=SHORT --config.model.pattern=s5x", "pattern='s5x' is unknown; did you mean 's5'?"),

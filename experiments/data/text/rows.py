@@ -9,13 +9,16 @@ from experiments.data.sequences import Sequences
 from experiments.data.text.decomposition import CURRICULA, Decomposed
 from experiments.data.text.knots import Knotted
 from experiments.data.text.packing import PACKINGS, Packed, pack
+from experiments.data.text.pieces import Pieces
 from experiments.data.text.similarity import SPAN, similar_order
 from experiments.data.text.stages import Staged, check_stages
 from layers.options import Count, checked_dataclass
 
 DECOMPOSE = "decompose"
+PIECES = 4  # of a row, unless they are given
 # Options of training and what they are if they are not set.
 TRAINING = {"stages": (), "order": "given", "shortest": None, "curriculum": None, "cycles": None, "knots": 0}
+TRAINING |= {"extent": None, "pieces": None}
 
 
 @checked_dataclass(section="task")
@@ -35,6 +38,9 @@ class RowOptions:
       cycles: number of its cycles per epoch; by default 8.
       knots: most places at which a row of training is cut, before its parts are shuffled, each with a token of its own (see `knots`);
         0 for none. It needs "concatenate" and reset=False.
+      extent: tokens of a stretch of text of which a row of training has `length`, at their positions in it (see `pieces`); None for whole
+        rows. It needs "concatenate" and reset=False.
+      pieces: number of pieces of a row, with extent; by default 4.
     """
 
     length: int
@@ -46,6 +52,8 @@ class RowOptions:
     curriculum: str | None = None
     cycles: int | None = None
     knots: Count = 0
+    extent: int | None = None
+    pieces: int | None = None
 
     def __post_init__(self) -> None:
         known = (*PACKINGS, DECOMPOSE)
@@ -72,6 +80,7 @@ class RowOptions:
                 f"knots={self.knots} with packing={self.packing!r} and reset={self.reset}: text that goes on in another part reads the "
                 "parts between; expected packing='concatenate' and reset=False"
             )
+        self._check_extent()
         if self.packing == DECOMPOSE and self.stages:
             raise ValueError(
                 f"stages={self.stages} with packing='decompose', which has lengths of its own; expected ()"
@@ -79,6 +88,26 @@ class RowOptions:
         if self.curriculum not in (None, *CURRICULA):
             raise ValueError(f"curriculum={self.curriculum!r}; expected one of {', '.join(CURRICULA)}")
         check_stages(self.stages, self.length)
+
+    def _check_extent(self) -> None:
+        """Raises ValueError unless pieces of stretches fill a row."""
+        if self.extent is None:
+            if self.pieces is not None:
+                raise ValueError(
+                    f"pieces={self.pieces} has no effect without extent; expected None, or extent too"
+                )
+            return
+        if self.packing != "concatenate" or self.reset or self.stages or self.knots:
+            raise ValueError(
+                f"extent={self.extent} with packing={self.packing!r}, reset={self.reset}, stages={self.stages} and knots={self.knots}; "
+                "expected packing='concatenate', reset=False and neither of the others"
+            )
+        pieces = PIECES if self.pieces is None else self.pieces
+        if self.length % pieces or self.extent % (self.length // pieces) or self.extent < self.length:
+            raise ValueError(
+                f"extent={self.extent} with length={self.length} and pieces={pieces}; expected pieces of equal length, of which "
+                "an extent of at least the length is a multiple"
+            )
 
     def manifest(self) -> dict[str, Any]:
         """Returns the options as JSON, without those of training that are not set."""
@@ -95,7 +124,9 @@ class RowOptions:
         packing = "best_fit" if self.packing == DECOMPOSE else self.packing
         return pack(documents, end, packing=packing, length=self.length, reset=self.reset, most=most)
 
-    def trained(self, documents: Sequences, end: int, most: int | None, first_tag: int) -> Packed | Staged:
+    def trained(
+        self, documents: Sequences, end: int, most: int | None, first_tag: int
+    ) -> Packed | Staged | Pieces:
         """Returns the rows of the training split.
 
         Args:
@@ -117,5 +148,7 @@ class RowOptions:
                 return Knotted(documents, end, length=length, tags=self.knots, first_tag=first_tag, most=most)
             return pack(documents, end, packing=self.packing, length=length, reset=self.reset, most=most)
 
+        if self.extent is not None:
+            return Pieces(rows(self.extent), length=self.length, pieces=self.pieces or PIECES)
         parts = {length: rows(length) for length in (*(length for length, _ in stages), self.length)}
         return Staged(parts, stages) if stages else parts[self.length]
