@@ -89,6 +89,7 @@ class Mixer(nnx.Module):
         CAB (Zhang et al. 2023, arXiv:2210.07661). In the latter two, queries of the target read keys of a source, all of them; the target is
         causal in the former. A mixer that has them defines `entries_of(y, segments)`, what `Source` holds of a source y (b, s, d), and
         `read(x, source, numbers)`, the outputs (b, t, d) for targets x, whose segments `numbers` counts.
+      reads_lengths: whether outputs depend on the number of tokens of a segment, so that `mix` must know of padding behind it.
       takes_gaps: whether positions of a segment may have gaps, because all that `mix` does with them is to compare or encode them.
     """
 
@@ -99,6 +100,7 @@ class Mixer(nnx.Module):
     isolates_tokens: bool = False
     shares_values: bool = False
     takes_values: bool = False
+    reads_lengths: bool = False
     takes_gaps: bool = False
 
     def initial(self, batch_size: int, max_length: int | None) -> Any:
@@ -175,7 +177,7 @@ class Mixer(nnx.Module):
         more = (values, None) if self.keeps_segments else (values,)
         if state is None:
             ends = segments is not None and segments.padding == "end" and not segments.packed
-            if self.causal and ends and segments.intervals is None:
+            if self.causal and ends and segments.intervals is None and not self.reads_lengths:
                 # Padding behind a row's only segment comes after all of its tokens, which do not see it.
                 y, _, values = self._mix(x, None, None, *more)
                 return select_real(y, segments), None, values

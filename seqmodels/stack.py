@@ -20,6 +20,7 @@ from seqmodels.config import StackConfig
 from seqmodels.recording import is_recording, record
 from seqmodels.routing import kept_tokens
 from seqmodels.shared import SharedBlock, Use
+from seqmodels.stretching import stretched
 
 # What the backward pass of a scan computes again rather than reads: one pass over memory gives many of these at once,
 # while a scan would write each result of each layer. Layers that are not scanned leave that choice to the compiler.
@@ -114,9 +115,13 @@ class Stack(nnx.Module):
             blocks[layer].use = Use(config, self.shared[config.shared.block_of(layer)], rngs=rngs)
         period = len(config.pattern)
         # What passes from one layer to another is not the same before and after each repeat.
-        alike = config.route is None and not any(
-            block.mixer.takes_values or block.use is not None for block in blocks
-        )
+        alike = config.route is None and config.stretch == 1
+        alike = alike and not any(block.mixer.takes_values or block.use is not None for block in blocks)
+        if config.stretch > 1 and not any(block.mixer.takes_gaps for block in blocks):
+            raise ValueError(
+                f"stretch={config.stretch}, and no mixer of the pattern {config.pattern} takes positions with gaps; expected one that "
+                "does, such as 'attention', or stretch=1"
+            )
         if config.route is not None and any(block.mixer.takes_values for block in blocks):
             raise ValueError(
                 "route is given, and layers read values of an earlier one; expected one of the two"
@@ -247,15 +252,20 @@ class Stack(nnx.Module):
         if self.repeats:
             x = self._scan(x, segments, keys, source)
         start, end = config.route if config.route is not None and keys is not None else (None, None)
-        seen, whole, kept = (segments, segments), None, None
+        seen = (segments, segments)
+        if config.stretch > 1 and keys is not None:
+            # Not a key of dropout.
+            drawn = jax.random.fold_in(key, config.depth)
+            seen = segments, stretched(drawn, x.shape[:2], segments, config.stretch)
+        given, whole, kept = seen, None, None
         for number, layer in enumerate(range(self.repeats * len(self.stacked), config.depth)):
             if layer == end:
-                x, seen = returned(whole, x, kept), (segments, segments)
+                x, seen = returned(whole, x, kept), given
             if layer == start:
                 # Not a key of dropout.
                 drawn = jax.random.fold_in(keys[layer], config.depth)
                 whole, kept = x, kept_tokens(drawn, x.shape[:2], segments, config.route_rate)
-                x, seen = taken(x, kept), kept_segments(kept, x.shape[1], segments)
+                x, seen = taken(x, kept), kept_segments(kept, x.shape[1], given[1])
             beside = self._use(layer, x, entered, None, segments)[0] if layer in self.uses else None
             gaps = self.blocks[number].mixer.takes_gaps
             x, values = self._one(x, values, seen[gaps], keys, number, layer, beside, source)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from layers.channel import CHANNEL_MIXERS
 from layers.mixers import MIXERS
-from layers.options import Count, DtypeNames, Fraction, Positive, checked_dataclass
+from layers.options import Bound, Count, DtypeNames, Fraction, Positive, checked_dataclass
 from layers.registry import make_config, suggestion
 from seqmodels.shared_config import SharedConfig
 
@@ -48,6 +48,9 @@ class StackConfig:
         Krause et al. 2025, arXiv:2501.04765, which has (2, 8) of 12); None for none. They rejoin as they were, and inference has no
         route. The others keep their order, and in `attention` their positions. Layers run without `scan`.
       route_rate: the part of the tokens that pass them by.
+      stretch: in training, tokens have positions as in sequences up to this many times as long, drawn in order for every row and step
+        (see `seqmodels.stretching`), in mixers that take positions with gaps, such as `attention`; CLEX has the largest of its
+        factors. 1 for the true positions, which inference always has. Layers run without `scan`.
       base_width: width of the model whose learning rates and initial values carry over by muP (`seqmodels.width_transfer`), or None.
       dropout: dropout rate of branch outputs if separate; passed to the channel mixer if joint.
       scan: whether repeats of the pattern run under `jax.lax.scan`, which compiles them once.
@@ -77,6 +80,7 @@ class StackConfig:
     shared: Mapping[str, Any] | SharedConfig | None = None
     route: tuple[Count, Count] | None = None
     route_rate: Fraction = 0.5
+    stretch: Annotated[int, Bound(least=1)] = 1
     base_width: int | None = None
     dropout: Fraction = 0.0
     scan: bool = True
@@ -126,6 +130,11 @@ class StackConfig:
                 "route is given, and shared blocks, which read all tokens; expected one of the two"
             )
 
+        if self.stretch > 1 and self.shared is not None:
+            raise ValueError(
+                f"stretch={self.stretch}, and shared blocks, whose positions are the true ones; expected one of the two"
+            )
+
     def _check_reversible(self) -> None:
         """Raises where a layer could not be undone, or would be run in another way."""
         plain = {
@@ -134,6 +143,7 @@ class StackConfig:
             "branch_scale": 1.0,
             "shared": None,
             "route": None,
+            "stretch": 1,
             "remat": "none",
         }
         for name, value in plain.items():

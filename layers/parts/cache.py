@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from layers.segments import Visit
-from layers.typing import Array, Bool, Int, Num
+from layers.typing import Array, Bool, Float, Int, Num
 
 
 class Cache(NamedTuple):
@@ -20,12 +20,14 @@ class Cache(NamedTuple):
       numbers: number of the segment in its row that a slot belongs to, from 1; 0 is empty.
       positions: position of the slot's token within its segment.
       length: number of real tokens seen per row.
+      frequencies: angles per token by which keys are turned, where they depend on the length of rows (CLEX); None elsewhere.
     """
 
     entries: tuple[Num[Array, "b s *_f"], ...]
     numbers: Int[Array, "b s"]
     positions: Int[Array, "b s"]
     length: Int[Array, "b"]
+    frequencies: Float[Array, "b _k"] | None = None
 
 
 class Seen(NamedTuple):
@@ -118,4 +120,4 @@ def extend(
             join(old.numbers, numbers),
             join(old.positions, positions),
         )
-    return Cache(*written, length), seen, beyond
+    return Cache(*written, length, cache.frequencies), seen, beyond

@@ -11,9 +11,11 @@ from flax import nnx
 
 from layers.options import Positive, checked_dataclass
 from layers.parameters import NO_DECAY, linear, parameter
+from layers.positions.clex import Clex, ClexFrequencies, rotated
 from layers.positions.relative import alibi_slopes, fire_interpolation, relative_buckets
 from layers.positions.rotary import Rotary, rotary
 from layers.registry import choose, make_config
+from layers.segments import Segments
 from layers.typing import Array, Float, Int
 
 
@@ -68,8 +70,8 @@ class Fire:
     curvature: Positive = 0.1
 
 
-POSITIONS = {"none": NoPosition, "rope": Rotary, "alibi": Alibi, "t5": T5Bias, "fire": Fire}
-PositionConfig = NoPosition | Rotary | Alibi | T5Bias | Fire
+POSITIONS = {"none": NoPosition, "rope": Rotary, "alibi": Alibi, "t5": T5Bias, "fire": Fire, "clex": Clex}
+PositionConfig = NoPosition | Rotary | Alibi | T5Bias | Fire | Clex
 
 
 def read_position(position: Any) -> PositionConfig:
@@ -86,9 +88,22 @@ def read_position(position: Any) -> PositionConfig:
 
 
 class Position(nnx.Module):
-    """Rotates queries and keys, gives slopes, or computes a bias: at most one of the three, by its config."""
+    """Rotates queries and keys, gives slopes, or computes a bias: at most one of the three, by its config.
 
-    def __init__(self, config: PositionConfig, *, width: int, heads: int, causal: bool, rngs: nnx.Rngs):
+    `size` is the number of features of a head, width / heads if None. With CLEX, `rotate` takes what `frequencies` or, for a cache,
+    `frequencies_until` returns.
+    """
+
+    def __init__(
+        self,
+        config: PositionConfig,
+        *,
+        width: int,
+        heads: int,
+        causal: bool,
+        size: int | None = None,
+        rngs: nnx.Rngs,
+    ):
         self.config, self.heads, self.causal = config, heads, causal
         if isinstance(config, T5Bias):
             init = nnx.initializers.normal(1 / math.sqrt(width))
@@ -100,10 +115,40 @@ class Position(nnx.Module):
             self.output = linear(config.width, heads, axes=(None, "heads"), rngs=rngs)
             self.curvature = parameter(rngs, nnx.initializers.constant(config.curvature), (), **NO_DECAY)
             self.multiplier = parameter(rngs, nnx.initializers.ones_init(), (), **NO_DECAY)
+        size = width // heads if size is None else size
+        self.solved = ClexFrequencies(config, size, rngs=rngs) if isinstance(config, Clex) else None
 
-    def rotate(self, x: Float[Array, "b t h k"], positions: Int[Array, "#b t"]) -> Float[Array, "b t h k"]:
-        """Returns queries or keys, rotated if positions are rotary."""
+    def rotate(
+        self,
+        x: Float[Array, "b t h k"],
+        positions: Int[Array, "#b t"],
+        frequencies: Float[Array, "#b #t _"] | None = None,
+    ) -> Float[Array, "b t h k"]:
+        """Returns queries or keys, rotated if positions are rotary; with CLEX, by these `frequencies`."""
+        if frequencies is not None:
+            return rotated(x, positions, frequencies)
         return rotary(x, positions, self.config) if isinstance(self.config, Rotary) else x
+
+    def frequencies(
+        self, positions: Int[Array, "#b t"], segments: Segments | None
+    ) -> Float[Array, "#b _ _"] | None:
+        """Returns CLEX's angles per token for tokens at these positions of whole segments, or None."""
+        return None if self.solved is None else self.solved.of_tokens(positions, segments)
+
+    def frequencies_until(self, rows: int, max_length: int | None) -> Float[Array, "b _"] | None:
+        """Returns CLEX's angles per token for rows of as many tokens at most, or None.
+
+        Raises:
+          ValueError: CLEX without `max_length`.
+        """
+        if self.solved is None:
+            return None
+        if max_length is None:
+            raise ValueError(
+                "max_length=None, but the frequencies of position='clex' depend on it; expected the most tokens of a row"
+            )
+        chosen = self.solved()[self.config.factor(max_length) - 1]
+        return jnp.broadcast_to(chosen, (rows, *chosen.shape))
 
     def turn(self, x: Float[Array, "b t h k"], steps: Int[Array, "#b t"]) -> Float[Array, "b t h k"]:
         """Returns rotated queries or keys as they would be so many positions later; as they are if positions are not rotary."""

@@ -356,6 +356,15 @@ OTHER_OPTIONS = [
         ValueError,
         "yarn needs the length trained on",
     ),
+    (lambda: read_position("clex"), ValueError, "needs the option length"),
+    (lambda: read_position(dict(name="clex", length=0)), ValueError, "length=0; expected at least 1"),
+    (lambda: read_position(dict(name="clex", length=8, base=1.0)), ValueError, "base=1.0; expected"),
+    (lambda: read_position(dict(name="clex", length=8, activation="relu")), ValueError, "activation='relu'"),
+    (
+        mixer("attention", heads=4, position=dict(name="clex", length=8)),
+        ValueError,
+        "head_dim=2: position 'clex' needs an even head size of at least 4, got 2",
+    ),
     (lambda: read_position(dict(name="t5", buckets=6)), ValueError, "buckets=6; expected"),
     (
         lambda: read_position(dict(name="t5", buckets=32, max_distance=16)),

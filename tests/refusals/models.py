@@ -203,6 +203,13 @@ ROWS = [
     ),
     (model(route=(0, 1), route_rate=1.0), ValueError, "route_rate=1.0; expected"),
     (model(token_types=0), ValueError, "token_types=0; expected"),
+    (model(stretch=0), ValueError, "stretch=0; expected at least 1"),
+    (
+        model(stretch=2, pattern=("s5",), mixer_defaults={}),
+        ValueError,
+        "stretch=2, and no mixer of the pattern ('s5',) takes positions with gaps",
+    ),
+    (model(stretch=2, residual="reversible"), ValueError, "stretch=2 with residual='reversible'; expected 1"),
     (model(route_rate=0.3), ValueError, "route_rate=0.3 has no effect without route"),
     (
         model(embedding_norm_place="sum"),

@@ -19,7 +19,7 @@ from layers.parts.cross_attention import CrossAttention
 from layers.parts.heads import SharedHeads, join_heads, split_heads
 from layers.parts.relative_attention import relative_attention
 from layers.parts.streaming_attention import streaming_attention
-from layers.positions import Position, PositionConfig, Rotary, read_position
+from layers.positions import Clex, Position, PositionConfig, Rotary, read_position
 from layers.segments import Segments
 from layers.typing import Array, Float, Int
 
@@ -42,8 +42,8 @@ class AttentionConfig(SharedHeads):
         of sink_tokens + window tokens, as in StreamingLLM, or "window", the window itself for all sinks, as in LM-Infinite (Han
         et al. 2023, arXiv:2308.16137). Those but "true" need causal rotary attention.
       sink_logits: whether each head learns the logit of one more key, without a value, that all queries see (gpt-oss).
-      position: "rope", "none", "alibi", "t5" or "fire", or a mapping with that "name" and the options of `Rotary`,
-        `T5Bias` or `Fire` in `layers.positions`.
+      position: "rope", "none", "alibi", "t5" or "fire", or a mapping with that "name" or "clex" and the options of `Rotary`,
+        `T5Bias`, `Fire` or `Clex` in `layers.positions`.
       scale: factor on the logits; 1 / sqrt(head_dim) if None. T5 uses 1.
       key_scale: factor on the keys, after their norm if there is one (Falcon-H1).
       logit_cap: bound of the scaled logits, applied by tanh (Gemma 2); None for none.
@@ -106,7 +106,7 @@ class AttentionConfig(SharedHeads):
             raise ValueError(
                 f"sink_distance={self.sink_distance!r} needs sink_tokens, causal=True and position='rope'"
             )
-        if isinstance(self.position, Rotary):
+        if isinstance(self.position, Rotary | Clex):
             try:
                 self.position.size(self.size)
             except ValueError as error:
@@ -125,7 +125,8 @@ class Attention(CrossAttention):
 
     Query head i reads key/value head i // (h / g) (Ainslie et al. 2023, arXiv:2305.13245). Positions restart in every
     segment. The cache holds rotated keys, and values. It has `max_length` slots, and outputs of later tokens are NaN.
-    With a window it has one slot per token of the window and per sink, for any length.
+    With a window it has one slot per token of the window and per sink, for any length. With CLEX a cache has the frequencies of rows of
+    `max_length` tokens, and whole segments have those of their own length.
     """
 
     keeps_segments = True
@@ -148,8 +149,10 @@ class Attention(CrossAttention):
         self.query_norm = self._norm(config.heads, rngs) if config.qk_norm else None
         self.key_norm = self._norm(config.groups, rngs) if config.qk_norm else None
         self.position = Position(
-            config.position, width=config.width, heads=config.heads, causal=config.causal, rngs=rngs
+            config.position,
+            **dict(width=config.width, heads=config.heads, size=config.size, causal=config.causal, rngs=rngs),
         )
+        self.reads_lengths = isinstance(config.position, Clex)
         small = nnx.initializers.normal(0.02)
         heads = {"axes": ("heads",), **NO_DECAY}
         self.sinks = parameter(rngs, small, (config.heads,), **heads) if config.sink_logits else None
@@ -164,14 +167,10 @@ class Attention(CrossAttention):
 
     def initial(self, batch_size: int, max_length: int | None) -> Cache:
         config = self.config
-        return empty_cache(
-            type(self).__name__,
-            batch_size,
-            ((config.groups, config.size),) * 2,
-            config.dtype,
-            max_length=max_length,
-            **self.kept,
-        )
+        entries = ((config.groups, config.size),) * 2
+        name, kept = type(self).__name__, self.kept
+        empty = empty_cache(name, batch_size, entries, config.dtype, max_length=max_length, **kept)
+        return empty._replace(frequencies=self.position.frequencies_until(batch_size, max_length))
 
     def mix(
         self,
@@ -191,11 +190,12 @@ class Attention(CrossAttention):
             attend = partial(streaming_attention, distance=config.sink_distance)
         if visit is None:
             positions = jnp.arange(x.shape[1])[None] if segments is None else segments.positions
-            q, k, v = self.project(x, positions, segments)
+            q, k, v = self.project(x, positions, segments, self.position.frequencies(positions, segments))
             options |= {"mask": self.mask(x.shape[1]), "segment_ids": segments}
             o = attend(self.position, q, k, v, **options)
             return self.finish(o, x), None
-        q, k, v = self.project(x, visit.positions, segments)
+        turned = carried.frequencies[:, None] if self.reads_lengths else None
+        q, k, v = self.project(x, visit.positions, segments, turned)
         if isinstance(carried, CacheState):
             o, carried = carried.attend(self.view(), q, k, v, visit)
             return self.finish(o, x), carried
@@ -217,7 +217,7 @@ class Attention(CrossAttention):
     @property
     def takes_cache_policy(self) -> bool:
         """Whether a policy of `layers.caches` may stand in place of the cache: one of all tokens, which `mix` here reads."""
-        return self.takes_gaps and self.causal and self.config.window is None
+        return self.takes_gaps and self.causal and self.config.window is None and not self.reads_lengths
 
     @property
     def takes_gaps(self) -> bool:
@@ -234,11 +234,16 @@ class Attention(CrossAttention):
         return Logits(logit_cap=self.config.logit_cap, sink_logits=sinks)
 
     def project(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], segments: Segments | None
+        self,
+        x: Float[Array, "b t d"],
+        positions: Int[Array, "#b t"],
+        segments: Segments | None,
+        turned: Float[Array, "#b #t _"] | None = None,
     ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
         """Returns queries, keys and values of each token, normalized and rotated as configured."""
         q, k, v = self.heads(x)
-        return self.position.rotate(q, positions), self.position.rotate(k, positions), v
+        q, k = (self.position.rotate(y, positions, turned) for y in (q, k))
+        return q, k, v
 
     def heads(
         self, x: Float[Array, "b t d"], placed: Float[Array, "b t d"] | None = None

@@ -73,7 +73,11 @@ class SelectiveAttention(Attention):
         self.alpha = parameter(rngs, start, (), **NO_DECAY) if config.position_temperature else None
 
     def project(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], segments: Segments | None
+        self,
+        x: Float[Array, "b t d"],
+        positions: Int[Array, "#b t"],
+        segments: Segments | None,
+        turned: Float[Array, "#b #t _"] | None = None,
     ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t g k"], Float[Array, "b t g k"]]:
         """Returns rotated queries and keys, and values; queries and values are scaled by their temperatures."""
         q, k, v = self.heads(x)
@@ -83,7 +87,8 @@ class SelectiveAttention(Attention):
             tau = tau + (jax.nn.sigmoid(self.alpha[...]) * seen)[..., None, None]
         tau_v = 1.0 + _by_token(self.value_weight, v)
         q, v = (q * tau).astype(q.dtype), (v * tau_v).astype(v.dtype)
-        return self.position.rotate(q, positions), self.position.rotate(k, positions), v
+        q, k = (self.position.rotate(y, positions, turned) for y in (q, k))
+        return q, k, v
 
     def _seen(self, positions, segments):
         """Returns the number of keys that each query sees: at least 1 for real tokens and 1 for padding."""
