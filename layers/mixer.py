@@ -56,10 +56,12 @@ class Source(NamedTuple):
     Attributes:
       entries: arrays per token of the source, such as keys and values.
       numbers: the segment of each token, counted from 1; 0 is padding. The n-th segment of a target reads the n-th of the source.
+      gates: added to the logits of each token; None for none.
     """
 
     entries: Any
     numbers: Int[Array, "b s"]
+    gates: Float[Array, "b s"] | None = None
 
 
 class Mixer(nnx.Module):
@@ -90,6 +92,7 @@ class Mixer(nnx.Module):
         causal in the former. A mixer that has them defines `entries_of(y, segments)`, what `Source` holds of a source y (b, s, d), and
         `read(x, source, numbers)`, the outputs (b, t, d) for targets x, whose segments `numbers` counts.
       reads_lengths: whether outputs depend on the number of tokens of a segment, so that `mix` must know of padding behind it.
+      takes_gates: whether `segments.gates` are added to the logits of keys, also in `cross`; others refuse them.
       takes_gaps: whether positions of a segment may have gaps, because all that `mix` does with them is to compare or encode them.
     """
 
@@ -101,6 +104,7 @@ class Mixer(nnx.Module):
     shares_values: bool = False
     takes_values: bool = False
     reads_lengths: bool = False
+    takes_gates: bool = False
     takes_gaps: bool = False
 
     def initial(self, batch_size: int, max_length: int | None) -> Any:
@@ -177,13 +181,16 @@ class Mixer(nnx.Module):
         more = (values, None) if self.keeps_segments else (values,)
         if state is None:
             ends = segments is not None and segments.padding == "end" and not segments.packed
-            if self.causal and ends and segments.intervals is None and not self.reads_lengths:
+            plain = ends and segments.intervals is None and segments.gates is None
+            if self.causal and plain and not self.reads_lengths:
                 # Padding behind a row's only segment comes after all of its tokens, which do not see it.
                 y, _, values = self._mix(x, None, None, *more)
                 return select_real(y, segments), None, values
             y, _, values = self._mix(x, None, segments, *more)
             return y, None, values
         self._require_causal("a state was given")
+        if segments is not None and segments.gates is not None:
+            raise ValueError(f"{type(self).__name__} was given gates and a state; expected whole sequences")
         self._check_state(state, x.shape[0])
         here = visit(state.place, segments, x.shape[1])
         carried = state.carried
@@ -211,7 +218,8 @@ class Mixer(nnx.Module):
         self._check(y, segment_ids)
         segments = Segments.of(segment_ids)
         numbers = jnp.ones(y.shape[:2], jnp.int32) if segments is None else segments.numbers
-        return Source(self._run(self.entries_of, select_real(y, segments), segments), numbers)
+        entries = self._run(self.entries_of, select_real(y, segments), segments)
+        return Source(entries, numbers, None if segments is None else segments.gates)
 
     def cross(
         self, x: Float[Array, "b t d"], source: Source, *, numbers: Int[Array, "b t"] | None = None
@@ -271,6 +279,8 @@ class Mixer(nnx.Module):
         ids = segment_ids.ids if isinstance(segment_ids, Segments) else segment_ids
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise TypeError(f"segment_ids of {name} has dtype {ids.dtype}; expected an integer type")
+        if isinstance(segment_ids, Segments) and segment_ids.gates is not None and not self.takes_gates:
+            raise ValueError(f"{name} adds no gates to the logits of its keys here; expected 'attention'")
         if (
             isinstance(segment_ids, Segments)
             and segment_ids.intervals is not None

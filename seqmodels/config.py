@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from layers.channel.glu import ACTIVATIONS
 from layers.options import Bound, Count, NonNegative, Positive, checked_dataclass
 from layers.registry import choose, make_config, suggestion
+from seqmodels.deletion import DeletionConfig
 from seqmodels.input_config import InputConfig
 from seqmodels.stack_config import StackConfig
 
@@ -179,17 +180,38 @@ class EncoderDecoderConfig(LanguageModelConfig):
       encoder: fields of `StackConfig` in which the encoder differs from the decoder. By default its mixers see whole sequences if they can.
       cross: options of the cross-attention of each layer of the decoder; a key "mixer" names it ("attention" if left out).
       reading: how the decoder reads a source: by "attention", or as a "prefix", the encoder's outputs as tokens before those of the target.
+      deletion: options of a gate by which tokens leave the encoder (`DeletionConfig`, MrT5), whose layers behind it and cross-attentions
+        are softmax attention; None for none. Layers of the encoder run without `scan`.
     """
 
     encoder: Mapping[str, Any] | StackConfig = dataclasses.field(default_factory=dict)
     cross: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reading: Literal["attention", "prefix"] = "attention"
+    deletion: Mapping[str, Any] | DeletionConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.reading == "attention" and self.stack.residual != "separate":
             raise ValueError(f"residual={self.stack.residual!r}; cross-attentions need residual='separate'")
         object.__setattr__(self, "encoder", _other_stack("encoder", self.stack, WHOLE, self.encoder))
+        if isinstance(self.deletion, Mapping):
+            object.__setattr__(self, "deletion", make_config("deletion", DeletionConfig, self.deletion))
+        if self.deletion is not None:
+            self._check_deletion()
+
+    def _check_deletion(self) -> None:
+        """Raises where tokens of the encoder could not leave."""
+        if self.deletion.layer >= self.encoder.depth:
+            raise ValueError(
+                f"deletion.layer={self.deletion.layer}; expected a layer of the encoder, below its depth={self.encoder.depth}"
+            )
+        if self.reading == "prefix":
+            raise ValueError(
+                "reading='prefix' with deletion, whose gates are added to logits of keys; expected reading='attention'"
+            )
+        for name, plain in {"route": None, "shared": None, "residual": "separate"}.items():
+            if (value := getattr(self.encoder, name)) != plain:
+                raise ValueError(f"encoder.{name}={value!r} with deletion; expected {plain!r}")
 
 
 @checked_dataclass

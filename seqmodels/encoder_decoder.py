@@ -29,6 +29,9 @@ class EncoderDecoder(nnx.Module):
     With `reading="prefix"` there is no cross-attention: the decoder reads e as what stands before the target, and a recurrent one keeps of
     it what its state holds. Then a row of a source is one segment, and so is that of its target, with the same id.
 
+    With `deletion` tokens leave the encoder (MrT5; see `seqmodels.deletion`): in training their gates weaken them in its later layers and in
+    the cross-attention, in inference they are gone from both.
+
     Attributes:
       decoder: a `LanguageModel`, with a cross-attention unless sources are prefixes. It is called by itself where a state is carried:
         `decoder(target, model.init_state(source))`.
@@ -43,7 +46,7 @@ class EncoderDecoder(nnx.Module):
             )
         cross = config.cross if config.reading == "attention" else None
         self.decoder = LanguageModel(LanguageModelConfig(**fields), cross=cross, rngs=rngs)
-        self.encoder = Stack(config.encoder, rngs=rngs)
+        self.encoder = Stack(config.encoder, deletion=config.deletion, rngs=rngs)
         self.encoder_norm = final_norm(config.encoder, rngs) if config.final_norm else None
 
     def encode(
@@ -56,7 +59,7 @@ class EncoderDecoder(nnx.Module):
         """Returns what the decoder reads of token ids (b, s); 0 in `segment_ids` marks padding. A key means training."""
         segments = Segments.of(segment_ids)
         x, _ = self.decoder.embedding(source, segment_ids=segments)
-        x, _ = self.encoder(x, segment_ids=segments, key=key)
+        x, segments = self.encoder.encode(x, segment_ids=segments, key=key)
         return Encoded(normalized(self.encoder_norm, x, segments, key), segments)
 
     def init_state(

@@ -17,6 +17,7 @@ from layers.typing import Array, Float, Key
 from seqmodels import reversible
 from seqmodels.block import Block, Encoded
 from seqmodels.config import StackConfig
+from seqmodels.deletion import Deletion, DeletionConfig
 from seqmodels.recording import is_recording, record
 from seqmodels.routing import kept_tokens
 from seqmodels.shared import SharedBlock, Use
@@ -98,13 +99,21 @@ class Stack(nnx.Module):
     and each of the layers what its use has of its own, `use`. Then all layers run one by one, and the states of the uses follow
     those of the layers.
 
-    With `cross`, options of a cross-attention, it is the stack of a decoder: each layer also reads a source.
+    With `cross`, options of a cross-attention, it is the stack of a decoder: each layer also reads a source. With `deletion`, tokens leave
+    before one of its layers; then it is called by `encode`.
 
     The metadata `layers` of each variable lists the layers that it belongs to, so that checkpoints name it by layer and
     do not depend on `scan`.
     """
 
-    def __init__(self, config: StackConfig, *, cross: Mapping[str, Any] | None = None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: StackConfig,
+        *,
+        cross: Mapping[str, Any] | None = None,
+        deletion: DeletionConfig | None = None,
+        rngs: nnx.Rngs,
+    ):
         self.config, self.reads_source = config, cross is not None
         blocks = [Block(config, layer, cross=cross, rngs=rngs) for layer in range(config.depth)]
         self.shared = nnx.List(
@@ -115,7 +124,7 @@ class Stack(nnx.Module):
             blocks[layer].use = Use(config, self.shared[config.shared.block_of(layer)], rngs=rngs)
         period = len(config.pattern)
         # What passes from one layer to another is not the same before and after each repeat.
-        alike = config.route is None and config.stretch == 1
+        alike = config.route is None and config.stretch == 1 and deletion is None
         alike = alike and not any(block.mixer.takes_values or block.use is not None for block in blocks)
         if config.stretch > 1 and not any(block.mixer.takes_gaps for block in blocks):
             raise ValueError(
@@ -133,6 +142,10 @@ class Stack(nnx.Module):
                     "residual='separate'"
                 )
             reversible.check(blocks)
+        if deletion is not None:
+            _check_gates(blocks, deletion.layer)
+            deletion = Deletion(deletion, width=config.width, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.deletion = deletion
         repeats = config.depth // period if config.scan and alike else 0
         self.repeats = repeats if repeats > 1 else 0
         scanned = self.repeats * period
@@ -206,13 +219,32 @@ class Stack(nnx.Module):
 
         `source` is what layers with a cross-attention read: an encoder's output, or with a state what `sources` returns for it.
         """
+        x, state, _ = self._run(x, state, Segments.of(segment_ids), key, source)
+        return x, state
+
+    def encode(
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        segment_ids: SegmentIds = None,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "b n d"], Segments | None]:
+        """Returns the output of all layers on whole sequences, and its segments; with `deletion`, tokens may have left.
+
+        In training none leaves, and the segments have their gates.
+        """
+        x, _, segments = self._run(x, None, Segments.of(segment_ids), key, None)
+        return x, segments
+
+    def _run(self, x, state, segments, key, source):
+        """Returns the output of all layers, the states, and the segments of the output."""
         if self.reads_source != (source is not None):
             raise ValueError(
                 "a stack with a cross-attention was called without a source; expected the output of an encoder"
                 if self.reads_source
                 else "a source was given to a stack without a cross-attention; expected None"
             )
-        config, segments, values = self.config, Segments.of(segment_ids), None
+        config, values = self.config, None
         if is_recording() and (self.repeats or config.route is not None or config.residual == "reversible"):
             raise ValueError(
                 f"layers are recorded, and a stack has stacked={self.repeats > 0}, route={config.route} and "
@@ -245,10 +277,10 @@ class Stack(nnx.Module):
                 )
                 states.append(new)
                 record(x)
-            return reversible.merged(x, entered.dtype) if undone else x, (*states, *uses)
+            return reversible.merged(x, entered.dtype) if undone else x, (*states, *uses), segments
         if undone:
             x = reversible.run(x, self.stacked, self.blocks, segments, keys)
-            return reversible.merged(x, entered.dtype), None
+            return reversible.merged(x, entered.dtype), None, segments
         if self.repeats:
             x = self._scan(x, segments, keys, source)
         start, end = config.route if config.route is not None and keys is not None else (None, None)
@@ -266,11 +298,13 @@ class Stack(nnx.Module):
                 drawn = jax.random.fold_in(keys[layer], config.depth)
                 whole, kept = x, kept_tokens(drawn, x.shape[:2], segments, config.route_rate)
                 x, seen = taken(x, kept), kept_segments(kept, x.shape[1], given[1])
+            if self.deletion is not None and layer == self.deletion.config.layer:
+                x, seen = self.deletion(x, seen[1], training=keys is not None)
             beside = self._use(layer, x, entered, None, segments)[0] if layer in self.uses else None
             gaps = self.blocks[number].mixer.takes_gaps
             x, values = self._one(x, values, seen[gaps], keys, number, layer, beside, source)
             record(x)
-        return (returned(whole, x, kept) if end == config.depth else x), None
+        return (returned(whole, x, kept) if end == config.depth else x), None, seen[0]
 
     def _check_state(self, state: Any) -> None:
         """Raises unless there is one state per layer and use of a shared block; each mixer checks its own."""
@@ -335,6 +369,16 @@ class Stack(nnx.Module):
         if self.config.remat == "none":
             return run
         return jax.checkpoint(run, policy=_POLICIES[self.config.remat], static_argnums=(5,))
+
+
+def _check_gates(blocks: list[Block], first: int) -> None:
+    """Raises unless the layers from `first` on add gates to the logits of their keys."""
+    for layer, block in enumerate(blocks[first:], start=first):
+        if not block.mixer.takes_gates:
+            raise ValueError(
+                f"deletion before layer {first}, and layer {layer} is {type(block.mixer).__name__}, which adds no gates to logits of "
+                "keys; expected 'attention' from there on"
+            )
 
 
 def _stack(blocks: list[Block], place: int, period: int) -> Block:

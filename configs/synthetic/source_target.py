@@ -8,6 +8,8 @@
 reading=attention|prefix: by a cross-attention in each layer of the decoder, or as what stands before the target, whose state then holds the
 source: with mixer=mamba,encoder=mamba,reading=prefix our reading of the decoder of Samba-ASR (2501.02832), whose code is not public.
 
+delete=RATE: softmax attention in the encoder, of which this part of the tokens leaves before its last layer (MrT5), softly in training.
+
 mixer=NAME, any causal one, is that of the decoder; encoder=NAME is that of the encoder, which sees whole sources where it has an option
 for that. width, depth, learning_rate, scale=small|paper. Small trains on lengths up to 10, paper up to 20.
 
@@ -30,7 +32,9 @@ LENGTHS = {  # of training, and of the further splits
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    options = RECIPE["parse"]("source_target.py", arg, task="sorting", scale="small", **MIXERS, **SIZES)
+    options = RECIPE["parse"](
+        "source_target.py", arg, task="sorting", scale="small", delete=0.0, **MIXERS, **SIZES
+    )
     task, scale = options["task"], options["scale"]
     if task not in ("copy", "sorting") or scale not in LENGTHS:
         raise ValueError(f"task={task},scale={scale}; expected copy or sorting, and small or paper")
@@ -48,6 +52,10 @@ def get_config(arg: str = "") -> ConfigDict:
         reading=options["reading"],
         channel="swiglu",
     )
+    if options["delete"]:
+        # Gains of the controller for thousands of steps; the authors have 1e-5 for the integral.
+        gains = dict(proportional=0.5, integral=1e-3)
+        config.model.deletion = dict(layer=options["depth"] - 1, target=options["delete"], **gains)
     config.data = {}
     config.train = dict(
         batch_size=64, steps=2000 if scale == "small" else 20_000, eval_every=0.32, log_every=50

@@ -35,6 +35,7 @@ class Segments:
         row, or True if that number is unknown. Static.
       intervals: the time from the token before to each token, in units of the usual distance of tokens; None if they are
         evenly spaced.
+      gates: added to all logits of a token as a key, by mixers that take them; None for none (see `layers.reduction.DeletionGate`).
     """
 
     ids: Int[Array, "b t"]
@@ -44,6 +45,7 @@ class Segments:
     padding: Padding = "anywhere"
     packed: bool | int = True
     intervals: Float[Array, "b t"] | None = None
+    gates: Float[Array, "b t"] | None = None
 
     @classmethod
     def of(
@@ -114,12 +116,13 @@ class Segments:
     def cut(self, start: int, stop: int) -> "Segments":
         """The segments of tokens `start` to `stop`, renumbered."""
         gaps = None if self.intervals is None else self.intervals[:, start:stop]
-        return Segments.of(self.ids[:, start:stop], padding=self.padding, packed=self.packed, intervals=gaps)
+        found = Segments.of(self.ids[:, start:stop], padding=self.padding, packed=self.packed, intervals=gaps)
+        return found if self.gates is None else dataclasses.replace(found, gates=self.gates[:, start:stop])
 
 
 SegmentIds = Int[Array, "b t"] | Segments | None
 
-_ARRAYS, _STATIC = ("ids", "numbers", "positions", "starts", "intervals"), ("padding", "packed")
+_ARRAYS, _STATIC = ("ids", "numbers", "positions", "starts", "intervals", "gates"), ("padding", "packed")
 
 
 def _flatten_with_keys(segments):

@@ -1,5 +1,7 @@
 """Softmax attention of a target's queries to the keys of a source."""
 
+import dataclasses
+
 from layers.kernels.attention import Tokens, attention
 from layers.mixer import EVERY, Mixer, Source
 from layers.positions.position import NoPosition
@@ -35,6 +37,9 @@ class CrossAttention(Mixer):
         """Returns what the queries of x read of all keys of their source."""
         q, *_ = self.heads(x)
         tokens = Tokens(kv_segment_ids=source.numbers)
-        options = {"logits": self.logits(), "scale": self.config.scale}
+        logits = self.logits()
+        if source.gates is not None:
+            logits = dataclasses.replace(logits, bias=source.gates[:, None, None])
+        options = {"logits": logits, "scale": self.config.scale}
         o = attention(q, *source.entries, segment_ids=numbers, tokens=tokens, **options)
         return self.finish(o, x)

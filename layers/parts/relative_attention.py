@@ -29,7 +29,7 @@ def relative_attention(
     """Returns `layers.kernels.attention.attention` with the bias that `position` adds to the logits.
 
     `position` is a `Position`, or what has its `slopes`, `has_bias` and `bias`. T5 and FIRE add a number per query and key. These
-    are computed for a block of queries at a time, and recomputed in the backward pass. `tokens`, if given, has the positions and
+    are computed for a block of queries at a time, and recomputed in the backward pass. A bias in `logits` has one query. `tokens`, if given, has the positions and
     the segments of the keys.
     """
     b, t = q.shape[:2]
@@ -43,11 +43,12 @@ def relative_attention(
         tokens = Tokens(segment_ids, positions, positions)
 
     def attend(q, segment_ids, q_positions):
+        own = position.bias(q_positions, tokens.kv_positions)
         return attention(
             q,
             k,
             v,
-            logits=dataclasses.replace(logits, bias=position.bias(q_positions, tokens.kv_positions)),
+            logits=dataclasses.replace(logits, bias=own if logits.bias is None else own + logits.bias),
             segment_ids=segment_ids,
             tokens=dataclasses.replace(tokens, q_positions=q_positions),
             **options,

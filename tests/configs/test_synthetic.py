@@ -36,6 +36,7 @@ SCALES = [
     "linear_regression:",
     "linear_regression:scale=paper",
     "source_target:",
+    "source_target:delete=0.5",
     "source_target:task=copy,scale=paper,mixer=gla,encoder=nystromformer",
     "pointing:",
     "pointing:task=hull,reader=set,process=2,glimpse=yes,mixer=attention",

@@ -136,6 +136,36 @@ ROWS = [
         ValueError,
         "reading='prefix', which has no cross-attention; leave it out",
     ),
+    (
+        model(kind="encoder_decoder", deletion=dict(layer=1, target=0.5)),
+        ValueError,
+        "deletion.layer=1; expected a layer of the encoder, below its depth=1",
+    ),
+    (
+        model(kind="encoder_decoder", deletion=dict(layer=0, target=0.5), reading="prefix"),
+        ValueError,
+        "reading='prefix' with deletion",
+    ),
+    (
+        model(kind="encoder_decoder", deletion=dict(layer=0)),
+        ValueError,
+        "deletion.target=None and deletion.weight=None; expected one of the two",
+    ),
+    (
+        model(kind="encoder_decoder", deletion=dict(layer=0, target=0.5, room=0.0)),
+        ValueError,
+        "deletion.room=0.0; expected more than 0",
+    ),
+    (
+        model(kind="encoder_decoder", deletion=dict(layer=0, target=0.5), encoder=dict(route=(0, 1))),
+        ValueError,
+        "encoder.route=(0, 1) with deletion; expected None",
+    ),
+    (
+        model(kind="encoder_decoder", deletion=dict(layer=0, weight=0.1), encoder=dict(pattern=("hyena",))),
+        ValueError,
+        "layer 0 is Hyena, which adds no gates to logits of keys; expected 'attention'",
+    ),
     (model(kind="encoder_decoder", residual="parallel"), ValueError, "need residual='separate'"),
     (model(kind="encoder_decoder", encoder=dict(dept=1)), ValueError, "did you mean 'depth'?"),
     (model(kind="encoder_decoder", encoder=dict(width=4)), ValueError, "encoder.width=4; expected that of"),

@@ -1,8 +1,7 @@
 """Attention: softmax attention with grouped heads, windows, sinks and a cache (Vaswani et al. 2017, arXiv:1706.03762)."""
 
-from collections.abc import Mapping
+import dataclasses
 from functools import partial
-from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,110 +11,16 @@ from layers.caches.state import CacheState, View
 from layers.kernels.attention import Logits, Mask, Tokens
 from layers.mixer import Visit
 from layers.norms import NormConfig, RMSNorm
-from layers.options import ActivationDtype, Count, NonNegative, Positive, checked_dataclass
 from layers.parameters import NO_DECAY, linear, parameter
+from layers.parts.attention_config import AttentionConfig
 from layers.parts.cache import Cache, empty_cache, extend
 from layers.parts.cross_attention import CrossAttention
-from layers.parts.heads import SharedHeads, join_heads, split_heads
+from layers.parts.heads import join_heads, split_heads
 from layers.parts.relative_attention import relative_attention
 from layers.parts.streaming_attention import streaming_attention
-from layers.positions import Clex, Position, PositionConfig, Rotary, read_position
+from layers.positions import Clex, Position
 from layers.segments import Segments
 from layers.typing import Array, Float, Int
-
-
-@checked_dataclass
-class AttentionConfig(SharedHeads):
-    """Options of `Attention`.
-
-    Attributes:
-      width: d, number of input and output features.
-      heads: h, number of query heads.
-      kv_heads: g, number of key/value heads; divides h. If None, equals h. 1 is multi-query attention.
-      head_dim: features per head; width / h if None.
-      causal: whether a token sees only itself and earlier tokens.
-      window: tokens that a query sees: if causal, the last `window` ones, its own included; otherwise those at a distance
-        up to `window`.
-      sink_tokens: number of tokens at the start of a segment that stay visible beyond the window (StreamingLLM, Xiao et
-        al. 2023, arXiv:2309.17453).
-      sink_distance: distance between a query and sinks beyond the window: "true", "cache", at most that in a sequence
-        of sink_tokens + window tokens, as in StreamingLLM, or "window", the window itself for all sinks, as in LM-Infinite (Han
-        et al. 2023, arXiv:2308.16137). Those but "true" need causal rotary attention.
-      sink_logits: whether each head learns the logit of one more key, without a value, that all queries see (gpt-oss).
-      position: "rope", "none", "alibi", "t5" or "fire", or a mapping with that "name" or "clex" and the options of `Rotary`,
-        `T5Bias`, `Fire` or `Clex` in `layers.positions`.
-      scale: factor on the logits; 1 / sqrt(head_dim) if None. T5 uses 1.
-      key_scale: factor on the keys, after their norm if there is one (Falcon-H1).
-      logit_cap: bound of the scaled logits, applied by tanh (Gemma 2); None for none.
-      qk_norm: whether RMSNorm normalizes the features of each query and key head before the rotation.
-      norm_heads: "each" for norms over the features of one head, which share a scale, or "all" for one norm over those of
-        all heads together (OLMo 2).
-      norm_epsilon: epsilon of these norms.
-      norm_unit_offset: whether their factor is 1 + scale (Gemma 3).
-      bias: whether the projections have biases.
-      output_bias: whether the output projection has one; as `bias` if None.
-      output_projection: whether there is an output projection; without it, the outputs of the heads are given side by side, for
-        whoever maps them to another width. Then heads * head_dim must be the width.
-      dtype: dtype of the activations and of the cache.
-    """
-
-    width: int
-    heads: int = 8
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    causal: bool = True
-    window: int | None = None
-    sink_tokens: Count = 0
-    sink_distance: Literal["true", "cache", "window"] = "true"
-    sink_logits: bool = False
-    position: str | Mapping[str, Any] | PositionConfig = "rope"
-    scale: float | None = None
-    key_scale: float = 1.0
-    logit_cap: Positive | None = None
-    qk_norm: bool = False
-    norm_heads: Literal["each", "all"] = "each"
-    norm_epsilon: NonNegative = 1e-6
-    norm_unit_offset: bool = False
-    bias: bool = False
-    output_bias: bool | None = None
-    output_projection: bool = True
-    dtype: ActivationDtype = jnp.float32
-
-    # Options that mixers of a base class inherit and cannot change.
-    fixed: ClassVar[tuple[str, ...]] = ()
-
-    def __post_init__(self) -> None:
-        if self.head_dim is None and self.width % self.heads:
-            raise ValueError(
-                f"heads={self.heads} does not divide width={self.width}; "
-                "choose heads that do, or set head_dim to give heads a size of their own"
-            )
-        _ = self.groups
-        if not self.output_projection and self.heads * self.size != self.width:
-            raise ValueError(
-                f"output_projection=False with {self.heads} heads of {self.size}; expected the width {self.width} together"
-            )
-        if self.sink_tokens and self.window is None:
-            raise ValueError(
-                f"sink_tokens={self.sink_tokens} with window={self.window}; expected 0 without window"
-            )
-        object.__setattr__(self, "position", read_position(self.position))
-        if self.sink_distance != "true" and not (
-            self.sink_tokens and self.causal and isinstance(self.position, Rotary)
-        ):
-            raise ValueError(
-                f"sink_distance={self.sink_distance!r} needs sink_tokens, causal=True and position='rope'"
-            )
-        if isinstance(self.position, Rotary | Clex):
-            try:
-                self.position.size(self.size)
-            except ValueError as error:
-                raise ValueError(f"head_dim={self.size}: {error}; or use position='none'") from None
-
-    @property
-    def size(self) -> int:
-        """Features per head."""
-        return self.head_dim or self.width // self.heads
 
 
 class Attention(CrossAttention):
@@ -192,6 +97,9 @@ class Attention(CrossAttention):
             positions = jnp.arange(x.shape[1])[None] if segments is None else segments.positions
             q, k, v = self.project(x, positions, segments, self.position.frequencies(positions, segments))
             options |= {"mask": self.mask(x.shape[1]), "segment_ids": segments}
+            if segments is not None and segments.gates is not None:
+                gates = segments.gates[:, None, None]
+                options["logits"] = dataclasses.replace(options["logits"], bias=gates)
             o = attend(self.position, q, k, v, **options)
             return self.finish(o, x), None
         turned = carried.frequencies[:, None] if self.reads_lengths else None
@@ -223,6 +131,11 @@ class Attention(CrossAttention):
     def takes_gaps(self) -> bool:
         """Whether positions may have gaps: those that are read by `mix` and `mask` here are compared and encoded."""
         return type(self).mix is Attention.mix and type(self).mask is Attention.mask
+
+    @property
+    def takes_gates(self) -> bool:
+        """Whether `segments.gates` are added to logits, as `mix` here does."""
+        return type(self).mix is Attention.mix and self.config.sink_distance == "true"
 
     def view(self) -> View:
         """Returns how queries weigh keys, for a policy."""
@@ -263,3 +176,6 @@ class Attention(CrossAttention):
     def finish(self, o: Float[Array, "b t h k"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Returns the mixer's output, given the heads' outputs and the mixer's input."""
         return self.output(join_heads(o))
+
+
+__all__ = ["Attention", "AttentionConfig"]
