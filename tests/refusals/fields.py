@@ -167,8 +167,8 @@ FIELDS = [
     ("--config=MODELS --config.task.order=similar", "expected packing='concatenate' and reset=False"),
     ("--config=MODELS --config.task.knots=4", "reads the parts between; expected packing='concatenate'"),
     (
-        "--config=MODELS --config.task.extent=4096",
-        "and the mixer stack/blocks/0/mixer takes tokens as neighbours",
+        "--config=MODELS:mixer=mamba2 --config.task.extent=4352 --config.task.packing=concatenate --config.task.reset=false",
+        "/mixer takes tokens as neighbours",
     ),
     ("--config=MODELS --config.task.pieces=4", "pieces=4 has no effect without extent"),
     (
