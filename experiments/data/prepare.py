@@ -19,6 +19,7 @@ from experiments.data import (
     packages,
     pathfinder,
     pathfinder_datasets,
+    proteins,
     species,
     speech_commands,
 )
@@ -205,6 +206,22 @@ def _prepare_chorales(options: argparse.Namespace) -> cache.Dataset:
     return chorales.load(options.official_file, data_dir=options.data_dir)
 
 
+def _add_proteins(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("proteins", help="proteins for masked modelling", allow_abbrev=False)
+    parser.add_argument("--file", help="a FASTA file; by default proteins that are drawn")
+    parser.add_argument("--length", type=int, default=256, help="most residues of a row")
+    parser.add_argument(
+        "--proteins", type=int, help=f"number of those that are drawn; default {proteins.COUNT}"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of those that are drawn")
+    parser.set_defaults(prepare=_prepare_proteins)
+
+
+def _prepare_proteins(options: argparse.Namespace) -> cache.Dataset:
+    values = dict(length=options.length, proteins=options.proteins, seed=options.seed)
+    return proteins.load(options.file, data_dir=options.data_dir, **values)
+
+
 def _add_species(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "species", help="windows of genomes, labelled by species", allow_abbrev=False
@@ -270,6 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_mnist(commands)
     _add_packages(commands)
     _add_chorales(commands)
+    _add_proteins(commands)
     _add_species(commands)
     _add_speech_commands(commands)
     for command in commands.choices.values():

@@ -22,6 +22,7 @@ from experiments.tasks.mnist import MNIST
 from experiments.tasks.oscillations import IrregularOscillations
 from experiments.tasks.packages import PackagePairs, PackageText
 from experiments.tasks.pathfinder import Pathfinder
+from experiments.tasks.proteins import Proteins
 from experiments.tasks.species import Species
 from experiments.tasks.speech_commands import SpeechCommands
 from experiments.tasks.synthetic.algorithms import Addition, Copy, Parity, Sorting
@@ -78,6 +79,7 @@ TASKS: dict[str, type[Task]] = {
     "package_text": PackageText,
     "parity": Parity,
     "pathfinder": Pathfinder,
+    "proteins": Proteins,
     "regular_languages": RegularLanguages,
     "selective_copying": SelectiveCopying,
     "sorting": Sorting,

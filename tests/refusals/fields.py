@@ -205,6 +205,13 @@ FIELDS = [
     ),
     ("--config=MASKED:kind=both", "kind='both'; expected masked or replaced"),
     ("--config=MASKED:generator=8", "generator=8 with kind='masked'; expected kind='replaced'"),
+    (
+        "--config=PROTEINS --config.model.kind=language_model",
+        "the task 'proteins' hides tokens of whole rows",
+    ),
+    ("--config=PROTEINS:kind=both", "kind='both'; expected masked or replaced"),
+    ("--config=PROTEINS --config.task.file=none.txt", "'none.txt' is no file of .fa, .fasta, .faa"),
+    ("--config=PROTEINS --config.task.length=4", "task.length=4"),
     ("--config=MASKED --config.task.mask_rate=0", "mask_rate=0 hides no token; expected more than 0"),
     ("--config=MASKED --config.task.random=0.5", "masked=0.8 and random=0.5 are parts of the chosen tokens"),
     ("--config=MASKED --config.task.packing=decompose", "packing='decompose' is for the task 'language'"),
