@@ -8,7 +8,8 @@ Any causal mixer; mixer=NAME, width, depth, learning_rate, scale=small|paper. Sm
 curriculum of dimensions. The test results print the losses of least squares and of one step of gradient descent, by number of
 examples too, beside those of the model.
 
-Results: not measured here yet.
+Results: experiments/results/sweeps/linear_regression, in 3 dimensions. After 7 examples the loss is 0.12 (DeltaNet), 0.30 (attention),
+0.45 (linear attention) and 0.94 (GLA); one gradient step has 0.34, and least squares 0.
 """
 
 from ml_collections import ConfigDict

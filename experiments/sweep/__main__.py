@@ -12,7 +12,7 @@ OUT/NUMBER.log. All configs are checked first; finished runs are skipped, interr
 go on if one fails. OUT/table.md and OUT/sweep.json show all runs so far.
 
 Studies: copying, induction, mqar, mad, parity, state_tracking, recall_state, mqar_paper, mad_harder, width_transfer (see `studies` and
-`paper_studies`), and on a CPU in minutes linear_regression, copy_unique, count, mode, addition, scratchpad (see `small_studies`). Runs that
+`paper_studies`), and on a CPU in minutes linear_regression, copy_unique, count, mode, addition (see `small_studies`). Runs that
 differ in learning rate and seed alone are
 trained together. Every finished run is a line of OUT/runs.jsonl; the same command skips those, so it may be stopped and
 repeated. OUT/table.md and OUT/plot.png show all runs so far. Cut or damaged lines of OUT/runs.jsonl are named, and their

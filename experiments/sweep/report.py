@@ -145,7 +145,7 @@ def draw(study: Study, cells: Cells, path: Path) -> None:
         axes.set_xscale("log", base=2)
         ticks = sorted({float(column) for found in cells.values() for column in found})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        limits = {"yscale": "log"} if study.lower else {"ylim": (-0.02, 1.02)}
+        limits = {"ylim": (-0.02, None if study.lower else 1.02)}
         axes.set(xlabel=study.axis, ylabel=study.metric, **limits)
         if study.chance is not None:
             axes.axhline(study.chance, color="0.4", linestyle="--", linewidth=1, label="guessing")

@@ -1,4 +1,4 @@
-"""Studies of three seeds that a CPU runs in minutes: what examples in context, positions, hints and scratchpads change."""
+"""Studies of three seeds that a CPU runs in minutes: what examples in context, positions and hints change."""
 
 from experiments.sweep.study import Job, Study
 
@@ -87,29 +87,10 @@ def _addition() -> Study:
     return Study("Addition, trained on 1 to 3 digits", jobs, metric="sequence_accuracy", axis="digits")
 
 
-def _scratchpad() -> Study:
-    """Parity of 1 to 20 bits, asked for at the last bit alone or at every bit; 600 steps of 32."""
-    lengths = (20, 40, 80, 160)
-    jobs = tuple(
-        Job(
-            f"{mixer}, {row}",
-            f"algorithms:task={task},mixer={mixer}",
-            {"task.train": 100_000, "task.test": 500, "train.steps": 600, "train.batch_size": 32},
-            (2e-3,),
-            SEEDS,
-            {str(length): f"length_{length}" for length in lengths},
-        )
-        for mixer in ("attention", "deltanet")
-        for row, task in (("last bit", "parity"), ("every bit", "running_parity"))
-    )
-    return Study("Parity, trained on 1 to 20 bits", jobs, metric="sequence_accuracy", axis="bits")
-
-
 STUDIES = {
     "linear_regression": _linear_regression,
     "copy_unique": lambda: _by_position("copy_unique", "Copies of distinct symbols, trained on 1 to 10"),
     "count": lambda: _by_position("count", "Counting from one number to another, trained on 1 to 10"),
     "mode": lambda: _by_position("mode", "The most frequent symbol, trained on 1 to 10"),
     "addition": _addition,
-    "scratchpad": _scratchpad,
 }
