@@ -16,10 +16,11 @@ def get_sweep():
     for fields in ROWS.values():
         for seed in SEEDS:
             yield {
-                "config": "configs/lm/stdlib.py:mixer=attention,width=64,depth=2,learning_rate=4e-3,steps=400",
+                "config": "configs/lm/stdlib.py:mixer=attention,width=64,depth=2,learning_rate=4e-3,steps=300",
                 "seed": seed,
                 "train.eval_every": 100.0,
-                "task.test": 200,
+                "task.validation": 64,
+                "task.test": 64,
                 **JOINED,
                 **fields,
             }

@@ -12,7 +12,8 @@ LC-PLM (arXiv:2411.08909), and bi_NAME any causal mixer in both. 15% of the resi
 
 Options: mixer, kind, width, depth, generator, learning_rate, length (residues per row) and steps.
 
-Results: not measured here yet.
+Results: experiments/results/proteins. Accuracy of masked residues of the stand-in after 300 steps: BiMamba 37%, LSTM in both directions
+34% and attention 19%; the two neighbours tell 24%.
 """
 
 import pathlib
