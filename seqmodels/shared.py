@@ -1,6 +1,6 @@
-"""Blocks whose parameters several layers share, with adapters for each use, as in Zamba2 (Glorioso et al. 2024, arXiv:2411.15242)."""
+"""What several layers share: blocks with adapters for each use, as in Zamba2 (Glorioso et al. 2024, arXiv:2411.15242), and tables."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -45,6 +45,10 @@ class SharedBlock(nnx.Module):
         name = options.pop("channel", "swiglu")
         self.channel = make_channel_mixer(name, options, given={**given, "width": width}, rngs=rngs)
         norms = {"dtype": dtype, "rngs": rngs}
+        if shares_table(self):
+            raise ValueError(
+                f"shared.channel={name!r} has shared_table=True, and layers share the whole block; expected shared_table=False"
+            )
         self.mixer_norm = make_norm(config.norm, dict(config.norm_options), width=2 * width, **norms)
         self.channel_norm = make_norm(config.norm, dict(config.norm_options), width=width, **norms)
         if jax.tree.leaves(nnx.state(self, nnx.Any(nnx.BatchStat, AuxiliaryLoss))):
@@ -154,3 +158,15 @@ def _linear(block: SharedBlock, name: str) -> Linear:
     raise ValueError(
         f"shared.adapters has {name!r}, which is no linear map of the block; it has {', '.join(sorted(known))}"
     )
+
+
+def shares_table(block: nnx.Module) -> bool:
+    """Returns whether the channel mixer of a block reads a table that it shares with other layers."""
+    return getattr(getattr(block.channel, "config", None), "shared_table", False)
+
+
+def share_tables(blocks: Sequence[nnx.Module]) -> None:
+    """Makes all channel mixers with a shared table hold the variables of the first one: its gradient is the sum over them."""
+    sharing = [block.channel for block in blocks if shares_table(block)]
+    for channel in sharing[1:]:
+        channel.share(sharing[0])

@@ -20,7 +20,7 @@ from seqmodels.config import StackConfig
 from seqmodels.deletion import Deletion, DeletionConfig
 from seqmodels.recording import is_recording, record
 from seqmodels.routing import kept_tokens
-from seqmodels.shared import SharedBlock, Use
+from seqmodels.shared import SharedBlock, Use, share_tables, shares_table
 from seqmodels.stretching import stretched
 
 # What the backward pass of a scan computes again rather than reads: one pass over memory gives many of these at once,
@@ -93,7 +93,8 @@ class Stack(nnx.Module):
 
     With `scan`, the variables of whole repeats of the pattern are created stacked: `stacked[i]` is one block whose
     variables have a leading axis of repeats, for layers i, i + p, i + 2 p, ... They run under `jax.lax.scan`, which
-    compiles the pattern once. `blocks` holds the remaining layers separately, which are all if some read values of an earlier one.
+    compiles the pattern once. `blocks` holds the remaining layers separately, which are all if some read values or a table of an
+    earlier one.
 
     Layers of `config.shared` also read what a shared block makes of x and of the input of the stack. `shared` holds these blocks,
     and each of the layers what its use has of its own, `use`. Then all layers run one by one, and the states of the uses follow
@@ -122,10 +123,13 @@ class Stack(nnx.Module):
         )
         for layer in self.uses:
             blocks[layer].use = Use(config, self.shared[config.shared.block_of(layer)], rngs=rngs)
+        share_tables(blocks)
         period = len(config.pattern)
         # What passes from one layer to another is not the same before and after each repeat.
         alike = config.route is None and config.stretch == 1 and deletion is None
-        alike = alike and not any(block.mixer.takes_values or block.use is not None for block in blocks)
+        alike = alike and not any(
+            block.mixer.takes_values or block.use is not None or shares_table(block) for block in blocks
+        )
         if config.stretch > 1 and not any(block.mixer.takes_gaps for block in blocks):
             raise ValueError(
                 f"stretch={config.stretch}, and no mixer of the pattern {config.pattern} takes positions with gaps; expected one that "
@@ -149,7 +153,8 @@ class Stack(nnx.Module):
         repeats = config.depth // period if config.scan and alike else 0
         self.repeats = repeats if repeats > 1 else 0
         scanned = self.repeats * period
-        for layer, block in enumerate(blocks[scanned:], start=scanned):
+        # From the last one on, so that what layers share belongs to the first of them.
+        for layer, block in reversed(list(enumerate(blocks))[scanned:]):
             for _, variable in nnx.to_flat_state(nnx.state(block)):
                 variable.set_metadata(layers=(layer,))
         self.stacked = nnx.List(

@@ -8,7 +8,7 @@ from layers.channel.product_key import best_pairs
 from layers.dropout import dropout
 from layers.norms import NormConfig, RMSNorm
 from layers.options import ActivationDtype, Fraction, NonNegative, checked_dataclass
-from layers.parameters import NO_DECAY, linear, parameter
+from layers.parameters import NO_DECAY, Constant, linear, parameter
 from layers.segments import select_masked
 from layers.typing import Array, Bool, Float, Key
 
@@ -29,6 +29,7 @@ class UltraMemoryConfig:
       parts: p, parts of a value, each with a grid of scores.
       gelu: whether a GELU acts on what a value makes of the token.
       epsilon: epsilon of the norms of queries and keys.
+      shared_table: whether all layers of a stack with this option read one table of values and of gates.
       dropout: dropout rate of the output, in training.
       dtype: dtype of the activations; scores are float32.
     """
@@ -44,6 +45,7 @@ class UltraMemoryConfig:
     parts: int = 2
     gelu: bool = False
     epsilon: NonNegative = 1e-5
+    shared_table: bool = False
     dropout: Fraction = 0.0
     dtype: ActivationDtype = jnp.float32
 
@@ -52,6 +54,9 @@ class UltraMemoryConfig:
             raise ValueError(f"top_k={self.top_k}; expected at most keys={self.keys}")
         if self.value_dim % self.parts:
             raise ValueError(f"parts={self.parts} does not divide value_dim={self.value_dim}")
+        # Float32 has every whole number up to its square.
+        if self.shared_table and self.keys > 4096:
+            raise ValueError(f"keys={self.keys} with shared_table=True; expected at most 4096")
 
 
 class UltraMemory(nnx.Module):
@@ -63,9 +68,12 @@ class UltraMemory(nnx.Module):
 
     Pairs are looked for among the top_k of sum_a s_ia f_a and the top_k of sum_b s'_jb g_b, where f g^T is the best approximation of
     sum_m C^m by a matrix of rank 1, taken without gradient and with a positive sum: pairs that it misrates are missed. There is no
-    softmax. These are the equations of the authors' code, with an RMS norm, and where it has a table for all layers, permuted anew in
-    each, every layer has its own here. Values have no weight decay, as in `product_key`; their matrices start normal, with standard
-    deviation 0.02, the grids C uniform in [0, 1], and the factors of the norms at key_dim^(-0.4).
+    softmax. These are the equations of the authors' code, with an RMS norm. Values have no weight decay, as in `product_key`; their matrices
+    start normal, with standard deviation 0.02, the grids C uniform in [0, 1], and the factors of the norms at key_dim^(-0.4).
+
+    With `shared_table`, u and v are those of the first such layer of the stack in all of them, and the pair ij reads their row
+    P(i n + j), with a random permutation P of each layer that training does not change. Their code lets the table grow with the number
+    of layers; here `keys` alone says how large it is.
     """
 
     def __init__(self, config: UltraMemoryConfig, *, rngs: nnx.Rngs):
@@ -81,6 +89,11 @@ class UltraMemory(nnx.Module):
         table = {"axes": ("mlp", None), **NO_DECAY}
         self.values = parameter(rngs, normal(0.02), (config.keys**2, config.value_dim), **table)
         self.gates = parameter(rngs, normal(0.02), (config.keys**2, config.gate_dim), **table)
+        self.order = (
+            Constant(jax.random.permutation(rngs.params(), config.keys**2).astype(jnp.float32))
+            if config.shared_table
+            else None
+        )
         self.gate = linear(
             config.width, config.gate_dim, axes=("embed", None), init=normal(config.width**-0.5), **inside
         )
@@ -91,6 +104,10 @@ class UltraMemory(nnx.Module):
             init=normal(config.value_dim**-0.5),
             **inside,
         )
+
+    def share(self, first: "UltraMemory") -> None:
+        """Makes this layer read the table of another one."""
+        self.values, self.gates = first.values, first.gates
 
     def _norm(self, rngs: nnx.Rngs) -> RMSNorm:
         config = self.config
@@ -118,6 +135,7 @@ class UltraMemory(nnx.Module):
         )
         grids = jnp.einsum("hbtia,mhac,hbtjc->mhbtij", first, self.grids[...], second, **highest)
         _, pair, chosen = best_pairs(grids.sum(0), index, config.keys)
+        chosen = chosen if self.order is None else self.order[...].astype(jnp.int32)[chosen]
         weights = jnp.take_along_axis(grids.reshape(*grids.shape[:4], -1), pair[None], axis=-1)
         tables, token = (self.values[...], self.gates[...]), self.gate(x)
 

@@ -323,6 +323,8 @@ OTHER_OPTIONS = [
     ),
     (channel("product_key", keys=4, top_k=5), ValueError, "top_k=5; expected at most keys=4"),
     (channel("ultra_memory", keys=4, top_k=5), ValueError, "top_k=5; expected at most keys=4"),
+    (channel("ultra_memory", keys=5000, shared_table=True), ValueError, "keys=5000 with shared_table=True"),
+    (channel("ultra_memory", shared_table=1), TypeError, "shared_table=1; expected"),
     (channel("ultra_memory", parts=3), ValueError, "parts=3 does not divide value_dim=128"),
     (channel("product_key", key_dim=7), ValueError, "key_dim=7; expected an even number"),
     (channel("moe", experts=4, top_k=5), ValueError, "top_k=5; expected 1 to experts=4"),
