@@ -16,6 +16,7 @@ from seqmodels.from_source import generate_from
 from seqmodels.generation import Generation, generate, stream
 from seqmodels.interop import load_adapter, load_pretrained, save_adapter, save_pretrained
 from seqmodels.language_model import LanguageModel
+from seqmodels.lazyllm import LazyLLMConfig, lazy_read, lazy_state
 from seqmodels.lengthen import LengthenConfig, lengthen
 from seqmodels.masked_language_model import MaskedLanguageModel
 from seqmodels.pointer_network import PointerNetwork
@@ -31,6 +32,7 @@ __all__ = [
     "EncoderDecoder",
     "Generation",
     "LanguageModel",
+    "LazyLLMConfig",
     "LengthenConfig",
     "LoraConfig",
     "MaskedLanguageModel",
@@ -45,6 +47,8 @@ __all__ = [
     "decimate",
     "generate",
     "generate_from",
+    "lazy_read",
+    "lazy_state",
     "lengthen",
     "load_adapter",
     "load_pretrained",

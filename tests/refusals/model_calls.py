@@ -5,7 +5,17 @@ from flax import nnx
 
 from experiments.analysis.scale import scales
 from layers.reduction import CharacterConfig, DeletionGateConfig, HashEmbeddingConfig, remaining
-from seqmodels import DecimateConfig, LengthenConfig, build_model, decimate, generate_from, lengthen
+from seqmodels import (
+    DecimateConfig,
+    LazyLLMConfig,
+    LengthenConfig,
+    build_model,
+    decimate,
+    generate_from,
+    lazy_read,
+    lazy_state,
+    lengthen,
+)
 from tests.refusals.mixers import ones, small, traced
 from tests.refusals.models import MODEL, model
 
@@ -25,6 +35,17 @@ def decimated(layers=(0,), **options):
         fields = dict(mixer_defaults={}, pattern=("mamba+none",), mixers=dict(mamba=dict(state_size=2)))
         made = nnx.eval_shape(lambda: build_model(MODEL | fields | options, rngs=nnx.Rngs(0)))
         return decimate(made, TOKENS, DecimateConfig(layers=layers, length=8))
+
+    return call
+
+
+def lazily(shape=(1, 3), config=None, **options):
+    """A call after a state for one row of four tokens."""
+
+    def call():
+        made = nnx.eval_shape(lambda: build_model(MODEL | options, rngs=nnx.Rngs(0)))
+        state = lazy_state(made, 1, 4)
+        return lazy_read(made, np.zeros(shape, np.int32), state, config or LazyLLMConfig((0,), (0.5,)))
 
     return call
 
@@ -121,6 +142,22 @@ ROWS = [
     ),
     (decimated(norm_position="post"), ValueError, "has other residuals, norms or positions than Mamba"),
     (decimated(layers=(5,)), ValueError, "layers=(5,); expected numbers below depth="),
+    (
+        lambda: LazyLLMConfig((1, 0), (0.5, 0.5)),
+        ValueError,
+        "layers=(1, 0); expected one or more layers in order",
+    ),
+    (lambda: LazyLLMConfig((0, 1), (0.5,)), ValueError, "keep=(0.5,); expected one part per layer"),
+    (lambda: LazyLLMConfig((0, 1), (0.5, 0.7)), ValueError, "none above the one before"),
+    (lazily(shape=(2, 3)), ValueError, "tokens [2, 3] after 0 in a state of 1 rows"),
+    (lazily(shape=(1, 5)), ValueError, "at most 4 tokens"),
+    (lazily(config=LazyLLMConfig((7,), (0.5,))), ValueError, "layers=(7,); expected numbers below depth="),
+    (
+        lazily(absolute_positions="learned", max_positions=4),
+        ValueError,
+        "absolute_positions='learned' of the model",
+    ),
+    (lazily(residual="reversible"), ValueError, "residual='reversible'"),
     (decimated(layers=(1, 0)), ValueError, "layers=(1, 0); expected one or more layers in order"),
     (
         traced(lambda: remembered(ones(1, 3, dtype="int32"), segment_ids=ones(1, 3, dtype="int32"))),
