@@ -32,7 +32,7 @@ from experiments.config.models import sizes_without_data, with_sizes
 from experiments.runs.files import to_json_text
 from experiments.training import experiment
 from layers.kernels import devices, dispatch
-from seqmodels import DualEncoder, EncoderDecoder, PointerNetwork, RecurrentMemory
+from seqmodels import DualEncoder, EncoderDecoder, HierarchicalMemory, PointerNetwork, RecurrentMemory
 from seqmodels.block import Block
 from seqmodels.encoder_decoder import of_pairs
 from seqmodels.stack import Stack
@@ -271,6 +271,9 @@ def _at_length(model: nnx.Module, length: int) -> dict[str, Any]:
             if isinstance(merged, EncoderDecoder):
                 state = merged.init_state(jnp.zeros((1, length), jnp.int32), max_length=length)
                 return state.layers, state.sources
+            if isinstance(merged, HierarchicalMemory):
+                state = merged.init_state(1)
+                return state.memories, state.tokens
             if isinstance(merged, RecurrentMemory):
                 return merged.init_state(1).memory
             return merged.stack.init_state(1, max_length=length)

@@ -14,6 +14,7 @@ from seqmodels.dual_encoder import DualEncoder
 from seqmodels.encoder_decoder import EncoderDecoder
 from seqmodels.from_source import generate_from
 from seqmodels.generation import Generation, generate, stream
+from seqmodels.hierarchical_memory import HierarchicalMemory
 from seqmodels.interop import load_adapter, load_pretrained, save_adapter, save_pretrained
 from seqmodels.language_model import LanguageModel
 from seqmodels.lazyllm import LazyLLMConfig, lazy_read, lazy_state
@@ -31,6 +32,7 @@ __all__ = [
     "DualEncoder",
     "EncoderDecoder",
     "Generation",
+    "HierarchicalMemory",
     "LanguageModel",
     "LazyLLMConfig",
     "LengthenConfig",

@@ -15,6 +15,7 @@ from seqmodels.config import (
     ClassifierConfig,
     DualEncoderConfig,
     EncoderDecoderConfig,
+    HierarchicalMemoryConfig,
     LanguageModelConfig,
     MaskedLanguageModelConfig,
     PointerNetworkConfig,
@@ -25,6 +26,7 @@ from seqmodels.config import (
 )
 from seqmodels.dual_encoder import DualEncoder
 from seqmodels.encoder_decoder import EncoderDecoder
+from seqmodels.hierarchical_memory import HierarchicalMemory
 from seqmodels.language_model import LanguageModel
 from seqmodels.masked_language_model import MaskedLanguageModel
 from seqmodels.pointer_network import PointerNetwork
@@ -43,6 +45,7 @@ MODELS = {
     ReplacedTokenDetectorConfig: ReplacedTokenDetector,
     PointerNetworkConfig: PointerNetwork,
     RecurrentMemoryConfig: RecurrentMemory,
+    HierarchicalMemoryConfig: HierarchicalMemory,
 }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from layers.channel.glu import ACTIVATIONS
-from layers.options import Bound, Count, NonNegative, Positive, checked_dataclass
+from layers.options import Bound, Count, NonNegative, Positive, UnitInterval, checked_dataclass
 from layers.registry import choose, make_config, suggestion
 from seqmodels.deletion import DeletionConfig
 from seqmodels.input_config import InputConfig
@@ -108,6 +108,42 @@ class RecurrentMemoryConfig(LanguageModelConfig):
     memory: int = 16
     segment: int = 512
     unroll: int | None = None
+
+
+@checked_dataclass
+class HierarchicalMemoryConfig(RecurrentMemoryConfig):
+    """Config of a language model that reads a text in segments and recalls the memories of earlier ones.
+
+    Attributes:
+      memory: 1, the vectors that a segment leaves.
+      recall: memories that are kept, of the last segments.
+      sensory: last tokens of the segment before, which stand before those of a segment.
+      summary: part of a segment, its beginning, by which memories are recalled.
+      recall_width: features of the products by which they are; the width of the stack if None.
+    """
+
+    memory: int = 1
+    segment: int = 256
+    recall: int = 100
+    sensory: Count = 0
+    summary: UnitInterval = 0.5
+    recall_width: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory != 1:
+            raise ValueError(f"memory={self.memory}; expected 1, as every segment leaves one memory")
+        if self.sensory > self.segment:
+            raise ValueError(f"sensory={self.sensory}; expected at most segment={self.segment}")
+        if not self.half:
+            raise ValueError(
+                f"summary={self.summary} of {self.segment} tokens is none; expected at least one of them"
+            )
+
+    @property
+    def half(self) -> int:
+        """Tokens of a segment by which memories are recalled."""
+        return round(self.summary * self.segment)
 
 
 @checked_dataclass
@@ -304,11 +340,13 @@ ModelConfig = (
     | RegressorConfig
     | PointerNetworkConfig
     | RecurrentMemoryConfig
+    | HierarchicalMemoryConfig
 )
 KINDS = {
     "classifier": ClassifierConfig,
     "dual_encoder": DualEncoderConfig,
     "encoder_decoder": EncoderDecoderConfig,
+    "hierarchical_memory": HierarchicalMemoryConfig,
     "language_model": LanguageModelConfig,
     "masked_language_model": MaskedLanguageModelConfig,
     "autoencoder": AutoencoderConfig,

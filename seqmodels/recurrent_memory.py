@@ -1,6 +1,6 @@
 """Recurrent memory: vectors that a language model hands from segment to segment (Bulatov et al. 2022, arXiv:2207.06881)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,11 +56,11 @@ class RecurrentMemory(LanguageModel):
     def __call__(
         self,
         inputs: Int[Array, "b t"],
-        state: MemoryState | None = None,
+        state: Any = None,
         *,
         segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "b t v"], MemoryState | None]:
+    ) -> tuple[Float[Array, "b t v"], Any]:
         """Returns the logits of the next token at each position, and the next state (None if none was passed); see `unprojected`."""
         outputs, state = self.unprojected(inputs, state, segment_ids=segment_ids, key=key)
         return outputs.logits, state
@@ -68,11 +68,11 @@ class RecurrentMemory(LanguageModel):
     def unprojected(
         self,
         inputs: Int[Array, "b t"],
-        state: MemoryState | None = None,
+        state: Any = None,
         *,
         segment_ids: SegmentIds = None,
         key: Key[Array, ""] | None = None,
-    ) -> tuple[Unprojected, MemoryState | None]:
+    ) -> tuple[Unprojected, Any]:
         """Returns what the logits are computed from, and the next state, as `LanguageModel.unprojected` does.
 
         Raises:
@@ -115,24 +115,39 @@ class RecurrentMemory(LanguageModel):
         key: Key[Array, ""] | None,
     ) -> tuple[MemoryState, Float[Array, "b t d"]]:
         """Returns the state after a segment, and its features."""
-        config, (memory, count) = self.config, carried
-        if config.unroll is not None:
-            cut = (count % config.unroll == 0) & (count > 0)
-            memory = jnp.where(cut[:, None, None], jax.lax.stop_gradient(memory), memory)
-        ends = memory.astype(x.dtype)
-        segments = None
-        if real is not None:
-            kept = jnp.ones(memory.shape[:2], bool)
-            ids = jnp.concatenate([kept, real, kept], axis=1).astype(jnp.int32)
-            segments = Segments.of(ids, packed=False)
-        y, _ = self.stack(jnp.concatenate([ends, x, ends], axis=1), segment_ids=segments, key=key)
-        y = normalized(self.norm, y, segments, key)
-        _, h, written = jnp.split(y, (config.memory, config.memory + x.shape[1]), axis=1)
-        written = written.astype(jnp.float32)
+        memory, count = carried
+        memory = self._cut(memory, count)
+        h, written = self._between(memory, x, real, key)
         if real is None:
             return MemoryState(written, count + 1), h
         some = real.any(1)
         return MemoryState(jnp.where(some[:, None, None], written, memory), count + some), h
+
+    def _cut(self, memory: Float[Array, "b m d"], count: Int[Array, "b"]) -> Float[Array, "b m d"]:
+        """Returns the memory, without its gradient where a row is at a border that none passes."""
+        if self.config.unroll is None:
+            return memory
+        cut = (count % self.config.unroll == 0) & (count > 0)
+        return jnp.where(cut[:, None, None], jax.lax.stop_gradient(memory), memory)
+
+    def _between(
+        self,
+        ends: Float[Array, "b m d"],
+        x: Float[Array, "b t d"],
+        real: Bool[Array, "b t"] | None,
+        key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b m d"]]:
+        """Returns the features of x between two copies of `ends`, and those of the second copy, float32."""
+        count, segments = ends.shape[1], None
+        ends = ends.astype(x.dtype)
+        if real is not None:
+            kept = jnp.ones(ends.shape[:2], bool)
+            ids = jnp.concatenate([kept, real, kept], axis=1).astype(jnp.int32)
+            segments = Segments.of(ids, packed=False)
+        y, _ = self.stack(jnp.concatenate([ends, x, ends], axis=1), segment_ids=segments, key=key)
+        y = normalized(self.norm, y, segments, key)
+        _, h, written = jnp.split(y, (count, count + x.shape[1]), axis=1)
+        return h, written.astype(jnp.float32)
 
 
 def _in_segments(x: Array, size: int) -> Array:

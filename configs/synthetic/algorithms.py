@@ -15,13 +15,15 @@ letter before every digit (arXiv:2402.09371), and `sorting_hints` asks for the n
 
     python -m experiments.train --config=configs/synthetic/algorithms.py:task=running_parity,mixer=attention,segment=5 --workdir=runs/memory
 
-It has an accuracy of 0.9999 of bits in the test, whose rows have up to 20, and 0.965 at 160 (experiments/results/recurrent_memory).
+With recall=COUNT too, segments leave one vector each and recall those of as many before (HMT, arXiv:2405.06067).
+
+RMT above has an accuracy of 0.9999 of bits in the test, whose rows have up to 20, and 0.965 at 160 (experiments/results/recurrent_memory).
 """
 
 from ml_collections import ConfigDict
 
 OPTIONS = dict(task="parity", mixer="deltanet", width="64", depth="2", learning_rate="1e-3", scale="small")
-OPTIONS |= dict(segment="", memory="4")
+OPTIONS |= dict(segment="", memory="4", recall="")
 LENGTHS = {  # of training, and of the further splits
     ("copy", "small"): ((1, 10), (10, 12, 15, 20, 40)),
     ("copy", "paper"): ((1, 20), (20, 24, 30, 40, 80)),
@@ -66,6 +68,9 @@ def get_config(arg: str = "") -> ConfigDict:
     if options["segment"]:
         config.model.kind = "recurrent_memory"
         config.model.update(segment=int(options["segment"]), memory=int(options["memory"]))
+    if options["segment"] and options["recall"]:
+        config.model.kind = "hierarchical_memory"
+        config.model.update(memory=1, recall=int(options["recall"]))
     config.data = {}
     steps = 2000 if scale == "small" else 20_000
     config.train = dict(batch_size=64, steps=steps, eval_every=0.32, log_every=50)

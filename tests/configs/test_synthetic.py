@@ -48,6 +48,7 @@ SCALES = [
         "copy", "copy_unique", "count", "mode", "parity", "running_parity", "sorting", "sorting_hints", "addition", "addition_hints",
     )),
     "algorithms:task=running_parity,mixer=attention,segment=5,memory=2",
+    "algorithms:task=running_parity,mixer=attention,segment=5,recall=8",
     *(f"algorithms:task={task},scale=paper" for task in ("copy", "count", "mode", "parity", "sorting", "addition", "addition_hints")),
 ]  # fmt: skip
 

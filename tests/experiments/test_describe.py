@@ -195,6 +195,9 @@ def test_models_that_name_items_or_carry_a_memory():
     given["task"] = dict(name="copy")
     found = describe.describe(given, [8, 16])["lengths"]
     assert [row["state_bytes"] for row in found] == [4 * 3 * 8] * 2
+    own = dict(kind="hierarchical_memory", memory=1, recall=5, sensory=2)
+    given["model"] |= own
+    assert describe.describe(given, [8])["lengths"][0]["state_bytes"] == 4 * (5 + 2) * 8
 
 
 def test_both_stacks_of_an_encoder_decoder_and_what_its_state_holds_of_a_source():

@@ -195,6 +195,18 @@ ROWS = [
         "characters.width=4; expected that of the other stack, 8",
     ),
     (model(kind="recurrent_memory", channel="moe"), ValueError, "would add that of the last segment alone"),
+    (model(kind="hierarchical_memory", memory=2), ValueError, "memory=2; expected 1"),
+    (
+        model(kind="hierarchical_memory", segment=4, sensory=5),
+        ValueError,
+        "sensory=5; expected at most segment=4",
+    ),
+    (
+        model(kind="hierarchical_memory", segment=4, summary=0.1),
+        ValueError,
+        "summary=0.1 of 4 tokens is none",
+    ),
+    (model(kind="hierarchical_memory", recall=0), ValueError, "recall=0; expected at least 1"),
     (model(kind="recurrent_memory", segment=0), ValueError, "segment=0; expected at least 1"),
     (model(kind="pointer_network", encoder=dict(width=4)), ValueError, "encoder.width=4; expected that of"),
     (model(kind="autoencoder", pooling="first"), ValueError, "pooling='first'; expected"),
