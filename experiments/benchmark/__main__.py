@@ -1,7 +1,7 @@
 """Times the primitives: beside floors and other implementations, or against the length of the sequence.
 
     python -m experiments.benchmark kernels [--peers] [--only=delta_rule/KDA,linear_recurrence] [--out=FOLDER]
-    python -m experiments.benchmark scaling [--lengths=2048,8192,32768,131072] [--out=FOLDER]
+    python -m experiments.benchmark scaling [--only=mixer,mixer/luna,delta_rule] [--lengths=2048,8192,32768,131072] [--out=FOLDER]
     python -m experiments.benchmark steps [--only=gated_deltanet,attention] [--rows=whole,packed] [--num_devices=2] [--size=1.3b]
     python -m experiments.benchmark decode [--only=mamba2,attention] [--batch=8] [--lengths=1024,16384] [--cache="snapkv(budget=1024)"] [--out=FOLDER]
     python -m experiments.benchmark parallel [--only=attention,delta_rule/all_scan] [--num_devices=8] [--latency=1e-5] [--out=FOLDER]
@@ -13,7 +13,8 @@
 `kernels` prints a table and writes kernels.json and kernels.png: milliseconds (median of interleaved measurements) of the forward pass and
 of both passes, the ratio to the floor, the ratio to what `impl=None` takes, memory, and errors against the float64 reference. The floor is
 the larger of the fewest bytes over the bandwidth of a copy and the arithmetic over the rate of the unit that does it, both measured at the
-start. On a CPU the sizes are smaller and the inputs float32. On a GPU `--workers` processes compile and check in parallel, which takes
+start. On a CPU the sizes are smaller and the inputs float32. `scaling` with `--only=mixer` times whole mixers of the attention family beside
+softmax attention (`experiments/benchmark/mixer_scaling.py`), and writes table.md too. On a GPU `--workers` processes compile and check in parallel, which takes
 longer than timing; `--patience` bounds it. `steps` times whole training steps of language models (`experiments/benchmark/steps.py`), with
 `--workers` in processes that compile beside each other and measure in turn, and `decode` steps of their generation against batch and
 context. `parallel` counts what divided time sends between devices, beside the published formulas, times it on those that there are, and
@@ -39,6 +40,7 @@ from experiments.benchmark import (
     decode,
     kernels,
     long_rows,
+    mixer_scaling,
     models,
     parallel,
     parallel_packing,
@@ -138,7 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return pretrained.study(values.out, values.size, values.only, values.rounds, values.patience)
     _share_memory(1 if study in (*MODELS, "parallel", "tune") else values.workers or kernels.Options.workers)
     options, preferred = _options(values), _preferred(values.prefer) or {}
-    chosen = [] if study in (*MODELS, "parallel", "tune") else list(kernels.selected(options.only))
+    chosen = list(kernels.selected(options.only)) if study == "kernels" else []
+    if study == "scaling":
+        scaling.chosen(options.only)  # raises for an unknown name before anything is computed
     out = values.out
     device = Devices.first(1).describe()
     record: dict[str, Any] = dict(
@@ -218,6 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rows and study not in MODELS:
         draw = report.draw_bars if study == "kernels" else report.draw_scaling
         draw(rows, out / f"{study}.png", device)
+        if any(row["primitive"] == mixer_scaling.PREFIX for row in rows):
+            write_atomically(out / "table.md", text := mixer_scaling.table(rows))
+            print(f"\n{text}", end="")
     for problem in problems:
         say(problem)
     return 1 if problems else 0

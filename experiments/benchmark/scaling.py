@@ -1,4 +1,4 @@
-"""The study `scaling`: time and memory of the primitives whose cost should be proportional to the length."""
+"""The study `scaling`: time and memory of the primitives whose cost should be proportional to the length, and of whole mixers."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from experiments.benchmark import calls, processes
+from experiments.benchmark import calls, mixer_scaling, processes
 from experiments.benchmark.kernels import Options, selected
 from experiments.benchmark.timing import interleaved, peak_bytes
 
@@ -31,19 +31,34 @@ def run(
 ) -> list[dict]:
     """Returns times of both passes at each length, for a batch of one; `report` receives each row as it is known.
 
-    Everything is compiled before the first measurement, so that compilers do not slow down measurements.
+    `options.only` names primitives, their cases, and mixers ("mixer/reformer", or "mixer" for all of `mixer_scaling.CASES`). Everything is compiled before the first measurement, so that compilers do not slow down measurements.
 
     Raises:
       ValueError: unknown names in `options.only`.
     """
-    cases = [(primitive, case.name) for primitive, _, case in selected(options.only or CASES)]
-    keys = [(*case, length) for case in cases for length in lengths]
+    keys = [(*case, length) for case in chosen(options.only) for length in lengths]
     return processes.run(functools.partial(_prepare, options), keys, options.workers, report, say)
+
+
+def chosen(only: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns the cases that names mean, as "mixer" or a primitive and a name; all of `CASES` without names.
+
+    Raises:
+      ValueError: a name is of no case.
+    """
+    mixers = [name for name in only if name.partition("/")[0] == mixer_scaling.PREFIX]
+    primitives = tuple(name for name in only if name not in mixers)
+    cases = [(mixer_scaling.PREFIX, name) for name in mixer_scaling.chosen(mixers)]
+    if primitives or not mixers:
+        cases += [(primitive, case.name) for primitive, _, case in selected(primitives or CASES)]
+    return cases
 
 
 def _prepare(options: Options, key: tuple[str, str, int], say: processes.Say) -> processes.Ready:
     """Compiles both passes at one length."""
     *case, length = key
+    if case[0] == mixer_scaling.PREFIX:
+        return mixer_scaling.prepare(options.dtype or "float32", options.rounds, case[1], length, say)
     ((primitive, suite, benchmark),) = selected(("/".join(case),))
     sized = benchmark.resized(1, length, options.narrower)
     dtype = options.dtype or benchmark.dtype

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmark import calls, kernels, peers, report, scaling, steps, timing
+from experiments.benchmark import calls, kernels, mixer_scaling, peers, report, scaling, steps, timing
 from experiments.benchmark.__main__ import main
 from layers.kernels.suites import SUITES
 
@@ -208,6 +208,24 @@ def test_scaling_covers_every_linear_primitive_and_draws(tmp_path):
     assert rows[1]["both_peak_bytes"] > rows[0]["both_peak_bytes"]
     report.draw_scaling(rows, tmp_path / "scaling.png", "test")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mixers_are_timed_beside_softmax_attention(capsys):
+    only = ("mixer/luna", "mixer/attention", "mixer/linformer")
+    assert [name for _, name in scaling.chosen(only)] == ["attention", "luna", "linformer"]
+    assert len(scaling.chosen(("mixer", "delta_rule/KDA"))) == len(mixer_scaling.CASES) + 1
+    rows = scaling.run(dataclasses.replace(SMALL, only=only[:2]), (16, 32), lambda row: None, print)
+    assert [(row["case"], row["time"]) for row in rows] == [
+        (n, t) for n in ("attention", "luna") for t in (16, 32)
+    ]
+    times = {("attention", 16): 2.0, ("attention", 32): 8.0, ("luna", 16): 1.0, ("luna", 32): 2.0}
+    rows = [row | {"both_ms": times[row["case"], row["time"]]} for row in rows]
+    assert mixer_scaling.table(rows).splitlines()[2:] == [
+        "| attention | 2.0 (1.00) | 8.0 (1.00) | 2.00 |",
+        "| luna | 1.0 (0.50) | 2.0 (0.25) | 1.00 |",
+    ]
+    assert main(["scaling", "--only=mixer/lunar"]) == 2
+    assert "only='mixer/lunar' is no benchmark; choose from attention" in capsys.readouterr().err
 
 
 def test_bars_are_drawn(tmp_path):
