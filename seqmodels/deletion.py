@@ -57,7 +57,8 @@ class Deletion(nnx.Module):
 
         a = max(0, p_n + i_n),   p_n = 0.9 p_{n-1} + 0.1 k_p (d - d_n),   i_n = i_{n-1} + k_i (d - d_n)
 
-    from p = i = 0. In inference tokens with G <= K / 2 leave, the others are not gated, and later layers see the positions that they had.
+    from p = i = 0. Equal gates of all tokens cancel in a softmax, so that nothing holds a model that deletes everything; the option
+    `sink_logits` of `attention`, in the encoder and as `cross`, makes that cost the loss. In inference tokens with G <= K / 2 leave, the others are not gated, and later layers see the positions that they had.
     """
 
     def __init__(self, config: DeletionConfig, *, width: int, dtype: jnp.dtype, rngs: nnx.Rngs):

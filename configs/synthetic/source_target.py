@@ -53,8 +53,10 @@ def get_config(arg: str = "") -> ConfigDict:
         channel="swiglu",
     )
     if options["delete"]:
-        # Gains of the controller for thousands of steps; the authors have 1e-5 for the integral.
-        gains = dict(proportional=0.5, integral=1e-3)
+        # Gates of all tokens alike cancel in a softmax, but not beside the logit of a sink, which the authors' code has as an option. With
+        # their gain of 0.5 these small models delete everything within 300 steps.
+        config.model.encoder.mixer_defaults = config.model.cross = dict(sink_logits=True)
+        gains = dict(proportional=0.1, integral=5e-4)
         config.model.deletion = dict(layer=options["depth"] - 1, target=options["delete"], **gains)
     config.data = {}
     config.train = dict(
