@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments.config.loading import MeshConfig
 from experiments.parallel.mesh import Devices
 from experiments.parallel.over_time import without_form
 from experiments.training import experiment
 from layers import mixers
+from layers.kernels import dispatch
+from layers.segments import Segments
 from layers.sharding_rules import ShardingRules
 from tests.layers.mixers.table import MIXERS as TABLE
 from tests.layers.mixers.test_partitioned import WITHOUT
@@ -168,6 +171,33 @@ def test_attention_may_be_left_to_the_compiler_by_its_method():
         ValueError, match="q has 4 heads, .* 8 devices .*; use a multiple of 8, or method='ring'"
     ):
         plan.check_devices(on(MeshConfig(sequence=8, method="ulysses")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shortformer", "softplus_attention", "transformer_xl"])
+def test_attention_with_changed_keys_or_logits_over_time(name):
+    entry, options = TABLE[name]
+    mixer = mixers.make_mixer(entry, options, given=dict(width=8, dtype=jnp.float32), rngs=nnx.Rngs(0))
+    graph, variables = nnx.split(mixer)
+    x, weights = (
+        jnp.asarray(a, jnp.float32) for a in np.random.default_rng(0).standard_normal((2, 2, 24, 8))
+    )
+    ids = jnp.asarray(np.repeat([[1, 2, 0], [1, 1, 3]], [7, 11, 6], axis=1), jnp.int32)
+
+    def gradients():
+        def loss(variables, x):
+            mixer = nnx.merge(graph, variables, copy=True)
+            return (weights * mixer(x, segment_ids=Segments.of(ids, padding="end"))[0]).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(variables, x)
+
+    want = gradients()
+    with on(MeshConfig(sequence=4), 4).active(), dispatch.over_time_noted() as calls:
+        got = gradients()
+    assert calls
+    assert all(divided for _, divided in calls)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5 * max(1, np.abs(other).max()))
 
 
 @pytest.mark.slow
