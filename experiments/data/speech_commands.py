@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.data import cache
+from experiments.data.log_mel import HOP, log_mel
 from experiments.data.sequences import Sequences
 
 WORDS = [
@@ -165,6 +166,34 @@ class Clips:
         samples = self._clips[indices, :: self.stride].astype(np.float32) - np.float32(OFFSET)
         scaled = (samples - np.float32(self.mean)) / np.float32(self.deviation)
         return {"inputs": scaled[..., None], "labels": self.stored.labels[indices]}
+
+
+class Spectrograms:
+    """Log-mel spectrograms of recordings, computed for each batch: the source of pipelines.
+
+    Attributes:
+      stored: the samples plus `OFFSET`.
+      lengths: number of frames of each clip.
+    """
+
+    def __init__(self, stored: Sequences):
+        self.stored = stored
+        self._clips = stored.tokens.reshape(len(stored), SAMPLES)
+        self.lengths = np.full(len(stored), SAMPLES // HOP)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def gather(self, indices: np.ndarray, width: int) -> dict[str, np.ndarray]:
+        """Returns the clips at `indices`: inputs float32 (b, t, 80) and labels int32 (b,).
+
+        Raises:
+          ValueError: if `width` is not the number of frames.
+        """
+        if width != SAMPLES // HOP:
+            raise ValueError(f"clips of {SAMPLES // HOP} frames are not padded to {width}")
+        samples = (self._clips[indices].astype(np.float32) - OFFSET) / OFFSET
+        return {"inputs": log_mel(samples), "labels": self.stored.labels[indices]}
 
 
 def moments(stored: Sequences) -> tuple[float, float]:

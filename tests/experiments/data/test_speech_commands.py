@@ -9,6 +9,7 @@ import pytest
 
 from experiments.config.loading import TrainConfig, section, to_plain
 from experiments.data import speech_commands
+from experiments.data.log_mel import log_mel
 from experiments.data.speech_commands import WORDS
 from experiments.tasks import make_task
 from experiments.training.experiment import model_without_data
@@ -87,7 +88,8 @@ def test_malformed_files_are_named(archive, tmp_path):
 
 @pytest.mark.parametrize(
     "options, problem",
-    [({}, "task.official_dir is not given"), (dict(stride=0), "task.stride=0"), (dict(stride=20_000), "at most 16000")],
+    [({}, "task.official_dir is not given"), (dict(stride=0), "task.stride=0"), (dict(stride=20_000), "at most 16000"),
+     (dict(features="mel"), "task.features='mel'; expected"), (dict(features="log_mel", stride=2), "task.stride=2 with task.features='log_mel'")],
 )  # fmt: skip
 def test_wrong_options_are_refused(options, problem):
     with pytest.raises(ValueError, match=problem):
@@ -99,3 +101,16 @@ def test_config():
     section(config, "train", TrainConfig)
     model = model_without_data(config)
     assert (model.config.num_classes, model.config.input.input_size) == (35, 1)
+    config = to_plain(runpy.run_path(str(CONFIG))["get_config"]("mixer=s5,width=8,depth=1,features=log_mel"))
+    assert model_without_data(config).config.input.input_size == 80
+
+
+def test_spectrograms_of_clips(archive, tmp_path):
+    root, clips = archive
+    task = make_task("speech_commands", official_dir=root, data_dir=tmp_path / "data", features="log_mel")
+    batch = task.splits["validation"].gather(np.array([1]), 100)
+    samples = np.pad(clips["yes/a.wav"], (0, 15_300)) / 2**15
+    np.testing.assert_allclose(batch["inputs"], log_mel(samples[None]), atol=1e-6)
+    assert task.splits["train"].lengths.tolist() == [100] * 67
+    with pytest.raises(ValueError, match="clips of 100 frames are not padded to 16000"):
+        task.splits["test"].gather(np.array([0]), 16_000)
