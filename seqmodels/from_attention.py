@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from layers.mixers.attention.attention import AttentionConfig
 from layers.mixers.state_space.mamba2 import Mamba2Config
+from layers.parts.attention_config import AttentionConfig
 from layers.typing import Array
 
 

@@ -18,8 +18,9 @@ from experiments.training.distillation import HIDDEN, KINDS, LOGITS, DistillConf
 from experiments.training.model import Arrays, Declaration, SplitModel
 from experiments.training.step import Batch, OnMesh
 from layers.cross_entropy import Unprojected
-from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.mixers.attention.attention import Attention
 from layers.mixers.state_space.mamba2 import Mamba2, Mamba2Config
+from layers.parts.attention_config import AttentionConfig
 from layers.typing import Array
 from seqmodels import build_model
 from seqmodels.config import parse

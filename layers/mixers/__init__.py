@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.mixers.attention.attention import Attention
 from layers.mixers.attention.bigbird import BigBird, BigBirdConfig
 from layers.mixers.attention.core_context import CoreContext, CoreContextConfig
 from layers.mixers.attention.differential_attention import DifferentialAttention, DifferentialAttentionConfig
@@ -92,6 +92,7 @@ from layers.mixers.token_mixing.fnet import FNet, FNetConfig
 from layers.mixers.token_mixing.hypermixer import HyperMixer, HyperMixerConfig
 from layers.mixers.token_mixing.wersa import WERSA, WERSAConfig
 from layers.mixers.tuned_state import TunedState, TunedStateConfig
+from layers.parts.attention_config import AttentionConfig
 from layers.registry import build
 
 MIXERS = {

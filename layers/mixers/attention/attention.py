@@ -176,6 +176,3 @@ class Attention(CrossAttention):
     def finish(self, o: Float[Array, "b t h k"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Returns the mixer's output, given the heads' outputs and the mixer's input."""
         return self.output(join_heads(o))
-
-
-__all__ = ["Attention", "AttentionConfig"]

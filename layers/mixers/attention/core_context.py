@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.attention import Logits, Mask, Piece, Tokens, attention_with_lse, compose
-from layers.mixers.attention.attention import AttentionConfig
 from layers.mixers.attention.patterned import Patterned, refuse_options
 from layers.options import checked_dataclass
+from layers.parts.attention_config import AttentionConfig
 from layers.parts.cache import Cache, empty_cache
 from layers.parts.grouped_attention import Grouped, grouped_attention
 from layers.parts.position_blocks import block_index, some_at_a_time

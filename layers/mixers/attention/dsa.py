@@ -2,9 +2,9 @@
 
 from flax import nnx
 
-from layers.mixers.attention.attention import AttentionConfig
 from layers.mixers.attention.patterned import Patterned, refuse_options
 from layers.options import checked_dataclass
+from layers.parts.attention_config import AttentionConfig
 from layers.parts.cache import Cache, empty_cache
 from layers.parts.lightning_indexer import IndexerOptions, LightningIndexer
 from layers.segments import Segments

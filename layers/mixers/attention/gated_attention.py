@@ -5,9 +5,10 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.mixers.attention.attention import Attention
 from layers.options import checked_dataclass
 from layers.parameters import linear
+from layers.parts.attention_config import AttentionConfig
 from layers.parts.heads import split_heads
 from layers.typing import Array, Float
 

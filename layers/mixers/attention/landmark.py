@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.attention import Logits, Tokens, attention
-from layers.mixers.attention.attention import AttentionConfig
 from layers.mixers.attention.patterned import Patterned, refuse_options
 from layers.options import checked_dataclass
+from layers.parts.attention_config import AttentionConfig
 from layers.parts.position_blocks import block_index, some_at_a_time
 
 # Queries whose bias is held at once.

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from layers.kernels.attention import Logits, Mask, Tokens, attention
-from layers.mixers.attention.attention import AttentionConfig
 from layers.mixers.attention.patterned import Patterned, refuse_options
 from layers.options import checked_dataclass
+from layers.parts.attention_config import AttentionConfig
 from layers.parts.position_blocks import block_means, row_block_means, some_at_a_time
 
 # Queries whose choice is held as a mask at once, where rows are packed or cached.

@@ -8,11 +8,11 @@ from flax import nnx
 
 from layers.kernels.attention import Logits, Mask, Tokens, attention
 from layers.mixer import Visit
-from layers.mixers.attention.attention import AttentionConfig
 from layers.mixers.attention.moba import QUERIES
 from layers.mixers.attention.patterned import Patterned, refuse_options
 from layers.options import checked_dataclass
 from layers.parameters import linear
+from layers.parts.attention_config import AttentionConfig
 from layers.parts.position_blocks import block_means, row_block_means, some_at_a_time
 from layers.typing import Array, Float, Int
 

@@ -5,7 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 
 from layers.mixer import Visit
-from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.mixers.attention.attention import Attention
+from layers.parts.attention_config import AttentionConfig
 from layers.parts.cache import Cache, extend
 from layers.parts.position_blocks import numbers_and_positions
 from layers.positions import Rotary

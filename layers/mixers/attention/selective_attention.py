@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.mixer import SELF
-from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.mixers.attention.attention import Attention
 from layers.options import checked_dataclass
 from layers.parameters import NO_DECAY, parameter
+from layers.parts.attention_config import AttentionConfig
 from layers.segments import Segments
 from layers.typing import Array, Float, Int
 

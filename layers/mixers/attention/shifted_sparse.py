@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 
 from layers.kernels.attention import Tokens, attention_with_lse, compose
-from layers.mixers.attention.attention import AttentionConfig
 from layers.mixers.attention.patterned import Patterned, refuse_options
 from layers.options import Count, checked_dataclass
+from layers.parts.attention_config import AttentionConfig
 from layers.parts.grouped_attention import Grouped, grouped_attention
 
 

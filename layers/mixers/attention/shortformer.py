@@ -5,9 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 
 from layers.kernels.attention import compose
-from layers.mixers.attention.attention import AttentionConfig
 from layers.mixers.attention.patterned import Patterned, refuse_options
 from layers.options import checked_dataclass
+from layers.parts.attention_config import AttentionConfig
 from layers.parts.cache import Cache, empty_cache
 from layers.parts.grouped_attention import Grouped, grouped_attention
 from layers.positions import sinusoidal

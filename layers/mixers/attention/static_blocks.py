@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.kernels.attention import Mask
-from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.mixers.attention.attention import Attention
 from layers.options import Count, checked_dataclass
+from layers.parts.attention_config import AttentionConfig
 
 
 @checked_dataclass

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.kernels.attention import Logits, Mask, Tokens, attention
-from layers.mixers.attention.attention import AttentionConfig
 from layers.mixers.attention.patterned import Patterned, refuse_options
 from layers.options import checked_dataclass
 from layers.parameters import NO_DECAY, linear, parameter
+from layers.parts.attention_config import AttentionConfig
 from layers.parts.heads import split_heads
 from layers.parts.position_blocks import some_at_a_time
 from layers.positions import sinusoidal

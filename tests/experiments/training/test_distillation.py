@@ -18,8 +18,8 @@ from experiments.training.distillation import HIDDEN, LOGITS, DistillConfig, dis
 from experiments.training.pretrained import initial_state
 from experiments.training.teacher import Source, Teacher, begun, split
 from layers.cross_entropy import Unprojected
-from layers.mixers.attention.attention import AttentionConfig
 from layers.mixers.state_space.mamba2 import Mamba2Config
+from layers.parts.attention_config import AttentionConfig
 from seqmodels import build_model
 from seqmodels.from_attention import fits, mamba2_from_attention, mamba2_options
 from seqmodels.names import by_layer

@@ -10,7 +10,8 @@ from flax import nnx
 from layers.caches import read_cache
 from layers.caches.kept import Kept
 from layers.mixer import MixerState
-from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.mixers.attention.attention import Attention
+from layers.parts.attention_config import AttentionConfig
 
 WIDTH, HEADS, GROUPS, PROMPT, STEPS = 12, 4, 2, 19, 4
 # The second row has fewer tokens, and padding before them.

@@ -8,7 +8,8 @@ from flax import nnx
 
 from layers.caches import read_cache
 from layers.mixer import MixerState
-from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.mixers.attention.attention import Attention
+from layers.parts.attention_config import AttentionConfig
 from tests.layers.caches import literal, literal_selection
 from tests.layers.caches.reading import (
     GROUPS,

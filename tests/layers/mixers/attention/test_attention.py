@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.mixers.attention.attention import Attention
+from layers.parts.attention_config import AttentionConfig
 
 WIDTH, TIME = 8, 11
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.mixers.attention.attention import Attention
 from layers.mixers.attention.gated_attention import GATE_AT, GatedAttention, GatedAttentionConfig
+from layers.parts.attention_config import AttentionConfig
 
 WIDTH, TIME = 8, 9
 X = jax.random.normal(jax.random.key(0), (2, TIME, WIDTH))

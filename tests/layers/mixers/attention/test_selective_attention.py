@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from layers.mixers.attention.attention import Attention, AttentionConfig
+from layers.mixers.attention.attention import Attention
 from layers.mixers.attention.selective_attention import SelectiveAttention, SelectiveAttentionConfig
+from layers.parts.attention_config import AttentionConfig
 
 WIDTH, TIME = 8, 9
 X = jax.random.normal(jax.random.key(0), (2, TIME, WIDTH))
