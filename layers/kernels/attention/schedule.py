@@ -112,7 +112,7 @@ def in_segments(o) -> bool:
     segments = o.segment_ids
     if o.tokens.q_positions is not None or not isinstance(segments, Segments):
         return False
-    return segments.packed or segments.padding != "end"
+    return bool(segments.packed) or segments.padding != "end"
 
 
 def _pairs(t, s, q_block, kv_block, o) -> Schedule:
