@@ -14,7 +14,7 @@ from tests.refusals import calls, commands, files
 CONFIGS = {
     "MASKED": "configs/lm/masked.py",
     "MQAR": "configs/synthetic/mqar.py",
-    "PROTEINS": "configs/protein/masked.py",
+    "PROTEINS": "configs/protein/residues.py",
     "REGRESSION": "configs/synthetic/linear_regression.py",
     "SHORT": "configs/lra/listops_short.py",
     "MODELS": "configs/lm/models.py",

@@ -11,7 +11,7 @@ def get_sweep():
     for mixer in MIXERS:
         for seed in SEEDS:
             yield {
-                "config": f"configs/protein/masked.py:mixer={mixer},width=32,length=128,steps=300",
+                "config": f"configs/protein/residues.py:mixer={mixer},width=32,length=128,steps=300",
                 "seed": seed,
                 "task.proteins": 1500,
                 "model.dropout": 0.0,

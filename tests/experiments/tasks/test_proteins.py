@@ -14,7 +14,7 @@ from experiments.tasks import make_task
 from layers.mixers.bidirectional import Bidirectional
 from seqmodels import build_model
 
-CONFIG = "configs/protein/masked.py"
+CONFIG = "configs/protein/residues.py"
 
 
 @pytest.fixture(scope="module")

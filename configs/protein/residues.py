@@ -1,8 +1,8 @@
 """Masked residues of proteins, with any mixer that reads whole sequences.
 
-    python -m experiments.train --config=configs/protein/masked.py:mixer=bimamba --workdir=runs/proteins-bimamba
-    python -m experiments.train --config=configs/protein/masked.py:mixer=attention,kind=replaced --workdir=runs/proteins-replaced
-    python -m experiments.train --config=configs/protein/masked.py:mixer=bi_mamba2,length=1024 --config.task.file=uniref50.fasta \
+    python -m experiments.train --config=configs/protein/residues.py:mixer=bimamba --workdir=runs/proteins-bimamba
+    python -m experiments.train --config=configs/protein/residues.py:mixer=attention,kind=replaced --workdir=runs/proteins-replaced
+    python -m experiments.train --config=configs/protein/residues.py:mixer=bi_mamba2,length=1024 --config.task.file=uniref50.fasta \
         --workdir=runs/uniref
 
 Without a file the proteins are a stand-in with motifs, which neighbours tell, and pairs of residues 15 and more places apart, which they do
@@ -26,6 +26,6 @@ MASKED = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "lm" / "masked.p
 
 def get_config(arg: str = "") -> ConfigDict:
     sizes = dict(mixer="bimamba", width=64, depth=2, length=256, steps=1000)
-    options = MASKED["read"]("protein/masked.py", arg, **sizes)
+    options = MASKED["read"]("protein/residues.py", arg, **sizes)
     task = dict(name="proteins", file=None, length=options["length"])
     return MASKED["config_of"](options, task)
