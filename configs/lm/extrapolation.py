@@ -4,7 +4,7 @@
 
 rule=none|sinusoidal|rope|alibi|t5|fire|hope|power|truncated|random|clex|shortformer|mamba|mamba2. random has RoPE with positions that are
 drawn from sequences up to 16 times as long; clex draws them too. width, depth, length, steps and learning_rate. What each of
-them reaches on rows up to 16 times as long, with scalings of RoPE that change evaluation alone (not run to the end yet):
+them reaches on rows up to 16 times as long, with scalings of RoPE that change evaluation alone, is in experiments/results/extrapolation:
 
     python -m experiments.sweep --file=configs/lm/_extrapolation.py --out=runs/extrapolation
     python -m experiments.analysis.extrapolation --runs=runs/extrapolation --out=experiments/results/extrapolation

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.benchmark import processes
+from experiments.benchmark.alone import lacks_memory
 from experiments.benchmark.timing import interleaved, peak_bytes
 from layers.adapters import dropping
 from layers.mixers import make_mixer
@@ -81,7 +82,13 @@ def prepare(dtype: str, rounds: int, name: str, length: int, say: processes.Say)
     say(f"{PREFIX}/{name}, {length} tokens: ready")
 
     def measure() -> list[dict[str, Any]]:
-        timing = interleaved({"both": functools.partial(compiled, params, x)}, rounds)["both"]
+        try:
+            timing = interleaved({"both": functools.partial(compiled, params, x)}, rounds)["both"]
+        except jax.errors.JaxRuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            say(f"{PREFIX}/{name}, {length} tokens: the device has too little memory")
+            return []
         return [row | {"both_ms": timing.median, "both_quartiles_ms": [timing.low, timing.high]}]
 
     return processes.Ready(measure, row["both_peak_bytes"])

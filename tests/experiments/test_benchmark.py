@@ -234,6 +234,21 @@ def test_mixers_are_compared_with_softmax_attention(capsys):
     assert "only='mixer/lunar' is no benchmark; choose from attention" in capsys.readouterr().err
 
 
+def test_a_mixer_without_memory_leaves_the_others(monkeypatch):
+    said, problems = [], ["RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.", "INTERNAL: broken"]
+
+    def lacking(*_):
+        raise jax.errors.JaxRuntimeError(problems[0])
+
+    monkeypatch.setattr(mixer_scaling, "interleaved", lacking)
+    ready = mixer_scaling.prepare("float32", 1, "luna", 16, said.append)
+    assert ready.measure() == []
+    assert said[-1] == "mixer/luna, 16 tokens: the device has too little memory"
+    del problems[0]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
+        ready.measure()
+
+
 def test_bars_are_drawn(tmp_path):
     rows = kernels.run(SMALL, CEILINGS, lambda row: None, print)
     report.draw_bars(rows, tmp_path / "bars.png", "test")
