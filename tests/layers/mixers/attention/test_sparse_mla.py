@@ -1,13 +1,11 @@
 """Latent attention to chosen tokens against its equation in NumPy, whole, in calls, absorbed, and the loss of its indexer."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from layers.adapters import dropping
 from layers.parts import lightning_indexer
+from tests.layers.mixers.attention import indexer_loss
 from tests.layers.mixers.literal import (
     apply,
     by_row,
@@ -112,23 +110,4 @@ def test_the_loss_in_training_is_of_real_tokens_and_trains_the_indexer_alone():
     # Weights and scores far from equal.
     for linear in (model.query, model.indexer.weight):
         linear.kernel[...] *= 8
-    ids = jnp.ones((2, TIME), jnp.int32).at[0, 7:].set(0)
-    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
-
-    @jax.jit
-    def loss(parameters, x):
-        def of(parameters, x):
-            model = nnx.merge(graph, parameters, rest, copy=True)
-            with dropping(jax.random.key(0)):
-                model(x, segment_ids=ids)
-            return model.indexer.auxiliary[...]
-
-        return jax.value_and_grad(of, (0, 1))(parameters, x)
-
-    value, (gradients, of_x) = loss(parameters, x)
-    assert (of_x == 0).all()
-    rows = np.asarray(x, np.float64)
-    each = np.concatenate([literal(model, rows[0, :7])[1], literal(model, rows[1])[1]])
-    np.testing.assert_allclose(value, 0.5 * each.mean(), rtol=1e-5)
-    moved = {name[:2] for name, g in nnx.to_flat_state(gradients) if jnp.any(g[...] != 0)}
-    assert moved == {("indexer", name) for name in ("query", "key", "norm", "weight")}
+    indexer_loss.check(model, x, literal)
