@@ -14,8 +14,8 @@ speeds. Test, bits per byte: 0.762, 0.696 and 0.707.
     350m    1024      24
     1.3b    2048      24
 
-Models are pre-norm with RMSNorm and SwiGLU. A block has 12 d^2 parameters of Transformers. Mamba and Mamba-2 have no
-channel mixer, so they have twice the layers, as published. Heads have 64 features up to `125m`, 128 above; those of delta rules
+Models are pre-norm with RMSNorm and SwiGLU. A block has 12 d^2 parameters of Transformers. Mamba, its successors and
+mLSTM have no channel mixer, so they have twice the layers, as published. Heads have 64 features up to `125m`, 128 above; those of delta rules
 have 128 from `125m` on. Hybrids have the orders, ratios and positions of their papers, and experts have the hidden size of
 the width, so that these models have more parameters than their size says, but about as many per token. The first layer of
 `kimi_linear` has experts too.
